@@ -1,0 +1,47 @@
+# Every target makes .venv on its first call; Python and a network are all it takes.
+# make train ARGS="--epochs 20"    make test ARGS="-k philox"    make venv PYTHON=python3.12
+
+PYTHON ?= python3
+VENV   := .venv
+PY     := $(VENV)/bin/python
+STAMP  := $(VENV)/.installed
+ARGS   ?=
+
+.PHONY: help train test bench bench-cpu venv clean
+.DELETE_ON_ERROR:
+
+help:
+	@echo "make train      train a LeNet-300-100 with L0 gates on handwritten digits (ARGS= for its options)"
+	@echo "make test       ruff, mypy, pytest (ARGS= for pytest's options)"
+	@echo "make bench-cpu  every CPU row of the benchmark table, under ten minutes; appends to bench/results"
+	@echo "make bench      pytest-benchmark of the core operations"
+	@echo "make venv       only set up .venv"
+	@echo "make clean      remove .venv, builds and caches"
+
+train: $(STAMP)
+	$(PY) examples/train_lenet300.py $(ARGS)
+
+test: $(STAMP)
+	$(PY) -m ruff check .
+	$(PY) -m mypy
+	$(PY) -m pytest $(ARGS)
+
+bench-cpu: $(STAMP)
+	$(PY) bench/run.py --device cpu $(ARGS)
+
+bench: $(STAMP)
+	$(PY) -m pytest bench/test_bench.py --benchmark-group-by=group --benchmark-columns=min,median,iqr,rounds $(ARGS)
+
+venv: $(STAMP)
+
+$(PY):
+	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
+	  echo "cannot make $(VENV): $(PYTHON) needs the venv and ensurepip modules (Debian: apt install python3-venv)" >&2; exit 1; }
+
+$(STAMP): $(PY) pyproject.toml constraints.txt $(wildcard setup.py) $(shell find csrc -type f 2>/dev/null)
+	$(PY) -m pip install -c constraints.txt -e ".[dev]"
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist runs *.egg-info l0kernels/*.so .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
