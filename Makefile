@@ -39,7 +39,11 @@ $(PY):
 	  echo "cannot make $(VENV): $(PYTHON) needs the venv and ensurepip modules (Debian: apt install python3-venv)" >&2; exit 1; }
 
 $(STAMP): $(PY) pyproject.toml constraints.txt $(wildcard setup.py) $(shell find csrc -type f 2>/dev/null)
-	$(PY) -m pip install -c constraints.txt -e ".[dev]"
+	@# A CUDA build of torch brings the one triton it goes with; only without one does the tested pin apply.
+	grep -v '^triton==' constraints.txt > $(VENV)/constraints.txt
+	$(PY) -m pip install -c $(VENV)/constraints.txt torch
+	$(PY) -m pip show -qq triton || cp constraints.txt $(VENV)/constraints.txt
+	$(PY) -m pip install -c $(VENV)/constraints.txt -e ".[dev]"
 	@touch $@
 
 clean:
