@@ -1,0 +1,42 @@
+"""What the operations compute: every formula in plain torch, any float dtype, any device, dense and differentiable.
+
+Same names and signatures as the public package. Depends on torch only.
+"""
+
+from .conv2d import gated_conv2d
+from .counts import (
+    conv_expected_flops,
+    conv_expected_params,
+    conv_output_size,
+    linear_expected_flops,
+    linear_expected_params,
+)
+from .gates import ALIGN, Gates, HardConcrete, eval_gates, sample_gates, sample_gates_per_example
+from .linear import gated_linear, l0_linear
+from .masked_linear import masked_linear
+from .mlp import gated_mlp
+from .penalty import l0_penalty, l2_penalty
+from .philox import philox4x32, uniform
+
+__all__ = [
+    "ALIGN",
+    "Gates",
+    "HardConcrete",
+    "conv_expected_flops",
+    "conv_expected_params",
+    "conv_output_size",
+    "eval_gates",
+    "gated_conv2d",
+    "gated_linear",
+    "gated_mlp",
+    "l0_linear",
+    "l0_penalty",
+    "l2_penalty",
+    "linear_expected_flops",
+    "linear_expected_params",
+    "masked_linear",
+    "philox4x32",
+    "sample_gates",
+    "sample_gates_per_example",
+    "uniform",
+]

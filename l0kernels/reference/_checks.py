@@ -1,0 +1,119 @@
+"""Argument checks. They compare attributes only and touch no data, so that they cost nothing beside an op; each raises
+an error that names the argument, what was expected and what came."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+GATE_DTYPES = (torch.float32, torch.float64)
+
+
+def check_tensor(name: str, value: Any) -> None:
+    """TypeError unless ``value`` is a tensor."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+
+
+def check_floating(name: str, value: Any) -> None:
+    """TypeError unless ``value`` is a real floating-point tensor."""
+    check_tensor(name, value)
+    if not value.dtype.is_floating_point:
+        raise TypeError(f"{name} must have a floating-point dtype, got {value.dtype}")
+
+
+def check_shape(name: str, value: Tensor, shape: Sequence[int], why: str) -> None:
+    """ValueError unless ``value`` has ``shape``; ``why`` says what the shape follows from."""
+    if tuple(value.shape) != tuple(shape):
+        raise ValueError(f"{name} must have shape {tuple(shape)} ({why}), got {tuple(value.shape)}")
+
+
+def check_device(name: str, value: Tensor, device: torch.device, other: str) -> None:
+    """ValueError unless ``value`` lies on ``device``, the device of ``other``."""
+    if value.device != device:
+        raise ValueError(f"{name} must be on {device}, the device of {other}, got {value.device}")
+
+
+def check_same_dtype(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+    """TypeError unless both tensors share a dtype or autocast is there to reconcile them."""
+    if value.dtype != other.dtype and not torch.is_autocast_enabled(value.device.type):
+        raise TypeError(f"{name} must have the dtype of {other_name}, {other.dtype}, got {value.dtype}")
+
+
+def check_choice(name: str, value: Any, choices: Iterable[str]) -> None:
+    """ValueError unless ``value`` is one of ``choices``."""
+    choices = tuple(choices)
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def check_count(name: str, value: Any, low: int, high: int) -> None:
+    """TypeError unless ``value`` is an int, ValueError unless ``low <= value < high``."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    if not low <= value < high:
+        raise ValueError(f"{name} must be in [{low}, {high}), got {value}")
+
+
+def check_number(name: str, value: Any) -> None:
+    """TypeError unless ``value`` is a real number, ValueError unless it is finite."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if not abs(float(value)) < float("inf"):
+        raise ValueError(f"{name} must be finite, got {value}")
+
+
+def check_log_alpha(name: str, value: Any, ndim: int | None = None) -> None:
+    """TypeError unless ``value`` is a float32 or float64 tensor, ValueError unless it has ``ndim`` dimensions."""
+    check_tensor(name, value)
+    if value.dtype not in GATE_DTYPES:
+        raise TypeError(
+            f"{name} must be float32 (float64 for checks), got {value.dtype}: "
+            "gate parameters lose their updates in lower precision; keep them float32 also in a bfloat16 model"
+        )
+    if ndim is not None and value.ndim != ndim:
+        raise ValueError(f"{name} must have {ndim} dimension(s), got shape {tuple(value.shape)}")
+
+
+def check_seed(seed: Any, device: torch.device, name: str = "seed") -> None:
+    """TypeError unless ``seed`` is an int64 tensor, ValueError unless it has shape (1,) and lies on ``device``."""
+    if not isinstance(seed, Tensor):
+        raise TypeError(f"{name} must be an int64 tensor of shape (1,), got {type(seed).__name__}")
+    if seed.dtype != torch.int64:
+        raise TypeError(f"{name} must be an int64 tensor of shape (1,), got dtype {seed.dtype}")
+    check_shape(name, seed, (1,), "one seed")
+    check_device(name, seed, device, "log_alpha")
+
+
+def check_linear(x: Any, weight: Any, bias: Any, suffix: str = "") -> None:
+    """Checks of ``x (..., in)``, ``weight (out, in)`` and ``bias (out,)`` or None, as torch.nn.functional.linear."""
+    check_floating("x", x)
+    check_weight(weight, bias, suffix)
+    if x.ndim < 1 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"x must have shape (..., {weight.shape[1]}), the columns of weight{suffix}, got {tuple(x.shape)}"
+        )
+    check_device("x", x, weight.device, f"weight{suffix}")
+    check_same_dtype("x", x, f"weight{suffix}", weight)
+
+
+def check_weight(weight: Any, bias: Any, suffix: str = "") -> None:
+    """Checks of ``weight (out, in)`` and ``bias (out,)`` or None; ``suffix`` numbers them in messages."""
+    check_floating(f"weight{suffix}", weight)
+    if weight.ndim != 2:
+        raise ValueError(f"weight{suffix} must have shape (out, in), got {tuple(weight.shape)}")
+    check_bias(weight, bias, suffix)
+
+
+def check_bias(weight: Tensor, bias: Any, suffix: str = "") -> None:
+    """Checks of ``bias (weight.shape[0],)`` or None."""
+    if bias is None:
+        return
+    check_floating(f"bias{suffix}", bias)
+    check_shape(f"bias{suffix}", bias, (weight.shape[0],), f"the rows of weight{suffix}")
+    check_device(f"bias{suffix}", bias, weight.device, f"weight{suffix}")
+    check_same_dtype(f"bias{suffix}", bias, f"weight{suffix}", weight)

@@ -1,0 +1,362 @@
+"""The hard-concrete distribution and its gates (Louizos, Welling, Kingma, "Learning Sparse Neural Networks through L0
+Regularization", ICLR 2018, arXiv 1712.01312)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, overload
+
+import torch
+from torch import Tensor
+
+from . import _checks
+from .philox import uniform
+
+ALIGN = 128
+"""Extents are rounded up to this: a multiple of every tile extent of every backend."""
+
+EVAL_MODES = ("paper", "median", "topk")
+
+_TOPK_SLOPE = 0.8  # the "magic number" of flop and CoFi, kept so that gates trained there evaluate alike
+
+
+@dataclass(frozen=True)
+class HardConcrete:
+    """Constants of the hard-concrete distribution (arXiv 1712.01312, section 2.2).
+
+    ``z = clip(s * (zeta - gamma) + gamma, 0, 1)`` with ``s = sigmoid((log u - log(1 - u) + log_alpha) / beta)``.
+
+    Args:
+        beta: temperature, > 0.
+        gamma: lower end of the stretched interval, < 0.
+        zeta: upper end of the stretched interval, > 1.
+
+    Raises:
+        TypeError: a constant is no number.
+        ValueError: a constant is out of range.
+    """
+
+    beta: float = 2 / 3
+    gamma: float = -0.1
+    zeta: float = 1.1
+
+    def __post_init__(self) -> None:
+        for name in ("beta", "gamma", "zeta"):
+            _checks.check_number(name, getattr(self, name))
+        if not self.beta > 0:
+            raise ValueError(f"beta must be > 0, got {self.beta}")
+        if not self.gamma < 0:
+            raise ValueError(f"gamma must be < 0, got {self.gamma}")
+        if not self.zeta > 1:
+            raise ValueError(f"zeta must be > 1, got {self.zeta}")
+
+    def p_open(self, log_alpha: Tensor) -> Tensor:
+        """``P(z > 0) = sigmoid(log_alpha - beta * log(-gamma / zeta))`` (equation 12), elementwise."""
+        return torch.sigmoid(log_alpha - self.beta * math.log(-self.gamma / self.zeta))
+
+    def p_one(self, log_alpha: Tensor) -> Tensor:
+        """``P(z = 1) = sigmoid(log_alpha - beta * log((1 - gamma) / (zeta - 1)))``, elementwise."""
+        return torch.sigmoid(log_alpha - self.beta * math.log((1 - self.gamma) / (self.zeta - 1)))
+
+
+DEFAULT_DIST = HardConcrete()
+"""The constants of the paper."""
+
+
+class Gates(NamedTuple):
+    """One drawn (or evaluated) gate vector and where it is open.
+
+    Attributes:
+        z: (G,) float32 (float64 for float64 gate parameters); carries the gradient.
+        index: (round_up(G, ALIGN),) int32: the open gates ascending, then the closed ones ascending, then 0.
+        count: (2,) int32, [open, extent] with extent = open rounded up to ALIGN; on the device of z.
+        full_grad: True returns dz for every open gate; False only where 0 < z < 1, which is all that a hard-concrete
+            gate passes on.
+    """
+
+    z: Tensor
+    index: Tensor  # type: ignore[assignment]
+    count: Tensor  # type: ignore[assignment]
+    full_grad: bool = False
+
+    @classmethod
+    def from_z(cls, z: Tensor, *, full_grad: bool = True) -> Gates:
+        """Gates from any z of the caller's: open where ``z != 0`` (a NaN counts as open). Keeps z's autograd graph.
+
+        Args:
+            z: (G,) float32 or float64.
+            full_grad: whether dz is wanted for every open gate, not only where 0 < z < 1.
+
+        Raises:
+            TypeError: z is no float32 or float64 tensor.
+            ValueError: z is not 1-D.
+        """
+        _checks.check_tensor("z", z)
+        if z.dtype not in _checks.GATE_DTYPES:
+            raise TypeError(f"z must be float32 or float64, got {z.dtype}")
+        if z.ndim != 1:
+            raise ValueError(f"z must have shape (G,), got {tuple(z.shape)}")
+        return cls(z, *compact(z), full_grad)
+
+
+def round_up(n: int, multiple: int = ALIGN) -> int:
+    """The smallest multiple of ``multiple`` that is not below ``n``."""
+    return -(-n // multiple) * multiple
+
+
+def check_gates(name: str, gates: Any, size: int, device: torch.device, what: str) -> None:
+    """Checks that ``gates`` is a Gates of ``size`` gates on ``device``, attributes only; ``what`` says what it gates.
+
+    Raises:
+        TypeError: not a Gates, or its tensors have the wrong dtype.
+        ValueError: another number of gates, another device, or an index or count that does not belong to z.
+    """
+    if not isinstance(gates, Gates):
+        raise TypeError(f"{name} must be Gates (from sample_gates, eval_gates or Gates.from_z) or None, "
+                        f"got {type(gates).__name__}")  # fmt: skip
+    z, index, count, _ = gates
+    if z.dtype not in _checks.GATE_DTYPES:
+        raise TypeError(f"{name}.z must be float32 or float64, got {z.dtype}")
+    if z.ndim != 1 or z.shape[0] != size:
+        raise ValueError(f"{name} must hold {size} gates, one per {what}, got z of shape {tuple(z.shape)}")
+    if index.dtype != torch.int32 or count.dtype != torch.int32:
+        raise TypeError(f"{name}.index and .count must be int32, got {index.dtype} and {count.dtype}")
+    _checks.check_shape(f"{name}.index", index, (round_up(size),), f"{size} gates rounded up to {ALIGN}")
+    _checks.check_shape(f"{name}.count", count, (2,), "[open, extent]")
+    for part, value in (("z", z), ("index", index), ("count", count)):
+        _checks.check_device(f"{name}.{part}", value, device, "the tensor it gates")
+
+
+def check_dist(dist: Any) -> None:
+    """TypeError unless ``dist`` is a HardConcrete."""
+    if not isinstance(dist, HardConcrete):
+        raise TypeError(f"dist must be a HardConcrete, got {type(dist).__name__}")
+
+
+def check_not_nan(name: str, log_alpha: Tensor) -> None:
+    """ValueError if a CPU tensor holds a NaN. On a device it would cost a sync: there the NaN shows up in z."""
+    if log_alpha.device.type == "cpu" and not torch.compiler.is_compiling() and torch.isnan(log_alpha).any():
+        raise ValueError(f"{name} must not hold NaN, got {int(torch.isnan(log_alpha).sum())} NaN value(s)")
+
+
+def compact(z: Tensor) -> tuple[Tensor, Tensor]:
+    """``index`` and ``count`` of a gate vector (see Gates), without a host sync.
+
+    Args:
+        z: (G,) any dtype; open where z != 0.
+
+    Returns:
+        index (round_up(G, ALIGN),) int32 and count (2,) int32.
+    """
+    closed = z.detach() == 0
+    order = torch.argsort(closed.to(torch.uint8), stable=True)
+    index = torch.nn.functional.pad(order.to(torch.int32), (0, round_up(len(z)) - len(z)))
+    n_open = len(z) - closed.sum()
+    extent = (n_open + ALIGN - 1) // ALIGN * ALIGN
+    return index, torch.stack((n_open, extent)).to(torch.int32)
+
+
+def draw_seed(device: torch.device, generator: torch.Generator | None = None) -> Tensor:
+    """A fresh seed, (1,) int64 in [0, 2**63 - 1), from torch's default generator of ``device`` or from ``generator``.
+
+    Raises:
+        ValueError: the generator belongs to another device.
+    """
+    if generator is not None and generator.device.type != device.type:
+        raise ValueError(f"generator must be on {device}, the device of log_alpha, got {generator.device}")
+    return torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=device, generator=generator)
+
+
+def hard_concrete(log_alpha: Tensor, u: Tensor, dist: HardConcrete) -> Tensor:
+    """The gate of given noise (equations 10, 11), differentiable in log_alpha.
+
+    ``dz/dlog_alpha = (zeta - gamma) / beta * s * (1 - s)`` where 0 < z < 1, else exactly 0.
+
+    Args:
+        log_alpha: any shape, float32 or float64.
+        u: broadcastable to it, in (0, 1), exact in float32.
+
+    Returns:
+        z, dtype of log_alpha, in [0, 1].
+    """
+    u = u.to(log_alpha.dtype)
+    s = torch.sigmoid((torch.log(u) - torch.log(1 - u) + log_alpha) / dist.beta)
+    z = s * (dist.zeta - dist.gamma) + dist.gamma
+    # Not torch.clamp, whose gradient leaks where z is exactly 0 or 1. A NaN fails both comparisons and stays.
+    return z.masked_fill(z <= 0, 0.0).masked_fill(z >= 1, 1.0)
+
+
+def sample_z(log_alpha: Tensor, seed: Tensor, stream: int, rank: int, dist: HardConcrete) -> Tensor:
+    """z of any shape; the noise's gate index is the row-major position in log_alpha."""
+    index = torch.arange(log_alpha.numel(), dtype=torch.int64, device=log_alpha.device)
+    u = uniform(seed, index, stream=stream, rank=rank).reshape(log_alpha.shape)
+    return hard_concrete(log_alpha, u, dist)
+
+
+def eval_z(log_alpha: Tensor, mode: str, dist: HardConcrete) -> Tensor:
+    """The evaluation gate of ``mode``, any shape, detached. See eval_gates."""
+    log_alpha = log_alpha.detach()
+    if mode != "topk":
+        s = torch.sigmoid(log_alpha if mode == "paper" else log_alpha / dist.beta)
+        return (s * (dist.zeta - dist.gamma) + dist.gamma).clamp(0, 1)
+    flat = log_alpha.flatten()
+    n_closed = torch.round(flat.numel() - dist.p_open(flat).sum(dtype=torch.float64))
+    # Ordered by log_alpha, not by its sigmoid: the ties are then those of the parameter, whatever exp rounds to.
+    order = torch.argsort(flat, stable=True)
+    place = torch.empty_like(order).scatter_(0, order, torch.arange(flat.numel(), device=flat.device))
+    z = torch.sigmoid(_TOPK_SLOPE * flat / dist.beta)
+    return z.masked_fill(place < n_closed, 0.0).reshape(log_alpha.shape)
+
+
+def _check_sampling(
+    log_alphas: Sequence[Tensor],
+    seed: Tensor | None,
+    generator: torch.Generator | None,
+    rank: int,
+    dist: HardConcrete,
+) -> None:
+    for i, log_alpha in enumerate(log_alphas):
+        name = "log_alpha" if len(log_alphas) == 1 else f"log_alpha[{i}]"
+        _checks.check_log_alpha(name, log_alpha, ndim=1)
+        _checks.check_device(name, log_alpha, log_alphas[0].device, "log_alpha[0]")
+        check_not_nan(name, log_alpha)
+    _checks.check_count("rank", rank, 0, 2**32)
+    check_dist(dist)
+    if seed is not None and generator is not None:
+        raise ValueError("give either seed or generator, got both")
+    if seed is not None and log_alphas:
+        _checks.check_seed(seed, log_alphas[0].device)
+
+
+@overload
+def sample_gates(
+    log_alpha: Tensor,
+    *,
+    seed: Tensor | None = ...,
+    generator: torch.Generator | None = ...,
+    rank: int = ...,
+    dist: HardConcrete = ...,
+) -> Gates: ...
+
+
+@overload
+def sample_gates(
+    log_alpha: Sequence[Tensor],
+    *,
+    seed: Tensor | None = ...,
+    generator: torch.Generator | None = ...,
+    rank: int = ...,
+    dist: HardConcrete = ...,
+) -> list[Gates]: ...
+
+
+def sample_gates(
+    log_alpha: Tensor | Sequence[Tensor],
+    *,
+    seed: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    rank: int = 0,
+    dist: HardConcrete = DEFAULT_DIST,
+) -> Gates | list[Gates]:
+    """Draws hard-concrete gates (arXiv 1712.01312, equations 10 and 11).
+
+    ``z = clip(sigmoid((log u - log(1 - u) + log_alpha) / beta) * (zeta - gamma) + gamma, 0, 1)``, u from Philox4x32-10
+    keyed by the seed, counted by (gate index, stream, rank). The gradient reaches log_alpha where 0 < z < 1 only.
+
+    Args:
+        log_alpha: (G,) float32 or float64, or a sequence of such; its position in the sequence is its stream.
+        seed: (1,) int64 on the device of log_alpha; the same seed gives the same gates, anywhere. None draws one.
+        generator: where a missing seed is drawn from; None is torch's default generator.
+        rank: in [0, 2**32): processes with different ranks draw different gates from one seed.
+        dist: the distribution's constants.
+
+    Returns:
+        Gates, or a list of them for a sequence. z has the dtype of log_alpha, also under autocast.
+
+    Raises:
+        TypeError: log_alpha is not float32 or float64, or seed is no int64 tensor.
+        ValueError: a wrong shape, device or rank, both seed and generator, or a NaN in a log_alpha on the CPU.
+    """
+    log_alphas = [log_alpha] if isinstance(log_alpha, Tensor) else list(log_alpha)
+    _check_sampling(log_alphas, seed, generator, rank, dist)
+    if not log_alphas:
+        return []
+    if seed is None:
+        seed = draw_seed(log_alphas[0].device, generator)
+    drawn = []
+    for stream, values in enumerate(log_alphas):
+        drawn.append(Gates.from_z(sample_z(values, seed, stream, rank, dist), full_grad=False))
+    return drawn[0] if isinstance(log_alpha, Tensor) else drawn
+
+
+def sample_gates_per_example(
+    log_alpha: Tensor,
+    batch: int,
+    *,
+    seed: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    rank: int = 0,
+    dist: HardConcrete = DEFAULT_DIST,
+) -> Tensor:
+    """Draws one gate vector per example (AMLab's ``local_rep=True``): lower variance, but nothing can be skipped.
+
+    Every unit is open for some example, so the products stay dense whatever the gates: multiply the layer's input by z
+    (or a convolution's output, as ``z[:, :, None, None]``) yourself. sample_gates, one vector for the minibatch, is what
+    makes training faster.
+
+    Args:
+        log_alpha: (G,) float32 or float64.
+        batch: the number of examples, >= 0.
+        seed, generator, rank, dist: as in sample_gates. The noise of example b, gate g has index ``b * G + g``.
+
+    Returns:
+        z (batch, G) in the dtype of log_alpha, differentiable in log_alpha where 0 < z < 1.
+
+    Raises:
+        TypeError, ValueError: as sample_gates; batch is no int or is negative.
+    """
+    _check_sampling([log_alpha], seed, generator, rank, dist)
+    _checks.check_count("batch", batch, 0, 2**63)
+    if seed is None:
+        seed = draw_seed(log_alpha.device, generator)
+    return sample_z(log_alpha.expand(batch, -1), seed, 0, rank, dist)
+
+
+@overload
+def eval_gates(log_alpha: Tensor, mode: str = ..., *, dist: HardConcrete = ...) -> Gates: ...
+
+
+@overload
+def eval_gates(log_alpha: Sequence[Tensor], mode: str = ..., *, dist: HardConcrete = ...) -> list[Gates]: ...
+
+
+def eval_gates(
+    log_alpha: Tensor | Sequence[Tensor], mode: str = "paper", *, dist: HardConcrete = DEFAULT_DIST
+) -> Gates | list[Gates]:
+    """Deterministic gates for evaluation. They carry no gradient.
+
+    - ``"paper"``: ``clip(sigmoid(log_alpha) * (zeta - gamma) + gamma, 0, 1)`` (arXiv 1712.01312, equation 13).
+    - ``"median"``: ``clip(sigmoid(log_alpha / beta) * (zeta - gamma) + gamma, 0, 1)``, the gate of u = 1/2: zero exactly
+      where P(z = 0) >= 1/2.
+    - ``"topk"``: ``sigmoid(0.8 * log_alpha / beta)`` with the ``round(G - sum p_open)`` smallest set to 0, the lowest
+      index first among ties (flop, CoFi). Round is to even; the sum is taken in float64.
+
+    Args:
+        log_alpha: (G,) float32 or float64, or a sequence of such.
+        mode: "paper", "median" or "topk".
+        dist: the distribution's constants.
+
+    Returns:
+        Gates, or a list of them for a sequence; z is detached, in the dtype of log_alpha.
+
+    Raises:
+        TypeError: log_alpha is not float32 or float64.
+        ValueError: an unknown mode, a log_alpha that is not 1-D, or a NaN in one on the CPU.
+    """
+    log_alphas = [log_alpha] if isinstance(log_alpha, Tensor) else list(log_alpha)
+    _check_sampling(log_alphas, None, None, 0, dist)
+    _checks.check_choice("mode", mode, EVAL_MODES)
+    gates = [Gates.from_z(eval_z(values, mode, dist), full_grad=False) for values in log_alphas]
+    return gates[0] if isinstance(log_alpha, Tensor) else gates

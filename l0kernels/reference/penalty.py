@@ -1,0 +1,125 @@
+"""The expected L0 norm and the L2 norm coupled to it (arXiv 1712.01312, equations 9, 12 and appendix A)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import _checks
+from .gates import DEFAULT_DIST, HardConcrete, check_dist, check_not_nan
+
+
+def per_tensor(name: str, value: float | Sequence[float], n: int) -> list[float]:
+    """One number for all n tensors, or one each, as a list of n."""
+    values = list(value) if isinstance(value, Sequence) else [value] * n
+    if len(values) != n:
+        raise ValueError(f"{name} must be one number or one per log_alpha, {n}, got {len(values)}")
+    for v in values:
+        _checks.check_number(name, v)
+    return values
+
+
+def check_l0_penalty(log_alphas: Sequence[Tensor], dist: HardConcrete) -> None:
+    """Checks of the gate parameters of l0_penalty."""
+    if len(log_alphas) == 0:
+        raise ValueError("log_alpha must hold at least one tensor, got none")
+    for i, log_alpha in enumerate(log_alphas):
+        name = "log_alpha" if len(log_alphas) == 1 else f"log_alpha[{i}]"
+        _checks.check_log_alpha(name, log_alpha)
+        _checks.check_device(name, log_alpha, log_alphas[0].device, "log_alpha[0]")
+    check_dist(dist)
+
+
+def l0_penalty(
+    log_alpha: Tensor | Sequence[Tensor],
+    group_size: float | Sequence[float] = 1,
+    *,
+    lam: float | Sequence[float] = 1.0,
+    dist: HardConcrete = DEFAULT_DIST,
+) -> Tensor:
+    """Expected number of open parameters, weighted: ``sum_g lam * |g| * p_open_g`` (equations 9 and 12).
+
+    Its gradient ``lam * |g| * p_open * (1 - p_open)`` is the only one that reaches a closed gate.
+
+    Args:
+        log_alpha: any shape, float32 or float64, or a sequence of such on one device.
+        group_size: |g|, the parameters behind one gate: a number, or one per tensor of the sequence.
+        lam: the weight of the penalty: a number, or one per tensor of the sequence.
+        dist: the distribution's constants.
+
+    Returns:
+        A scalar in the dtype of log_alpha, also under autocast.
+
+    Raises:
+        TypeError: log_alpha is not float32 or float64; group_size or lam is no number.
+        ValueError: no tensor, different devices, lists of another length, or a NaN in a log_alpha on the CPU.
+    """
+    log_alphas = [log_alpha] if isinstance(log_alpha, Tensor) else list(log_alpha)
+    check_l0_penalty(log_alphas, dist)
+    sizes = per_tensor("group_size", group_size, len(log_alphas))
+    lams = per_tensor("lam", lam, len(log_alphas))
+    for values in log_alphas:
+        check_not_nan("log_alpha", values)
+    terms = [w * n * dist.p_open(a).sum() for a, n, w in zip(log_alphas, sizes, lams, strict=True)]
+    return torch.stack(terms).sum() if len({t.dtype for t in terms}) == 1 else sum(terms[1:], terms[0])
+
+
+def l2_penalty(
+    weight: Tensor,
+    weight_decay: float = 1.0,
+    *,
+    in_log_alpha: Tensor | None = None,
+    out_log_alpha: Tensor | None = None,
+    groups: int = 1,
+    dist: HardConcrete = DEFAULT_DIST,
+) -> Tensor:
+    """L2 penalty of the open parameters: ``weight_decay / 2 * sum_oi p_o * p_i * theta_oi^2`` (appendix A).
+
+    p = P(z > 0); an absent side has p = 1. One gate vector on both sides of a depthwise convolution counts once: give it
+    as out_log_alpha alone.
+
+    Args:
+        weight: (out, in / groups, ...) with at least two dimensions, any float dtype.
+        weight_decay: the strength.
+        in_log_alpha: (in,) float32 or float64, or None.
+        out_log_alpha: (out,) float32 or float64, or None.
+        groups: of a grouped convolution; 1 otherwise.
+        dist: the distribution's constants.
+
+    Returns:
+        A scalar: float32, or float64 if any of the tensors is; also under autocast and for a bfloat16 weight.
+
+    Raises:
+        TypeError: a wrong kind or dtype.
+        ValueError: a wrong shape or device, or a NaN in a log_alpha on the CPU.
+    """
+    _checks.check_floating("weight", weight)
+    if weight.ndim < 2:
+        raise ValueError(f"weight must have shape (out, in, ...), got {tuple(weight.shape)}")
+    _checks.check_number("weight_decay", weight_decay)
+    _checks.check_count("groups", groups, 1, 2**31)
+    if weight.shape[0] % groups:
+        raise ValueError(f"groups must divide the {weight.shape[0]} rows of weight, got {groups}")
+    sides = (
+        ("in_log_alpha", in_log_alpha, weight.shape[1] * groups),
+        ("out_log_alpha", out_log_alpha, weight.shape[0]),
+    )
+    for name, log_alpha, size in sides:
+        if log_alpha is not None:
+            _checks.check_log_alpha(name, log_alpha)
+            _checks.check_shape(name, log_alpha, (size,), "one gate per channel of weight")
+            _checks.check_device(name, log_alpha, weight.device, "weight")
+            check_not_nan(name, log_alpha)
+    check_dist(dist)
+
+    squares = weight.to(torch.promote_types(weight.dtype, torch.float32)).square()
+    squares = squares.reshape(groups, weight.shape[0] // groups, weight.shape[1], -1).sum(
+        -1
+    )  # (groups, out/g, in/g)
+    if in_log_alpha is not None:
+        squares = squares * dist.p_open(in_log_alpha).reshape(groups, 1, -1)
+    if out_log_alpha is not None:
+        squares = squares * dist.p_open(out_log_alpha).reshape(groups, -1, 1)
+    return 0.5 * weight_decay * squares.sum()
