@@ -1,6 +1,6 @@
-"""What the operations compute: every formula in plain torch, any float dtype, any device, dense and differentiable.
+"""What the operations compute: every formula dense, in plain torch, on any device and in any float dtype.
 
-Same names and signatures as the public package. Depends on torch only.
+Same names and signatures as the public package, differentiable by autograd. Imports only torch.
 """
 
 from .conv2d import gated_conv2d

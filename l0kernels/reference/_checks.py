@@ -1,5 +1,5 @@
-"""Argument checks. They compare attributes only and touch no data, so that they cost nothing beside an op; each raises
-an error that names the argument, what was expected and what came."""
+"""Argument checks. They compare attributes only and touch no data, so that they cost nothing beside an op;
+each raises an error that names the argument, what was expected and what came."""
 
 from __future__ import annotations
 
@@ -68,19 +68,19 @@ def check_number(name: str, value: Any) -> None:
 
 
 def check_log_alpha(name: str, value: Any, ndim: int | None = None) -> None:
-    """TypeError unless ``value`` is a float32 or float64 tensor, ValueError unless it has ``ndim`` dimensions."""
+    """TypeError unless ``value`` is float32 or float64, ValueError unless it has ``ndim`` dimensions."""
     check_tensor(name, value)
     if value.dtype not in GATE_DTYPES:
         raise TypeError(
-            f"{name} must be float32 (float64 for checks), got {value.dtype}: "
-            "gate parameters lose their updates in lower precision; keep them float32 also in a bfloat16 model"
+            f"{name} must be float32 or float64, got {value.dtype}: gate parameters lose their updates in "
+            "lower precision, so they stay float32 in a model of any dtype"
         )
     if ndim is not None and value.ndim != ndim:
         raise ValueError(f"{name} must have {ndim} dimension(s), got shape {tuple(value.shape)}")
 
 
 def check_seed(seed: Any, device: torch.device, name: str = "seed") -> None:
-    """TypeError unless ``seed`` is an int64 tensor, ValueError unless it has shape (1,) and lies on ``device``."""
+    """TypeError unless ``seed`` is an int64 tensor, ValueError unless it is (1,) and on ``device``."""
     if not isinstance(seed, Tensor):
         raise TypeError(f"{name} must be an int64 tensor of shape (1,), got {type(seed).__name__}")
     if seed.dtype != torch.int64:
@@ -89,31 +89,38 @@ def check_seed(seed: Any, device: torch.device, name: str = "seed") -> None:
     check_device(name, seed, device, "log_alpha")
 
 
-def check_linear(x: Any, weight: Any, bias: Any, suffix: str = "") -> None:
-    """Checks of ``x (..., in)``, ``weight (out, in)`` and ``bias (out,)`` or None, as torch.nn.functional.linear."""
+def check_linear(x: Any, weight: Any, bias: Any, at: str = "") -> None:
+    """Checks of ``x (..., in)``, ``weight (out, in)`` and ``bias (out,)`` or None, for torch's F.linear.
+
+    Args:
+        at: the position within a sequence, as "[0]", for messages about weights[0] and biases[0].
+    """
     check_floating("x", x)
-    check_weight(weight, bias, suffix)
+    check_weight(weight, bias, at)
+    name = f"weights{at}" if at else "weight"
     if x.ndim < 1 or x.shape[-1] != weight.shape[1]:
         raise ValueError(
-            f"x must have shape (..., {weight.shape[1]}), the columns of weight{suffix}, got {tuple(x.shape)}"
+            f"x must have shape (..., {weight.shape[1]}), the columns of {name}, got {tuple(x.shape)}"
         )
-    check_device("x", x, weight.device, f"weight{suffix}")
-    check_same_dtype("x", x, f"weight{suffix}", weight)
+    check_device("x", x, weight.device, name)
+    check_same_dtype("x", x, name, weight)
 
 
-def check_weight(weight: Any, bias: Any, suffix: str = "") -> None:
-    """Checks of ``weight (out, in)`` and ``bias (out,)`` or None; ``suffix`` numbers them in messages."""
-    check_floating(f"weight{suffix}", weight)
+def check_weight(weight: Any, bias: Any, at: str = "") -> None:
+    """Checks of ``weight (out, in)`` and ``bias (out,)`` or None; ``at`` as in check_linear."""
+    name = f"weights{at}" if at else "weight"
+    check_floating(name, weight)
     if weight.ndim != 2:
-        raise ValueError(f"weight{suffix} must have shape (out, in), got {tuple(weight.shape)}")
-    check_bias(weight, bias, suffix)
+        raise ValueError(f"{name} must have shape (out, in), got {tuple(weight.shape)}")
+    check_bias(weight, bias, at)
 
 
-def check_bias(weight: Tensor, bias: Any, suffix: str = "") -> None:
-    """Checks of ``bias (weight.shape[0],)`` or None."""
+def check_bias(weight: Tensor, bias: Any, at: str = "") -> None:
+    """Checks of ``bias (weight.shape[0],)`` or None; ``at`` as in check_linear."""
     if bias is None:
         return
-    check_floating(f"bias{suffix}", bias)
-    check_shape(f"bias{suffix}", bias, (weight.shape[0],), f"the rows of weight{suffix}")
-    check_device(f"bias{suffix}", bias, weight.device, f"weight{suffix}")
-    check_same_dtype(f"bias{suffix}", bias, f"weight{suffix}", weight)
+    name, weight_name = (f"biases{at}", f"weights{at}") if at else ("bias", "weight")
+    check_floating(name, bias)
+    check_shape(name, bias, (weight.shape[0],), f"one per row of {weight_name}")
+    check_device(name, bias, weight.device, weight_name)
+    check_same_dtype(name, bias, weight_name, weight)

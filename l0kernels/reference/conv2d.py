@@ -11,7 +11,7 @@ from .linear import check_layer_gates, gate_output, scale
 
 
 def check_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> None:
-    """Checks of ``x (N, in, H, W)`` or ``(in, H, W)``, ``weight (out, in / groups, kh, kw)`` and ``bias (out,)``."""
+    """Checks of ``x ([N,] in, H, W)``, ``weight (out, in / groups, kh, kw)`` and ``bias (out,)`` or None."""
     _checks.check_floating("x", x)
     _checks.check_floating("weight", weight)
     if weight.ndim != 4:
@@ -45,8 +45,8 @@ def gated_conv2d(
 ) -> Tensor:
     """2-D convolution with gated channels: ``y = z_out * (conv2d(x * z_in, W) + b)``.
 
-    torch: ``F.conv2d(x * z_in[:, None, None], weight, bias, ...) * z_out[:, None, None]``. An output gate closes the
-    channel together with its bias. ``out_support`` is as in gated_linear.
+    torch: ``F.conv2d(x * z_in[:, None, None], weight, bias, ...) * z_out[:, None, None]``. An output gate
+    closes the channel together with its bias. ``out_support`` is as in gated_linear.
 
     Args:
         x: (N, in, H, W) or (in, H, W), any float dtype.

@@ -1,9 +1,10 @@
 """Expected parameters and FLOPs of gated layers, and with 0/1 probabilities the actual ones.
 
-The gates of a layer's inputs and outputs are independent, so a weight between input i and output o is there with
-probability p_i * p_o; a gate that sits on both sides of a weight counts once. In a chain the p_out of one layer is the
-p_in of the next. FLOPs are counted per example: two for each multiply-add of an open weight at each output position
-(positions that read padding included, as the dense product computes them) and one for each bias added.
+The gates of a layer's inputs and outputs are independent, so a weight between input i and output o is there
+with probability p_i * p_o; a gate that sits on both sides of a weight counts once. In a chain the p_out of
+one layer is the p_in of the next. FLOPs are counted per example: two for each multiply-add of an open
+weight at each output position (positions that read padding included, as the dense product computes them)
+and one for each bias added.
 """
 
 from __future__ import annotations
@@ -24,8 +25,10 @@ def _check_side(name: str, p: Tensor | int) -> int:
             raise ValueError(f"{name} must have shape (n,), got {tuple(p.shape)}")
         return p.shape[0]
     if not isinstance(p, int) or isinstance(p, bool):
-        raise TypeError(f"{name} must be a tensor of probabilities or a number of ungated units (int), "
-                        f"got {type(p).__name__}")  # fmt: skip
+        raise TypeError(
+            f"{name} must be a tensor of probabilities or an int, the number of ungated units, "
+            f"got {type(p).__name__}"
+        )
     _checks.check_count(name, p, 0, 2**63)
     return p
 
@@ -65,7 +68,8 @@ def linear_expected_params(
         p_in: (in,) probabilities that an input is open, or their number if none is gated.
         p_out: (out,) probabilities that an output is open, or their number if none is gated.
         bias: whether there is a bias; it lives with its output.
-        shared: the same gates are on both sides, p_in and p_out being their probabilities: E[z^2] is p, not p^2.
+        shared: the same gates are on both sides, and both arguments are their probabilities. A weight between
+            a gate and itself is then there with p, not p^2.
 
     Returns:
         A scalar tensor, differentiable in the probabilities; a float if no side is gated.
@@ -79,7 +83,7 @@ def linear_expected_params(
 def linear_expected_flops(
     p_in: Tensor | int, p_out: Tensor | int, *, bias: bool = True, shared: bool = False
 ) -> Tensor | float:
-    """Expected FLOPs of a linear layer on one example: ``2 * sum p_in * sum p_out``, plus ``sum p_out`` for the bias.
+    """Expected FLOPs of a linear layer: ``2 * sum p_in * sum p_out``, plus ``sum p_out`` for the bias.
 
     Arguments, result and errors are those of linear_expected_params.
     """
@@ -95,7 +99,7 @@ def conv_expected_params(
     bias: bool = True,
     shared: bool = False,
 ) -> Tensor | float:
-    """Expected parameters of a convolution: ``k * sum over groups (sum p_in)(sum p_out)``, plus ``sum p_out``.
+    """Expected parameters of a convolution: ``k * sum_groups (sum p_in)(sum p_out)``, plus ``sum p_out``.
 
     Args:
         p_in: (in,) probabilities that a channel is open, or the number of channels if none is gated.
@@ -131,7 +135,7 @@ def conv_expected_flops(
 ) -> Tensor | float:
     """Expected FLOPs of a convolution on one example: output positions times those of one position.
 
-    ``positions * (2 * k * sum over groups (sum p_in)(sum p_out) + sum p_out)``, the last term with a bias only.
+    ``positions * (2 * k * sum_groups (sum p_in)(sum p_out) + sum p_out)``, the last term with a bias only.
 
     Args:
         p_in, p_out, kernel_size, groups, bias, shared: as in conv_expected_params.
@@ -157,7 +161,7 @@ def conv_output_size(
     padding: int | str | Sequence[int] = 0,
     dilation: int | Sequence[int] = 1,
 ) -> tuple[int, ...]:
-    """Spatial extents of a convolution's output: ``floor((n + 2 * pad - dilation * (k - 1) - 1) / stride) + 1``.
+    """Output extents of a convolution: ``floor((n + 2 * pad - dilation * (k - 1) - 1) / stride) + 1`` each.
 
     Args:
         input_size, kernel_size: one extent per spatial dimension.

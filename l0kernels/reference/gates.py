@@ -1,5 +1,5 @@
-"""The hard-concrete distribution and its gates (Louizos, Welling, Kingma, "Learning Sparse Neural Networks through L0
-Regularization", ICLR 2018, arXiv 1712.01312)."""
+"""The hard-concrete distribution and its gates (Louizos, Welling, Kingma, "Learning Sparse Neural Networks
+through L0 Regularization", ICLR 2018, arXiv 1712.01312)."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ _TOPK_SLOPE = 0.8  # the "magic number" of flop and CoFi, kept so that gates tra
 class HardConcrete:
     """Constants of the hard-concrete distribution (arXiv 1712.01312, section 2.2).
 
-    ``z = clip(s * (zeta - gamma) + gamma, 0, 1)`` with ``s = sigmoid((log u - log(1 - u) + log_alpha) / beta)``.
+    ``z = clip(s * (zeta - gamma) + gamma, 0, 1)`` with
+    ``s = sigmoid((log u - log(1 - u) + log_alpha) / beta)``.
 
     Args:
         beta: temperature, > 0.
@@ -72,8 +73,8 @@ class Gates(NamedTuple):
         z: (G,) float32 (float64 for float64 gate parameters); carries the gradient.
         index: (round_up(G, ALIGN),) int32: the open gates ascending, then the closed ones ascending, then 0.
         count: (2,) int32, [open, extent] with extent = open rounded up to ALIGN; on the device of z.
-        full_grad: True returns dz for every open gate; False only where 0 < z < 1, which is all that a hard-concrete
-            gate passes on.
+        full_grad: True returns dz for every open gate; False only where 0 < z < 1, which is all that a
+            hard-concrete gate passes on.
     """
 
     z: Tensor
@@ -83,7 +84,7 @@ class Gates(NamedTuple):
 
     @classmethod
     def from_z(cls, z: Tensor, *, full_grad: bool = True) -> Gates:
-        """Gates from any z of the caller's: open where ``z != 0`` (a NaN counts as open). Keeps z's autograd graph.
+        """Gates from the caller's own z, open where ``z != 0`` (a NaN is open); keeps z's autograd graph.
 
         Args:
             z: (G,) float32 or float64.
@@ -107,16 +108,23 @@ def round_up(n: int, multiple: int = ALIGN) -> int:
 
 
 def check_gates(name: str, gates: Any, size: int, device: torch.device, what: str) -> None:
-    """Checks that ``gates`` is a Gates of ``size`` gates on ``device``, attributes only; ``what`` says what it gates.
+    """Checks, by attributes only, that ``gates`` is a Gates of ``size`` gates on ``device``.
+
+    Args:
+        what: what each gate gates, for the message.
 
     Raises:
         TypeError: not a Gates, or its tensors have the wrong dtype.
         ValueError: another number of gates, another device, or an index or count that does not belong to z.
     """
     if not isinstance(gates, Gates):
-        raise TypeError(f"{name} must be Gates (from sample_gates, eval_gates or Gates.from_z) or None, "
-                        f"got {type(gates).__name__}")  # fmt: skip
+        raise TypeError(
+            f"{name} must be Gates (see sample_gates, eval_gates, Gates.from_z), got {type(gates).__name__}"
+        )
     z, index, count, _ = gates
+    for part, value in (("z", z), ("index", index), ("count", count)):
+        _checks.check_tensor(f"{name}.{part}", value)
+        _checks.check_device(f"{name}.{part}", value, device, "the tensor it gates")
     if z.dtype not in _checks.GATE_DTYPES:
         raise TypeError(f"{name}.z must be float32 or float64, got {z.dtype}")
     if z.ndim != 1 or z.shape[0] != size:
@@ -125,8 +133,6 @@ def check_gates(name: str, gates: Any, size: int, device: torch.device, what: st
         raise TypeError(f"{name}.index and .count must be int32, got {index.dtype} and {count.dtype}")
     _checks.check_shape(f"{name}.index", index, (round_up(size),), f"{size} gates rounded up to {ALIGN}")
     _checks.check_shape(f"{name}.count", count, (2,), "[open, extent]")
-    for part, value in (("z", z), ("index", index), ("count", count)):
-        _checks.check_device(f"{name}.{part}", value, device, "the tensor it gates")
 
 
 def check_dist(dist: Any) -> None:
@@ -136,7 +142,7 @@ def check_dist(dist: Any) -> None:
 
 
 def check_not_nan(name: str, log_alpha: Tensor) -> None:
-    """ValueError if a CPU tensor holds a NaN. On a device it would cost a sync: there the NaN shows up in z."""
+    """ValueError if a CPU tensor holds a NaN. On a GPU that would cost a sync: there the NaN shows in z."""
     if log_alpha.device.type == "cpu" and not torch.compiler.is_compiling() and torch.isnan(log_alpha).any():
         raise ValueError(f"{name} must not hold NaN, got {int(torch.isnan(log_alpha).sum())} NaN value(s)")
 
@@ -159,7 +165,7 @@ def compact(z: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def draw_seed(device: torch.device, generator: torch.Generator | None = None) -> Tensor:
-    """A fresh seed, (1,) int64 in [0, 2**63 - 1), from torch's default generator of ``device`` or from ``generator``.
+    """A fresh seed, (1,) int64 in [0, 2**63 - 1), from ``generator`` or else torch's default one.
 
     Raises:
         ValueError: the generator belongs to another device.
@@ -203,7 +209,7 @@ def eval_z(log_alpha: Tensor, mode: str, dist: HardConcrete) -> Tensor:
         return (s * (dist.zeta - dist.gamma) + dist.gamma).clamp(0, 1)
     flat = log_alpha.flatten()
     n_closed = torch.round(flat.numel() - dist.p_open(flat).sum(dtype=torch.float64))
-    # Ordered by log_alpha, not by its sigmoid: the ties are then those of the parameter, whatever exp rounds to.
+    # By log_alpha, not by its sigmoid: the ties are then those of the parameter, however exp rounds.
     order = torch.argsort(flat, stable=True)
     place = torch.empty_like(order).scatter_(0, order, torch.arange(flat.numel(), device=flat.device))
     z = torch.sigmoid(_TOPK_SLOPE * flat / dist.beta)
@@ -262,12 +268,13 @@ def sample_gates(
 ) -> Gates | list[Gates]:
     """Draws hard-concrete gates (arXiv 1712.01312, equations 10 and 11).
 
-    ``z = clip(sigmoid((log u - log(1 - u) + log_alpha) / beta) * (zeta - gamma) + gamma, 0, 1)``, u from Philox4x32-10
-    keyed by the seed, counted by (gate index, stream, rank). The gradient reaches log_alpha where 0 < z < 1 only.
+    ``z = clip(sigmoid((log u - log(1 - u) + log_alpha) / beta) * (zeta - gamma) + gamma, 0, 1)``, u from
+    Philox4x32-10 keyed by the seed, counted by (gate index, stream, rank). The gradient reaches log_alpha
+    where 0 < z < 1 only.
 
     Args:
         log_alpha: (G,) float32 or float64, or a sequence of such; its position in the sequence is its stream.
-        seed: (1,) int64 on the device of log_alpha; the same seed gives the same gates, anywhere. None draws one.
+        seed: (1,) int64 on the device of log_alpha; one seed, one result, anywhere. None draws a seed.
         generator: where a missing seed is drawn from; None is torch's default generator.
         rank: in [0, 2**32): processes with different ranks draw different gates from one seed.
         dist: the distribution's constants.
@@ -277,7 +284,7 @@ def sample_gates(
 
     Raises:
         TypeError: log_alpha is not float32 or float64, or seed is no int64 tensor.
-        ValueError: a wrong shape, device or rank, both seed and generator, or a NaN in a log_alpha on the CPU.
+        ValueError: a wrong shape, device or rank, both seed and generator, or a NaN in log_alpha on the CPU.
     """
     log_alphas = [log_alpha] if isinstance(log_alpha, Tensor) else list(log_alpha)
     _check_sampling(log_alphas, seed, generator, rank, dist)
@@ -300,16 +307,16 @@ def sample_gates_per_example(
     rank: int = 0,
     dist: HardConcrete = DEFAULT_DIST,
 ) -> Tensor:
-    """Draws one gate vector per example (AMLab's ``local_rep=True``): lower variance, but nothing can be skipped.
+    """Draws one gate vector per example (AMLab's ``local_rep=True``); such gates cannot skip anything.
 
-    Every unit is open for some example, so the products stay dense whatever the gates: multiply the layer's input by z
-    (or a convolution's output, as ``z[:, :, None, None]``) yourself. sample_gates, one vector for the minibatch, is what
-    makes training faster.
+    The gradients vary less, but every unit is open for some example, so the products stay dense whatever
+    the gates are: multiply the layer's input by z (or a convolution's output by ``z[:, :, None, None]``).
+    It is one vector for the whole minibatch, from sample_gates, that makes training faster.
 
     Args:
         log_alpha: (G,) float32 or float64.
         batch: the number of examples, >= 0.
-        seed, generator, rank, dist: as in sample_gates. The noise of example b, gate g has index ``b * G + g``.
+        seed, generator, rank, dist: as in sample_gates; example b, gate g has noise index ``b * G + g``.
 
     Returns:
         z (batch, G) in the dtype of log_alpha, differentiable in log_alpha where 0 < z < 1.
@@ -335,13 +342,13 @@ def eval_gates(log_alpha: Sequence[Tensor], mode: str = ..., *, dist: HardConcre
 def eval_gates(
     log_alpha: Tensor | Sequence[Tensor], mode: str = "paper", *, dist: HardConcrete = DEFAULT_DIST
 ) -> Gates | list[Gates]:
-    """Deterministic gates for evaluation. They carry no gradient.
+    """Deterministic gates for evaluation (arXiv 1712.01312, section 2.2, and others). They carry no gradient.
 
-    - ``"paper"``: ``clip(sigmoid(log_alpha) * (zeta - gamma) + gamma, 0, 1)`` (arXiv 1712.01312, equation 13).
-    - ``"median"``: ``clip(sigmoid(log_alpha / beta) * (zeta - gamma) + gamma, 0, 1)``, the gate of u = 1/2: zero exactly
-      where P(z = 0) >= 1/2.
-    - ``"topk"``: ``sigmoid(0.8 * log_alpha / beta)`` with the ``round(G - sum p_open)`` smallest set to 0, the lowest
-      index first among ties (flop, CoFi). Round is to even; the sum is taken in float64.
+    - ``"paper"``: ``clip(sigmoid(log_alpha) * (zeta - gamma) + gamma, 0, 1)`` (equation 13).
+    - ``"median"``: ``clip(sigmoid(log_alpha / beta) * (zeta - gamma) + gamma, 0, 1)``, the gate of u = 1/2:
+      zero exactly where P(z = 0) >= 1/2.
+    - ``"topk"``: ``sigmoid(0.8 * log_alpha / beta)`` with the ``round(G - sum p_open)`` smallest set to 0,
+      the lowest index first among ties (flop, CoFi). Round is to even; the sum is taken in float64.
 
     Args:
         log_alpha: (G,) float32 or float64, or a sequence of such.

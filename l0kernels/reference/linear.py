@@ -53,8 +53,9 @@ def gated_linear(
 ) -> Tensor:
     """Linear layer with gated inputs and outputs: ``y = z_out * ((x * z_in) W^T + b)``.
 
-    torch: ``F.linear(x * z_in, weight, bias) * z_out``. An output gate closes the unit together with its bias.
-    With ``out_support=g``: ``y = 1[z_g != 0] * ((x * z_in) W^T + b)``, unscaled; every consumer must be gated by g.
+    torch: ``F.linear(x * z_in, weight, bias) * z_out``. An output gate closes the unit together with its
+    bias. With ``out_support=g``: ``y = 1[z_g != 0] * ((x * z_in) W^T + b)``, unscaled; every consumer must
+    be gated by g.
 
     Args:
         x: (..., in) any float dtype.

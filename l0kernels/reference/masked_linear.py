@@ -69,9 +69,10 @@ def masked_linear(
     mode: str | None = None,
     dist: HardConcrete = DEFAULT_DIST,
 ) -> Tensor:
-    """Linear layer with a gate per weight or per block of weights: ``y = x (W * z)^T + b``. The bias is ungated.
+    """Linear layer with a gate per weight or per block of weights: ``y = x (W * z)^T + b``.
 
-    torch: ``F.linear(x, weight * z, bias)``. The noise's gate index is the row-major position in log_alpha, stream 0.
+    torch: ``F.linear(x, weight * z, bias)``. The bias is ungated. A gate's noise has its row-major position
+    in log_alpha for index, and stream 0. Single weights save memory, not time; blocks skip.
 
     Args:
         x: (..., in) any float dtype.
@@ -80,7 +81,7 @@ def masked_linear(
         log_alpha: float32 or float64; (out, in), or (ceil(out / b_out), ceil(in / b_in)) with blocks.
         block: (b_out, b_in), or None for a gate per weight; edge blocks are cropped.
         seed: (1,) int64 on the device of log_alpha; None draws one. Not used with a mode.
-        mode: None draws gates (training); "paper", "median" or "topk" takes that evaluation gate, without gradient.
+        mode: None draws gates (training); "paper", "median" or "topk" evaluates as eval_gates, no gradient.
         dist: the distribution's constants.
 
     Returns:

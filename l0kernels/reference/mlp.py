@@ -38,9 +38,9 @@ def check_mlp(
         if len(values) != len(weights):
             raise ValueError(f"{name} must hold one entry per weight, {len(weights)}, got {len(values)}")
     _checks.check_choice("activation", activation, ACTIVATIONS)
-    _checks.check_linear(x, weights[0], biases[0], "s[0]")
+    _checks.check_linear(x, weights[0], biases[0], "[0]")
     for i, (weight, bias, gate) in enumerate(zip(weights, biases, gates, strict=True)):
-        _checks.check_weight(weight, bias, f"s[{i}]")
+        _checks.check_weight(weight, bias, f"[{i}]")
         _checks.check_device(f"weights[{i}]", weight, x.device, "x")
         _checks.check_same_dtype(f"weights[{i}]", weight, "x", x)
         if i and weight.shape[1] != weights[i - 1].shape[0]:
@@ -76,7 +76,7 @@ def gated_mlp(
 
     Raises:
         TypeError: a wrong kind or dtype.
-        ValueError: sequences of unequal length, a wrong shape, number of gates or device, an unknown activation.
+        ValueError: unequal lengths, a wrong shape, number of gates or device, or an unknown activation.
     """
     check_mlp(x, weights, biases, gates, activation)
     act = ACTIVATIONS[activation]

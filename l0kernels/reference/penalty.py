@@ -1,4 +1,4 @@
-"""The expected L0 norm and the L2 norm coupled to it (arXiv 1712.01312, equations 9, 12 and appendix A)."""
+"""The expected L0 norm and the L2 norm coupled to it (arXiv 1712.01312, sections 2.2 to 2.4)."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ def check_l0_penalty(log_alphas: Sequence[Tensor], dist: HardConcrete) -> None:
         name = "log_alpha" if len(log_alphas) == 1 else f"log_alpha[{i}]"
         _checks.check_log_alpha(name, log_alpha)
         _checks.check_device(name, log_alpha, log_alphas[0].device, "log_alpha[0]")
+        check_not_nan(name, log_alpha)
     check_dist(dist)
 
 
@@ -39,7 +40,7 @@ def l0_penalty(
     lam: float | Sequence[float] = 1.0,
     dist: HardConcrete = DEFAULT_DIST,
 ) -> Tensor:
-    """Expected number of open parameters, weighted: ``sum_g lam * |g| * p_open_g`` (equations 9 and 12).
+    """Expected number of open parameters, weighted: ``sum_g lam * |g| * p_open_g`` (equation 12).
 
     Its gradient ``lam * |g| * p_open * (1 - p_open)`` is the only one that reaches a closed gate.
 
@@ -60,10 +61,8 @@ def l0_penalty(
     check_l0_penalty(log_alphas, dist)
     sizes = per_tensor("group_size", group_size, len(log_alphas))
     lams = per_tensor("lam", lam, len(log_alphas))
-    for values in log_alphas:
-        check_not_nan("log_alpha", values)
     terms = [w * n * dist.p_open(a).sum() for a, n, w in zip(log_alphas, sizes, lams, strict=True)]
-    return torch.stack(terms).sum() if len({t.dtype for t in terms}) == 1 else sum(terms[1:], terms[0])
+    return torch.stack(terms).sum()
 
 
 def l2_penalty(
@@ -75,10 +74,10 @@ def l2_penalty(
     groups: int = 1,
     dist: HardConcrete = DEFAULT_DIST,
 ) -> Tensor:
-    """L2 penalty of the open parameters: ``weight_decay / 2 * sum_oi p_o * p_i * theta_oi^2`` (appendix A).
+    """L2 penalty of the open parameters: ``weight_decay / 2 * sum_oi p_o * p_i * theta_oi^2`` (section 2.3).
 
-    p = P(z > 0); an absent side has p = 1. One gate vector on both sides of a depthwise convolution counts once: give it
-    as out_log_alpha alone.
+    p = P(z > 0); an absent side has p = 1. One gate vector on both sides of a depthwise convolution counts
+    once: give it as out_log_alpha alone.
 
     Args:
         weight: (out, in / groups, ...) with at least two dimensions, any float dtype.

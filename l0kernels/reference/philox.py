@@ -1,5 +1,5 @@
-"""Philox4x32-10, the counter-based generator behind every gate (Salmon et al., SC 2011, "Parallel random numbers: as
-easy as 1, 2, 3"; the Random123 library), in plain int64 tensor arithmetic."""
+"""Philox4x32-10, the counter-based generator behind every gate (Salmon et al., SC 2011, "Parallel random
+numbers: as easy as 1, 2, 3"; the Random123 library), in plain int64 tensor arithmetic."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ def philox4x32(
 def uniform(seed: Tensor, index: Tensor, *, stream: int = 0, rank: int = 0) -> Tensor:
     """Uniform noise of the gates: ``u = ((r >> 9) + 0.5) * 2**-23`` with r the first Philox word.
 
-    key = (seed low, seed high), counter = (index low, index high, stream, rank), in 32-bit words. Both u and 1 - u are
-    exact in float32 and never 0 or 1.
+    key = (seed low, seed high), counter = (index low, index high, stream, rank), in 32-bit words. Both u
+    and 1 - u are exact in float32 and never 0 or 1.
 
     Args:
         seed: (1,) int64, any value.
