@@ -21,13 +21,16 @@ HAS_EXTENSION = bool(list((ROOT / "l0kernels").glob("_C*.so")))
 needs_extension = pytest.mark.skipif(not HAS_EXTENSION, reason="no l0kernels._C: built without a compiler")
 
 
+def clean_environment():
+    return {k: v for k, v in os.environ.items() if not k.startswith(("L0KERNELS_", "PYTHON"))}
+
+
 def run_python(code, cwd, **environment):
     """stdout of `code` in a fresh interpreter, outside the repository; fails with its stderr."""
-    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("L0KERNELS_", "PYTHON"))}
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=cwd,
-        env={**inherited, **environment},
+        env={**clean_environment(), **environment},
         capture_output=True,
         text=True,
         timeout=300,
@@ -45,20 +48,11 @@ def built(tmp_path_factory):
         shutil.copy(ROOT / name, source / name)
     for name in FOLDERS:
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
-    # No compiler: the wheel must still build, and the test stays quick.
-    environment = {"CC": "no-such-compiler", "CXX": "no-such-compiler"}
 
     def backend(hook, cwd):
+        # Without a compiler the wheel must still build, and the test stays quick.
         code = f"import setuptools.build_meta as b; b.{hook}({str(dist)!r})"
-        subprocess.run(
-            [sys.executable, "-c", code],
-            cwd=cwd,
-            env={**os.environ, **environment},
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=True,
-        )
+        run_python(code, cwd, CC="no-such-compiler", CXX="no-such-compiler")
 
     backend("build_sdist", source)
     (sdist,) = dist.glob("*.tar.gz")
@@ -70,8 +64,8 @@ def built(tmp_path_factory):
     return sdist, wheel
 
 
-def names_in_git(folder, suffixes):
-    """Files of `folder` in the working tree, relative to the repository."""
+def sources(folder, suffixes):
+    """Files of `folder` with one of `suffixes`, relative to the repository."""
     return {
         str(path.relative_to(ROOT))
         for path in (ROOT / folder).rglob("*")
@@ -83,8 +77,8 @@ def test_sdist_has_every_source(built):
     sdist, _ = built
     with tarfile.open(sdist) as archive:
         names = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
-    wanted = names_in_git("csrc", {".h", ".cpp"}) | names_in_git("l0kernels", {".py"})
-    wanted |= names_in_git("triton_kernels", {".py"}) | {"LICENSE", "pyproject.toml", "setup.py"}
+    wanted = sources("csrc", {".h", ".cpp"}) | sources("l0kernels", {".py"})
+    wanted |= sources("triton_kernels", {".py"}) | {"LICENSE", "pyproject.toml", "setup.py"}
     assert wanted <= names, sorted(wanted - names)
     assert not [name for name in names if name.endswith((".so", ".pyc"))]
 
@@ -93,8 +87,8 @@ def test_wheel_has_every_module_and_maps_triton_kernels(built):
     _, wheel = built
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
-    modules = names_in_git("l0kernels", {".py"})
-    modules |= {f"l0kernels/{name}" for name in names_in_git("triton_kernels", {".py"})}
+    modules = sources("l0kernels", {".py"})
+    modules |= {f"l0kernels/{name}" for name in sources("triton_kernels", {".py"})}
     assert modules <= names, sorted(modules - names)
     assert "l0kernels/py.typed" in names
     top = {name.split("/")[0] for name in names}
