@@ -1,0 +1,29 @@
+"""How it is trained: layers that own gates, penalty and size of a model, export to plain torch."""
+
+from .counts import eval_flops, eval_l0, expected_flops, expected_l0, open_units
+from .export import ScatterOutputs, SelectInputs, export
+from .gate import GatedLayer, HardConcreteGate, gate_modules
+from .linear import L0Linear
+from .mlp import L0MLP
+from .penalty import clamp_after_step, clamp_gates_, gate_parameters, penalty, weight_parameters
+
+__all__ = [
+    "L0MLP",
+    "GatedLayer",
+    "HardConcreteGate",
+    "L0Linear",
+    "ScatterOutputs",
+    "SelectInputs",
+    "clamp_after_step",
+    "clamp_gates_",
+    "eval_flops",
+    "eval_l0",
+    "expected_flops",
+    "expected_l0",
+    "export",
+    "gate_modules",
+    "gate_parameters",
+    "open_units",
+    "penalty",
+    "weight_parameters",
+]

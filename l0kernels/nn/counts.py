@@ -1,0 +1,187 @@
+"""How many parameters and FLOPs a gated model has: expected over the draws, or under its evaluation gates."""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .chain import Product, flatten, is_container, is_product, link, union
+from .gate import HardConcreteGate, gate_modules
+from .linear import L0Linear
+from .mlp import L0MLP
+from .penalty import weight_parameters
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+Openness = Callable[[HardConcreteGate], Tensor]
+
+
+def open_units(model: nn.Module) -> list[int]:
+    """Open gates of each gate vector under its evaluation gate, in the order of :func:`gate_modules`."""
+    return [int(gate.eval_gates().count[0]) for gate in gate_modules(model)]
+
+
+def expected_l0(model: nn.Module) -> Tensor:
+    r"""E[parameters that are not closed]: (sum p_in)(sum p_out) + sum p_out for the bias, summed over layers.
+
+    p = P(z > 0) of a unit. In ``nn.Sequential`` and :class:`L0MLP`, p_out includes the input gates of the
+    next layer, and p_in the output gates of the layer before if what stands between maps 0 to 0 (ReLU does,
+    Sigmoid does not). Ungated ``nn.Linear`` layers count with their neighbours' gates, weight and block
+    gates on top of them, every other parameter in full, log_alpha not at all. Where a gate meets itself it
+    counts p, not p^2.
+
+    Returns:
+        A float64 scalar, differentiable in log_alpha (for a constraint on the size, say).
+    """
+    return _l0(model, _p_open)
+
+
+def eval_l0(model: nn.Module) -> int:
+    """The same count under the evaluation gates: the parameters that are not closed in ``model.eval()``."""
+    with torch.no_grad():
+        return round(_l0(model, _is_open).item())
+
+
+def expected_flops(model: nn.Module, input_shape: Sequence[int] | None = None) -> Tensor:
+    r"""E[FLOPs] of a forward: 2 (sum p_in)(sum p_out) + sum p_out for the bias, per row and linear layer.
+
+    The units are those of :func:`expected_l0`. Linear layers count (weight gates as if each could be
+    skipped), and so do ungated convolutions; activations, normalisations and attention products do not.
+
+    Args:
+        model: any module.
+        input_shape: of the whole input, the batch included: (1, 784) gives the FLOPs of one example. The
+            model is run on zeros of this shape, in eval mode, to see how many rows reach each layer. None:
+            one row for every linear layer, without a run.
+
+    Returns:
+        A float64 scalar, differentiable in log_alpha.
+
+    Raises:
+        ValueError: input_shape is None for a model with convolutions, whose FLOPs depend on it.
+    """
+    return _flops(model, input_shape, _p_open)
+
+
+def eval_flops(model: nn.Module, input_shape: Sequence[int] | None = None) -> int:
+    """The same count under the evaluation gates: what ``export(model)`` spends, weight gates apart."""
+    with torch.no_grad():
+        return round(_flops(model, input_shape, _is_open).item())
+
+
+def _p_open(gate: HardConcreteGate) -> Tensor:
+    return gate.dist.p_open(gate.log_alpha).double()
+
+
+def _is_open(gate: HardConcreteGate) -> Tensor:
+    return (gate.eval_gates().z != 0).double().reshape(gate.log_alpha.shape)
+
+
+def _l0(model: nn.Module, openness: Openness) -> Tensor:
+    products = _products(model)
+    counted = {part for layer in products for part in layer.modules()}
+    counts = [_count(product, openness) for product in products.values()]
+    rest = {
+        parameter: parameter.numel()
+        for module in model.modules()
+        if module not in counted and not isinstance(module, HardConcreteGate)
+        for parameter in module.parameters(recurse=False)
+    }
+    return _total([weights + biases for weights, biases in counts], sum(rest.values()))
+
+
+def _flops(model: nn.Module, input_shape: Sequence[int] | None, openness: Openness) -> Tensor:
+    products = _products(model)
+    rows, dense = _rows(model, input_shape)
+    counts = []
+    for layer, product in products.items():
+        weights, biases = _count(product, openness)
+        counts.append(rows[layer] * (2 * weights + biases))
+    return _total(counts, dense)
+
+
+def _products(model: nn.Module) -> dict[nn.Linear, Product]:
+    """Each linear layer once, with the gates around it where it is met first."""
+    found: dict[nn.Linear, Product] = {}
+    steps = flatten(model)
+    for product in link(steps):
+        found.setdefault(product.layer, product)
+    for module in steps:
+        if not is_product(module):
+            for child in module.children():
+                found = _products(child) | found
+    return found
+
+
+def _count(product: Product, openness: Openness) -> tuple[Tensor, Tensor]:
+    """Open weights and open biases of one layer."""
+    layer = product.layer
+    cols = _units(product.in_gates, layer, layer.in_features, openness)
+    rows = _units(product.out_gates, layer, layer.out_features, openness)
+    own = None
+    if isinstance(layer, L0Linear) and layer.weight_gate is not None:
+        own = layer.spread(openness(layer.weight_gate))
+    weights = rows.sum() * cols.sum() if own is None else rows @ own @ cols
+    if not set(product.in_gates).isdisjoint(product.out_gates):
+        gates = union(product.in_gates, product.out_gates)
+        meeting = _units(gates, layer, layer.in_features, openness) - rows * cols
+        weights = weights + (meeting if own is None else meeting * own.diagonal()).sum()
+    return weights, rows.sum() * (layer.bias is not None)
+
+
+def _units(gates: Sequence[HardConcreteGate], layer: nn.Linear, n: int, openness: Openness) -> Tensor:
+    """(n,) float64: how open each unit is that all of `gates` close."""
+    units = torch.ones(n, dtype=torch.float64, device=layer.weight.device)
+    for gate in gates:
+        units = units * openness(gate)
+    return units
+
+
+def _total(counts: Sequence[Tensor], rest: int) -> Tensor:
+    device = counts[0].device if counts else None
+    return sum(counts, torch.tensor(float(rest), dtype=torch.float64, device=device))
+
+
+def _rows(model: nn.Module, input_shape: Sequence[int] | None) -> tuple[Counter[nn.Module], int]:
+    """How many rows reach each linear layer, and the FLOPs of the convolutions."""
+    rows: Counter[nn.Module] = Counter()
+    modules = list(model.modules())
+    linears = [module for module in modules if is_product(module)]
+    convolutions = [module for module in modules if isinstance(module, CONVOLUTIONS)]
+    if input_shape is None:
+        if convolutions:
+            raise ValueError(f"input_shape must be given for a model with convolutions: {convolutions[0]}")
+        rows.update(linears)
+    if input_shape is None or not (linears or convolutions):
+        return rows, 0
+
+    dense = 0
+
+    def see_linear(layer: Any, _: Any, y: Tensor) -> None:
+        rows[layer] += y.numel() // layer.out_features
+
+    def see_mlp(mlp: Any, _: Any, y: Tensor) -> None:
+        for layer in mlp.layers:
+            rows[layer] += y.numel() // y.shape[-1]
+
+    def see_convolution(layer: Any, _: Any, y: Tensor) -> None:
+        nonlocal dense
+        dense += y.numel() * (2 * layer.weight[0].numel() + (layer.bias is not None))
+
+    mlps = [module for module in modules if isinstance(module, L0MLP) and is_container(module)]
+    hooks = [module.register_forward_hook(see_linear) for module in linears]
+    hooks += [module.register_forward_hook(see_mlp) for module in mlps]
+    hooks += [module.register_forward_hook(see_convolution) for module in convolutions]
+    modes = [module.training for module in modules]
+    like = weight_parameters(model)[0]
+    try:
+        model.eval()
+        with torch.no_grad():
+            model(torch.zeros(tuple(input_shape), dtype=like.dtype, device=like.device))
+    finally:
+        for module, training in zip(modules, modes, strict=True):
+            module.training = training
+        for hook in hooks:
+            hook.remove()
+    return rows, dense

@@ -1,0 +1,152 @@
+"""The module that owns log_alpha: draws while training, gives the evaluation gate otherwise."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..gates import Gates, HardConcrete, eval_gates, sample_gates
+
+EVAL_MODES = ("paper", "median", "topk")
+DEFAULT_DIST = HardConcrete()
+
+
+class HardConcreteGate(nn.Module):
+    r"""A vector of hard-concrete gates (Louizos, Welling, Kingma, ICLR 2018, eq. 10-13).
+
+    ``gate()`` draws in ``train()`` and returns the evaluation gate in ``eval()``. Every call in ``train()``
+    draws anew, so layers that share a gate must be handed one draw::
+
+        gates = shared()
+        y = second(first(x, out_gates=gates), in_gates=gates)
+
+    log_alpha stays fp32 under ``.half()`` and ``.to(torch.bfloat16)``, whose rounding would swallow its
+    updates; ``.double()`` is obeyed.
+
+    Args:
+        n: number of gates, or a shape (weight and block gates keep log_alpha in the shape of what they gate).
+        droprate_init: d in (0, 1); log_alpha ~ N(log(1 - d) - log d, 0.01). It is *not* P(z = 0), which is
+            .168 at .5.
+        lam: weight of these gates in :func:`penalty`, >= 0; a plain attribute, so a schedule may assign it.
+        eval_mode: "paper", "median" or "topk", see :func:`l0kernels.eval_gates`.
+        dist: the constants of the distribution.
+        device, dtype: of log_alpha; a dtype below fp32 means fp32.
+
+    Raises:
+        ValueError: an argument out of its range.
+        TypeError: n is not an int or a sequence of ints.
+    """
+
+    n: int
+
+    def __init__(
+        self,
+        n: int | Sequence[int],
+        *,
+        droprate_init: float = 0.5,
+        lam: float = 1.0,
+        eval_mode: str = "paper",
+        dist: HardConcrete = DEFAULT_DIST,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        shape = tuple(n) if isinstance(n, Sequence) else (n,)
+        if not shape or not all(isinstance(size, int) for size in shape):
+            raise TypeError(f"n must be an int or a sequence of ints, got {n!r}")
+        if min(shape) < 1:
+            raise ValueError(f"n must be positive, got {n!r}")
+        if not 0 < droprate_init < 1:
+            raise ValueError(f"droprate_init must lie in (0, 1), got {droprate_init!r}")
+        if not 0 <= lam < math.inf:
+            raise ValueError(f"lam must be finite and >= 0, got {lam!r}")
+        if eval_mode not in EVAL_MODES:
+            raise ValueError(f"eval_mode must be one of {EVAL_MODES}, got {eval_mode!r}")
+        self.n = math.prod(shape)
+        self.droprate_init = droprate_init
+        self.lam = lam
+        self.eval_mode = eval_mode
+        self.dist = dist
+        dtype = torch.get_default_dtype() if dtype is None else dtype
+        self.log_alpha = nn.Parameter(torch.empty(shape, device=device, dtype=_gate_dtype(dtype)))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """log_alpha ~ N(log(1 - d) - log d, 0.01)."""
+        nn.init.normal_(self.log_alpha, math.log(1 - self.droprate_init) - math.log(self.droprate_init), 0.01)
+
+    def forward(self) -> Gates:
+        """Gates with z of shape (n,): drawn with the gradient to log_alpha in train(), detached in eval()."""
+        if self.training:
+            return sample_gates(self.log_alpha.flatten(), dist=self.dist)
+        return self.eval_gates()
+
+    def eval_gates(self) -> Gates:
+        """The evaluation gate, whatever the mode of the module; detached."""
+        return eval_gates(self.log_alpha.flatten(), self.eval_mode, dist=self.dist)
+
+    def extra_repr(self) -> str:
+        shape = tuple(self.log_alpha.shape)
+        dist = "" if self.dist == DEFAULT_DIST else f", dist={self.dist}"
+        return (
+            f"{shape[0] if len(shape) == 1 else shape}, droprate_init={self.droprate_init}, lam={self.lam}, "
+            f"eval_mode={self.eval_mode!r}{dist}"
+        )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "HardConcreteGate":
+        def keep_precision(tensor: Tensor) -> Tensor:
+            applied = fn(tensor)
+            if applied.dtype == _gate_dtype(applied.dtype):
+                return applied
+            return tensor.to(applied.device, torch.float32)  # from the source: `applied` is rounded already
+
+        super()._apply(keep_precision, recurse)
+        return self
+
+
+class GatedLayer:
+    """Mixin of the layers that own gates: what :func:`penalty` asks of them."""
+
+    def gate_groups(self) -> Iterator[tuple[HardConcreteGate, Tensor, int]]:
+        """(gate, log_alpha or a part of it, |g|: the parameters that one gate of that part closes)."""
+        raise NotImplementedError
+
+    def l2_penalty(self, weight_decay: float) -> Tensor:
+        """weight_decay/2 * sum over the gated parameters of P(open) * theta^2."""
+        raise NotImplementedError
+
+
+def draw(gates: Sequence[HardConcreteGate | None]) -> list[Gates | None]:
+    """Draws each distinct gate once, those in train() in one `sample_gates` call (one per distribution).
+
+    Args:
+        gates: None stands for "ungated" and stays None. The stream of a gate is its position among the
+            gates drawn with it.
+
+    Returns:
+        The drawn gates and, of those in eval(), the evaluation gates.
+    """
+    pending = list(dict.fromkeys([gate for gate in gates if gate is not None]))
+    drawn: dict[HardConcreteGate, Gates] = {}
+    while pending:
+        first = pending[0]
+        if first.training:
+            group = [gate for gate in pending if gate.training and gate.dist == first.dist]
+            samples = sample_gates([gate.log_alpha for gate in group], dist=first.dist)
+        else:
+            group, samples = [first], [first.eval_gates()]
+        if len(group) == len(gates):
+            return [*samples]
+        drawn.update(zip(group, samples, strict=True))
+        pending = [gate for gate in pending if gate not in drawn]
+    return [None if gate is None else drawn[gate] for gate in gates]
+
+
+def gate_modules(model: nn.Module) -> list[HardConcreteGate]:
+    """Every gate of the model once, in the order of ``model.modules()``."""
+    return [module for module in model.modules() if isinstance(module, HardConcreteGate)]
+
+
+def _gate_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32

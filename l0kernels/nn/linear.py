@@ -1,0 +1,292 @@
+"""nn.Linear with gates on its inputs, its outputs, or its weights."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..gates import Gates, HardConcrete
+from ..linear import gated_linear, l0_linear
+from ..masked_linear import masked_linear
+from ..penalty import l2_penalty
+from .gate import DEFAULT_DIST, GatedLayer, HardConcreteGate, draw
+
+Gating = str | tuple[int, int] | None
+
+
+class L0Linear(GatedLayer, nn.Linear):
+    r"""``torch.nn.Linear`` with hard-concrete gates whose closed groups are skipped.
+
+    =================  ==========================================  =======================================
+    ``gate``           y                                           log_alpha
+    =================  ==========================================  =======================================
+    "in"               (x * z_in) W^T + b                          in_gate.log_alpha (in_features,)
+    "out"              z_out * (x W^T + b)                         out_gate.log_alpha (out_features,)
+    "both"             z_out * ((x * z_in) W^T + b)                both
+    "weight"           x (W * z)^T + b                             weight_gate.log_alpha, shaped as weight
+    (b_out, b_in)      the same, z constant on blocks of weight    weight_gate.log_alpha (ceil(out / b_out),
+                                                                   ceil(in / b_in)), edge blocks cropped
+    None               x W^T + b                                   none: the dense layer
+    =================  ==========================================  =======================================
+
+    Weight gates save memory, not time; block gates skip. One draw serves the whole minibatch. Positional
+    arguments, weight, bias and their initialisation are those of ``torch.nn.Linear``; its state_dict loads
+    with ``strict=False``, and :meth:`from_dense` copies a trained layer.
+
+    Args:
+        in_features, out_features, bias, device, dtype: as in ``torch.nn.Linear``.
+        gate: what is gated, see the table.
+        in_gate, out_gate: a gate to use on that side instead of an own one, e.g. one shared with another
+            layer (which then has to be drawn once and passed to both forwards, see
+            :class:`HardConcreteGate`).
+        droprate_init, lam, eval_mode, dist: of the layer's own gates, see :class:`HardConcreteGate`.
+
+    Raises:
+        ValueError: an unknown `gate`, a given gate of another size, of another distribution than that of
+            the other side, or for a side that is not gated.
+        TypeError: in_gate or out_gate is not a HardConcreteGate.
+    """
+
+    in_gate: HardConcreteGate | None
+    out_gate: HardConcreteGate | None
+    weight_gate: HardConcreteGate | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        gate: Gating = "in",
+        in_gate: HardConcreteGate | None = None,
+        out_gate: HardConcreteGate | None = None,
+        droprate_init: float = 0.5,
+        lam: float = 1.0,
+        eval_mode: str = "paper",
+        dist: HardConcrete = DEFAULT_DIST,
+    ) -> None:
+        gate = _check_gating(gate)
+        super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
+
+        def own(shape: int | tuple[int, ...]) -> HardConcreteGate:
+            return HardConcreteGate(
+                shape,
+                droprate_init=droprate_init,
+                lam=lam,
+                eval_mode=eval_mode,
+                dist=dist,
+                device=device,
+                dtype=dtype,
+            )
+
+        self.gate = gate
+        # Where there is no gate stands a plain None: found without __getattr__, and not printed.
+        self.in_gate = self.out_gate = self.weight_gate = None
+        if _check_given("in_gate", in_gate, in_features, gate, ("in", "both")):
+            self.in_gate = own(in_features) if in_gate is None else in_gate
+        if _check_given("out_gate", out_gate, out_features, gate, ("out", "both")):
+            self.out_gate = own(out_features) if out_gate is None else out_gate
+        if gate == "weight":
+            self.weight_gate = own((out_features, in_features))
+        elif isinstance(gate, tuple):
+            self.weight_gate = own((-(-out_features // gate[0]), -(-in_features // gate[1])))
+        if self.in_gate is not None and self.out_gate is not None and self.in_gate.dist != self.out_gate.dist:
+            dists = f"{self.in_gate.dist}, got {self.out_gate.dist}"
+            raise ValueError(f"out_gate must have the distribution of in_gate, {dists}")
+
+    @classmethod
+    def from_dense(cls, linear: nn.Linear, **options: Any) -> "L0Linear":
+        """A gated layer with a copy of `linear`'s weight and bias, on its device, in its dtype and mode.
+
+        Args:
+            linear: any ``torch.nn.Linear``.
+            **options: the keyword-only arguments of :class:`L0Linear`.
+
+        Raises:
+            TypeError: `linear` is not a ``torch.nn.Linear``.
+        """
+        if not isinstance(linear, nn.Linear):
+            raise TypeError(f"linear must be a torch.nn.Linear, got {type(linear).__name__}")
+        weight, bias = linear.weight, linear.bias
+        layer = cls(
+            linear.in_features,
+            linear.out_features,
+            bias is not None,
+            device=weight.device,
+            dtype=weight.dtype,
+            **options,
+        )
+        copy_linear_(layer, linear)
+        return layer.train(linear.training)
+
+    @property
+    def block(self) -> tuple[int, int] | None:
+        """(b_out, b_in) of a block-gated layer."""
+        return self.gate if isinstance(self.gate, tuple) else None
+
+    def forward(self, x: Tensor, in_gates: Gates | None = None, out_gates: Gates | None = None) -> Tensor:
+        """The gated product.
+
+        Args:
+            x: (..., in_features).
+            in_gates, out_gates: gates drawn beforehand, used instead of the layer's own; a side without a
+                gate takes them too.
+
+        Returns:
+            (..., out_features).
+
+        Raises:
+            ValueError: gates are given to a layer with weight or block gates.
+        """
+        if self.weight_gate is not None:
+            return self._weight_gated(x, in_gates, out_gates)
+        in_gate, out_gate = self.in_gate, self.out_gate
+        gate = in_gate or out_gate
+        if gate is not None and in_gates is None and out_gates is None and _fusible(in_gate, out_gate):
+            return l0_linear(
+                x,
+                self.weight,
+                self.bias,
+                in_log_alpha=None if in_gate is None else in_gate.log_alpha,
+                out_log_alpha=None if out_gate is None else out_gate.log_alpha,
+                dist=gate.dist,
+            )
+        own_in, own_out = draw(
+            (in_gate if in_gates is None else None, out_gate if out_gates is None else None)
+        )
+        return gated_linear(
+            x,
+            self.weight,
+            self.bias,
+            in_gates=own_in if in_gates is None else in_gates,
+            out_gates=own_out if out_gates is None else out_gates,
+        )
+
+    def _weight_gated(self, x: Tensor, in_gates: Gates | None, out_gates: Gates | None) -> Tensor:
+        gate = self.weight_gate
+        assert gate is not None
+        if in_gates is not None or out_gates is not None:
+            raise ValueError(f"in_gates and out_gates must be None with gate={self.gate!r}, got gates")
+        mode = None if gate.training else gate.eval_mode
+        return masked_linear(
+            x, self.weight, self.bias, gate.log_alpha, block=self.block, mode=mode, dist=gate.dist
+        )
+
+    def gate_groups(self) -> Iterator[tuple[HardConcreteGate, Tensor, int]]:
+        """|g| = out_features (input gate), in_features + 1 for a bias (output gate), or the block's area."""
+        in_gate, out_gate, weight_gate = self.in_gate, self.out_gate, self.weight_gate
+        if in_gate is not None:
+            yield in_gate, in_gate.log_alpha, self.out_features
+        if out_gate is not None:
+            yield out_gate, out_gate.log_alpha, self.in_features + (self.bias is not None)
+        if weight_gate is not None:
+            for log_alpha, area in self._blocks(weight_gate.log_alpha):
+                yield weight_gate, log_alpha, area
+
+    def l2_penalty(self, weight_decay: float) -> Tensor:
+        """The L2 term of :func:`penalty`; the bias takes part if an output gate closes it."""
+        if self.weight_gate is not None:
+            p_open = self.spread(self.weight_gate.dist.p_open(self.weight_gate.log_alpha))
+            return weight_decay / 2 * (p_open * _squares(self.weight)).sum()
+        gate = self.in_gate or self.out_gate
+        if gate is None:
+            return self.weight.new_zeros(())
+        out_log_alpha = None if self.out_gate is None else self.out_gate.log_alpha
+        total = l2_penalty(
+            self.weight,
+            weight_decay,
+            in_log_alpha=None if self.in_gate is None else self.in_gate.log_alpha,
+            out_log_alpha=out_log_alpha,
+            dist=gate.dist,
+        )
+        if self.in_gate is self.out_gate:
+            p_open = gate.dist.p_open(gate.log_alpha)  # p, not p^2, where a gate meets itself
+            total = total + weight_decay / 2 * ((p_open - p_open**2) * _squares(self.weight.diagonal())).sum()
+        if out_log_alpha is not None and self.bias is not None:
+            bias = self.bias[:, None]
+            total = total + l2_penalty(bias, weight_decay, out_log_alpha=out_log_alpha, dist=gate.dist)
+        return total
+
+    def _blocks(self, log_alpha: Tensor) -> Iterator[tuple[Tensor, int]]:
+        """log_alpha split by the area of its blocks: those at the lower and right edge may be cropped."""
+        b_out, b_in = self.block or (1, 1)
+        (rows, last_row), (cols, last_col) = divmod(self.out_features, b_out), divmod(self.in_features, b_in)
+        if not last_row and not last_col:
+            yield log_alpha, b_out * b_in
+            return
+        for row_slice, height in ((slice(rows), b_out), (slice(rows, None), last_row)):
+            for col_slice, width in ((slice(cols), b_in), (slice(cols, None), last_col)):
+                part = log_alpha[row_slice, col_slice]
+                if part.numel():
+                    yield part, height * width
+
+    def spread(self, z: Tensor) -> Tensor:
+        """One value per weight gate, in log_alpha's order, spread to the shape of weight."""
+        assert self.weight_gate is not None
+        z = z.reshape(self.weight_gate.log_alpha.shape)
+        if self.block is None:
+            return z
+        b_out, b_in = self.block
+        z = z.repeat_interleave(b_out, 0).repeat_interleave(b_in, 1)
+        return z[: self.out_features, : self.in_features]
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, gate={self.gate!r}"
+
+
+def copy_linear_(target: nn.Linear, source: nn.Linear) -> None:
+    """Weight, bias and their requires_grad."""
+    with torch.no_grad():
+        for name in ("weight", "bias"):
+            to, of = getattr(target, name), getattr(source, name)
+            if to is not None:
+                to.copy_(of)
+                to.requires_grad_(of.requires_grad)
+
+
+def _squares(parameter: Tensor) -> Tensor:
+    return parameter.to(torch.promote_types(parameter.dtype, torch.float32)).square()
+
+
+def _fusible(in_gate: HardConcreteGate | None, out_gate: HardConcreteGate | None) -> bool:
+    """Whether each gate there is draws, and draws once."""
+    return (
+        in_gate is not out_gate
+        and (in_gate is None or in_gate.training)
+        and (out_gate is None or out_gate.training)
+    )
+
+
+def _check_given(
+    name: str, given: HardConcreteGate | None, size: int, gate: Gating, gated: tuple[str, ...]
+) -> bool:
+    """Whether that side is gated; `given` must then be a vector of `size` gates or None, otherwise None."""
+    if gate not in gated:
+        if given is not None:
+            raise ValueError(
+                f"{name} must be None with gate={gate!r}, which leaves that side ungated, got a gate"
+            )
+        return False
+    if given is not None:
+        if not isinstance(given, HardConcreteGate):
+            raise TypeError(f"{name} must be a HardConcreteGate, got {type(given).__name__}")
+        if given.log_alpha.shape != (size,):
+            shape = tuple(given.log_alpha.shape)
+            raise ValueError(f"{name} must have log_alpha of shape ({size},), got {shape}")
+    return True
+
+
+def _check_gating(gate: Gating) -> Gating:
+    if gate is None or gate in ("in", "out", "both", "weight"):
+        return gate
+    if (
+        isinstance(gate, tuple | list)
+        and len(gate) == 2
+        and all(isinstance(size, int) and not isinstance(size, bool) and size > 0 for size in gate)
+    ):
+        return (gate[0], gate[1])
+    expected = "'in', 'out', 'both', 'weight', a block (b_out, b_in) of positive ints, or None"
+    raise ValueError(f"gate must be {expected}, got {gate!r}")

@@ -1,0 +1,139 @@
+"""The penalty of a whole model, the clamp of its gates, and its parameters in optimiser groups."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from ..gates import HardConcrete
+from ..penalty import l0_penalty
+from .gate import GatedLayer, HardConcreteGate, gate_modules
+
+LIMIT = math.log(100)
+
+
+def penalty(model: nn.Module, *, weight_decay: float = 0.0) -> Tensor:
+    r"""sum over the gates g of the model: p_open_g * ( lam_g |g| + weight_decay/2 * ||theta_g||^2 ).
+
+    |g| is the number of parameters that the gate closes: out_features for an input gate, in_features (+ 1
+    with a bias) for an output gate, the area of a block, 1 for a weight. A shared gate counts the groups of
+    all its layers; a gate that no layer owns counts |g| = 1. Between an input and an output gate the second
+    term is weight_decay/2 * sum_oi p_o p_i theta_oi^2. Ungated parameters, and the bias of a layer without
+    output gates, are left to the optimiser. Add ``penalty(model) / N`` to a mean loss, N the size of the
+    training set (Louizos, Welling, Kingma, ICLR 2018, eq. 9, 12 and appendix A).
+
+    Args:
+        model: any module with gates in it.
+        weight_decay: the L2 coefficient, >= 0.
+
+    Returns:
+        A differentiable scalar in the dtype of the gates.
+
+    Raises:
+        ValueError: no gate in the model, or weight_decay out of range.
+    """
+    if not 0 <= weight_decay < math.inf:
+        raise ValueError(f"weight_decay must be finite and >= 0, got {weight_decay!r}")
+    # The walk takes a microsecond per module; a cache of it could not see a module replaced.
+    layers: list[GatedLayer] = []
+    gates: list[HardConcreteGate] = []
+    for module in model.modules():
+        if isinstance(module, HardConcreteGate):
+            gates.append(module)
+        elif isinstance(module, GatedLayer):
+            layers.append(module)
+    if not gates:
+        raise ValueError(f"model must contain gates, got a {type(model).__name__} without any")
+    groups = [group for layer in layers for group in layer.gate_groups()]
+    owned = {gate for gate, _, _ in groups}
+    groups += [(gate, gate.log_alpha, 1) for gate in gates if gate not in owned]
+
+    total = _l0(groups, groups[0][0].dist)
+    if weight_decay:
+        for layer in layers:
+            total = total + layer.l2_penalty(weight_decay)
+    return total
+
+
+def _l0(groups: list[tuple[HardConcreteGate, Tensor, int]], dist: HardConcrete) -> Tensor:
+    """One `l0_penalty` call, and one more for each further distribution."""
+    own = [group for group in groups if group[0].dist is dist or group[0].dist == dist]
+    total = l0_penalty(
+        [log_alpha for _, log_alpha, _ in own],
+        [size for _, _, size in own],
+        lam=[gate.lam for gate, _, _ in own],
+        dist=dist,
+    )
+    if len(own) == len(groups):
+        return total
+    others = [group for group in groups if group[0].dist != dist]
+    return total + _l0(others, others[0][0].dist)
+
+
+def clamp_gates_(model: nn.Module, limit: float = LIMIT) -> None:
+    """Clamps every log_alpha of the model to [-limit, limit], in place.
+
+    Beyond +-log(100) a gate hardly changes, but takes long to come back: P(z > 0) is .047 at the lower end.
+
+    Args:
+        model: any module.
+        limit: > 0.
+
+    Raises:
+        ValueError: limit is not positive.
+    """
+    _check_limit(limit)
+    _clamp(gate_modules(model), limit)
+
+
+def clamp_after_step(
+    optimizer: torch.optim.Optimizer, model: nn.Module, limit: float = LIMIT
+) -> RemovableHandle:
+    """Has `optimizer` clamp the gates that the model has now, as :func:`clamp_gates_`, after each step.
+
+    Optimisers neither copy nor save hooks: after ``deepcopy`` or unpickling, register again.
+
+    Args:
+        optimizer: any ``torch.optim.Optimizer``.
+        model: the model whose gates it trains.
+        limit: see :func:`clamp_gates_`.
+
+    Returns:
+        The handle; its ``remove()`` ends the clamping.
+
+    Raises:
+        ValueError: no gate in the model, or limit is not positive.
+    """
+    gates = gate_modules(model)
+    if not gates:
+        raise ValueError(f"model must contain gates, got a {type(model).__name__} without any")
+    _check_limit(limit)
+
+    def clamp(*_: Any) -> None:
+        _clamp(gates, limit)
+
+    return optimizer.register_step_post_hook(clamp)
+
+
+def gate_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The log_alpha of every gate, once each: an optimiser group of their own, without weight decay."""
+    return [gate.log_alpha for gate in gate_modules(model)]
+
+
+def weight_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Every parameter of the model that is no log_alpha, once each."""
+    gates = {id(log_alpha) for log_alpha in gate_parameters(model)}
+    return [parameter for parameter in model.parameters() if id(parameter) not in gates]
+
+
+def _check_limit(limit: float) -> None:
+    if not limit > 0:
+        raise ValueError(f"limit must be > 0, got {limit!r}")
+
+
+def _clamp(gates: list[HardConcreteGate], limit: float) -> None:
+    with torch.no_grad():
+        for gate in gates:
+            gate.log_alpha.clamp_(-limit, limit)
