@@ -445,6 +445,7 @@ META = torch.device("meta")
         ((torch.zeros(2, 6), W), {}, ValueError, r"x must have shape \(\.\.\., 5\).*got \(2, 6\)"),
         ((torch.tensor(1.0), W), {}, ValueError, r"x must have shape \(\.\.\., 5\).*got \(\)"),
         ((X.double(), W), {}, TypeError, "x must have the dtype of weight, torch.float32, got torch.float64"),
+        ((X.to(META), W.to(META).double()), {}, TypeError, "x must have the dtype of weight"),
         ((X.to(META), W), {}, ValueError, "x must be on cpu, the device of weight, got meta"),
         ((X, B), {}, ValueError, r"weight must have shape \(out, in\), got \(4,\)"),
         ((X, W, torch.zeros(5)), {}, ValueError, r"bias must have shape \(4,\).*got \(5,\)"),

@@ -40,7 +40,10 @@ def check_device(name: str, value: Tensor, device: torch.device, other: str) -> 
 
 def check_same_dtype(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
     """TypeError unless both tensors share a dtype or autocast is there to reconcile them."""
-    if value.dtype != other.dtype and not torch.is_autocast_enabled(value.device.type):
+    if value.dtype == other.dtype:
+        return
+    kind = value.device.type
+    if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
         raise TypeError(f"{name} must have the dtype of {other_name}, {other.dtype}, got {value.dtype}")
 
 

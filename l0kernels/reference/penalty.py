@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -113,10 +114,9 @@ def l2_penalty(
             check_not_nan(name, log_alpha)
     check_dist(dist)
 
+    n_out, n_in, *kernel = weight.shape
     squares = weight.to(torch.promote_types(weight.dtype, torch.float32)).square()
-    squares = squares.reshape(groups, weight.shape[0] // groups, weight.shape[1], -1).sum(
-        -1
-    )  # (groups, out/g, in/g)
+    squares = squares.reshape(groups, n_out // groups, n_in, math.prod(kernel)).sum(-1)
     if in_log_alpha is not None:
         squares = squares * dist.p_open(in_log_alpha).reshape(groups, 1, -1)
     if out_log_alpha is not None:
