@@ -1,0 +1,59 @@
+#include "gates.h"
+
+#include <cstring>
+
+#include "hard_concrete.h"
+
+namespace l0 {
+
+template <typename T>
+void compact(const T* z, int64_t size, int32_t* index, int32_t* count) {
+  int64_t open = 0;
+  for (int64_t i = 0; i < size; ++i) open += z[i] != T(0);
+  int64_t at[2] = {open, 0};  // next place of a closed, of an open gate
+  for (int64_t i = 0; i < size; ++i) index[at[z[i] != T(0)]++] = int32_t(i);
+  const int64_t padded = (size + kAlign - 1) / kAlign * kAlign;
+  std::memset(index + size, 0, sizeof(int32_t) * (padded - size));
+  count[0] = int32_t(open);
+  count[1] = int32_t((open + kAlign - 1) / kAlign * kAlign);
+}
+
+template <typename T>
+bool any_nan(const T* x, int64_t n) {
+  bool nan = false;
+  for (int64_t i = 0; i < n; ++i) nan |= x[i] != x[i];
+  return nan;
+}
+
+template <typename T>
+void gate_grad(const T* dz, const T* z, T* dlog_alpha, int64_t n, T beta, T gamma, T zeta) {
+  for (int64_t i = 0; i < n; ++i) dlog_alpha[i] = z[i] > T(0) && z[i] < T(1) ? dz[i] * hard_concrete_grad(z[i], beta, gamma, zeta) : T(0);
+}
+
+template <typename T>
+double penalty(const T* log_alpha, int64_t n, double weight, T shift, T* grad) {
+  double total = 0.0;
+  const T w = T(weight);
+  for (int64_t i0 = 0; i0 < n; i0 += 256) {
+    T sum[256];
+    const int m = int(n - i0 < 256 ? n - i0 : 256);
+#pragma omp simd
+    for (int i = 0; i < m; ++i) {
+      const T p = p_open(log_alpha[i0 + i], shift);
+      sum[i] = p;
+      grad[i0 + i] = w * p * (T(1) - p);
+    }
+    for (int i = 0; i < m; ++i) total += double(sum[i]);
+  }
+  return total * weight;
+}
+
+#define L0_INSTANTIATE(T)                                           \
+  template void compact<T>(const T*, int64_t, int32_t*, int32_t*);  \
+  template bool any_nan<T>(const T*, int64_t);                      \
+  template void gate_grad<T>(const T*, const T*, T*, int64_t, T, T, T); \
+  template double penalty<T>(const T*, int64_t, double, T, T*);
+L0_INSTANTIATE(float)
+L0_INSTANTIATE(double)
+
+}  // namespace l0

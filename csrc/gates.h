@@ -1,0 +1,24 @@
+// Gate vectors: sampling, the order of open and closed gates, the gate's derivative and the L0 penalty.
+#pragma once
+#include "kernels.h"
+
+namespace l0 {
+
+constexpr int64_t kAlign = 128;  // ALIGN in l0kernels/reference/gates.py
+
+// index: open gates ascending, closed ones ascending, zeros up to a multiple of kAlign; count: [open, open rounded up to kAlign]. NaN is open.
+template <typename T>
+void compact(const T* z, int64_t size, int32_t* index, int32_t* count);
+
+template <typename T>
+bool any_nan(const T* x, int64_t n);
+
+// dlog_alpha = dz * dz/dlog_alpha, from z alone.
+template <typename T>
+void gate_grad(const T* dz, const T* z, T* dlog_alpha, int64_t n, T beta, T gamma, T zeta);
+
+// Returns sum_g weight * p_open_g and writes grad_g = weight * p_open_g * (1 - p_open_g).
+template <typename T>
+double penalty(const T* log_alpha, int64_t n, double weight, T shift, T* grad);
+
+}  // namespace l0

@@ -1,0 +1,82 @@
+// The primitives that are compiled once per instruction set, and the table through which everything else calls them.
+#pragma once
+#include <cstdint>
+
+#include "gemm.h"
+
+namespace l0 {
+
+// One gate vector as the products see it. `index` lists open gates ascending, then closed ones; null: every gate is open.
+template <typename T>
+struct GateView {
+  const T* z = nullptr;
+  const int32_t* index = nullptr;
+  int64_t size = 0;
+  int64_t open = 0;
+  bool full_grad = false;  // a gradient for every open gate, not for fractional ones alone
+
+  bool wants_grad(int64_t j) const { return z[j] != T(0) && (full_grad || !(z[j] >= T(1))); }
+};
+
+// z and the open/closed order of one gate vector; see hard_concrete.h for the formula.
+template <typename T>
+struct SampleParams {
+  const T* log_alpha;
+  int64_t first;  // gate index of log_alpha[0], a multiple of 1024
+  int64_t size;
+  uint64_t seed;
+  uint32_t stream, rank;
+  T beta, gamma, zeta;
+  T* z;
+};
+
+// da = v * z * act'(a), its column sums db and dz = sum_m v * act(a), over packed columns. In place: v becomes da.
+template <typename T>
+struct ActivationGradParams {
+  int64_t M, N;  // rows, packed columns
+  T* v;          // (M, N), stride
+  const T* h;    // (M, N): z * act(a), as the forward left it
+  const T* pre;  // (M, N): a; null for activations whose derivative h gives away
+  int64_t stride;
+  Activation act;
+  const GateView<T>* gate;  // null: no gate
+  T* db;                    // by ungathered column, null: not wanted
+  T* dz;                    // likewise
+};
+
+// out[n] = sum_m a[m, n] * b[m, n] / z[n] where gate wants a gradient, else 0.
+template <typename T>
+struct ColumnDotParams {
+  int64_t M, N;
+  const T* a;
+  int64_t a_stride_m, a_stride_n;
+  const T* b;
+  int64_t b_stride_m;
+  const GateView<T>* gate;
+  T* out;
+};
+
+// out[n'] = z[n'] * sum_m a[m, n'] over open columns n', zero elsewhere; gate null: all columns; scaled: whether z multiplies.
+template <typename T>
+struct ColumnSumParams {
+  int64_t M, N;
+  const T* a;
+  int64_t a_stride_m, a_stride_n;
+  const GateView<T>* gate;
+  bool scaled;
+  T* out;
+};
+
+template <typename T>
+struct Kernels {
+  void (*gemm)(const GemmParams<T>&, int num_threads);
+  void (*sample)(const SampleParams<T>&, int num_threads);
+  void (*activation_grad)(const ActivationGradParams<T>&, int num_threads);
+  void (*column_dot)(const ColumnDotParams<T>&, int num_threads);
+  void (*column_sum)(const ColumnSumParams<T>&, int num_threads);
+};
+
+template <typename T>
+const Kernels<T>& kernels();  // of the instruction set in use (isa.h)
+
+}  // namespace l0

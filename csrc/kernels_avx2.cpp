@@ -1,0 +1,11 @@
+#include "isa.h"
+#if L0_X86
+#include "impl_common.h"
+L0_TARGET_BEGIN("avx2,fma")
+#define L0_ISA avx2
+#define L0_VECTOR_BYTES 32
+#define L0_VECTOR_REGISTERS 16
+#include "gemm_impl.h"
+#include "elementwise_impl.h"
+L0_TARGET_END
+#endif
