@@ -19,10 +19,6 @@ def philox_of_ints(counter, key):
     return x
 
 
-def words(values):
-    return tuple(torch.tensor([v], dtype=torch.int64) for v in values)
-
-
 # The known answers of the Random123 distribution for philox4x32, 10 rounds.
 KNOWN = [
     ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
@@ -37,7 +33,7 @@ KNOWN = [
 
 @pytest.mark.parametrize(("counter", "key", "expected"), KNOWN)
 def test_known_answers(counter, key, expected):
-    assert tuple(int(w) for w in philox4x32(words(counter), words(key))) == expected
+    assert tuple(philox4x32(torch.tensor(counter), torch.tensor(key)).tolist()) == expected
     assert tuple(philox_of_ints(counter, key)) == expected
 
 
@@ -45,9 +41,9 @@ def test_against_python_integers():
     generator = torch.Generator().manual_seed(0)
     counter = torch.randint(0, 2**32, (4, 257), generator=generator)
     key = torch.randint(0, 2**32, (2, 257), generator=generator)
-    got = torch.stack(philox4x32(tuple(counter), tuple(key)))
     expected = [philox_of_ints(c, k) for c, k in zip(counter.T.tolist(), key.T.tolist(), strict=True)]
-    assert got.T.tolist() == expected
+    assert philox4x32(counter, key).T.tolist() == expected
+    assert philox4x32(counter, key[:, :1])[:, 0].tolist() == expected[0]
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2**32, 0x123456789ABCDEF0, 2**63 - 2, -1, -(2**63)])
@@ -66,10 +62,7 @@ def test_uniform_uses_every_word(seed, stream, rank):
 
 @pytest.mark.parametrize(("word", "expected"), [(0, 2.0**-24), (MASK, 1 - 2.0**-24), (511, 2.0**-24)])
 def test_uniform_ends(monkeypatch, word, expected):
-    def constant(counter, key):
-        return tuple(torch.full_like(c, word) for c in counter)
-
-    monkeypatch.setitem(uniform.__globals__, "philox4x32", constant)
+    monkeypatch.setitem(uniform.__globals__, "philox4x32", lambda counter, key: counter.fill_(word))
     u = uniform(torch.tensor([0]), torch.arange(3))
     assert u.tolist() == [expected] * 3
     assert (1 - u).tolist() == [1 - expected] * 3
@@ -86,6 +79,14 @@ def test_uniform_shape_follows_index():
     flat = uniform(torch.tensor([9]), torch.arange(24))
     assert torch.equal(uniform(torch.tensor([9]), torch.arange(24).reshape(2, 3, 4)), flat.reshape(2, 3, 4))
     assert uniform(torch.tensor([9]), torch.arange(0)).shape == (0,)
+    assert uniform(torch.tensor([9]), torch.tensor(3)) == flat[3]
+
+
+def test_uniform_takes_a_stream_per_index():
+    index = torch.tensor([4, 4, 7])
+    u = uniform(torch.tensor([9]), index, stream=torch.tensor([0, 2, 1]))
+    expected = [uniform(torch.tensor([9]), i, stream=s) for i, s in zip(index, (0, 2, 1), strict=True)]
+    assert torch.equal(u, torch.stack(expected))
 
 
 def test_uniform_distribution_and_independence():

@@ -201,6 +201,15 @@ def sample_z(log_alpha: Tensor, seed: Tensor, stream: int, rank: int, dist: Hard
     return hard_concrete(log_alpha, u, dist)
 
 
+def sample_zs(log_alphas: Sequence[Tensor], seed: Tensor, rank: int, dist: HardConcrete) -> list[Tensor]:
+    """z of several vectors, stream = position: sample_z of each, but in one pass of the generator."""
+    sizes = [a.numel() for a in log_alphas]
+    index = [torch.arange(n, dtype=torch.int64, device=seed.device) for n in sizes]
+    stream = [torch.full_like(values, i) for i, values in enumerate(index)]
+    u = uniform(seed, torch.cat(index), stream=torch.cat(stream), rank=rank)
+    return [hard_concrete(a, part, dist) for a, part in zip(log_alphas, u.split(sizes), strict=True)]
+
+
 def eval_z(log_alpha: Tensor, mode: str, dist: HardConcrete) -> Tensor:
     """The evaluation gate of ``mode``, any shape, detached. See eval_gates."""
     log_alpha = log_alpha.detach()
@@ -292,9 +301,7 @@ def sample_gates(
         return []
     if seed is None:
         seed = draw_seed(log_alphas[0].device, generator)
-    drawn = []
-    for stream, values in enumerate(log_alphas):
-        drawn.append(Gates.from_z(sample_z(values, seed, stream, rank, dist), full_grad=False))
+    drawn = [Gates.from_z(z, full_grad=False) for z in sample_zs(log_alphas, seed, rank, dist)]
     return drawn[0] if isinstance(log_alpha, Tensor) else drawn
 
 
