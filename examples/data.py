@@ -1,0 +1,107 @@
+"""The example's data: the 8x8 digits that scikit-learn carries, and MNIST from its four idx .gz files."""
+
+import gzip
+import math
+import struct
+import zlib
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+MNIST_SIDE = 28
+CLASSES = 10
+
+
+class Data(NamedTuple):
+    """Images in [0, 1] as contiguous fp32 (examples, pixels), labels 0..9 as int64 (examples,)."""
+
+    name: str
+    train_x: Tensor
+    train_y: Tensor
+    test_x: Tensor
+    test_y: Tensor
+
+    @property
+    def fingerprint(self) -> str:
+        """Name and CRC-32 of the training set: a run is only resumed on the data that it began with."""
+        crc = zlib.crc32(self.train_y.numpy().data, zlib.crc32(self.train_x.numpy().data))
+        return f"{self.name}:{crc:08x}"
+
+
+def digits() -> Data:
+    """scikit-learn's 1797 handwritten digits, 8x8 pixels of 0..16; a fifth of each class is for testing."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    x, y = load_digits(return_X_y=True)
+    # One fixed split, whatever the seed of a run: (train_x, test_x, train_y, test_y).
+    split = train_test_split(x / 16, y, test_size=0.2, random_state=0, stratify=y)
+    return Data("digits", _images(split[0]), _labels(split[2]), _images(split[1]), _labels(split[3]))
+
+
+def mnist(folder: Path) -> Data:
+    """MNIST, 28x28 pixels of 0..255, from the folder of its four idx .gz files.
+
+    Raises:
+        FileNotFoundError: the folder or one of the files is not there.
+        ValueError: a file is not gzip, is damaged, truncated or too long, has another magic number, other
+            dimensions or another count than its partner, or a label outside 0..9. The message names the file,
+            what was expected and what came.
+    """
+    return Data("mnist", *_mnist_half(folder, "train"), *_mnist_half(folder, "t10k"))
+
+
+def _mnist_half(folder: Path, prefix: str) -> tuple[Tensor, Tensor]:
+    image_path = folder / f"{prefix}-images-idx3-ubyte.gz"
+    label_path = folder / f"{prefix}-labels-idx1-ubyte.gz"
+    images, labels = _read_idx(image_path, dims=3), _read_idx(label_path, dims=1)
+    if images.shape[1:] != (MNIST_SIDE, MNIST_SIDE):
+        got = "x".join(map(str, images.shape[1:]))
+        raise ValueError(f"{image_path}: expected images of {MNIST_SIDE}x{MNIST_SIDE} pixels, got {got}")
+    if len(labels) != len(images):
+        raise ValueError(
+            f"{label_path}: expected {len(images)} labels, as {image_path.name} has images, got {len(labels)}"
+        )
+    if labels.max() >= CLASSES:
+        at = int((labels >= CLASSES).argmax())
+        raise ValueError(
+            f"{label_path}: expected labels in 0..{CLASSES - 1}, got {labels[at]} at position {at}"
+        )
+    return _images(images.reshape(len(images), -1) / np.float32(255)), _labels(labels)
+
+
+def _read_idx(path: Path, dims: int) -> np.ndarray:
+    """An idx file of bytes: magic number 0x000008dd (dd = dims), big-endian uint32 sizes, then the bytes."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: expected an idx .gz file, got none")
+    try:
+        with gzip.open(path) as file:
+            content = file.read()
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise ValueError(f"{path}: expected an intact gzip file, got: {error}") from error
+    magic, header = 0x0800 + dims, struct.Struct(f">{1 + dims}I")
+    if len(content) < header.size:
+        raise ValueError(
+            f"{path}: expected {header.size} bytes of idx header, got {len(content)} (truncated)"
+        )
+    got, *shape = header.unpack_from(content)
+    if got != magic:
+        raise ValueError(f"{path}: expected idx magic number {magic} (bytes, {dims} dimensions), got {got}")
+    if 0 in shape:
+        raise ValueError(f"{path}: expected sizes of at least 1, got {tuple(shape)}")
+    size, got = math.prod(shape), len(content) - header.size
+    if got != size:
+        kind = "truncated" if got < size else "too long"
+        raise ValueError(f"{path}: expected {size} bytes for sizes {tuple(shape)}, got {got} ({kind})")
+    return np.frombuffer(content, np.uint8, offset=header.size).reshape(shape)
+
+
+def _images(x: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(x, np.float32))
+
+
+def _labels(y: np.ndarray) -> Tensor:
+    return torch.from_numpy(y.astype(np.int64))
