@@ -128,6 +128,7 @@ def write_csv(path: Path, history: Sequence[Epoch]) -> None:
 def plot_curves(path: Path, history: Sequence[Epoch], sizes: Sequence[int], title: str) -> None:
     """Loss, test error, open units with FLOPs, and step time against the epoch, as a PNG."""
     from matplotlib.figure import Figure  # not pyplot: no display, no state
+    from matplotlib.ticker import LogLocator
 
     epochs = [row.epoch for row in history]
     style = {"marker": "."} if len(epochs) <= 30 else {"linewidth": 1.0}
@@ -136,7 +137,7 @@ def plot_curves(path: Path, history: Sequence[Epoch], sizes: Sequence[int], titl
     (loss, error), (units, step) = figure.subplots(2, 2, sharex=True)
 
     loss.plot(epochs, [row.loss for row in history], **style)
-    loss.set(title="training loss, cross-entropy + penalty", yscale="log")
+    loss.set(title="training loss, cross-entropy + penalty")
 
     top, last = best(history), history[-1]
     error.plot(epochs, [100 * row.test_error for row in history], **style)
@@ -145,6 +146,9 @@ def plot_curves(path: Path, history: Sequence[Epoch], sizes: Sequence[int], titl
         last.epoch, 100 * last.test_error, "s", label=f"last {last.test_error:.2%}, epoch {last.epoch}"
     )
     error.set(title="test error of the averaged net", ylabel="%", yscale="log")
+    error.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    error.yaxis.set_major_formatter("{x:g}")
+    error.yaxis.set_minor_formatter("")
     error.legend()
 
     for i, size in enumerate(sizes[:-1]):
@@ -164,8 +168,9 @@ def plot_curves(path: Path, history: Sequence[Epoch], sizes: Sequence[int], titl
         step.axhline(1, color="k", linestyle=":", label="dense")
         step.set(title="time of a training step, gated / dense", xlabel="epoch")
         step.legend()
-    step.set_ylim(bottom=0)
 
+    for axes in (loss, step):
+        axes.set_ylim(0, axes.get_ylim()[1])
     for axes in (loss, error, units, step):
         axes.grid(alpha=0.3)
     write_whole(path, lambda temporary: figure.savefig(temporary, dpi=120))
