@@ -59,7 +59,7 @@ class Product:
     leads: bool
 
 
-def is_container(module: nn.Module) -> bool:
+def is_container(module: nn.Module) -> TypeGuard[nn.Sequential | L0MLP]:
     """Whether the data flow through `module` is known: its flattened steps, one after the other."""
     return type(module).forward in (nn.Sequential.forward, L0MLP.forward)
 
@@ -76,7 +76,8 @@ def flatten(module: nn.Module) -> list[nn.Module]:
     if isinstance(module, L0MLP):
         activation = ACTIVATIONS[module.activation]
         return [step for layer in module.layers for step in (layer, activation())][:-1]
-    return [step for child in module.children() for step in flatten(child)]
+    # Not children(), which leaves out a module that stands there a second time.
+    return [step for child in module for step in flatten(child)]
 
 
 def link(steps: list[nn.Module]) -> list[Product]:

@@ -1,0 +1,262 @@
+"""Penalty, clamp and optimiser groups of whole models."""
+
+import copy
+import importlib
+import math
+
+import pytest
+import torch
+
+from l0kernels import nn, reference
+
+L = math.log(0.1 / 1.1)
+penalty_module = importlib.import_module("l0kernels.nn.penalty")
+
+
+def p_open(log_alpha):
+    return torch.sigmoid(log_alpha.detach().double() - 2 / 3 * L)
+
+
+def spread(model, std=2.0):
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for gate in nn.gate_modules(model):
+            gate.log_alpha.normal_(0, std)
+    return model
+
+
+def brute_force(layer, weight_decay):
+    """The penalty of one layer with bias, weight by weight."""
+    total = 0.0
+    n_out, n_in = layer.weight.shape
+    weight, bias = layer.weight.detach().double(), layer.bias.detach().double()
+    p_in = p_open(layer.in_gate.log_alpha) if layer.in_gate else None
+    p_out = p_open(layer.out_gate.log_alpha) if layer.out_gate else None
+    p_weight = p_open(layer.weight_gate.log_alpha) if layer.weight_gate else None
+    b_out, b_in = layer.block or (1, 1)
+    for o in range(n_out):
+        for i in range(n_in):
+            p = 1.0
+            if p_in is not None:
+                total += layer.in_gate.lam * p_in[i]
+                p = p * p_in[i]
+            if p_out is not None:
+                total += layer.out_gate.lam * p_out[o]
+                same = layer.in_gate is layer.out_gate and i == o
+                p = p if same else p * p_out[o]
+            if p_weight is not None:
+                p = p_weight[o // b_out, i // b_in]
+                total += layer.weight_gate.lam * p
+            total += weight_decay / 2 * p * weight[o, i] ** 2
+        if p_out is not None:
+            total += p_out[o] * (layer.out_gate.lam + weight_decay / 2 * bias[o] ** 2)
+    return float(total)
+
+
+@pytest.mark.parametrize("kind", ["in", "out", "both", "weight", (2, 3), (3, 4), (9, 9)])
+@pytest.mark.parametrize("weight_decay", [0.0, 0.7])
+def test_layer_against_brute_force(kind, weight_decay):
+    layer = spread(nn.L0Linear(8, 6, gate=kind, lam=0.3))
+    value = nn.penalty(layer, weight_decay=weight_decay)
+    assert value.dtype == torch.float32
+    assert value.shape == ()
+    assert value.item() == pytest.approx(brute_force(layer, weight_decay), rel=1e-5)
+
+
+def test_without_bias_an_output_gate_closes_one_parameter_less():
+    layer = spread(nn.L0Linear(8, 6, bias=False, gate="out"))
+    expected = 8 * p_open(layer.out_gate.log_alpha).sum().item()
+    assert nn.penalty(layer).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_one_gate_on_both_sides():
+    gate = nn.HardConcreteGate(5)
+    layer = spread(nn.L0Linear(5, 5, gate="both", in_gate=gate, out_gate=gate))
+    value = nn.penalty(layer, weight_decay=2.0)
+    assert value.item() == pytest.approx(brute_force(layer, 2.0), rel=1e-5)
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.5])
+def test_model_sums_layers(weight_decay):
+    model = torch.nn.Sequential(
+        nn.L0MLP((9, 8, 7), lam=(0.5, 2.0)),
+        torch.nn.LayerNorm(7),
+        nn.L0Linear(7, 6, gate="both"),
+        torch.nn.Linear(6, 5),
+        nn.L0Linear(5, 4, gate=(2, 2)),
+        nn.L0Linear(4, 4, gate=None),
+    )
+    spread(model)
+    layers = [*model[0].layers, model[2], model[4]]
+    expected = sum(brute_force(layer, weight_decay) for layer in layers)
+    assert nn.penalty(model, weight_decay=weight_decay).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_shared_gate_sums_its_groups():
+    gate = nn.HardConcreteGate(6, lam=0.1)
+    model = torch.nn.ModuleList(
+        [
+            nn.L0Linear(8, 6, gate="out", out_gate=gate),
+            nn.L0Linear(6, 3, in_gate=gate),
+            nn.L0Linear(6, 2, in_gate=gate),
+        ]
+    )
+    spread(model)
+    expected = 0.1 * (9 + 3 + 2) * p_open(gate.log_alpha).sum().item()
+    assert nn.penalty(model).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_gate_without_a_layer_counts_its_gates():
+    model = torch.nn.ModuleDict({"gate": nn.HardConcreteGate((2, 3), lam=0.2), "layer": nn.L0Linear(4, 5)})
+    spread(model)
+    expected = (
+        0.2 * p_open(model["gate"].log_alpha).sum() + 5 * p_open(model["layer"].in_gate.log_alpha).sum()
+    )
+    assert nn.penalty(model).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_two_distributions():
+    dist = reference.HardConcrete(0.5, -0.3, 1.2)
+    model = spread(torch.nn.ModuleList([nn.L0Linear(4, 5), nn.L0Linear(3, 2, dist=dist), nn.L0Linear(2, 2)]))
+    gates = nn.gate_modules(model)
+    expected = sum(
+        size * gate.dist.p_open(gate.log_alpha).sum() for gate, size in zip(gates, (5, 2, 2), strict=True)
+    )
+    torch.testing.assert_close(nn.penalty(model), expected)
+
+
+def test_lam_is_read_at_each_call():
+    layer = nn.L0Linear(4, 5)
+    before = nn.penalty(layer).item()
+    layer.in_gate.lam = 0.25
+    assert nn.penalty(layer).item() == pytest.approx(before / 4)
+
+
+def test_a_replaced_module_is_seen():
+    model = torch.nn.Sequential(nn.L0Linear(4, 5), torch.nn.ReLU(), nn.L0Linear(5, 2))
+    nn.penalty(model)
+    model[2] = torch.nn.Linear(5, 2)
+    torch.testing.assert_close(nn.penalty(model), nn.penalty(model[0]))
+
+
+def test_one_call_for_all_gates(monkeypatch):
+    calls = []
+    function = penalty_module.l0_penalty
+
+    def counted(*args, **kwargs):
+        calls.append(args)
+        return function(*args, **kwargs)
+
+    monkeypatch.setattr(penalty_module, "l0_penalty", counted)
+    nn.penalty(copy.deepcopy(nn.L0MLP((6, 5, 4, 3))))
+    assert len(calls) == 1
+
+
+def test_gradient_reaches_every_gate():
+    layer = nn.L0Linear(50, 4, lam=0.5)
+    with torch.no_grad():
+        layer.in_gate.log_alpha.uniform_(-4.6, 4.6)
+    nn.penalty(layer).backward()
+    p = p_open(layer.in_gate.log_alpha)
+    torch.testing.assert_close(
+        layer.in_gate.log_alpha.grad.double(), 0.5 * 4 * p * (1 - p), rtol=1e-4, atol=1e-6
+    )
+    assert layer.weight.grad is None
+
+
+def test_data_gradient_and_penalty_add_up():
+    layer = spread(nn.L0Linear(50, 4))
+    x = torch.randn(8, 50)
+    torch.manual_seed(2)
+    data = torch.autograd.grad(layer(x).square().sum(), layer.in_gate.log_alpha)[0]
+    size = torch.autograd.grad(nn.penalty(layer), layer.in_gate.log_alpha)[0]
+    torch.manual_seed(2)
+    (layer(x).square().sum() + nn.penalty(layer)).backward()
+    torch.testing.assert_close(layer.in_gate.log_alpha.grad, data + size)
+    assert (data == 0).any()
+    assert (size > 0).all()
+
+
+def test_weight_decay_reaches_weights_and_gates():
+    layer = spread(nn.L0Linear(5, 4, gate="both")).double()
+    names = ["weight", "bias", "in_gate.log_alpha", "out_gate.log_alpha"]
+    parameters = [layer.get_parameter(name) for name in names]
+
+    def value(*_):
+        return nn.penalty(layer, weight_decay=0.3)
+
+    assert torch.autograd.gradcheck(value, parameters)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_model(dtype):
+    layer = spread(nn.L0Linear(8, 6, gate="both"))
+    exact = nn.penalty(layer).item()
+    layer.to(dtype)
+    assert nn.penalty(layer).item() == exact
+    with torch.autocast("cpu", torch.bfloat16):
+        assert nn.penalty(layer).item() == exact
+    coupled = nn.penalty(layer, weight_decay=0.5)
+    assert coupled.dtype == torch.float32
+    assert coupled.item() == pytest.approx(brute_force(layer, 0.5), rel=1e-5)
+
+
+def test_bad_arguments():
+    with pytest.raises(ValueError, match="model must contain gates, got a Linear without any"):
+        nn.penalty(torch.nn.Linear(2, 2))
+    for value in (-0.1, math.inf, math.nan):
+        with pytest.raises(ValueError, match=f"weight_decay must be finite and >= 0, got {value}"):
+            nn.penalty(nn.L0Linear(2, 2), weight_decay=value)
+
+
+def test_clamp():
+    model = nn.L0MLP((4, 3, 2))
+    with torch.no_grad():
+        model.layers[0].in_gate.log_alpha.copy_(torch.tensor([-9.0, -1.0, 1.0, 9.0]))
+    pointer = model.layers[0].in_gate.log_alpha.data_ptr()
+    nn.clamp_gates_(model)
+    limit = math.log(100)
+    torch.testing.assert_close(
+        model.layers[0].in_gate.log_alpha.data, torch.tensor([-limit, -1.0, 1.0, limit])
+    )
+    assert model.layers[0].in_gate.log_alpha.data_ptr() == pointer
+    nn.clamp_gates_(model, 0.5)
+    assert model.layers[0].in_gate.log_alpha.abs().max() == 0.5
+    nn.clamp_gates_(torch.nn.Linear(2, 2))
+
+
+def test_clamp_after_step():
+    model = nn.L0Linear(30, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=100.0)
+    handle = nn.clamp_after_step(optimizer, model)
+    nn.penalty(model).backward()
+    optimizer.step()
+    assert torch.equal(model.in_gate.log_alpha.data, torch.full((30,), -math.log(100)))
+    handle.remove()
+    optimizer.step()
+    assert model.in_gate.log_alpha.max() < -math.log(100)
+
+
+def test_bad_clamp():
+    model = nn.L0Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    for limit in (0.0, -1.0, math.nan):
+        with pytest.raises(ValueError, match="limit must be > 0"):
+            nn.clamp_gates_(model, limit)
+        with pytest.raises(ValueError, match="limit must be > 0"):
+            nn.clamp_after_step(optimizer, model, limit)
+    with pytest.raises(ValueError, match="model must contain gates"):
+        nn.clamp_after_step(optimizer, torch.nn.Linear(2, 2))
+
+
+def test_optimiser_groups_part_the_parameters():
+    gate = nn.HardConcreteGate(4)
+    model = torch.nn.Sequential(
+        nn.L0Linear(3, 4, gate="both", out_gate=gate), nn.L0Linear(4, 2, in_gate=gate), torch.nn.Linear(2, 2)
+    )
+    gates, weights = nn.gate_parameters(model), nn.weight_parameters(model)
+    assert [id(p) for p in gates] == [id(model[0].in_gate.log_alpha), id(gate.log_alpha)]
+    assert {id(p) for p in gates} | {id(p) for p in weights} == {id(p) for p in model.parameters()}
+    assert len(gates) + len(weights) == len(list(model.parameters()))
+    optimizer = torch.optim.AdamW([{"params": weights}, {"params": gates, "weight_decay": 0.0, "lr": 0.1}])
+    assert len(optimizer.param_groups) == 2
