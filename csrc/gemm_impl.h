@@ -131,7 +131,8 @@ void pack_panel(T* __restrict dst, int P, const T* __restrict src, const Axis& x
   constexpr int W = Vec<T>::width;
   const int padded = P == w ? w : (w + W - 1) / W * W;
   if (k.stride == 1 && kc > 1) {  // rows of the source run along k: gather them whole, then transpose
-    for (int i0 = 0; i0 < padded; i0 += W) {
+    // Last group first: its full-width stores spill into the next k of an A panel, which the groups after it then write.
+    for (int i0 = (padded - 1) / W * W; i0 >= 0; i0 -= W) {
       const int rows = w - i0 < W ? w - i0 : W;
       const T* row[W];
       for (int i = 0; i < W; ++i) {
@@ -149,9 +150,8 @@ void pack_panel(T* __restrict dst, int P, const T* __restrict src, const Axis& x
           }
         }
       }
-      // A full-width store of an A panel spills into the next k, which is written later; the last k must not spill.
-      const bool vectors = rows == W || P > w || 2 * rows >= W;
-      const int64_t k_vec = vectors ? (P > w || rows == W ? kc : kc - 1) / W * W : 0;
+      const bool spills = rows < W && P == w;  // the last k must not: a neighbouring panel begins there
+      const int64_t k_vec = !spills ? kc / W * W : 2 * rows >= W ? (kc - 1) / W * W : 0;
       for (int64_t kk = 0; kk < k_vec; kk += W) {
         V r[W];
 #pragma GCC unroll 16

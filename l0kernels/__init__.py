@@ -1,0 +1,37 @@
+"""L0 regularisation that really skips: hard-concrete gates sampled, compacted and multiplied in, forward and backward.
+
+    import l0kernels as l0
+
+    gates = l0.sample_gates(log_alpha)                       # z, and which gates are open
+    y = l0.gated_linear(x, weight, bias, in_gates=gates)     # costs what is open
+    loss = criterion(y) + l0.l0_penalty(log_alpha, group_size=weight.shape[0], lam=1e-4)
+"""
+
+import torch as _torch  # before the native extension: both must share one OpenMP runtime  # noqa: F401
+
+from . import nn, reference
+from ._registry import backends, use_backend
+from .gates import Gates, HardConcrete, eval_gates, sample_gates
+from .linear import gated_linear, l0_linear
+from .masked_linear import masked_linear
+from .mlp import gated_mlp
+from .penalty import l0_penalty, l2_penalty
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Gates",
+    "HardConcrete",
+    "backends",
+    "eval_gates",
+    "gated_linear",
+    "gated_mlp",
+    "l0_linear",
+    "l0_penalty",
+    "l2_penalty",
+    "masked_linear",
+    "nn",
+    "reference",
+    "sample_gates",
+    "use_backend",
+]

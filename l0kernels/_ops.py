@@ -1,0 +1,300 @@
+"""Operators of torch.library: schemas, fakes, and the way to the backend that the last argument names.
+
+They are opaque and not differentiable; the autograd.Functions beside the public functions are. A gate is [] or [z, index, count];
+a gradient that is not wanted comes back as a tensor of size 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .backends import module
+from .reference.gates import HardConcrete, round_up
+
+_LIBRARY = torch.library.Library("l0kernels", "DEF")
+ops = torch.ops.l0kernels
+
+
+def _define(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    def register(implementation: Callable[..., Any]) -> Callable[..., Any]:
+        name = schema.partition("(")[0]
+        _LIBRARY.define(schema, tags=(torch.Tag.needs_fixed_stride_order,))
+        _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
+        _LIBRARY.impl(name, torch.library.fallthrough_kernel, "Autograd")
+        torch.library.register_fake(f"l0kernels::{name}", fake, lib=_LIBRARY)
+        return implementation
+
+    return register
+
+
+def _gate(tensors: list[Tensor]) -> list[Tensor] | None:
+    return tensors or None
+
+
+def _given(grads: list[Tensor | None], like: Tensor) -> list[Tensor]:
+    return [like.new_empty(0) if g is None else g for g in grads]
+
+
+def _fake_sample(log_alpha: list[Tensor], seed: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    first = log_alpha[0]
+    sizes = [a.shape[0] for a in log_alpha]
+    return (
+        first.new_empty(sum(sizes)),
+        first.new_empty(sum(map(round_up, sizes)), dtype=torch.int32),
+        first.new_empty(2 * len(sizes), dtype=torch.int32),
+    )
+
+
+@_define(
+    "sample(Tensor[] log_alpha, Tensor seed, int rank, float beta, float gamma, float zeta, str backend) -> (Tensor, Tensor, Tensor)",
+    _fake_sample,
+)
+def _sample(
+    log_alpha: list[Tensor], seed: Tensor, rank: int, beta: float, gamma: float, zeta: float, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    return module(backend).sample(log_alpha, seed, rank, HardConcrete(beta, gamma, zeta))
+
+
+@_define(
+    "gate_grad(Tensor dz, Tensor z, float beta, float gamma, float zeta, str backend) -> Tensor",
+    lambda dz, z, *_: z.new_empty(z.shape),
+)
+def _gate_grad(dz: Tensor, z: Tensor, beta: float, gamma: float, zeta: float, backend: str) -> Tensor:
+    return module(backend).gate_grad(dz, z, HardConcrete(beta, gamma, zeta))
+
+
+@_define(
+    "l0_penalty(Tensor[] log_alpha, float[] weights, float beta, float gamma, float zeta, str backend) -> (Tensor, Tensor)",
+    lambda log_alpha, *_: (log_alpha[0].new_empty(()), log_alpha[0].new_empty(sum(a.numel() for a in log_alpha))),
+)
+def _l0_penalty(
+    log_alpha: list[Tensor], weights: list[float], beta: float, gamma: float, zeta: float, backend: str
+) -> tuple[Tensor, Tensor]:
+    return module(backend).l0_penalty(log_alpha, weights, HardConcrete(beta, gamma, zeta))
+
+
+@_define(
+    "gated_linear(Tensor x, Tensor weight, Tensor? bias, Tensor[] in_gate, Tensor[] out_gate, bool scale_out, ScalarType dtype, str backend)"
+    " -> Tensor",
+    lambda x, weight, bias, in_gate, out_gate, scale_out, dtype, backend: x.new_empty(x.shape[0], weight.shape[0], dtype=dtype),
+)
+def _gated_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    in_gate: list[Tensor],
+    out_gate: list[Tensor],
+    scale_out: bool,
+    dtype: torch.dtype,
+    backend: str,
+) -> Tensor:
+    return module(backend).linear_forward(x, weight, bias, _gate(in_gate), _gate(out_gate), scale_out, dtype)
+
+
+def _fake_gated_linear_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    in_gate: list[Tensor],
+    out_gate: list[Tensor],
+    scale_out: bool,
+    full_in: bool,
+    full_out: bool,
+    dtype: torch.dtype,
+    needs: list[bool],
+    backend: str,
+) -> list[Tensor]:
+    shapes: list[Tensor | None] = [
+        x.new_empty(x.shape),
+        weight.new_empty(weight.shape),
+        None if bias is None else bias.new_empty(bias.shape),
+        in_gate[0].new_empty(in_gate[0].shape) if in_gate else None,
+        out_gate[0].new_empty(out_gate[0].shape) if out_gate else None,
+    ]
+    return _given([s if n else None for s, n in zip(shapes, needs, strict=True)], x)
+
+
+@_define(
+    "gated_linear_backward(Tensor dy, Tensor x, Tensor weight, Tensor? bias, Tensor[] in_gate, Tensor[] out_gate, bool scale_out,"
+    " bool full_in, bool full_out, ScalarType dtype, bool[] needs, str backend) -> Tensor[]",
+    _fake_gated_linear_backward,
+)
+def _gated_linear_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    in_gate: list[Tensor],
+    out_gate: list[Tensor],
+    scale_out: bool,
+    full_in: bool,
+    full_out: bool,
+    dtype: torch.dtype,
+    needs: list[bool],
+    backend: str,
+) -> list[Tensor]:
+    grads = module(backend).linear_backward(
+        dy, x, weight, bias, _gate(in_gate), _gate(out_gate), scale_out, full_in, full_out, dtype, needs
+    )
+    return _given(grads, x)
+
+
+def _gates(tensors: list[Tensor | None]) -> list[list[Tensor] | None]:
+    """Three entries a layer, all None where it has no gate."""
+    triples = [tensors[i : i + 3] for i in range(0, len(tensors), 3)]
+    return [None if triple[0] is None else [t for t in triple if t is not None] for triple in triples]
+
+
+def _fake_gated_mlp(
+    x: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor | None],
+    gates: list[Tensor | None],
+    activation: str,
+    dtype: torch.dtype,
+    backend: str,
+) -> list[Tensor]:
+    hidden = [x.new_empty(x.shape[0], w.shape[1], dtype=dtype) for w in weights[1:]]
+    if _keeps_both(x, weights, biases, activation, dtype, backend):
+        hidden += [torch.empty_like(h) for h in hidden]
+    return [x.new_empty(x.shape[0], weights[-1].shape[0], dtype=dtype), *hidden]
+
+
+def _keeps_both(
+    x: Tensor, weights: list[Tensor], biases: list[Tensor | None], activation: str, dtype: torch.dtype, backend: str
+) -> bool:
+    """Whether the backend saves both the hidden activations and their arguments."""
+    return activation in ("gelu", "silu") and backend == "cpp" and module(backend)._fused(dtype, x, *weights, *biases)
+
+
+@_define(
+    "gated_mlp(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor?[] gates, str activation, ScalarType dtype, str backend) -> Tensor[]",
+    _fake_gated_mlp,
+)
+def _gated_mlp(
+    x: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor | None],
+    gates: list[Tensor | None],
+    activation: str,
+    dtype: torch.dtype,
+    backend: str,
+) -> list[Tensor]:
+    y, saved = module(backend).mlp_forward(x, weights, biases, _gates(gates), activation, dtype)
+    return [y, *saved]
+
+
+def _fake_gated_mlp_backward(
+    dy: Tensor,
+    x: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor | None],
+    gates: list[Tensor | None],
+    saved: list[Tensor],
+    activation: str,
+    dtype: torch.dtype,
+    full: list[bool],
+    needs: list[bool],
+    backend: str,
+) -> list[Tensor]:
+    inputs = [x, *weights, *biases, *gates[::3]]
+    return _given([t.new_empty(t.shape) if n and t is not None else None for t, n in zip(inputs, needs, strict=True)], x)
+
+
+@_define(
+    "gated_mlp_backward(Tensor dy, Tensor x, Tensor[] weights, Tensor?[] biases, Tensor?[] gates, Tensor[] saved, str activation,"
+    " ScalarType dtype, bool[] full, bool[] needs, str backend) -> Tensor[]",
+    _fake_gated_mlp_backward,
+)
+def _gated_mlp_backward(
+    dy: Tensor,
+    x: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor | None],
+    gates: list[Tensor | None],
+    saved: list[Tensor],
+    activation: str,
+    dtype: torch.dtype,
+    full: list[bool],
+    needs: list[bool],
+    backend: str,
+) -> list[Tensor]:
+    grads = module(backend).mlp_backward(dy, x, weights, biases, _gates(gates), saved, activation, dtype, full, needs)
+    return _given(grads, x)
+
+
+@_define(
+    "masked_weight(Tensor weight, Tensor log_alpha, Tensor seed, float beta, float gamma, float zeta, str backend) -> Tensor",
+    lambda weight, *_: weight.new_empty(weight.shape),
+)
+def _masked_weight(
+    weight: Tensor, log_alpha: Tensor, seed: Tensor, beta: float, gamma: float, zeta: float, backend: str
+) -> Tensor:
+    return module(backend).masked_weight(weight, log_alpha, seed, HardConcrete(beta, gamma, zeta)).contiguous()
+
+
+@_define(
+    "masked_weight_grad(Tensor grad, Tensor weight, Tensor log_alpha, Tensor seed, float beta, float gamma, float zeta, bool need_w,"
+    " bool need_log_alpha, str backend) -> (Tensor, Tensor)",
+    lambda grad, weight, log_alpha, seed, beta, gamma, zeta, need_w, need_log_alpha, backend: (
+        weight.new_empty(weight.shape if need_w else 0),
+        log_alpha.new_empty(log_alpha.shape if need_log_alpha else 0),
+    ),
+)
+def _masked_weight_grad(
+    grad: Tensor,
+    weight: Tensor,
+    log_alpha: Tensor,
+    seed: Tensor,
+    beta: float,
+    gamma: float,
+    zeta: float,
+    need_w: bool,
+    need_log_alpha: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    dist = HardConcrete(beta, gamma, zeta)
+    dw, dlog_alpha = module(backend).masked_weight_grad(grad, weight, log_alpha, seed, dist, need_w, need_log_alpha)
+    return (
+        weight.new_empty(0) if dw is None else dw.contiguous(),
+        log_alpha.new_empty(0) if dlog_alpha is None else dlog_alpha.contiguous(),
+    )
+
+
+@_define(
+    "block_linear(Tensor x, Tensor weight, Tensor? bias, Tensor z, int b_out, int b_in, ScalarType dtype, str backend) -> Tensor",
+    lambda x, weight, bias, z, b_out, b_in, dtype, backend: x.new_empty(x.shape[0], weight.shape[0], dtype=dtype),
+)
+def _block_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, z: Tensor, b_out: int, b_in: int, dtype: torch.dtype, backend: str
+) -> Tensor:
+    return module(backend).block_linear_forward(x, weight, bias, z, b_out, b_in, dtype)
+
+
+@_define(
+    "block_linear_backward(Tensor dy, Tensor x, Tensor weight, Tensor? bias, Tensor z, int b_out, int b_in, bool full, ScalarType dtype,"
+    " bool[] needs, str backend) -> Tensor[]",
+    lambda dy, x, weight, bias, z, b_out, b_in, full, dtype, needs, backend: _given(
+        [t.new_empty(t.shape) if n and t is not None else None for t, n in zip((x, weight, bias, z), needs, strict=True)], x
+    ),
+)
+def _block_linear_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    z: Tensor,
+    b_out: int,
+    b_in: int,
+    full: bool,
+    dtype: torch.dtype,
+    needs: list[bool],
+    backend: str,
+) -> list[Tensor]:
+    dx, dw, db, dz = module(backend).block_linear_backward(dy, x, weight, z, b_out, b_in, full, dtype, needs)
+    return _given([dx, dw, None if db is None or bias is None else db.to(bias.dtype), dz], x)

@@ -1,0 +1,131 @@
+"""Which implementation serves a call. Asking for one by name never falls back to another."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module, util
+from typing import Any
+
+import torch
+
+PRIMITIVES = (
+    "sample",
+    "gate_grad",
+    "l0_penalty",
+    "gated_linear",
+    "gated_mlp",
+    "masked_linear",
+    "block_linear",
+)
+"""What a backend may implement; the rows of backends()."""
+
+NAMES = ("reference", "torch", "cpp", "triton", "cuda")
+
+_requested: str | None = os.environ.get("L0KERNELS_BACKEND") or None
+_why_no_cpp: str | None = None
+
+
+def check_name(name: Any, argument: str = "backend") -> None:
+    """ValueError unless ``name`` is a backend."""
+    if name not in NAMES:
+        raise ValueError(f"{argument} must be one of {', '.join(map(repr, NAMES))}, got {name!r}")
+
+
+if _requested is not None:
+    check_name(_requested, "the environment variable L0KERNELS_BACKEND")
+
+
+def load_native() -> Any:
+    """The extension module l0kernels._C, or None with the reason kept for backends()."""
+    global _why_no_cpp
+    if util.find_spec("l0kernels._C") is None:
+        _why_no_cpp = "l0kernels._C was not built (no C++ compiler at installation, or L0KERNELS_CPP=0)"
+        return None
+    try:
+        return import_module("l0kernels._C")  # after torch: both must share torch's OpenMP runtime
+    except ImportError as error:
+        _why_no_cpp = f"l0kernels._C does not load: {error}"
+        return None
+
+
+native = load_native()
+
+
+def why_not(name: str) -> str | None:
+    """None where backend ``name`` can be used on this machine, else the reason."""
+    if name == "cpp":
+        return _why_no_cpp
+    if name in ("triton", "cuda"):
+        return "not implemented yet"
+    return None
+
+
+def implements(name: str) -> frozenset[str]:
+    """The primitives that backend ``name`` implements itself; for "reference", dense autograd, all of them."""
+    return frozenset() if why_not(name) else frozenset(PRIMITIVES)
+
+
+def resolve(device: torch.device) -> str:
+    """The backend for tensors on ``device``: the requested one, else the fastest that is there.
+
+    Raises:
+        RuntimeError: the requested backend is not available here or does not serve that device.
+    """
+    if _requested is not None:
+        reason = why_not(_requested)
+        if reason is None and _requested == "cpp" and device.type not in ("cpu", "meta"):
+            reason = f"it serves tensors on the CPU, got {device}"
+        if reason is not None:
+            raise RuntimeError(f"backend {_requested!r} cannot be used: {reason}")
+        return _requested
+    if device.type in ("cpu", "meta"):
+        return "torch" if native is None else "cpp"
+    return "reference"  # the "torch" backend would ask the GPU for the counts, a sync per layer
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Context in which every operation uses backend ``name``, for the whole process.
+
+    Args:
+        name: "reference", "torch", "cpp", "triton" or "cuda". See backends().
+
+    Raises:
+        ValueError: no such backend.
+        RuntimeError: it cannot be used on this machine; nothing falls back silently.
+    """
+    global _requested
+    check_name(name, "name")
+    reason = why_not(name)
+    if reason is not None:
+        raise RuntimeError(f"backend {name!r} cannot be used: {reason}")
+    previous, _requested = _requested, name
+    try:
+        yield
+    finally:
+        _requested = previous
+
+
+class BackendTable(dict[str, dict[str, str]]):
+    """primitive -> backend -> "yes" or why not; prints as a table."""
+
+    def __str__(self) -> str:
+        reasons = {name: why_not(name) for name in NAMES}
+        width = max(map(len, PRIMITIVES)) + 2
+        lines = ["".ljust(width) + "".join(name.ljust(11) for name in NAMES)]
+        for primitive, row in self.items():
+            marks = ("yes" if row[name] == "yes" else "-" for name in NAMES)
+            lines.append(primitive.ljust(width) + "".join(mark.ljust(11) for mark in marks).rstrip())
+        lines += [f"{name}: {reason}" for name, reason in reasons.items() if reason]
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+
+def backends() -> BackendTable:
+    """The table of primitives and backends: "yes", or the reason why one is not available on this machine."""
+    return BackendTable(
+        {p: {name: "yes" if p in implements(name) else why_not(name) or "-" for name in NAMES} for p in PRIMITIVES}
+    )

@@ -1,0 +1,440 @@
+"""Launchers of the native CPU kernels (csrc/): allocate, hand over addresses, sizes and strides.
+
+Every tensor whose address is taken is bound to a name until the call returns.
+"""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._registry import native as _C
+from ..reference.gates import HardConcrete, round_up
+from . import packed
+from . import torch as portable
+from .packed import Gate, extent
+
+_FUSED = (torch.float32, torch.float64)  # 16-bit products go through packed.py to torch.mm, which has the hardware's 16-bit instructions
+_TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+_ACTIVATIONS = {"identity": 0, "relu": 1, "gelu": 2, "silu": 3}
+
+
+def _gate(gate: Gate | None, full: bool = False) -> tuple[int, int, int, int, bool] | None:
+    if gate is None:
+        return None
+    z, index, count = gate
+    return z.data_ptr(), index.data_ptr(), count.data_ptr(), z.shape[0], full
+
+
+def _matrix(t: Tensor) -> tuple[int, int, int]:
+    return t.data_ptr(), t.stride(0), t.stride(1)
+
+
+def _address(t: Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
+
+
+def sample(log_alphas: list[Tensor], seed: Tensor, rank: int, dist: HardConcrete) -> tuple[Tensor, Tensor, Tensor]:
+    """z, index and count of every gate vector, one after the other, in one call."""
+    log_alphas = [a.contiguous() for a in log_alphas]
+    first = log_alphas[0]
+    sizes = [a.shape[0] for a in log_alphas]
+    z = first.new_empty(sum(sizes))
+    index = torch.empty(sum(map(round_up, sizes)), dtype=torch.int32)
+    count = torch.empty(2 * len(sizes), dtype=torch.int32)
+    nan_at = _C.sample(
+        [a.data_ptr() for a in log_alphas],
+        sizes,
+        first.dtype == torch.float64,
+        seed.data_ptr(),
+        rank,
+        dist.beta,
+        dist.gamma,
+        dist.zeta,
+        z.data_ptr(),
+        index.data_ptr(),
+        count.data_ptr(),
+        torch.get_num_threads(),
+    )
+    if nan_at >= 0:
+        portable.raise_nan(nan_at, len(sizes))
+    return z, index, count
+
+
+def gate_grad(dz: Tensor, z: Tensor, dist: HardConcrete) -> Tensor:
+    """dlog_alpha = dz * dz/dlog_alpha, from z alone; exactly 0 where z is 0 or 1."""
+    dz, z = dz.contiguous(), z.contiguous()
+    out = torch.empty_like(z)
+    _C.gate_grad(
+        dz.data_ptr(), z.data_ptr(), out.data_ptr(), z.numel(), z.dtype == torch.float64, dist.beta, dist.gamma, dist.zeta
+    )
+    return out
+
+
+def l0_penalty(log_alphas: list[Tensor], weights: list[float], dist: HardConcrete) -> tuple[Tensor, Tensor]:
+    """sum_g weight * p_open_g over all vectors, and its gradient, flat."""
+    log_alphas = [a.contiguous() for a in log_alphas]
+    sizes = [a.numel() for a in log_alphas]
+    grad = log_alphas[0].new_empty(sum(sizes))
+    shift = dist.beta * math.log(-dist.gamma / dist.zeta)
+    total = _C.penalty([a.data_ptr() for a in log_alphas], sizes, weights, grad.dtype == torch.float64, shift, grad.data_ptr())
+    if total != total:
+        for i, a in enumerate(log_alphas):
+            if torch.isnan(a).any():
+                portable.raise_nan(i, len(log_alphas))
+    return grad.new_tensor(total), grad
+
+
+def pack(
+    full: Tensor, rows: Gate | None, cols: Gate | None, dtype: torch.dtype, *, scale_rows: bool = False, scale_cols: bool = False
+) -> Tensor:
+    """full[rows][:, cols], times the gates where asked, in ``dtype``, zero-padded to the extents."""
+    n_rows, n_cols = extent(rows, full.shape[0], dtype), extent(cols, full.shape[1], dtype)
+    out = full.new_empty(n_rows, n_cols, dtype=dtype)
+    _C.pack(
+        _matrix(full),
+        _TYPES[full.dtype],
+        full.shape[0],
+        full.shape[1],
+        out.data_ptr(),
+        _TYPES[dtype],
+        n_rows,
+        n_cols,
+        _gate(rows),
+        _gate(cols),
+        scale_rows,
+        scale_cols,
+        any(g is not None and g[0].dtype == torch.float64 for g in (rows, cols)),
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def unpack(
+    packed: Tensor,
+    shape: tuple[int, int],
+    rows: Gate | None,
+    cols: Gate | None,
+    dtype: torch.dtype,
+    *,
+    scale_rows: bool = False,
+    scale_cols: bool = False,
+    theta: Tensor | None = None,
+    full_rows: bool = False,
+    full_cols: bool = False,
+    dz_rows: bool = False,
+    dz_cols: bool = False,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The matrix of ``shape`` with packed in its open rows and columns, times the gates, and the gate gradients."""
+    out = packed.new_empty(shape, dtype=dtype)
+    dz_row = torch.empty_like(rows[0]) if dz_rows and rows is not None else None
+    dz_col = torch.empty_like(cols[0]) if dz_cols and cols is not None else None
+    _C.unpack(
+        _matrix(packed),
+        _TYPES[packed.dtype],
+        out.data_ptr(),
+        _TYPES[dtype],
+        shape[0],
+        shape[1],
+        _gate(rows, full_rows),
+        _gate(cols, full_cols),
+        scale_rows,
+        scale_cols,
+        any(g is not None and g[0].dtype == torch.float64 for g in (rows, cols)),
+        (0, 0, 0) if theta is None else _matrix(theta),
+        0 if theta is None else _TYPES[theta.dtype],
+        _address(dz_row),
+        _address(dz_col),
+        torch.get_num_threads(),
+    )
+    return out, dz_row, dz_col
+
+
+_PACK = SimpleNamespace(pack=pack, unpack=unpack)
+
+
+def _fused(dtype: torch.dtype, *tensors: Tensor | None) -> bool:
+    return dtype in _FUSED and all(t is None or t.dtype == dtype for t in tensors)
+
+
+def linear_forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, in_gate: Gate | None, out_gate: Gate | None, scale_out: bool, dtype: torch.dtype
+) -> Tensor:
+    if not _fused(dtype, x, weight, bias):
+        return packed.linear_forward(_PACK, x, weight, bias, in_gate, out_gate, scale_out, dtype)
+    y = x.new_empty(x.shape[0], weight.shape[0])
+    bias = None if bias is None else bias.contiguous()
+    _C.linear_forward(
+        dtype == torch.float64,
+        x.shape[0],
+        weight.shape[1],
+        weight.shape[0],
+        _matrix(x),
+        _matrix(weight),
+        _address(bias),
+        _gate(in_gate),
+        _gate(out_gate),
+        scale_out,
+        y.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return y
+
+
+def linear_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    in_gate: Gate | None,
+    out_gate: Gate | None,
+    scale_out: bool,
+    full_in: bool,
+    full_out: bool,
+    dtype: torch.dtype,
+    needs: list[bool],
+) -> list[Tensor | None]:
+    if not _fused(dtype, dy, x, weight, bias):
+        return packed.linear_backward(
+            _PACK, dy, x, weight, bias, in_gate, out_gate, scale_out, full_in, full_out, dtype, needs
+        )
+    need_x, need_w, need_b, need_in, need_out = needs
+    M, (n_out, n_in) = x.shape[0], weight.shape
+    dx = x.new_empty(M, n_in) if need_x else None
+    dw = x.new_empty(n_out, n_in) if need_w or need_out or (need_in and not need_x) else None  # dz is read off dW
+    bias = None if bias is None else bias.contiguous()
+    db = x.new_empty(n_out) if need_b or (need_out and bias is not None) else None
+    dz_in = x.new_empty(n_in) if need_in else None
+    dz_out = x.new_empty(n_out) if need_out else None
+    _C.linear_backward(
+        dtype == torch.float64,
+        M,
+        n_in,
+        n_out,
+        _matrix(x),
+        _matrix(weight),
+        _address(bias),
+        _gate(in_gate, full_in),
+        _gate(out_gate, full_out),
+        scale_out,
+        _matrix(dy),
+        _address(dx),
+        _address(dw),
+        _address(db),
+        _address(dz_in),
+        _address(dz_out),
+        torch.get_num_threads(),
+    )
+    return [dx, dw if need_w else None, db if need_b else None, dz_in, dz_out]
+
+
+def _layers(
+    weights: list[Tensor],
+    biases: list[Tensor | None],
+    gates: list[Gate | None],
+    saved: list[Tensor],
+    grads: list[list[Tensor | None]] | None = None,
+    full: list[bool] | None = None,
+) -> list[tuple[Any, ...]]:
+    depth = len(weights)
+    layers = []
+    for i, (weight, bias, gate) in enumerate(zip(weights, biases, gates, strict=True)):
+        dw, db, dz = (None, None, None) if grads is None else (group[i] for group in grads)
+        h = saved[i - 1].data_ptr() if i else 0
+        pre = saved[depth - 2 + i].data_ptr() if i and len(saved) > depth - 1 else 0
+        layers.append(
+            (
+                weight.shape[1],
+                weight.shape[0],
+                _matrix(weight),
+                _address(bias),
+                _gate(gate, full is not None and full[i]),
+                h,
+                pre,
+                _address(dw),
+                _address(db),
+                _address(dz),
+            )
+        )
+    return layers
+
+
+def mlp_forward(
+    x: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor | None],
+    gates: list[Gate | None],
+    activation: str,
+    dtype: torch.dtype,
+) -> tuple[Tensor, list[Tensor]]:
+    """y, and what backward needs: the hidden activations, packed in (M, n_l) buffers, and for curved activations their arguments."""
+    if not _fused(dtype, x, *weights, *biases):
+        return packed.mlp_forward(_PACK, x, weights, biases, gates, activation, dtype)
+    M = x.shape[0]
+    saved = [x.new_empty(M, w.shape[1]) for w in weights[1:]]
+    if activation in ("gelu", "silu"):
+        saved += [torch.empty_like(h) for h in saved]
+    y = x.new_empty(M, weights[-1].shape[0])
+    biases = [None if b is None else b.contiguous() for b in biases]
+    _C.mlp_forward(
+        dtype == torch.float64,
+        M,
+        _matrix(x),
+        _ACTIVATIONS[activation],
+        _layers(weights, biases, gates, saved),
+        y.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return y, saved
+
+
+def mlp_backward(
+    dy: Tensor,
+    x: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor | None],
+    gates: list[Gate | None],
+    saved: list[Tensor],
+    activation: str,
+    dtype: torch.dtype,
+    full: list[bool],
+    needs: list[bool],
+) -> list[Tensor | None]:
+    if not _fused(dtype, dy, x, *weights, *biases):
+        return packed.mlp_backward(_PACK, dy, x, weights, biases, gates, saved, activation, dtype, full, needs)
+    depth = len(weights)
+    need_x, need_w, need_b, need_z = needs[0], needs[1 : 1 + depth], needs[1 + depth : 1 + 2 * depth], needs[1 + 2 * depth :]
+    dx = x.new_empty(x.shape) if need_x else None
+    # the first dz is read off dx or dW
+    dw = [x.new_empty(w.shape) if n or (i == 0 and need_z[0] and not need_x) else None for i, (w, n) in enumerate(zip(weights, need_w, strict=True))]
+    db = [x.new_empty(w.shape[0]) if n and b is not None else None for w, b, n in zip(weights, biases, need_b, strict=True)]
+    dz = [x.new_empty(w.shape[1]) if n else None for w, n in zip(weights, need_z, strict=True)]
+    _C.mlp_backward(
+        dtype == torch.float64,
+        x.shape[0],
+        _matrix(x),
+        _ACTIVATIONS[activation],
+        _layers(weights, biases, gates, saved, [dw, db, dz], full),
+        _matrix(dy),
+        _address(dx),
+        torch.get_num_threads(),
+    )
+    return [dx, *(w if n else None for w, n in zip(dw, need_w, strict=True)), *db, *dz]
+
+
+def masked_weight(weight: Tensor, log_alpha: Tensor, seed: Tensor, dist: HardConcrete) -> Tensor:
+    """W * z, z drawn from the seed chunk by chunk: neither noise nor mask is ever stored."""
+    if not _fused(log_alpha.dtype, weight):
+        return portable.masked_weight(weight, log_alpha, seed, dist)
+    weight, log_alpha = weight.contiguous(), log_alpha.contiguous()
+    out = torch.empty_like(weight)
+    nan = _C.masked_weight_forward(
+        weight.dtype == torch.float64,
+        weight.data_ptr(),
+        log_alpha.data_ptr(),
+        weight.numel(),
+        seed.data_ptr(),
+        dist.beta,
+        dist.gamma,
+        dist.zeta,
+        out.data_ptr(),
+        torch.get_num_threads(),
+    )
+    if nan:
+        portable.raise_nan(0, 1)
+    return out
+
+
+def masked_weight_grad(
+    grad: Tensor, weight: Tensor, log_alpha: Tensor, seed: Tensor, dist: HardConcrete, need_w: bool, need_log_alpha: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """dW and dlog_alpha from dL/d(W * z), z drawn again."""
+    if not _fused(log_alpha.dtype, weight, grad):
+        return portable.masked_weight_grad(grad, weight, log_alpha, seed, dist, need_w, need_log_alpha)
+    grad, weight, log_alpha = grad.contiguous(), weight.contiguous(), log_alpha.contiguous()
+    dw = torch.empty_like(weight) if need_w else None
+    dlog_alpha = torch.empty_like(log_alpha) if need_log_alpha else None
+    _C.masked_weight_backward(
+        weight.dtype == torch.float64,
+        weight.data_ptr(),
+        log_alpha.data_ptr(),
+        weight.numel(),
+        seed.data_ptr(),
+        dist.beta,
+        dist.gamma,
+        dist.zeta,
+        grad.data_ptr(),
+        _address(dw),
+        _address(dlog_alpha),
+        torch.get_num_threads(),
+    )
+    return dw, dlog_alpha
+
+
+def block_linear_forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, z: Tensor, b_out: int, b_in: int, dtype: torch.dtype
+) -> Tensor:
+    if not _fused(dtype, x, weight, bias, z):
+        return packed.block_linear_forward(x, weight, bias, z, b_out, b_in, dtype)
+    z = z.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    y = x.new_empty(x.shape[0], weight.shape[0])
+    _C.block_linear_forward(
+        dtype == torch.float64,
+        x.shape[0],
+        weight.shape[1],
+        weight.shape[0],
+        b_out,
+        b_in,
+        _matrix(x),
+        _matrix(weight),
+        _address(bias),
+        z.data_ptr(),
+        y.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return y
+
+
+def block_linear_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    z: Tensor,
+    b_out: int,
+    b_in: int,
+    full: bool,
+    dtype: torch.dtype,
+    needs: list[bool],
+) -> list[Tensor | None]:
+    if not _fused(dtype, dy, x, weight, z):
+        return packed.block_linear_backward(dy, x, weight, z, b_out, b_in, full, dtype, needs)
+    need_x, need_w, need_b, need_z = needs
+    z = z.contiguous()
+    dx = x.new_empty(x.shape) if need_x else None
+    dw = x.new_empty(weight.shape) if need_w or need_z else None  # dz is read off dW
+    db = x.new_empty(weight.shape[0]) if need_b else None
+    dz = torch.empty_like(z) if need_z else None
+    _C.block_linear_backward(
+        dtype == torch.float64,
+        x.shape[0],
+        weight.shape[1],
+        weight.shape[0],
+        b_out,
+        b_in,
+        _matrix(x),
+        _matrix(weight),
+        z.data_ptr(),
+        full,
+        _matrix(dy),
+        _address(dx),
+        _address(dw),
+        _address(db),
+        _address(dz),
+        torch.get_num_threads(),
+    )
+    return [dx, dw if need_w else None, db, dz]

@@ -1,0 +1,285 @@
+"""Gated layers as pack -> product -> unpack, products of exactly the open size, for any pair of pack and unpack.
+
+A gate is None or a list [z, index, count]; ``full`` asks for dz of every open gate, not of fractional ones alone.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+Gate = list[Tensor]
+
+
+class PackUnpack(Protocol):
+    """The two primitives, with the meaning of csrc/pack.h."""
+
+    def pack(
+        self, full: Tensor, rows: Gate | None, cols: Gate | None, dtype: torch.dtype, *, scale_rows: bool = ..., scale_cols: bool = ...
+    ) -> Tensor: ...
+
+    def unpack(
+        self,
+        packed: Tensor,
+        shape: tuple[int, int],
+        rows: Gate | None,
+        cols: Gate | None,
+        dtype: torch.dtype,
+        *,
+        scale_rows: bool = ...,
+        scale_cols: bool = ...,
+        theta: Tensor | None = ...,
+        full_rows: bool = ...,
+        full_cols: bool = ...,
+        dz_rows: bool = ...,
+        dz_cols: bool = ...,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]: ...
+
+
+def extent(gate: Gate | None, size: int, dtype: torch.dtype) -> int:
+    """Packed length of a gated dimension: the open count, for 16-bit types rounded up to 32.
+
+    Counts change on every step, and oneDNN, which does the 16-bit products, compiles a kernel for every new shape.
+    """
+    if gate is None:
+        return size
+    n_open = int(gate[2][0])
+    if not 0 <= n_open <= size:
+        raise ValueError(f"gates.count[0] must be in [0, {size}], got {n_open}")
+    return n_open if dtype.itemsize > 2 else min(-(-n_open // 32) * 32, size)
+
+
+def linear_forward(
+    p: PackUnpack, x: Tensor, weight: Tensor, bias: Tensor | None, in_gate: Gate | None, out_gate: Gate | None, scale_out: bool, dtype: torch.dtype
+) -> Tensor:
+    """y (M, out) of gated_linear for x (M, in), in ``dtype``."""
+    x_packed = p.pack(x, None, in_gate, dtype, scale_cols=True)
+    w_packed = p.pack(weight, out_gate, in_gate, dtype)
+    y_packed = _affine(p, x_packed, w_packed, bias, out_gate, dtype)
+    return p.unpack(y_packed, (x.shape[0], weight.shape[0]), None, out_gate, dtype, scale_cols=scale_out)[0]
+
+
+def _affine(p: PackUnpack, x: Tensor, w: Tensor, bias: Tensor | None, out_gate: Gate | None, dtype: torch.dtype) -> Tensor:
+    if bias is None:
+        return torch.mm(x, w.t())
+    return torch.addmm(p.pack(bias[None], None, out_gate, dtype)[0], x, w.t())
+
+
+def linear_backward(
+    p: PackUnpack,
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    in_gate: Gate | None,
+    out_gate: Gate | None,
+    scale_out: bool,
+    full_in: bool,
+    full_out: bool,
+    dtype: torch.dtype,
+    needs: list[bool],
+) -> list[Tensor | None]:
+    """dx, dweight, dbias, dz_in, dz_out, each None where ``needs`` says so."""
+    need_x, need_w, need_b, need_in, need_out = needs
+    out_features, in_features = weight.shape
+    dx = dw = db = dz_in = dz_out = None
+    dy_packed = p.pack(dy, None, out_gate, dtype)
+    if need_x:
+        w_packed = p.pack(weight, out_gate, in_gate, dtype, scale_rows=scale_out)
+        dx_packed = torch.mm(dy_packed, w_packed)
+        dx = p.unpack(dx_packed, (x.shape[0], in_features), None, in_gate, x.dtype, scale_cols=True)[0]
+    if need_w or need_in or need_out:
+        raw = torch.mm(dy_packed.t(), p.pack(x, None, in_gate, dtype))
+        dw, dz_out, dz_in = p.unpack(
+            raw,
+            (out_features, in_features),
+            out_gate,
+            in_gate,
+            weight.dtype,
+            scale_rows=scale_out,
+            scale_cols=True,
+            theta=weight,
+            full_rows=full_out,
+            full_cols=full_in,
+            dz_rows=need_out,
+            dz_cols=need_in,
+        )
+    if bias is not None and (need_b or need_out):
+        db_raw = dy_packed.sum(0, keepdim=True, dtype=torch.promote_types(dtype, torch.float32))
+        db, _, dz_bias = p.unpack(
+            db_raw, (1, out_features), None, out_gate, bias.dtype, scale_cols=scale_out, theta=bias[None], full_cols=full_out, dz_cols=need_out
+        )
+        db = db[0]
+        if dz_bias is not None:
+            dz_out = dz_bias if dz_out is None else dz_out + dz_bias
+    return [dx, dw if need_w else None, db if need_b else None, dz_in, dz_out]
+
+
+def mlp_forward(
+    p: PackUnpack,
+    x: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor | None],
+    gates: list[Gate | None],
+    activation: str,
+    dtype: torch.dtype,
+) -> tuple[Tensor, list[Tensor]]:
+    """y (M, n_L) and what backward needs: the pre-activations of every hidden layer, packed in (M, n_l) buffers."""
+    saved = []
+    h = p.pack(x, None, gates[0], dtype, scale_cols=True)
+    for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
+        out_gate = gates[i + 1] if i + 1 < len(weights) else None
+        a = _affine(p, h, p.pack(weight, out_gate, gates[i], dtype), bias, out_gate, dtype)
+        if i + 1 == len(weights):
+            return a, saved
+        buffer = a if a.shape[1] == weight.shape[0] else a.new_zeros(x.shape[0], weight.shape[0])
+        if buffer is not a:
+            buffer[:, : a.shape[1]] = a
+        saved.append(buffer)
+        h = _scaled(p, _activate(activation, a), out_gate, dtype)
+    raise AssertionError("unreachable: weights is not empty")
+
+
+def _activate(activation: str, a: Tensor) -> Tensor:
+    if activation == "relu":
+        return torch.relu(a)
+    if activation == "gelu":
+        return F.gelu(a)
+    if activation == "silu":
+        return F.silu(a)
+    return a
+
+
+def _activation_grad(activation: str, grad: Tensor, a: Tensor) -> Tensor:
+    if activation == "relu":
+        return torch.ops.aten.threshold_backward(grad, a, 0)
+    if activation == "gelu":
+        return torch.ops.aten.gelu_backward(grad, a)
+    if activation == "silu":
+        return torch.ops.aten.silu_backward(grad, a)
+    return grad
+
+
+def _packed_z(gate: Gate, length: int) -> Tensor:
+    """z of the open gates, zero up to ``length``."""
+    z, index, count = gate
+    n_open = int(count[0])
+    return F.pad(z.index_select(0, index[:n_open]), (0, length - n_open))
+
+
+def _scaled(p: PackUnpack, h: Tensor, gate: Gate | None, dtype: torch.dtype) -> Tensor:
+    return h if gate is None else (h * _packed_z(gate, h.shape[1])).to(dtype)
+
+
+def mlp_backward(
+    p: PackUnpack,
+    dy: Tensor,
+    x: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor | None],
+    gates: list[Gate | None],
+    saved: list[Tensor],
+    activation: str,
+    dtype: torch.dtype,
+    full: list[bool],
+    needs: list[bool],
+) -> list[Tensor | None]:
+    """dx, then dweight, dbias and dz of every layer; ``needs`` has that order, and None stands where it says so."""
+    depth = len(weights)
+    need_w, need_b, need_z = needs[1 : 1 + depth], needs[1 + depth : 1 + 2 * depth], needs[1 + 2 * depth :]
+    dx: Tensor | None = None
+    dw: list[Tensor | None] = [None] * depth
+    db: list[Tensor | None] = [None] * depth
+    dz: list[Tensor | None] = [None] * depth
+    grad = dy.to(dtype)
+    for i in range(depth - 1, -1, -1):
+        weight, bias = weights[i], biases[i]
+        out_gate = gates[i + 1] if i + 1 < depth else None
+        a = saved[i - 1][:, : extent(gates[i], weight.shape[1], dtype)] if i else None
+        if need_w[i] or need_z[i]:
+            h = _activate(activation, a) if a is not None else p.pack(x, None, gates[0], dtype)
+            dw[i], _, dz[i] = p.unpack(
+                torch.mm(grad.t(), h),
+                (weight.shape[0], weight.shape[1]),
+                out_gate,
+                gates[i],
+                weight.dtype,
+                scale_cols=True,
+                theta=weight,
+                full_cols=full[i],
+                dz_cols=need_z[i],
+            )
+        if bias is not None and need_b[i]:
+            db_packed = grad.sum(0, keepdim=True, dtype=torch.promote_types(dtype, torch.float32))
+            db[i] = p.unpack(db_packed, (1, weight.shape[0]), None, out_gate, bias.dtype)[0][0]
+        if i == 0 and not needs[0]:
+            break
+        grad = torch.mm(grad, p.pack(weight, out_gate, gates[i], dtype))
+        if a is None:
+            dx = p.unpack(grad, (x.shape[0], x.shape[1]), None, gates[0], x.dtype, scale_cols=True)[0]
+        else:
+            grad = _activation_grad(activation, _scaled(p, grad, gates[i], dtype), a)
+    return [dx, *(w if n else None for w, n in zip(dw, need_w, strict=True)), *db, *dz]
+
+
+def block_linear_forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, z: Tensor, b_out: int, b_in: int, dtype: torch.dtype
+) -> Tensor:
+    """y (M, out) of x (W * Z)^T + b, Z the gates spread over blocks: one product per row of blocks, of its open columns."""
+    y = x.new_empty(x.shape[0], weight.shape[0], dtype=dtype)
+    for r in range(z.shape[0]):
+        rows = slice(r * b_out, (r + 1) * b_out)
+        columns, scale = _line(z[r], b_in, weight.shape[1])
+        w = weight[rows].index_select(1, columns) * scale
+        torch.mm(x.index_select(1, columns).to(dtype), w.to(dtype).t(), out=y[:, rows])
+    return y if bias is None else y.add_(bias.to(dtype))
+
+
+def _line(z: Tensor, block: int, size: int) -> tuple[Tensor, Tensor]:
+    """Columns that the open blocks of a row of blocks cover, and the gate of each."""
+    spread = z.repeat_interleave(block)[:size]
+    columns = spread.nonzero()[:, 0]
+    return columns, spread[columns]
+
+
+def block_linear_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    z: Tensor,
+    b_out: int,
+    b_in: int,
+    full: bool,
+    dtype: torch.dtype,
+    needs: list[bool],
+) -> list[Tensor | None]:
+    """dx, dweight, dbias, dz, each None where ``needs`` says so."""
+    need_x, need_w, need_b, need_z = needs
+    dx = dw = dz = None
+    if need_x:
+        dx = x.new_empty(x.shape)
+        for c in range(z.shape[1]):
+            cols = slice(c * b_in, (c + 1) * b_in)
+            rows, scale = _line(z[:, c], b_out, weight.shape[0])
+            w = weight[:, cols].index_select(0, rows) * scale[:, None]
+            dx[:, cols] = torch.mm(dy.index_select(1, rows).to(dtype), w.to(dtype))
+    if need_w or need_z:
+        dw = torch.zeros_like(weight, memory_format=torch.contiguous_format)
+        dz = torch.zeros_like(z)
+        for r in range(z.shape[0]):
+            rows = slice(r * b_out, (r + 1) * b_out)
+            columns, scale = _line(z[r], b_in, weight.shape[1])
+            raw = torch.mm(dy[:, rows].to(dtype).t(), x.index_select(1, columns).to(dtype)).to(z.dtype)
+            dw[rows] = dw[rows].index_copy(1, columns, (raw * scale).to(dw.dtype))
+            if need_z:
+                terms = (raw * weight[rows].index_select(1, columns)).sum(0)
+                dz[r] = dz[r].index_add(0, columns // b_in, terms)
+        if need_z and not full:
+            dz = dz.masked_fill((z <= 0) | (z >= 1), 0)
+    db = dy.sum(0) if need_b else None
+    return [dx, dw if need_w else None, db, dz if need_z else None]
+
+

@@ -1,0 +1,160 @@
+"""The portable backend: index_select, mm and index_copy of torch. Any device; on a GPU each count read is a sync."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..reference.gates import HardConcrete, compact, sample_z, sample_zs
+from . import packed
+from .packed import Gate, block_linear_backward, block_linear_forward, extent
+
+
+def sample(log_alphas: list[Tensor], seed: Tensor, rank: int, dist: HardConcrete) -> tuple[Tensor, Tensor, Tensor]:
+    """z, index and count of every gate vector, one after the other."""
+    for i, log_alpha in enumerate(log_alphas):
+        if log_alpha.device.type == "cpu" and torch.isnan(log_alpha).any():
+            raise_nan(i, len(log_alphas))
+    z = sample_zs(log_alphas, seed, rank, dist)
+    order = [compact(values) for values in z]
+    return torch.cat(z), torch.cat([index for index, _ in order]), torch.cat([count for _, count in order])
+
+
+def raise_nan(i: int, n: int) -> None:
+    """The error for a NaN in gate vector i of n."""
+    raise ValueError(f"log_alpha{f'[{i}]' if n > 1 else ''} must not hold NaN, got at least one")
+
+
+def gate_grad(dz: Tensor, z: Tensor, dist: HardConcrete) -> Tensor:
+    """dlog_alpha = dz * dz/dlog_alpha, from z alone; exactly 0 where z is 0 or 1."""
+    width = dist.zeta - dist.gamma
+    s = (z - dist.gamma) / width
+    return torch.where((z > 0) & (z < 1), dz * (width / dist.beta * s * (1 - s)), torch.zeros_like(z))
+
+
+def l0_penalty(log_alphas: list[Tensor], weights: list[float], dist: HardConcrete) -> tuple[Tensor, Tensor]:
+    """sum_g weight * p_open_g over all vectors, and its gradient, flat."""
+    for i, log_alpha in enumerate(log_alphas):
+        if log_alpha.device.type == "cpu" and torch.isnan(log_alpha).any():
+            raise_nan(i, len(log_alphas))
+    p = [dist.p_open(log_alpha.flatten()) for log_alpha in log_alphas]
+    total = torch.stack([w * q.sum() for w, q in zip(weights, p, strict=True)]).sum()
+    return total, torch.cat([w * q * (1 - q) for w, q in zip(weights, p, strict=True)])
+
+
+def _open(gate: Gate | None, size: int) -> Tensor | None:
+    """The open indices, None where nothing is closed."""
+    if gate is None:
+        return None
+    n_open = int(gate[2][0])
+    return None if n_open == size else gate[1][:n_open].long()
+
+
+def pack(
+    full: Tensor, rows: Gate | None, cols: Gate | None, dtype: torch.dtype, *, scale_rows: bool = False, scale_cols: bool = False
+) -> Tensor:
+    """full[rows][:, cols], times the gates where asked, in ``dtype``, zero-padded to the extents."""
+    extents = extent(rows, full.shape[0], dtype), extent(cols, full.shape[1], dtype)
+    for dim, gate, scale in ((0, rows, scale_rows), (1, cols, scale_cols)):
+        index = _open(gate, full.shape[dim])
+        if index is not None:
+            full = full.index_select(dim, index)
+        if scale and gate is not None:
+            z = gate[0] if index is None else gate[0].index_select(0, index)
+            full = full * (z[:, None] if dim == 0 else z)
+    full = full.to(dtype)
+    padding = (0, extents[1] - full.shape[1], 0, extents[0] - full.shape[0])
+    return F.pad(full, padding) if any(padding) else full
+
+
+def unpack(
+    packed: Tensor,
+    shape: tuple[int, int],
+    rows: Gate | None,
+    cols: Gate | None,
+    dtype: torch.dtype,
+    *,
+    scale_rows: bool = False,
+    scale_cols: bool = False,
+    theta: Tensor | None = None,
+    full_rows: bool = False,
+    full_cols: bool = False,
+    dz_rows: bool = False,
+    dz_cols: bool = False,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The matrix of ``shape`` with packed in its open rows and columns, times the gates, and the gate gradients."""
+    z_dtype = next((g[0].dtype for g in (rows, cols) if g is not None), packed.dtype)
+    row_index, col_index = _open(rows, shape[0]), _open(cols, shape[1])
+    n_rows = shape[0] if row_index is None else len(row_index)
+    n_cols = shape[1] if col_index is None else len(col_index)
+    value = packed[:n_rows, :n_cols]
+
+    def gate_of(gate: Gate, index: Tensor | None) -> Tensor:
+        return gate[0] if index is None else gate[0].index_select(0, index)
+
+    dz: list[Tensor | None] = [None, None]
+    if theta is not None and (dz_rows or dz_cols):
+        for dim, index in enumerate((row_index, col_index)):
+            theta = theta if index is None else theta.index_select(dim, index)
+        product = value.to(z_dtype) * theta.to(z_dtype)
+        for dim, wanted, gate, index, full in ((0, dz_rows, rows, row_index, full_rows), (1, dz_cols, cols, col_index, full_cols)):
+            if not wanted or gate is None:
+                continue
+            other, other_index, other_scale = (cols, col_index, scale_cols) if dim == 0 else (rows, row_index, scale_rows)
+            terms = product
+            if other is not None and other_scale:
+                z_other = gate_of(other, other_index)
+                terms = product * (z_other if dim == 0 else z_other[:, None])
+            z = gate_of(gate, index)
+            grad = terms.sum(1 - dim)
+            if not full:
+                grad = grad.masked_fill((z <= 0) | (z >= 1), 0)
+            dz[dim] = grad if index is None else torch.zeros_like(gate[0]).index_copy_(0, index, grad)
+
+    for dim, gate, index, scale in ((0, rows, row_index, scale_rows), (1, cols, col_index, scale_cols)):
+        if scale and gate is not None:
+            z = gate_of(gate, index)
+            value = value * (z[:, None] if dim == 0 else z)
+    value = value.to(dtype)
+    if col_index is not None:
+        value = value.new_zeros(n_rows, shape[1]).index_copy_(1, col_index, value)
+    if row_index is not None:
+        value = value.new_zeros(shape).index_copy_(0, row_index, value)
+    return value.contiguous(), dz[0], dz[1]
+
+
+_PACK = SimpleNamespace(pack=pack, unpack=unpack)
+
+
+def linear_forward(*args: Any) -> Tensor:
+    return packed.linear_forward(_PACK, *args)
+
+
+def linear_backward(*args: Any) -> list[Tensor | None]:
+    return packed.linear_backward(_PACK, *args)
+
+
+def mlp_forward(*args: Any) -> tuple[Tensor, list[Tensor]]:
+    return packed.mlp_forward(_PACK, *args)
+
+
+def mlp_backward(*args: Any) -> list[Tensor | None]:
+    return packed.mlp_backward(_PACK, *args)
+
+
+def masked_weight(weight: Tensor, log_alpha: Tensor, seed: Tensor, dist: HardConcrete) -> Tensor:
+    """W * z, z drawn from the seed."""
+    return (weight * sample_z(log_alpha, seed, 0, 0, dist)).to(weight.dtype)
+
+
+def masked_weight_grad(
+    grad: Tensor, weight: Tensor, log_alpha: Tensor, seed: Tensor, dist: HardConcrete, need_w: bool, need_log_alpha: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """dW and dlog_alpha from dL/d(W * z), z drawn again."""
+    z = sample_z(log_alpha, seed, 0, 0, dist)
+    dw = (grad * z).to(weight.dtype) if need_w else None
+    return dw, gate_grad((grad * weight).to(z.dtype), z, dist) if need_log_alpha else None

@@ -1,0 +1,161 @@
+"""Gates finer than rows and columns: one per weight (saves memory, not time) or one per block of weights (skips)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _registry, reference
+from ._ops import ops
+from .gates import HardConcrete, eval_weight_gates, sample_gates
+from .linear import compute_dtype, gated_linear
+from .reference.gates import DEFAULT_DIST, draw_seed
+from .reference.linear import scale
+from .reference.masked_linear import check_masked
+
+_NO_GATE: list[Tensor] = []
+
+
+class _MaskedLinear(torch.autograd.Function):
+    """y = x (W * z)^T + b with z drawn from the seed, in the forward and once more in the backward: no z is stored."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        log_alpha: Tensor,
+        seed: Tensor,
+        constants: tuple[float, float, float],
+        dtype: torch.dtype,
+        backend: str,
+    ) -> Tensor:
+        masked = ops.masked_weight(weight, log_alpha, seed, *constants, backend)
+        rows = x.reshape(-1, x.shape[-1])
+        y = ops.gated_linear(rows, masked, bias, _NO_GATE, _NO_GATE, False, dtype, backend)
+        ctx.save_for_backward(x, weight, bias, log_alpha, seed)
+        ctx.options = (constants, dtype, backend)
+        return y.view(*x.shape[:-1], weight.shape[0])
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, weight, bias, log_alpha, seed = ctx.saved_tensors
+        constants, dtype, backend = ctx.options
+        needs_x, needs_w, needs_b, needs_log_alpha = ctx.needs_input_grad[:4]
+        masked = ops.masked_weight(weight, log_alpha, seed, *constants, backend)
+        grad_needed = needs_w or needs_log_alpha
+        dx, grad, db, _, _ = ops.gated_linear_backward(
+            dy.reshape(-1, dy.shape[-1]),
+            x.reshape(-1, x.shape[-1]),
+            masked,
+            bias,
+            _NO_GATE,
+            _NO_GATE,
+            False,
+            False,
+            False,
+            dtype,
+            [needs_x, grad_needed, needs_b, False, False],
+            backend,
+        )
+        dw = dlog_alpha = None
+        if grad_needed:
+            dw, dlog_alpha = ops.masked_weight_grad(
+                grad, weight, log_alpha, seed, *constants, needs_w, needs_log_alpha, backend
+            )
+        return (
+            dx.view(x.shape) if needs_x else None,
+            dw if needs_w else None,
+            db if needs_b else None,
+            dlog_alpha if needs_log_alpha else None,
+            *[None] * 4,
+        )
+
+
+class _BlockLinear(torch.autograd.Function):
+    """y = x (W * Z)^T + b, Z the gates z spread over blocks; closed blocks are skipped."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        z: Tensor,
+        block: tuple[int, int],
+        dtype: torch.dtype,
+        backend: str,
+    ) -> Tensor:
+        y = ops.block_linear(x.reshape(-1, x.shape[-1]), weight, bias, z, *block, dtype, backend)
+        ctx.save_for_backward(x, weight, bias, z)
+        ctx.options = (block, dtype, backend)
+        return y.view(*x.shape[:-1], weight.shape[0])
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, weight, bias, z = ctx.saved_tensors
+        block, dtype, backend = ctx.options
+        needs = list(ctx.needs_input_grad[:4])
+        grads = ops.block_linear_backward(
+            dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1]), weight, bias, z, *block, False, dtype, needs, backend
+        )
+        dx, dw, db, dz = (g if n else None for g, n in zip(grads, needs, strict=True))
+        return None if dx is None else dx.view(x.shape), dw, db, dz, None, None, None
+
+
+def masked_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    log_alpha: Tensor,
+    *,
+    block: tuple[int, int] | None = None,
+    seed: Tensor | None = None,
+    mode: str | None = None,
+    dist: HardConcrete = DEFAULT_DIST,
+) -> Tensor:
+    """Linear layer with a gate per weight or per block of weights: ``y = x (W * z)^T + b``.
+
+    torch: ``F.linear(x, weight * z, bias)``. The bias is ungated. A gate's noise has its row-major position in log_alpha for
+    index, and stream 0. Gates per weight save memory, not time: z is drawn again in the backward, and neither noise nor mask is
+    stored. Gates per block skip the closed blocks in all three products; blocks of fewer than 16 rows or columns gain little.
+
+    Args:
+        x: (..., in) any float dtype.
+        weight: (out, in) dtype of x.
+        bias: (out,) dtype of x, or None.
+        log_alpha: float32 or float64; (out, in), or (ceil(out / b_out), ceil(in / b_in)) with blocks.
+        block: (b_out, b_in), or None for a gate per weight; edge blocks are cropped.
+        seed: (1,) int64 on the device of log_alpha; None draws one from torch's default generator. Not used with a mode.
+        mode: None draws gates (training); "paper", "median" or "topk" evaluates as eval_gates, no gradient.
+        dist: the distribution's constants.
+
+    Returns:
+        y (..., out) in the dtype of x (under autocast, in its dtype).
+
+    Raises:
+        TypeError: a wrong kind or dtype.
+        ValueError: a wrong shape or device, an unknown mode, or (on the CPU) a NaN in log_alpha.
+        RuntimeError: the requested backend cannot serve the call.
+    """
+    check_masked(x, weight, bias, log_alpha, block, seed, mode, dist)
+    backend = _registry.resolve(x.device)
+    if backend == "reference":
+        return reference.masked_linear(x, weight, bias, log_alpha, block=block, seed=seed, mode=mode, dist=dist)
+    if seed is None and mode is None:
+        seed = draw_seed(log_alpha.device)
+    dtype = compute_dtype(x)
+    if block is None:
+        if mode is not None:
+            return gated_linear(x, scale(weight, eval_weight_gates(log_alpha, mode, dist)), bias)
+        constants = (dist.beta, dist.gamma, dist.zeta)
+        return _MaskedLinear.apply(x, weight, bias, log_alpha, seed, constants, dtype, backend)
+    if mode is not None:
+        z = eval_weight_gates(log_alpha, mode, dist)
+    else:
+        z = sample_gates(log_alpha.flatten(), seed=seed, dist=dist).z.view(log_alpha.shape)
+    z = z.to(torch.float64 if dtype == torch.float64 else torch.float32)
+    return _BlockLinear.apply(x, weight, bias, z, tuple(block), dtype, backend)

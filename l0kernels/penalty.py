@@ -1,0 +1,108 @@
+"""The expected L0 norm, one autograd node for all gates of a model, and the L2 norm coupled to it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _registry, reference
+from ._ops import ops
+from .gates import HardConcrete
+from .reference import _checks
+from .reference.gates import DEFAULT_DIST, check_dist
+from .reference.penalty import per_tensor
+
+
+class _L0Penalty(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weights: list[float], constants: tuple[float, float, float, str], *log_alphas: Tensor) -> Tensor:
+        total, grad = ops.l0_penalty(log_alphas, weights, *constants)
+        ctx.save_for_backward(grad)
+        ctx.shapes = [a.shape for a in log_alphas]
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, dtotal: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        (grad,) = ctx.saved_tensors
+        parts = (grad * dtotal).split([shape.numel() for shape in ctx.shapes])
+        return None, None, *(part.view(shape) for part, shape in zip(parts, ctx.shapes, strict=True))
+
+
+def l0_penalty(
+    log_alpha: Tensor | Sequence[Tensor],
+    group_size: float | Sequence[float] = 1,
+    *,
+    lam: float | Sequence[float] = 1.0,
+    dist: HardConcrete = DEFAULT_DIST,
+) -> Tensor:
+    """Expected number of open parameters, weighted: ``sum_g lam * |g| * P(z_g > 0)`` (arXiv 1712.01312, equation 12).
+
+    ``P(z > 0) = sigmoid(log_alpha - beta * log(-gamma / zeta))``. Its gradient ``lam * |g| * p * (1 - p)`` is the only one that
+    reaches a closed gate.
+
+    Args:
+        log_alpha: any shape, float32 or float64, or a sequence of such of one dtype on one device.
+        group_size: |g|, the parameters behind one gate: a number, or one per tensor of the sequence.
+        lam: the weight of the penalty: a number, or one per tensor of the sequence.
+        dist: the distribution's constants.
+
+    Returns:
+        A scalar in the dtype of log_alpha, also under autocast.
+
+    Raises:
+        TypeError: log_alpha is not float32 or float64, dtypes differ; group_size or lam is no number.
+        ValueError: no tensor, different devices, lists of another length, or (on the CPU) a NaN in log_alpha.
+    """
+    log_alphas = [log_alpha] if isinstance(log_alpha, Tensor) else list(log_alpha)
+    if not log_alphas:
+        raise ValueError("log_alpha must hold at least one tensor, got none")
+    for i, a in enumerate(log_alphas):
+        name = "log_alpha" if len(log_alphas) == 1 else f"log_alpha[{i}]"
+        _checks.check_log_alpha(name, a)
+        _checks.check_device(name, a, log_alphas[0].device, "log_alpha[0]")
+        if a.dtype != log_alphas[0].dtype:
+            raise TypeError(f"{name} must have the dtype of log_alpha[0], {log_alphas[0].dtype}, got {a.dtype}")
+    check_dist(dist)
+    sizes = per_tensor("group_size", group_size, len(log_alphas))
+    lams = per_tensor("lam", lam, len(log_alphas))
+    backend = _registry.resolve(log_alphas[0].device)
+    if backend == "reference":
+        return reference.l0_penalty(log_alphas, sizes, lam=lams, dist=dist)
+    weights = [float(size) * float(weight) for size, weight in zip(sizes, lams, strict=True)]
+    return _L0Penalty.apply(weights, (dist.beta, dist.gamma, dist.zeta, backend), *log_alphas)
+
+
+def l2_penalty(
+    weight: Tensor,
+    weight_decay: float = 1.0,
+    *,
+    in_log_alpha: Tensor | None = None,
+    out_log_alpha: Tensor | None = None,
+    groups: int = 1,
+    dist: HardConcrete = DEFAULT_DIST,
+) -> Tensor:
+    """L2 norm of the open parameters: ``weight_decay / 2 * sum_oi p_o * p_i * theta_oi^2`` (arXiv 1712.01312, section 2.3).
+
+    p = P(z > 0), 1 on a side without gates. Its gradient is dense: a closed weight still decays. Plain torch on every backend.
+
+    Args:
+        weight: (out, in / groups, ...) any float dtype.
+        weight_decay: the strength.
+        in_log_alpha: (in,) float32 or float64, or None.
+        out_log_alpha: (out,) float32 or float64, or None.
+        groups: of a grouped convolution; 1 otherwise.
+        dist: the distribution's constants.
+
+    Returns:
+        A scalar: float32, or float64 if any of the tensors is; also under autocast.
+
+    Raises:
+        TypeError: a wrong kind or dtype.
+        ValueError: a wrong shape or device, or (on the CPU) a NaN in log_alpha.
+    """
+    return reference.l2_penalty(
+        weight, weight_decay, in_log_alpha=in_log_alpha, out_log_alpha=out_log_alpha, groups=groups, dist=dist
+    )
