@@ -170,7 +170,7 @@ def plot_curves(path: Path, history: Sequence[Epoch], sizes: Sequence[int], titl
         step.legend()
 
     for axes in (loss, step):
-        axes.set_ylim(0, axes.get_ylim()[1])
+        axes.set_ylim(0, 1.1 * axes.get_ylim()[1])
     for axes in (loss, error, units, step):
         axes.grid(alpha=0.3)
     write_whole(path, lambda temporary: figure.savefig(temporary, dpi=120))

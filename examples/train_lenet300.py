@@ -51,7 +51,7 @@ class Recipe(NamedTuple):
     lambdas: tuple[float, float, float]
 
 
-DIGITS = Recipe(epochs=400, lambdas=(0.3, 0.03, 0.1))
+DIGITS = Recipe(epochs=1000, lambdas=(0.3, 0.03, 0.1))
 MNIST = Recipe(epochs=20, lambdas=(0.1, 0.1, 0.1))
 
 
