@@ -343,3 +343,14 @@ def test_weight_gates_take_no_other_gates(kind):
     layer = nn.L0Linear(4, 4, gate=kind)
     with pytest.raises(ValueError, match="in_gates and out_gates must be None"):
         layer(torch.randn(2, 4), in_gates=nn.HardConcreteGate(4)())
+
+
+@pytest.mark.parametrize("kind", GATED)
+def test_compiles_without_a_graph_break(kind):
+    layer = make(kind)
+    x = torch.randn(4, N_IN)
+    torch.manual_seed(1)
+    expected = layer(x)
+    torch.manual_seed(1)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")(x)
+    torch.testing.assert_close(compiled, expected)

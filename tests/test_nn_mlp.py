@@ -6,6 +6,7 @@ import pickle
 
 import pytest
 import torch
+import torch.utils.checkpoint
 
 import l0kernels.nn.mlp
 from l0kernels import nn, reference
@@ -284,3 +285,38 @@ def test_from_dense_of_something_else(modules, words):
 def test_from_dense_wants_a_sequential():
     with pytest.raises(TypeError, match=r"dense must be an nn.Sequential, got Linear"):
         nn.L0MLP.from_dense(torch.nn.Linear(3, 3))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_compiles_without_a_graph_break(training):
+    mlp = make().train(training)
+    x = torch.randn(4, SIZES[0])
+
+    def loss(x):
+        return mlp(x).square().sum() + nn.penalty(mlp)
+
+    torch.manual_seed(1)
+    expected = loss(x)
+    torch.manual_seed(1)
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")(x)
+    torch.testing.assert_close(compiled, expected)
+    grads = [torch.autograd.grad(value, mlp.parameters()) for value in (compiled, expected)]
+    for mine, theirs in zip(*grads, strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_recomputation_draws_the_same_gates(use_reentrant):
+    results = []
+    for recompute in (False, True):
+        mlp = make()
+        torch.manual_seed(5)
+        x = torch.randn(4, SIZES[0], requires_grad=True)
+        if recompute:
+            y = torch.utils.checkpoint.checkpoint(mlp, x, use_reentrant=use_reentrant)
+        else:
+            y = mlp(x)
+        y.square().sum().backward()
+        results.append([y.detach(), x.grad, *(p.grad for p in mlp.parameters())])
+    for stored, recomputed in zip(*results, strict=True):
+        assert torch.equal(stored, recomputed)
