@@ -1,6 +1,7 @@
 """Decides whether the native extension is built; everything else about the package is in pyproject.toml.
 
-L0KERNELS_CPP=auto|0|1 (default auto): build l0kernels._C from csrc/ when a C++ compiler is there, never, or fail without one.
+L0KERNELS_CPP=auto|0|1 (default auto): build l0kernels._C from csrc/ when a C++ compiler is there, never, or
+fail without one.
 """
 
 import os
@@ -16,8 +17,8 @@ CHOICE = os.environ.get("L0KERNELS_CPP", "auto")
 if CHOICE not in ("auto", "0", "1"):
     raise SystemExit(f"L0KERNELS_CPP must be auto, 0 or 1, got {CHOICE!r}")
 
-# -fno-math-errno and -fno-trapping-math let loops vectorise without changing a result. Not -ffast-math: a NaN must stay a NaN,
-# and at link time it would set flush-to-zero for the whole process.
+# -fno-math-errno and -fno-trapping-math let loops vectorise without changing a result. Not -ffast-math: a NaN
+# must stay a NaN, and at link time it would set flush-to-zero for the whole process.
 FLAGS = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-Wall", "-Wextra"]
 OPENMP = [] if sys.platform == "darwin" else ["-fopenmp"]
 
@@ -32,7 +33,10 @@ class OptionalBuildExt(build_ext):
             if CHOICE == "1":
                 raise
             print(f"warning: l0kernels is installed without its native kernels: {error}", file=sys.stderr)
-            print("warning: torch's own operations will be used; python -m l0kernels shows what is there", file=sys.stderr)
+            print(
+                "warning: torch's own operations will be used; python -m l0kernels shows what is there",
+                file=sys.stderr,
+            )
 
 
 extension = Pybind11Extension(

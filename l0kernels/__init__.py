@@ -1,4 +1,6 @@
-"""L0 regularisation that really skips: hard-concrete gates sampled, compacted and multiplied in, forward and backward.
+"""L0 regularisation that really skips: hard-concrete gates drawn, compacted and multiplied in.
+
+In short::
 
     import l0kernels as l0
 

@@ -1,7 +1,7 @@
 """Operators of torch.library: schemas, fakes, and the way to the backend that the last argument names.
 
-They are opaque and not differentiable; the autograd.Functions beside the public functions are. A gate is [] or [z, index, count];
-a gradient that is not wanted comes back as a tensor of size 0.
+They are opaque and not differentiable; the autograd.Functions beside the public functions are. A gate is []
+or [z, index, count]; a gradient that is not wanted comes back as a tensor of size 0.
 """
 
 from __future__ import annotations
@@ -50,7 +50,8 @@ def _fake_sample(log_alpha: list[Tensor], seed: Tensor, *_: Any) -> tuple[Tensor
 
 
 @_define(
-    "sample(Tensor[] log_alpha, Tensor seed, int rank, float beta, float gamma, float zeta, str backend) -> (Tensor, Tensor, Tensor)",
+    "sample(Tensor[] log_alpha, Tensor seed, int rank, float beta, float gamma, float zeta, str backend)"
+    " -> (Tensor, Tensor, Tensor)",
     _fake_sample,
 )
 def _sample(
@@ -68,8 +69,12 @@ def _gate_grad(dz: Tensor, z: Tensor, beta: float, gamma: float, zeta: float, ba
 
 
 @_define(
-    "l0_penalty(Tensor[] log_alpha, float[] weights, float beta, float gamma, float zeta, str backend) -> (Tensor, Tensor)",
-    lambda log_alpha, *_: (log_alpha[0].new_empty(()), log_alpha[0].new_empty(sum(a.numel() for a in log_alpha))),
+    "l0_penalty(Tensor[] log_alpha, float[] weights, float beta, float gamma, float zeta, str backend)"
+    " -> (Tensor, Tensor)",
+    lambda log_alpha, *_: (
+        log_alpha[0].new_empty(()),
+        log_alpha[0].new_empty(sum(a.numel() for a in log_alpha)),
+    ),
 )
 def _l0_penalty(
     log_alpha: list[Tensor], weights: list[float], beta: float, gamma: float, zeta: float, backend: str
@@ -78,9 +83,11 @@ def _l0_penalty(
 
 
 @_define(
-    "gated_linear(Tensor x, Tensor weight, Tensor? bias, Tensor[] in_gate, Tensor[] out_gate, bool scale_out, ScalarType dtype, str backend)"
-    " -> Tensor",
-    lambda x, weight, bias, in_gate, out_gate, scale_out, dtype, backend: x.new_empty(x.shape[0], weight.shape[0], dtype=dtype),
+    "gated_linear(Tensor x, Tensor weight, Tensor? bias, Tensor[] in_gate, Tensor[] out_gate, bool scale_out,"
+    " ScalarType dtype, str backend) -> Tensor",
+    lambda x, weight, bias, in_gate, out_gate, scale_out, dtype, backend: x.new_empty(
+        x.shape[0], weight.shape[0], dtype=dtype
+    ),
 )
 def _gated_linear(
     x: Tensor,
@@ -120,8 +127,9 @@ def _fake_gated_linear_backward(
 
 
 @_define(
-    "gated_linear_backward(Tensor dy, Tensor x, Tensor weight, Tensor? bias, Tensor[] in_gate, Tensor[] out_gate, bool scale_out,"
-    " bool full_in, bool full_out, ScalarType dtype, bool[] needs, str backend) -> Tensor[]",
+    "gated_linear_backward(Tensor dy, Tensor x, Tensor weight, Tensor? bias, Tensor[] in_gate,"
+    " Tensor[] out_gate, bool scale_out, bool full_in, bool full_out, ScalarType dtype, bool[] needs,"
+    " str backend) -> Tensor[]",
     _fake_gated_linear_backward,
 )
 def _gated_linear_backward(
@@ -166,14 +174,24 @@ def _fake_gated_mlp(
 
 
 def _keeps_both(
-    x: Tensor, weights: list[Tensor], biases: list[Tensor | None], activation: str, dtype: torch.dtype, backend: str
+    x: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor | None],
+    activation: str,
+    dtype: torch.dtype,
+    backend: str,
 ) -> bool:
     """Whether the backend saves both the hidden activations and their arguments."""
-    return activation in ("gelu", "silu") and backend == "cpp" and module(backend)._fused(dtype, x, *weights, *biases)
+    return (
+        activation in ("gelu", "silu")
+        and backend == "cpp"
+        and module(backend)._fused(dtype, x, *weights, *biases)
+    )
 
 
 @_define(
-    "gated_mlp(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor?[] gates, str activation, ScalarType dtype, str backend) -> Tensor[]",
+    "gated_mlp(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor?[] gates, str activation,"
+    " ScalarType dtype, str backend) -> Tensor[]",
     _fake_gated_mlp,
 )
 def _gated_mlp(
@@ -203,12 +221,14 @@ def _fake_gated_mlp_backward(
     backend: str,
 ) -> list[Tensor]:
     inputs = [x, *weights, *biases, *gates[::3]]
-    return _given([t.new_empty(t.shape) if n and t is not None else None for t, n in zip(inputs, needs, strict=True)], x)
+    return _given(
+        [t.new_empty(t.shape) if n and t is not None else None for t, n in zip(inputs, needs, strict=True)], x
+    )
 
 
 @_define(
-    "gated_mlp_backward(Tensor dy, Tensor x, Tensor[] weights, Tensor?[] biases, Tensor?[] gates, Tensor[] saved, str activation,"
-    " ScalarType dtype, bool[] full, bool[] needs, str backend) -> Tensor[]",
+    "gated_mlp_backward(Tensor dy, Tensor x, Tensor[] weights, Tensor?[] biases, Tensor?[] gates,"
+    " Tensor[] saved, str activation, ScalarType dtype, bool[] full, bool[] needs, str backend) -> Tensor[]",
     _fake_gated_mlp_backward,
 )
 def _gated_mlp_backward(
@@ -224,23 +244,27 @@ def _gated_mlp_backward(
     needs: list[bool],
     backend: str,
 ) -> list[Tensor]:
-    grads = module(backend).mlp_backward(dy, x, weights, biases, _gates(gates), saved, activation, dtype, full, needs)
+    grads = module(backend).mlp_backward(
+        dy, x, weights, biases, _gates(gates), saved, activation, dtype, full, needs
+    )
     return _given(grads, x)
 
 
 @_define(
-    "masked_weight(Tensor weight, Tensor log_alpha, Tensor seed, float beta, float gamma, float zeta, str backend) -> Tensor",
+    "masked_weight(Tensor weight, Tensor log_alpha, Tensor seed, float beta, float gamma, float zeta,"
+    " str backend) -> Tensor",
     lambda weight, *_: weight.new_empty(weight.shape),
 )
 def _masked_weight(
     weight: Tensor, log_alpha: Tensor, seed: Tensor, beta: float, gamma: float, zeta: float, backend: str
 ) -> Tensor:
-    return module(backend).masked_weight(weight, log_alpha, seed, HardConcrete(beta, gamma, zeta)).contiguous()
+    dist = HardConcrete(beta, gamma, zeta)
+    return module(backend).masked_weight(weight, log_alpha, seed, dist).contiguous()
 
 
 @_define(
-    "masked_weight_grad(Tensor grad, Tensor weight, Tensor log_alpha, Tensor seed, float beta, float gamma, float zeta, bool need_w,"
-    " bool need_log_alpha, str backend) -> (Tensor, Tensor)",
+    "masked_weight_grad(Tensor grad, Tensor weight, Tensor log_alpha, Tensor seed, float beta, float gamma,"
+    " float zeta, bool need_w, bool need_log_alpha, str backend) -> (Tensor, Tensor)",
     lambda grad, weight, log_alpha, seed, beta, gamma, zeta, need_w, need_log_alpha, backend: (
         weight.new_empty(weight.shape if need_w else 0),
         log_alpha.new_empty(log_alpha.shape if need_log_alpha else 0),
@@ -259,7 +283,9 @@ def _masked_weight_grad(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     dist = HardConcrete(beta, gamma, zeta)
-    dw, dlog_alpha = module(backend).masked_weight_grad(grad, weight, log_alpha, seed, dist, need_w, need_log_alpha)
+    dw, dlog_alpha = module(backend).masked_weight_grad(
+        grad, weight, log_alpha, seed, dist, need_w, need_log_alpha
+    )
     return (
         weight.new_empty(0) if dw is None else dw.contiguous(),
         log_alpha.new_empty(0) if dlog_alpha is None else dlog_alpha.contiguous(),
@@ -267,20 +293,34 @@ def _masked_weight_grad(
 
 
 @_define(
-    "block_linear(Tensor x, Tensor weight, Tensor? bias, Tensor z, int b_out, int b_in, ScalarType dtype, str backend) -> Tensor",
-    lambda x, weight, bias, z, b_out, b_in, dtype, backend: x.new_empty(x.shape[0], weight.shape[0], dtype=dtype),
+    "block_linear(Tensor x, Tensor weight, Tensor? bias, Tensor z, int b_out, int b_in, ScalarType dtype,"
+    " str backend) -> Tensor",
+    lambda x, weight, bias, z, b_out, b_in, dtype, backend: x.new_empty(
+        x.shape[0], weight.shape[0], dtype=dtype
+    ),
 )
 def _block_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, z: Tensor, b_out: int, b_in: int, dtype: torch.dtype, backend: str
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    z: Tensor,
+    b_out: int,
+    b_in: int,
+    dtype: torch.dtype,
+    backend: str,
 ) -> Tensor:
     return module(backend).block_linear_forward(x, weight, bias, z, b_out, b_in, dtype)
 
 
 @_define(
-    "block_linear_backward(Tensor dy, Tensor x, Tensor weight, Tensor? bias, Tensor z, int b_out, int b_in, bool full, ScalarType dtype,"
-    " bool[] needs, str backend) -> Tensor[]",
+    "block_linear_backward(Tensor dy, Tensor x, Tensor weight, Tensor? bias, Tensor z, int b_out, int b_in,"
+    " bool full, ScalarType dtype, bool[] needs, str backend) -> Tensor[]",
     lambda dy, x, weight, bias, z, b_out, b_in, full, dtype, needs, backend: _given(
-        [t.new_empty(t.shape) if n and t is not None else None for t, n in zip((x, weight, bias, z), needs, strict=True)], x
+        [
+            t.new_empty(t.shape) if n and t is not None else None
+            for t, n in zip((x, weight, bias, z), needs, strict=True)
+        ],
+        x,
     ),
 )
 def _block_linear_backward(

@@ -63,7 +63,7 @@ def why_not(name: str) -> str | None:
 
 
 def implements(name: str) -> frozenset[str]:
-    """The primitives that backend ``name`` implements itself; for "reference", dense autograd, all of them."""
+    """The primitives of backend ``name``; for "reference", dense autograd, all of them."""
     return frozenset() if why_not(name) else frozenset(PRIMITIVES)
 
 
@@ -127,5 +127,8 @@ class BackendTable(dict[str, dict[str, str]]):
 def backends() -> BackendTable:
     """The table of primitives and backends: "yes", or the reason why one is not available on this machine."""
     return BackendTable(
-        {p: {name: "yes" if p in implements(name) else why_not(name) or "-" for name in NAMES} for p in PRIMITIVES}
+        {
+            p: {name: "yes" if p in implements(name) else why_not(name) or "-" for name in NAMES}
+            for p in PRIMITIVES
+        }
     )

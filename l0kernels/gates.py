@@ -1,4 +1,4 @@
-"""Drawing gates: Philox noise and hard-concrete maths on the device, one call for all gate vectors, no noise stored."""
+"""Drawing gates: Philox noise and hard-concrete maths on the device, one call for all, no noise stored."""
 
 from __future__ import annotations
 
@@ -11,24 +11,36 @@ from torch import Tensor
 from . import _registry, reference
 from ._ops import ops
 from .reference import _checks
-from .reference.gates import ALIGN, DEFAULT_DIST, EVAL_MODES, Gates, HardConcrete, check_dist, draw_seed, eval_z, round_up
+from .reference.gates import (
+    ALIGN,
+    DEFAULT_DIST,
+    EVAL_MODES,
+    Gates,
+    HardConcrete,
+    check_dist,
+    draw_seed,
+    eval_z,
+    round_up,
+)
 
 __all__ = ["ALIGN", "EVAL_MODES", "Gates", "HardConcrete", "eval_gates", "sample_gates"]
 
 
 class _HardConcreteGrad(torch.autograd.Function):
-    """Joins a drawn z to its log_alpha: backward needs z alone. One node a gate vector, so that checkpointing and overlapping
-    forwards find each its own."""
+    """Joins a drawn z to its log_alpha: backward needs z alone. One node a gate vector, so that checkpointing
+    and overlapping forwards find each its own."""
 
     @staticmethod
-    def forward(ctx: Any, log_alpha: Tensor, z: Tensor, beta: float, gamma: float, zeta: float, backend: str) -> Tensor:
+    def forward(
+        ctx: Any, log_alpha: Tensor, z: Tensor, beta: float, gamma: float, zeta: float, backend: str
+    ) -> Tensor:
         z = z.detach()
         ctx.save_for_backward(z)
         ctx.constants = (beta, gamma, zeta, backend)
         return z.view_as(z)
 
     @staticmethod
-    def backward(ctx: Any, dz: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dz: Tensor) -> tuple[Tensor | None, ...]:
         (z,) = ctx.saved_tensors
         return ops.gate_grad(dz, z, *ctx.constants), None, None, None, None, None
 
@@ -41,7 +53,8 @@ def check_log_alphas(log_alphas: Sequence[Tensor]) -> None:
         if i:
             _checks.check_device(name, log_alpha, log_alphas[0].device, "log_alpha[0]")
             if log_alpha.dtype != log_alphas[0].dtype:
-                raise TypeError(f"{name} must have the dtype of log_alpha[0], {log_alphas[0].dtype}, got {log_alpha.dtype}")
+                expected = f"the dtype of log_alpha[0], {log_alphas[0].dtype}"
+                raise TypeError(f"{name} must have {expected}, got {log_alpha.dtype}")
 
 
 @overload
@@ -78,12 +91,14 @@ def sample_gates(
 
     ``z = clip(sigmoid((log u - log(1 - u) + log_alpha) / beta) * (zeta - gamma) + gamma, 0, 1)`` with u from
     Philox4x32-10, keyed by the seed and counted by (gate index, stream, rank). The gradient
-    ``dz/dlog_alpha = (zeta - gamma) / beta * s * (1 - s)`` reaches log_alpha where 0 < z < 1 and is exactly zero elsewhere.
+    ``dz/dlog_alpha = (zeta - gamma) / beta * s * (1 - s)`` reaches log_alpha where 0 < z < 1 and is
+    exactly zero elsewhere.
 
     Args:
-        log_alpha: (G,) float32 or float64; or a sequence of such, of one dtype, drawn in one call: the position is the stream.
-        seed: (1,) int64 on the device of log_alpha. The same seed gives the same gates on every backend. None draws one with
-            torch.randint from torch's default generator.
+        log_alpha: (G,) float32 or float64; or a sequence of such, of one dtype, drawn in one call:
+            the position is the stream.
+        seed: (1,) int64 on the device of log_alpha. The same seed gives the same gates on every backend. None
+            draws one with torch.randint from torch's default generator.
         generator: where a missing seed is drawn from instead.
         rank: in [0, 2**32): processes with different ranks draw different gates from one seed.
         dist: the distribution's constants.
@@ -93,8 +108,8 @@ def sample_gates(
 
     Raises:
         TypeError: log_alpha is not float32 or float64, dtypes differ, or seed is no int64 tensor.
-        ValueError: a wrong shape, device or rank, both seed and generator, or (on the CPU) a NaN in log_alpha. On a GPU, where
-            looking would stall the device, a NaN in log_alpha is a NaN in z.
+        ValueError: a wrong shape, device or rank, both seed and generator, or (on the CPU) a NaN in
+            log_alpha. On a GPU, where looking would stall the device, a NaN in log_alpha is a NaN in z.
     """
     single = isinstance(log_alpha, Tensor)
     log_alphas = [log_alpha] if isinstance(log_alpha, Tensor) else list(log_alpha)
@@ -118,11 +133,14 @@ def sample_gates(
     if single:
         return _attach(log_alphas[0], z, index, count, constants)
     sizes = [a.shape[0] for a in log_alphas]
-    parts = zip(log_alphas, z.split(sizes), index.split([round_up(n) for n in sizes]), count.split(2), strict=True)
-    return [_attach(a, *part, constants) for a, *part in parts]
+    indices = index.split([round_up(n) for n in sizes])
+    parts = zip(log_alphas, z.split(sizes), indices, count.split(2), strict=True)
+    return [_attach(*part, constants) for part in parts]
 
 
-def _attach(log_alpha: Tensor, z: Tensor, index: Tensor, count: Tensor, constants: tuple[float, float, float, str]) -> Gates:
+def _attach(
+    log_alpha: Tensor, z: Tensor, index: Tensor, count: Tensor, constants: tuple[float, float, float, str]
+) -> Gates:
     if log_alpha.requires_grad and torch.is_grad_enabled():
         z = _HardConcreteGrad.apply(log_alpha, z, *constants)
     return Gates(z, index, count)
@@ -141,11 +159,11 @@ def eval_gates(
 ) -> Gates | list[Gates]:
     """Deterministic gates for evaluation. They carry no gradient.
 
-    - ``"paper"``: ``clip(sigmoid(log_alpha) * (zeta - gamma) + gamma, 0, 1)`` (arXiv 1712.01312, equation 13).
-    - ``"median"``: ``clip(sigmoid(log_alpha / beta) * (zeta - gamma) + gamma, 0, 1)``, the gate of u = 1/2: zero exactly where
-      P(z = 0) >= 1/2.
-    - ``"topk"``: ``sigmoid(0.8 * log_alpha / beta)`` with the ``round(G - sum p_open)`` smallest set to 0, the lowest index
-      first among ties (flop, CoFi).
+    - ``"paper"``: ``clip(sigmoid(log_alpha) * (zeta - gamma) + gamma, 0, 1)`` (arXiv 1712.01312, eq. 13).
+    - ``"median"``: ``clip(sigmoid(log_alpha / beta) * (zeta - gamma) + gamma, 0, 1)``, the gate of u = 1/2:
+      zero exactly where P(z = 0) >= 1/2.
+    - ``"topk"``: ``sigmoid(0.8 * log_alpha / beta)`` with the ``round(G - sum p_open)`` smallest set to 0,
+      the lowest index first among ties (flop, CoFi).
 
     Args:
         log_alpha: (G,) float32 or float64, or a sequence of such.
@@ -159,7 +177,9 @@ def eval_gates(
         TypeError: log_alpha is not float32 or float64.
         ValueError: an unknown mode, a log_alpha that is not 1-D, or (on the CPU) a NaN in one.
     """
-    return reference.eval_gates(log_alpha, mode, dist=dist)  # plain torch on every backend: once an evaluation, not on the hot path
+    return reference.eval_gates(
+        log_alpha, mode, dist=dist
+    )  # plain torch on every backend: once an evaluation, not on the hot path
 
 
 def eval_weight_gates(log_alpha: Tensor, mode: str, dist: HardConcrete) -> Tensor:

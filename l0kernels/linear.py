@@ -1,4 +1,4 @@
-"""Gated linear layers: the closed inputs and outputs are skipped in the forward product and in both backward products."""
+"""Gated linear layers: the closed inputs and outputs are skipped in all three products."""
 
 from __future__ import annotations
 
@@ -15,12 +15,17 @@ from .reference.gates import DEFAULT_DIST
 from .reference.linear import check_layer_gates
 
 _NO_GATE: list[Tensor] = []
+_NO_TENSORS = (None, None, None)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype of the product: autocast's where it is on, else that of x."""
     kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) and x.dtype != torch.float64 else x.dtype
+    return (
+        torch.get_autocast_dtype(kind)
+        if torch.is_autocast_enabled(kind) and x.dtype != torch.float64
+        else x.dtype
+    )
 
 
 def gate_tensors(gates: Gates, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -58,7 +63,7 @@ class _GatedLinear(torch.autograd.Function):
         return y.view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, in_z, in_index, in_count, out_z, out_index, out_count = ctx.saved_tensors
         in_gate = _NO_GATE if in_z is None else [in_z, in_index, in_count]
         out_gate = _NO_GATE if out_z is None else [out_z, out_index, out_count]
@@ -98,9 +103,10 @@ def gated_linear(
 ) -> Tensor:
     """Linear layer with gated inputs and outputs: ``y = z_out * ((x * z_in) W^T + b)``, closed gates skipped.
 
-    torch: ``F.linear(x * z_in, weight, bias) * z_out``. An output gate closes the unit together with its bias. With
-    ``out_support=g``: ``y = 1[z_g != 0] * ((x * z_in) W^T + b)``, unscaled; every consumer of y must be gated by g.
-    Gradients: dz comes where 0 < z < 1, for ``Gates.full_grad`` wherever z != 0; it is zero for closed gates.
+    torch: ``F.linear(x * z_in, weight, bias) * z_out``. An output gate closes the unit together with its
+    bias. With ``out_support=g``: ``y = 1[z_g != 0] * ((x * z_in) W^T + b)``, unscaled; every consumer of y
+    must be gated by g. Gradients: dz comes where 0 < z < 1, for ``Gates.full_grad`` wherever z != 0; it is
+    zero for closed gates.
 
     Args:
         x: (..., in) any float dtype and strides.
@@ -111,25 +117,28 @@ def gated_linear(
         out_support: gates of the consumer of y, out of them, or None; excludes out_gates.
 
     Returns:
-        y (..., out) in the dtype of x; under autocast in autocast's dtype, weight and bias cast while they are packed.
+        y (..., out) in the dtype of x; under autocast in its dtype, weight and bias cast while they are
+        packed.
 
     Raises:
         TypeError: a wrong kind or dtype.
-        ValueError: a wrong shape, number of gates or device, both out_gates and out_support, or a count that is no count.
+        ValueError: a wrong shape, number of gates or device, both out_gates and out_support, or a count that
+            is no count.
         RuntimeError: the requested backend cannot serve the call.
     """
     _checks.check_linear(x, weight, bias)
     check_layer_gates(weight.shape[1], weight.shape[0], weight.device, in_gates, out_gates, out_support)
     backend = _registry.resolve(x.device)
     if backend == "reference":
-        return reference.gated_linear(x, weight, bias, in_gates=in_gates, out_gates=out_gates, out_support=out_support)
+        return reference.gated_linear(
+            x, weight, bias, in_gates=in_gates, out_gates=out_gates, out_support=out_support
+        )
     dtype = compute_dtype(x)
-    none = (None, None, None)
-    side = out_support if out_gates is None else out_gates
-    inputs = none if in_gates is None else gate_tensors(in_gates, dtype)
-    outputs = none if side is None else gate_tensors(side, dtype)
-    if side is not None and out_gates is None:  # a support selects; its z takes no part and gets no gradient
-        outputs = (outputs[0].detach(), *outputs[1:])
+    inputs = _NO_TENSORS if in_gates is None else gate_tensors(in_gates, dtype)
+    outputs = _NO_TENSORS if out_gates is None else gate_tensors(out_gates, dtype)
+    if out_support is not None:  # it selects; its z takes no part and gets no gradient
+        z, index, count = gate_tensors(out_support, dtype)
+        outputs = (z.detach(), index, count)
     return _GatedLinear.apply(
         x,
         weight,

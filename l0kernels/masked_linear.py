@@ -1,4 +1,4 @@
-"""Gates finer than rows and columns: one per weight (saves memory, not time) or one per block of weights (skips)."""
+"""Gates finer than rows and columns: per weight (saves memory, not time) or per block of weights (skips)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _NO_GATE: list[Tensor] = []
 
 
 class _MaskedLinear(torch.autograd.Function):
-    """y = x (W * z)^T + b with z drawn from the seed, in the forward and once more in the backward: no z is stored."""
+    """y = x (W * z)^T + b with z drawn from the seed, forward and again backward: no z is stored."""
 
     @staticmethod
     def forward(
@@ -41,7 +41,7 @@ class _MaskedLinear(torch.autograd.Function):
         return y.view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, log_alpha, seed = ctx.saved_tensors
         constants, dtype, backend = ctx.options
         needs_x, needs_w, needs_b, needs_log_alpha = ctx.needs_input_grad[:4]
@@ -95,12 +95,21 @@ class _BlockLinear(torch.autograd.Function):
         return y.view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, z = ctx.saved_tensors
         block, dtype, backend = ctx.options
         needs = list(ctx.needs_input_grad[:4])
         grads = ops.block_linear_backward(
-            dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1]), weight, bias, z, *block, False, dtype, needs, backend
+            dy.reshape(-1, dy.shape[-1]),
+            x.reshape(-1, x.shape[-1]),
+            weight,
+            bias,
+            z,
+            *block,
+            False,
+            dtype,
+            needs,
+            backend,
         )
         dx, dw, db, dz = (g if n else None for g, n in zip(grads, needs, strict=True))
         return None if dx is None else dx.view(x.shape), dw, db, dz, None, None, None
@@ -119,9 +128,11 @@ def masked_linear(
 ) -> Tensor:
     """Linear layer with a gate per weight or per block of weights: ``y = x (W * z)^T + b``.
 
-    torch: ``F.linear(x, weight * z, bias)``. The bias is ungated. A gate's noise has its row-major position in log_alpha for
-    index, and stream 0. Gates per weight save memory, not time: z is drawn again in the backward, and neither noise nor mask is
-    stored. Gates per block skip the closed blocks in all three products; blocks of fewer than 16 rows or columns gain little.
+    torch: ``F.linear(x, weight * z, bias)``. The bias is ungated. A gate's noise has its row-major position
+        in
+    log_alpha for index, and stream 0. Gates per weight save memory, not time: z is drawn again in the
+    backward, and neither noise nor mask is stored. Gates per block skip the closed blocks in all three
+    products; blocks of fewer than 16 rows or columns gain little.
 
     Args:
         x: (..., in) any float dtype.
@@ -129,7 +140,8 @@ def masked_linear(
         bias: (out,) dtype of x, or None.
         log_alpha: float32 or float64; (out, in), or (ceil(out / b_out), ceil(in / b_in)) with blocks.
         block: (b_out, b_in), or None for a gate per weight; edge blocks are cropped.
-        seed: (1,) int64 on the device of log_alpha; None draws one from torch's default generator. Not used with a mode.
+        seed: (1,) int64 on the device of log_alpha; None draws one from torch's default generator. Not used
+            with a mode.
         mode: None draws gates (training); "paper", "median" or "topk" evaluates as eval_gates, no gradient.
         dist: the distribution's constants.
 
@@ -144,7 +156,9 @@ def masked_linear(
     check_masked(x, weight, bias, log_alpha, block, seed, mode, dist)
     backend = _registry.resolve(x.device)
     if backend == "reference":
-        return reference.masked_linear(x, weight, bias, log_alpha, block=block, seed=seed, mode=mode, dist=dist)
+        return reference.masked_linear(
+            x, weight, bias, log_alpha, block=block, seed=seed, mode=mode, dist=dist
+        )
     if seed is None and mode is None:
         seed = draw_seed(log_alpha.device)
     dtype = compute_dtype(x)

@@ -1,4 +1,5 @@
-"""The packed chain: between two gated layers activations exist for open units only, so FLOPs fall with the product of densities."""
+"""The packed chain: between gated layers activations exist for open units only; FLOPs fall with the product
+of densities."""
 
 from __future__ import annotations
 
@@ -20,16 +21,25 @@ class _GatedMlp(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, depth: int, activation: str, full: list[bool], dtype: torch.dtype, backend: str, *tensors: Tensor | None
+        ctx: Any,
+        x: Tensor,
+        depth: int,
+        activation: str,
+        full: list[bool],
+        dtype: torch.dtype,
+        backend: str,
+        *tensors: Tensor | None,
     ) -> Tensor:
         weights, biases, gates = tensors[:depth], tensors[depth : 2 * depth], tensors[2 * depth :]
-        y, *saved = ops.gated_mlp(x.reshape(-1, x.shape[-1]), weights, biases, gates, activation, dtype, backend)
+        y, *saved = ops.gated_mlp(
+            x.reshape(-1, x.shape[-1]), weights, biases, gates, activation, dtype, backend
+        )
         ctx.save_for_backward(x, *tensors, *saved)
         ctx.options = (depth, activation, full, dtype, backend)
         return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         depth, activation, full, dtype, backend = ctx.options
         x, *tensors = ctx.saved_tensors
         weights, biases, gates = tensors[:depth], tensors[depth : 2 * depth], tensors[2 * depth : 5 * depth]
@@ -49,7 +59,15 @@ class _GatedMlp(torch.autograd.Function):
             backend,
         )
         dx, *rest = (g if n else None for g, n in zip(grads, needs, strict=True))
-        result: list[Tensor | None] = [None if dx is None else dx.view(x.shape), None, None, None, None, None, *rest[: 2 * depth]]
+        result: list[Tensor | None] = [
+            None if dx is None else dx.view(x.shape),
+            None,
+            None,
+            None,
+            None,
+            None,
+            *rest[: 2 * depth],
+        ]
         for dz in rest[2 * depth :]:
             result += [dz, None, None]
         return tuple(result)
@@ -64,8 +82,9 @@ def gated_mlp(
 ) -> Tensor:
     """Chain of linear layers, each gated at its input, hidden activations packed to the open units.
 
-    ``h_0 = x * z_0``, ``h_l = act(h_{l-1} W_{l-1}^T + b_{l-1}) * z_l``, ``y = h_{L-1} W_{L-1}^T + b_{L-1}``: a hidden gate
-    multiplies after the activation, and the last layer has none. Layer l computes open x open units only.
+    ``h_0 = x * z_0``, ``h_l = act(h_{l-1} W_{l-1}^T + b_{l-1}) * z_l``, ``y = h_{L-1} W_{L-1}^T + b_{L-1}``:
+    a hidden gate multiplies after the activation, and the last layer has none. Layer l computes open x open
+    units only.
 
     Args:
         x: (..., in) any float dtype.
@@ -79,7 +98,8 @@ def gated_mlp(
 
     Raises:
         TypeError: a wrong kind or dtype.
-        ValueError: unequal lengths, a wrong shape, number of gates or device, an unknown activation, or a count that is no count.
+        ValueError: unequal lengths, a wrong shape, number of gates or device, an unknown activation, or a
+            count that is no count.
         RuntimeError: the requested backend cannot serve the call.
     """
     check_mlp(x, weights, biases, gates, activation)

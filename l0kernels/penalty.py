@@ -18,14 +18,16 @@ from .reference.penalty import per_tensor
 
 class _L0Penalty(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, weights: list[float], constants: tuple[float, float, float, str], *log_alphas: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, weights: list[float], constants: tuple[float, float, float, str], *log_alphas: Tensor
+    ) -> Tensor:
         total, grad = ops.l0_penalty(log_alphas, weights, *constants)
         ctx.save_for_backward(grad)
         ctx.shapes = [a.shape for a in log_alphas]
         return total
 
     @staticmethod
-    def backward(ctx: Any, dtotal: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dtotal: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = ctx.saved_tensors
         parts = (grad * dtotal).split([shape.numel() for shape in ctx.shapes])
         return None, None, *(part.view(shape) for part, shape in zip(parts, ctx.shapes, strict=True))
@@ -38,10 +40,10 @@ def l0_penalty(
     lam: float | Sequence[float] = 1.0,
     dist: HardConcrete = DEFAULT_DIST,
 ) -> Tensor:
-    """Expected number of open parameters, weighted: ``sum_g lam * |g| * P(z_g > 0)`` (arXiv 1712.01312, equation 12).
+    """Expected number of open parameters: ``sum_g lam * |g| * P(z_g > 0)`` (arXiv 1712.01312, eq. 12).
 
-    ``P(z > 0) = sigmoid(log_alpha - beta * log(-gamma / zeta))``. Its gradient ``lam * |g| * p * (1 - p)`` is the only one that
-    reaches a closed gate.
+    ``P(z > 0) = sigmoid(log_alpha - beta * log(-gamma / zeta))``. Its gradient ``lam * |g| * p * (1 - p)`` is
+    the only one that reaches a closed gate.
 
     Args:
         log_alpha: any shape, float32 or float64, or a sequence of such of one dtype on one device.
@@ -64,7 +66,9 @@ def l0_penalty(
         _checks.check_log_alpha(name, a)
         _checks.check_device(name, a, log_alphas[0].device, "log_alpha[0]")
         if a.dtype != log_alphas[0].dtype:
-            raise TypeError(f"{name} must have the dtype of log_alpha[0], {log_alphas[0].dtype}, got {a.dtype}")
+            raise TypeError(
+                f"{name} must have the dtype of log_alpha[0], {log_alphas[0].dtype}, got {a.dtype}"
+            )
     check_dist(dist)
     sizes = per_tensor("group_size", group_size, len(log_alphas))
     lams = per_tensor("lam", lam, len(log_alphas))
@@ -84,9 +88,11 @@ def l2_penalty(
     groups: int = 1,
     dist: HardConcrete = DEFAULT_DIST,
 ) -> Tensor:
-    """L2 norm of the open parameters: ``weight_decay / 2 * sum_oi p_o * p_i * theta_oi^2`` (arXiv 1712.01312, section 2.3).
+    """L2 norm of the open parameters: ``weight_decay / 2 * sum_oi p_o * p_i * theta_oi^2`` (arXiv 1712.01312,
+    section 2.3).
 
-    p = P(z > 0), 1 on a side without gates. Its gradient is dense: a closed weight still decays. Plain torch on every backend.
+    p = P(z > 0), 1 on a side without gates. Its gradient is dense: a closed weight still decays. Plain torch
+    on every backend.
 
     Args:
         weight: (out, in / groups, ...) any float dtype.

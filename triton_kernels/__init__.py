@@ -1,4 +1,4 @@
-"""Triton kernels of l0kernels. The folder installs as ``l0kernels.triton_kernels``; nothing heavy is imported here."""
+"""Triton kernels of l0kernels. The folder installs as l0kernels.triton_kernels; it imports nothing heavy."""
 
 if __name__ != "l0kernels.triton_kernels":
     raise ImportError(

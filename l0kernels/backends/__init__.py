@@ -5,20 +5,18 @@ torch    packed.py over torch's own index_select, mm and index_copy
 packed   the compositions pack -> product -> unpack, for either of the two pairs of pack and unpack
 """
 
+from importlib import import_module
 from types import ModuleType
 
 from .._registry import native
+
+_MODULES = {
+    name: import_module(f"{__name__}.{name}")
+    for name in ("torch", "cpp")
+    if name != "cpp" or native is not None
+}
 
 
 def module(name: str) -> ModuleType:
     """The module of backend ``name``, "cpp" or "torch"."""
     return _MODULES[name]
-
-
-from . import torch as _torch  # noqa: E402
-
-_MODULES: dict[str, ModuleType] = {"torch": _torch}
-if native is not None:
-    from . import cpp as _cpp
-
-    _MODULES["cpp"] = _cpp

@@ -18,7 +18,8 @@ from . import packed
 from . import torch as portable
 from .packed import Gate, extent
 
-_FUSED = (torch.float32, torch.float64)  # 16-bit products go through packed.py to torch.mm, which has the hardware's 16-bit instructions
+# 16-bit products go through packed.py to torch.mm, which uses the hardware's 16-bit instructions.
+_FUSED = (torch.float32, torch.float64)
 _TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _ACTIVATIONS = {"identity": 0, "relu": 1, "gelu": 2, "silu": 3}
 
@@ -38,7 +39,9 @@ def _address(t: Tensor | None) -> int:
     return 0 if t is None else t.data_ptr()
 
 
-def sample(log_alphas: list[Tensor], seed: Tensor, rank: int, dist: HardConcrete) -> tuple[Tensor, Tensor, Tensor]:
+def sample(
+    log_alphas: list[Tensor], seed: Tensor, rank: int, dist: HardConcrete
+) -> tuple[Tensor, Tensor, Tensor]:
     """z, index and count of every gate vector, one after the other, in one call."""
     log_alphas = [a.contiguous() for a in log_alphas]
     first = log_alphas[0]
@@ -70,7 +73,14 @@ def gate_grad(dz: Tensor, z: Tensor, dist: HardConcrete) -> Tensor:
     dz, z = dz.contiguous(), z.contiguous()
     out = torch.empty_like(z)
     _C.gate_grad(
-        dz.data_ptr(), z.data_ptr(), out.data_ptr(), z.numel(), z.dtype == torch.float64, dist.beta, dist.gamma, dist.zeta
+        dz.data_ptr(),
+        z.data_ptr(),
+        out.data_ptr(),
+        z.numel(),
+        z.dtype == torch.float64,
+        dist.beta,
+        dist.gamma,
+        dist.zeta,
     )
     return out
 
@@ -81,7 +91,14 @@ def l0_penalty(log_alphas: list[Tensor], weights: list[float], dist: HardConcret
     sizes = [a.numel() for a in log_alphas]
     grad = log_alphas[0].new_empty(sum(sizes))
     shift = dist.beta * math.log(-dist.gamma / dist.zeta)
-    total = _C.penalty([a.data_ptr() for a in log_alphas], sizes, weights, grad.dtype == torch.float64, shift, grad.data_ptr())
+    total = _C.penalty(
+        [a.data_ptr() for a in log_alphas],
+        sizes,
+        weights,
+        grad.dtype == torch.float64,
+        shift,
+        grad.data_ptr(),
+    )
     if total != total:
         for i, a in enumerate(log_alphas):
             if torch.isnan(a).any():
@@ -90,7 +107,13 @@ def l0_penalty(log_alphas: list[Tensor], weights: list[float], dist: HardConcret
 
 
 def pack(
-    full: Tensor, rows: Gate | None, cols: Gate | None, dtype: torch.dtype, *, scale_rows: bool = False, scale_cols: bool = False
+    full: Tensor,
+    rows: Gate | None,
+    cols: Gate | None,
+    dtype: torch.dtype,
+    *,
+    scale_rows: bool = False,
+    scale_cols: bool = False,
 ) -> Tensor:
     """full[rows][:, cols], times the gates where asked, in ``dtype``, zero-padded to the extents."""
     n_rows, n_cols = extent(rows, full.shape[0], dtype), extent(cols, full.shape[1], dtype)
@@ -129,7 +152,7 @@ def unpack(
     dz_rows: bool = False,
     dz_cols: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The matrix of ``shape`` with packed in its open rows and columns, times the gates, and the gate gradients."""
+    """The matrix of ``shape`` with packed in its open rows and columns, times the gates; gate gradients."""
     out = packed.new_empty(shape, dtype=dtype)
     dz_row = torch.empty_like(rows[0]) if dz_rows and rows is not None else None
     dz_col = torch.empty_like(cols[0]) if dz_cols and cols is not None else None
@@ -162,7 +185,13 @@ def _fused(dtype: torch.dtype, *tensors: Tensor | None) -> bool:
 
 
 def linear_forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, in_gate: Gate | None, out_gate: Gate | None, scale_out: bool, dtype: torch.dtype
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    in_gate: Gate | None,
+    out_gate: Gate | None,
+    scale_out: bool,
+    dtype: torch.dtype,
 ) -> Tensor:
     if not _fused(dtype, x, weight, bias):
         return packed.linear_forward(_PACK, x, weight, bias, in_gate, out_gate, scale_out, dtype)
@@ -205,7 +234,8 @@ def linear_backward(
     need_x, need_w, need_b, need_in, need_out = needs
     M, (n_out, n_in) = x.shape[0], weight.shape
     dx = x.new_empty(M, n_in) if need_x else None
-    dw = x.new_empty(n_out, n_in) if need_w or need_out or (need_in and not need_x) else None  # dz is read off dW
+    reads_dw = need_out or (need_in and not need_x)  # dz is read off dW
+    dw = x.new_empty(n_out, n_in) if need_w or reads_dw else None
     bias = None if bias is None else bias.contiguous()
     db = x.new_empty(n_out) if need_b or (need_out and bias is not None) else None
     dz_in = x.new_empty(n_in) if need_in else None
@@ -271,7 +301,8 @@ def mlp_forward(
     activation: str,
     dtype: torch.dtype,
 ) -> tuple[Tensor, list[Tensor]]:
-    """y, and what backward needs: the hidden activations, packed in (M, n_l) buffers, and for curved activations their arguments."""
+    """y, and what backward needs: the hidden activations, packed in (M, n_l) buffers, and for curved
+    activations their arguments."""
     if not _fused(dtype, x, *weights, *biases):
         return packed.mlp_forward(_PACK, x, weights, biases, gates, activation, dtype)
     M = x.shape[0]
@@ -305,13 +336,26 @@ def mlp_backward(
     needs: list[bool],
 ) -> list[Tensor | None]:
     if not _fused(dtype, dy, x, *weights, *biases):
-        return packed.mlp_backward(_PACK, dy, x, weights, biases, gates, saved, activation, dtype, full, needs)
+        return packed.mlp_backward(
+            _PACK, dy, x, weights, biases, gates, saved, activation, dtype, full, needs
+        )
     depth = len(weights)
-    need_x, need_w, need_b, need_z = needs[0], needs[1 : 1 + depth], needs[1 + depth : 1 + 2 * depth], needs[1 + 2 * depth :]
+    need_x, need_w, need_b, need_z = (
+        needs[0],
+        needs[1 : 1 + depth],
+        needs[1 + depth : 1 + 2 * depth],
+        needs[1 + 2 * depth :],
+    )
     dx = x.new_empty(x.shape) if need_x else None
     # the first dz is read off dx or dW
-    dw = [x.new_empty(w.shape) if n or (i == 0 and need_z[0] and not need_x) else None for i, (w, n) in enumerate(zip(weights, need_w, strict=True))]
-    db = [x.new_empty(w.shape[0]) if n and b is not None else None for w, b, n in zip(weights, biases, need_b, strict=True)]
+    dw = [
+        x.new_empty(w.shape) if n or (i == 0 and need_z[0] and not need_x) else None
+        for i, (w, n) in enumerate(zip(weights, need_w, strict=True))
+    ]
+    db = [
+        x.new_empty(w.shape[0]) if n and b is not None else None
+        for w, b, n in zip(weights, biases, need_b, strict=True)
+    ]
     dz = [x.new_empty(w.shape[1]) if n else None for w, n in zip(weights, need_z, strict=True)]
     _C.mlp_backward(
         dtype == torch.float64,
@@ -350,7 +394,13 @@ def masked_weight(weight: Tensor, log_alpha: Tensor, seed: Tensor, dist: HardCon
 
 
 def masked_weight_grad(
-    grad: Tensor, weight: Tensor, log_alpha: Tensor, seed: Tensor, dist: HardConcrete, need_w: bool, need_log_alpha: bool
+    grad: Tensor,
+    weight: Tensor,
+    log_alpha: Tensor,
+    seed: Tensor,
+    dist: HardConcrete,
+    need_w: bool,
+    need_log_alpha: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
     """dW and dlog_alpha from dL/d(W * z), z drawn again."""
     if not _fused(log_alpha.dtype, weight, grad):

@@ -1,6 +1,7 @@
-"""Gated layers as pack -> product -> unpack, products of exactly the open size, for any pair of pack and unpack.
+"""Gated layers as pack -> product -> unpack, products of exactly the open size, for any pack and unpack.
 
-A gate is None or a list [z, index, count]; ``full`` asks for dz of every open gate, not of fractional ones alone.
+A gate is None or a list [z, index, count]; ``full`` asks for dz of every open gate, not of fractional ones
+alone.
 """
 
 from __future__ import annotations
@@ -18,7 +19,14 @@ class PackUnpack(Protocol):
     """The two primitives, with the meaning of csrc/pack.h."""
 
     def pack(
-        self, full: Tensor, rows: Gate | None, cols: Gate | None, dtype: torch.dtype, *, scale_rows: bool = ..., scale_cols: bool = ...
+        self,
+        full: Tensor,
+        rows: Gate | None,
+        cols: Gate | None,
+        dtype: torch.dtype,
+        *,
+        scale_rows: bool = ...,
+        scale_cols: bool = ...,
     ) -> Tensor: ...
 
     def unpack(
@@ -42,7 +50,8 @@ class PackUnpack(Protocol):
 def extent(gate: Gate | None, size: int, dtype: torch.dtype) -> int:
     """Packed length of a gated dimension: the open count, for 16-bit types rounded up to 32.
 
-    Counts change on every step, and oneDNN, which does the 16-bit products, compiles a kernel for every new shape.
+    Counts change on every step, and oneDNN, which does the 16-bit products, compiles a kernel for
+    every new shape.
     """
     if gate is None:
         return size
@@ -53,7 +62,14 @@ def extent(gate: Gate | None, size: int, dtype: torch.dtype) -> int:
 
 
 def linear_forward(
-    p: PackUnpack, x: Tensor, weight: Tensor, bias: Tensor | None, in_gate: Gate | None, out_gate: Gate | None, scale_out: bool, dtype: torch.dtype
+    p: PackUnpack,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    in_gate: Gate | None,
+    out_gate: Gate | None,
+    scale_out: bool,
+    dtype: torch.dtype,
 ) -> Tensor:
     """y (M, out) of gated_linear for x (M, in), in ``dtype``."""
     x_packed = p.pack(x, None, in_gate, dtype, scale_cols=True)
@@ -62,7 +78,9 @@ def linear_forward(
     return p.unpack(y_packed, (x.shape[0], weight.shape[0]), None, out_gate, dtype, scale_cols=scale_out)[0]
 
 
-def _affine(p: PackUnpack, x: Tensor, w: Tensor, bias: Tensor | None, out_gate: Gate | None, dtype: torch.dtype) -> Tensor:
+def _affine(
+    p: PackUnpack, x: Tensor, w: Tensor, bias: Tensor | None, out_gate: Gate | None, dtype: torch.dtype
+) -> Tensor:
     if bias is None:
         return torch.mm(x, w.t())
     return torch.addmm(p.pack(bias[None], None, out_gate, dtype)[0], x, w.t())
@@ -110,7 +128,15 @@ def linear_backward(
     if bias is not None and (need_b or need_out):
         db_raw = dy_packed.sum(0, keepdim=True, dtype=torch.promote_types(dtype, torch.float32))
         db, _, dz_bias = p.unpack(
-            db_raw, (1, out_features), None, out_gate, bias.dtype, scale_cols=scale_out, theta=bias[None], full_cols=full_out, dz_cols=need_out
+            db_raw,
+            (1, out_features),
+            None,
+            out_gate,
+            bias.dtype,
+            scale_cols=scale_out,
+            theta=bias[None],
+            full_cols=full_out,
+            dz_cols=need_out,
         )
         db = db[0]
         if dz_bias is not None:
@@ -127,8 +153,8 @@ def mlp_forward(
     activation: str,
     dtype: torch.dtype,
 ) -> tuple[Tensor, list[Tensor]]:
-    """y (M, n_L) and what backward needs: the pre-activations of every hidden layer, packed in (M, n_l) buffers."""
-    saved = []
+    """y (M, n_L) and what backward needs: the hidden layers' pre-activations, packed in (M, n_l) buffers."""
+    saved: list[Tensor] = []
     h = p.pack(x, None, gates[0], dtype, scale_cols=True)
     for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
         out_gate = gates[i + 1] if i + 1 < len(weights) else None
@@ -187,7 +213,7 @@ def mlp_backward(
     full: list[bool],
     needs: list[bool],
 ) -> list[Tensor | None]:
-    """dx, then dweight, dbias and dz of every layer; ``needs`` has that order, and None stands where it says so."""
+    """dx, then dweight, dbias and dz of every layer; ``needs`` has that order; None where it says so."""
     depth = len(weights)
     need_w, need_b, need_z = needs[1 : 1 + depth], needs[1 + depth : 1 + 2 * depth], needs[1 + 2 * depth :]
     dx: Tensor | None = None
@@ -228,7 +254,7 @@ def mlp_backward(
 def block_linear_forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, z: Tensor, b_out: int, b_in: int, dtype: torch.dtype
 ) -> Tensor:
-    """y (M, out) of x (W * Z)^T + b, Z the gates spread over blocks: one product per row of blocks, of its open columns."""
+    """y (M, out) of x (W * Z)^T + b, Z the gates spread over blocks: a product per row of blocks."""
     y = x.new_empty(x.shape[0], weight.shape[0], dtype=dtype)
     for r in range(z.shape[0]):
         rows = slice(r * b_out, (r + 1) * b_out)
@@ -262,24 +288,22 @@ def block_linear_backward(
     if need_x:
         dx = x.new_empty(x.shape)
         for c in range(z.shape[1]):
-            cols = slice(c * b_in, (c + 1) * b_in)
+            block = slice(c * b_in, (c + 1) * b_in)
             rows, scale = _line(z[:, c], b_out, weight.shape[0])
-            w = weight[:, cols].index_select(0, rows) * scale[:, None]
-            dx[:, cols] = torch.mm(dy.index_select(1, rows).to(dtype), w.to(dtype))
+            w = weight[:, block].index_select(0, rows) * scale[:, None]
+            dx[:, block] = torch.mm(dy.index_select(1, rows).to(dtype), w.to(dtype))
     if need_w or need_z:
         dw = torch.zeros_like(weight, memory_format=torch.contiguous_format)
         dz = torch.zeros_like(z)
         for r in range(z.shape[0]):
-            rows = slice(r * b_out, (r + 1) * b_out)
-            columns, scale = _line(z[r], b_in, weight.shape[1])
-            raw = torch.mm(dy[:, rows].to(dtype).t(), x.index_select(1, columns).to(dtype)).to(z.dtype)
-            dw[rows] = dw[rows].index_copy(1, columns, (raw * scale).to(dw.dtype))
+            block = slice(r * b_out, (r + 1) * b_out)
+            cols, scale = _line(z[r], b_in, weight.shape[1])
+            raw = torch.mm(dy[:, block].to(dtype).t(), x.index_select(1, cols).to(dtype)).to(z.dtype)
+            dw[block] = dw[block].index_copy(1, cols, (raw * scale).to(dw.dtype))
             if need_z:
-                terms = (raw * weight[rows].index_select(1, columns)).sum(0)
-                dz[r] = dz[r].index_add(0, columns // b_in, terms)
+                terms = (raw * weight[block].index_select(1, cols)).sum(0)
+                dz[r] = dz[r].index_add(0, cols // b_in, terms)
         if need_z and not full:
             dz = dz.masked_fill((z <= 0) | (z >= 1), 0)
     db = dy.sum(0) if need_b else None
     return [dx, dw if need_w else None, db, dz if need_z else None]
-
-

@@ -1,4 +1,4 @@
-"""The portable backend: index_select, mm and index_copy of torch. Any device; on a GPU each count read is a sync."""
+"""The portable backend: torch's index_select, mm and index_copy. On a GPU each count read is a sync."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ from torch.nn import functional as F
 
 from ..reference.gates import HardConcrete, compact, sample_z, sample_zs
 from . import packed
-from .packed import Gate, block_linear_backward, block_linear_forward, extent
+from .packed import Gate, extent
 
 
-def sample(log_alphas: list[Tensor], seed: Tensor, rank: int, dist: HardConcrete) -> tuple[Tensor, Tensor, Tensor]:
+def sample(
+    log_alphas: list[Tensor], seed: Tensor, rank: int, dist: HardConcrete
+) -> tuple[Tensor, Tensor, Tensor]:
     """z, index and count of every gate vector, one after the other."""
     for i, log_alpha in enumerate(log_alphas):
         if log_alpha.device.type == "cpu" and torch.isnan(log_alpha).any():
@@ -55,7 +57,13 @@ def _open(gate: Gate | None, size: int) -> Tensor | None:
 
 
 def pack(
-    full: Tensor, rows: Gate | None, cols: Gate | None, dtype: torch.dtype, *, scale_rows: bool = False, scale_cols: bool = False
+    full: Tensor,
+    rows: Gate | None,
+    cols: Gate | None,
+    dtype: torch.dtype,
+    *,
+    scale_rows: bool = False,
+    scale_cols: bool = False,
 ) -> Tensor:
     """full[rows][:, cols], times the gates where asked, in ``dtype``, zero-padded to the extents."""
     extents = extent(rows, full.shape[0], dtype), extent(cols, full.shape[1], dtype)
@@ -86,7 +94,7 @@ def unpack(
     dz_rows: bool = False,
     dz_cols: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The matrix of ``shape`` with packed in its open rows and columns, times the gates, and the gate gradients."""
+    """The matrix of ``shape`` with packed in its open rows and columns, times the gates; gate gradients."""
     z_dtype = next((g[0].dtype for g in (rows, cols) if g is not None), packed.dtype)
     row_index, col_index = _open(rows, shape[0]), _open(cols, shape[1])
     n_rows = shape[0] if row_index is None else len(row_index)
@@ -101,10 +109,15 @@ def unpack(
         for dim, index in enumerate((row_index, col_index)):
             theta = theta if index is None else theta.index_select(dim, index)
         product = value.to(z_dtype) * theta.to(z_dtype)
-        for dim, wanted, gate, index, full in ((0, dz_rows, rows, row_index, full_rows), (1, dz_cols, cols, col_index, full_cols)):
+        for dim, wanted, gate, index, full in (
+            (0, dz_rows, rows, row_index, full_rows),
+            (1, dz_cols, cols, col_index, full_cols),
+        ):
             if not wanted or gate is None:
                 continue
-            other, other_index, other_scale = (cols, col_index, scale_cols) if dim == 0 else (rows, row_index, scale_rows)
+            other, other_index, other_scale = (
+                (cols, col_index, scale_cols) if dim == 0 else (rows, row_index, scale_rows)
+            )
             terms = product
             if other is not None and other_scale:
                 z_other = gate_of(other, other_index)
@@ -128,6 +141,8 @@ def unpack(
 
 
 _PACK = SimpleNamespace(pack=pack, unpack=unpack)
+block_linear_forward = packed.block_linear_forward
+block_linear_backward = packed.block_linear_backward
 
 
 def linear_forward(*args: Any) -> Tensor:
@@ -152,7 +167,13 @@ def masked_weight(weight: Tensor, log_alpha: Tensor, seed: Tensor, dist: HardCon
 
 
 def masked_weight_grad(
-    grad: Tensor, weight: Tensor, log_alpha: Tensor, seed: Tensor, dist: HardConcrete, need_w: bool, need_log_alpha: bool
+    grad: Tensor,
+    weight: Tensor,
+    log_alpha: Tensor,
+    seed: Tensor,
+    dist: HardConcrete,
+    need_w: bool,
+    need_log_alpha: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
     """dW and dlog_alpha from dL/d(W * z), z drawn again."""
     z = sample_z(log_alpha, seed, 0, 0, dist)
