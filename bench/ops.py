@@ -4,7 +4,8 @@ Providers of every op:
     dense         torch.nn as installed                      -> the stock ratio
     dense_own     the ungated op on the native engine         -> the fair ratio
     masked        weight * z, then the dense product: the original implementation's formula, torch operations
-    index_select  open rows and columns selected by torch, then torch's product (backend "torch")
+    index_select  open rows and columns selected, then their product: what torch operations and autograd give
+    ours_torch    backend "torch", the portable one
     ours          backend "cpp"
 """
 
@@ -49,10 +50,42 @@ def trained_log_alpha(n: int, keep: float, generator: torch.Generator) -> Tensor
     return log_alpha[torch.randperm(n, generator=generator)]
 
 
-def masked_gate(log_alpha: Tensor) -> Tensor:
+def torch_gate(log_alpha: Tensor) -> Tensor:
     u = torch.rand(log_alpha.shape).to(log_alpha.dtype).clamp(1e-6, 1 - 1e-6)
     s = torch.sigmoid((u.log() - (1 - u).log() + log_alpha) / DIST.beta)
     return F.hardtanh(s * (DIST.zeta - DIST.gamma) + DIST.gamma, 0.0, 1.0)
+
+
+Layers = Sequence[torch.nn.Linear]
+OptionalGates = Sequence[Tensor | None]
+
+
+def masked(layers: Layers, log_alphas: OptionalGates, act: Forward, x: Tensor) -> Tensor:
+    """Layers with gates on their inputs (None: ungated), `act` between them."""
+    for i, (layer, log_alpha) in enumerate(zip(layers, log_alphas, strict=True)):
+        weight = layer.weight if log_alpha is None else layer.weight * torch_gate(log_alpha)
+        x = F.linear(act(x) if i else x, weight, layer.bias)
+    return x
+
+
+def index_select(layers: Layers, log_alphas: OptionalGates, act: Forward, x: Tensor) -> Tensor:
+    """`masked` over the open units only: each layer computes what the next one's gates leave open."""
+    z = [None if log_alpha is None else torch_gate(log_alpha) for log_alpha in log_alphas]
+    units = [None if gate is None else gate.detach().nonzero().squeeze(1) for gate in z]
+    if units[0] is not None:
+        x = x.index_select(1, units[0])
+    for i, layer in enumerate(layers):
+        weight: Tensor = layer.weight
+        bias: Tensor = layer.bias
+        gate, cols = z[i], units[i]
+        rows = units[i + 1] if i + 1 < len(layers) else None
+        if rows is not None:
+            weight, bias = weight.index_select(0, rows), bias.index_select(0, rows)
+        if gate is not None and cols is not None:
+            weight, x = weight.index_select(1, cols), x * gate.index_select(0, cols)
+        x = F.linear(x, weight, bias)
+        x = act(x) if i + 1 < len(layers) else x
+    return x
 
 
 class Draw:
@@ -79,12 +112,15 @@ def make_providers(
     stock: Forward,
     dense: Callable[[ModuleType, Tensor], Tensor],
     gated: Callable[[ModuleType, Tensor], Tensor],
-    masked: Forward,
+    plain: Callable[[Callable[..., Tensor], Tensor], Tensor],
     parameters: Parameters,
     log_alphas: Parameters,
     finish: Callable[[Parameters, Parameters], Callable[[], None]] | None = None,
 ) -> dict[str, Provider]:
-    """The table at the top of this file; `dense` and `gated` take a namespace: l0kernels or its reference."""
+    """The table at the top of this file.
+
+    `dense` and `gated` take a namespace, l0kernels or its reference; `plain` takes masked or index_select.
+    """
     everything = [*parameters, *log_alphas]
 
     def ungated(forward: Forward, backend: str | None = None) -> Provider:
@@ -98,8 +134,9 @@ def make_providers(
     return {
         "dense": ungated(stock),
         "dense_own": ungated(partial(dense, l0), "cpp"),
-        "masked": with_gates(masked, "masked"),
-        "index_select": with_gates(partial(gated, l0), "reference", "torch"),
+        "masked": with_gates(partial(plain, masked), "masked"),
+        "index_select": with_gates(partial(plain, index_select), "masked"),
+        "ours_torch": with_gates(partial(gated, l0), "reference", "torch"),
         "ours": with_gates(partial(gated, l0), "reference", "cpp"),
         "reference": Provider(partial(gated, l0.reference), everything, "reference", timed=False),
         "reference_dense": Provider(partial(dense, l0.reference), parameters, "reference_dense", timed=False),
@@ -119,11 +156,11 @@ def linear(shape: tuple[int, ...], keep: float, dtype: torch.dtype = torch.float
     def gated(api: ModuleType, x: Tensor) -> Tensor:
         return api.l0_linear(x, weight, bias, in_log_alpha=log_alpha)
 
-    def masked(x: Tensor) -> Tensor:
-        return F.linear(x, weight * masked_gate(log_alpha), bias)
+    def plain(formula: Callable[..., Tensor], x: Tensor) -> Tensor:
+        return formula([stock], [log_alpha], F.relu, x)
 
     batches = [draw.normal(M, K).requires_grad_() for _ in range(BATCHES)]
-    providers = make_providers(stock, dense, gated, masked, [weight, bias], [log_alpha])
+    providers = make_providers(stock, dense, gated, plain, [weight, bias], [log_alpha])
     flops = 6.0 * M * K * N
     return Case(batches, draw.normal(M, N), keep * flops, flops, providers)
 
@@ -141,12 +178,12 @@ def ffn(shape: tuple[int, ...], keep: float, dtype: torch.dtype = torch.float32)
     def gated(api: ModuleType, x: Tensor) -> Tensor:
         return api.gated_mlp(x, weights, biases, [None, api.sample_gates(log_alpha)], "gelu")
 
-    def masked(x: Tensor) -> Tensor:
-        return F.linear(F.gelu(up(x)), down.weight * masked_gate(log_alpha), down.bias)
+    def plain(formula: Callable[..., Tensor], x: Tensor) -> Tensor:
+        return formula([up, down], [None, log_alpha], F.gelu, x)
 
     stock = torch.nn.Sequential(up, torch.nn.GELU(), down)
     batches = [draw.normal(M, D).requires_grad_() for _ in range(BATCHES)]
-    providers = make_providers(stock, dense, gated, masked, [*weights, *biases], [log_alpha])
+    providers = make_providers(stock, dense, gated, plain, [*weights, *biases], [log_alpha])
     flops = 12.0 * M * D * H
     return Case(batches, draw.normal(M, D), keep * flops, flops, providers)
 
@@ -175,11 +212,9 @@ def chain(shape: tuple[int, ...], keep: float, dtype: torch.dtype = torch.float3
         logits = api.gated_mlp(x, weights, biases, api.sample_gates(log_alphas))
         return F.cross_entropy(logits, labels) + api.l0_penalty(log_alphas, group_sizes, lam=lam)
 
-    def masked(x: Tensor) -> Tensor:
-        for i, (layer, log_alpha) in enumerate(zip(layers, log_alphas, strict=True)):
-            x = F.linear(F.relu(x) if i else x, layer.weight * masked_gate(log_alpha), layer.bias)
+    def plain(formula: Callable[..., Tensor], x: Tensor) -> Tensor:
         penalty = sum(lam * n * DIST.p_open(a).sum() for a, n in zip(log_alphas, group_sizes, strict=True))
-        return F.cross_entropy(x, labels) + penalty
+        return F.cross_entropy(formula(layers, log_alphas, F.relu, x), labels) + penalty
 
     def finish(parameters: Parameters, log_alphas: Parameters) -> Callable[[], None]:
         adam = torch.optim.Adam([*parameters, *log_alphas], lr=0.0, fused=True)
@@ -194,12 +229,11 @@ def chain(shape: tuple[int, ...], keep: float, dtype: torch.dtype = torch.float3
 
     net = torch.nn.Sequential(*[module for layer in layers for module in (layer, torch.nn.ReLU())][:-1])
     batches = [draw.normal(M, sizes[0]) for _ in range(BATCHES)]
-    providers = make_providers(stock, dense, gated, masked, [*weights, *biases], log_alphas, finish)
+    providers = make_providers(stock, dense, gated, plain, [*weights, *biases], log_alphas, finish)
 
     model = l0.nn.L0MLP.from_dense(net, lam=lam)
-    own_layers = list(model.layers)
-    own_log_alphas = [layer.in_gate.log_alpha for layer in own_layers]
-    own_parameters = [layer.weight for layer in own_layers] + [layer.bias for layer in own_layers]
+    own_log_alphas = l0.nn.gate_parameters(model)
+    own_parameters = [layer.weight for layer in model.layers] + [layer.bias for layer in model.layers]
     with torch.no_grad():
         for own, log_alpha in zip(own_log_alphas, log_alphas, strict=True):
             own.copy_(log_alpha)

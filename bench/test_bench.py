@@ -8,8 +8,12 @@ import l0kernels as l0
 
 BACKENDS = ["torch", "cpp"]
 STEPS = [
-    ("linear", (100, 784, 300), ["dense", "dense_own", "masked", "index_select", "ours"]),
-    ("chain", (100, 784, 300, 100, 10), ["dense", "dense_own", "masked", "index_select", "ours", "ours_nn"]),
+    ("linear", (100, 784, 300), ["dense", "dense_own", "masked", "index_select", "ours_torch", "ours"]),
+    (
+        "chain",
+        (100, 784, 300, 100, 10),
+        ["dense", "dense_own", "masked", "index_select", "ours_torch", "ours", "ours_nn"],
+    ),
 ]
 
 

@@ -28,7 +28,7 @@ def cases(op="linear", shape=(6, 10, 4), keep=0.5):
 )
 def test_references_pass_the_gate(op, shape):
     case, exact = cases(op, shape)
-    for name in ("dense_own", "index_select", "ours", "ours_nn"):
+    for name in ("dense_own", "ours_torch", "ours", "ours_nn"):
         case.providers.pop(name, None)
     case.providers["reference"].timed = case.providers["reference_dense"].timed = True
     check(case, exact, op)
