@@ -21,9 +21,16 @@ ops = torch.ops.l0kernels
 
 def _define(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     def register(implementation: Callable[..., Any]) -> Callable[..., Any]:
+        def opaque(*args: Any) -> Any:
+            # Autograd falls through: a backend made of torch's operations must not record a graph of its own.
+            if args[-1] == "cpp" or not torch.is_grad_enabled():
+                return implementation(*args)
+            with torch.no_grad():
+                return implementation(*args)
+
         name = schema.partition("(")[0]
         _LIBRARY.define(schema, tags=(torch.Tag.needs_fixed_stride_order,))
-        _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
+        _LIBRARY.impl(name, opaque, "CompositeExplicitAutograd")
         _LIBRARY.impl(name, torch.library.fallthrough_kernel, "Autograd")
         torch.library.register_fake(f"l0kernels::{name}", fake, lib=_LIBRARY)
         return implementation
