@@ -81,6 +81,30 @@ template <typename T>
 constexpr std::array<std::array<MicroKernel<T>, kMR>, 2> kKernels = {
     make_kernels<T, 1>(std::make_integer_sequence<int, kMR>{}), make_kernels<T, 2>(std::make_integer_sequence<int, kMR>{})};
 
+#if L0_VECTOR_BYTES == 64
+#define L0_COMPRESS 1
+// dst gets the elements of src[0..W) that mask names, packed; writes a whole vector, reads only what is named.
+inline void compress(float* dst, const float* src, uint16_t mask) {
+  _mm512_storeu_ps(dst, _mm512_maskz_compress_ps(mask, _mm512_maskz_loadu_ps(mask, src)));
+}
+inline void compress(double* dst, const double* src, uint16_t mask) {
+  _mm512_storeu_pd(dst, _mm512_maskz_compress_pd(uint8_t(mask), _mm512_maskz_loadu_pd(uint8_t(mask), src)));
+}
+// The reverse: packed elements of src go where `open` says, zeros to the rest of `owned`, nothing elsewhere; reads a whole vector.
+inline void expand(float* dst, const float* src, uint16_t open, uint16_t owned) {
+  const __m512 v = _mm512_maskz_expand_ps(open, _mm512_loadu_ps(src));
+  if (owned == 0xffff) _mm512_storeu_ps(dst, v);
+  else _mm512_mask_storeu_ps(dst, owned, v);
+}
+inline void expand(double* dst, const double* src, uint16_t open, uint16_t owned) {
+  const __m512d v = _mm512_maskz_expand_pd(uint8_t(open), _mm512_loadu_pd(src));
+  if (owned == 0xff) _mm512_storeu_pd(dst, v);
+  else _mm512_mask_storeu_pd(dst, uint8_t(owned), v);
+}
+#else
+#define L0_COMPRESS 0
+#endif
+
 // W x W transpose in registers: log2(W) butterfly stages of two-input shuffles.
 template <typename V, int B, int... J>
 inline void butterfly(V& lo, V& hi, std::integer_sequence<int, J...>) {
@@ -99,6 +123,52 @@ inline void transpose_stages(V (&r)[W]) {
   }
 }
 
+// A run of one vector's width of the source and which of its elements are open.
+struct Chunk {
+  int32_t begin;
+  uint16_t mask;
+  uint16_t count;
+};
+
+// An index list and its chunks, for one thread to build and all to read.
+template <typename T>
+struct IndexList {
+  const int32_t* index = nullptr;
+  int64_t size = 0;
+  const Chunk* chunks = nullptr;
+  int64_t num_chunks = 0;
+
+  IndexList() = default;
+  IndexList(const int32_t* index_, int64_t n, Chunk* storage) : index(index_), size(n), chunks(storage) {
+    constexpr int W = Vec<T>::width;
+    for (int64_t i = 0; index && i < n; ++i) {
+      const int32_t begin = index[i] / W * W;
+      if (num_chunks == 0 || storage[num_chunks - 1].begin != begin) storage[num_chunks++] = {begin, 0, 0};
+      Chunk& c = storage[num_chunks - 1];
+      c.mask |= uint16_t(1u << (index[i] - begin));
+      ++c.count;
+    }
+  }
+};
+
+// dst[i] = src[list.index[i]] for a source that is contiguous; dst has room for one vector more.
+template <typename T>
+inline void gather(T* __restrict dst, const T* __restrict src, const IndexList<T>& list) {
+#if L0_COMPRESS
+  if (list.num_chunks * 5 < list.size * 2) {
+    for (int64_t c = 0; c < list.num_chunks; ++c) {
+      compress(dst, src + list.chunks[c].begin, list.chunks[c].mask);
+      dst += list.chunks[c].count;
+    }
+    return;
+  }
+#endif
+  for (int64_t i = 0; i < list.size; ++i) {
+    dst[i] = src[list.index[i]];
+    asm volatile("");  // keeps the loop scalar: hardware gathers are slower on most processors
+  }
+}
+
 // One axis of an operand: element x lies at `stride * (index ? index[x] : x)`.
 struct Axis {
   int64_t stride;
@@ -106,74 +176,75 @@ struct Axis {
   int64_t at(int64_t x) const { return stride * (index ? index[x] : x); }
 };
 
-// dst[i] = src[index[i]] * scale[i]. Scalar loads and stores: hardware gathers are slower on most CPUs.
+// Stores a vector where a panel goes on after it, element by element at its end: what spills beyond `rows` is written over later.
 template <typename T>
-inline void gather(T* __restrict dst, const T* __restrict src, const int32_t* __restrict index, const T* __restrict scale, int64_t n) {
-  if (scale) {
-    for (int64_t i = 0; i < n; ++i) {
-      dst[i] = src[index[i]] * scale[i];
-      asm volatile("" ::: "memory");
-    }
+inline void store_in_panel(T* dst, typename Vec<T>::type v, int rows, const T* panel_end) {
+  if (dst + Vec<T>::width <= panel_end) {
+    store(dst, v);
   } else {
-    for (int64_t i = 0; i < n; ++i) {
-      dst[i] = src[index[i]];
-      asm volatile("" ::: "memory");
-    }
+    for (int i = 0; i < rows; ++i) dst[i] = v[i];
   }
 }
 
 // dst[k * P + i] = src[x0 + i, k0 + k] * scale[k] for i < w, k < kc; columns w..round_up(w, W) of a B panel (P > w) become zero.
-// `scale` is already packed for this block of k. `tmp` holds W * kc elements.
+// `scale` and `k_list` are already cut to this block of k.
 template <typename T>
-void pack_panel(T* __restrict dst, int P, const T* __restrict src, const Axis& x, int64_t x0, int w, const Axis& k, int64_t k0,
-                int64_t kc, const T* __restrict scale, T* __restrict tmp) {
+void pack_panel(T* __restrict dst, int P, const T* __restrict src, const Axis& x, int64_t x_size, int64_t x0, int w, const Axis& k, int64_t k0,
+                int64_t kc, const IndexList<T>& k_list, const T* __restrict scale) {
   using V = typename Vec<T>::type;
   constexpr int W = Vec<T>::width;
   const int padded = P == w ? w : (w + W - 1) / W * W;
-  if (k.stride == 1 && kc > 1) {  // rows of the source run along k: gather them whole, then transpose
-    // Last group first: its full-width stores spill into the next k of an A panel, which the groups after it then write.
+  const T* const end = dst + kc * P;
+  if (k.stride == 1 && kc > 1) {
+    // Rows of the source run along k: transpose a vector's width of rows and columns, store the open columns alone.
+    // Last group of rows first: what it spills into the next k is then written by the groups after it.
     for (int i0 = (padded - 1) / W * W; i0 >= 0; i0 -= W) {
       const int rows = w - i0 < W ? w - i0 : W;
       const T* row[W];
-      for (int i = 0; i < W; ++i) {
-        const T* s = src + x.at(x0 + i0 + (i < rows ? i : rows - 1));
-        if (k.index == nullptr && scale == nullptr) {
-          row[i] = s + k0;
+      for (int i = 0; i < W; ++i) row[i] = src + x.at(x0 + i0 + (i < rows ? i : rows - 1));
+      const int64_t chunks = k.index ? k_list.num_chunks : (kc + W - 1) / W;
+      const int64_t readable = k.index ? k.index[k0 + kc - 1] + 1 : k0 + kc;
+      T* d = dst + i0;
+      int64_t kk = 0;
+      for (int64_t c = 0; c < chunks; ++c) {
+        const int64_t begin = k.index ? k_list.chunks[c].begin : k0 + c * W;
+        const int count = k.index ? k_list.chunks[c].count : int(kc - kk < W ? kc - kk : W);
+        if (count * 4 < W || begin + W > readable) {
+          for (int j = 0; j < count; ++j, ++kk, d += P) {
+            const int64_t at = k.index ? k.index[k0 + kk] : k0 + kk;
+            for (int i = 0; i < rows; ++i) d[i] = scale ? row[i][at] * scale[kk] : row[i][at];
+          }
+          continue;
+        }
+        V r[W];
+#pragma GCC unroll 16
+        for (int i = 0; i < W; ++i) r[i] = load(row[i] + begin);
+        transpose_stages<V, W, 1>(r);
+        if (count == W && scale == nullptr && d + (W - 1) * P + W <= end) {
+#pragma GCC unroll 16
+          for (int i = 0; i < W; ++i) store(d + i * P, r[i]);
+          d += W * P;
+          kk += W;
         } else {
-          T* t = tmp + i * kc;
-          row[i] = i < rows ? t : row[i - 1];
-          if (i >= rows) continue;
-          if (k.index) {
-            gather(t, s, k.index + k0, scale, kc);
-          } else {
-            for (int64_t kk = 0; kk < kc; ++kk) t[kk] = s[k0 + kk] * scale[kk];
+          for (unsigned mask = k.index ? k_list.chunks[c].mask : (1u << W) - 1; mask; mask &= mask - 1, ++kk, d += P) {
+            const V v = r[__builtin_ctz(mask)];
+            store_in_panel(d, scale ? v * scale[kk] : v, rows, end);
           }
         }
       }
-      const bool spills = rows < W && P == w;  // the last k must not: a neighbouring panel begins there
-      const int64_t k_vec = !spills ? kc / W * W : 2 * rows >= W ? (kc - 1) / W * W : 0;
-      for (int64_t kk = 0; kk < k_vec; kk += W) {
-        V r[W];
-#pragma GCC unroll 16
-        for (int i = 0; i < W; ++i) r[i] = load(row[i] + kk);
-        transpose_stages<V, W, 1>(r);
-#pragma GCC unroll 16
-        for (int i = 0; i < W; ++i) store(dst + (kk + i) * P + i0, r[i]);
-      }
-      for (int64_t kk = k_vec; kk < kc; ++kk)
-        for (int i = 0; i < rows; ++i) dst[kk * P + i0 + i] = row[i][kk];
     }
-  } else if (x.stride == 1) {  // rows of the source run along the panel
+  } else if (x.stride == 1 && x.index == nullptr) {  // rows of the source run along the panel
+    // Whole vectors where the source has them; like above, what spills is written over by the next k.
+    const int vectors = (w + W - 1) / W;
+    const bool whole = x0 + vectors * W <= x_size;
     for (int64_t kk = 0; kk < kc; ++kk) {
-      const T* s = src + k.at(k0 + kk);
+      const T* s = src + k.at(k0 + kk) + x0;
       T* d = dst + kk * P;
       const T f = scale ? scale[kk] : T(1);
-      if (x.index) {
-        gather(d, s, x.index + x0, static_cast<const T*>(nullptr), w);
-        if (scale)
-          for (int i = 0; i < w; ++i) d[i] *= f;
+      if (whole && d + vectors * W <= end) {
+        for (int i = 0; i < vectors; ++i) store(d + i * W, load(s + i * W) * f);
       } else {
-        for (int i = 0; i < w; ++i) d[i] = s[x0 + i] * f;
+        for (int i = 0; i < w; ++i) d[i] = s[i] * f;
       }
     }
   } else {
@@ -187,6 +258,29 @@ void pack_panel(T* __restrict dst, int P, const T* __restrict src, const Axis& x
       for (int i = w; i < padded; ++i) dst[kk * P + i] = T(0);
 }
 
+// The same for row kk of all panels at once, where rows of the source run along the panels and are gathered.
+// B panels (P = kNR) are padded with zeros. `tmp` holds round_up(n, P) + W elements.
+template <typename T, bool kIsB>
+void pack_row(T* __restrict pack, int64_t P, const T* __restrict src, const Axis& k, int64_t k0, int64_t kc, int64_t kk,
+              const IndexList<T>& x_list, const T* __restrict scale, T* __restrict tmp) {
+  constexpr int NR = kNR<T>;
+  const int64_t n = x_list.size;
+  gather(tmp, src + k.at(k0 + kk), x_list);
+  if constexpr (kIsB) {
+    for (int64_t i = n; i < (n + NR - 1) / NR * NR; ++i) tmp[i] = T(0);
+    for (int64_t x0 = 0; x0 < n; x0 += NR)
+#pragma GCC unroll 2
+      for (int j = 0; j < NR; j += Vec<T>::width) store(pack + x0 * kc + kk * NR + j, load(tmp + x0 + j));
+  } else {
+    const T f = scale ? scale[kk] : T(1);
+    for (int64_t x0 = 0; x0 < n; x0 += P) {
+      const int64_t w = n - x0 < P ? n - x0 : P;
+      T* d = pack + x0 * kc + kk * w;
+      for (int64_t i = 0; i < w; ++i) d[i] = tmp[x0 + i] * f;
+    }
+  }
+}
+
 template <typename T, Activation act>
 inline void activate_row(T* __restrict t, int n) {
   if constexpr (act != Activation::kIdentity) {
@@ -195,11 +289,45 @@ inline void activate_row(T* __restrict t, int n) {
   }
 }
 
+// How a panel of C's columns is written where they are scattered: vector by vector, closed columns as zeros. A panel owns the columns
+// from its first open one (the first panel: from 0) up to the next panel's.
+struct ScatterChunk {
+  int32_t begin;
+  uint16_t open, owned;  // masks
+};
+
+template <typename T>
+struct ScatterList {
+  ScatterChunk* chunks = nullptr;
+  int32_t* first = nullptr;  // of panel q: chunks[first[q]] .. chunks[first[q + 1]]
+
+  static size_t max_chunks(int64_t n, int64_t cols) { return cols / Vec<T>::width + 2 * (n / kNR<T> + 2); }
+
+  void build(const int32_t* index, int64_t n, int64_t cols) {
+    constexpr int W = Vec<T>::width;
+    int32_t used = 0;
+    for (int64_t n0 = 0, q = 0; n0 < n; n0 += kNR<T>, ++q) {
+      const int64_t n1 = n0 + kNR<T>;
+      const int64_t from = q == 0 ? 0 : index[n0], to = n1 < n ? index[n1] : cols;
+      first[q] = used;
+      int64_t next = n0;
+      for (int64_t begin = from / W * W; begin < to; begin += W) {
+        unsigned owned = (1u << W) - 1, open = 0;
+        if (begin < from) owned &= ~0u << (from - begin);
+        if (begin + W > to) owned &= (1u << (to - begin)) - 1;
+        for (; next < n && next < n1 && index[next] < begin + W; ++next) open |= 1u << (index[next] - begin);
+        chunks[used++] = {int32_t(begin), uint16_t(open), uint16_t(owned)};
+      }
+      first[q + 1] = used;
+    }
+  }
+};
+
 // Epilogue of one tile: bias, activation, gates, and the way back to the ungathered rows and columns.
 // n_scale and bias come packed and padded to the tile.
 template <typename T>
 void store_tile(const GemmParams<T>& p, T* __restrict tile, int64_t m0, int mr, int64_t n0, int nr, const T* __restrict n_scale,
-                const T* __restrict bias) {
+                const T* __restrict bias, [[maybe_unused]] const ScatterList<T>& scatter) {
   constexpr int NR = kNR<T>;
   for (int i = 0; i < mr; ++i) {
     T* __restrict t = tile + i * NR;
@@ -229,7 +357,16 @@ void store_tile(const GemmParams<T>& p, T* __restrict tile, int64_t m0, int mr, 
       for (int j = 0; j < NR; ++j) t[j] *= f;
     }
     if (p.c_scatter_n) {
+#if L0_COMPRESS
+      const T* packed = t;
+      for (int32_t c = scatter.first[n0 / NR]; c < scatter.first[n0 / NR + 1]; ++c) {
+        const ScatterChunk& chunk = scatter.chunks[c];
+        expand(row + chunk.begin, packed, chunk.open, chunk.owned);
+        packed += __builtin_popcount(chunk.open);
+      }
+#else
       for (int j = 0; j < nr; ++j) row[p.n_index[n0 + j]] = t[j];
+#endif
     } else if (nr == NR) {
 #pragma GCC unroll 2
       for (int j = 0; j < kNV; ++j) store(row + n0 + j * Vec<T>::width, load(t + j * Vec<T>::width));
@@ -244,7 +381,7 @@ template <typename T>
 void zero_row(const GemmParams<T>& p, int64_t r) {
   if (r >= p.M) {
     std::memset(p.c + p.m_index[r] * p.c_stride_m, 0, sizeof(T) * (p.c_scatter_n ? p.c_cols : p.N));
-  } else if (p.c_scatter_n) {
+  } else if (p.c_scatter_n && (!L0_COMPRESS || p.N == 0)) {  // else the tiles write the zeros between their columns
     T* row = p.c + (p.c_scatter_m ? p.m_index[r] : r) * p.c_stride_m;
     if ((p.c_cols - p.N) * 4 > p.c_cols) {
       std::memset(row, 0, sizeof(T) * p.c_cols);
@@ -272,12 +409,25 @@ void gemm(const GemmParams<T>& p, int num_threads) {
   const size_t n_pad = panels_n * NR;
   const size_t size_a = (panels_m * mr_full * kc_full + 15) / 16 * 16, size_b = n_pad * kc_full;
   const size_t size_acc = blocks_k > 1 ? size_t(panels_m) * kMR * n_pad : 0;
-  T* const a_pack = static_cast<T*>(workspace.get(sizeof(T) * (size_a + size_b + size_acc + 2 * n_pad + kc_full + 64)));
+  const size_t size_vectors = 2 * n_pad + (kc_full + 15) / 16 * 16;
+  const size_t num_chunks = (am.index ? p.M : 0) + (bn.index ? p.N : 0) + (p.k_index ? kc_full : 0);
+  const size_t num_scatter = p.c_scatter_n ? ScatterList<T>::max_chunks(p.N, p.c_cols) : 0;
+  const size_t bytes_lists = sizeof(Chunk) * num_chunks + sizeof(ScatterChunk) * num_scatter + sizeof(int32_t) * (panels_n + 1);
+  T* const a_pack = static_cast<T*>(workspace.get(sizeof(T) * (size_a + size_b + size_acc + size_vectors) + bytes_lists));
   T* const b_pack = a_pack + size_a;
   T* const acc = b_pack + size_b;
   T* const n_scale = acc + size_acc;
   T* const bias = n_scale + n_pad;
   T* const k_scale = bias + n_pad;
+  Chunk* const m_chunks = reinterpret_cast<Chunk*>(k_scale + (kc_full + 15) / 16 * 16);
+  Chunk* const n_chunks = m_chunks + (am.index ? p.M : 0);
+  Chunk* const k_chunks = n_chunks + (bn.index ? p.N : 0);
+  ScatterList<T> scatter;
+  scatter.chunks = reinterpret_cast<ScatterChunk*>(m_chunks + num_chunks);
+  scatter.first = reinterpret_cast<int32_t*>(scatter.chunks + num_scatter);
+  if (L0_COMPRESS && p.c_scatter_n) scatter.build(p.n_index, p.N, p.c_cols);
+  const IndexList<T> m_list(am.index, p.M, m_chunks), n_list(bn.index, p.N, n_chunks);
+  IndexList<T> k_list;
   for (int64_t n = 0; n < int64_t(n_pad); ++n) {
     const int64_t at = n < p.N ? (p.n_index ? p.n_index[n] : n) : -1;
     if (p.n_scale) n_scale[n] = at < 0 ? T(0) : p.n_scale[at];
@@ -289,27 +439,40 @@ void gemm(const GemmParams<T>& p, int num_threads) {
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
     thread_local Workspace scratch;
-    T* const tmp = static_cast<T*>(scratch.get(sizeof(T) * (W * kc_full + kMR * NR + 64)));
-    T* const stack_tile = tmp + (W * kc_full + 15) / 16 * 16;
+    T* const stack_tile = static_cast<T*>(scratch.get(sizeof(T) * (kMR * NR + (p.M > p.N ? p.M : p.N) + NR + W)));
+    T* const tmp = stack_tile + kMR * NR;
     if (p.c_scatter_m || p.c_scatter_n) {
 #pragma omp for schedule(static) nowait
       for (int64_t r = 0; r < rows; ++r) zero_row(p, r);
     }
     for (int64_t kb = 0; kb < blocks_k; ++kb) {
       const int64_t k0 = kb * kc_full, kc = p.K - k0 < kc_full ? p.K - k0 : kc_full;
-      if (p.k_scale) {
 #pragma omp single
-        for (int64_t k = 0; k < kc; ++k) k_scale[k] = p.k_scale[p.k_index ? p.k_index[k0 + k] : k0 + k];
+      {
+        if (p.k_scale)
+          for (int64_t k = 0; k < kc; ++k) k_scale[k] = p.k_scale[p.k_index ? p.k_index[k0 + k] : k0 + k];
+        if (p.k_index) k_list = IndexList<T>(p.k_index + k0, kc, k_chunks);
       }
+      const T* const a_scale = p.k_scale ? k_scale : nullptr;
+      if (am.index && am.stride == 1) {
 #pragma omp for schedule(static) nowait
-      for (int64_t q = 0; q < panels_m; ++q) {
-        const int64_t m0 = q * mr_full, mr = p.M - m0 < mr_full ? p.M - m0 : mr_full;
-        pack_panel<T>(a_pack + m0 * kc_full, int(mr), p.a, am, m0, int(mr), ak, k0, kc, p.k_scale ? k_scale : nullptr, tmp);
+        for (int64_t k = 0; k < kc; ++k) pack_row<T, false>(a_pack, mr_full, p.a, ak, k0, kc, k, m_list, a_scale, tmp);
+      } else {
+#pragma omp for schedule(static) nowait
+        for (int64_t q = 0; q < panels_m; ++q) {
+          const int64_t m0 = q * mr_full, mr = p.M - m0 < mr_full ? p.M - m0 : mr_full;
+          pack_panel<T>(a_pack + m0 * kc, int(mr), p.a, am, p.M, m0, int(mr), ak, k0, kc, k_list, a_scale);
+        }
       }
+      if (bn.index && bn.stride == 1) {
 #pragma omp for schedule(static)
-      for (int64_t q = 0; q < panels_n; ++q) {
-        const int64_t n0 = q * NR, nr = p.N - n0 < NR ? p.N - n0 : NR;
-        pack_panel<T>(b_pack + n0 * kc_full, NR, p.b, bn, n0, int(nr), bk, k0, kc, static_cast<const T*>(nullptr), tmp);
+        for (int64_t k = 0; k < kc; ++k) pack_row<T, true>(b_pack, NR, p.b, bk, k0, kc, k, n_list, nullptr, tmp);
+      } else {
+#pragma omp for schedule(static)
+        for (int64_t q = 0; q < panels_n; ++q) {
+          const int64_t n0 = q * NR, nr = p.N - n0 < NR ? p.N - n0 : NR;
+          pack_panel<T>(b_pack + n0 * kc, NR, p.b, bn, p.N, n0, int(nr), bk, k0, kc, k_list, nullptr);
+        }
       }
 #pragma omp for schedule(dynamic, 1)
       for (int64_t task = 0; task < tasks_m * tasks_n; ++task) {
@@ -321,9 +484,9 @@ void gemm(const GemmParams<T>& p, int num_threads) {
           for (int64_t r = r_begin; r < r_end; ++r) {
             const int64_t n0 = r * NR, nr = p.N - n0 < NR ? p.N - n0 : NR;
             T* const tile = size_acc ? acc + (q * panels_n + r) * kMR * NR : stack_tile;
-            kKernels<T>[nr > W][mr - 1](kc, a_pack + m0 * kc_full, b_pack + n0 * kc_full, tile, kb > 0);
+            kKernels<T>[nr > W][mr - 1](kc, a_pack + m0 * kc, b_pack + n0 * kc, tile, kb > 0);
             if (kb + 1 == blocks_k)
-              store_tile(p, tile, m0, int(mr), n0, int(nr), p.n_scale ? n_scale : nullptr, p.bias ? bias : nullptr);
+              store_tile(p, tile, m0, int(mr), n0, int(nr), p.n_scale ? n_scale : nullptr, p.bias ? bias : nullptr, scatter);
           }
         }
       }
