@@ -107,6 +107,7 @@ void column_dot(const ColumnDotParams<T>& p, int num_threads) {
       const int64_t m_end = m0 + kRowBlock < p.M ? m0 + kRowBlock : p.M;
       T sum[kColumns] = {};
       for (int64_t m = m0; m < m_end; ++m) {
+        if (p.m_gate && p.m_gate->z[m] == T(0)) continue;
         const T* __restrict a = p.a + m * p.a_stride_m + n0 * p.a_stride_n;
         const T* __restrict b = p.b + m * p.b_stride_m + n0;
         if (p.a_stride_n == 1 && n == kColumns) {

@@ -15,7 +15,7 @@ struct GateView {
   int64_t open = 0;
   bool full_grad = false;  // a gradient for every open gate, not for fractional ones alone
 
-  bool wants_grad(int64_t j) const { return z[j] != T(0) && (full_grad || !(z[j] >= T(1))); }
+  bool wants_grad(int64_t j) const { return full_grad ? z[j] != T(0) : !(z[j] <= T(0) || z[j] >= T(1)); }
 };
 
 // z and the open/closed order of one gate vector; see hard_concrete.h for the formula.
@@ -44,7 +44,7 @@ struct ActivationGradParams {
   T* dz;                    // likewise
 };
 
-// out[n] = sum_m a[m, n] * b[m, n] / z[n] where gate wants a gradient, else 0.
+// out[n] = sum_m a[m, n] * b[m, n] / z[n] where gate wants a gradient, else 0. Rows that m_gate closes are not read.
 template <typename T>
 struct ColumnDotParams {
   int64_t M, N;
@@ -53,6 +53,7 @@ struct ColumnDotParams {
   const T* b;
   int64_t b_stride_m;
   const GateView<T>* gate;
+  const GateView<T>* m_gate;  // null: every row
   T* out;
 };
 

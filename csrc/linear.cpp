@@ -92,9 +92,9 @@ void linear_backward(const LinearParams<T>& p, const LinearGrads<T>& grad, int n
   // dz_j = <theta_j, dtheta_j> / z_j = <x_j, dx_j> / z_j: whichever is at hand and smaller.
   if (grad.dz_in) {
     if (grad.dx && (grad.dw == nullptr || p.M <= p.out)) {
-      k.column_dot({p.M, p.in, p.x, p.x_stride_m, p.x_stride_k, grad.dx, p.in, p.in_gate, grad.dz_in}, num_threads);
+      k.column_dot({p.M, p.in, p.x, p.x_stride_m, p.x_stride_k, grad.dx, p.in, p.in_gate, nullptr, grad.dz_in}, num_threads);
     } else {
-      k.column_dot({p.out, p.in, p.weight, p.w_stride_o, p.w_stride_i, grad.dw, p.in, p.in_gate, grad.dz_in}, num_threads);
+      k.column_dot({p.out, p.in, p.weight, p.w_stride_o, p.w_stride_i, grad.dw, p.in, p.in_gate, p.out_gate, grad.dz_in}, num_threads);
     }
   }
   if (grad.dz_out) {
@@ -107,14 +107,15 @@ void linear_backward(const LinearParams<T>& p, const LinearGrads<T>& grad, int n
       }
       const T* w = p.weight + o * p.w_stride_o;
       const T* dw = grad.dw + o * p.in;
+      const auto term = [&](int64_t i) { return dw[i] == T(0) ? T(0) : w[i * p.w_stride_i] * dw[i]; };  // closed: whatever w holds
       double total = p.bias ? double(p.bias[o]) * grad.db[o] : 0.0;
       for (int64_t i0 = 0; i0 < p.in; i0 += 256) {
         T lanes[16] = {};
         const int64_t end = i0 + 256 < p.in ? i0 + 256 : p.in;
         int64_t i = i0;
         for (; i + 16 <= end; i += 16)
-          for (int j = 0; j < 16; ++j) lanes[j] += w[(i + j) * p.w_stride_i] * dw[i + j];
-        for (; i < end; ++i) lanes[0] += w[i * p.w_stride_i] * dw[i];
+          for (int j = 0; j < 16; ++j) lanes[j] += term(i + j);
+        for (; i < end; ++i) lanes[0] += term(i);
         for (int j = 0; j < 16; ++j) total += lanes[j];
       }
       grad.dz_out[o] = T(total / gate.z[o]);

@@ -123,9 +123,10 @@ void mlp_backward(const MlpParams<T>& p, const T* dy, int64_t dy_stride_m, int64
     }
     if (l == 0 && layer.dz) {
       if (dx && (!layer.dw || p.M <= layer.out)) {
-        k.column_dot({p.M, layer.in, p.x, p.x_stride_m, p.x_stride_k, dx, layer.in, layer.in_gate, layer.dz}, num_threads);
+        k.column_dot({p.M, layer.in, p.x, p.x_stride_m, p.x_stride_k, dx, layer.in, layer.in_gate, nullptr, layer.dz}, num_threads);
       } else {
-        k.column_dot({layer.out, layer.in, layer.weight, layer.w_stride_o, layer.w_stride_i, layer.dw, layer.in, layer.in_gate, layer.dz},
+        k.column_dot({layer.out, layer.in, layer.weight, layer.w_stride_o, layer.w_stride_i, layer.dw, layer.in, layer.in_gate,
+                      next ? next->in_gate : nullptr, layer.dz},
                      num_threads);
       }
     }

@@ -85,7 +85,7 @@ inline int64_t at(const PackAxis& axis, int64_t i) { return axis.index ? axis.in
 
 template <typename C>
 inline bool wants_grad(C z, bool full_grad) {
-  return z != C(0) && (full_grad || !(z >= C(1)));
+  return full_grad ? z != C(0) : !(z <= C(0) || z >= C(1));
 }
 
 // C: the type of the gates and of the arithmetic.
