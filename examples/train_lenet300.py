@@ -54,7 +54,8 @@ class Recipe(NamedTuple):
 
 # A second thread gains the digits' small net nothing, and waits whenever another program has its core.
 DIGITS = Recipe(epochs=1000, lambdas=(0.3, 0.03, 0.1), threads=1)
-MNIST = Recipe(epochs=20, lambdas=(0.1, 0.1, 0.1), threads=None)
+# The paper's 0.1 wants the paper's 200 epochs; at 0.3 a tenth of them halves the FLOPs.
+MNIST = Recipe(epochs=20, lambdas=(0.3, 0.3, 0.3), threads=None)
 
 
 @dataclass(frozen=True)
