@@ -51,17 +51,17 @@ def test_gate_stops_a_wrong_provider(spoil, message):
 
 
 def test_disturbed_blocks_are_rejected(monkeypatch):
-    clock = iter(float(i) for i in range(1000))
+    clock = iter(float(i) for i in range(1_000_000))
     monkeypatch.setattr(measure, "busy_seconds", lambda: next(clock))
-    monkeypatch.setattr(measure, "RETRIES", 2)
-    monkeypatch.setattr(measure, "RETRY_PAUSE_S", 0.0)
+    monkeypatch.setattr(measure, "PATIENCE_S", 0.2)
+    monkeypatch.setattr(measure, "RETRY_PAUSE_S", 0.01)
     timed = measure.Timed(lambda i: None, torch.no_grad)
     measure.run_block(timed, calls=3, drop=1, undisturbed=True)
     assert (timed.blocks, timed.rejected, timed.seconds) == (1, 1, [])
     measure.run_block(timed, calls=3, drop=1, undisturbed=False)
     assert (timed.blocks, timed.rejected, len(timed.seconds)) == (2, 1, 3)
-    with pytest.raises(RuntimeError, match="all 5 blocks of sleepy"):
-        measure.interleave({"sleepy": measure.Timed(lambda i: None, torch.no_grad)}, budget_s=0.0)
+    with pytest.raises(RuntimeError, match="blocks of idle"):
+        measure.interleave({"idle": measure.Timed(lambda i: None, torch.no_grad)}, budget_s=0.0)
 
 
 def test_table_shows_the_last_row_and_the_verdict(tmp_path):
