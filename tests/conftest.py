@@ -1,0 +1,59 @@
+"""Fixtures of the tests of the operations."""
+
+import pytest
+import torch
+
+import l0kernels as l0
+from l0kernels._registry import native
+from op_checks import BACKENDS
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    """Every backend of this machine but the reference, in turn."""
+    with l0.use_backend(request.param):
+        yield request.param
+
+
+@pytest.fixture
+def seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def threads():
+    """torch.set_num_threads, undone afterwards."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def poison(seeded, threads):
+    """Memory that nobody wrote reads as NaN, or the largest integer: what torch allocates, and native scratch.
+
+    One thread, unless the test asks for more: on small inputs more only wait for each other.
+    """
+    threads(1)
+    if native is not None:
+        with l0.use_backend("cpp"):
+            for dtype in (torch.float32, torch.float64):
+                nan = torch.full((64, 800), float("nan"), dtype=dtype, requires_grad=True)
+                weights = [torch.ones(100, 800, dtype=dtype), torch.ones(800, 100, dtype=dtype)] * 2
+                l0.gated_mlp(nan, weights, [None] * 4, [None] * 4).sum().backward()
+    torch.use_deterministic_algorithms(True)  # with torch.utils.deterministic.fill_uninitialized_memory, its default
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=["base", "avx2", "avx512"])
+def isa(request):
+    """Every instruction set of this processor that the native kernels know."""
+    if native is None:
+        pytest.skip("no native kernels")
+    if not native.set_isa(request.param):
+        pytest.skip(f"this processor has no {request.param}")
+    with l0.use_backend("cpp"):
+        yield request.param
+    native.set_isa("auto")
