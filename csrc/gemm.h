@@ -30,7 +30,7 @@ struct GemmParams {
   T* c = nullptr;  // (m, n) at c[m * c_stride_m + n]; written whole: what no open row and column reaches becomes zero
   int64_t c_stride_m = 0;
   int64_t c_rows = 0, c_cols = 0;  // full extents of c where it is scattered
-  T* pre = nullptr;  // act's argument, laid out as c; null: not kept
+  T* pre = nullptr;  // act's argument, laid out as an unscattered c; null: not kept
 
   // Vectors below are looked up with the ungathered index: they are the gate and bias vectors as the user holds them.
   const T* k_scale = nullptr;

@@ -21,9 +21,10 @@ constexpr int kNR = kNV * Vec<T>::width;
 
 // Elements of k per pass: an A panel (kMR x kKC) stays in L1 while B panels stream from L2.
 constexpr int64_t kKC = 384;
-// Rows and columns per task. Fixed by the tile alone, so that the arithmetic does not depend on the number of threads.
+// Panels per task: enough to reuse A from L1 and B from L2, fewer where there would not be enough tasks to share out.
 constexpr int64_t kTaskPanelsM = 16;
 constexpr int64_t kTaskPanelsN = 8;
+constexpr int64_t kTasksPerThread = 4;
 
 template <typename T>
 inline typename Vec<T>::type load(const T* p) {
@@ -40,17 +41,10 @@ void micro_kernel(int64_t kc, const T* __restrict a, const T* __restrict b, T* _
   using V = typename Vec<T>::type;
   constexpr int W = Vec<T>::width;
   V acc[MR][NV];
-  if (accumulate) {
 #pragma GCC unroll 14
-    for (int i = 0; i < MR; ++i)
+  for (int i = 0; i < MR; ++i)
 #pragma GCC unroll 2
-      for (int j = 0; j < NV; ++j) acc[i][j] = load(tile + i * kNR<T> + j * W);
-  } else {
-#pragma GCC unroll 14
-    for (int i = 0; i < MR; ++i)
-#pragma GCC unroll 2
-      for (int j = 0; j < NV; ++j) acc[i][j] = V{} ;
-  }
+    for (int j = 0; j < NV; ++j) acc[i][j] = V{};
   for (int64_t k = 0; k < kc; ++k) {
     V bv[NV];
 #pragma GCC unroll 2
@@ -67,7 +61,10 @@ void micro_kernel(int64_t kc, const T* __restrict a, const T* __restrict b, T* _
 #pragma GCC unroll 14
   for (int i = 0; i < MR; ++i)
 #pragma GCC unroll 2
-    for (int j = 0; j < NV; ++j) store(tile + i * kNR<T> + j * W, acc[i][j]);
+    for (int j = 0; j < NV; ++j) {
+      T* const t = tile + i * kNR<T> + j * W;
+      store(t, accumulate ? load(t) + acc[i][j] : acc[i][j]);
+    }
 }
 
 template <typename T>
@@ -281,14 +278,6 @@ void pack_row(T* __restrict pack, int64_t P, const T* __restrict src, const Axis
   }
 }
 
-template <typename T, Activation act>
-inline void activate_row(T* __restrict t, int n) {
-  if constexpr (act != Activation::kIdentity) {
-#pragma omp simd
-    for (int j = 0; j < n; ++j) t[j] = activation<act>(t[j]);
-  }
-}
-
 // How a panel of C's columns is written where they are scattered: vector by vector, closed columns as zeros. A panel owns the columns
 // from its first open one (the first panel: from 0) up to the next panel's.
 struct ScatterChunk {
@@ -323,46 +312,56 @@ struct ScatterList {
   }
 };
 
-// Epilogue of one tile: bias, activation, gates, and the way back to the ungathered rows and columns.
-// n_scale and bias come packed and padded to the tile.
-template <typename T>
-void store_tile(const GemmParams<T>& p, T* __restrict tile, int64_t m0, int mr, int64_t n0, int nr, const T* __restrict n_scale,
-                const T* __restrict bias, [[maybe_unused]] const ScatterList<T>& scatter) {
+// tile = n_scale * m_scale * act(tile + bias), in place; n_scale and bias come packed and padded to the tile.
+template <typename T, Activation act>
+void finish_tile(const GemmParams<T>& p, T* __restrict tile, int64_t m0, int mr, int64_t n0, int nr, const T* __restrict n_scale,
+                 const T* __restrict bias) {
   constexpr int NR = kNR<T>;
   for (int i = 0; i < mr; ++i) {
     T* __restrict t = tile + i * NR;
-    const int64_t m = p.m_index ? p.m_index[m0 + i] : m0 + i;
-    T* row = p.c + (p.c_scatter_m ? m : m0 + i) * p.c_stride_m;
     if (bias) {
 #pragma omp simd
       for (int j = 0; j < NR; ++j) t[j] += bias[n0 + j];
     }
     if (p.pre) {
-      T* pre = p.pre + (row - p.c) + n0;
+      T* pre = p.pre + (m0 + i) * p.c_stride_m + n0;
       for (int j = 0; j < nr; ++j) pre[j] = t[j];
     }
-    switch (p.act) {
-      case Activation::kIdentity: break;
-      case Activation::kRelu: activate_row<T, Activation::kRelu>(t, NR); break;
-      case Activation::kGelu: activate_row<T, Activation::kGelu>(t, NR); break;
-      case Activation::kSilu: activate_row<T, Activation::kSilu>(t, NR); break;
-    }
+    const T f = p.m_scale ? p.m_scale[p.m_index ? p.m_index[m0 + i] : m0 + i] : T(1);
     if (n_scale) {
 #pragma omp simd
-      for (int j = 0; j < NR; ++j) t[j] *= n_scale[n0 + j];
-    }
-    if (p.m_scale) {
-      const T f = p.m_scale[m];
+      for (int j = 0; j < NR; ++j) t[j] = activation<act>(t[j]) * (n_scale[n0 + j] * f);
+    } else if (act != Activation::kIdentity || p.m_scale) {
 #pragma omp simd
-      for (int j = 0; j < NR; ++j) t[j] *= f;
+      for (int j = 0; j < NR; ++j) t[j] = activation<act>(t[j]) * f;
     }
+  }
+}
+
+template <typename T>
+void finish_tile(const GemmParams<T>& p, T* tile, int64_t m0, int mr, int64_t n0, int nr, const T* n_scale, const T* bias) {
+  switch (p.act) {
+    case Activation::kIdentity: return finish_tile<T, Activation::kIdentity>(p, tile, m0, mr, n0, nr, n_scale, bias);
+    case Activation::kRelu: return finish_tile<T, Activation::kRelu>(p, tile, m0, mr, n0, nr, n_scale, bias);
+    case Activation::kGelu: return finish_tile<T, Activation::kGelu>(p, tile, m0, mr, n0, nr, n_scale, bias);
+    case Activation::kSilu: return finish_tile<T, Activation::kSilu>(p, tile, m0, mr, n0, nr, n_scale, bias);
+  }
+}
+
+// A tile's way back to the ungathered rows and columns. Apart from finish_tile, so that no load here meets a store still in flight.
+template <typename T>
+void store_tile(const GemmParams<T>& p, const T* __restrict tile, int64_t m0, int mr, int64_t n0, int nr,
+                [[maybe_unused]] const ScatterList<T>& scatter) {
+  constexpr int NR = kNR<T>;
+  for (int i = 0; i < mr; ++i) {
+    const T* __restrict t = tile + i * NR;
+    T* row = p.c + (p.c_scatter_m ? p.m_index[m0 + i] : m0 + i) * p.c_stride_m;
     if (p.c_scatter_n) {
 #if L0_COMPRESS
-      const T* packed = t;
       for (int32_t c = scatter.first[n0 / NR]; c < scatter.first[n0 / NR + 1]; ++c) {
         const ScatterChunk& chunk = scatter.chunks[c];
-        expand(row + chunk.begin, packed, chunk.open, chunk.owned);
-        packed += __builtin_popcount(chunk.open);
+        expand(row + chunk.begin, t, chunk.open, chunk.owned);
+        t += __builtin_popcount(chunk.open);
       }
 #else
       for (int j = 0; j < nr; ++j) row[p.n_index[n0 + j]] = t[j];
@@ -373,6 +372,18 @@ void store_tile(const GemmParams<T>& p, T* __restrict tile, int64_t m0, int mr, 
     } else {
       for (int j = 0; j < nr; ++j) row[n0 + j] = t[j];
     }
+  }
+}
+
+// Asks for the lines of C that a tile will be stored to, so that they arrive while the micro-kernel computes.
+template <typename T>
+inline void prefetch_tile(const GemmParams<T>& p, int64_t m0, int mr, int64_t n0, int nr) {
+  constexpr int64_t kLine = 64 / sizeof(T);
+  const int64_t from = p.c_scatter_n ? p.n_index[n0] : n0;
+  const int64_t to = !p.c_scatter_n ? n0 + nr : n0 + nr < p.N ? p.n_index[n0 + nr] : p.c_cols;
+  for (int i = 0; i < mr; ++i) {
+    const T* row = p.c + (p.c_scatter_m ? p.m_index[m0 + i] : m0 + i) * p.c_stride_m;
+    for (int64_t n = from; n < to; n += kLine) __builtin_prefetch(row + n, 1);
   }
 }
 
@@ -403,7 +414,15 @@ void gemm(const GemmParams<T>& p, int num_threads) {
   const int64_t mr_full = panels_m ? (p.M + panels_m - 1) / panels_m : 0;
   const int64_t blocks_k = p.K > kKC ? (p.K + kKC - 1) / kKC : 1;
   const int64_t kc_full = (p.K + blocks_k - 1) / blocks_k;
-  const int64_t tasks_m = (panels_m + kTaskPanelsM - 1) / kTaskPanelsM, tasks_n = (panels_n + kTaskPanelsN - 1) / kTaskPanelsN;
+  const double work = double(p.M) * p.N * (p.K + 32);
+  const int threads = work < 2e5 ? 1 : num_threads;
+  int64_t task_panels_m = kTaskPanelsM, task_panels_n = kTaskPanelsN, tasks_m, tasks_n;
+  for (;;) {
+    tasks_m = (panels_m + task_panels_m - 1) / task_panels_m;
+    tasks_n = (panels_n + task_panels_n - 1) / task_panels_n;
+    if (threads == 1 || tasks_m * tasks_n >= kTasksPerThread * threads || task_panels_m * task_panels_n == 1) break;
+    (task_panels_n > 1 && task_panels_n * 4 >= task_panels_m ? task_panels_n : task_panels_m) /= 2;
+  }
 
   thread_local Workspace workspace;
   const size_t n_pad = panels_n * NR;
@@ -434,8 +453,6 @@ void gemm(const GemmParams<T>& p, int num_threads) {
     if (p.bias) bias[n] = at < 0 ? T(0) : p.bias[at];
   }
 
-  const double work = double(p.M) * p.N * (p.K + 32);
-  const int threads = work < 2e5 ? 1 : num_threads;
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
     thread_local Workspace scratch;
@@ -476,17 +493,20 @@ void gemm(const GemmParams<T>& p, int num_threads) {
       }
 #pragma omp for schedule(dynamic, 1)
       for (int64_t task = 0; task < tasks_m * tasks_n; ++task) {
-        const int64_t q_begin = task % tasks_m * kTaskPanelsM, r_begin = task / tasks_m * kTaskPanelsN;
-        const int64_t q_end = q_begin + kTaskPanelsM < panels_m ? q_begin + kTaskPanelsM : panels_m;
-        const int64_t r_end = r_begin + kTaskPanelsN < panels_n ? r_begin + kTaskPanelsN : panels_n;
+        const int64_t q_begin = task % tasks_m * task_panels_m, r_begin = task / tasks_m * task_panels_n;
+        const int64_t q_end = q_begin + task_panels_m < panels_m ? q_begin + task_panels_m : panels_m;
+        const int64_t r_end = r_begin + task_panels_n < panels_n ? r_begin + task_panels_n : panels_n;
         for (int64_t q = q_begin; q < q_end; ++q) {
           const int64_t m0 = q * mr_full, mr = p.M - m0 < mr_full ? p.M - m0 : mr_full;
           for (int64_t r = r_begin; r < r_end; ++r) {
             const int64_t n0 = r * NR, nr = p.N - n0 < NR ? p.N - n0 : NR;
             T* const tile = size_acc ? acc + (q * panels_n + r) * kMR * NR : stack_tile;
+            if (kb + 1 == blocks_k) prefetch_tile(p, m0, int(mr), n0, int(nr));
             kKernels<T>[nr > W][mr - 1](kc, a_pack + m0 * kc, b_pack + n0 * kc, tile, kb > 0);
-            if (kb + 1 == blocks_k)
-              store_tile(p, tile, m0, int(mr), n0, int(nr), p.n_scale ? n_scale : nullptr, p.bias ? bias : nullptr, scatter);
+            if (kb + 1 == blocks_k) {
+              finish_tile(p, tile, m0, int(mr), n0, int(nr), p.n_scale ? n_scale : nullptr, p.bias ? bias : nullptr);
+              store_tile(p, tile, m0, int(mr), n0, int(nr), scatter);
+            }
           }
         }
       }

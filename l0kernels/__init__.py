@@ -16,7 +16,7 @@ from ._registry import backends, use_backend
 from .gates import Gates, HardConcrete, eval_gates, sample_gates
 from .linear import gated_linear, l0_linear
 from .masked_linear import masked_linear
-from .mlp import gated_mlp
+from .mlp import gated_mlp, l0_mlp
 from .penalty import l0_penalty, l2_penalty
 
 __version__ = "0.1.0"
@@ -29,6 +29,7 @@ __all__ = [
     "gated_linear",
     "gated_mlp",
     "l0_linear",
+    "l0_mlp",
     "l0_penalty",
     "l2_penalty",
     "masked_linear",

@@ -8,8 +8,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from . import _registry, reference
-from ._ops import ops
+from . import _ops, _registry, reference
 from .reference import _checks
 from .reference.gates import (
     ALIGN,
@@ -42,7 +41,7 @@ class _HardConcreteGrad(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dz: Tensor) -> tuple[Tensor | None, ...]:
         (z,) = ctx.saved_tensors
-        return ops.gate_grad(dz, z, *ctx.constants), None, None, None, None, None
+        return _ops.gate_grad(dz, z, *ctx.constants), None, None, None, None, None
 
 
 def check_log_alphas(log_alphas: Sequence[Tensor]) -> None:
@@ -111,39 +110,53 @@ def sample_gates(
         ValueError: a wrong shape, device or rank, both seed and generator, or (on the CPU) a NaN in
             log_alpha. On a GPU, where looking would stall the device, a NaN in log_alpha is a NaN in z.
     """
-    single = isinstance(log_alpha, Tensor)
     log_alphas = [log_alpha] if isinstance(log_alpha, Tensor) else list(log_alpha)
     if not log_alphas:
         return []
     check_log_alphas(log_alphas)
-    device = log_alphas[0].device
-    backend = _registry.resolve(device)
+    backend = _registry.resolve(log_alphas[0].device)
     if backend == "reference":
         return reference.sample_gates(log_alpha, seed=seed, generator=generator, rank=rank, dist=dist)
     _checks.check_count("rank", rank, 0, 2**32)
+    if seed is not None and generator is not None:
+        raise ValueError("give either seed or generator, got both")
+    drawn = draw(log_alphas, seed, dist, backend, generator, rank)
+    gates = [
+        _attach(source, gate, dist, backend) if source.requires_grad and torch.is_grad_enabled() else gate
+        for source, gate in zip(log_alphas, drawn, strict=True)
+    ]
+    return gates[0] if isinstance(log_alpha, Tensor) else gates
+
+
+def _attach(log_alpha: Tensor, gate: Gates, dist: HardConcrete, backend: str) -> Gates:
+    z = _HardConcreteGrad.apply(log_alpha, gate.z, dist.beta, dist.gamma, dist.zeta, backend)
+    return Gates(z, gate.index, gate.count)
+
+
+def draw(
+    log_alphas: list[Tensor],
+    seed: Tensor | None,
+    dist: HardConcrete,
+    backend: str,
+    generator: torch.Generator | None = None,
+    rank: int = 0,
+) -> list[Gates]:
+    """Gates without a way back to log_alpha, in one call: sample_gates and the fused ops add theirs."""
     check_dist(dist)
     if seed is None:
-        seed = draw_seed(device, generator)
-    elif generator is not None:
-        raise ValueError("give either seed or generator, got both")
+        seed = draw_seed(log_alphas[0].device, generator)
     else:
-        _checks.check_seed(seed, device)
-    constants = (dist.beta, dist.gamma, dist.zeta, backend)
-    z, index, count = ops.sample(log_alphas, seed, rank, *constants)
-    if single:
-        return _attach(log_alphas[0], z, index, count, constants)
+        _checks.check_seed(seed, log_alphas[0].device)
+    z, index, count = _ops.sample(log_alphas, seed, rank, dist.beta, dist.gamma, dist.zeta, backend)
+    if len(log_alphas) == 1:
+        return [Gates(z, index, count)]
     sizes = [a.shape[0] for a in log_alphas]
-    indices = index.split([round_up(n) for n in sizes])
-    parts = zip(log_alphas, z.split(sizes), indices, count.split(2), strict=True)
-    return [_attach(*part, constants) for part in parts]
-
-
-def _attach(
-    log_alpha: Tensor, z: Tensor, index: Tensor, count: Tensor, constants: tuple[float, float, float, str]
-) -> Gates:
-    if log_alpha.requires_grad and torch.is_grad_enabled():
-        z = _HardConcreteGrad.apply(log_alpha, z, *constants)
-    return Gates(z, index, count)
+    parts = (
+        z.split_with_sizes(sizes),
+        index.split_with_sizes([round_up(n) for n in sizes]),
+        count.view(-1, 2).unbind(),
+    )
+    return [Gates(*part) for part in zip(*parts, strict=True)]
 
 
 @overload

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import _registry, reference
-from ._ops import ops
-from .gates import Gates, HardConcrete, sample_gates
+from . import _ops, _registry, reference
+from .gates import Gates, HardConcrete, draw
 from .reference import _checks
 from .reference.gates import DEFAULT_DIST
 from .reference.linear import check_layer_gates
 
 _NO_GATE: list[Tensor] = []
-_NO_TENSORS = (None, None, None)
+_NO_TENSORS: tuple[None, None, None] = (None, None, None)
+
+
+def as_rows(t: Tensor) -> Tensor:
+    """t (..., n) as a matrix; the number of rows is said, for n = 0 leaves a -1 undetermined."""
+    return t if t.ndim == 2 else t.reshape(math.prod(t.shape[:-1]), t.shape[-1])
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -29,66 +34,69 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 
 def gate_tensors(gates: Gates, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """z, index and count; z in float64 for a float64 product, else in float32, whatever log_alpha was."""
+    """z, index and count, contiguous; z float64 for a float64 product, else float32."""
     z_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-    return gates.z if gates.z.dtype == z_dtype else gates.z.to(z_dtype), gates.index, gates.count
+    z = gates.z if gates.z.dtype == z_dtype else gates.z.to(z_dtype)
+    return z.contiguous(), gates.index.contiguous(), gates.count.contiguous()
+
+
+def gate_grad(dz: Tensor, z: Tensor, dist: HardConcrete | None, backend: str) -> Tensor:
+    """The gradient of what a gate came from: z itself, or with ``dist`` log_alpha."""
+    return dz if dist is None else _ops.gate_grad(dz, z, dist.beta, dist.gamma, dist.zeta, backend)
 
 
 class _GatedLinear(torch.autograd.Function):
+    """A source gets its gate's gradient: it is the log_alpha that z was drawn from or, where z is None, z."""
+
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
+        in_source: Tensor | None,
+        out_source: Tensor | None,
         in_z: Tensor | None,
         in_index: Tensor | None,
         in_count: Tensor | None,
         out_z: Tensor | None,
         out_index: Tensor | None,
         out_count: Tensor | None,
-        scale_out: bool,
-        full_in: bool,
-        full_out: bool,
-        dtype: torch.dtype,
+        options: tuple[bool, bool, bool, torch.dtype],
+        dist: HardConcrete | None,
         backend: str,
     ) -> Tensor:
+        in_z, out_z = in_source if in_z is None else in_z, out_source if out_z is None else out_z
         in_gate = _NO_GATE if in_z is None else [in_z, in_index, in_count]
         out_gate = _NO_GATE if out_z is None else [out_z, out_index, out_count]
-        rows = x.reshape(-1, x.shape[-1])
-        y = ops.gated_linear(rows, weight, bias, in_gate, out_gate, scale_out, dtype, backend)
+        scale_out, _, _, dtype = options
+        rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
+        y = _ops.gated_linear(rows, weight, bias, in_gate, out_gate, scale_out, dtype, backend)
         ctx.save_for_backward(x, weight, bias, in_z, in_index, in_count, out_z, out_index, out_count)
-        ctx.options = (scale_out, full_in, full_out, dtype)
-        ctx.backend = backend
-        return y.view(*x.shape[:-1], weight.shape[0])
+        ctx.settings = (options, dist, backend)
+        return y if x.ndim == 2 else y.view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, in_z, in_index, in_count, out_z, out_index, out_count = ctx.saved_tensors
+        options, dist, backend = ctx.settings
         in_gate = _NO_GATE if in_z is None else [in_z, in_index, in_count]
         out_gate = _NO_GATE if out_z is None else [out_z, out_index, out_count]
-        needs_x, needs_w, needs_b, needs_in, _, _, needs_out = ctx.needs_input_grad[:7]
-        needs = [needs_x, needs_w, needs_b, needs_in, needs_out]
-        dx, dw, db, dz_in, dz_out = ops.gated_linear_backward(
-            dy.reshape(-1, dy.shape[-1]),
-            x.reshape(-1, x.shape[-1]),
-            weight,
-            bias,
-            in_gate,
-            out_gate,
-            *ctx.options,
-            needs,
-            ctx.backend,
+        needs = list(ctx.needs_input_grad[:5])
+        rows = x
+        if x.ndim != 2:
+            rows, dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
+        grads = _ops.gated_linear_backward(
+            dy, rows, weight, bias, in_gate, out_gate, *options, needs, backend
         )
+        dx, dw, db, din, dout = (grad if needed else None for grad, needed in zip(grads, needs, strict=True))
         return (
-            dx.view(x.shape) if needs_x else None,
-            dw if needs_w else None,
-            db if needs_b else None,
-            dz_in if needs_in else None,
-            None,
-            None,
-            dz_out if needs_out else None,
-            *[None] * 7,
+            dx if dx is None or x.ndim == 2 else dx.view(x.shape),
+            dw,
+            db,
+            None if din is None else gate_grad(din, in_z, dist, backend),
+            None if dout is None else gate_grad(dout, out_z, dist, backend),
+            *[None] * 9,
         )
 
 
@@ -134,22 +142,19 @@ def gated_linear(
             x, weight, bias, in_gates=in_gates, out_gates=out_gates, out_support=out_support
         )
     dtype = compute_dtype(x)
-    inputs = _NO_TENSORS if in_gates is None else gate_tensors(in_gates, dtype)
-    outputs = _NO_TENSORS if out_gates is None else gate_tensors(out_gates, dtype)
+    in_source, *in_order = _NO_TENSORS if in_gates is None else gate_tensors(in_gates, dtype)
+    out_source, *out_order = _NO_TENSORS if out_gates is None else gate_tensors(out_gates, dtype)
+    support = None
     if out_support is not None:  # it selects; its z takes no part and gets no gradient
-        z, index, count = gate_tensors(out_support, dtype)
-        outputs = (z.detach(), index, count)
-    return _GatedLinear.apply(
-        x,
-        weight,
-        bias,
-        *inputs,
-        *outputs,
+        support, *out_order = gate_tensors(out_support, dtype)
+    options = (
         out_gates is not None,
         in_gates is not None and in_gates.full_grad,
         out_gates is not None and out_gates.full_grad,
         dtype,
-        backend,
+    )
+    return _GatedLinear.apply(
+        x, weight, bias, in_source, out_source, None, *in_order, support, *out_order, options, None, backend
     )
 
 
@@ -163,7 +168,7 @@ def l0_linear(
     seed: Tensor | None = None,
     dist: HardConcrete = DEFAULT_DIST,
 ) -> Tensor:
-    """Draws the gates and applies the layer: sample_gates followed by gated_linear.
+    """Draws the gates and applies the layer: sample_gates followed by gated_linear, as one autograd node.
 
     The input gates are stream 0 and the output gates stream 1 of the seed; output gates alone are stream 0.
 
@@ -182,12 +187,28 @@ def l0_linear(
     Raises:
         TypeError, ValueError, RuntimeError: as sample_gates and gated_linear.
     """
+    _checks.check_linear(x, weight, bias)
     given = [a for a in (in_log_alpha, out_log_alpha) if a is not None]
-    gates = iter(sample_gates(given, seed=seed, dist=dist))
-    return gated_linear(
-        x,
-        weight,
-        bias,
-        in_gates=None if in_log_alpha is None else next(gates),
-        out_gates=None if out_log_alpha is None else next(gates),
+    if not given:
+        return gated_linear(x, weight, bias)
+    for name, log_alpha, size in (
+        ("in_log_alpha", in_log_alpha, weight.shape[1]),
+        ("out_log_alpha", out_log_alpha, weight.shape[0]),
+    ):
+        if log_alpha is not None:
+            _checks.check_log_alpha(name, log_alpha, ndim=1)
+            _checks.check_shape(name, log_alpha, (size,), "one gate per unit of weight")
+            _checks.check_device(name, log_alpha, x.device, "x")
+    backend = _registry.resolve(x.device)
+    if backend == "reference":
+        return reference.l0_linear(
+            x, weight, bias, in_log_alpha=in_log_alpha, out_log_alpha=out_log_alpha, seed=seed, dist=dist
+        )
+    dtype = compute_dtype(x)
+    gates = iter(draw(given, seed, dist, backend))
+    inputs = _NO_TENSORS if in_log_alpha is None else gate_tensors(next(gates), dtype)
+    outputs = _NO_TENSORS if out_log_alpha is None else gate_tensors(next(gates), dtype)
+    options = (out_log_alpha is not None, False, False, dtype)
+    return _GatedLinear.apply(
+        x, weight, bias, in_log_alpha, out_log_alpha, *inputs, *outputs, options, dist, backend
     )

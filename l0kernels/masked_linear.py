@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _registry, reference
-from ._ops import ops
+from . import _ops, _registry, reference
 from .gates import HardConcrete, eval_weight_gates, sample_gates
 from .linear import compute_dtype, gated_linear
 from .reference.gates import DEFAULT_DIST, draw_seed
@@ -33,9 +32,9 @@ class _MaskedLinear(torch.autograd.Function):
         dtype: torch.dtype,
         backend: str,
     ) -> Tensor:
-        masked = ops.masked_weight(weight, log_alpha, seed, *constants, backend)
+        masked = _ops.masked_weight(weight, log_alpha, seed, *constants, backend)
         rows = x.reshape(-1, x.shape[-1])
-        y = ops.gated_linear(rows, masked, bias, _NO_GATE, _NO_GATE, False, dtype, backend)
+        y = _ops.gated_linear(rows, masked, bias, _NO_GATE, _NO_GATE, False, dtype, backend)
         ctx.save_for_backward(x, weight, bias, log_alpha, seed)
         ctx.options = (constants, dtype, backend)
         return y.view(*x.shape[:-1], weight.shape[0])
@@ -45,9 +44,9 @@ class _MaskedLinear(torch.autograd.Function):
         x, weight, bias, log_alpha, seed = ctx.saved_tensors
         constants, dtype, backend = ctx.options
         needs_x, needs_w, needs_b, needs_log_alpha = ctx.needs_input_grad[:4]
-        masked = ops.masked_weight(weight, log_alpha, seed, *constants, backend)
+        masked = _ops.masked_weight(weight, log_alpha, seed, *constants, backend)
         grad_needed = needs_w or needs_log_alpha
-        dx, grad, db, _, _ = ops.gated_linear_backward(
+        dx, grad, db, _, _ = _ops.gated_linear_backward(
             dy.reshape(-1, dy.shape[-1]),
             x.reshape(-1, x.shape[-1]),
             masked,
@@ -63,7 +62,7 @@ class _MaskedLinear(torch.autograd.Function):
         )
         dw = dlog_alpha = None
         if grad_needed:
-            dw, dlog_alpha = ops.masked_weight_grad(
+            dw, dlog_alpha = _ops.masked_weight_grad(
                 grad, weight, log_alpha, seed, *constants, needs_w, needs_log_alpha, backend
             )
         return (
@@ -89,7 +88,7 @@ class _BlockLinear(torch.autograd.Function):
         dtype: torch.dtype,
         backend: str,
     ) -> Tensor:
-        y = ops.block_linear(x.reshape(-1, x.shape[-1]), weight, bias, z, *block, dtype, backend)
+        y = _ops.block_linear(x.reshape(-1, x.shape[-1]), weight, bias, z, *block, dtype, backend)
         ctx.save_for_backward(x, weight, bias, z)
         ctx.options = (block, dtype, backend)
         return y.view(*x.shape[:-1], weight.shape[0])
@@ -99,7 +98,7 @@ class _BlockLinear(torch.autograd.Function):
         x, weight, bias, z = ctx.saved_tensors
         block, dtype, backend = ctx.options
         needs = list(ctx.needs_input_grad[:4])
-        grads = ops.block_linear_backward(
+        grads = _ops.block_linear_backward(
             dy.reshape(-1, dy.shape[-1]),
             x.reshape(-1, x.shape[-1]),
             weight,

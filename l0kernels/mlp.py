@@ -9,68 +9,64 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _registry, reference
-from ._ops import ops
-from .gates import Gates
-from .linear import compute_dtype, gate_tensors
+from . import _ops, _registry, reference
+from .gates import Gates, HardConcrete, check_log_alphas, draw, sample_gates
+from .linear import _NO_TENSORS, compute_dtype, gate_grad, gate_tensors
+from .reference import _checks
+from .reference.gates import DEFAULT_DIST
 from .reference.mlp import check_mlp
 
 
 class _GatedMlp(torch.autograd.Function):
-    """One node for the whole chain. ``tensors``: L weights, L biases, then z, index and count of L gates."""
+    """One node for the whole chain.
+
+    ``tensors``: L weights, L biases, L sources of the gates, then z, index and count of L gates. A source
+    gets its gate's gradient: it is the log_alpha that z was drawn from or, where z is None, z.
+    """
 
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,
-        depth: int,
         activation: str,
         full: list[bool],
         dtype: torch.dtype,
+        dist: HardConcrete | None,
         backend: str,
         *tensors: Tensor | None,
     ) -> Tensor:
-        weights, biases, gates = tensors[:depth], tensors[depth : 2 * depth], tensors[2 * depth :]
-        y, *saved = ops.gated_mlp(
-            x.reshape(-1, x.shape[-1]), weights, biases, gates, activation, dtype, backend
-        )
-        ctx.save_for_backward(x, *tensors, *saved)
-        ctx.options = (depth, activation, full, dtype, backend)
-        return y.view(*x.shape[:-1], y.shape[-1])
+        depth = len(full)
+        weights, biases, gates = tensors[:depth], tensors[depth : 2 * depth], list(tensors[3 * depth :])
+        for i, source in enumerate(tensors[2 * depth : 3 * depth]):
+            if gates[3 * i] is None:
+                gates[3 * i] = source
+        rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
+        y, *saved = _ops.gated_mlp(rows, weights, biases, gates, activation, dtype, backend)
+        ctx.save_for_backward(x, *weights, *biases, *gates, *saved)
+        ctx.settings = (activation, full, dtype, dist, backend)
+        return y if x.ndim == 2 else y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        depth, activation, full, dtype, backend = ctx.options
+        activation, full, dtype, dist, backend = ctx.settings
+        depth = len(full)
         x, *tensors = ctx.saved_tensors
         weights, biases, gates = tensors[:depth], tensors[depth : 2 * depth], tensors[2 * depth : 5 * depth]
         wanted = ctx.needs_input_grad
-        needs = [wanted[0], *wanted[6 : 6 + 2 * depth], *wanted[6 + 2 * depth :: 3]]
-        grads = ops.gated_mlp_backward(
-            dy.reshape(-1, dy.shape[-1]),
-            x.reshape(-1, x.shape[-1]),
-            weights,
-            biases,
-            gates,
-            tensors[5 * depth :],
-            activation,
-            dtype,
-            full,
-            needs,
-            backend,
+        needs = [wanted[0], *wanted[6 : 6 + 3 * depth]]
+        rows = x
+        if x.ndim != 2:
+            rows, dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
+        grads = _ops.gated_mlp_backward(
+            dy, rows, weights, biases, gates, tensors[5 * depth :], activation, dtype, full, needs, backend
         )
         dx, *rest = (g if n else None for g, n in zip(grads, needs, strict=True))
-        result: list[Tensor | None] = [
-            None if dx is None else dx.view(x.shape),
-            None,
-            None,
-            None,
-            None,
-            None,
-            *rest[: 2 * depth],
+        sources = [
+            None if dz is None else gate_grad(dz, z, dist, backend)
+            for dz, z in zip(rest[2 * depth :], gates[::3], strict=True)
         ]
-        for dz in rest[2 * depth :]:
-            result += [dz, None, None]
-        return tuple(result)
+        dx = dx if dx is None or x.ndim == 2 else dx.view(x.shape)
+        return (dx, None, None, None, None, None, *rest[: 2 * depth], *sources, *[None] * (3 * depth))
 
 
 def gated_mlp(
@@ -107,8 +103,77 @@ def gated_mlp(
     if backend == "reference":
         return reference.gated_mlp(x, weights, biases, gates, activation)
     dtype = compute_dtype(x)
-    tensors: list[Tensor | None] = [*weights, *biases]
-    for gate in gates:
-        tensors += (None, None, None) if gate is None else gate_tensors(gate, dtype)
-    full = [gate is not None and gate.full_grad for gate in gates]
-    return _GatedMlp.apply(x, len(weights), activation, full, dtype, backend, *tensors)
+    parts = [_NO_TENSORS if gate is None else gate_tensors(gate, dtype) for gate in gates]
+    return _GatedMlp.apply(
+        x,
+        activation,
+        [gate is not None and gate.full_grad for gate in gates],
+        dtype,
+        None,
+        backend,
+        *weights,
+        *biases,
+        *(part[0] for part in parts),
+        *(tensor for part in parts for tensor in (None, *part[1:])),
+    )
+
+
+def l0_mlp(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    log_alphas: Sequence[Tensor | None],
+    activation: str = "relu",
+    *,
+    seed: Tensor | None = None,
+    dist: HardConcrete = DEFAULT_DIST,
+) -> Tensor:
+    """Draws the gates and applies the chain: sample_gates followed by gated_mlp, as one autograd node.
+
+    The gates present are one list for sample_gates: the first is stream 0.
+
+    Args:
+        x: (..., in) any float dtype.
+        weights: L matrices (n_{l+1}, n_l), dtype of x.
+        biases: L vectors (n_{l+1},) or None each.
+        log_alphas: L vectors (n_l,) float32 or float64, or None each; the gates of the input of layer l.
+        activation: "relu", "gelu" (the erf form), "silu" or "identity".
+        seed: (1,) int64 on the device of x; None draws one from torch's default generator.
+        dist: the distribution's constants.
+
+    Returns:
+        y (..., n_L) in the dtype of x (under autocast, in its dtype).
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as sample_gates and gated_mlp.
+    """
+    check_mlp(x, weights, biases, [None] * len(weights), activation)
+    if len(log_alphas) != len(weights):
+        raise ValueError(f"log_alphas must hold one entry per weight, {len(weights)}, got {len(log_alphas)}")
+    given = [a for a in log_alphas if a is not None]
+    check_log_alphas(given)
+    for i, (log_alpha, weight) in enumerate(zip(log_alphas, weights, strict=True)):
+        if log_alpha is not None:
+            name = f"log_alphas[{i}]"
+            _checks.check_shape(name, log_alpha, (weight.shape[1],), f"one gate per input of weights[{i}]")
+            _checks.check_device(name, log_alpha, x.device, "x")
+    backend = _registry.resolve(x.device)
+    if not given or backend == "reference":
+        drawn = iter(sample_gates(given, seed=seed, dist=dist))
+        gates = [None if a is None else next(drawn) for a in log_alphas]
+        return gated_mlp(x, weights, biases, gates, activation)
+    dtype = compute_dtype(x)
+    fresh = iter(draw(given, seed, dist, backend))
+    parts = [_NO_TENSORS if a is None else gate_tensors(next(fresh), dtype) for a in log_alphas]
+    return _GatedMlp.apply(
+        x,
+        activation,
+        [False] * len(weights),
+        dtype,
+        dist,
+        backend,
+        *weights,
+        *biases,
+        *log_alphas,
+        *(tensor for part in parts for tensor in part),
+    )

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _registry, reference
-from ._ops import ops
+from . import _ops, _registry, reference
 from .gates import HardConcrete
 from .reference import _checks
 from .reference.gates import DEFAULT_DIST, check_dist
@@ -21,7 +20,7 @@ class _L0Penalty(torch.autograd.Function):
     def forward(
         ctx: Any, weights: list[float], constants: tuple[float, float, float, str], *log_alphas: Tensor
     ) -> Tensor:
-        total, grad = ops.l0_penalty(log_alphas, weights, *constants)
+        total, grad = _ops.l0_penalty(log_alphas, weights, *constants)
         ctx.save_for_backward(grad)
         ctx.shapes = [a.shape for a in log_alphas]
         return total

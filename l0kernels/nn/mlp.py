@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..gates import Gates, HardConcrete
-from ..mlp import gated_mlp
+from ..mlp import gated_mlp, l0_mlp
 from .gate import DEFAULT_DIST, draw
 from .linear import L0Linear, copy_linear_
 
@@ -143,13 +143,15 @@ class L0MLP(nn.Module):
             (..., sizes[-1]).
         """
         layers = self.layers
-        return gated_mlp(
-            x,
-            [layer.weight for layer in layers],
-            [layer.bias for layer in layers],
-            self.draw() if gates is None else gates,
-            self.activation,
-        )
+        weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
+        if gates is None:
+            sources = [layer.in_gate for layer in layers]
+            present = [gate for gate in sources if gate is not None]
+            alike = all(gate.training and gate.dist == present[0].dist for gate in present)
+            if present and alike and len(set(present)) == len(present):  # draw and apply as one autograd node
+                log_alphas = [None if gate is None else gate.log_alpha for gate in sources]
+                return l0_mlp(x, weights, biases, log_alphas, self.activation, dist=present[0].dist)
+        return gated_mlp(x, weights, biases, self.draw() if gates is None else gates, self.activation)
 
     def extra_repr(self) -> str:
         return f"activation={self.activation!r}"
