@@ -70,8 +70,7 @@ class _GatedLinear(torch.autograd.Function):
         in_gate = _NO_GATE if in_z is None else [in_z, in_index, in_count]
         out_gate = _NO_GATE if out_z is None else [out_z, out_index, out_count]
         scale_out, _, _, dtype = options
-        rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
-        y = _ops.gated_linear(rows, weight, bias, in_gate, out_gate, scale_out, dtype, backend)
+        y = _ops.gated_linear(as_rows(x), weight, bias, in_gate, out_gate, scale_out, dtype, backend)
         ctx.save_for_backward(x, weight, bias, in_z, in_index, in_count, out_z, out_index, out_count)
         ctx.settings = (options, dist, backend)
         return y if x.ndim == 2 else y.view(*x.shape[:-1], weight.shape[0])

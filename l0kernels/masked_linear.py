@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import _ops, _registry, reference
 from .gates import HardConcrete, eval_weight_gates, sample_gates
-from .linear import compute_dtype, gated_linear
+from .linear import as_rows, compute_dtype, gated_linear
 from .reference.gates import DEFAULT_DIST, draw_seed
 from .reference.linear import scale
 from .reference.masked_linear import check_masked
@@ -33,8 +33,7 @@ class _MaskedLinear(torch.autograd.Function):
         backend: str,
     ) -> Tensor:
         masked = _ops.masked_weight(weight, log_alpha, seed, *constants, backend)
-        rows = x.reshape(-1, x.shape[-1])
-        y = _ops.gated_linear(rows, masked, bias, _NO_GATE, _NO_GATE, False, dtype, backend)
+        y = _ops.gated_linear(as_rows(x), masked, bias, _NO_GATE, _NO_GATE, False, dtype, backend)
         ctx.save_for_backward(x, weight, bias, log_alpha, seed)
         ctx.options = (constants, dtype, backend)
         return y.view(*x.shape[:-1], weight.shape[0])
@@ -47,8 +46,8 @@ class _MaskedLinear(torch.autograd.Function):
         masked = _ops.masked_weight(weight, log_alpha, seed, *constants, backend)
         grad_needed = needs_w or needs_log_alpha
         dx, grad, db, _, _ = _ops.gated_linear_backward(
-            dy.reshape(-1, dy.shape[-1]),
-            x.reshape(-1, x.shape[-1]),
+            as_rows(dy),
+            as_rows(x),
             masked,
             bias,
             _NO_GATE,
@@ -88,7 +87,7 @@ class _BlockLinear(torch.autograd.Function):
         dtype: torch.dtype,
         backend: str,
     ) -> Tensor:
-        y = _ops.block_linear(x.reshape(-1, x.shape[-1]), weight, bias, z, *block, dtype, backend)
+        y = _ops.block_linear(as_rows(x), weight, bias, z, *block, dtype, backend)
         ctx.save_for_backward(x, weight, bias, z)
         ctx.options = (block, dtype, backend)
         return y.view(*x.shape[:-1], weight.shape[0])
@@ -99,8 +98,8 @@ class _BlockLinear(torch.autograd.Function):
         block, dtype, backend = ctx.options
         needs = list(ctx.needs_input_grad[:4])
         grads = _ops.block_linear_backward(
-            dy.reshape(-1, dy.shape[-1]),
-            x.reshape(-1, x.shape[-1]),
+            as_rows(dy),
+            as_rows(x),
             weight,
             bias,
             z,

@@ -40,8 +40,7 @@ class _GatedMlp(torch.autograd.Function):
         for i, source in enumerate(tensors[2 * depth : 3 * depth]):
             if gates[3 * i] is None:
                 gates[3 * i] = source
-        rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
-        y, *saved = _ops.gated_mlp(rows, weights, biases, gates, activation, dtype, backend)
+        y, *saved = _ops.gated_mlp(as_rows(x), weights, biases, gates, activation, dtype, backend)
         ctx.save_for_backward(x, *weights, *biases, *gates, *saved)
         ctx.settings = (activation, full, dtype, dist, backend)
         return y if x.ndim == 2 else y.view(*x.shape[:-1], y.shape[-1])

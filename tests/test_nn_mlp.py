@@ -111,7 +111,7 @@ def test_one_draw_and_one_product_per_forward(monkeypatch):
 
 
 def test_a_gate_used_twice_is_drawn_once():
-    mlp = L0MLP((8, 8, 8))
+    mlp = nn.L0MLP((8, 8, 8))
     mlp.layers[1].in_gate = mlp.layers[0].in_gate
     torch.manual_seed(3)
     y = mlp(torch.ones(2, 8))
