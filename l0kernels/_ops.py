@@ -52,6 +52,14 @@ def _define(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., An
     return register
 
 
+def refuse_second_derivative(function: str) -> None:
+    """RuntimeError in a backward that autograd records: the operators would enter it as constants."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(
+            f'{function} has no second derivative, got create_graph=True; use_backend("reference") has one'
+        )
+
+
 _dist = functools.lru_cache(HardConcrete)
 
 

@@ -17,6 +17,7 @@ from .reference.gates import (
     Gates,
     HardConcrete,
     check_dist,
+    check_not_nan,
     draw_seed,
     eval_z,
     round_up,
@@ -40,6 +41,7 @@ class _HardConcreteGrad(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dz: Tensor) -> tuple[Tensor | None, ...]:
+        _ops.refuse_second_derivative("sample_gates")
         (z,) = ctx.saved_tensors
         return _ops.gate_grad(dz, z, *ctx.constants), None, None, None, None, None
 
@@ -198,4 +200,5 @@ def eval_gates(
 def eval_weight_gates(log_alpha: Tensor, mode: str, dist: HardConcrete) -> Tensor:
     """eval_gates for gates of any shape: z alone."""
     _checks.check_choice("mode", mode, EVAL_MODES)
+    check_not_nan("log_alpha", log_alpha)
     return eval_z(log_alpha, mode, dist)

@@ -77,16 +77,14 @@ class _GatedLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        _ops.refuse_second_derivative("gated_linear")
         x, weight, bias, in_z, in_index, in_count, out_z, out_index, out_count = ctx.saved_tensors
         options, dist, backend = ctx.settings
         in_gate = _NO_GATE if in_z is None else [in_z, in_index, in_count]
         out_gate = _NO_GATE if out_z is None else [out_z, out_index, out_count]
         needs = list(ctx.needs_input_grad[:5])
-        rows = x
-        if x.ndim != 2:
-            rows, dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
         grads = _ops.gated_linear_backward(
-            dy, rows, weight, bias, in_gate, out_gate, *options, needs, backend
+            as_rows(dy), as_rows(x), weight, bias, in_gate, out_gate, *options, needs, backend
         )
         dx, dw, db, din, dout = (grad if needed else None for grad, needed in zip(grads, needs, strict=True))
         return (

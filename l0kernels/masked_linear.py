@@ -40,6 +40,7 @@ class _MaskedLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        _ops.refuse_second_derivative("masked_linear")
         x, weight, bias, log_alpha, seed = ctx.saved_tensors
         constants, dtype, backend = ctx.options
         needs_x, needs_w, needs_b, needs_log_alpha = ctx.needs_input_grad[:4]
@@ -94,6 +95,7 @@ class _BlockLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        _ops.refuse_second_derivative("masked_linear")
         x, weight, bias, z = ctx.saved_tensors
         block, dtype, backend = ctx.options
         needs = list(ctx.needs_input_grad[:4])

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import _ops, _registry, reference
 from .gates import Gates, HardConcrete, check_log_alphas, draw, sample_gates
-from .linear import _NO_TENSORS, compute_dtype, gate_grad, gate_tensors
+from .linear import _NO_TENSORS, as_rows, compute_dtype, gate_grad, gate_tensors
 from .reference import _checks
 from .reference.gates import DEFAULT_DIST
 from .reference.mlp import check_mlp
@@ -47,17 +47,16 @@ class _GatedMlp(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        _ops.refuse_second_derivative("gated_mlp")
         activation, full, dtype, dist, backend = ctx.settings
         depth = len(full)
         x, *tensors = ctx.saved_tensors
         weights, biases, gates = tensors[:depth], tensors[depth : 2 * depth], tensors[2 * depth : 5 * depth]
         wanted = ctx.needs_input_grad
         needs = [wanted[0], *wanted[6 : 6 + 3 * depth]]
-        rows = x
-        if x.ndim != 2:
-            rows, dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
+        saved = tensors[5 * depth :]
         grads = _ops.gated_mlp_backward(
-            dy, rows, weights, biases, gates, tensors[5 * depth :], activation, dtype, full, needs, backend
+            as_rows(dy), as_rows(x), weights, biases, gates, saved, activation, dtype, full, needs, backend
         )
         dx, *rest = (g if n else None for g, n in zip(grads, needs, strict=True))
         sources = [

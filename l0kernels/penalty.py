@@ -27,6 +27,7 @@ class _L0Penalty(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dtotal: Tensor) -> tuple[Tensor | None, ...]:
+        _ops.refuse_second_derivative("l0_penalty")
         (grad,) = ctx.saved_tensors
         parts = (grad * dtotal).split([shape.numel() for shape in ctx.shapes])
         return None, None, *(part.view(shape) for part, shape in zip(parts, ctx.shapes, strict=True))

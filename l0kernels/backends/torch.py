@@ -18,12 +18,17 @@ def sample(
     log_alphas: list[Tensor], seed: Tensor, rank: int, dist: HardConcrete
 ) -> tuple[Tensor, Tensor, Tensor]:
     """z, index and count of every gate vector, one after the other."""
-    for i, log_alpha in enumerate(log_alphas):
-        if log_alpha.device.type == "cpu" and torch.isnan(log_alpha).any():
-            raise_nan(i, len(log_alphas))
+    _check_not_nan(log_alphas)
     z = sample_zs(log_alphas, seed, rank, dist)
     order = [compact(values) for values in z]
     return torch.cat(z), torch.cat([index for index, _ in order]), torch.cat([count for _, count in order])
+
+
+def _check_not_nan(log_alphas: list[Tensor]) -> None:
+    """On a GPU looking would stall the device; there a NaN shows in z."""
+    for i, log_alpha in enumerate(log_alphas):
+        if log_alpha.device.type == "cpu" and torch.isnan(log_alpha).any():
+            raise_nan(i, len(log_alphas))
 
 
 def raise_nan(i: int, n: int) -> None:
@@ -40,9 +45,7 @@ def gate_grad(dz: Tensor, z: Tensor, dist: HardConcrete) -> Tensor:
 
 def l0_penalty(log_alphas: list[Tensor], weights: list[float], dist: HardConcrete) -> tuple[Tensor, Tensor]:
     """sum_g weight * p_open_g over all vectors, and its gradient, flat."""
-    for i, log_alpha in enumerate(log_alphas):
-        if log_alpha.device.type == "cpu" and torch.isnan(log_alpha).any():
-            raise_nan(i, len(log_alphas))
+    _check_not_nan(log_alphas)
     p = [dist.p_open(log_alpha.flatten()) for log_alpha in log_alphas]
     total = torch.stack([w * q.sum() for w, q in zip(weights, p, strict=True)]).sum()
     return total, torch.cat([w * q * (1 - q) for w, q in zip(weights, p, strict=True)])
@@ -163,6 +166,7 @@ def mlp_backward(*args: Any) -> list[Tensor | None]:
 
 def masked_weight(weight: Tensor, log_alpha: Tensor, seed: Tensor, dist: HardConcrete) -> Tensor:
     """W * z, z drawn from the seed."""
+    _check_not_nan([log_alpha])
     return (weight * sample_z(log_alpha, seed, 0, 0, dist)).to(weight.dtype)
 
 
@@ -178,4 +182,7 @@ def masked_weight_grad(
     """dW and dlog_alpha from dL/d(W * z), z drawn again."""
     z = sample_z(log_alpha, seed, 0, 0, dist)
     dw = (grad * z).to(weight.dtype) if need_w else None
-    return dw, gate_grad((grad * weight).to(z.dtype), z, dist) if need_log_alpha else None
+    if not need_log_alpha:
+        return dw, None
+    dz = grad.to(torch.promote_types(grad.dtype, z.dtype)) * weight  # not rounded to 16 bits on the way
+    return dw, gate_grad(dz.to(z.dtype), z, dist)
