@@ -21,10 +21,8 @@ constexpr int kNR = kNV * Vec<T>::width;
 
 // Elements of k per pass: an A panel (kMR x kKC) stays in L1 while B panels stream from L2.
 constexpr int64_t kKC = 384;
-// Panels per task: enough to reuse A from L1 and B from L2, fewer where there would not be enough tasks to share out.
-constexpr int64_t kTaskPanelsM = 16;
-constexpr int64_t kTaskPanelsN = 8;
-constexpr int64_t kTasksPerThread = 4;
+// Panels of B that are swept together: they stay in L2 while the panels of A go by.
+constexpr int64_t kSweep = 8;
 
 template <typename T>
 inline typename Vec<T>::type load(const T* p) {
@@ -402,6 +400,34 @@ void zero_row(const GemmParams<T>& p, int64_t r) {
   }
 }
 
+// The part-th of `parts` nearly equal ranges of 0..n.
+struct Range {
+  int64_t begin, end;
+  Range(int64_t n, int64_t part, int64_t parts) : begin(n * part / parts), end(n * (part + 1) / parts) {}
+  Range(const Range& whole, int64_t part, int64_t parts) : Range(whole.end - whole.begin, part, parts) {
+    begin += whole.begin;
+    end += whole.begin;
+  }
+};
+
+// Threads as a grid over C: threads = rows * columns with the smallest largest block.
+struct Grid {
+  int rows = 1, columns = 1;
+  Grid(int threads, int64_t panels_m, int64_t panels_n) {
+    int64_t best = -1;
+    for (int r = 1; r <= threads; ++r) {
+      if (threads % r) continue;
+      const int c = threads / r;
+      const int64_t block = ((panels_m + r - 1) / r) * ((panels_n + c - 1) / c);
+      if (best < 0 || block < best) {
+        best = block;
+        rows = r;
+        columns = c;
+      }
+    }
+  }
+};
+
 template <typename T>
 void gemm(const GemmParams<T>& p, int num_threads) {
   constexpr int NR = kNR<T>, W = Vec<T>::width;
@@ -414,101 +440,103 @@ void gemm(const GemmParams<T>& p, int num_threads) {
   const int64_t mr_full = panels_m ? (p.M + panels_m - 1) / panels_m : 0;
   const int64_t blocks_k = p.K > kKC ? (p.K + kKC - 1) / kKC : 1;
   const int64_t kc_full = (p.K + blocks_k - 1) / blocks_k;
-  const double work = double(p.M) * p.N * (p.K + 32);
-  const int threads = work < 2e5 ? 1 : num_threads;
-  int64_t task_panels_m = kTaskPanelsM, task_panels_n = kTaskPanelsN, tasks_m, tasks_n;
-  for (;;) {
-    tasks_m = (panels_m + task_panels_m - 1) / task_panels_m;
-    tasks_n = (panels_n + task_panels_n - 1) / task_panels_n;
-    if (threads == 1 || tasks_m * tasks_n >= kTasksPerThread * threads || task_panels_m * task_panels_n == 1) break;
-    (task_panels_n > 1 && task_panels_n * 4 >= task_panels_m ? task_panels_n : task_panels_m) /= 2;
-  }
 
   thread_local Workspace workspace;
   const size_t n_pad = panels_n * NR;
   const size_t size_a = (panels_m * mr_full * kc_full + 15) / 16 * 16, size_b = n_pad * kc_full;
   const size_t size_acc = blocks_k > 1 ? size_t(panels_m) * kMR * n_pad : 0;
-  const size_t size_vectors = 2 * n_pad + (kc_full + 15) / 16 * 16;
-  const size_t num_chunks = (am.index ? p.M : 0) + (bn.index ? p.N : 0) + (p.k_index ? kc_full : 0);
   const size_t num_scatter = p.c_scatter_n ? ScatterList<T>::max_chunks(p.N, p.c_cols) : 0;
-  const size_t bytes_lists = sizeof(Chunk) * num_chunks + sizeof(ScatterChunk) * num_scatter + sizeof(int32_t) * (panels_n + 1);
-  T* const a_pack = static_cast<T*>(workspace.get(sizeof(T) * (size_a + size_b + size_acc + size_vectors) + bytes_lists));
+  const size_t bytes_scatter = sizeof(ScatterChunk) * num_scatter + sizeof(int32_t) * (panels_n + 1);
+  T* const a_pack = static_cast<T*>(workspace.get(sizeof(T) * (size_a + size_b + size_acc + 2 * n_pad) + bytes_scatter));
   T* const b_pack = a_pack + size_a;
   T* const acc = b_pack + size_b;
   T* const n_scale = acc + size_acc;
   T* const bias = n_scale + n_pad;
-  T* const k_scale = bias + n_pad;
-  Chunk* const m_chunks = reinterpret_cast<Chunk*>(k_scale + (kc_full + 15) / 16 * 16);
-  Chunk* const n_chunks = m_chunks + (am.index ? p.M : 0);
-  Chunk* const k_chunks = n_chunks + (bn.index ? p.N : 0);
   ScatterList<T> scatter;
-  scatter.chunks = reinterpret_cast<ScatterChunk*>(m_chunks + num_chunks);
+  scatter.chunks = reinterpret_cast<ScatterChunk*>(bias + n_pad);
   scatter.first = reinterpret_cast<int32_t*>(scatter.chunks + num_scatter);
   if (L0_COMPRESS && p.c_scatter_n) scatter.build(p.n_index, p.N, p.c_cols);
-  const IndexList<T> m_list(am.index, p.M, m_chunks), n_list(bn.index, p.N, n_chunks);
-  IndexList<T> k_list;
   for (int64_t n = 0; n < int64_t(n_pad); ++n) {
     const int64_t at = n < p.N ? (p.n_index ? p.n_index[n] : n) : -1;
     if (p.n_scale) n_scale[n] = at < 0 ? T(0) : p.n_scale[at];
     if (p.bias) bias[n] = at < 0 ? T(0) : p.bias[at];
   }
 
+  const double work = double(p.M) * p.N * (p.K + 32);
+  const int threads = work < 2e5 ? 1 : num_threads;
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
+    const Grid grid(team_size(), panels_m, panels_n);
+    const int thread = thread_number(), i = thread / grid.columns, j = thread % grid.columns;
+    // This thread computes rows `mine_m` and columns `mine_n`; with the others of its row and column it packs what they share.
+    const Range mine_m(panels_m, i, grid.rows), mine_n(panels_n, j, grid.columns);
+    const Range pack_m(mine_m, j, grid.columns), pack_n(mine_n, i, grid.rows);
+    const int64_t m0 = pack_m.begin * mr_full, m1 = pack_m.end * mr_full < p.M ? pack_m.end * mr_full : p.M;
+    const int64_t n0 = pack_n.begin * NR, n1 = pack_n.end * NR < p.N ? pack_n.end * NR : p.N;
+    const bool rows_a = am.index && am.stride == 1, rows_b = bn.index && bn.stride == 1;  // gathered along contiguous rows
+
     thread_local Workspace scratch;
-    T* const stack_tile = static_cast<T*>(scratch.get(sizeof(T) * (kMR * NR + (p.M > p.N ? p.M : p.N) + NR + W)));
+    const int64_t widest = m1 - m0 > n1 - n0 ? m1 - m0 : n1 - n0;
+    const size_t size_tmp = (widest + NR + W + 15) / 16 * 16, size_k = (kc_full + 15) / 16 * 16;
+    const size_t num_chunks = (rows_a ? m1 - m0 : 0) + (rows_b ? n1 - n0 : 0) + (p.k_index ? kc_full : 0);
+    T* const stack_tile = static_cast<T*>(scratch.get(sizeof(T) * (kMR * NR + size_tmp + size_k) + sizeof(Chunk) * num_chunks));
     T* const tmp = stack_tile + kMR * NR;
+    T* const k_scale = tmp + size_tmp;
+    Chunk* chunks = reinterpret_cast<Chunk*>(k_scale + size_k);
+    IndexList<T> m_list, n_list;
+    if (rows_a) {
+      m_list = IndexList<T>(am.index + m0, m1 - m0, chunks);
+      chunks += m1 - m0;
+    }
+    if (rows_b) {
+      n_list = IndexList<T>(bn.index + n0, n1 - n0, chunks);
+      chunks += n1 - n0;
+    }
+
     if (p.c_scatter_m || p.c_scatter_n) {
-#pragma omp for schedule(static) nowait
-      for (int64_t r = 0; r < rows; ++r) zero_row(p, r);
+      const Range mine(rows, thread, team_size());
+      for (int64_t r = mine.begin; r < mine.end; ++r) zero_row(p, r);
     }
     for (int64_t kb = 0; kb < blocks_k; ++kb) {
       const int64_t k0 = kb * kc_full, kc = p.K - k0 < kc_full ? p.K - k0 : kc_full;
-#pragma omp single
-      {
-        if (p.k_scale)
-          for (int64_t k = 0; k < kc; ++k) k_scale[k] = p.k_scale[p.k_index ? p.k_index[k0 + k] : k0 + k];
-        if (p.k_index) k_list = IndexList<T>(p.k_index + k0, kc, k_chunks);
-      }
+      const IndexList<T> k_list = p.k_index ? IndexList<T>(p.k_index + k0, kc, chunks) : IndexList<T>();
+      if (p.k_scale)
+        for (int64_t k = 0; k < kc; ++k) k_scale[k] = p.k_scale[p.k_index ? p.k_index[k0 + k] : k0 + k];
       const T* const a_scale = p.k_scale ? k_scale : nullptr;
-      if (am.index && am.stride == 1) {
-#pragma omp for schedule(static) nowait
-        for (int64_t k = 0; k < kc; ++k) pack_row<T, false>(a_pack, mr_full, p.a, ak, k0, kc, k, m_list, a_scale, tmp);
+      if (rows_a) {
+        for (int64_t k = 0; k < kc; ++k) pack_row<T, false>(a_pack + m0 * kc, mr_full, p.a, ak, k0, kc, k, m_list, a_scale, tmp);
       } else {
-#pragma omp for schedule(static) nowait
-        for (int64_t q = 0; q < panels_m; ++q) {
-          const int64_t m0 = q * mr_full, mr = p.M - m0 < mr_full ? p.M - m0 : mr_full;
-          pack_panel<T>(a_pack + m0 * kc, int(mr), p.a, am, p.M, m0, int(mr), ak, k0, kc, k_list, a_scale);
+        for (int64_t m = m0; m < m1; m += mr_full) {
+          const int mr = int(p.M - m < mr_full ? p.M - m : mr_full);
+          pack_panel<T>(a_pack + m * kc, mr, p.a, am, p.M, m, mr, ak, k0, kc, k_list, a_scale);
         }
       }
-      if (bn.index && bn.stride == 1) {
-#pragma omp for schedule(static)
-        for (int64_t k = 0; k < kc; ++k) pack_row<T, true>(b_pack, NR, p.b, bk, k0, kc, k, n_list, nullptr, tmp);
+      if (rows_b) {
+        for (int64_t k = 0; k < kc; ++k) pack_row<T, true>(b_pack + n0 * kc, NR, p.b, bk, k0, kc, k, n_list, nullptr, tmp);
       } else {
-#pragma omp for schedule(static)
-        for (int64_t q = 0; q < panels_n; ++q) {
-          const int64_t n0 = q * NR, nr = p.N - n0 < NR ? p.N - n0 : NR;
-          pack_panel<T>(b_pack + n0 * kc, NR, p.b, bn, p.N, n0, int(nr), bk, k0, kc, k_list, nullptr);
-        }
+        for (int64_t n = n0; n < n1; n += NR)
+          pack_panel<T>(b_pack + n * kc, NR, p.b, bn, p.N, n, int(p.N - n < NR ? p.N - n : NR), bk, k0, kc, k_list, nullptr);
       }
-#pragma omp for schedule(dynamic, 1)
-      for (int64_t task = 0; task < tasks_m * tasks_n; ++task) {
-        const int64_t q_begin = task % tasks_m * task_panels_m, r_begin = task / tasks_m * task_panels_n;
-        const int64_t q_end = q_begin + task_panels_m < panels_m ? q_begin + task_panels_m : panels_m;
-        const int64_t r_end = r_begin + task_panels_n < panels_n ? r_begin + task_panels_n : panels_n;
-        for (int64_t q = q_begin; q < q_end; ++q) {
-          const int64_t m0 = q * mr_full, mr = p.M - m0 < mr_full ? p.M - m0 : mr_full;
-          for (int64_t r = r_begin; r < r_end; ++r) {
-            const int64_t n0 = r * NR, nr = p.N - n0 < NR ? p.N - n0 : NR;
+#pragma omp barrier
+      for (int64_t sweep = mine_n.begin; sweep < mine_n.end; sweep += kSweep) {
+        const int64_t sweep_end = sweep + kSweep < mine_n.end ? sweep + kSweep : mine_n.end;
+        for (int64_t q = mine_m.begin; q < mine_m.end; ++q) {
+          const int64_t m = q * mr_full, mr = p.M - m < mr_full ? p.M - m : mr_full;
+          for (int64_t r = sweep; r < sweep_end; ++r) {
+            const int64_t n = r * NR, nr = p.N - n < NR ? p.N - n : NR;
             T* const tile = size_acc ? acc + (q * panels_n + r) * kMR * NR : stack_tile;
-            if (kb + 1 == blocks_k) prefetch_tile(p, m0, int(mr), n0, int(nr));
-            kKernels<T>[nr > W][mr - 1](kc, a_pack + m0 * kc, b_pack + n0 * kc, tile, kb > 0);
-            if (kb + 1 == blocks_k) {
-              finish_tile(p, tile, m0, int(mr), n0, int(nr), p.n_scale ? n_scale : nullptr, p.bias ? bias : nullptr);
-              store_tile(p, tile, m0, int(mr), n0, int(nr), scatter);
+            const bool last = kb + 1 == blocks_k;
+            if (last) prefetch_tile(p, m, int(mr), n, int(nr));
+            kKernels<T>[nr > W][mr - 1](kc, a_pack + m * kc, b_pack + n * kc, tile, kb > 0);
+            if (last) {
+              finish_tile(p, tile, m, int(mr), n, int(nr), p.n_scale ? n_scale : nullptr, p.bias ? bias : nullptr);
+              store_tile(p, tile, m, int(mr), n, int(nr), scatter);
             }
           }
         }
+      }
+      if (kb + 1 < blocks_k) {
+#pragma omp barrier
       }
     }
   }

@@ -10,3 +10,19 @@
 #include "hard_concrete.h"
 #include "kernels.h"
 #include "workspace.h"
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+namespace l0 {
+
+#ifdef _OPENMP
+inline int team_size() { return omp_get_num_threads(); }
+inline int thread_number() { return omp_get_thread_num(); }
+#else
+inline int team_size() { return 1; }
+inline int thread_number() { return 0; }
+#endif
+
+}  // namespace l0
