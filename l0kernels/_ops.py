@@ -40,8 +40,8 @@ def _define(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., An
         operator = getattr(torch.ops.l0kernels, name).default
 
         def call(*args: Any) -> Any:
-            # The dispatcher costs 6 to 10 us, as much as a small layer; eager CPU tensors do without, unless a mode
-            # (make_fx, say) wants to see the operators.
+            # The dispatcher costs 6 to 10 us, as much as a small layer; eager CPU tensors do without,
+            # unless a mode (make_fx, say) wants to see the operators.
             if not torch.compiler.is_compiling() and not torch._C._len_torch_dispatch_stack():
                 first = args[0] if isinstance(args[0], Tensor) else args[0][0]
                 if type(first) in _PLAIN and first.device.type == "cpu":
