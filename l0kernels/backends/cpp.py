@@ -17,6 +17,7 @@ from ..reference.gates import HardConcrete, round_up
 from . import packed
 from . import torch as portable
 from .packed import Gate, extent
+from .recycle import empty_grad
 
 # 16-bit products go through packed.py to torch.mm, which uses the hardware's 16-bit instructions.
 _FUSED = (torch.float32, torch.float64)
@@ -235,7 +236,7 @@ def linear_backward(
     M, (n_out, n_in) = x.shape[0], weight.shape
     dx = x.new_empty(M, n_in) if need_x else None
     reads_dw = need_out or (need_in and not need_x)  # dz is read off dW
-    dw = x.new_empty(n_out, n_in) if need_w or reads_dw else None
+    dw = empty_grad(weight) if need_w or reads_dw else None
     bias = None if bias is None else bias.contiguous()
     db = x.new_empty(n_out) if need_b or (need_out and bias is not None) else None
     dz_in = x.new_empty(n_in) if need_in else None
@@ -349,7 +350,7 @@ def mlp_backward(
     dx = x.new_empty(x.shape) if need_x else None
     # the first dz is read off dx or dW
     dw = [
-        x.new_empty(w.shape) if n or (i == 0 and need_z[0] and not need_x) else None
+        empty_grad(w) if n or (i == 0 and need_z[0] and not need_x) else None
         for i, (w, n) in enumerate(zip(weights, need_w, strict=True))
     ]
     db = [
@@ -466,7 +467,7 @@ def block_linear_backward(
     need_x, need_w, need_b, need_z = needs
     z = z.contiguous()
     dx = x.new_empty(x.shape) if need_x else None
-    dw = x.new_empty(weight.shape) if need_w or need_z else None  # dz is read off dW
+    dw = empty_grad(weight) if need_w or need_z else None  # dz is read off dW
     db = x.new_empty(weight.shape[0]) if need_b else None
     dz = torch.empty_like(z) if need_z else None
     _C.block_linear_backward(
