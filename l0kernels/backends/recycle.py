@@ -1,8 +1,8 @@
-"""Large gradients in memory that was used before: fresh pages cost more than the zeros or the product in them.
+"""Large gradients in memory that was used before: fresh pages cost more than the product in them.
 
 A 64 MB gradient takes 16384 page faults, longer than the whole gated layer at one open gate in ten. So each
-large weight keeps the buffer of its gradient, and lends it again once nothing else refers to it: the optimiser
-is done and ``zero_grad`` has dropped it. A gradient that somebody still holds is never touched. The buffer goes
+large weight keeps the buffer of its gradient, and lends it again once nothing else refers to it: the step is
+done and ``zero_grad`` has dropped it. A gradient that somebody still holds is never touched. The buffer goes
 with its weight.
 """
 
