@@ -23,14 +23,19 @@ def as_rows(t: Tensor) -> Tensor:
     return t if t.ndim == 2 else t.reshape(math.prod(t.shape[:-1]), t.shape[-1])
 
 
+def like_rows(y: Tensor, x: Tensor) -> Tensor:
+    """y (rows, n) with the leading dimensions of x; to autograd no view, so it may be changed in place."""
+    if x.ndim == 2:
+        return y
+    return torch.ops.aten._unsafe_view.default(y, (*x.shape[:-1], y.shape[-1]))
+
+
 def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype of the product: autocast's where it is on, else that of x."""
     kind = x.device.type
-    return (
-        torch.get_autocast_dtype(kind)
-        if torch.is_autocast_enabled(kind) and x.dtype != torch.float64
-        else x.dtype
-    )
+    if kind == "meta" or not torch.is_autocast_enabled(kind) or x.dtype == torch.float64:
+        return x.dtype
+    return torch.get_autocast_dtype(kind)
 
 
 def gate_tensors(gates: Gates, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -73,7 +78,7 @@ class _GatedLinear(torch.autograd.Function):
         y = _ops.gated_linear(as_rows(x), weight, bias, in_gate, out_gate, scale_out, dtype, backend)
         ctx.save_for_backward(x, weight, bias, in_z, in_index, in_count, out_z, out_index, out_count)
         ctx.settings = (options, dist, backend)
-        return y if x.ndim == 2 else y.view(*x.shape[:-1], weight.shape[0])
+        return like_rows(y, x)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
@@ -144,6 +149,7 @@ def gated_linear(
     support = None
     if out_support is not None:  # it selects; its z takes no part and gets no gradient
         support, *out_order = gate_tensors(out_support, dtype)
+        support = support.detach()
     options = (
         out_gates is not None,
         in_gates is not None and in_gates.full_grad,

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import _ops, _registry, reference
 from .gates import HardConcrete, eval_weight_gates, sample_gates
-from .linear import as_rows, compute_dtype, gated_linear
+from .linear import as_rows, compute_dtype, gated_linear, like_rows
 from .reference.gates import DEFAULT_DIST, draw_seed
 from .reference.linear import scale
 from .reference.masked_linear import check_masked
@@ -36,7 +36,7 @@ class _MaskedLinear(torch.autograd.Function):
         y = _ops.gated_linear(as_rows(x), masked, bias, _NO_GATE, _NO_GATE, False, dtype, backend)
         ctx.save_for_backward(x, weight, bias, log_alpha, seed)
         ctx.options = (constants, dtype, backend)
-        return y.view(*x.shape[:-1], weight.shape[0])
+        return like_rows(y, x)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
@@ -91,7 +91,7 @@ class _BlockLinear(torch.autograd.Function):
         y = _ops.block_linear(as_rows(x), weight, bias, z, *block, dtype, backend)
         ctx.save_for_backward(x, weight, bias, z)
         ctx.options = (block, dtype, backend)
-        return y.view(*x.shape[:-1], weight.shape[0])
+        return like_rows(y, x)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:

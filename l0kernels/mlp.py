@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import _ops, _registry, reference
 from .gates import Gates, HardConcrete, check_log_alphas, draw, sample_gates
-from .linear import _NO_TENSORS, as_rows, compute_dtype, gate_grad, gate_tensors
+from .linear import _NO_TENSORS, as_rows, compute_dtype, gate_grad, gate_tensors, like_rows
 from .reference import _checks
 from .reference.gates import DEFAULT_DIST
 from .reference.mlp import check_mlp
@@ -43,7 +43,7 @@ class _GatedMlp(torch.autograd.Function):
         y, *saved = _ops.gated_mlp(as_rows(x), weights, biases, gates, activation, dtype, backend)
         ctx.save_for_backward(x, *weights, *biases, *gates, *saved)
         ctx.settings = (activation, full, dtype, dist, backend)
-        return y if x.ndim == 2 else y.view(*x.shape[:-1], y.shape[-1])
+        return like_rows(y, x)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:

@@ -102,7 +102,8 @@ def unpack(
     row_index, col_index = _open(rows, shape[0]), _open(cols, shape[1])
     n_rows = shape[0] if row_index is None else len(row_index)
     n_cols = shape[1] if col_index is None else len(col_index)
-    value = packed[:n_rows, :n_cols]
+    # Only where needed: a Function must not return a view, users could not change it in place.
+    value = packed if packed.shape == (n_rows, n_cols) else packed[:n_rows, :n_cols]
 
     def gate_of(gate: Gate, index: Tensor | None) -> Tensor:
         return gate[0] if index is None else gate[0].index_select(0, index)
