@@ -16,11 +16,6 @@ def backend(request):
 
 
 @pytest.fixture
-def seeded():
-    torch.manual_seed(0)
-
-
-@pytest.fixture
 def threads():
     """torch.set_num_threads, undone afterwards."""
     before = torch.get_num_threads()
@@ -29,19 +24,22 @@ def threads():
 
 
 @pytest.fixture
-def poison(seeded, threads):
-    """Memory that nobody wrote reads as NaN, or the largest integer: what torch allocates, and native scratch.
-
-    One thread, unless the test asks for more: on small inputs more only wait for each other.
-    """
+def seeded(threads):
+    """One state of torch's generator; one thread, for on small inputs more only wait for each other."""
+    torch.manual_seed(0)
     threads(1)
+
+
+@pytest.fixture
+def poison(seeded):
+    """Unwritten memory, torch's and the native scratch, reads as NaN or as the largest integer."""
     if native is not None:
         with l0.use_backend("cpp"):
             for dtype in (torch.float32, torch.float64):
                 nan = torch.full((64, 800), float("nan"), dtype=dtype, requires_grad=True)
                 weights = [torch.ones(100, 800, dtype=dtype), torch.ones(800, 100, dtype=dtype)] * 2
                 l0.gated_mlp(nan, weights, [None] * 4, [None] * 4).sum().backward()
-    torch.use_deterministic_algorithms(True)  # with torch.utils.deterministic.fill_uninitialized_memory, its default
+    torch.use_deterministic_algorithms(True)  # and torch.utils.deterministic.fill_uninitialized_memory
     assert torch.empty(3).isnan().all()
     yield
     torch.use_deterministic_algorithms(False)

@@ -15,7 +15,7 @@ KINDS = ("mixed", "open", "closed", "few")
 
 
 def make_z(kind, n, dtype=torch.float32):
-    """n gates: closed, fractional and full ones mixed, all open, all closed, or at most three fractional gates."""
+    """n gates: closed, fractional and full ones mixed, all open, all closed, or a few fractional ones."""
     if kind == "open":
         return torch.ones(n, dtype=dtype)
     z = torch.zeros(n, dtype=dtype)
@@ -23,7 +23,8 @@ def make_z(kind, n, dtype=torch.float32):
         z[:: max(1, n // 3)] = 0.4
     if kind in ("mixed", "wild"):
         u = torch.rand(n, dtype=dtype)
-        z = torch.where(u < 0.4, 0.0, torch.where(u < 0.8, torch.rand(n, dtype=dtype).clamp(0.01), 1.0)).to(dtype)
+        fractional = torch.rand(n, dtype=dtype).clamp(0.01, 0.99)
+        z = torch.where(u < 0.4, torch.zeros_like(u), torch.where(u < 0.8, fractional, torch.ones_like(u)))
     if kind == "wild":  # a caller's own gates need not lie in [0, 1]
         z = z * torch.randn(n, dtype=dtype) * 2
     return z
@@ -113,7 +114,7 @@ def compare(call, tensors, *, dtype, what="", masks=None, needs=None, layout=tor
         assert g.dtype == tensors[name].dtype, f"{what}: d{name} is {g.dtype}"
         if name in masks:
             wrong = (g != 0) != (masks[name] & (exact[name] != 0))
-            assert not wrong.any(), f"{what}: d{name} has another zero set at {wrong.nonzero()[:, 0].tolist()}"
+            assert not wrong.any(), f"{what}: zero set of d{name} differs at {wrong.nonzero()[:, 0].tolist()}"
             g = torch.where(masks[name], g, exact[name])  # what is masked still tells how large errors are
         assert_near(g, eager[name], exact[name], dtype, f"{what} d{name}")
     return y, grads

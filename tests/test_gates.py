@@ -252,7 +252,7 @@ class TestGradient:
         z = l0.sample_gates(log_alpha, seed=SEED).z
         with torch.no_grad():
             z.mul_(2)
-        with pytest.raises(RuntimeError, match="modified .*inplace"):
+        with pytest.raises(RuntimeError, match=r"modified .*inplace"):
             z.sum().backward()
 
 
@@ -348,14 +348,14 @@ class TestErrors:
     def test_kind(self, backend, value):
         with pytest.raises(TypeError):
             l0.sample_gates(value)
-        with pytest.raises(TypeError, match="z must be a torch.Tensor, got"):
+        with pytest.raises(TypeError, match=r"z must be a torch.Tensor, got"):
             Gates.from_z(value)
 
     def test_seed(self, backend):
         log_alpha = torch.zeros(3)
         with pytest.raises(TypeError, match=r"seed must be an int64 tensor of shape \(1,\), got int"):
             l0.sample_gates(log_alpha, seed=5)
-        with pytest.raises(TypeError, match="seed must be an int64 tensor .* got dtype torch.int32"):
+        with pytest.raises(TypeError, match=r"seed must be an int64 tensor .* got dtype torch.int32"):
             l0.sample_gates(log_alpha, seed=SEED.int())
         for seed in (SEED[0], SEED.expand(2), SEED[None]):
             with pytest.raises(ValueError, match=r"seed must have shape \(1,\) .* got \("):

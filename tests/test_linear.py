@@ -70,7 +70,9 @@ def case(size, sides=(True, "out_gates"), kind="mixed", dtype=torch.float32, ful
 
 def needs_of(tensors, sides):
     """Every leaf that the formula gives a gradient: a support gives none."""
-    return [n for n, t in tensors.items() if t is not None and not (n == "z_out" and sides[1] == "out_support")]
+    return [
+        n for n, t in tensors.items() if t is not None and not (n == "z_out" and sides[1] == "out_support")
+    ]
 
 
 class TestAgainstTheFormula:
@@ -145,7 +147,7 @@ class TestAgainstTheFormula:
 
     def test_dead_memory_is_not_read(self, backend):
         """A closed input may hold anything: it is skipped, where 0 * NaN would be NaN."""
-        tensors, masks = case((6, 40, 24))
+        tensors, _ = case((6, 40, 24))
         closed_in, closed_out = tensors["z_in"] == 0, tensors["z_out"] == 0
         clean = {name: t.clone() for name, t in tensors.items()}
         tensors["x"][:, closed_in] = float("nan")
@@ -379,7 +381,9 @@ class TestGradcheck:
 
     @pytest.mark.parametrize("has", [(True, True), (True, False), (False, True)])
     def test_l0_linear(self, backend, has):
-        x, weight, bias = (torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((3, 9), (8, 9), (8,)))
+        x, weight, bias = (
+            torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((3, 9), (8, 9), (8,))
+        )
         a, b = (torch.randn(n, dtype=torch.float64, requires_grad=True) for n in (9, 8))
 
         def call(x, weight, bias, a, b):

@@ -210,9 +210,11 @@ class TestErrors:
             self.call(block=(2.0, 2))
 
     def test_dtypes_devices_and_modes(self, backend):
-        with pytest.raises(TypeError, match="log_alpha must be float32 or float64, got torch.bfloat16"):
+        with pytest.raises(TypeError, match=r"log_alpha must be float32 or float64, got torch.bfloat16"):
             self.call(log_alpha=torch.zeros(4, 6).bfloat16())
-        with pytest.raises(TypeError, match="x must have the dtype of weight, torch.float32, got torch.float64"):
+        with pytest.raises(
+            TypeError, match=r"x must have the dtype of weight, torch.float32, got torch.float64"
+        ):
             self.call(x=torch.zeros(2, 6).double())
         with pytest.raises(ValueError, match="log_alpha must be on cpu, the device of weight, got meta"):
             self.call(log_alpha=torch.zeros(4, 6, device="meta"))

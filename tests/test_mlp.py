@@ -213,7 +213,12 @@ class TestL0Mlp:
 
     def test_a_missing_seed_comes_from_torch(self, backend):
         tensors, _ = case(9, (31, 43, 5), gated=(False,) * 2)
-        args = (tensors["x"], [tensors["w0"], tensors["w1"]], [None, None], [torch.zeros(31), torch.zeros(43)])
+        args = (
+            tensors["x"],
+            [tensors["w0"], tensors["w1"]],
+            [None, None],
+            [torch.zeros(31), torch.zeros(43)],
+        )
         torch.manual_seed(7)
         first, second = l0.l0_mlp(*args), l0.l0_mlp(*args)
         torch.manual_seed(7)
@@ -228,7 +233,7 @@ class TestL0Mlp:
             l0.l0_mlp(x, w, [None, None], [None, torch.zeros(5)])
         with pytest.raises(ValueError, match="must not hold NaN"):
             l0.l0_mlp(x, w, [None, None], [None, torch.full((4,), float("nan"))])
-        with pytest.raises(TypeError, match="must be float32 or float64, got torch.bfloat16"):
+        with pytest.raises(TypeError, match=r"must be float32 or float64, got torch.bfloat16"):
             l0.l0_mlp(x, w, [None, None], [None, torch.zeros(4).bfloat16()])
         with pytest.raises(TypeError, match="seed must be an int64 tensor"):
             l0.l0_mlp(x, w, [None, None], [None, torch.zeros(4)], seed=3)
@@ -238,7 +243,9 @@ class TestGradcheck:
     @pytest.mark.parametrize("activation", ACTIVATIONS)
     @pytest.mark.parametrize("gated", [(True, True, True), (False, True, False), (True, False, True)])
     def test_sampled_gates(self, backend, activation, gated):
-        tensors, _ = case(3, (5, 6, 4, 3), gated=(False,) * 3, biased=(True, False, True), dtype=torch.float64)
+        tensors, _ = case(
+            3, (5, 6, 4, 3), gated=(False,) * 3, biased=(True, False, True), dtype=torch.float64
+        )
         log_alphas = [torch.randn(n, dtype=torch.float64) for n in (5, 6, 4)]
         names = [name for name, t in tensors.items() if t is not None]
 
@@ -286,7 +293,7 @@ class TestErrors:
 
     @pytest.mark.parametrize("activation", ["tanh", "ReLU", None, 3])
     def test_activation(self, backend, activation):
-        with pytest.raises(ValueError, match="activation must be one of 'relu', .*, got "):
+        with pytest.raises(ValueError, match=r"activation must be one of 'relu', .*, got "):
             self.call(activation=activation)
 
     def test_shapes(self, backend):
@@ -318,7 +325,7 @@ class TestErrors:
             self.call(gates=[Gates(*(t.to("meta") for t in Gates.from_z(torch.ones(3))[:3])), None])
 
     def test_counts_that_are_none(self, backend):
-        z, index, count, _ = Gates.from_z(make_z("mixed", 4))
+        z, index, _, _ = Gates.from_z(make_z("mixed", 4))
         for value in (-1, 5, 2**31 - 1):
             bad = Gates(z, index, torch.tensor([value, 128], dtype=torch.int32))
             with pytest.raises(ValueError, match=rf"count\[0\] must be in \[0, 4\], got {value}"):

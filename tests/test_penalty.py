@@ -38,9 +38,7 @@ def test_lists(backend, sizes, lams, dtype):
     y, _ = compare(call, tensors, dtype=dtype)
     assert y.dtype == dtype
     sizes, lams = ([v] * 3 if isinstance(v, (int, float)) else v for v in (sizes, lams))
-    parts = [
-        l0.l0_penalty(t, n, lam=lam) for t, n, lam in zip(tensors.values(), sizes, lams, strict=True)
-    ]
+    parts = [l0.l0_penalty(t, n, lam=lam) for t, n, lam in zip(tensors.values(), sizes, lams, strict=True)]
     torch.testing.assert_close(y, torch.stack(parts).sum().detach())
 
 
@@ -62,7 +60,11 @@ def test_each_subset_of_gradients(backend):
 
 
 def test_layouts(backend):
-    tensors = {"a": strided(torch.randn(40)), "b": transposed(torch.randn(5, 8)), "c": torch.randn(1).expand(9)}
+    tensors = {
+        "a": strided(torch.randn(40)),
+        "b": transposed(torch.randn(5, 8)),
+        "c": torch.randn(1).expand(9),
+    }
 
     def call(namespace, **log_alphas):
         return namespace.l0_penalty(list(log_alphas.values()), [1, 2, 3])
@@ -144,7 +146,7 @@ class TestErrors:
     def test_log_alpha(self, backend):
         with pytest.raises(ValueError, match="log_alpha must hold at least one tensor, got none"):
             l0.l0_penalty([])
-        with pytest.raises(TypeError, match="log_alpha must be float32 or float64, got torch.bfloat16"):
+        with pytest.raises(TypeError, match=r"log_alpha must be float32 or float64, got torch.bfloat16"):
             l0.l0_penalty(torch.zeros(3).bfloat16())
         with pytest.raises(TypeError, match=r"log_alpha\[1\] must have the dtype of log_alpha\[0\]"):
             l0.l0_penalty([torch.zeros(3), torch.zeros(3).double()])
@@ -155,7 +157,7 @@ class TestErrors:
 
     def test_nan_names_the_tensor(self, backend):
         nan = torch.tensor([0.0, float("nan")])
-        with pytest.raises(ValueError, match="^log_alpha must not hold NaN"):
+        with pytest.raises(ValueError, match=r"^log_alpha must not hold NaN"):
             l0.l0_penalty(nan)
         with pytest.raises(ValueError, match=r"log_alpha\[1\] must not hold NaN"):
             l0.l0_penalty([torch.zeros(3), nan, torch.zeros(2)])
