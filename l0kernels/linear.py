@@ -190,18 +190,11 @@ def l0_linear(
     Raises:
         TypeError, ValueError, RuntimeError: as sample_gates and gated_linear.
     """
-    _checks.check_linear(x, weight, bias)
+    if out_log_alpha is not None or not _checks.fits_chain(x, (weight,), (bias,), (in_log_alpha,)):
+        _check_l0_linear(x, weight, bias, in_log_alpha, out_log_alpha)
     given = [a for a in (in_log_alpha, out_log_alpha) if a is not None]
     if not given:
         return gated_linear(x, weight, bias)
-    for name, log_alpha, size in (
-        ("in_log_alpha", in_log_alpha, weight.shape[1]),
-        ("out_log_alpha", out_log_alpha, weight.shape[0]),
-    ):
-        if log_alpha is not None:
-            _checks.check_log_alpha(name, log_alpha, ndim=1)
-            _checks.check_shape(name, log_alpha, (size,), "one gate per unit of weight")
-            _checks.check_device(name, log_alpha, x.device, "x")
     backend = _registry.resolve(x.device)
     if backend == "reference":
         return reference.l0_linear(
@@ -215,3 +208,22 @@ def l0_linear(
     return _GatedLinear.apply(
         x, weight, bias, in_log_alpha, out_log_alpha, *inputs, *outputs, options, dist, backend
     )
+
+
+def _check_l0_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    in_log_alpha: Tensor | None,
+    out_log_alpha: Tensor | None,
+) -> None:
+    """Checks of the arguments of l0_linear."""
+    _checks.check_linear(x, weight, bias)
+    for name, log_alpha, size in (
+        ("in_log_alpha", in_log_alpha, weight.shape[1]),
+        ("out_log_alpha", out_log_alpha, weight.shape[0]),
+    ):
+        if log_alpha is not None:
+            _checks.check_log_alpha(name, log_alpha, ndim=1)
+            _checks.check_shape(name, log_alpha, (size,), "one gate per unit of weight")
+            _checks.check_device(name, log_alpha, x.device, "x")

@@ -14,7 +14,7 @@ from .gates import Gates, HardConcrete, check_log_alphas, draw, sample_gates
 from .linear import _NO_TENSORS, as_rows, compute_dtype, gate_grad, gate_tensors, like_rows
 from .reference import _checks
 from .reference.gates import DEFAULT_DIST
-from .reference.mlp import check_mlp
+from .reference.mlp import ACTIVATIONS, check_mlp
 
 
 class _GatedMlp(torch.autograd.Function):
@@ -145,16 +145,9 @@ def l0_mlp(
     Raises:
         TypeError, ValueError, RuntimeError: as sample_gates and gated_mlp.
     """
-    check_mlp(x, weights, biases, [None] * len(weights), activation)
-    if len(log_alphas) != len(weights):
-        raise ValueError(f"log_alphas must hold one entry per weight, {len(weights)}, got {len(log_alphas)}")
+    if not _checks.fits_chain(x, weights, biases, log_alphas) or activation not in ACTIVATIONS:
+        _check_l0_mlp(x, weights, biases, log_alphas, activation)
     given = [a for a in log_alphas if a is not None]
-    check_log_alphas(given)
-    for i, (log_alpha, weight) in enumerate(zip(log_alphas, weights, strict=True)):
-        if log_alpha is not None:
-            name = f"log_alphas[{i}]"
-            _checks.check_shape(name, log_alpha, (weight.shape[1],), f"one gate per input of weights[{i}]")
-            _checks.check_device(name, log_alpha, x.device, "x")
     backend = _registry.resolve(x.device)
     if not given or backend == "reference":
         drawn = iter(sample_gates(given, seed=seed, dist=dist))
@@ -175,3 +168,22 @@ def l0_mlp(
         *log_alphas,
         *(tensor for part in parts for tensor in part),
     )
+
+
+def _check_l0_mlp(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    log_alphas: Sequence[Tensor | None],
+    activation: str,
+) -> None:
+    """Checks of the arguments of l0_mlp."""
+    check_mlp(x, weights, biases, [None] * len(weights), activation)
+    if len(log_alphas) != len(weights):
+        raise ValueError(f"log_alphas must hold one entry per weight, {len(weights)}, got {len(log_alphas)}")
+    check_log_alphas([a for a in log_alphas if a is not None])
+    for i, (log_alpha, weight) in enumerate(zip(log_alphas, weights, strict=True)):
+        if log_alpha is not None:
+            name = f"log_alphas[{i}]"
+            _checks.check_shape(name, log_alpha, (weight.shape[1],), f"one gate per input of weights[{i}]")
+            _checks.check_device(name, log_alpha, x.device, "x")

@@ -95,6 +95,33 @@ def check_seed(seed: Any, device: torch.device, name: str = "seed") -> None:
     check_device(name, seed, device, "log_alpha")
 
 
+def fits_chain(x: Any, weights: Sequence[Any], biases: Sequence[Any], log_alphas: Sequence[Any]) -> bool:
+    """Whether a chain of layers with gate parameters on their inputs is all right; a few attributes a tensor.
+
+    False sends the caller to the checks that say what is wrong: those cost as much as a small layer.
+    """
+    try:
+        dtype, device, n = x.dtype, x.device, x.shape[-1]
+        for weight, bias, log_alpha in zip(weights, biases, log_alphas, strict=True):
+            n_out, n_in = weight.shape
+            if n_in != n or weight.dtype is not dtype or weight.device != device:
+                return False
+            if bias is not None and (
+                bias.shape != (n_out,) or bias.dtype is not dtype or bias.device != device
+            ):
+                return False
+            if log_alpha is not None and (
+                log_alpha.shape != (n_in,)
+                or log_alpha.dtype is not torch.float32
+                or log_alpha.device != device
+            ):
+                return False
+            n = n_out
+    except (AttributeError, IndexError, TypeError, ValueError):
+        return False
+    return bool(dtype.is_floating_point)
+
+
 def check_linear(x: Any, weight: Any, bias: Any, at: str = "") -> None:
     """Checks of ``x (..., in)``, ``weight (out, in)`` and ``bias (out,)`` or None, for torch's F.linear.
 
