@@ -97,18 +97,20 @@ void gate_grad(Address dz, Address z, Address dlog_alpha, int64_t n, bool is_dou
   });
 }
 
-double penalty(const std::vector<Address>& log_alpha, const std::vector<int64_t>& sizes, const std::vector<double>& weights, bool is_double,
-               double shift, Address grad) {
-  double total = 0.0;
+// Writes the penalty to `total` and its gradient, vector after vector, to `grad`; true if it is NaN, as with a NaN in log_alpha.
+bool penalty(const std::vector<Address>& log_alpha, const std::vector<int64_t>& sizes, const std::vector<double>& weights, bool is_double,
+             double shift, Address total, Address grad) {
+  double sum = 0.0;
   dispatch(is_double, [&](auto zero) {
     using T = decltype(zero);
     T* out = as<T>(grad);
     for (size_t i = 0; i < sizes.size(); ++i) {
-      total += l0::penalty(as<const T>(log_alpha[i]), sizes[i], weights[i], T(shift), out);
+      sum += l0::penalty(as<const T>(log_alpha[i]), sizes[i], weights[i], T(shift), out);
       out += sizes[i];
     }
+    *as<T>(total) = T(sum);
   });
-  return total;
+  return sum != sum;
 }
 
 template <typename T>

@@ -14,6 +14,8 @@ from .reference import _checks
 from .reference.gates import DEFAULT_DIST, check_dist
 from .reference.penalty import per_tensor
 
+_PLAIN = (Tensor, torch.nn.Parameter)
+
 
 class _L0Penalty(torch.autograd.Function):
     @staticmethod
@@ -61,14 +63,20 @@ def l0_penalty(
     log_alphas = [log_alpha] if isinstance(log_alpha, Tensor) else list(log_alpha)
     if not log_alphas:
         raise ValueError("log_alpha must hold at least one tensor, got none")
+    first = log_alphas[0]
     for i, a in enumerate(log_alphas):
+        if (
+            type(a) in _PLAIN
+            and a.dtype is torch.float32
+            and first.dtype is a.dtype
+            and a.device == first.device
+        ):
+            continue
         name = "log_alpha" if len(log_alphas) == 1 else f"log_alpha[{i}]"
         _checks.check_log_alpha(name, a)
-        _checks.check_device(name, a, log_alphas[0].device, "log_alpha[0]")
-        if a.dtype != log_alphas[0].dtype:
-            raise TypeError(
-                f"{name} must have the dtype of log_alpha[0], {log_alphas[0].dtype}, got {a.dtype}"
-            )
+        _checks.check_device(name, a, first.device, "log_alpha[0]")
+        if a.dtype != first.dtype:
+            raise TypeError(f"{name} must have the dtype of log_alpha[0], {first.dtype}, got {a.dtype}")
     check_dist(dist)
     sizes = per_tensor("group_size", group_size, len(log_alphas))
     lams = per_tensor("lam", lam, len(log_alphas))

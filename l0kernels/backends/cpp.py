@@ -90,21 +90,22 @@ def l0_penalty(log_alphas: list[Tensor], weights: list[float], dist: HardConcret
     """sum_g weight * p_open_g over all vectors, and its gradient, flat."""
     log_alphas = [a.contiguous() for a in log_alphas]
     sizes = [a.numel() for a in log_alphas]
-    grad = log_alphas[0].new_empty(sum(sizes))
-    shift = dist.beta * math.log(-dist.gamma / dist.zeta)
-    total = _C.penalty(
+    first = log_alphas[0]
+    total, grad = first.new_empty(()), first.new_empty(sum(sizes))
+    nan = _C.penalty(
         [a.data_ptr() for a in log_alphas],
         sizes,
         weights,
-        grad.dtype == torch.float64,
-        shift,
+        first.dtype == torch.float64,
+        dist.beta * math.log(-dist.gamma / dist.zeta),
+        total.data_ptr(),
         grad.data_ptr(),
     )
-    if total != total:
+    if nan:
         for i, a in enumerate(log_alphas):
             if torch.isnan(a).any():
                 portable.raise_nan(i, len(log_alphas))
-    return grad.new_tensor(total), grad
+    return total, grad
 
 
 def pack(

@@ -65,7 +65,7 @@ def check_count(name: str, value: Any, low: int, high: int) -> None:
 
 def check_number(name: str, value: Any) -> None:
     """TypeError unless ``value`` is a real number, ValueError unless it is finite."""
-    if type(value) is float and -math.inf < value < math.inf:  # isinstance of an ABC costs a microsecond
+    if type(value) in (float, int) and -math.inf < value < math.inf:  # an ABC's isinstance costs 1 us
         return
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")

@@ -14,7 +14,8 @@ from .gates import DEFAULT_DIST, HardConcrete, check_dist, check_not_nan
 
 def per_tensor(name: str, value: float | Sequence[float], n: int) -> list[float]:
     """One number for all n tensors, or one each, as a list of n."""
-    values = list(value) if isinstance(value, Sequence) else [value] * n
+    # list and tuple first: an ABC's isinstance costs a microsecond
+    values = list(value) if isinstance(value, (list, tuple, Sequence)) else [value] * n
     if len(values) != n:
         raise ValueError(f"{name} must be one number or one per log_alpha, {n}, got {len(values)}")
     for v in values:
