@@ -21,6 +21,8 @@ constexpr int kNR = kNV * Vec<T>::width;
 
 // Elements of k per pass: an A panel (kMR x kKC) stays in L1 while B panels stream from L2.
 constexpr int64_t kKC = 384;
+// Rows of C per block: bounds the packed operand and the accumulators, whatever the batch.
+constexpr int64_t kBlockM = 56 * kMR;
 // Panels of B that are swept together: they stay in L2 while the panels of A go by.
 constexpr int64_t kSweep = 8;
 
@@ -429,7 +431,7 @@ struct Grid {
 };
 
 template <typename T>
-void gemm(const GemmParams<T>& p, int num_threads) {
+void gemm_block(const GemmParams<T>& p, int num_threads) {
   constexpr int NR = kNR<T>, W = Vec<T>::width;
   const Axis am{p.a_stride_m, p.a_gather_m ? p.m_index : nullptr}, ak{p.a_stride_k, p.a_gather_k ? p.k_index : nullptr};
   const Axis bn{p.b_stride_n, p.b_gather_n ? p.n_index : nullptr}, bk{p.b_stride_k, p.b_gather_k ? p.k_index : nullptr};
@@ -539,6 +541,25 @@ void gemm(const GemmParams<T>& p, int num_threads) {
 #pragma omp barrier
       }
     }
+  }
+}
+
+template <typename T>
+void gemm(const GemmParams<T>& p, int num_threads) {
+  const int64_t blocks = p.M > kBlockM ? (p.M + kBlockM - 1) / kBlockM : 1;
+  for (int64_t b = 0; b < blocks; ++b) {
+    const Range rows(p.M, b, blocks);
+    GemmParams<T> block = p;
+    block.M = rows.end - rows.begin;
+    block.c_rows = block.M + (b + 1 == blocks ? p.c_rows - p.M : 0);  // the last block clears the closed rows
+    if (p.m_index) block.m_index += rows.begin;
+    else if (p.m_scale) block.m_scale += rows.begin;
+    if (!p.a_gather_m) block.a += rows.begin * p.a_stride_m;
+    if (!p.c_scatter_m) {
+      block.c += rows.begin * p.c_stride_m;
+      if (p.pre) block.pre += rows.begin * p.c_stride_m;
+    }
+    gemm_block(block, num_threads);
   }
 }
 
