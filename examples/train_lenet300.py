@@ -20,7 +20,8 @@ import math
 import sys
 import time
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from itertools import pairwise
 from pathlib import Path
@@ -263,6 +264,19 @@ def predict(net: torch.nn.Module, x: Tensor) -> Tensor:
     return net(x)
 
 
+@contextmanager
+def denormals_flushed() -> Iterator[None]:
+    """Adam's averages of weights long unused decay into denormal numbers, which processors are slow at.
+
+    A thread inherits the setting when it starts: those that torch starts in here keep it, older ones lack it.
+    """
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(False)
+
+
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Train a LeNet-300-100 with hard-concrete gates on the inputs of every layer.",
@@ -329,7 +343,8 @@ def prepare(args: argparse.Namespace) -> tuple[Run, int, Path]:
     threads = args.threads or recipe.threads
     if threads is not None:
         torch.set_num_threads(threads)
-    run = Run(config, dataset, time_dense=not args.no_dense_timing)
+    with denormals_flushed():
+        run = Run(config, dataset, time_dense=not args.no_dense_timing)
     epochs = args.epochs or recipe.epochs
     if args.resume:
         run.load(out / "checkpoint.pt")
@@ -347,7 +362,8 @@ def train(run: Run, epochs: int, out: Path) -> None:
     show_every = -(-epochs // 20)
     # A terminal gets a bar, anything else the rows alone.
     total, initial = epochs * run.steps, done * run.steps
-    with tqdm(total=total, initial=initial, unit="step", disable=None, dynamic_ncols=True) as bar:
+    bar = tqdm(total=total, initial=initial, unit="step", disable=None, dynamic_ncols=True)
+    with denormals_flushed(), bar:
         bar.write(report.table_head())
         for epoch in range(done + 1, epochs + 1):
             run.epoch(bar.update)
