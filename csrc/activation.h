@@ -8,7 +8,8 @@ namespace l0 {
 template <Activation act, typename T>
 L0_HOST_DEVICE inline T activation(T x) {
   if constexpr (act == Activation::kRelu) return x <= T(0) ? T(0) : x;  // NaN stays NaN
-  if constexpr (act == Activation::kGelu) return T(0.5) * x * (T(1) + math::erf(x * T(0.70710678118654752440)));
+  if constexpr (act == Activation::kGelu)
+    return T(0.5) * x * (T(1) + math::erf(x * T(0.70710678118654752440)));
   if constexpr (act == Activation::kSilu) return x / (T(1) + math::exp(-x));
   return x;
 }

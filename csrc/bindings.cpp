@@ -1,5 +1,6 @@
-// Python's door to the CPU kernels: addresses, sizes and strides in, nothing of torch. Python allocates and validates shapes;
-// what only the data tells (counts, indices, NaN) is checked here. Element type: is_double chooses between fp32 and fp64.
+// Python's door to the CPU kernels: addresses, sizes and strides in, nothing of torch. Python allocates and
+// validates shapes; what only the data tells (counts, indices, NaN) is checked here. Element type: is_double
+// chooses between fp32 and fp64.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -36,11 +37,13 @@ T* as(Address address) {
 int64_t checked_open(Address index_address, Address count_address, int64_t size) {
   const int64_t open = as<const int32_t>(count_address)[0];
   if (open < 0 || open > size)
-    throw std::invalid_argument("gates.count[0] must be in [0, " + std::to_string(size) + "], got " + std::to_string(open));
+    throw std::invalid_argument("gates.count[0] must be in [0, " + std::to_string(size) + "], got " +
+                                std::to_string(open));
   const int32_t* index = as<const int32_t>(index_address);
   bool inside = true;
   for (int64_t i = 0; i < size; ++i) inside &= uint32_t(index[i]) < uint64_t(size);
-  if (!inside) throw std::invalid_argument("gates.index must hold numbers in [0, " + std::to_string(size) + ")");
+  if (!inside)
+    throw std::invalid_argument("gates.index must hold numbers in [0, " + std::to_string(size) + ")");
   return open;
 }
 
@@ -63,12 +66,15 @@ struct GateArg {
 template <typename F>
 void dispatch(bool is_double, F f) {
   py::gil_scoped_release nogil;
-  if (is_double) f(double{});
-  else f(float{});
+  if (is_double)
+    f(double{});
+  else
+    f(float{});
 }
 
-int sample(const std::vector<Address>& log_alpha, const std::vector<int64_t>& sizes, bool is_double, Address seed, uint32_t rank, double beta,
-           double gamma, double zeta, Address z, Address index, Address count, int num_threads) {
+int sample(const std::vector<Address>& log_alpha, const std::vector<int64_t>& sizes, bool is_double,
+           Address seed, uint32_t rank, double beta, double gamma, double zeta, Address z, Address index,
+           Address count, int num_threads) {
   int nan_at = -1;
   dispatch(is_double, [&](auto zero) {
     using T = decltype(zero);
@@ -77,7 +83,9 @@ int sample(const std::vector<Address>& log_alpha, const std::vector<int64_t>& si
     for (size_t i = 0; i < sizes.size(); ++i) {
       const T* values = as<const T>(log_alpha[i]);
       if (nan_at < 0 && l0::any_nan(values, sizes[i])) nan_at = int(i);
-      l0::kernels<T>().sample({values, 0, sizes[i], *as<const uint64_t>(seed), uint32_t(i), rank, T(beta), T(gamma), T(zeta), z_out}, num_threads);
+      l0::kernels<T>().sample({values, 0, sizes[i], *as<const uint64_t>(seed), uint32_t(i), rank, T(beta),
+                               T(gamma), T(zeta), z_out},
+                              num_threads);
       l0::compact(z_out, sizes[i], index_out, as<int32_t>(count) + 2 * i);
       z_out += sizes[i];
       index_out += (sizes[i] + l0::kAlign - 1) / l0::kAlign * l0::kAlign;
@@ -87,19 +95,23 @@ int sample(const std::vector<Address>& log_alpha, const std::vector<int64_t>& si
 }
 
 void compact(Address z, int64_t size, bool is_double, Address index, Address count) {
-  dispatch(is_double, [&](auto zero) { l0::compact(as<const decltype(zero)>(z), size, as<int32_t>(index), as<int32_t>(count)); });
+  dispatch(is_double, [&](auto zero) {
+    l0::compact(as<const decltype(zero)>(z), size, as<int32_t>(index), as<int32_t>(count));
+  });
 }
 
-void gate_grad(Address dz, Address z, Address dlog_alpha, int64_t n, bool is_double, double beta, double gamma, double zeta) {
+void gate_grad(Address dz, Address z, Address dlog_alpha, int64_t n, bool is_double, double beta,
+               double gamma, double zeta) {
   dispatch(is_double, [&](auto zero) {
     using T = decltype(zero);
     l0::gate_grad(as<const T>(dz), as<const T>(z), as<T>(dlog_alpha), n, T(beta), T(gamma), T(zeta));
   });
 }
 
-// Writes the penalty to `total` and its gradient, vector after vector, to `grad`; true if it is NaN, as with a NaN in log_alpha.
-bool penalty(const std::vector<Address>& log_alpha, const std::vector<int64_t>& sizes, const std::vector<double>& weights, bool is_double,
-             double shift, Address total, Address grad) {
+// Writes the penalty to `total` and its gradient, vector after vector, to `grad`; true if it is NaN, as with
+// a NaN in log_alpha.
+bool penalty(const std::vector<Address>& log_alpha, const std::vector<int64_t>& sizes,
+             const std::vector<double>& weights, bool is_double, double shift, Address total, Address grad) {
   double sum = 0.0;
   dispatch(is_double, [&](auto zero) {
     using T = decltype(zero);
@@ -114,8 +126,9 @@ bool penalty(const std::vector<Address>& log_alpha, const std::vector<int64_t>& 
 }
 
 template <typename T>
-l0::LinearParams<T> linear_params(int64_t M, int64_t in, int64_t out, const Matrix& x, const Matrix& weight, Address bias, const GateArg<T>& in_gate,
-                                  const GateArg<T>& out_gate, bool scale_out) {
+l0::LinearParams<T> linear_params(int64_t M, int64_t in, int64_t out, const Matrix& x, const Matrix& weight,
+                                  Address bias, const GateArg<T>& in_gate, const GateArg<T>& out_gate,
+                                  bool scale_out) {
   return {M,
           in,
           out,
@@ -131,140 +144,189 @@ l0::LinearParams<T> linear_params(int64_t M, int64_t in, int64_t out, const Matr
           scale_out};
 }
 
-void linear_forward(bool is_double, int64_t M, int64_t in, int64_t out, const Matrix& x, const Matrix& weight, Address bias,
-                    const std::optional<Gate>& in_gate, const std::optional<Gate>& out_gate, bool scale_out, Address y, int num_threads) {
+void linear_forward(bool is_double, int64_t M, int64_t in, int64_t out, const Matrix& x, const Matrix& weight,
+                    Address bias, const std::optional<Gate>& in_gate, const std::optional<Gate>& out_gate,
+                    bool scale_out, Address y, int num_threads) {
   dispatch(is_double, [&](auto zero) {
     using T = decltype(zero);
     const GateArg<T> gi(in_gate), go(out_gate);
-    l0::linear_forward(linear_params<T>(M, in, out, x, weight, bias, gi, go, scale_out), as<T>(y), num_threads);
+    l0::linear_forward(linear_params<T>(M, in, out, x, weight, bias, gi, go, scale_out), as<T>(y),
+                       num_threads);
   });
 }
 
-void linear_backward(bool is_double, int64_t M, int64_t in, int64_t out, const Matrix& x, const Matrix& weight, Address bias,
-                     const std::optional<Gate>& in_gate, const std::optional<Gate>& out_gate, bool scale_out, const Matrix& dy, Address dx,
+void linear_backward(bool is_double, int64_t M, int64_t in, int64_t out, const Matrix& x,
+                     const Matrix& weight, Address bias, const std::optional<Gate>& in_gate,
+                     const std::optional<Gate>& out_gate, bool scale_out, const Matrix& dy, Address dx,
                      Address dw, Address db, Address dz_in, Address dz_out, int num_threads) {
   dispatch(is_double, [&](auto zero) {
     using T = decltype(zero);
     const GateArg<T> gi(in_gate), go(out_gate);
     const auto& [dy_data, dy_stride_m, dy_stride_n] = dy;
     l0::linear_backward(linear_params<T>(M, in, out, x, weight, bias, gi, go, scale_out),
-                        {as<const T>(dy_data), dy_stride_m, dy_stride_n, as<T>(dx), as<T>(dw), as<T>(db), as<T>(dz_in), as<T>(dz_out)},
+                        {as<const T>(dy_data), dy_stride_m, dy_stride_n, as<T>(dx), as<T>(dw), as<T>(db),
+                         as<T>(dz_in), as<T>(dz_out)},
                         num_threads);
   });
 }
 
 // in, out, weight, bias, gate on the input, h, pre, dw, db, dz: see MlpLayer.
-using Layer = std::tuple<int64_t, int64_t, Matrix, Address, std::optional<Gate>, Address, Address, Address, Address, Address>;
+using Layer = std::tuple<int64_t, int64_t, Matrix, Address, std::optional<Gate>, Address, Address, Address,
+                         Address, Address>;
 
 template <typename T, typename F>
 void with_mlp(int64_t M, const Matrix& x, int activation, const std::vector<Layer>& layers, F f) {
   std::vector<GateArg<T>> gates;
   gates.reserve(layers.size());
-  l0::MlpParams<T> p{M, as<const T>(std::get<0>(x)), std::get<1>(x), std::get<2>(x), static_cast<l0::Activation>(activation), {}};
+  l0::MlpParams<T> p{
+      M, as<const T>(std::get<0>(x)), std::get<1>(x), std::get<2>(x), static_cast<l0::Activation>(activation),
+      {}};
   p.layers.reserve(layers.size());
   for (const auto& [in, out, weight, bias, gate, h, pre, dw, db, dz] : layers) {
     gates.emplace_back(gate);
-    p.layers.push_back({in, out, as<const T>(std::get<0>(weight)), std::get<1>(weight), std::get<2>(weight), as<const T>(bias),
-                        gates.back().get(), as<T>(h), as<T>(pre), as<T>(dw), as<T>(db), as<T>(dz)});
+    p.layers.push_back({in, out, as<const T>(std::get<0>(weight)), std::get<1>(weight), std::get<2>(weight),
+                        as<const T>(bias), gates.back().get(), as<T>(h), as<T>(pre), as<T>(dw), as<T>(db),
+                        as<T>(dz)});
   }
   f(p);
 }
 
-void mlp_forward(bool is_double, int64_t M, const Matrix& x, int activation, const std::vector<Layer>& layers, Address y, int num_threads) {
+void mlp_forward(bool is_double, int64_t M, const Matrix& x, int activation, const std::vector<Layer>& layers,
+                 Address y, int num_threads) {
   dispatch(is_double, [&](auto zero) {
     using T = decltype(zero);
-    with_mlp<T>(M, x, activation, layers, [&](const l0::MlpParams<T>& p) { l0::mlp_forward(p, as<T>(y), num_threads); });
+    with_mlp<T>(M, x, activation, layers,
+                [&](const l0::MlpParams<T>& p) { l0::mlp_forward(p, as<T>(y), num_threads); });
   });
 }
 
-void mlp_backward(bool is_double, int64_t M, const Matrix& x, int activation, const std::vector<Layer>& layers, const Matrix& dy, Address dx,
-                  int num_threads) {
+void mlp_backward(bool is_double, int64_t M, const Matrix& x, int activation,
+                  const std::vector<Layer>& layers, const Matrix& dy, Address dx, int num_threads) {
   dispatch(is_double, [&](auto zero) {
     using T = decltype(zero);
     with_mlp<T>(M, x, activation, layers, [&](const l0::MlpParams<T>& p) {
-      l0::mlp_backward(p, as<const T>(std::get<0>(dy)), std::get<1>(dy), std::get<2>(dy), as<T>(dx), num_threads);
+      l0::mlp_backward(p, as<const T>(std::get<0>(dy)), std::get<1>(dy), std::get<2>(dy), as<T>(dx),
+                       num_threads);
     });
   });
 }
 
 template <typename T>
-l0::MaskedWeightParams<T> masked_params(Address weight, Address log_alpha, int64_t n, Address seed, double beta, double gamma, double zeta) {
-  return {as<const T>(weight), {as<const T>(log_alpha), 0, n, *as<const uint64_t>(seed), 0, 0, T(beta), T(gamma), T(zeta), nullptr}};
+l0::MaskedWeightParams<T> masked_params(Address weight, Address log_alpha, int64_t n, Address seed,
+                                        double beta, double gamma, double zeta) {
+  return {
+      as<const T>(weight),
+      {as<const T>(log_alpha), 0, n, *as<const uint64_t>(seed), 0, 0, T(beta), T(gamma), T(zeta), nullptr}};
 }
 
-bool masked_weight_forward(bool is_double, Address weight, Address log_alpha, int64_t n, Address seed, double beta, double gamma, double zeta,
-                           Address wz, int num_threads) {
+bool masked_weight_forward(bool is_double, Address weight, Address log_alpha, int64_t n, Address seed,
+                           double beta, double gamma, double zeta, Address wz, int num_threads) {
   bool nan = false;
   dispatch(is_double, [&](auto zero) {
     using T = decltype(zero);
     nan = l0::any_nan(as<const T>(log_alpha), n);
-    if (!nan) l0::masked_weight_forward(masked_params<T>(weight, log_alpha, n, seed, beta, gamma, zeta), as<T>(wz), num_threads);
+    if (!nan)
+      l0::masked_weight_forward(masked_params<T>(weight, log_alpha, n, seed, beta, gamma, zeta), as<T>(wz),
+                                num_threads);
   });
   return nan;
 }
 
-void masked_weight_backward(bool is_double, Address weight, Address log_alpha, int64_t n, Address seed, double beta, double gamma, double zeta,
-                            Address g, Address dw, Address dlog_alpha, int num_threads) {
+void masked_weight_backward(bool is_double, Address weight, Address log_alpha, int64_t n, Address seed,
+                            double beta, double gamma, double zeta, Address g, Address dw, Address dlog_alpha,
+                            int num_threads) {
   dispatch(is_double, [&](auto zero) {
     using T = decltype(zero);
-    l0::masked_weight_backward(masked_params<T>(weight, log_alpha, n, seed, beta, gamma, zeta), as<const T>(g), as<T>(dw), as<T>(dlog_alpha),
-                               num_threads);
+    l0::masked_weight_backward(masked_params<T>(weight, log_alpha, n, seed, beta, gamma, zeta),
+                               as<const T>(g), as<T>(dw), as<T>(dlog_alpha), num_threads);
   });
 }
 
 template <typename T>
-l0::BlockLinearParams<T> block_params(int64_t M, int64_t in, int64_t out, int64_t b_out, int64_t b_in, const Matrix& x, const Matrix& weight,
-                                      Address bias, Address z, bool full_grad) {
-  return {M, in, out, b_out, b_in, as<const T>(std::get<0>(x)), std::get<1>(x), std::get<2>(x), as<const T>(std::get<0>(weight)),
-          std::get<1>(weight), std::get<2>(weight), as<const T>(bias), as<const T>(z), full_grad};
+l0::BlockLinearParams<T> block_params(int64_t M, int64_t in, int64_t out, int64_t b_out, int64_t b_in,
+                                      const Matrix& x, const Matrix& weight, Address bias, Address z,
+                                      bool full_grad) {
+  return {M,
+          in,
+          out,
+          b_out,
+          b_in,
+          as<const T>(std::get<0>(x)),
+          std::get<1>(x),
+          std::get<2>(x),
+          as<const T>(std::get<0>(weight)),
+          std::get<1>(weight),
+          std::get<2>(weight),
+          as<const T>(bias),
+          as<const T>(z),
+          full_grad};
 }
 
-void block_linear_forward(bool is_double, int64_t M, int64_t in, int64_t out, int64_t b_out, int64_t b_in, const Matrix& x, const Matrix& weight,
-                          Address bias, Address z, Address y, int num_threads) {
+void block_linear_forward(bool is_double, int64_t M, int64_t in, int64_t out, int64_t b_out, int64_t b_in,
+                          const Matrix& x, const Matrix& weight, Address bias, Address z, Address y,
+                          int num_threads) {
   dispatch(is_double, [&](auto zero) {
     using T = decltype(zero);
-    l0::block_linear_forward(block_params<T>(M, in, out, b_out, b_in, x, weight, bias, z, false), as<T>(y), num_threads);
+    l0::block_linear_forward(block_params<T>(M, in, out, b_out, b_in, x, weight, bias, z, false), as<T>(y),
+                             num_threads);
   });
 }
 
-void block_linear_backward(bool is_double, int64_t M, int64_t in, int64_t out, int64_t b_out, int64_t b_in, const Matrix& x, const Matrix& weight,
-                           Address z, bool full_grad, const Matrix& dy, Address dx, Address dw, Address db, Address dz, int num_threads) {
+void block_linear_backward(bool is_double, int64_t M, int64_t in, int64_t out, int64_t b_out, int64_t b_in,
+                           const Matrix& x, const Matrix& weight, Address z, bool full_grad, const Matrix& dy,
+                           Address dx, Address dw, Address db, Address dz, int num_threads) {
   dispatch(is_double, [&](auto zero) {
     using T = decltype(zero);
     const auto& [dy_data, dy_stride_m, dy_stride_n] = dy;
-    l0::block_linear_backward(block_params<T>(M, in, out, b_out, b_in, x, weight, 0, z, full_grad),
-                              {as<const T>(dy_data), dy_stride_m, dy_stride_n, as<T>(dx), as<T>(dw), as<T>(db), as<T>(dz)}, num_threads);
+    l0::block_linear_backward(
+        block_params<T>(M, in, out, b_out, b_in, x, weight, 0, z, full_grad),
+        {as<const T>(dy_data), dy_stride_m, dy_stride_n, as<T>(dx), as<T>(dw), as<T>(db), as<T>(dz)},
+        num_threads);
   });
 }
 
-// One side of pack and unpack: its gates (absent: all open), the size, the packed extent, whether z multiplies.
+// One side of pack and unpack: its gates (absent: all open), the size, the packed extent, whether z
+// multiplies.
 l0::PackAxis pack_axis(const std::optional<Gate>& gate, int64_t size, int64_t extent, bool scale) {
   if (!gate) return {nullptr, nullptr, size, size, extent, false};
   const auto& [z, index, count, gate_size, full_grad] = *gate;
   const int64_t open = checked_open(index, count, gate_size);
-  if (open > extent) throw std::invalid_argument("extent must hold the " + std::to_string(open) + " open gates, got " + std::to_string(extent));
-  return {open < size ? as<const int32_t>(index) : nullptr, scale ? as<const void>(z) : nullptr, size, open, extent, full_grad};
+  if (open > extent)
+    throw std::invalid_argument("extent must hold the " + std::to_string(open) + " open gates, got " +
+                                std::to_string(extent));
+  return {open < size ? as<const int32_t>(index) : nullptr,
+          scale ? as<const void>(z) : nullptr,
+          size,
+          open,
+          extent,
+          full_grad};
 }
 
-void pack(const Matrix& full, int full_type, int64_t rows, int64_t cols, Address packed, int packed_type, int64_t packed_rows, int64_t packed_cols,
-          const std::optional<Gate>& row_gate, const std::optional<Gate>& col_gate, bool scale_rows, bool scale_cols, bool z_is_double,
+void pack(const Matrix& full, int full_type, int64_t rows, int64_t cols, Address packed, int packed_type,
+          int64_t packed_rows, int64_t packed_cols, const std::optional<Gate>& row_gate,
+          const std::optional<Gate>& col_gate, bool scale_rows, bool scale_cols, bool z_is_double,
           int num_threads) {
   py::gil_scoped_release nogil;
   const auto& [data, stride_row, stride_col] = full;
-  l0::pack({as<const void>(data), static_cast<l0::DType>(full_type), stride_row, stride_col, as<void>(packed), static_cast<l0::DType>(packed_type),
-            packed_cols, pack_axis(row_gate, rows, packed_rows, scale_rows), pack_axis(col_gate, cols, packed_cols, scale_cols), z_is_double},
-           num_threads);
+  l0::pack(
+      {as<const void>(data), static_cast<l0::DType>(full_type), stride_row, stride_col, as<void>(packed),
+       static_cast<l0::DType>(packed_type), packed_cols, pack_axis(row_gate, rows, packed_rows, scale_rows),
+       pack_axis(col_gate, cols, packed_cols, scale_cols), z_is_double},
+      num_threads);
 }
 
-void unpack(const Matrix& packed, int packed_type, Address full, int full_type, int64_t rows, int64_t cols, const std::optional<Gate>& row_gate,
-            const std::optional<Gate>& col_gate, bool scale_rows, bool scale_cols, bool z_is_double, const Matrix& theta, int theta_type,
-            Address dz_row, Address dz_col, int num_threads) {
+void unpack(const Matrix& packed, int packed_type, Address full, int full_type, int64_t rows, int64_t cols,
+            const std::optional<Gate>& row_gate, const std::optional<Gate>& col_gate, bool scale_rows,
+            bool scale_cols, bool z_is_double, const Matrix& theta, int theta_type, Address dz_row,
+            Address dz_col, int num_threads) {
   py::gil_scoped_release nogil;
   const auto& [data, stride_row, stride_col] = packed;
-  if (stride_col != 1) throw std::invalid_argument("packed must have unit column stride, got " + std::to_string(stride_col));
+  if (stride_col != 1)
+    throw std::invalid_argument("packed must have unit column stride, got " + std::to_string(stride_col));
   const auto& [theta_data, theta_row, theta_col] = theta;
-  l0::unpack({as<const void>(data), static_cast<l0::DType>(packed_type), stride_row, as<void>(full), static_cast<l0::DType>(full_type),
-              pack_axis(row_gate, rows, rows, scale_rows), pack_axis(col_gate, cols, cols, scale_cols), z_is_double, as<const void>(theta_data),
+  l0::unpack({as<const void>(data), static_cast<l0::DType>(packed_type), stride_row, as<void>(full),
+              static_cast<l0::DType>(full_type), pack_axis(row_gate, rows, rows, scale_rows),
+              pack_axis(col_gate, cols, cols, scale_cols), z_is_double, as<const void>(theta_data),
               static_cast<l0::DType>(theta_type), theta_row, theta_col, as<void>(dz_row), as<void>(dz_col)},
              num_threads);
 }
@@ -282,7 +344,9 @@ std::string compiler() {
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "l0kernels' native CPU kernels: raw addresses, no checks of shape or type; use the public functions instead";
+  m.doc() =
+      "l0kernels' native CPU kernels: raw addresses, no checks of shape or type; use the public functions "
+      "instead";
   m.attr("compiler") = compiler();
 #ifdef _OPENMP
   m.attr("openmp") = true;

@@ -4,7 +4,7 @@
 namespace l0 {
 namespace L0_ISA {
 
-constexpr int64_t kColumns = 64;   // columns per task
+constexpr int64_t kColumns = 64;    // columns per task
 constexpr int64_t kRowBlock = 128;  // rows summed in T before the sum moves to double
 
 template <typename T>
@@ -20,7 +20,8 @@ void sample(const SampleParams<T>& p, int num_threads) {
     const int n = int(p.size - begin < kChunk ? p.size - begin : kChunk);
     const T* __restrict log_alpha = p.log_alpha + begin;
     T* __restrict z = p.z + begin;
-    const uint64_t first = uint64_t(p.first + begin);  // a multiple of kChunk, as `first` is: its high word is one value
+    const uint64_t first =
+        uint64_t(p.first + begin);  // a multiple of kChunk, as `first` is: its high word is one value
     const uint32_t low = uint32_t(first), high = uint32_t(first >> 32);
 #pragma omp simd
     for (int i = 0; i < n; ++i) {
@@ -85,10 +86,18 @@ void activation_grad(const ActivationGradParams<T>& p, int num_threads) {
     const int64_t n0 = t * kColumns;
     const int n = int(p.N - n0 < kColumns ? p.N - n0 : kColumns);
     switch (p.act) {
-      case Activation::kIdentity: activation_grad_columns<T, Activation::kIdentity>(p, n0, n); break;
-      case Activation::kRelu: activation_grad_columns<T, Activation::kRelu>(p, n0, n); break;
-      case Activation::kGelu: activation_grad_columns<T, Activation::kGelu>(p, n0, n); break;
-      case Activation::kSilu: activation_grad_columns<T, Activation::kSilu>(p, n0, n); break;
+      case Activation::kIdentity:
+        activation_grad_columns<T, Activation::kIdentity>(p, n0, n);
+        break;
+      case Activation::kRelu:
+        activation_grad_columns<T, Activation::kRelu>(p, n0, n);
+        break;
+      case Activation::kGelu:
+        activation_grad_columns<T, Activation::kGelu>(p, n0, n);
+        break;
+      case Activation::kSilu:
+        activation_grad_columns<T, Activation::kSilu>(p, n0, n);
+        break;
     }
   }
 }
@@ -96,7 +105,8 @@ void activation_grad(const ActivationGradParams<T>& p, int num_threads) {
 template <typename T>
 void column_dot(const ColumnDotParams<T>& p, int num_threads) {
   const int64_t tasks = (p.N + kColumns - 1) / kColumns;
-#pragma omp parallel for schedule(dynamic, 4) num_threads(num_threads) if (num_threads > 1 && p.M * p.N > 32768)
+#pragma omp parallel for schedule(dynamic, 4) \
+    num_threads(num_threads) if (num_threads > 1 && p.M * p.N > 32768)
   for (int64_t t = 0; t < tasks; ++t) {
     const int64_t n0 = t * kColumns;
     const int n = int(p.N - n0 < kColumns ? p.N - n0 : kColumns);
@@ -119,7 +129,8 @@ void column_dot(const ColumnDotParams<T>& p, int num_threads) {
       }
       for (int j = 0; j < n; ++j) total[j] += sum[j];
     }
-    for (int j = 0; j < n; ++j) p.out[n0 + j] = p.gate->wants_grad(n0 + j) ? T(total[j] / p.gate->z[n0 + j]) : T(0);
+    for (int j = 0; j < n; ++j)
+      p.out[n0 + j] = p.gate->wants_grad(n0 + j) ? T(total[j] / p.gate->z[n0 + j]) : T(0);
   }
 }
 

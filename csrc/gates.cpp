@@ -27,7 +27,8 @@ bool any_nan(const T* x, int64_t n) {
 
 template <typename T>
 void gate_grad(const T* dz, const T* z, T* dlog_alpha, int64_t n, T beta, T gamma, T zeta) {
-  for (int64_t i = 0; i < n; ++i) dlog_alpha[i] = z[i] > T(0) && z[i] < T(1) ? dz[i] * hard_concrete_grad(z[i], beta, gamma, zeta) : T(0);
+  for (int64_t i = 0; i < n; ++i)
+    dlog_alpha[i] = z[i] > T(0) && z[i] < T(1) ? dz[i] * hard_concrete_grad(z[i], beta, gamma, zeta) : T(0);
 }
 
 template <typename T>
@@ -48,9 +49,9 @@ double penalty(const T* log_alpha, int64_t n, double weight, T shift, T* grad) {
   return total * weight;
 }
 
-#define L0_INSTANTIATE(T)                                           \
-  template void compact<T>(const T*, int64_t, int32_t*, int32_t*);  \
-  template bool any_nan<T>(const T*, int64_t);                      \
+#define L0_INSTANTIATE(T)                                               \
+  template void compact<T>(const T*, int64_t, int32_t*, int32_t*);      \
+  template bool any_nan<T>(const T*, int64_t);                          \
   template void gate_grad<T>(const T*, const T*, T*, int64_t, T, T, T); \
   template double penalty<T>(const T*, int64_t, double, T, T*);
 L0_INSTANTIATE(float)

@@ -6,7 +6,8 @@ namespace l0 {
 
 constexpr int64_t kAlign = 128;  // ALIGN in l0kernels/reference/gates.py
 
-// index: open gates ascending, closed ones ascending, zeros up to a multiple of kAlign; count: [open, open rounded up to kAlign]. NaN is open.
+// index: open gates ascending, closed ones ascending, zeros up to a multiple of kAlign; count: [open, open
+// rounded up to kAlign]. NaN is open.
 template <typename T>
 void compact(const T* z, int64_t size, int32_t* index, int32_t* count);
 

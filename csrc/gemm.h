@@ -1,11 +1,11 @@
 // Product of gathered operands, the CPU primitive under every gated layer.
 //
-//     v[m, n] = sum_k A[m', k'] * k_scale[k'] * B[n', k'],      x' = index[x] where the operand is gathered on that axis, else x
-//     kForward:  C[m', n'] = n_scale[n'] * m_scale[m'] * act(v + bias[n'])
+//     v[m, n] = sum_k A[m', k'] * k_scale[k'] * B[n', k'],      x' = index[x] where the operand is gathered
+//     on that axis, else x kForward:  C[m', n'] = n_scale[n'] * m_scale[m'] * act(v + bias[n'])
 //
-// Gathers and k_scale ride on the packing that a blocked product does anyway, so closed rows and columns cost neither
-// FLOPs nor bytes, and no masked copy of an operand ever exists. Summation over k has one fixed order per element:
-// the result does not depend on the number of threads.
+// Gathers and k_scale ride on the packing that a blocked product does anyway, so closed rows and columns cost
+// neither FLOPs nor bytes, and no masked copy of an operand ever exists. Summation over k has one fixed order
+// per element: the result does not depend on the number of threads.
 #pragma once
 #include <cstdint>
 
@@ -27,12 +27,14 @@ struct GemmParams {
   int64_t a_stride_m = 0, a_stride_k = 0;
   const T* b = nullptr;  // (n, k) at b[n * b_stride_n + k * b_stride_k]
   int64_t b_stride_n = 0, b_stride_k = 0;
-  T* c = nullptr;  // (m, n) at c[m * c_stride_m + n]; written whole: what no open row and column reaches becomes zero
+  T* c = nullptr;  // (m, n) at c[m * c_stride_m + n]; written whole: what no open row and column reaches
+                   // becomes zero
   int64_t c_stride_m = 0;
   int64_t c_rows = 0, c_cols = 0;  // full extents of c where it is scattered
-  T* pre = nullptr;  // act's argument, laid out as an unscattered c; null: not kept
+  T* pre = nullptr;                // act's argument, laid out as an unscattered c; null: not kept
 
-  // Vectors below are looked up with the ungathered index: they are the gate and bias vectors as the user holds them.
+  // Vectors below are looked up with the ungathered index: they are the gate and bias vectors as the user
+  // holds them.
   const T* k_scale = nullptr;
   const T* m_scale = nullptr;
   const T* n_scale = nullptr;

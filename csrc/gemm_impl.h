@@ -1,5 +1,6 @@
-// Body of gemm(), compiled once per instruction set: the including file sets the target, L0_ISA (a namespace) and L0_VECTOR_BYTES.
-// Include guards are absent on purpose; standard headers come from the including file, before the target is set.
+// Body of gemm(), compiled once per instruction set: the including file sets the target, L0_ISA (a namespace)
+// and L0_VECTOR_BYTES. Include guards are absent on purpose; standard headers come from the including file,
+// before the target is set.
 
 namespace l0 {
 namespace L0_ISA {
@@ -13,7 +14,8 @@ struct Vec {
   static constexpr int width = kVectorBytes / sizeof(T);
 };
 
-// Tile of the micro-kernel: kMR rows x kNV vectors. 32 registers hold 14 x 2 accumulators, 16 hold 6 x 2; two more hold B and one A.
+// Tile of the micro-kernel: kMR rows x kNV vectors. 32 registers hold 14 x 2 accumulators, 16 hold 6 x 2; two
+// more hold B and one A.
 constexpr int kNV = 2;
 constexpr int kMR = L0_VECTOR_REGISTERS >= 32 ? 14 : 6;
 template <typename T>
@@ -37,7 +39,8 @@ inline void store(T* p, typename Vec<T>::type v) {
 
 // tile (MR x kNR, row-major) = or += A panel (kc x MR) times B panel (kc x kNR), NV of the panel's vectors.
 template <typename T, int MR, int NV>
-void micro_kernel(int64_t kc, const T* __restrict a, const T* __restrict b, T* __restrict tile, bool accumulate) {
+void micro_kernel(int64_t kc, const T* __restrict a, const T* __restrict b, T* __restrict tile,
+                  bool accumulate) {
   using V = typename Vec<T>::type;
   constexpr int W = Vec<T>::width;
   V acc[MR][NV];
@@ -76,27 +79,34 @@ constexpr std::array<MicroKernel<T>, sizeof...(I)> make_kernels(std::integer_seq
 }
 template <typename T>
 constexpr std::array<std::array<MicroKernel<T>, kMR>, 2> kKernels = {
-    make_kernels<T, 1>(std::make_integer_sequence<int, kMR>{}), make_kernels<T, 2>(std::make_integer_sequence<int, kMR>{})};
+    make_kernels<T, 1>(std::make_integer_sequence<int, kMR>{}),
+    make_kernels<T, 2>(std::make_integer_sequence<int, kMR>{})};
 
 #if L0_VECTOR_BYTES == 64
 #define L0_COMPRESS 1
-// dst gets the elements of src[0..W) that mask names, packed; writes a whole vector, reads only what is named.
+// dst gets the elements of src[0..W) that mask names, packed; writes a whole vector, reads only what is
+// named.
 inline void compress(float* dst, const float* src, uint16_t mask) {
   _mm512_storeu_ps(dst, _mm512_maskz_compress_ps(mask, _mm512_maskz_loadu_ps(mask, src)));
 }
 inline void compress(double* dst, const double* src, uint16_t mask) {
   _mm512_storeu_pd(dst, _mm512_maskz_compress_pd(uint8_t(mask), _mm512_maskz_loadu_pd(uint8_t(mask), src)));
 }
-// The reverse: packed elements of src go where `open` says, zeros to the rest of `owned`, nothing elsewhere; reads a whole vector.
+// The reverse: packed elements of src go where `open` says, zeros to the rest of `owned`, nothing elsewhere;
+// reads a whole vector.
 inline void expand(float* dst, const float* src, uint16_t open, uint16_t owned) {
   const __m512 v = _mm512_maskz_expand_ps(open, _mm512_loadu_ps(src));
-  if (owned == 0xffff) _mm512_storeu_ps(dst, v);
-  else _mm512_mask_storeu_ps(dst, owned, v);
+  if (owned == 0xffff)
+    _mm512_storeu_ps(dst, v);
+  else
+    _mm512_mask_storeu_ps(dst, owned, v);
 }
 inline void expand(double* dst, const double* src, uint16_t open, uint16_t owned) {
   const __m512d v = _mm512_maskz_expand_pd(uint8_t(open), _mm512_loadu_pd(src));
-  if (owned == 0xff) _mm512_storeu_pd(dst, v);
-  else _mm512_mask_storeu_pd(dst, uint8_t(owned), v);
+  if (owned == 0xff)
+    _mm512_storeu_pd(dst, v);
+  else
+    _mm512_mask_storeu_pd(dst, uint8_t(owned), v);
 }
 #else
 #define L0_COMPRESS 0
@@ -173,7 +183,8 @@ struct Axis {
   int64_t at(int64_t x) const { return stride * (index ? index[x] : x); }
 };
 
-// Stores a vector where a panel goes on after it, element by element at its end: what spills beyond `rows` is written over later.
+// Stores a vector where a panel goes on after it, element by element at its end: what spills beyond `rows` is
+// written over later.
 template <typename T>
 inline void store_in_panel(T* dst, typename Vec<T>::type v, int rows, const T* panel_end) {
   if (dst + Vec<T>::width <= panel_end) {
@@ -183,18 +194,19 @@ inline void store_in_panel(T* dst, typename Vec<T>::type v, int rows, const T* p
   }
 }
 
-// dst[k * P + i] = src[x0 + i, k0 + k] * scale[k] for i < w, k < kc; columns w..round_up(w, W) of a B panel (P > w) become zero.
-// `scale` and `k_list` are already cut to this block of k.
+// dst[k * P + i] = src[x0 + i, k0 + k] * scale[k] for i < w, k < kc; columns w..round_up(w, W) of a B panel
+// (P > w) become zero. `scale` and `k_list` are already cut to this block of k.
 template <typename T>
-void pack_panel(T* __restrict dst, int P, const T* __restrict src, const Axis& x, int64_t x_size, int64_t x0, int w, const Axis& k, int64_t k0,
-                int64_t kc, const IndexList<T>& k_list, const T* __restrict scale) {
+void pack_panel(T* __restrict dst, int P, const T* __restrict src, const Axis& x, int64_t x_size, int64_t x0,
+                int w, const Axis& k, int64_t k0, int64_t kc, const IndexList<T>& k_list,
+                const T* __restrict scale) {
   using V = typename Vec<T>::type;
   constexpr int W = Vec<T>::width;
   const int padded = P == w ? w : (w + W - 1) / W * W;
   const T* const end = dst + kc * P;
   if (k.stride == 1 && kc > 1) {
-    // Rows of the source run along k: transpose a vector's width of rows and columns, store the open columns alone.
-    // Last group of rows first: what it spills into the next k is then written by the groups after it.
+    // Rows of the source run along k: transpose a vector's width of rows and columns, store the open columns
+    // alone. Last group of rows first: what it spills into the next k is then written by the groups after it.
     for (int i0 = (padded - 1) / W * W; i0 >= 0; i0 -= W) {
       const int rows = w - i0 < W ? w - i0 : W;
       const T* row[W];
@@ -223,7 +235,8 @@ void pack_panel(T* __restrict dst, int P, const T* __restrict src, const Axis& x
           d += W * P;
           kk += W;
         } else {
-          for (unsigned mask = k.index ? k_list.chunks[c].mask : (1u << W) - 1; mask; mask &= mask - 1, ++kk, d += P) {
+          for (unsigned mask = k.index ? k_list.chunks[c].mask : (1u << W) - 1; mask;
+               mask &= mask - 1, ++kk, d += P) {
             const V v = r[__builtin_ctz(mask)];
             store_in_panel(d, scale ? v * scale[kk] : v, rows, end);
           }
@@ -258,8 +271,8 @@ void pack_panel(T* __restrict dst, int P, const T* __restrict src, const Axis& x
 // The same for row kk of all panels at once, where rows of the source run along the panels and are gathered.
 // B panels (P = kNR) are padded with zeros. `tmp` holds round_up(n, P) + W elements.
 template <typename T, bool kIsB>
-void pack_row(T* __restrict pack, int64_t P, const T* __restrict src, const Axis& k, int64_t k0, int64_t kc, int64_t kk,
-              const IndexList<T>& x_list, const T* __restrict scale, T* __restrict tmp) {
+void pack_row(T* __restrict pack, int64_t P, const T* __restrict src, const Axis& k, int64_t k0, int64_t kc,
+              int64_t kk, const IndexList<T>& x_list, const T* __restrict scale, T* __restrict tmp) {
   constexpr int NR = kNR<T>;
   const int64_t n = x_list.size;
   gather(tmp, src + k.at(k0 + kk), x_list);
@@ -278,8 +291,8 @@ void pack_row(T* __restrict pack, int64_t P, const T* __restrict src, const Axis
   }
 }
 
-// How a panel of C's columns is written where they are scattered: vector by vector, closed columns as zeros. A panel owns the columns
-// from its first open one (the first panel: from 0) up to the next panel's.
+// How a panel of C's columns is written where they are scattered: vector by vector, closed columns as zeros.
+// A panel owns the columns from its first open one (the first panel: from 0) up to the next panel's.
 struct ScatterChunk {
   int32_t begin;
   uint16_t open, owned;  // masks
@@ -314,8 +327,8 @@ struct ScatterList {
 
 // tile = n_scale * m_scale * act(tile + bias), in place; n_scale and bias come packed and padded to the tile.
 template <typename T, Activation act>
-void finish_tile(const GemmParams<T>& p, T* __restrict tile, int64_t m0, int mr, int64_t n0, int nr, const T* __restrict n_scale,
-                 const T* __restrict bias) {
+void finish_tile(const GemmParams<T>& p, T* __restrict tile, int64_t m0, int mr, int64_t n0, int nr,
+                 const T* __restrict n_scale, const T* __restrict bias) {
   constexpr int NR = kNR<T>;
   for (int i = 0; i < mr; ++i) {
     T* __restrict t = tile + i * NR;
@@ -339,16 +352,22 @@ void finish_tile(const GemmParams<T>& p, T* __restrict tile, int64_t m0, int mr,
 }
 
 template <typename T>
-void finish_tile(const GemmParams<T>& p, T* tile, int64_t m0, int mr, int64_t n0, int nr, const T* n_scale, const T* bias) {
+void finish_tile(const GemmParams<T>& p, T* tile, int64_t m0, int mr, int64_t n0, int nr, const T* n_scale,
+                 const T* bias) {
   switch (p.act) {
-    case Activation::kIdentity: return finish_tile<T, Activation::kIdentity>(p, tile, m0, mr, n0, nr, n_scale, bias);
-    case Activation::kRelu: return finish_tile<T, Activation::kRelu>(p, tile, m0, mr, n0, nr, n_scale, bias);
-    case Activation::kGelu: return finish_tile<T, Activation::kGelu>(p, tile, m0, mr, n0, nr, n_scale, bias);
-    case Activation::kSilu: return finish_tile<T, Activation::kSilu>(p, tile, m0, mr, n0, nr, n_scale, bias);
+    case Activation::kIdentity:
+      return finish_tile<T, Activation::kIdentity>(p, tile, m0, mr, n0, nr, n_scale, bias);
+    case Activation::kRelu:
+      return finish_tile<T, Activation::kRelu>(p, tile, m0, mr, n0, nr, n_scale, bias);
+    case Activation::kGelu:
+      return finish_tile<T, Activation::kGelu>(p, tile, m0, mr, n0, nr, n_scale, bias);
+    case Activation::kSilu:
+      return finish_tile<T, Activation::kSilu>(p, tile, m0, mr, n0, nr, n_scale, bias);
   }
 }
 
-// A tile's way back to the ungathered rows and columns. Apart from finish_tile, so that no load here meets a store still in flight.
+// A tile's way back to the ungathered rows and columns. Apart from finish_tile, so that no load here meets a
+// store still in flight.
 template <typename T>
 void store_tile(const GemmParams<T>& p, const T* __restrict tile, int64_t m0, int mr, int64_t n0, int nr,
                 [[maybe_unused]] const ScatterList<T>& scatter) {
@@ -392,7 +411,8 @@ template <typename T>
 void zero_row(const GemmParams<T>& p, int64_t r) {
   if (r >= p.M) {
     std::memset(p.c + p.m_index[r] * p.c_stride_m, 0, sizeof(T) * (p.c_scatter_n ? p.c_cols : p.N));
-  } else if (p.c_scatter_n && (!L0_COMPRESS || p.N == 0)) {  // else the tiles write the zeros between their columns
+  } else if (p.c_scatter_n &&
+             (!L0_COMPRESS || p.N == 0)) {  // else the tiles write the zeros between their columns
     T* row = p.c + (p.c_scatter_m ? p.m_index[r] : r) * p.c_stride_m;
     if ((p.c_cols - p.N) * 4 > p.c_cols) {
       std::memset(row, 0, sizeof(T) * p.c_cols);
@@ -433,8 +453,10 @@ struct Grid {
 template <typename T>
 void gemm_block(const GemmParams<T>& p, int num_threads) {
   constexpr int NR = kNR<T>, W = Vec<T>::width;
-  const Axis am{p.a_stride_m, p.a_gather_m ? p.m_index : nullptr}, ak{p.a_stride_k, p.a_gather_k ? p.k_index : nullptr};
-  const Axis bn{p.b_stride_n, p.b_gather_n ? p.n_index : nullptr}, bk{p.b_stride_k, p.b_gather_k ? p.k_index : nullptr};
+  const Axis am{p.a_stride_m, p.a_gather_m ? p.m_index : nullptr},
+      ak{p.a_stride_k, p.a_gather_k ? p.k_index : nullptr};
+  const Axis bn{p.b_stride_n, p.b_gather_n ? p.n_index : nullptr},
+      bk{p.b_stride_k, p.b_gather_k ? p.k_index : nullptr};
   const int64_t rows = p.c_scatter_m ? p.c_rows : p.M;
 
   // Panels of equal height instead of full ones and a sliver; blocks of k likewise.
@@ -449,7 +471,8 @@ void gemm_block(const GemmParams<T>& p, int num_threads) {
   const size_t size_acc = blocks_k > 1 ? size_t(panels_m) * kMR * n_pad : 0;
   const size_t num_scatter = p.c_scatter_n ? ScatterList<T>::max_chunks(p.N, p.c_cols) : 0;
   const size_t bytes_scatter = sizeof(ScatterChunk) * num_scatter + sizeof(int32_t) * (panels_n + 1);
-  T* const a_pack = static_cast<T*>(workspace.get(sizeof(T) * (size_a + size_b + size_acc + 2 * n_pad) + bytes_scatter));
+  T* const a_pack =
+      static_cast<T*>(workspace.get(sizeof(T) * (size_a + size_b + size_acc + 2 * n_pad) + bytes_scatter));
   T* const b_pack = a_pack + size_a;
   T* const acc = b_pack + size_b;
   T* const n_scale = acc + size_acc;
@@ -470,18 +493,21 @@ void gemm_block(const GemmParams<T>& p, int num_threads) {
   {
     const Grid grid(team_size(), panels_m, panels_n);
     const int thread = thread_number(), i = thread / grid.columns, j = thread % grid.columns;
-    // This thread computes rows `mine_m` and columns `mine_n`; with the others of its row and column it packs what they share.
+    // This thread computes rows `mine_m` and columns `mine_n`; with the others of its row and column it packs
+    // what they share.
     const Range mine_m(panels_m, i, grid.rows), mine_n(panels_n, j, grid.columns);
     const Range pack_m(mine_m, j, grid.columns), pack_n(mine_n, i, grid.rows);
     const int64_t m0 = pack_m.begin * mr_full, m1 = pack_m.end * mr_full < p.M ? pack_m.end * mr_full : p.M;
     const int64_t n0 = pack_n.begin * NR, n1 = pack_n.end * NR < p.N ? pack_n.end * NR : p.N;
-    const bool rows_a = am.index && am.stride == 1, rows_b = bn.index && bn.stride == 1;  // gathered along contiguous rows
+    const bool rows_a = am.index && am.stride == 1,
+               rows_b = bn.index && bn.stride == 1;  // gathered along contiguous rows
 
     thread_local Workspace scratch;
     const int64_t widest = m1 - m0 > n1 - n0 ? m1 - m0 : n1 - n0;
     const size_t size_tmp = (widest + NR + W + 15) / 16 * 16, size_k = (kc_full + 15) / 16 * 16;
     const size_t num_chunks = (rows_a ? m1 - m0 : 0) + (rows_b ? n1 - n0 : 0) + (p.k_index ? kc_full : 0);
-    T* const stack_tile = static_cast<T*>(scratch.get(sizeof(T) * (kMR * NR + size_tmp + size_k) + sizeof(Chunk) * num_chunks));
+    T* const stack_tile =
+        static_cast<T*>(scratch.get(sizeof(T) * (kMR * NR + size_tmp + size_k) + sizeof(Chunk) * num_chunks));
     T* const tmp = stack_tile + kMR * NR;
     T* const k_scale = tmp + size_tmp;
     Chunk* chunks = reinterpret_cast<Chunk*>(k_scale + size_k);
@@ -506,7 +532,8 @@ void gemm_block(const GemmParams<T>& p, int num_threads) {
         for (int64_t k = 0; k < kc; ++k) k_scale[k] = p.k_scale[p.k_index ? p.k_index[k0 + k] : k0 + k];
       const T* const a_scale = p.k_scale ? k_scale : nullptr;
       if (rows_a) {
-        for (int64_t k = 0; k < kc; ++k) pack_row<T, false>(a_pack + m0 * kc, mr_full, p.a, ak, k0, kc, k, m_list, a_scale, tmp);
+        for (int64_t k = 0; k < kc; ++k)
+          pack_row<T, false>(a_pack + m0 * kc, mr_full, p.a, ak, k0, kc, k, m_list, a_scale, tmp);
       } else {
         for (int64_t m = m0; m < m1; m += mr_full) {
           const int mr = int(p.M - m < mr_full ? p.M - m : mr_full);
@@ -514,10 +541,12 @@ void gemm_block(const GemmParams<T>& p, int num_threads) {
         }
       }
       if (rows_b) {
-        for (int64_t k = 0; k < kc; ++k) pack_row<T, true>(b_pack + n0 * kc, NR, p.b, bk, k0, kc, k, n_list, nullptr, tmp);
+        for (int64_t k = 0; k < kc; ++k)
+          pack_row<T, true>(b_pack + n0 * kc, NR, p.b, bk, k0, kc, k, n_list, nullptr, tmp);
       } else {
         for (int64_t n = n0; n < n1; n += NR)
-          pack_panel<T>(b_pack + n * kc, NR, p.b, bn, p.N, n, int(p.N - n < NR ? p.N - n : NR), bk, k0, kc, k_list, nullptr);
+          pack_panel<T>(b_pack + n * kc, NR, p.b, bn, p.N, n, int(p.N - n < NR ? p.N - n : NR), bk, k0, kc,
+                        k_list, nullptr);
       }
 #pragma omp barrier
       for (int64_t sweep = mine_n.begin; sweep < mine_n.end; sweep += kSweep) {
@@ -529,9 +558,10 @@ void gemm_block(const GemmParams<T>& p, int num_threads) {
             T* const tile = size_acc ? acc + (q * panels_n + r) * kMR * NR : stack_tile;
             const bool last = kb + 1 == blocks_k;
             if (last) prefetch_tile(p, m, int(mr), n, int(nr));
-            kKernels<T>[nr > W][mr - 1](kc, a_pack + m * kc, b_pack + n * kc, tile, kb > 0);
+            kKernels<T>[nr > W][mr - 1](kc, a_pack + m* kc, b_pack + n* kc, tile, kb > 0);
             if (last) {
-              finish_tile(p, tile, m, int(mr), n, int(nr), p.n_scale ? n_scale : nullptr, p.bias ? bias : nullptr);
+              finish_tile(p, tile, m, int(mr), n, int(nr), p.n_scale ? n_scale : nullptr,
+                          p.bias ? bias : nullptr);
               store_tile(p, tile, m, int(mr), n, int(nr), scatter);
             }
           }
@@ -552,8 +582,10 @@ void gemm(const GemmParams<T>& p, int num_threads) {
     GemmParams<T> block = p;
     block.M = rows.end - rows.begin;
     block.c_rows = block.M + (b + 1 == blocks ? p.c_rows - p.M : 0);  // the last block clears the closed rows
-    if (p.m_index) block.m_index += rows.begin;
-    else if (p.m_scale) block.m_scale += rows.begin;
+    if (p.m_index)
+      block.m_index += rows.begin;
+    else if (p.m_scale)
+      block.m_scale += rows.begin;
     if (!p.a_gather_m) block.a += rows.begin * p.a_stride_m;
     if (!p.c_scatter_m) {
       block.c += rows.begin * p.c_stride_m;

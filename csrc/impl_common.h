@@ -1,4 +1,5 @@
-// What the *_impl.h need, included before an instruction set is chosen so that no inline function of a standard header is compiled for it.
+// What the *_impl.h need, included before an instruction set is chosen so that no inline function of a
+// standard header is compiled for it.
 #pragma once
 #include <array>
 #include <cmath>

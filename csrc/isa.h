@@ -9,7 +9,8 @@
 
 #define L0_PRAGMA(x) _Pragma(#x)
 #if defined(__clang__)
-#define L0_TARGET_BEGIN(isa) L0_PRAGMA(clang attribute push(__attribute__((target(isa))), apply_to = function))
+#define L0_TARGET_BEGIN(isa) \
+  L0_PRAGMA(clang attribute push(__attribute__((target(isa))), apply_to = function))
 #define L0_TARGET_END _Pragma("clang attribute pop")
 #else
 #define L0_TARGET_BEGIN(isa) _Pragma("GCC push_options") L0_PRAGMA(GCC target(isa))
@@ -20,7 +21,7 @@ namespace l0 {
 
 enum class Isa { kBase = 0, kAvx2 = 1, kAvx512 = 2 };
 
-Isa isa();                     // the widest of the processor, or what set_isa asked for
+Isa isa();                       // the widest of the processor, or what set_isa asked for
 bool set_isa(const char* name);  // "base", "avx2", "avx512" or "auto"; false where the processor lacks it
 const char* isa_name();
 

@@ -1,4 +1,5 @@
-// The primitives that are compiled once per instruction set, and the table through which everything else calls them.
+// The primitives that are compiled once per instruction set, and the table through which everything else
+// calls them.
 #pragma once
 #include <cstdint>
 
@@ -6,7 +7,8 @@
 
 namespace l0 {
 
-// One gate vector as the products see it. `index` lists open gates ascending, then closed ones; null: every gate is open.
+// One gate vector as the products see it. `index` lists open gates ascending, then closed ones; null: every
+// gate is open.
 template <typename T>
 struct GateView {
   const T* z = nullptr;
@@ -30,7 +32,8 @@ struct SampleParams {
   T* z;
 };
 
-// da = v * z * act'(a), its column sums db and dz = sum_m v * act(a), over packed columns. In place: v becomes da.
+// da = v * z * act'(a), its column sums db and dz = sum_m v * act(a), over packed columns. In place: v
+// becomes da.
 template <typename T>
 struct ActivationGradParams {
   int64_t M, N;  // rows, packed columns
@@ -44,7 +47,8 @@ struct ActivationGradParams {
   T* dz;                    // likewise
 };
 
-// out[n] = sum_m a[m, n] * b[m, n] / z[n] where gate wants a gradient, else 0. Rows that m_gate closes are not read.
+// out[n] = sum_m a[m, n] * b[m, n] / z[n] where gate wants a gradient, else 0. Rows that m_gate closes are
+// not read.
 template <typename T>
 struct ColumnDotParams {
   int64_t M, N;
@@ -57,7 +61,8 @@ struct ColumnDotParams {
   T* out;
 };
 
-// out[n'] = z[n'] * sum_m a[m, n'] over open columns n', zero elsewhere; gate null: all columns; scaled: whether z multiplies.
+// out[n'] = z[n'] * sum_m a[m, n'] over open columns n', zero elsewhere; gate null: all columns; scaled:
+// whether z multiplies.
 template <typename T>
 struct ColumnSumParams {
   int64_t M, N;

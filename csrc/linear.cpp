@@ -88,18 +88,25 @@ void linear_backward(const LinearParams<T>& p, const LinearGrads<T>& grad, int n
     g.n_scale = p.in_gate ? p.in_gate->z : nullptr;
     k.gemm(g, num_threads);
   }
-  if (grad.db) k.column_sum({p.M, p.out, grad.dy, grad.dy_stride_m, grad.dy_stride_n, p.out_gate, p.scale_out, grad.db}, num_threads);
+  if (grad.db)
+    k.column_sum({p.M, p.out, grad.dy, grad.dy_stride_m, grad.dy_stride_n, p.out_gate, p.scale_out, grad.db},
+                 num_threads);
   // dz_j = <theta_j, dtheta_j> / z_j = <x_j, dx_j> / z_j: whichever is at hand and smaller.
   if (grad.dz_in) {
     if (grad.dx && (grad.dw == nullptr || p.M <= p.out)) {
-      k.column_dot({p.M, p.in, p.x, p.x_stride_m, p.x_stride_k, grad.dx, p.in, p.in_gate, nullptr, grad.dz_in}, num_threads);
+      k.column_dot(
+          {p.M, p.in, p.x, p.x_stride_m, p.x_stride_k, grad.dx, p.in, p.in_gate, nullptr, grad.dz_in},
+          num_threads);
     } else {
-      k.column_dot({p.out, p.in, p.weight, p.w_stride_o, p.w_stride_i, grad.dw, p.in, p.in_gate, p.out_gate, grad.dz_in}, num_threads);
+      k.column_dot({p.out, p.in, p.weight, p.w_stride_o, p.w_stride_i, grad.dw, p.in, p.in_gate, p.out_gate,
+                    grad.dz_in},
+                   num_threads);
     }
   }
   if (grad.dz_out) {
     const GateView<T>& gate = *p.out_gate;
-#pragma omp parallel for schedule(dynamic, 16) num_threads(num_threads) if (num_threads > 1 && p.out * p.in > 65536)
+#pragma omp parallel for schedule(dynamic, 16) \
+    num_threads(num_threads) if (num_threads > 1 && p.out * p.in > 65536)
     for (int64_t o = 0; o < p.out; ++o) {
       if (!gate.wants_grad(o)) {
         grad.dz_out[o] = T(0);
@@ -107,7 +114,9 @@ void linear_backward(const LinearParams<T>& p, const LinearGrads<T>& grad, int n
       }
       const T* w = p.weight + o * p.w_stride_o;
       const T* dw = grad.dw + o * p.in;
-      const auto term = [&](int64_t i) { return dw[i] == T(0) ? T(0) : w[i * p.w_stride_i] * dw[i]; };  // closed: whatever w holds
+      const auto term = [&](int64_t i) {
+        return dw[i] == T(0) ? T(0) : w[i * p.w_stride_i] * dw[i];
+      };  // closed: whatever w holds
       double total = p.bias ? double(p.bias[o]) * grad.db[o] : 0.0;
       for (int64_t i0 = 0; i0 < p.in; i0 += 256) {
         T lanes[16] = {};

@@ -65,13 +65,15 @@ void masked_weight_forward(const MaskedWeightParams<T>& p, T* wz, int num_thread
 }
 
 template <typename T>
-void masked_weight_backward(const MaskedWeightParams<T>& p, const T* g, T* dw, T* dlog_alpha, int num_threads) {
+void masked_weight_backward(const MaskedWeightParams<T>& p, const T* g, T* dw, T* dlog_alpha,
+                            int num_threads) {
   for_each_chunk(p.gate, num_threads, [&](int64_t begin, int64_t n, const T* z) {
     if (dw)
       for (int64_t i = 0; i < n; ++i) dw[begin + i] = g[begin + i] * z[i];
     if (dlog_alpha)
       for (int64_t i = 0; i < n; ++i)
-        dlog_alpha[begin + i] = g[begin + i] * p.weight[begin + i] * hard_concrete_grad(z[i], p.gate.beta, p.gate.gamma, p.gate.zeta);
+        dlog_alpha[begin + i] = g[begin + i] * p.weight[begin + i] *
+                                hard_concrete_grad(z[i], p.gate.beta, p.gate.gamma, p.gate.zeta);
   });
 }
 
@@ -151,19 +153,24 @@ void block_linear_backward(const BlockLinearParams<T>& p, const BlockLinearGrads
       k.gemm(g, num_threads);
     }
   }
-  if (grad.db) k.column_sum({p.M, p.out, grad.dy, grad.dy_stride_m, grad.dy_stride_n, nullptr, false, grad.db}, num_threads);
+  if (grad.db)
+    k.column_sum({p.M, p.out, grad.dy, grad.dy_stride_m, grad.dy_stride_n, nullptr, false, grad.db},
+                 num_threads);
   if (grad.dz) {
     const GateView<T> gate{p.z, nullptr, blocks_out * blocks_in, blocks_out * blocks_in, p.full_grad};
-#pragma omp parallel for schedule(dynamic, 1) num_threads(num_threads) if (num_threads > 1 && p.out * p.in > 65536)
+#pragma omp parallel for schedule(dynamic, 1) \
+    num_threads(num_threads) if (num_threads > 1 && p.out * p.in > 65536)
     for (int64_t r = 0; r < blocks_out; ++r) {
       const int64_t o_end = (r + 1) * p.b_out < p.out ? (r + 1) * p.b_out : p.out;
       for (int64_t c = 0; c < blocks_in; ++c) {
-        const int64_t at = r * blocks_in + c, i0 = c * p.b_in, i_end = i0 + p.b_in < p.in ? i0 + p.b_in : p.in;
+        const int64_t at = r * blocks_in + c, i0 = c * p.b_in,
+                      i_end = i0 + p.b_in < p.in ? i0 + p.b_in : p.in;
         double total = 0.0;
         if (gate.wants_grad(at)) {
           for (int64_t o = r * p.b_out; o < o_end; ++o) {
             T sum = T(0);
-            for (int64_t i = i0; i < i_end; ++i) sum += p.weight[o * p.w_stride_o + i * p.w_stride_i] * grad.dw[o * p.in + i];
+            for (int64_t i = i0; i < i_end; ++i)
+              sum += p.weight[o * p.w_stride_o + i * p.w_stride_i] * grad.dw[o * p.in + i];
             total += sum;
           }
           total /= p.z[at];
@@ -174,10 +181,10 @@ void block_linear_backward(const BlockLinearParams<T>& p, const BlockLinearGrads
   }
 }
 
-#define L0_INSTANTIATE(T)                                                                                   \
-  template void masked_weight_forward<T>(const MaskedWeightParams<T>&, T*, int);                            \
-  template void masked_weight_backward<T>(const MaskedWeightParams<T>&, const T*, T*, T*, int);             \
-  template void block_linear_forward<T>(const BlockLinearParams<T>&, T*, int);                              \
+#define L0_INSTANTIATE(T)                                                                       \
+  template void masked_weight_forward<T>(const MaskedWeightParams<T>&, T*, int);                \
+  template void masked_weight_backward<T>(const MaskedWeightParams<T>&, const T*, T*, T*, int); \
+  template void block_linear_forward<T>(const BlockLinearParams<T>&, T*, int);                  \
   template void block_linear_backward<T>(const BlockLinearParams<T>&, const BlockLinearGrads<T>&, int);
 L0_INSTANTIATE(float)
 L0_INSTANTIATE(double)

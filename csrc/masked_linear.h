@@ -7,17 +7,20 @@ namespace l0 {
 // wz = W * z, z drawn on the fly from the counter-based noise: neither noise nor mask is stored.
 template <typename T>
 struct MaskedWeightParams {
-  const T* weight;  // contiguous, like everything below
+  const T* weight;       // contiguous, like everything below
   SampleParams<T> gate;  // log_alpha of the weight's shape; gate.z is not used
 };
 template <typename T>
 void masked_weight_forward(const MaskedWeightParams<T>& p, T* wz, int num_threads);
 
-// From g = dL/d(W * z), z drawn again: dw = g * z, dlog_alpha = g * W * dz/dlog_alpha. Each null where not wanted.
+// From g = dL/d(W * z), z drawn again: dw = g * z, dlog_alpha = g * W * dz/dlog_alpha. Each null where not
+// wanted.
 template <typename T>
-void masked_weight_backward(const MaskedWeightParams<T>& p, const T* g, T* dw, T* dlog_alpha, int num_threads);
+void masked_weight_backward(const MaskedWeightParams<T>& p, const T* g, T* dw, T* dlog_alpha,
+                            int num_threads);
 
-// y = x (W * Z)^T + b,  Z the (ceil(out / b_out), ceil(in / b_in)) gates spread over blocks. Closed blocks are skipped.
+// y = x (W * Z)^T + b,  Z the (ceil(out / b_out), ceil(in / b_in)) gates spread over blocks. Closed blocks
+// are skipped.
 template <typename T>
 struct BlockLinearParams {
   int64_t M, in, out, b_out, b_in;

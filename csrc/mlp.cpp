@@ -52,7 +52,8 @@ void mlp_forward(const MlpParams<T>& p, T* y, int num_threads) {
 }
 
 template <typename T>
-void mlp_backward(const MlpParams<T>& p, const T* dy, int64_t dy_stride_m, int64_t dy_stride_n, T* dx, int num_threads) {
+void mlp_backward(const MlpParams<T>& p, const T* dy, int64_t dy_stride_m, int64_t dy_stride_n, T* dx,
+                  int num_threads) {
   const Kernels<T>& k = kernels<T>();
   thread_local Workspace workspaces[2];
   const int64_t depth = int64_t(p.layers.size());
@@ -60,7 +61,8 @@ void mlp_backward(const MlpParams<T>& p, const T* dy, int64_t dy_stride_m, int64
   const T* grad = dy;
   int64_t grad_stride_m = dy_stride_m, grad_stride_n = dy_stride_n;
   const MlpLayer<T>& last = p.layers[depth - 1];
-  if (last.db) k.column_sum({p.M, last.out, dy, dy_stride_m, dy_stride_n, nullptr, false, last.db}, num_threads);
+  if (last.db)
+    k.column_sum({p.M, last.out, dy, dy_stride_m, dy_stride_n, nullptr, false, last.db}, num_threads);
   for (int64_t l = depth - 1; l >= 0; --l) {
     const MlpLayer<T>& layer = p.layers[l];
     const MlpLayer<T>* next = l + 1 < depth ? &p.layers[l + 1] : nullptr;
@@ -88,7 +90,8 @@ void mlp_backward(const MlpParams<T>& p, const T* dy, int64_t dy_stride_m, int64
       g.n_scale = l == 0 && layer.in_gate ? layer.in_gate->z : nullptr;
       k.gemm(g, num_threads);
     }
-    bool upstream = dx != nullptr || (l > 0 && layer.dz);  // does anything before this layer's product want a gradient?
+    bool upstream =
+        dx != nullptr || (l > 0 && layer.dz);  // does anything before this layer's product want a gradient?
     for (int64_t j = 0; j < l; ++j) upstream |= p.layers[j].dw || p.layers[j].db || p.layers[j].dz;
     if (upstream) {
       GemmParams<T> g;
@@ -115,7 +118,9 @@ void mlp_backward(const MlpParams<T>& p, const T* dy, int64_t dy_stride_m, int64
         T* v = static_cast<T*>(workspaces[l % 2].get(sizeof(T) * size_t(p.M) * layer.in));
         g.c = v;
         k.gemm(g, num_threads);
-        k.activation_grad({p.M, g.N, v, layer.h, layer.pre, layer.in, p.act, layer.in_gate, p.layers[l - 1].db, layer.dz}, num_threads);
+        k.activation_grad(
+            {p.M, g.N, v, layer.h, layer.pre, layer.in, p.act, layer.in_gate, p.layers[l - 1].db, layer.dz},
+            num_threads);
         grad = v;
         grad_stride_m = layer.in;
         grad_stride_n = 1;
@@ -123,10 +128,12 @@ void mlp_backward(const MlpParams<T>& p, const T* dy, int64_t dy_stride_m, int64
     }
     if (l == 0 && layer.dz) {
       if (dx && (!layer.dw || p.M <= layer.out)) {
-        k.column_dot({p.M, layer.in, p.x, p.x_stride_m, p.x_stride_k, dx, layer.in, layer.in_gate, nullptr, layer.dz}, num_threads);
+        k.column_dot(
+            {p.M, layer.in, p.x, p.x_stride_m, p.x_stride_k, dx, layer.in, layer.in_gate, nullptr, layer.dz},
+            num_threads);
       } else {
-        k.column_dot({layer.out, layer.in, layer.weight, layer.w_stride_o, layer.w_stride_i, layer.dw, layer.in, layer.in_gate,
-                      next ? next->in_gate : nullptr, layer.dz},
+        k.column_dot({layer.out, layer.in, layer.weight, layer.w_stride_o, layer.w_stride_i, layer.dw,
+                      layer.in, layer.in_gate, next ? next->in_gate : nullptr, layer.dz},
                      num_threads);
       }
     }

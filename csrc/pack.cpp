@@ -29,7 +29,8 @@ inline uint32_t float_to_bits(float x) {
 inline float load_as(float x, float) { return x; }
 inline float load_as(BFloat16 x, float) { return bits_to_float(uint32_t(x.bits) << 16); }
 inline float load_as(Half x, float) {
-  const uint32_t sign = uint32_t(x.bits & 0x8000u) << 16, exponent = (x.bits >> 10) & 0x1fu, mantissa = x.bits & 0x3ffu;
+  const uint32_t sign = uint32_t(x.bits & 0x8000u) << 16, exponent = (x.bits >> 10) & 0x1fu,
+                 mantissa = x.bits & 0x3ffu;
   if (exponent == 31) return bits_to_float(sign | 0x7f800000u | (mantissa << 13));
   if (exponent == 0) {  // subnormal: mantissa * 2^-24, exact in fp32
     const float magnitude = float(mantissa) * 5.9604644775390625e-8f;
@@ -39,8 +40,10 @@ inline float load_as(Half x, float) {
 }
 template <typename S>
 inline double load_as(S x, double) {
-  if constexpr (std::is_same_v<S, double>) return x;
-  else return load_as(x, 0.0f);
+  if constexpr (std::is_same_v<S, double>)
+    return x;
+  else
+    return load_as(x, 0.0f);
 }
 inline float load_as(double x, float) { return float(x); }
 
@@ -54,7 +57,7 @@ inline D store_as(float x) {
     const uint32_t b = float_to_bits(x), sign = (b >> 16) & 0x8000u, magnitude = b & 0x7fffffffu;
     if (magnitude > 0x7f800000u) return {uint16_t(sign | 0x7e00u)};
     if (magnitude >= 0x477ff000u) return {uint16_t(sign | 0x7c00u)};  // rounds to 65536 or more
-    if (magnitude < 0x38800000u) {                                     // subnormal: fp32 addition does the rounding
+    if (magnitude < 0x38800000u) {  // subnormal: fp32 addition does the rounding
       const float shifted = bits_to_float(magnitude) + 0.5f;
       return {uint16_t(sign | (float_to_bits(shifted) - 0x3f000000u))};
     }
@@ -66,17 +69,23 @@ inline D store_as(float x) {
 
 template <typename D>
 inline D store_as(double x) {
-  if constexpr (std::is_same_v<D, double>) return x;
-  else return store_as<D>(float(x));
+  if constexpr (std::is_same_v<D, double>)
+    return x;
+  else
+    return store_as<D>(float(x));
 }
 
 template <typename F>
 void with_type(DType t, F f) {
   switch (t) {
-    case DType::kFloat: return f(float{});
-    case DType::kDouble: return f(double{});
-    case DType::kBFloat16: return f(BFloat16{});
-    case DType::kHalf: return f(Half{});
+    case DType::kFloat:
+      return f(float{});
+    case DType::kDouble:
+      return f(double{});
+    case DType::kBFloat16:
+      return f(BFloat16{});
+    case DType::kHalf:
+      return f(Half{});
   }
   throw std::invalid_argument("element type: expected 0..3");
 }
@@ -93,7 +102,8 @@ template <typename C, typename S, typename D>
 void pack_as(const PackParams& p, int num_threads) {
   const C* z_row = static_cast<const C*>(p.rows.z);
   const C* z_col = static_cast<const C*>(p.cols.z);
-#pragma omp parallel for schedule(static) num_threads(num_threads) if (num_threads > 1 && p.rows.extent * p.cols.extent > 16384)
+#pragma omp parallel for schedule(static) \
+    num_threads(num_threads) if (num_threads > 1 && p.rows.extent * p.cols.extent > 16384)
   for (int64_t r = 0; r < p.rows.extent; ++r) {
     D* dst = static_cast<D*>(p.packed) + r * p.packed_stride;
     int64_t c = 0;
@@ -107,7 +117,8 @@ void pack_as(const PackParams& p, int num_threads) {
           dst[c] = store_as<D>(load_as(src[col * p.full_stride_col], C{}) * (f * z_col[col]));
         }
       } else {
-        for (; c < p.cols.open; ++c) dst[c] = store_as<D>(load_as(src[at(p.cols, c) * p.full_stride_col], C{}) * f);
+        for (; c < p.cols.open; ++c)
+          dst[c] = store_as<D>(load_as(src[at(p.cols, c) * p.full_stride_col], C{}) * f);
       }
     }
     for (; c < p.cols.extent; ++c) dst[c] = store_as<D>(C(0));
@@ -118,7 +129,8 @@ template <typename C, typename S, typename D>
 void unpack_as(const UnpackParams& p, int num_threads) {
   const C* z_row = static_cast<const C*>(p.rows.z);
   const C* z_col = static_cast<const C*>(p.cols.z);
-#pragma omp parallel for schedule(static) num_threads(num_threads) if (num_threads > 1 && p.rows.size * p.cols.size > 16384)
+#pragma omp parallel for schedule(static) \
+    num_threads(num_threads) if (num_threads > 1 && p.rows.size * p.cols.size > 16384)
   for (int64_t r = 0; r < p.rows.size; ++r) {
     if (p.full == nullptr) continue;
     const int64_t row = at(p.rows, r);
@@ -143,7 +155,8 @@ void gate_grad_as(const UnpackParams& p, int num_threads) {
   const S* packed = static_cast<const S*>(p.packed);
   const Theta* theta = static_cast<const Theta*>(p.theta);
   if (dz_row) {
-#pragma omp parallel for schedule(dynamic, 16) num_threads(num_threads) if (num_threads > 1 && p.rows.open * p.cols.open > 16384)
+#pragma omp parallel for schedule(dynamic, 16) \
+    num_threads(num_threads) if (num_threads > 1 && p.rows.open * p.cols.open > 16384)
     for (int64_t r = 0; r < p.rows.size; ++r) {
       const int64_t row = at(p.rows, r);
       double total = 0.0;
@@ -160,9 +173,11 @@ void gate_grad_as(const UnpackParams& p, int num_threads) {
   if (dz_col) {  // whole rows are read in order; a task owns columns, so that the sum over rows has one order
     constexpr int64_t kColumns = 256;
     const int64_t tasks = (p.cols.size + kColumns - 1) / kColumns;
-#pragma omp parallel for schedule(dynamic, 1) num_threads(num_threads) if (num_threads > 1 && p.rows.open * p.cols.open > 16384)
+#pragma omp parallel for schedule(dynamic, 1) \
+    num_threads(num_threads) if (num_threads > 1 && p.rows.open * p.cols.open > 16384)
     for (int64_t t = 0; t < tasks; ++t) {
-      const int64_t begin = t * kColumns, end = begin + kColumns < p.cols.size ? begin + kColumns : p.cols.size;
+      const int64_t begin = t * kColumns,
+                    end = begin + kColumns < p.cols.size ? begin + kColumns : p.cols.size;
       int64_t wanted[kColumns], count = 0;
       double total[kColumns] = {};
       for (int64_t c = begin; c < end; ++c) {
@@ -174,8 +189,9 @@ void gate_grad_as(const UnpackParams& p, int num_threads) {
         const int64_t row = at(p.rows, r);
         const C f = z_row ? z_row[row] : C(1);
         for (int64_t i = 0; i < count; ++i)
-          total[i] += double(load_as(packed[r * p.packed_stride + wanted[i]], C{}) * f *
-                             load_as(theta[row * p.theta_stride_row + at(p.cols, wanted[i]) * p.theta_stride_col], C{}));
+          total[i] += double(
+              load_as(packed[r * p.packed_stride + wanted[i]], C{}) * f *
+              load_as(theta[row * p.theta_stride_row + at(p.cols, wanted[i]) * p.theta_stride_col], C{}));
       }
       for (int64_t i = 0; i < count; ++i) dz_col[at(p.cols, wanted[i])] = C(total[i]);
     }
@@ -187,8 +203,10 @@ void gate_grad_as(const UnpackParams& p, int num_threads) {
 void pack(const PackParams& p, int num_threads) {
   with_type(p.full_type, [&](auto s) {
     with_type(p.packed_type, [&](auto d) {
-      if (p.z_is_double) pack_as<double, decltype(s), decltype(d)>(p, num_threads);
-      else pack_as<float, decltype(s), decltype(d)>(p, num_threads);
+      if (p.z_is_double)
+        pack_as<double, decltype(s), decltype(d)>(p, num_threads);
+      else
+        pack_as<float, decltype(s), decltype(d)>(p, num_threads);
     });
   });
 }
@@ -196,13 +214,17 @@ void pack(const PackParams& p, int num_threads) {
 void unpack(const UnpackParams& p, int num_threads) {
   with_type(p.packed_type, [&](auto s) {
     with_type(p.full_type, [&](auto d) {
-      if (p.z_is_double) unpack_as<double, decltype(s), decltype(d)>(p, num_threads);
-      else unpack_as<float, decltype(s), decltype(d)>(p, num_threads);
+      if (p.z_is_double)
+        unpack_as<double, decltype(s), decltype(d)>(p, num_threads);
+      else
+        unpack_as<float, decltype(s), decltype(d)>(p, num_threads);
     });
     if (p.dz_row || p.dz_col) {
       with_type(p.theta_type, [&](auto theta) {
-        if (p.z_is_double) gate_grad_as<double, decltype(s), decltype(theta)>(p, num_threads);
-        else gate_grad_as<float, decltype(s), decltype(theta)>(p, num_threads);
+        if (p.z_is_double)
+          gate_grad_as<double, decltype(s), decltype(theta)>(p, num_threads);
+        else
+          gate_grad_as<float, decltype(s), decltype(theta)>(p, num_threads);
       });
     }
   });

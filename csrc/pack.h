@@ -1,5 +1,6 @@
-// pack: compress the open rows and columns of a matrix, times their gates. unpack: the mirror, with the gate gradient.
-// Element types: 0 = fp32, 1 = fp64, 2 = bf16, 3 = fp16; source and destination may differ (the cast is free on the way).
+// pack: compress the open rows and columns of a matrix, times their gates. unpack: the mirror, with the gate
+// gradient. Element types: 0 = fp32, 1 = fp64, 2 = bf16, 3 = fp16; source and destination may differ (the
+// cast is free on the way).
 #pragma once
 #include <cstdint>
 
@@ -7,13 +8,14 @@ namespace l0 {
 
 enum class DType : int32_t { kFloat = 0, kDouble = 1, kBFloat16 = 2, kHalf = 3 };
 
-// One side of the matrix. index: open ascending, then closed; null: all `size` are open. z (fp32, or fp64 with fp64 matrices): null for no scale.
+// One side of the matrix. index: open ascending, then closed; null: all `size` are open. z (fp32, or fp64
+// with fp64 matrices): null for no scale.
 struct PackAxis {
   const int32_t* index;
   const void* z;
   int64_t size;
   int64_t open;
-  int64_t extent;   // packed extent, >= open; the tail is written as zeros
+  int64_t extent;  // packed extent, >= open; the tail is written as zeros
   bool full_grad;
 };
 
@@ -31,7 +33,8 @@ struct PackParams {
 void pack(const PackParams& p, int num_threads);
 
 // full[rows.index[r], cols.index[c]] = packed[r, c] * z_row * z_col, zero where a side is closed;
-// dz_row[j] = sum_c packed[r, c] * z_col * theta[j, c'] for gates of rows that want a gradient, else 0; dz_col likewise.
+// dz_row[j] = sum_c packed[r, c] * z_col * theta[j, c'] for gates of rows that want a gradient, else 0;
+// dz_col likewise.
 struct UnpackParams {
   const void* packed;
   DType packed_type;
