@@ -44,6 +44,9 @@ int64_t checked_open(Address index_address, Address count_address, int64_t size)
   for (int64_t i = 0; i < size; ++i) inside &= uint32_t(index[i]) < uint64_t(size);
   if (!inside)
     throw std::invalid_argument("gates.index must hold numbers in [0, " + std::to_string(size) + ")");
+  bool ascending = true;  // vectors of neighbouring columns are moved at once: order is not a matter of style
+  for (int64_t i = 1; i < open; ++i) ascending &= index[i - 1] < index[i];
+  if (!ascending) throw std::invalid_argument("gates.index must list the open gates in ascending order");
   return open;
 }
 

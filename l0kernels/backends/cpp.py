@@ -108,6 +108,12 @@ def l0_penalty(log_alphas: list[Tensor], weights: list[float], dist: HardConcret
     return total, grad
 
 
+def _in_double(dtype: torch.dtype, rows: Gate | None, cols: Gate | None) -> bool:
+    """Whether pack and unpack compute in float64: as the gates are, without gates as the matrix of ``dtype`` is."""
+    gate = cols if rows is None else rows
+    return (dtype if gate is None else gate[0].dtype) == torch.float64
+
+
 def pack(
     full: Tensor,
     rows: Gate | None,
@@ -133,7 +139,7 @@ def pack(
         _gate(cols),
         scale_rows,
         scale_cols,
-        any(g is not None and g[0].dtype == torch.float64 for g in (rows, cols)),
+        _in_double(dtype, rows, cols),
         torch.get_num_threads(),
     )
     return out
@@ -169,7 +175,7 @@ def unpack(
         _gate(cols, full_cols),
         scale_rows,
         scale_cols,
-        any(g is not None and g[0].dtype == torch.float64 for g in (rows, cols)),
+        _in_double(packed.dtype, rows, cols),
         (0, 0, 0) if theta is None else _matrix(theta),
         0 if theta is None else _TYPES[theta.dtype],
         _address(dz_row),
