@@ -109,7 +109,7 @@ def l0_penalty(log_alphas: list[Tensor], weights: list[float], dist: HardConcret
 
 
 def _in_double(dtype: torch.dtype, rows: Gate | None, cols: Gate | None) -> bool:
-    """Whether pack and unpack compute in float64: as the gates are, without gates as the matrix of ``dtype`` is."""
+    """Whether pack and unpack compute in float64: if the gates are; without gates, if the matrix is."""
     gate = cols if rows is None else rows
     return (dtype if gate is None else gate[0].dtype) == torch.float64
 
