@@ -1,0 +1,246 @@
+"""Choosing a backend: use_backend, L0KERNELS_BACKEND, the table, and that asking never falls back."""
+
+import os
+import runpy
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+
+import l0kernels as l0
+from l0kernels import _ops, _registry, reference
+from l0kernels._registry import NAMES, PRIMITIVES, native
+from op_checks import SEED
+
+pytestmark = pytest.mark.usefixtures("seeded")
+
+needs_native = pytest.mark.skipif(native is None, reason="l0kernels._C was not built")
+
+
+def run(code, *, check=True, **environment):
+    """stdout of ``code`` in a fresh interpreter; with check=False its stderr, once it has failed."""
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("L0KERNELS_")}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**clean, **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert (done.returncode == 0) == check, done.stderr
+    return done.stdout if check else done.stderr
+
+
+def layer():
+    return l0.l0_linear(torch.ones(2, 3), torch.ones(4, 3), in_log_alpha=torch.zeros(3), seed=SEED)
+
+
+@pytest.fixture
+def used(monkeypatch):
+    """Names of the backends whose functions ran."""
+    names = []
+    real = _ops.module
+
+    def module(name):
+        names.append(name)
+        return real(name)
+
+    monkeypatch.setattr(_ops, "module", module)
+    return names
+
+
+class TestUseBackend:
+    def test_the_named_backend_computes(self, backend, used):
+        layer()
+        assert set(used) == {backend}
+
+    def test_reference_computes_itself(self, used, monkeypatch):
+        with l0.use_backend("reference"):
+            y = layer()
+        assert used == []
+        assert torch.equal(
+            y, reference.l0_linear(torch.ones(2, 3), torch.ones(4, 3), in_log_alpha=torch.zeros(3), seed=SEED)
+        )
+
+    def test_default_is_the_fastest(self, used):
+        layer()
+        assert set(used) == {"torch" if native is None else "cpp"}
+
+    def test_nesting_and_restoring(self, used):
+        outside = _registry._requested
+        with l0.use_backend("torch"):
+            with l0.use_backend("reference"):
+                assert _registry._requested == "reference"
+            layer()
+        assert set(used) == {"torch"}
+        assert _registry._requested == outside
+
+    def test_restored_after_an_exception(self):
+        outside = _registry._requested
+        with pytest.raises(KeyError), l0.use_backend("torch"):
+            raise KeyError
+        with pytest.raises(ValueError, match="log_alpha"), l0.use_backend("torch"):
+            l0.sample_gates(torch.tensor([float("nan")]))
+        assert _registry._requested == outside
+
+    @pytest.mark.parametrize("name", ["numpy", "CPP", "", None, 3, ["cpp"]])
+    def test_unknown_name(self, name):
+        outside = _registry._requested
+        expected = r"name must be one of 'reference', 'torch', 'cpp', 'triton', 'cuda', got "
+        with pytest.raises(ValueError, match=expected), l0.use_backend(name):
+            pytest.fail("entered")
+        assert _registry._requested == outside
+
+    def test_unavailable_never_falls_back(self):
+        missing = [name for name in NAMES if _registry.why_not(name)]
+        for name in missing:
+            with (
+                pytest.raises(RuntimeError, match=f"backend '{name}' cannot be used: "),
+                l0.use_backend(name),
+            ):
+                pytest.fail("entered")
+
+    def test_missing_extension_names_its_reason(self, monkeypatch):
+        monkeypatch.setattr(_registry, "_why_no_cpp", "it was not built")
+        reason = pytest.raises(RuntimeError, match="backend 'cpp' cannot be used: it was not built")
+        with reason, l0.use_backend("cpp"):
+            pytest.fail("entered")
+        monkeypatch.setattr(_registry, "_requested", "cpp")
+        with pytest.raises(RuntimeError, match="backend 'cpp' cannot be used: it was not built"):
+            layer()
+        assert l0.backends()["sample"]["cpp"] == "it was not built"
+
+    @needs_native
+    def test_wrong_device(self):
+        with (
+            l0.use_backend("cpp"),
+            pytest.raises(RuntimeError, match="it serves tensors on the CPU, got cuda:0"),
+        ):
+            _registry.resolve(torch.device("cuda", 0))
+
+    def test_a_gpu_without_its_kernels_uses_the_formula(self):
+        assert _registry.resolve(torch.device("cuda", 0)) == "reference"
+
+    def test_backward_uses_the_backend_of_its_forward(self, backend, used):
+        weight = torch.ones(4, 3, requires_grad=True)
+        y = l0.l0_linear(torch.ones(2, 3), weight, in_log_alpha=torch.zeros(3), seed=SEED)
+        used.clear()
+        with l0.use_backend("reference"):
+            y.sum().backward()
+        assert set(used) == {backend}
+        assert weight.grad is not None
+
+    def test_holds_for_every_thread(self, used):
+        with l0.use_backend("torch"):
+            thread = threading.Thread(target=layer)
+            thread.start()
+            thread.join()
+        assert set(used) == {"torch"}
+
+    def test_every_backend_agrees(self):
+        weight, x, log_alpha = torch.randn(40, 30), torch.randn(5, 30), torch.randn(30)
+        results = {}
+        for name in [n for n in NAMES if not _registry.why_not(n)]:
+            with l0.use_backend(name):
+                results[name] = l0.l0_linear(x, weight, in_log_alpha=log_alpha, seed=SEED)
+        assert {"reference", "torch"} <= set(results)
+        for y in results.values():
+            torch.testing.assert_close(y, results["reference"], rtol=1e-5, atol=1e-4)
+
+
+class TestEnvironment:
+    def test_named_and_context_wins(self):
+        names = [n for n in ("reference", "torch", "cpp") if not _registry.why_not(n)]
+        code = (
+            "import torch, l0kernels as l0; from l0kernels import _registry as r\n"
+            "print(r.resolve(torch.device('cpu')))\n"
+            f"for name in {names}:\n"
+            "    with l0.use_backend(name): print(r.resolve(torch.device('cpu')))\n"
+            "print(r.resolve(torch.device('cpu')))\n"
+        )
+        assert run(code, L0KERNELS_BACKEND="reference").split() == ["reference", *names, "reference"]
+
+    @pytest.mark.parametrize(
+        ("value", "expected"), [("torch", "torch"), ("", "torch" if native is None else "cpp")]
+    )
+    def test_read_at_import(self, monkeypatch, value, expected):
+        monkeypatch.setenv("L0KERNELS_BACKEND", value)
+        namespace = runpy.run_path(_registry.__file__)
+        assert namespace["resolve"](torch.device("cpu")) == expected
+
+    def test_unknown(self):
+        error = run("import l0kernels", check=False, L0KERNELS_BACKEND="numpy")
+        assert "ValueError: the environment variable L0KERNELS_BACKEND must be one of 'reference'" in error
+        assert "got 'numpy'" in error
+
+    def test_unavailable(self):
+        code = "import torch, l0kernels as l0; l0.sample_gates(torch.zeros(3))"
+        error = run(code, check=False, L0KERNELS_BACKEND="cuda")
+        assert "RuntimeError: backend 'cuda' cannot be used: not implemented yet" in error
+
+
+class TestTable:
+    def test_rows_and_columns(self):
+        table = l0.backends()
+        assert tuple(table) == PRIMITIVES
+        assert all(tuple(row) == NAMES for row in table.values())
+
+    def test_yes_is_true(self):
+        """Every primitive of every backend that says yes is there and runs; every other names a reason."""
+        functions = {
+            "sample": ("sample",),
+            "gate_grad": ("gate_grad",),
+            "l0_penalty": ("l0_penalty",),
+            "gated_linear": ("linear_forward", "linear_backward"),
+            "gated_mlp": ("mlp_forward", "mlp_backward"),
+            "masked_linear": ("masked_weight", "masked_weight_grad"),
+            "block_linear": ("block_linear_forward", "block_linear_backward"),
+        }
+        assert set(functions) == set(PRIMITIVES)
+        for primitive, row in l0.backends().items():
+            for name, answer in row.items():
+                if answer != "yes":
+                    assert len(answer) > 5
+                    assert _registry.why_not(name) == answer
+                elif name != "reference":
+                    assert all(callable(getattr(_ops.module(name), f)) for f in functions[primitive])
+        assert l0.backends()["gated_linear"]["reference"] == "yes"
+        assert l0.backends()["gated_linear"]["torch"] == "yes"
+        assert (l0.backends()["gated_linear"]["cpp"] == "yes") == (native is not None)
+
+    def test_prints(self):
+        text = str(l0.backends())
+        assert text == repr(l0.backends())
+        header, *rows = text.splitlines()
+        assert header.split() == list(NAMES)
+        for row, primitive in zip(rows, PRIMITIVES, strict=False):
+            assert row.split()[0] == primitive
+            marks = ["yes" if l0.backends()[primitive][name] == "yes" else "-" for name in NAMES]
+            assert row.split()[1:] == marks
+        assert "cuda: not implemented yet" in rows
+
+    def test_command(self, capsys):
+        runpy.run_module("l0kernels", run_name="__main__")
+        text = capsys.readouterr().out
+        assert f"l0kernels {l0.__version__}, torch {torch.__version__}" in text
+        assert str(l0.backends()) in text
+        assert ("native kernels: " in text) == (native is not None)
+
+
+class TestWithoutTheExtension:
+    BLOCK = "import sys; sys.modules['l0kernels._C'] = None\n"
+
+    def test_everything_works_in_plain_torch(self):
+        code = (
+            self.BLOCK
+            + "import torch, l0kernels as l0; from l0kernels import _registry as r\n"
+            + "assert r.native is None and r.resolve(torch.device('cpu')) == 'torch'\n"
+            + "w = torch.ones(4, 3, requires_grad=True)\n"
+            + "l0.l0_linear(torch.ones(2, 3), w, in_log_alpha=torch.zeros(3)).sum().backward()\n"
+            + "assert w.grad is not None\n"
+            + "print(l0.backends()['gated_linear']['cpp'])"
+        )
+        assert "l0kernels._C" in run(code)
