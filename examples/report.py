@@ -159,13 +159,18 @@ def plot_curves(path: Path, history: Sequence[Epoch], sizes: Sequence[int], titl
     units.set(title="open units and FLOPs", xlabel="epoch", ylabel="% of dense", ylim=(0, 105))
     units.legend()
 
-    ratios = [row.step_ratio for row in history]
-    if None in ratios:
+    ratios = [row.step_ratio for row in history if row.step_ratio is not None]
+    if len(ratios) < len(epochs):
         step.plot(epochs, [row.step_ms for row in history], **style)
         step.set(title="time of a training step", xlabel="epoch", ylabel="ms")
     else:
-        step.plot(epochs, ratios, **style)
+        # A running median and its scale: another program on the cores must not hide the course of the run.
+        reach = len(ratios) // 40
+        smooth = [median(ratios[max(0, i - reach) : i + reach + 1]) for i in range(len(ratios))]
+        step.plot(epochs, ratios, ".", color="C0", alpha=0.3, markersize=3)
+        step.plot(epochs, smooth, color="C0", label=f"median of {2 * reach + 1} epoch(s)")
         step.axhline(1, color="k", linestyle=":", label="dense")
+        step.set_ylim(top=1.2 * max(1, *smooth))
         step.set(title="time of a training step, gated / dense", xlabel="epoch")
         step.legend()
 

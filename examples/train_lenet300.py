@@ -17,6 +17,7 @@ times the same net dense: torch.nn, fused Adam and the same averaging, on the sa
 import argparse
 import copy
 import math
+import pickle
 import sys
 import time
 import zipfile
@@ -201,8 +202,8 @@ class Run:
     def _row(self, loss: float, gated_timer: StepTimer, dense_timer: StepTimer) -> report.Epoch:
         epoch = len(self.history) + 1
         if not math.isfinite(loss):
-            raise RuntimeError(
-                f"epoch {epoch}: expected a finite training loss, got {loss}; a smaller --lr may help"
+            raise ValueError(
+                f"--lr: expected a finite training loss, got {loss} in epoch {epoch}; try a smaller one"
             )
         average = self.gated.average
         wrong = predict(average, self.data.test_x).argmax(1) != self.data.test_y
@@ -239,9 +240,14 @@ class Run:
         """
         if not path.is_file():
             raise FileNotFoundError(f"{path}: expected a checkpoint to resume from, got none")
-        # A cut file is no zip archive any more.
-        state = torch.load(path, map_location="cpu", weights_only=True) if zipfile.is_zipfile(path) else {}
-        if not self.state().keys() <= state.keys():
+        try:
+            # A cut file is no zip archive any more.
+            state = (
+                torch.load(path, map_location="cpu", weights_only=True) if zipfile.is_zipfile(path) else None
+            )
+        except (RuntimeError, pickle.UnpicklingError) as error:
+            raise ValueError(f"{path}: expected a checkpoint of this example, got: {error}") from error
+        if not isinstance(state, dict) or not self.state().keys() <= state.keys():
             raise ValueError(f"{path}: expected a checkpoint of this example, got a damaged or another file")
         self.config.refuse_other(state["config"], path)
         self.gated.load(state["gated"])

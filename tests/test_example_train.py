@@ -6,6 +6,7 @@ import math
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import report
 import torch
@@ -161,17 +162,18 @@ def test_resume_without_checkpoint(tmp_path):
     assert not (tmp_path / "new").exists()
 
 
-@pytest.mark.parametrize("damage", ["cut", "text", "foreign"])
+@pytest.mark.parametrize("damage", ["cut", "text", "zip", "foreign", "tensor"])
 def test_resume_from_a_wrong_file(finished, tmp_path, damage):
     path = tmp_path / "checkpoint.pt"
     whole = (finished[0] / "checkpoint.pt").read_bytes()
-    if damage == "foreign":
-        torch.save({"model": {}}, path)
+    if damage in ("foreign", "tensor"):
+        torch.save({"model": {}} if damage == "foreign" else torch.ones(2), path)
+    elif damage == "zip":
+        np.savez(tmp_path / "a.npz", a=np.ones(2))
+        (tmp_path / "a.npz").rename(path)
     else:
         path.write_bytes(whole[: len(whole) // 2] if damage == "cut" else b"epoch 3")
-    with pytest.raises(
-        ValueError, match=r"checkpoint.pt: expected a checkpoint of this example, got a damaged or another"
-    ):
+    with pytest.raises(ValueError, match=r"checkpoint.pt: expected a checkpoint of this example, got"):
         train(tmp_path, "--resume")
 
 
@@ -232,7 +234,7 @@ def test_log_alpha_stays_clamped():
 
 
 def test_diverged_run_writes_no_checkpoint(tmp_path):
-    with pytest.raises((RuntimeError, ValueError), match=r"finite training loss|NaN"):
+    with pytest.raises(ValueError, match=r"finite training loss|NaN"):
         train(tmp_path, "--lr", "1e30", "--epochs", 1, "--no-dense-timing")
     assert list(tmp_path.iterdir()) == []
 
