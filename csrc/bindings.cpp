@@ -34,7 +34,8 @@ T* as(Address address) {
   return reinterpret_cast<T*>(address);
 }
 
-int64_t checked_open(Address index_address, Address count_address, int64_t size) {
+template <typename T>
+int64_t checked_open(const T* z, Address index_address, Address count_address, int64_t size) {
   const int64_t open = as<const int32_t>(count_address)[0];
   if (open < 0 || open > size)
     throw std::invalid_argument("gates.count[0] must be in [0, " + std::to_string(size) + "], got " +
@@ -47,6 +48,11 @@ int64_t checked_open(Address index_address, Address count_address, int64_t size)
   bool ascending = true;  // vectors of neighbouring columns are moved at once: order is not a matter of style
   for (int64_t i = 1; i < open; ++i) ascending &= index[i - 1] < index[i];
   if (!ascending) throw std::invalid_argument("gates.index must list the open gates in ascending order");
+  int32_t not_zero = 0;  // fewer than `open` is no error: float64 gates may vanish in float32
+  for (int64_t i = 0; i < size; ++i) not_zero += z[i] != T(0);
+  if (not_zero > open)
+    throw std::invalid_argument("gates.count[0] must count the gates that are not 0, " + std::to_string(not_zero) +
+                                ", got " + std::to_string(open));
   return open;
 }
 
@@ -60,7 +66,7 @@ struct GateArg {
     if (!gate) return;
     const auto& [z, index, count, size, full_grad] = *gate;
     present = true;
-    view = {as<const T>(z), nullptr, size, checked_open(index, count, size), full_grad};
+    view = {as<const T>(z), nullptr, size, checked_open(as<const T>(z), index, count, size), full_grad};
     if (view.open < size) view.index = as<const int32_t>(index);
   }
   const l0::GateView<T>* get() const { return present ? &view : nullptr; }
@@ -290,10 +296,12 @@ void block_linear_backward(bool is_double, int64_t M, int64_t in, int64_t out, i
 
 // One side of pack and unpack: its gates (absent: all open), the size, the packed extent, whether z
 // multiplies.
-l0::PackAxis pack_axis(const std::optional<Gate>& gate, int64_t size, int64_t extent, bool scale) {
+l0::PackAxis pack_axis(const std::optional<Gate>& gate, int64_t size, int64_t extent, bool scale,
+                       bool z_is_double) {
   if (!gate) return {nullptr, nullptr, size, size, extent, false};
   const auto& [z, index, count, gate_size, full_grad] = *gate;
-  const int64_t open = checked_open(index, count, gate_size);
+  const int64_t open = z_is_double ? checked_open(as<const double>(z), index, count, gate_size)
+                                   : checked_open(as<const float>(z), index, count, gate_size);
   if (open > extent)
     throw std::invalid_argument("extent must hold the " + std::to_string(open) + " open gates, got " +
                                 std::to_string(extent));
@@ -313,8 +321,8 @@ void pack(const Matrix& full, int full_type, int64_t rows, int64_t cols, Address
   const auto& [data, stride_row, stride_col] = full;
   l0::pack(
       {as<const void>(data), static_cast<l0::DType>(full_type), stride_row, stride_col, as<void>(packed),
-       static_cast<l0::DType>(packed_type), packed_cols, pack_axis(row_gate, rows, packed_rows, scale_rows),
-       pack_axis(col_gate, cols, packed_cols, scale_cols), z_is_double},
+       static_cast<l0::DType>(packed_type), packed_cols, pack_axis(row_gate, rows, packed_rows, scale_rows, z_is_double),
+       pack_axis(col_gate, cols, packed_cols, scale_cols, z_is_double), z_is_double},
       num_threads);
 }
 
@@ -328,8 +336,8 @@ void unpack(const Matrix& packed, int packed_type, Address full, int full_type, 
     throw std::invalid_argument("packed must have unit column stride, got " + std::to_string(stride_col));
   const auto& [theta_data, theta_row, theta_col] = theta;
   l0::unpack({as<const void>(data), static_cast<l0::DType>(packed_type), stride_row, as<void>(full),
-              static_cast<l0::DType>(full_type), pack_axis(row_gate, rows, rows, scale_rows),
-              pack_axis(col_gate, cols, cols, scale_cols), z_is_double, as<const void>(theta_data),
+              static_cast<l0::DType>(full_type), pack_axis(row_gate, rows, rows, scale_rows, z_is_double),
+              pack_axis(col_gate, cols, cols, scale_cols, z_is_double), z_is_double, as<const void>(theta_data),
               static_cast<l0::DType>(theta_type), theta_row, theta_col, as<void>(dz_row), as<void>(dz_col)},
              num_threads);
 }

@@ -557,6 +557,22 @@ class TestErrors:
         with pytest.raises(ValueError, match=rf"count\[0\] must be in \[0, 6\], got {value}"):
             self.call(in_gates=bad)
 
+    @pytest.mark.skipif("cpp" not in BACKENDS, reason="l0kernels._C was not built")
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("side", ["in_gates", "out_gates", "out_support"])
+    def test_counts_and_orders_of_other_gates(self, side, dtype):
+        """Native kernels look; torch's own operations read what index and count say, and stay inside."""
+        z, index, count, _ = Gates.from_z(torch.tensor([0.5, 0.0, 0.3, 1.0, 0.0, 0.2]))
+        x, w = torch.randn(2, 6).to(dtype), torch.randn(6, 6).to(dtype)
+        for order, number, match in (
+            (index, count - 1, r"count\[0\] must count the gates that are not 0, 4, got 3"),
+            (index[[2, 1, 0, *range(3, 128)]], count, "index must list the open gates in ascending order"),
+            (index[[0, 0, *range(2, 128)]], count, "index must list the open gates in ascending order"),
+        ):
+            bad = {side: Gates(z, order, number)}
+            with l0.use_backend("cpp"), pytest.raises(ValueError, match=match):
+                l0.gated_linear(x, w, **bad)
+
     @pytest.mark.parametrize("value", [-1, 6, 2**31 - 1])
     def test_indices_out_of_range(self, backend, value):
         if backend != "cpp":
