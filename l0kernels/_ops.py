@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .backends import module
+from .impl import module
 from .reference.gates import HardConcrete, round_up
 
 _LIBRARY = torch.library.Library("l0kernels", "DEF")

@@ -24,8 +24,8 @@ pytestmark = [
 ]
 
 if native is not None:
-    from l0kernels.backends import cpp, recycle
-    from l0kernels.backends import torch as portable
+    from l0kernels.impl import cpp, recycle
+    from l0kernels.impl import torch as portable
 
 TESTS = Path(__file__).resolve().parent
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]

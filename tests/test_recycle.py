@@ -7,7 +7,7 @@ import torch
 
 import l0kernels as l0
 from l0kernels._registry import native
-from l0kernels.backends import recycle
+from l0kernels.impl import recycle
 
 
 @pytest.fixture(autouse=True)
