@@ -35,7 +35,7 @@ def case(size, block=None, *, dtype=torch.float32, bias=True, shift=0.0):
     batch, n_in, n_out = size
     return {
         "x": torch.randn(batch, n_in, dtype=dtype),
-        "weight": torch.randn(n_out, n_in, dtype=dtype),
+        "weight": torch.randn(n_out, n_in, dtype=dtype) / max(1, n_in) ** 0.5,
         "bias": torch.randn(n_out, dtype=dtype) if bias else None,
         "log_alpha": torch.randn(grid(n_out, n_in, block), dtype=dtype) * 2 + shift,
     }
