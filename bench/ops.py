@@ -209,7 +209,7 @@ def chain(shape: tuple[int, ...], keep: float, dtype: torch.dtype = torch.float3
         return F.cross_entropy(api.gated_mlp(x, weights, biases, [None] * len(layers)), labels)
 
     def gated(api: ModuleType, x: Tensor) -> Tensor:
-        logits = api.gated_mlp(x, weights, biases, api.sample_gates(log_alphas))
+        logits = api.l0_mlp(x, weights, biases, log_alphas)
         return F.cross_entropy(logits, labels) + api.l0_penalty(log_alphas, group_sizes, lam=lam)
 
     def plain(formula: Callable[..., Tensor], x: Tensor) -> Tensor:

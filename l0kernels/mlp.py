@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import _ops, _registry, reference
-from .gates import Gates, HardConcrete, check_log_alphas, draw, sample_gates
+from .gates import Gates, HardConcrete, check_log_alphas, draw
 from .linear import _NO_TENSORS, as_rows, compute_dtype, gate_grad, gate_tensors, like_rows
 from .reference import _checks
 from .reference.gates import DEFAULT_DIST
@@ -149,10 +149,10 @@ def l0_mlp(
         _check_l0_mlp(x, weights, biases, log_alphas, activation)
     given = [a for a in log_alphas if a is not None]
     backend = _registry.resolve(x.device)
-    if not given or backend == "reference":
-        drawn = iter(sample_gates(given, seed=seed, dist=dist))
-        gates = [None if a is None else next(drawn) for a in log_alphas]
-        return gated_mlp(x, weights, biases, gates, activation)
+    if backend == "reference":
+        return reference.l0_mlp(x, weights, biases, log_alphas, activation, seed=seed, dist=dist)
+    if not given:
+        return gated_mlp(x, weights, biases, [None] * len(weights), activation)
     dtype = compute_dtype(x)
     fresh = iter(draw(given, seed, dist, backend))
     parts = [_NO_TENSORS if a is None else gate_tensors(next(fresh), dtype) for a in log_alphas]

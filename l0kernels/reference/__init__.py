@@ -14,7 +14,7 @@ from .counts import (
 from .gates import ALIGN, Gates, HardConcrete, eval_gates, sample_gates, sample_gates_per_example
 from .linear import gated_linear, l0_linear
 from .masked_linear import masked_linear
-from .mlp import gated_mlp
+from .mlp import gated_mlp, l0_mlp
 from .penalty import l0_penalty, l2_penalty
 from .philox import philox4x32, uniform
 
@@ -30,6 +30,7 @@ __all__ = [
     "gated_linear",
     "gated_mlp",
     "l0_linear",
+    "l0_mlp",
     "l0_penalty",
     "l2_penalty",
     "linear_expected_flops",

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import _checks
-from .gates import Gates, check_gates
+from .gates import DEFAULT_DIST, Gates, HardConcrete, check_gates, sample_gates
 from .linear import scale
 
 
@@ -87,3 +87,33 @@ def gated_mlp(
             x = scale(x, gate.z)
         x = torch.nn.functional.linear(x, weight, bias)
     return x
+
+
+def l0_mlp(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    log_alphas: Sequence[Tensor | None],
+    activation: str = "relu",
+    *,
+    seed: Tensor | None = None,
+    dist: HardConcrete = DEFAULT_DIST,
+) -> Tensor:
+    """Draws the gates and applies the chain: sample_gates followed by gated_mlp.
+
+    The gates present are one list for sample_gates: the first is stream 0.
+
+    Args:
+        x, weights, biases, activation: as in gated_mlp.
+        log_alphas: L vectors (n_l,) float32 or float64, or None each; the gates of the input of layer l.
+        seed: (1,) int64 on the device of x; None draws one from torch's default generator.
+        dist: the distribution's constants.
+
+    Returns:
+        y (..., n_L) in the dtype of x (under autocast, in its dtype).
+
+    Raises:
+        TypeError, ValueError: as sample_gates and gated_mlp.
+    """
+    drawn = iter(sample_gates([a for a in log_alphas if a is not None], seed=seed, dist=dist))
+    return gated_mlp(x, weights, biases, [None if a is None else next(drawn) for a in log_alphas], activation)
