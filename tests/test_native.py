@@ -388,6 +388,7 @@ class TestMemory:
     def test_guard_pages(self):
         """No kernel reads or writes outside its operands, and every result is written whole."""
         environment = {k: v for k, v in os.environ.items() if not k.startswith("L0KERNELS_")}
+        environment["PYTHONPATH"] = str(Path(l0.__file__).parents[1])
         script = [sys.executable, str(TESTS / "guard_pages.py")]
         done = subprocess.run(
             script, env=environment, capture_output=True, text=True, timeout=120, check=False
