@@ -31,8 +31,9 @@ class _L0Penalty(torch.autograd.Function):
     def backward(ctx: Any, dtotal: Tensor) -> tuple[Tensor | None, ...]:
         _ops.refuse_second_derivative("l0_penalty")
         (grad,) = ctx.saved_tensors
-        parts = (grad * dtotal).split([shape.numel() for shape in ctx.shapes])
-        return None, None, *(part.view(shape) for part, shape in zip(parts, ctx.shapes, strict=True))
+        parts = (grad * dtotal).split_with_sizes([shape.numel() for shape in ctx.shapes])
+        shaped = [p if len(s) == 1 else p.view(s) for p, s in zip(parts, ctx.shapes, strict=True)]
+        return None, None, *shaped
 
 
 def l0_penalty(

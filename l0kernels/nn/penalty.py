@@ -134,6 +134,8 @@ def _check_limit(limit: float) -> None:
 
 
 def _clamp(gates: list[HardConcreteGate], limit: float) -> None:
-    with torch.no_grad():
-        for gate in gates:
-            gate.log_alpha.clamp_(-limit, limit)
+    log_alphas: list[Tensor] = [gate.log_alpha for gate in gates]
+    if log_alphas:
+        with torch.no_grad():
+            torch._foreach_clamp_min_(log_alphas, -limit)  # two calls for the whole model, not one a gate
+            torch._foreach_clamp_max_(log_alphas, limit)
