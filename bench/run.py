@@ -27,7 +27,7 @@ import l0kernels as l0
 
 # Per density; a large case takes a second for one call of each provider.
 BUDGET_S = 8.0
-LARGE_BUDGET_S = 18.0
+LARGE_BUDGET_S = 15.0
 LARGE_FLOPS = 1e10
 QUICK_BUDGET_S = 0.3
 QUICK_SHAPES = {"linear": (32, 64, 48), "ffn": (32, 32, 64), "chain": (16, 40, 24, 12, 5)}
