@@ -334,6 +334,8 @@ void unpack(const Matrix& packed, int packed_type, Address full, int full_type, 
   const auto& [data, stride_row, stride_col] = packed;
   if (stride_col != 1)
     throw std::invalid_argument("packed must have unit column stride, got " + std::to_string(stride_col));
+  if ((dz_row && !(row_gate && scale_rows)) || (dz_col && !(col_gate && scale_cols)))
+    throw std::invalid_argument("a gate gradient needs the side's gate, and the gate to scale");
   const auto& [theta_data, theta_row, theta_col] = theta;
   l0::unpack({as<const void>(data), static_cast<l0::DType>(packed_type), stride_row, as<void>(full),
               static_cast<l0::DType>(full_type), pack_axis(row_gate, rows, rows, scale_rows, z_is_double),

@@ -20,8 +20,8 @@ void sample(const SampleParams<T>& p, int num_threads) {
     const int n = int(p.size - begin < kChunk ? p.size - begin : kChunk);
     const T* __restrict log_alpha = p.log_alpha + begin;
     T* __restrict z = p.z + begin;
-    const uint64_t first =
-        uint64_t(p.first + begin);  // a multiple of kChunk, as `first` is: its high word is one value
+    // A multiple of kChunk, as p.first is: the high word is one value for the whole chunk.
+    const uint64_t first = uint64_t(p.first + begin);
     const uint32_t low = uint32_t(first), high = uint32_t(first >> 32);
 #pragma omp simd
     for (int i = 0; i < n; ++i) {

@@ -1,7 +1,5 @@
 #include "linear.h"
 
-#include <vector>
-
 namespace l0 {
 namespace {
 
@@ -114,9 +112,8 @@ void linear_backward(const LinearParams<T>& p, const LinearGrads<T>& grad, int n
       }
       const T* w = p.weight + o * p.w_stride_o;
       const T* dw = grad.dw + o * p.in;
-      const auto term = [&](int64_t i) {
-        return dw[i] == T(0) ? T(0) : w[i * p.w_stride_i] * dw[i];
-      };  // closed: whatever w holds
+      // Zero where the input is closed, whatever w holds there.
+      const auto term = [&](int64_t i) { return dw[i] == T(0) ? T(0) : w[i * p.w_stride_i] * dw[i]; };
       double total = p.bias ? double(p.bias[o]) * grad.db[o] : 0.0;
       for (int64_t i0 = 0; i0 < p.in; i0 += 256) {
         T lanes[16] = {};

@@ -90,8 +90,8 @@ void mlp_backward(const MlpParams<T>& p, const T* dy, int64_t dy_stride_m, int64
       g.n_scale = l == 0 && layer.in_gate ? layer.in_gate->z : nullptr;
       k.gemm(g, num_threads);
     }
-    bool upstream =
-        dx != nullptr || (l > 0 && layer.dz);  // does anything before this layer's product want a gradient?
+    // Does anything before this layer's product want a gradient?
+    bool upstream = dx != nullptr || (l > 0 && layer.dz);
     for (int64_t j = 0; j < l; ++j) upstream |= p.layers[j].dw || p.layers[j].db || p.layers[j].dz;
     if (upstream) {
       GemmParams<T> g;

@@ -156,17 +156,11 @@ def mlp_forward(
     """y (M, n_L) and what backward needs: the hidden layers' pre-activations, packed in (M, n_l) buffers."""
     saved: list[Tensor] = []
     h = p.pack(x, None, gates[0], dtype, scale_cols=True)
-    for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
-        out_gate = gates[i + 1] if i + 1 < len(weights) else None
-        a = _affine(p, h, p.pack(weight, out_gate, gates[i], dtype), bias, out_gate, dtype)
-        if i + 1 == len(weights):
-            return a, saved
-        buffer = a if a.shape[1] == weight.shape[0] else a.new_zeros(x.shape[0], weight.shape[0])
-        if buffer is not a:
-            buffer[:, : a.shape[1]] = a
-        saved.append(buffer)
-        h = _scaled(p, _activate(activation, a), out_gate, dtype)
-    raise AssertionError("unreachable: weights is not empty")
+    for weight, bias, gate, out_gate in zip(weights[:-1], biases[:-1], gates[:-1], gates[1:], strict=True):
+        a = _affine(p, h, p.pack(weight, out_gate, gate, dtype), bias, out_gate, dtype)
+        saved.append(F.pad(a, (0, weight.shape[0] - a.shape[1])))  # a static shape, whatever is open
+        h = _scaled(_activate(activation, a), out_gate, dtype)
+    return _affine(p, h, p.pack(weights[-1], None, gates[-1], dtype), biases[-1], None, dtype), saved
 
 
 def _activate(activation: str, a: Tensor) -> Tensor:
@@ -189,15 +183,13 @@ def _activation_grad(activation: str, grad: Tensor, a: Tensor) -> Tensor:
     return grad
 
 
-def _packed_z(gate: Gate, length: int) -> Tensor:
-    """z of the open gates, zero up to ``length``."""
+def _scaled(h: Tensor, gate: Gate | None, dtype: torch.dtype) -> Tensor:
+    """Packed columns times their gates, zero beyond the open ones."""
+    if gate is None:
+        return h
     z, index, count = gate
     n_open = int(count[0])
-    return F.pad(z.index_select(0, index[:n_open]), (0, length - n_open))
-
-
-def _scaled(p: PackUnpack, h: Tensor, gate: Gate | None, dtype: torch.dtype) -> Tensor:
-    return h if gate is None else (h * _packed_z(gate, h.shape[1])).to(dtype)
+    return (h * F.pad(z.index_select(0, index[:n_open]), (0, h.shape[1] - n_open))).to(dtype)
 
 
 def mlp_backward(
@@ -247,7 +239,7 @@ def mlp_backward(
         if a is None:
             dx = p.unpack(grad, (x.shape[0], x.shape[1]), None, gates[0], x.dtype, scale_cols=True)[0]
         else:
-            grad = _activation_grad(activation, _scaled(p, grad, gates[i], dtype), a)
+            grad = _activation_grad(activation, _scaled(grad, gates[i], dtype), a)
     return [dx, *(w if n else None for w, n in zip(dw, need_w, strict=True)), *db, *dz]
 
 

@@ -33,9 +33,7 @@ def empty_grad(weight: Tensor) -> Tensor:
         buffers = _buffers.setdefault(weight, [])
         for buffer, idle in buffers:
             if buffer.shape == weight.shape and _references(buffer) == idle:
-                return (
-                    buffer.detach()
-                )  # an alias: autograd takes it over as it is, the buffer itself it would clone
+                return buffer.detach()  # an alias: autograd takes it over, the buffer it would clone
         buffer = weight.new_empty(weight.shape)
         if len(buffers) < KEPT:
             buffers.append((buffer, _references(buffer)))
