@@ -10,7 +10,7 @@ ACTIVATIONS = ("identity", "relu", "gelu", "silu")
 def act(a, ACT: tl.constexpr):
     """h = act(a); gelu is the erf form."""
     if ACT == "relu":
-        return tl.where(a > 0.0, a, a * 0.0)  # a NaN stays a NaN
+        return tl.where(a <= 0.0, 0.0, a)  # a NaN stays a NaN
     elif ACT == "gelu":
         return 0.5 * a * (1.0 + tl.erf(a * 0.7071067811865476))
     elif ACT == "silu":
@@ -23,7 +23,7 @@ def act(a, ACT: tl.constexpr):
 def act_grad(a, ACT: tl.constexpr):
     """dh/da."""
     if ACT == "relu":
-        return tl.where(a > 0.0, 1.0, a * 0.0)
+        return tl.where(a > 0.0, 1.0, 0.0)
     elif ACT == "gelu":
         density = tl.exp(-0.5 * a * a) * 0.3989422804014327
         return 0.5 * (1.0 + tl.erf(a * 0.7071067811865476)) + a * density
