@@ -7,7 +7,7 @@ PY     := $(VENV)/bin/python
 STAMP  := $(VENV)/.installed
 ARGS   ?=
 
-.PHONY: help train test bench bench-cpu venv clean
+.PHONY: help train test static bench bench-cpu gpu-check venv clean
 .DELETE_ON_ERROR:
 
 help:
@@ -15,6 +15,8 @@ help:
 	@echo "make test       ruff, mypy, pytest (ARGS= for pytest's options)"
 	@echo "make bench-cpu  every CPU row of the benchmark table, under ten minutes; appends to bench/results"
 	@echo "make bench      pytest-benchmark of the core operations"
+	@echo "make static     registers, shared memory and instructions of every Triton kernel; needs no GPU"
+	@echo "make gpu-check  on a GPU machine, with its own Python and no network: tests and timings, nine minutes"
 	@echo "make venv       only set up .venv"
 	@echo "make clean      remove .venv, builds and caches"
 
@@ -25,6 +27,13 @@ test: $(STAMP)
 	$(PY) -m ruff check .
 	$(PY) -m mypy
 	$(PY) -m pytest $(ARGS)
+
+static: $(STAMP)
+	$(PY) bench/static.py $(ARGS)
+
+# The machine's own python: it has the torch and triton that go with its driver, and there may be no network.
+gpu-check:
+	$(PYTHON) bench/gpu_check.py $(ARGS)
 
 bench-cpu: $(STAMP)
 	$(PY) bench/run.py --device cpu $(ARGS)
