@@ -200,7 +200,8 @@ def _fake_gated_mlp(
     dtype: torch.dtype,
     backend: str,
 ) -> list[Tensor]:
-    hidden = [x.new_empty(x.shape[0], w.shape[1], dtype=dtype) for w in weights[1:]]
+    # Rows, not the columns of the next: a gated product keeps both of its arguments.
+    hidden = [x.new_empty(x.shape[0], w.shape[0], dtype=dtype) for w in weights[:-1]]
     if _keeps_both(x, weights, biases, activation, dtype, backend):
         hidden += [torch.empty_like(h) for h in hidden]
     return [x.new_empty(x.shape[0], weights[-1].shape[0], dtype=dtype), *hidden]

@@ -14,7 +14,7 @@ from .gates import Gates, HardConcrete, check_log_alphas, draw
 from .linear import _NO_TENSORS, as_rows, compute_dtype, gate_grad, gate_tensors, like_rows
 from .reference import _checks
 from .reference.gates import DEFAULT_DIST
-from .reference.mlp import ACTIVATIONS, check_mlp
+from .reference.mlp import ROWS, check_mlp
 
 
 class _GatedMlp(torch.autograd.Function):
@@ -78,14 +78,17 @@ def gated_mlp(
 
     ``h_0 = x * z_0``, ``h_l = act(h_{l-1} W_{l-1}^T + b_{l-1}) * z_l``, ``y = h_{L-1} W_{L-1}^T + b_{L-1}``:
     a hidden gate multiplies after the activation, and the last layer has none. Layer l computes open x open
-    units only.
+    units only. For the gated products "swiglu" and "geglu",
+    ``h_l = act(h_{l-1} W_g^T + b_g) * (h_{l-1} W_u^T + b_u) * z_l`` with act = silu or gelu,
+    ``W_{l-1} = [W_g; W_u]`` and ``b_{l-1} = [b_g; b_u]``; y is linear as ever. torch, for two layers:
+    ``F.linear(F.silu(F.linear(x, W_g, b_g)) * F.linear(x, W_u, b_u) * z, W_1, b_1)``.
 
     Args:
         x: (..., in) any float dtype.
-        weights: L matrices (n_{l+1}, n_l), dtype of x.
-        biases: L vectors (n_{l+1},) or None each.
+        weights: L matrices (n_{l+1}, n_l), dtype of x; (2 n_{l+1}, n_l) in front of a gated product.
+        biases: L vectors, as long as their weight has rows, or None each.
         gates: L Gates of n_l gates or None each; gates[l] multiplies the input of layer l.
-        activation: "relu", "gelu" (the erf form), "silu" or "identity".
+        activation: "relu", "gelu" (the erf form), "silu", "identity", "swiglu" or "geglu".
 
     Returns:
         y (..., n_L) in the dtype of x (under autocast, in its dtype).
@@ -132,10 +135,9 @@ def l0_mlp(
 
     Args:
         x: (..., in) any float dtype.
-        weights: L matrices (n_{l+1}, n_l), dtype of x.
-        biases: L vectors (n_{l+1},) or None each.
+        weights, biases: as in gated_mlp.
         log_alphas: L vectors (n_l,) float32 or float64, or None each; the gates of the input of layer l.
-        activation: "relu", "gelu" (the erf form), "silu" or "identity".
+        activation: as in gated_mlp.
         seed: (1,) int64 on the device of x; None draws one from torch's default generator.
         dist: the distribution's constants.
 
@@ -145,7 +147,7 @@ def l0_mlp(
     Raises:
         TypeError, ValueError, RuntimeError: as sample_gates and gated_mlp.
     """
-    if not _checks.fits_chain(x, weights, biases, log_alphas) or activation not in ACTIVATIONS:
+    if activation not in ROWS or not _checks.fits_chain(x, weights, biases, log_alphas, ROWS[activation]):
         _check_l0_mlp(x, weights, biases, log_alphas, activation)
     given = [a for a in log_alphas if a is not None]
     backend = _registry.resolve(x.device)

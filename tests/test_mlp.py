@@ -4,15 +4,17 @@ import itertools
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.autograd import gradcheck
 
 import l0kernels as l0
 from l0kernels import Gates, reference
+from l0kernels.reference.mlp import ROWS
 from op_checks import KINDS, LAYOUTS, SEED, compare, gate_dtype, make_z, strided, wanted
 
 pytestmark = pytest.mark.usefixtures("poison")
 
-ACTIVATIONS = ("relu", "gelu", "silu", "identity")
+ACTIVATIONS = ("relu", "gelu", "silu", "identity", "swiglu", "geglu")
 GATED = list(itertools.product([True, False], repeat=3))
 
 
@@ -28,14 +30,25 @@ def chain(activation, full=False):
     return call
 
 
-def case(batch, sizes, *, gated=None, biased=None, kinds=("mixed",), dtype=torch.float32, full=False):
+def case(
+    batch,
+    sizes,
+    *,
+    activation="relu",
+    gated=None,
+    biased=None,
+    kinds=("mixed",),
+    dtype=torch.float32,
+    full=False,
+):
     """Leaves of a chain of ``sizes`` units and the masks of their gate gradients."""
     depth = len(sizes) - 1
     gated, biased = gated or (True,) * depth, biased or (True,) * depth
     tensors, masks = {"x": torch.randn(batch, sizes[0], dtype=dtype)}, {}
     for i, (n_in, n_out), kind in zip(itertools.count(), itertools.pairwise(sizes), itertools.cycle(kinds)):
-        tensors[f"w{i}"] = torch.randn(n_out, n_in, dtype=dtype) / n_in**0.5
-        tensors[f"b{i}"] = torch.randn(n_out, dtype=dtype) if biased[i] else None
+        n_rows = n_out * (ROWS[activation] if i + 1 < depth else 1)
+        tensors[f"w{i}"] = torch.randn(n_rows, n_in, dtype=dtype) / n_in**0.5
+        tensors[f"b{i}"] = torch.randn(n_rows, dtype=dtype) if biased[i] else None
         tensors[f"z{i}"] = make_z(kind, n_in, gate_dtype(dtype)) if gated[i] else None
         if gated[i]:
             masks[f"z{i}"] = wanted(tensors[f"z{i}"], full)
@@ -61,25 +74,26 @@ class TestAgainstTheFormula:
         ],
     )
     def test_sizes_and_activations(self, backend, batch, sizes, activation, dtype):
-        tensors, masks = case(batch, sizes, dtype=dtype)
+        tensors, masks = case(batch, sizes, activation=activation, dtype=dtype)
         compare(chain(activation), tensors, dtype=dtype, masks=masks)
 
     @pytest.mark.parametrize("activation", ACTIVATIONS)
     @pytest.mark.parametrize("gated", GATED)
     def test_with_and_without_each_gate_and_bias(self, backend, gated, activation):
         for biased in ((True, True, True), (False, False, False), (True, False, True)):
-            tensors, masks = case(11, (13, 37, 17, 7), gated=gated, biased=biased)
+            tensors, masks = case(11, (13, 37, 17, 7), activation=activation, gated=gated, biased=biased)
             compare(chain(activation), tensors, dtype=torch.float32, what=f"{biased}", masks=masks)
 
     @pytest.mark.parametrize("activation", ACTIVATIONS)
     @pytest.mark.parametrize("kinds", list(itertools.product(KINDS, repeat=2)))
     def test_kinds_of_gates(self, backend, kinds, activation):
-        tensors, masks = case(11, (23, 41, 5), kinds=kinds)
+        tensors, masks = case(11, (23, 41, 5), activation=activation, kinds=kinds)
         _, grads = compare(chain(activation), tensors, dtype=torch.float32, masks=masks)
         open_in, open_hidden = tensors["z0"] != 0, tensors["z1"] != 0
-        assert not grads["w0"][~open_hidden].any()
+        open_rows = open_hidden.repeat(ROWS[activation])
+        assert not grads["w0"][~open_rows].any()
         assert not grads["w0"][:, ~open_in].any()
-        assert not grads["b0"][~open_hidden].any()
+        assert not grads["b0"][~open_rows].any()
         assert not grads["w1"][:, ~open_hidden].any()
         assert not grads["x"][:, ~open_in].any()
 
@@ -87,28 +101,29 @@ class TestAgainstTheFormula:
     @pytest.mark.parametrize("activation", ACTIVATIONS)
     def test_own_gates_below_zero_and_above_one(self, backend, activation, full):
         for batch in (5, 60):
-            tensors, masks = case(batch, (23, 41, 19), kinds=("wild",), full=full)
+            tensors, masks = case(batch, (23, 41, 19), activation=activation, kinds=("wild",), full=full)
             compare(chain(activation, full), tensors, dtype=torch.float32, what=f"{batch}", masks=masks)
 
     @pytest.mark.parametrize("activation", ACTIVATIONS)
     @pytest.mark.parametrize("shape", [(13,), (0, 13), (2, 0, 13), (3, 2, 13), (2, 1, 3, 13)])
     def test_leading_dimensions_and_empty_batches(self, backend, shape, activation):
-        tensors, masks = case(1, (13, 21, 6))
+        tensors, masks = case(1, (13, 21, 6), activation=activation)
         tensors["x"] = torch.randn(shape)
         y, grads = compare(chain(activation), tensors, dtype=torch.float32, masks=masks)
         assert y.shape == (*shape[:-1], 6)
         assert grads["x"].shape == shape
 
+    @pytest.mark.parametrize("activation", ["gelu", "swiglu"])
     @pytest.mark.parametrize("sizes", [(0, 5, 3), (5, 0, 3), (5, 3, 0), (4, 0)])
-    def test_no_units(self, backend, sizes):
-        tensors, masks = case(4, sizes)
-        compare(chain("gelu"), tensors, dtype=torch.float32, masks=masks)
+    def test_no_units(self, backend, sizes, activation):
+        tensors, masks = case(4, sizes, activation=activation)
+        compare(chain(activation), tensors, dtype=torch.float32, masks=masks)
 
     @pytest.mark.parametrize("activation", ACTIVATIONS)
     def test_layouts(self, backend, activation):
         for x_layout, w_layout in itertools.product(LAYOUTS.values(), repeat=2):
             for dy_layout in (*LAYOUTS.values(), lambda dy: dy[:1, :1].expand(dy.shape)):
-                tensors, masks = case(12, (35, 41, 18, 9))
+                tensors, masks = case(12, (35, 41, 18, 9), activation=activation)
                 tensors["x"] = x_layout(tensors["x"])
                 for i in range(3):
                     tensors[f"w{i}"] = w_layout(tensors[f"w{i}"])
@@ -133,7 +148,7 @@ class TestAgainstTheFormula:
     @pytest.mark.parametrize("activation", ACTIVATIONS)
     def test_dead_memory_is_not_read(self, backend, activation):
         results = []
-        tensors, _ = case(9, (33, 41, 26, 6))
+        tensors, _ = case(9, (33, 41, 26, 6), activation=activation)
         for dead in (False, True):
             leaves = {name: t.clone() for name, t in tensors.items()}
             if dead:
@@ -141,14 +156,27 @@ class TestAgainstTheFormula:
                     closed = leaves[f"z{i}"] == 0
                     leaves[f"w{i}"][:, closed] = float("nan")
                     if i:
-                        leaves[f"w{i - 1}"][closed] = float("inf")
-                        leaves[f"b{i - 1}"][closed] = float("nan")
+                        rows = closed.repeat(ROWS[activation])
+                        leaves[f"w{i - 1}"][rows] = float("inf")
+                        leaves[f"b{i - 1}"][rows] = float("nan")
                 leaves["x"][:, leaves["z0"] == 0] = float("nan")
             leaves = {name: t.requires_grad_() for name, t in leaves.items()}
             y = chain(activation)(l0, **leaves)
             results.append([y, *torch.autograd.grad(y.square().sum(), list(leaves.values()))])
         for left, right in zip(*results, strict=True):
             assert torch.equal(left, right)
+
+    @pytest.mark.parametrize(("activation", "act"), [("swiglu", F.silu), ("geglu", F.gelu)])
+    def test_gated_product_by_hand(self, backend, activation, act):
+        """Three layers: the first half of a hidden weight's rows is the activated factor."""
+        x, z1, z2 = torch.randn(7, 5), make_z("mixed", 6), make_z("mixed", 4)
+        (g1, u1), (g2, u2) = torch.randn(2, 6, 5), torch.randn(2, 4, 6)
+        bg, bu, last = torch.randn(6), torch.randn(6), torch.randn(3, 4)
+        weights, biases = [torch.cat((g1, u1)), torch.cat((g2, u2)), last], [torch.cat((bg, bu)), None, None]
+        y = l0.gated_mlp(x, weights, biases, [None, Gates.from_z(z1), Gates.from_z(z2)], activation)
+        h = act(x @ g1.T + bg) * (x @ u1.T + bu) * z1
+        h = act(h @ g2.T) * (h @ u2.T) * z2
+        torch.testing.assert_close(y, h @ last.T, rtol=1e-5, atol=1e-5)
 
     def test_relu_passes_a_nan_on(self, backend):
         x = torch.tensor([[float("nan"), 1.0]])
@@ -157,13 +185,13 @@ class TestAgainstTheFormula:
 
 
 class TestNeededGradients:
-    @pytest.mark.parametrize("activation", ["relu", "gelu"])
+    @pytest.mark.parametrize("activation", ["relu", "gelu", "swiglu"])
     @pytest.mark.parametrize("batch", [4, 50])
     def test_every_subset(self, backend, activation, batch):
         names = ("x", "w0", "b0", "z0", "w1", "b1", "z1")
         for n in range(len(names) + 1):
             for needs in itertools.combinations(names, n):
-                tensors, masks = case(batch, (11, 19, 7))
+                tensors, masks = case(batch, (11, 19, 7), activation=activation)
                 _, grads = compare(
                     chain(activation),
                     tensors,
@@ -187,7 +215,14 @@ class TestL0Mlp:
     @pytest.mark.parametrize("activation", ACTIVATIONS)
     @pytest.mark.parametrize("gated", GATED)
     def test_is_sample_then_chain(self, backend, gated, activation, dtype):
-        tensors, _ = case(9, (31, 43, 21, 5), gated=(False,) * 3, biased=(True, False, True), dtype=dtype)
+        tensors, _ = case(
+            9,
+            (31, 43, 21, 5),
+            activation=activation,
+            gated=(False,) * 3,
+            biased=(True, False, True),
+            dtype=dtype,
+        )
         for i, n in enumerate((31, 43, 21)):
             tensors[f"z{i}"] = torch.randn(n, dtype=dtype) if gated[i] else None
 
@@ -204,12 +239,13 @@ class TestL0Mlp:
         masks = {name: wanted(g.z, False) for name, g in zip(given, drawn, strict=True)}
         compare(call, tensors, dtype=dtype, masks=masks)
 
-    def test_equals_gated_mlp_bit_for_bit(self, backend):
-        tensors, _ = case(9, (31, 43, 5), gated=(False,) * 2)
+    @pytest.mark.parametrize("activation", ["gelu", "swiglu"])
+    def test_equals_gated_mlp_bit_for_bit(self, backend, activation):
+        tensors, _ = case(9, (31, 43, 5), activation=activation, gated=(False,) * 2)
         w, b = [tensors["w0"], tensors["w1"]], [tensors["b0"], tensors["b1"]]
         a = [torch.randn(31), torch.randn(43)]
-        fused = l0.l0_mlp(tensors["x"], w, b, a, "gelu", seed=SEED)
-        assert torch.equal(fused, l0.gated_mlp(tensors["x"], w, b, l0.sample_gates(a, seed=SEED), "gelu"))
+        fused = l0.l0_mlp(tensors["x"], w, b, a, activation, seed=SEED)
+        assert torch.equal(fused, l0.gated_mlp(tensors["x"], w, b, l0.sample_gates(a, seed=SEED), activation))
 
     def test_a_missing_seed_comes_from_torch(self, backend):
         tensors, _ = case(9, (31, 43, 5), gated=(False,) * 2)
@@ -244,7 +280,12 @@ class TestGradcheck:
     @pytest.mark.parametrize("gated", [(True, True, True), (False, True, False), (True, False, True)])
     def test_sampled_gates(self, backend, activation, gated):
         tensors, _ = case(
-            3, (5, 6, 4, 3), gated=(False,) * 3, biased=(True, False, True), dtype=torch.float64
+            3,
+            (5, 6, 4, 3),
+            activation=activation,
+            gated=(False,) * 3,
+            biased=(True, False, True),
+            dtype=torch.float64,
         )
         log_alphas = [torch.randn(n, dtype=torch.float64) for n in (5, 6, 4)]
         names = [name for name, t in tensors.items() if t is not None]
@@ -261,7 +302,9 @@ class TestGradcheck:
 
     @pytest.mark.parametrize("activation", ACTIVATIONS)
     def test_own_gates(self, backend, activation):
-        tensors, _ = case(3, (5, 6, 3), kinds=("wild",), dtype=torch.float64, full=True)
+        tensors, _ = case(
+            3, (5, 6, 3), activation=activation, kinds=("wild",), dtype=torch.float64, full=True
+        )
         closed = {name: t == 0 for name, t in tensors.items() if name.startswith("z")}
 
         def call(*values):
@@ -308,6 +351,24 @@ class TestErrors:
         with pytest.raises(ValueError, match=r"gates\[1\] must hold 4 gates, .* got z of shape \(5,\)"):
             self.call(gates=[None, Gates.from_z(torch.ones(5))])
 
+    @pytest.mark.parametrize("call", ["gated_mlp", "l0_mlp"])
+    def test_rows_of_a_gated_product(self, backend, call):
+        def shapes(*rows):
+            weights = [torch.zeros(n, k) for n, k in rows]
+            getattr(l0, call)(torch.zeros(2, 3), weights, [None, None], [None, None], "swiglu")
+
+        shapes((8, 3), (2, 4))
+        with pytest.raises(
+            ValueError, match=r"weights\[0\] must have an even number of rows, .* got .*\(9, 3"
+        ):
+            shapes((9, 3), (2, 4))
+        with pytest.raises(
+            ValueError, match=r"weights\[1\] must have 4 columns, half the rows of .*\(2, 8\)"
+        ):
+            shapes((8, 3), (2, 8))
+        with pytest.raises(ValueError, match=r"x must have shape \(\.\.\., 6\), .* got \(2, 3\)"):
+            shapes((8, 6), (2, 4))
+
     def test_kinds_and_dtypes(self, backend):
         with pytest.raises(TypeError, match=r"weights\[1\] must have the dtype of x, .* got torch.float64"):
             self.call(weights=[torch.zeros(4, 3), torch.zeros(2, 4).double()])
@@ -324,9 +385,15 @@ class TestErrors:
         with pytest.raises(ValueError, match=r"gates\[0\]\.z must be on cpu, .* got meta"):
             self.call(gates=[Gates(*(t.to("meta") for t in Gates.from_z(torch.ones(3))[:3])), None])
 
-    def test_counts_that_are_none(self, backend):
+    @pytest.mark.parametrize("activation", ["relu", "swiglu"])
+    def test_counts_that_are_none(self, backend, activation):
         z, index, _, _ = Gates.from_z(make_z("mixed", 4))
         for value in (-1, 5, 2**31 - 1):
             bad = Gates(z, index, torch.tensor([value, 128], dtype=torch.int32))
             with pytest.raises(ValueError, match=rf"count\[0\] must be in \[0, 4\], got {value}"):
-                self.call(gates=[None, bad])
+                self.call(
+                    weights=[torch.zeros(4 * ROWS[activation], 3), torch.zeros(2, 4)],
+                    biases=[None, None],
+                    gates=[None, bad],
+                    activation=activation,
+                )

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import l0kernels as l0
 from l0kernels import Gates, reference
+from l0kernels.reference.mlp import GLU, ROWS
 from op_checks import BACKENDS, LAYOUTS, SEED, compare, make_z, strided, to_list, wanted
 
 pytestmark = pytest.mark.usefixtures("seeded")
@@ -53,12 +54,13 @@ class TestOpcheck:
             opcheck(OPS.gated_linear_backward.default, args)
 
     @pytest.mark.parametrize(("layout", "dtype"), CASES)
-    @pytest.mark.parametrize("activation", ["relu", "gelu"])
+    @pytest.mark.parametrize("activation", ["relu", "gelu", "swiglu"])
     def test_gated_mlp(self, backend, layout, dtype, activation):
-        make = LAYOUTS[layout]
+        make, rows = LAYOUTS[layout], ROWS[activation]
         x, dy = make(torch.randn(6, 13)).to(dtype), make(torch.randn(6, 5)).to(dtype)
-        weights = [make(torch.randn(shape)).to(dtype) for shape in ((9, 13), (7, 9), (5, 7))]
-        biases = [torch.randn(9).to(dtype), None, torch.randn(5).to(dtype)]
+        shapes = ((9 * rows, 13), (7 * rows, 9), (5, 7))
+        weights = [make(torch.randn(shape)).to(dtype) for shape in shapes]
+        biases = [torch.randn(9 * rows).to(dtype), None, torch.randn(5).to(dtype)]
         # Beyond the open units packed activations hold anything; the comparison with AOTAutograd cannot know.
         for hidden, utilities in (
             (to_list(Gates.from_z(torch.rand(7))), UTILITIES),
@@ -179,6 +181,9 @@ CALLS = {
         x, [w, w2], [b, b2], l0.sample_gates([a_in, a_out], seed=SEED), "gelu"
     ),
     "l0_mlp": lambda x, w, b, w2, b2, a_in, a_out, **_: l0.l0_mlp(x, [w, w2], [b, b2], [a_in, a_out]),
+    "gated product": lambda x, w, b, w2, b2, a_in, a_out, **_: l0.l0_mlp(
+        x, [torch.cat((w, -w)), w2], [torch.cat((b, b + 1)), b2], [a_in, a_out], "swiglu"
+    ),
     "masked_linear": lambda x, w, b, a_weight, **_: l0.masked_linear(x, w, b, a_weight, seed=SEED),
     "masked_linear, blocks": lambda x, w, b, a_block, **_: l0.masked_linear(x, w, b, a_block, block=(3, 4)),
     "masked_linear, evaluation": lambda x, w, b, a_weight, **_: l0.masked_linear(
@@ -437,6 +442,8 @@ def low_call(name):
 
     def mlp(activation, namespace, x, w, b, w2, b2, a_in, a_out):
         gates = namespace.sample_gates([a_in, a_out], seed=SEED)
+        if activation in GLU:
+            w, b = torch.cat((w, w.flip(0))), torch.cat((b, -b))
         return namespace.gated_mlp(x, [w, w2], [b, b2], gates, activation)
 
     def masked(block, namespace, x, w, b, a):
@@ -467,7 +474,7 @@ def low_case(name, dtype):
 
 
 class TestLowPrecision:
-    NAMES = ("linear", "support", "relu", "gelu", "silu", "identity", "masked", "blocks")
+    NAMES = ("linear", "support", *ROWS, "masked", "blocks")
 
     @pytest.mark.parametrize("dtype", LOW)
     @pytest.mark.parametrize("name", NAMES)
@@ -651,7 +658,7 @@ class TestErrors:
     batch=st.integers(0, 40),
     sizes=st.lists(st.integers(1, 90), min_size=2, max_size=4),
     kinds=st.lists(st.sampled_from(["mixed", "open", "closed", "few", "wild", None]), min_size=3, max_size=3),
-    activation=st.sampled_from(["relu", "gelu", "silu", "identity"]),
+    activation=st.sampled_from(list(ROWS)),
     layout=st.sampled_from(sorted(LAYOUTS)),
     full=st.booleans(),
     value=st.integers(0, 2**31),
@@ -661,8 +668,9 @@ def test_chains_of_random_shapes(batch, sizes, kinds, activation, layout, full, 
     depth = len(sizes) - 1
     tensors, masks = {"x": LAYOUTS[layout](torch.randn(batch, sizes[0]))}, {}
     for i, (n_in, n_out) in enumerate(itertools.pairwise(sizes)):
-        tensors[f"w{i}"] = LAYOUTS[layout](torch.randn(n_out, n_in) / n_in**0.5)
-        tensors[f"b{i}"] = torch.randn(n_out)
+        n_rows = n_out * (ROWS[activation] if i + 1 < depth else 1)
+        tensors[f"w{i}"] = LAYOUTS[layout](torch.randn(n_rows, n_in) / n_in**0.5)
+        tensors[f"b{i}"] = torch.randn(n_rows)
         if kinds[i] is not None:
             tensors[f"z{i}"] = make_z(kinds[i], n_in)
             masks[f"z{i}"] = wanted(tensors[f"z{i}"], full)

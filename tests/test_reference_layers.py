@@ -263,6 +263,28 @@ class TestGatedMLP:
 
         assert gradcheck(call, (randn(2, 3), *log_alphas, *weights, *biases))
 
+    @pytest.mark.parametrize(("activation", "act"), [("swiglu", nn.SiLU()), ("geglu", nn.GELU())])
+    def test_gated_product(self, activation, act):
+        gate, up, down = nn.Linear(5, 6), nn.Linear(5, 6), nn.Linear(6, 3)
+        x, z = torch.randn(2, 4, 5), Gates.from_z(mixed_z(6).float())
+        weights = [torch.cat((gate.weight, up.weight)), down.weight]
+        biases = [torch.cat((gate.bias, up.bias)), down.bias]
+        y = gated_mlp(x, weights, biases, [None, z], activation)
+        torch.testing.assert_close(y, down(act(gate(x)) * up(x) * z.z))
+        y = gated_mlp(x, weights, biases, [None, None], activation)
+        torch.testing.assert_close(y, down(act(gate(x)) * up(x)))
+
+    @pytest.mark.parametrize("activation", ["swiglu", "geglu"])
+    def test_gated_product_gradcheck(self, activation):
+        log_alphas = [randn(n) for n in (3, 5, 4)]
+        leaves = [randn(10, 3), randn(8, 5), randn(2, 4), randn(10), None, randn(2)]
+
+        def call(x, *leaves):
+            gates = sample_gates(leaves[:3], seed=SEED)
+            return gated_mlp(x, leaves[3:6], leaves[6:], gates, activation)
+
+        assert gradcheck(call, (randn(2, 3), *log_alphas, *leaves))
+
     def test_default_activation_single_layer_and_empty_batch(self):
         x, weight, bias = randn(3, 5), randn(4, 5), randn(4)
         assert torch.equal(gated_mlp(x, [weight], [bias], [None]), nn.functional.linear(x, weight, bias))
@@ -513,6 +535,12 @@ def test_bad_l0_linear(kwargs, error, message):
         ({"activation": "tanh"}, ValueError, "activation must be one of 'relu', 'gelu'.*got 'tanh'"),
         ({"activation": nn.ReLU()}, ValueError, "activation must be one of"),
         ({"weights": [W, torch.zeros(3, 5)]}, ValueError, r"weights\[1\] must have 4 columns.*\(3, 5\)"),
+        ({"activation": "swiglu"}, ValueError, r"weights\[1\] must have 2 columns, half the rows .*\(3, 4\)"),
+        (
+            {"weights": [torch.zeros(7, 5), torch.zeros(3, 4)], "biases": [None] * 2, "activation": "geglu"},
+            ValueError,
+            r"weights\[0\] must have an even number of rows, two per unit of 'geglu', got shape \(7, 5\)",
+        ),
         ({"weights": [W, torch.zeros(3, 4).double()]}, TypeError, r"weights\[1\] must have the dtype of x"),
         ({"weights": [W, torch.zeros(3, 4, device=META)]}, ValueError, r"weights\[1\] must be on cpu"),
         ({"weights": [W, torch.zeros(3)]}, ValueError, r"weights\[1\] must have shape \(out, in\)"),

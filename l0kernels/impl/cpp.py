@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .._registry import native as _C
 from ..reference.gates import HardConcrete, round_up
+from ..reference.mlp import GLU
 from . import packed
 from . import torch as portable
 from .packed import Gate, extent
@@ -310,8 +311,8 @@ def mlp_forward(
     dtype: torch.dtype,
 ) -> tuple[Tensor, list[Tensor]]:
     """y, and what backward needs: the hidden activations, packed in (M, n_l) buffers, and for curved
-    activations their arguments."""
-    if not _fused(dtype, x, *weights, *biases):
+    activations their arguments. Gated products are composed: native pack and unpack around torch.mm."""
+    if activation in GLU or not _fused(dtype, x, *weights, *biases):
         return packed.mlp_forward(_PACK, x, weights, biases, gates, activation, dtype)
     M = x.shape[0]
     saved = [x.new_empty(M, w.shape[1]) for w in weights[1:]]
@@ -343,7 +344,7 @@ def mlp_backward(
     full: list[bool],
     needs: list[bool],
 ) -> list[Tensor | None]:
-    if not _fused(dtype, dy, x, *weights, *biases):
+    if activation in GLU or not _fused(dtype, dy, x, *weights, *biases):
         return packed.mlp_backward(
             _PACK, dy, x, weights, biases, gates, saved, activation, dtype, full, needs
         )

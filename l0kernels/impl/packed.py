@@ -12,6 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..reference.gates import round_up
+from ..reference.mlp import GLU, ROWS
+
 Gate = list[Tensor]
 
 
@@ -58,7 +61,11 @@ def extent(gate: Gate | None, size: int, dtype: torch.dtype) -> int:
     n_open = int(gate[2][0])
     if not 0 <= n_open <= size:
         raise ValueError(f"gates.count[0] must be in [0, {size}], got {n_open}")
-    return n_open if dtype.itemsize > 2 else min(-(-n_open // 32) * 32, size)
+    return _padded(n_open, size, dtype)
+
+
+def _padded(n_open: int, size: int, dtype: torch.dtype) -> int:
+    return n_open if dtype.itemsize > 2 else min(round_up(n_open, 32), size)
 
 
 def linear_forward(
@@ -153,17 +160,69 @@ def mlp_forward(
     activation: str,
     dtype: torch.dtype,
 ) -> tuple[Tensor, list[Tensor]]:
-    """y (M, n_L) and what backward needs: the hidden layers' pre-activations, packed in (M, n_l) buffers."""
+    """y (M, n_L) and what backward needs: the hidden layers' pre-activations, packed in (M, n_l) buffers.
+
+    Of a gated product the buffer is (M, 2 n_l): its first argument from column 0, the second from n_l on.
+    """
     saved: list[Tensor] = []
     h = p.pack(x, None, gates[0], dtype, scale_cols=True)
     for weight, bias, gate, out_gate in zip(weights[:-1], biases[:-1], gates[:-1], gates[1:], strict=True):
-        a = _affine(p, h, p.pack(weight, out_gate, gate, dtype), bias, out_gate, dtype)
-        saved.append(F.pad(a, (0, weight.shape[0] - a.shape[1])))  # a static shape, whatever is open
-        h = _scaled(_activate(activation, a), out_gate, dtype)
+        rows = _rows(out_gate, weight, activation, dtype)
+        a = _affine(p, h, p.pack(weight, rows, gate, dtype), bias, rows, dtype)
+        arguments = [a]
+        if activation in GLU:
+            saved.append(_spread(a, out_gate, weight.shape[0] // 2))
+            arguments = _arguments(saved[-1], out_gate, activation, dtype)
+        else:
+            saved.append(F.pad(a, (0, weight.shape[0] - a.shape[1])))  # a static shape, whatever is open
+        h = _scaled(_activate(activation, *arguments), out_gate, dtype)
     return _affine(p, h, p.pack(weights[-1], None, gates[-1], dtype), biases[-1], None, dtype), saved
 
 
-def _activate(activation: str, a: Tensor) -> Tensor:
+def _rows(gate: Gate | None, weight: Tensor, activation: str, dtype: torch.dtype) -> Gate | None:
+    """The gate of a hidden weight's rows: for a gated product the units' gate, twice."""
+    if gate is None or activation not in GLU:
+        return gate
+    n = weight.shape[0] // 2
+    extent(gate, n, dtype)  # raises for a count that is none
+    z, index, count = gate
+    n_open = int(count[0])
+    opened, closed = index[:n_open], index[n_open:n]
+    index = torch.cat((opened, opened + n, closed, closed + n, index.new_zeros(round_up(2 * n) - 2 * n)))
+    return [torch.cat((z, z)), index, count.new_tensor([2 * n_open, round_up(2 * n_open)])]
+
+
+def _spread(a: Tensor, gate: Gate | None, n: int) -> Tensor:
+    """The two packed halves of a gated product, each at the start of n columns, zeros behind."""
+    if gate is None:
+        return a
+    n_open = int(gate[2][0])
+    out = a.new_zeros(a.shape[0], 2 * n)
+    out[:, :n_open] = a[:, :n_open]
+    out[:, n : n + n_open] = a[:, n_open : 2 * n_open]
+    return out
+
+
+def _join(halves: list[Tensor], gate: Gate | None, n: int, dtype: torch.dtype) -> Tensor:
+    """The mirror of _spread: one behind the other, as long as the packed rows of their weight."""
+    if gate is None:
+        return torch.cat(halves, 1)
+    n_open = int(gate[2][0])
+    joined = torch.cat([half[:, :n_open] for half in halves], 1)
+    padding = _padded(2 * n_open, 2 * n, dtype) - 2 * n_open
+    return F.pad(joined, (0, padding)) if padding else joined
+
+
+def _arguments(saved: Tensor, gate: Gate | None, activation: str, dtype: torch.dtype) -> list[Tensor]:
+    """The packed arguments of a hidden layer's activation: one, of a gated product two."""
+    n = saved.shape[1] // ROWS[activation]
+    length = extent(gate, n, dtype)
+    return [saved[:, half * n : half * n + length] for half in range(ROWS[activation])]
+
+
+def _activate(activation: str, a: Tensor, up: Tensor | None = None) -> Tensor:
+    if up is not None:
+        return _activate(GLU[activation], a) * up
     if activation == "relu":
         return torch.relu(a)
     if activation == "gelu":
@@ -173,14 +232,17 @@ def _activate(activation: str, a: Tensor) -> Tensor:
     return a
 
 
-def _activation_grad(activation: str, grad: Tensor, a: Tensor) -> Tensor:
+def _activation_grads(activation: str, grad: Tensor, a: Tensor, up: Tensor | None = None) -> list[Tensor]:
+    if up is not None:
+        act = GLU[activation]
+        return [*_activation_grads(act, grad * up, a), grad * _activate(act, a)]
     if activation == "relu":
-        return torch.ops.aten.threshold_backward(grad, a, 0)
+        return [torch.ops.aten.threshold_backward(grad, a, 0)]
     if activation == "gelu":
-        return torch.ops.aten.gelu_backward(grad, a)
+        return [torch.ops.aten.gelu_backward(grad, a)]
     if activation == "silu":
-        return torch.ops.aten.silu_backward(grad, a)
-    return grad
+        return [torch.ops.aten.silu_backward(grad, a)]
+    return [grad]
 
 
 def _scaled(h: Tensor, gate: Gate | None, dtype: torch.dtype) -> Tensor:
@@ -215,14 +277,14 @@ def mlp_backward(
     grad = dy.to(dtype)
     for i in range(depth - 1, -1, -1):
         weight, bias = weights[i], biases[i]
-        out_gate = gates[i + 1] if i + 1 < depth else None
-        a = saved[i - 1][:, : extent(gates[i], weight.shape[1], dtype)] if i else None
+        rows = _rows(gates[i + 1], weight, activation, dtype) if i + 1 < depth else None
+        arguments = _arguments(saved[i - 1], gates[i], activation, dtype) if i else []
         if need_w[i] or need_z[i]:
-            h = _activate(activation, a) if a is not None else p.pack(x, None, gates[0], dtype)
+            h = _activate(activation, *arguments) if i else p.pack(x, None, gates[0], dtype)
             dw[i], _, dz[i] = p.unpack(
                 torch.mm(grad.t(), h),
                 (weight.shape[0], weight.shape[1]),
-                out_gate,
+                rows,
                 gates[i],
                 weight.dtype,
                 scale_cols=True,
@@ -232,14 +294,15 @@ def mlp_backward(
             )
         if bias is not None and need_b[i]:
             db_packed = grad.sum(0, keepdim=True, dtype=torch.promote_types(dtype, torch.float32))
-            db[i] = p.unpack(db_packed, (1, weight.shape[0]), None, out_gate, bias.dtype)[0][0]
+            db[i] = p.unpack(db_packed, (1, weight.shape[0]), None, rows, bias.dtype)[0][0]
         if i == 0 and not needs[0]:
             break
-        grad = torch.mm(grad, p.pack(weight, out_gate, gates[i], dtype))
-        if a is None:
+        grad = torch.mm(grad, p.pack(weight, rows, gates[i], dtype))
+        if i == 0:
             dx = p.unpack(grad, (x.shape[0], x.shape[1]), None, gates[0], x.dtype, scale_cols=True)[0]
         else:
-            grad = _activation_grad(activation, _scaled(grad, gates[i], dtype), a)
+            grads = _activation_grads(activation, _scaled(grad, gates[i], dtype), *arguments)
+            grad = grads[0] if len(grads) == 1 else _join(grads, gates[i], weight.shape[1], dtype)
     return [dx, *(w if n else None for w, n in zip(dw, need_w, strict=True)), *db, *dz]
 
 

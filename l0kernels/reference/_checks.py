@@ -95,16 +95,19 @@ def check_seed(seed: Any, device: torch.device, name: str = "seed") -> None:
     check_device(name, seed, device, "log_alpha")
 
 
-def fits_chain(x: Any, weights: Sequence[Any], biases: Sequence[Any], log_alphas: Sequence[Any]) -> bool:
+def fits_chain(
+    x: Any, weights: Sequence[Any], biases: Sequence[Any], log_alphas: Sequence[Any], rows: int = 1
+) -> bool:
     """Whether a chain of layers with gate parameters on their inputs is all right; a few attributes a tensor.
 
-    False sends the caller to the checks that say what is wrong: those cost as much as a small layer.
+    ``rows`` of a hidden weight make one unit. False sends the caller to the checks that say what is wrong:
+    those cost as much as a small layer.
     """
     try:
-        dtype, device, n = x.dtype, x.device, x.shape[-1]
+        dtype, device, n = x.dtype, x.device, x.shape[-1] * rows
         for weight, bias, log_alpha in zip(weights, biases, log_alphas, strict=True):
             n_out, n_in = weight.shape
-            if n_in != n or weight.dtype is not dtype or weight.device != device:
+            if n_in * rows != n or weight.dtype is not dtype or weight.device != device:
                 return False
             if bias is not None and (
                 bias.shape != (n_out,) or bias.dtype is not dtype or bias.device != device

@@ -22,6 +22,19 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": torch.nn.functional.silu,
     "identity": _identity,
 }
+GLU = {"swiglu": "silu", "geglu": "gelu"}
+"""Gated products: the activation of the first half of a hidden layer's rows, which multiplies the second."""
+
+ROWS = dict.fromkeys(ACTIVATIONS, 1) | dict.fromkeys(GLU, 2)
+"""Rows of a hidden weight per unit, for every activation there is."""
+
+
+def _activate(activation: str, a: Tensor) -> Tensor:
+    """The hidden units (..., n) of pre-activations (..., n), or (..., 2 n) for a gated product."""
+    if activation not in GLU:
+        return ACTIVATIONS[activation](a)
+    gate, up = a.tensor_split(2, -1)
+    return ACTIVATIONS[GLU[activation]](gate) * up
 
 
 def check_mlp(
@@ -37,15 +50,23 @@ def check_mlp(
     for name, values in (("biases", biases), ("gates", gates)):
         if len(values) != len(weights):
             raise ValueError(f"{name} must hold one entry per weight, {len(weights)}, got {len(values)}")
-    _checks.check_choice("activation", activation, ACTIVATIONS)
+    _checks.check_choice("activation", activation, ROWS)
+    rows = ROWS[activation]
     _checks.check_linear(x, weights[0], biases[0], "[0]")
     for i, (weight, bias, gate) in enumerate(zip(weights, biases, gates, strict=True)):
         _checks.check_weight(weight, bias, f"[{i}]")
         _checks.check_device(f"weights[{i}]", weight, x.device, "x")
         _checks.check_same_dtype(f"weights[{i}]", weight, "x", x)
-        if i and weight.shape[1] != weights[i - 1].shape[0]:
+        if i and weight.shape[1] * rows != weights[i - 1].shape[0]:
+            n, left = divmod(weights[i - 1].shape[0], rows)
+            if left:
+                raise ValueError(
+                    f"weights[{i - 1}] must have an even number of rows, two per unit of {activation!r}, "
+                    f"got shape {tuple(weights[i - 1].shape)}"
+                )
+            share = "half the rows" if rows == 2 else "the rows"
             raise ValueError(
-                f"weights[{i}] must have {weights[i - 1].shape[0]} columns, the rows of weights[{i - 1}], "
+                f"weights[{i}] must have {n} columns, {share} of weights[{i - 1}], "
                 f"got shape {tuple(weight.shape)}"
             )
         if gate is not None:
@@ -62,14 +83,16 @@ def gated_mlp(
     """Chain of linear layers, each gated at its input.
 
     ``h_0 = x * z_0``, ``h_l = act(h_{l-1} W_{l-1}^T + b_{l-1}) * z_l``, ``y = h_{L-1} W_{L-1}^T + b_{L-1}``:
-    a hidden gate multiplies after the activation, and the last layer has none.
+    a hidden gate multiplies after the activation, and the last layer has none. For the gated products
+    "swiglu" and "geglu", ``h_l = act(h_{l-1} W_g^T + b_g) * (h_{l-1} W_u^T + b_u) * z_l`` with act = silu or
+    gelu, ``W_{l-1} = [W_g; W_u]`` and ``b_{l-1} = [b_g; b_u]``; y is linear as ever.
 
     Args:
         x: (..., in) any float dtype.
-        weights: L matrices (n_{l+1}, n_l), dtype of x.
-        biases: L vectors (n_{l+1},) or None each.
+        weights: L matrices (n_{l+1}, n_l), dtype of x; (2 n_{l+1}, n_l) in front of a gated product.
+        biases: L vectors, as long as their weight has rows, or None each.
         gates: L Gates of n_l gates or None each.
-        activation: "relu", "gelu" (the erf form), "silu" or "identity".
+        activation: "relu", "gelu" (the erf form), "silu", "identity", "swiglu" or "geglu".
 
     Returns:
         y (..., n_L) in the dtype of x (under autocast, in its dtype).
@@ -79,10 +102,9 @@ def gated_mlp(
         ValueError: unequal lengths, a wrong shape, number of gates or device, or an unknown activation.
     """
     check_mlp(x, weights, biases, gates, activation)
-    act = ACTIVATIONS[activation]
     for i, (weight, bias, gate) in enumerate(zip(weights, biases, gates, strict=True)):
         if i:
-            x = act(x)
+            x = _activate(activation, x)
         if gate is not None:
             x = scale(x, gate.z)
         x = torch.nn.functional.linear(x, weight, bias)
