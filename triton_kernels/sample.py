@@ -1,0 +1,296 @@
+"""Hard-concrete gate vectors: noise, z, and the order of open and closed gates, for all vectors at once.
+
+A vector of up to ONE_PASS gates is one program. A longer one would keep one multiprocessor busy (at 130
+instructions a gate, 1 to 2 clocks) while the others idle: one launch draws its chunks, a second orders them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._table import device_table
+from ._variants import Variant
+from .hard_concrete import gate_slope, gate_value, uniform
+
+if TYPE_CHECKING:
+    from l0kernels.reference.gates import HardConcrete
+
+TAU = 0.9
+"""Open share above which the dimension is taken in natural order: count[1] = round_up(n)."""
+
+ONE_PASS = 4096
+"""Longest vector, up to 8192, that one program draws and orders in registers."""
+
+_ALIGN = 128
+_CHUNK = 1024
+_COLUMNS = 8  # of a table row: address, length, offset in z, offset in index, vector, chunk, chunks, 0
+_GRAD_BLOCK = 1024
+
+
+@triton.jit
+def _program(log_alpha_ptr, table_ptr, n, CHUNK: tl.constexpr, SINGLE: tl.constexpr):
+    """What this program works on: log_alpha, length, offsets in z and index, vector, chunk, chunks."""
+    pid = tl.program_id(0)
+    if SINGLE:
+        zero = pid.to(tl.int64) * 0
+        return log_alpha_ptr, n, zero, zero, pid * 0, pid, tl.cdiv(n, CHUNK)
+    else:
+        row_ptr = table_ptr + pid * 8
+        return (
+            tl.load(row_ptr).to(tl.pointer_type(tl.float32)),
+            tl.load(row_ptr + 1).to(tl.int32),
+            tl.load(row_ptr + 2),
+            tl.load(row_ptr + 3),
+            tl.load(row_ptr + 4).to(tl.int32),
+            tl.load(row_ptr + 5).to(tl.int32),
+            tl.load(row_ptr + 6).to(tl.int32),
+        )
+
+
+@triton.jit
+def _order(index_ptr, offs, mask, is_open, open_before, n_open):
+    """Places gates ``offs``, of which is_open are open, after open_before open ones in a vector of n_open."""
+    place = tl.cumsum(is_open.to(tl.int32), 0) + open_before
+    tl.store(index_ptr + tl.where(is_open, place - 1, n_open + offs - place), offs, mask=mask)
+
+
+@triton.jit
+def _finish(index_ptr, count_ptr, n, n_open, tau):
+    """The padding of index and both counts."""
+    tail = n + tl.arange(0, 128)
+    tl.store(index_ptr + tail, tail * 0, mask=tail < tl.cdiv(n, 128) * 128)
+    many = n_open.to(tl.float32) > tau * n.to(tl.float32)
+    tl.store(count_ptr, n_open)
+    tl.store(count_ptr + 1, tl.cdiv(tl.where(many, n, n_open), 128) * 128)
+
+
+@triton.jit(do_not_specialize=["n", "rank"])
+def _draw_kernel(
+    log_alpha_ptr,  # of the only vector, if SINGLE
+    table_ptr,  # (programs, 8) int64, if not SINGLE
+    seed_ptr,  # (1,) int64
+    z_ptr,  # (sum n,)
+    index_ptr,  # (sum round_up(n),) int32
+    count_ptr,  # (vectors, 2) int32
+    chunk_open_ptr,  # (programs,) int32, unless WHOLE
+    n,
+    rank,
+    inv_beta,
+    gamma,
+    zeta,
+    tau,
+    SINGLE: tl.constexpr,
+    WHOLE: tl.constexpr,  # vectors of one chunk each
+    BLOCK: tl.constexpr,
+):
+    """z of a chunk, and its order if it is the whole vector, else how many of it are open."""
+    log_alpha_ptr, n, z_offset, index_offset, vector, chunk, _ = _program(
+        log_alpha_ptr, table_ptr, n, BLOCK, SINGLE
+    )
+    offs = chunk * BLOCK + tl.arange(0, BLOCK)
+    mask = offs < n
+    log_alpha = tl.load(log_alpha_ptr + offs, mask=mask, other=0.0)
+    u = uniform(tl.load(seed_ptr), offs, vector, rank)
+    z = gate_value(log_alpha, u, inv_beta, gamma, zeta)
+    tl.store(z_ptr + z_offset + offs, z, mask=mask)
+    is_open = (z != 0.0) & mask  # true of a NaN
+    n_open = tl.sum(is_open.to(tl.int32), 0)
+    if WHOLE:
+        _order(index_ptr + index_offset, offs, mask, is_open, 0, n_open)
+        _finish(index_ptr + index_offset, count_ptr + 2 * vector, n, n_open, tau)
+    else:
+        tl.store(chunk_open_ptr + tl.program_id(0), n_open)
+
+
+@triton.jit(do_not_specialize=["n"])
+def _order_kernel(
+    table_ptr,  # as above
+    z_ptr,
+    index_ptr,
+    count_ptr,
+    chunk_open_ptr,
+    n,
+    tau,
+    SINGLE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CHUNKS: tl.constexpr,
+):
+    """The order of a chunk, from the open counts of all chunks of its vector, CHUNKS at a time."""
+    _, n, z_offset, index_offset, vector, chunk, chunks = _program(z_ptr, table_ptr, n, BLOCK, SINGLE)
+    offs = chunk * BLOCK + tl.arange(0, BLOCK)
+    mask = offs < n
+    z = tl.load(z_ptr + z_offset + offs, mask=mask, other=0.0)
+    chunk_open_ptr += tl.program_id(0) - chunk
+    n_open = chunk * 0
+    open_before = chunk * 0
+    for start in range(0, chunks, CHUNKS):
+        other = start + tl.arange(0, CHUNKS)
+        counts = tl.load(chunk_open_ptr + other, mask=other < chunks, other=0)
+        n_open += tl.sum(counts, 0)
+        open_before += tl.sum(tl.where(other < chunk, counts, 0), 0)
+    _order(index_ptr + index_offset, offs, mask, z != 0.0, open_before, n_open)
+    if chunk == 0:
+        _finish(index_ptr + index_offset, count_ptr + 2 * vector, n, n_open, tau)
+
+
+@triton.jit
+def _gate_grad_kernel(dz_ptr, z_ptr, out_ptr, n, inv_beta, gamma, zeta, BLOCK: tl.constexpr):
+    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = offs < n
+    z = tl.load(z_ptr + offs, mask=mask, other=0.0)
+    fractional = (z > 0.0) & (z < 1.0)
+    dz = tl.load(dz_ptr + offs, mask=mask, other=0.0)
+    # Not dz * 0: a NaN of a closed gate must not get through.
+    grad = tl.where(fractional, dz * gate_slope(z, inv_beta, gamma, zeta), 0.0)
+    tl.store(out_ptr + offs, grad, mask=mask)
+
+
+def _cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _block(n: int) -> int:
+    """The block of a vector that one program draws."""
+    return max(128, triton.next_power_of_2(n))
+
+
+def _warps(block: int) -> int:
+    """4 gates a thread, 8 in large blocks: fewer partial sums to add up across warps, still no spills."""
+    return max(min(block // 128, 8), block // 256)
+
+
+def _table_rows(sizes: list[int], addresses: list[int], block: int) -> list[int]:
+    rows: list[int] = []
+    z_offset = index_offset = 0
+    for i, (n, address) in enumerate(zip(sizes, addresses, strict=True)):
+        chunks = max(1, _cdiv(n, block))
+        for chunk in range(chunks):
+            rows += (address, n, z_offset, index_offset, i, chunk, chunks, 0)
+        z_offset += n
+        index_offset += _cdiv(n, _ALIGN) * _ALIGN
+    return rows
+
+
+def sample(
+    log_alphas: list[Tensor], seed: Tensor, rank: int, dist: HardConcrete
+) -> tuple[Tensor, Tensor, Tensor]:
+    """z, index and count of every gate vector, concatenated; stream = position.
+
+    Args:
+        log_alphas: (n,) float32 each, n < 2**31 - 128.
+        seed: (1,) int64.
+        rank: in [0, 2**32).
+        dist: the distribution's constants.
+
+    Returns:
+        z (sum n,) float32, index (sum round_up(n),) int32 and count (2 * vectors,) int32, [open, extent] of
+        each: extent is round_up(open), or round_up(n) where open > TAU * n.
+    """
+    log_alphas = [a.contiguous() for a in log_alphas]
+    sizes = [a.shape[0] for a in log_alphas]
+    device = seed.device
+    z = torch.empty(sum(sizes), dtype=torch.float32, device=device)
+    index = torch.empty(sum([_cdiv(n, _ALIGN) for n in sizes]) * _ALIGN, dtype=torch.int32, device=device)
+    count = torch.empty(2 * len(sizes), dtype=torch.int32, device=device)
+    longest = max(sizes)
+    whole = longest <= ONE_PASS
+    block = _block(longest) if whole else _CHUNK
+    single = len(sizes) == 1
+    if single:
+        programs, table = max(1, _cdiv(longest, block)), seed
+    else:
+        addresses = [a.data_ptr() for a in log_alphas]
+        key = ("sample", block, *sizes, *addresses)
+        table = device_table(key, device, lambda: _table_rows(sizes, addresses, block))
+        programs = table.shape[0] // _COLUMNS
+    chunk_open = count if whole else torch.empty(programs, dtype=torch.int32, device=device)
+    _draw_kernel[(programs,)](
+        log_alphas[0],
+        table,
+        seed,
+        z,
+        index,
+        count,
+        chunk_open,
+        longest,
+        rank,
+        1.0 / dist.beta,
+        dist.gamma,
+        dist.zeta,
+        TAU,
+        SINGLE=single,
+        WHOLE=whole,
+        BLOCK=block,
+        num_warps=_warps(block),
+    )
+    if not whole:
+        _order_kernel[(programs,)](
+            table,
+            z,
+            index,
+            count,
+            chunk_open,
+            longest,
+            TAU,
+            SINGLE=single,
+            BLOCK=_CHUNK,
+            CHUNKS=_CHUNK,
+            num_warps=_warps(_CHUNK),
+        )
+    return z, index, count
+
+
+def gate_grad(dz: Tensor, z: Tensor, dist: HardConcrete) -> Tensor:
+    """dlog_alpha = dz * dz/dlog_alpha, float32 in the shape of z; exactly 0 where z is 0 or 1."""
+    dz, z = dz.contiguous(), z.contiguous()
+    grad = torch.empty_like(z)
+    n = z.numel()
+    if n:
+        grid = (_cdiv(n, _GRAD_BLOCK),)
+        _gate_grad_kernel[grid](
+            dz, z, grad, n, 1.0 / dist.beta, dist.gamma, dist.zeta, BLOCK=_GRAD_BLOCK, num_warps=4
+        )
+    return grad
+
+
+def variants() -> Iterator[Variant]:
+    """Every configuration that the launchers above use."""
+    scalars = {"n": "i32", "rank": "i32", "inv_beta": "fp32", "gamma": "fp32", "zeta": "fp32", "tau": "fp32"}
+    draw = {
+        "log_alpha_ptr": "*fp32:16",
+        "table_ptr": "*i64:16",
+        "seed_ptr": "*i64:16",
+        "z_ptr": "*fp32:16",
+        "index_ptr": "*i32:16",
+        "count_ptr": "*i32:16",
+        "chunk_open_ptr": "*i32:16",
+        **scalars,
+    }
+    order = {name: draw[name] for name in _order_kernel.arg_names if name in draw}
+    for single in (False, True):
+        name = "single" if single else "table"
+        sizes = [128 << i for i in range(7)]
+        for block, whole in [*((b, True) for b in sizes if b <= _block(ONE_PASS)), (_CHUNK, False)]:
+            constants = {"SINGLE": single, "WHOLE": whole, "BLOCK": block}
+            yield Variant(
+                f"sample/draw_{name}_{block if whole else 'chunk'}",
+                _draw_kernel,
+                draw,
+                constants,
+                num_warps=_warps(block),
+            )
+        constants = {"SINGLE": single, "BLOCK": _CHUNK, "CHUNKS": _CHUNK}
+        yield Variant(f"sample/order_{name}", _order_kernel, order, constants, num_warps=_warps(_CHUNK))
+    constants = {"BLOCK": _GRAD_BLOCK}
+    for name, n, expects in (("any", "i32", ()), ("aligned", "i32:16", ("wide_load",))):
+        grad = {"dz_ptr": "*fp32:16", "z_ptr": "*fp32:16", "out_ptr": "*fp32:16", "n": n}
+        grad |= {k: scalars[k] for k in ("inv_beta", "gamma", "zeta")}
+        yield Variant(
+            f"sample/gate_grad_{name}", _gate_grad_kernel, grad, constants, expects=frozenset(expects)
+        )
