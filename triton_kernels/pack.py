@@ -1,0 +1,817 @@
+"""pack: the open rows or columns of a matrix, times their gates. unpack: the mirror, with the gate gradient.
+
+A gate is a list [z, index, count]; count = [open, extent] lives on the device, only the kernels read it. A
+gate whose extent reaches its size is plain: its dimension keeps its natural order. Rows travel as whole
+contiguous pieces. Packed columns lie in consecutive lanes, so that a warp's gather of ascending sources
+touches few sectors; a reshape then hands every thread 16 contiguous bytes of the contiguous side.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from functools import lru_cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._variants import Variant
+
+Gate = list[Tensor]
+
+_ALIGN = 128
+_PROGRAMS_PER_SM = 8
+_GATHER_ROWS, _GATHER_COLS = 8, 256  # 16 independent loads in flight per thread with 4 warps
+_COPY_TILE = 4096
+_REDUCE_COLS = 32
+
+
+@triton.jit
+def _read_gate(count_ptr, size):
+    """Is it plain, how many positions hold a unit, and how many of the packed ones are read or written."""
+    n_open = tl.load(count_ptr)
+    extent = tl.load(count_ptr + 1)
+    plain = extent >= size
+    limit = tl.where(plain, size, n_open)
+    return plain, limit, tl.cdiv(tl.minimum(extent, size), 128) * 128
+
+
+@triton.jit
+def _rank(index_ptr, n_open, capacity, value, SEARCH: tl.constexpr):
+    """How many of index[:n_open], ascending, are below value: two vector loads, SEARCH**2 >= capacity."""
+    lane = tl.arange(0, SEARCH)
+    # Every entry may be read, so that the samples need not wait for the count.
+    sample = tl.load(index_ptr + lane * SEARCH, mask=lane * SEARCH < capacity, other=0)
+    n_below = tl.sum(((sample < value) & (lane * SEARCH < n_open)).to(tl.int32), 0)
+    start = tl.maximum(n_below - 1, 0) * SEARCH
+    segment = tl.load(index_ptr + start + lane, mask=start + lane < n_open, other=2147483647)
+    return tl.where(n_below > 0, start + tl.sum((segment < value).to(tl.int32), 0), 0)
+
+
+@triton.jit
+def _fractional(z, FULL: tl.constexpr):
+    """Where a gate gradient is wanted; a NaN gate has one."""
+    if FULL:
+        return z != 0.0
+    return ~((z <= 0.0) | (z >= 1.0))
+
+
+@triton.jit
+def _pack_rows(
+    full_ptr,  # (R, C) stride_fr * VEC, stride_fc
+    packed_ptr,  # (Rcap, >= C) stride_p * VEC, 1
+    z_ptr,
+    index_ptr,
+    count_ptr,
+    R,
+    C,  # C * VEC columns
+    C_out,  # C_out * VEC columns are written, the last ones zero
+    stride_fr,
+    stride_fc,
+    stride_p,
+    HAS_ROWS: tl.constexpr,
+    SCALE: tl.constexpr,
+    SKIP_PLAIN: tl.constexpr,
+    UNIT: tl.constexpr,  # stride_fc == 1
+    VEC: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    pid = tl.program_id(0)
+    C, C_out = C * VEC, C_out * VEC
+    plain, limit, extent = True, R, R
+    if HAS_ROWS:
+        plain, limit, extent = _read_gate(count_ptr, R)
+    n_tiles_c = tl.cdiv(C_out, BLOCK_C)
+    n_tiles = tl.cdiv(extent, BLOCK_R) * n_tiles_c
+    if SKIP_PLAIN:
+        n_tiles = tl.where(plain, 0, n_tiles)
+    for tile in range(pid, n_tiles, tl.num_programs(0)):
+        row = tile // n_tiles_c * BLOCK_R + tl.arange(0, BLOCK_R)
+        col = tile % n_tiles_c * BLOCK_C + tl.arange(0, BLOCK_C)
+        unit = row
+        if HAS_ROWS:
+            unit = tl.where(plain, row, tl.load(index_ptr + row, mask=row < limit, other=0))
+        mask = (row < limit)[:, None] & (col < C)[None, :]
+        source = full_ptr + unit.to(tl.int64)[:, None] * (stride_fr * VEC)
+        if UNIT:
+            source = source + col[None, :]
+        else:
+            source = source + col.to(tl.int64)[None, :] * stride_fc
+        value = tl.load(source, mask=mask, other=0.0)
+        if SCALE:
+            z = tl.load(z_ptr + unit, mask=row < limit, other=0.0)
+            value = tl.where(mask, value.to(tl.float32) * z[:, None], 0.0)
+        target = packed_ptr + row.to(tl.int64)[:, None] * (stride_p * VEC) + col[None, :]
+        tl.store(
+            target,
+            value.to(packed_ptr.dtype.element_ty),
+            mask=(row < extent)[:, None] & (col < C_out)[None, :],
+        )
+
+
+@triton.jit
+def _pack_cols(
+    full_ptr,  # (R, C) stride_fr * VEC, stride_fc
+    packed_ptr,  # (Rcap, Ccap) stride_p, 1
+    row_z_ptr,
+    row_index_ptr,
+    row_count_ptr,
+    col_z_ptr,
+    col_index_ptr,
+    col_count_ptr,
+    R,
+    C,  # C * VEC columns
+    stride_fr,
+    stride_fc,
+    stride_p,
+    HAS_ROWS: tl.constexpr,
+    SCALE_ROWS: tl.constexpr,
+    SCALE_COLS: tl.constexpr,
+    SKIP_PLAIN: tl.constexpr,
+    UNIT: tl.constexpr,  # stride_fc == 1
+    VEC: tl.constexpr,
+    WIDTH: tl.constexpr,  # packed elements in 16 bytes
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    n_programs = tl.num_programs(0)
+    C = C * VEC
+    plain_c, limit_c, extent_c = _read_gate(col_count_ptr, C)
+    plain, plain_r, limit_r, extent_r = plain_c, True, R, R
+    if HAS_ROWS:
+        plain_r, limit_r, extent_r = _read_gate(row_count_ptr, R)
+        plain = plain_c & plain_r
+    # All programs share what is open: a program keeps a tile of columns and strides over the rows.
+    n_tiles = tl.cdiv(extent_c, BLOCK_C)
+    n_chunks = tl.maximum(n_programs // tl.maximum(n_tiles, 1), 1)
+    n_steps = tl.cdiv(extent_r, BLOCK_R)
+    n_items = n_tiles * n_chunks
+    if SKIP_PLAIN:
+        n_items = tl.where(plain, 0, n_items)
+    for item in range(tl.program_id(0), n_items, n_programs):
+        start = item % n_tiles * BLOCK_C
+        col = start + tl.arange(0, BLOCK_C)
+        unit_c = tl.load(col_index_ptr + col, mask=(col < limit_c) & (plain_c == 0), other=0)
+        unit_c = tl.where(plain_c, col, unit_c)
+        # The same columns as rows of WIDTH, for accesses of 16 bytes.
+        group = tl.arange(0, BLOCK_C // WIDTH) * WIDTH
+        wide = start + group[:, None] + tl.arange(0, WIDTH)[None, :]
+        if SCALE_COLS:
+            z_c = tl.load(col_z_ptr + unit_c, mask=col < limit_c, other=0.0)
+            z_c = tl.reshape(z_c, (1, BLOCK_C // WIDTH, WIDTH))
+        for step in range(item // n_tiles, n_steps, n_chunks):
+            row = step * BLOCK_R + tl.arange(0, BLOCK_R)
+            unit_r = row
+            if HAS_ROWS:
+                unit_r = tl.where(plain_r, row, tl.load(row_index_ptr + row, mask=row < limit_r, other=0))
+            source = full_ptr + unit_r.to(tl.int64) * (stride_fr * VEC)
+            mask = (row < limit_r)[:, None, None] & (wide < limit_c)[None, :, :]
+            if plain_c:
+                if UNIT:
+                    natural = source[:, None, None] + wide[None, :, :]
+                else:
+                    natural = source[:, None, None] + wide.to(tl.int64)[None, :, :] * stride_fc
+                inside = (row < limit_r)[:, None, None] & (wide < C)[None, :, :]
+                value = tl.load(natural, mask=inside, other=0.0)
+            else:
+                if UNIT:
+                    gather = source[:, None] + unit_c[None, :]
+                else:
+                    gather = source[:, None] + unit_c.to(tl.int64)[None, :] * stride_fc
+                held = (row < limit_r)[:, None] & (col < limit_c)[None, :]
+                value = tl.load(gather, mask=held, other=0.0)
+                value = tl.reshape(value, (BLOCK_R, BLOCK_C // WIDTH, WIDTH))
+            if SCALE_ROWS or SCALE_COLS:
+                scaled = value.to(tl.float32)
+                if SCALE_ROWS:
+                    z_r = tl.load(row_z_ptr + unit_r, mask=row < limit_r, other=0.0)
+                    scaled = scaled * z_r[:, None, None]
+                if SCALE_COLS:
+                    scaled = scaled * z_c
+                scaled = tl.where(mask, scaled, 0.0)  # zeros stay zeros beside a NaN gate
+                result = scaled.to(packed_ptr.dtype.element_ty)
+            else:
+                result = value.to(packed_ptr.dtype.element_ty)
+            target = packed_ptr + row.to(tl.int64)[:, None, None] * stride_p + wide[None, :, :]
+            tl.store(target, result, mask=(row < extent_r)[:, None, None] & (wide < extent_c)[None, :, :])
+
+
+@triton.jit
+def _unpack_rows(
+    packed_ptr,  # (>= open, >= C) stride_p * VEC, 1
+    full_ptr,  # (R, C) stride_f * VEC, 1
+    theta_ptr,  # (R, C) stride_tr * VEC, stride_tc
+    dz_ptr,  # (R,), or (n_chunks, R) partial sums
+    z_ptr,
+    index_ptr,
+    count_ptr,
+    R,
+    C,  # C * VEC columns
+    stride_p,
+    stride_f,
+    stride_tr,
+    stride_tc,
+    n_chunks,  # programs that share the columns
+    HAS_ROWS: tl.constexpr,
+    SCALE: tl.constexpr,
+    DZ: tl.constexpr,
+    FULL: tl.constexpr,
+    SKIP_PLAIN: tl.constexpr,
+    UNIT: tl.constexpr,  # stride_tc == 1
+    VEC: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    pid = tl.program_id(0)
+    chunk = pid % n_chunks
+    C = C * VEC
+    row = pid // n_chunks * BLOCK_R + tl.arange(0, BLOCK_R)
+    inside = row < R
+    unit, live, wanted, write = row, inside, inside, True
+    # The index holds the closed units behind the open ones: every row of the result is written once.
+    if HAS_ROWS:
+        plain, limit, _ = _read_gate(count_ptr, R)
+        unit = tl.where(plain, row, tl.load(index_ptr + row, mask=inside, other=0))
+        z = tl.load(z_ptr + unit, mask=inside, other=0.0)
+        live = (row < limit) & (z != 0.0)
+        wanted = live & _fractional(z, FULL)
+        if SKIP_PLAIN:
+            write = plain == 0
+    n_tiles = tl.cdiv(C, BLOCK_C)
+    if SKIP_PLAIN and not DZ:
+        n_tiles = tl.where(write, n_tiles, 0)
+    acc = tl.zeros((BLOCK_R, BLOCK_C), dtype=tl.float32)
+    for tile in range(chunk, n_tiles, n_chunks):
+        col = tile * BLOCK_C + tl.arange(0, BLOCK_C)
+        source = packed_ptr + row.to(tl.int64)[:, None] * (stride_p * VEC) + col[None, :]
+        value = tl.load(source, mask=live[:, None] & (col < C)[None, :], other=0.0)
+        if DZ:
+            where = theta_ptr + unit.to(tl.int64)[:, None] * (stride_tr * VEC)
+            if UNIT:
+                where = where + col[None, :]
+            else:
+                where = where + col.to(tl.int64)[None, :] * stride_tc
+            theta = tl.load(where, mask=wanted[:, None] & (col < C)[None, :], other=0.0)
+            acc += value.to(tl.float32) * theta.to(tl.float32)
+        if SCALE:
+            result = tl.where(live[:, None], value.to(tl.float32) * z[:, None], 0.0)
+            result = result.to(full_ptr.dtype.element_ty)
+        else:
+            result = value.to(full_ptr.dtype.element_ty)
+        target = full_ptr + unit.to(tl.int64)[:, None] * (stride_f * VEC) + col[None, :]
+        mask = inside[:, None] & (col < C)[None, :]
+        if SKIP_PLAIN:
+            mask = mask & write
+        tl.store(target, result, mask=mask)
+    if DZ:
+        dz = tl.where(wanted, tl.sum(acc, 1), 0.0)
+        tl.store(dz_ptr + chunk.to(tl.int64) * R + unit, dz, mask=inside)
+
+
+@triton.jit
+def _unpack_cols(
+    packed_ptr,  # (>= open, >= open) stride_p, 1
+    full_ptr,  # (R, C) stride_f * VEC, 1
+    theta_ptr,  # (R, C) stride_tr * VEC, stride_tc
+    dz_row_ptr,  # (R,), or (n_tiles, R) partial sums
+    dz_col_ptr,  # (C,), or (n_chunks, C) partial sums
+    row_z_ptr,
+    row_index_ptr,
+    row_count_ptr,
+    col_z_ptr,
+    col_index_ptr,
+    col_count_ptr,
+    R,
+    C,  # C * VEC columns
+    capacity,  # of col_index
+    stride_p,
+    stride_f,
+    stride_tr,
+    stride_tc,
+    n_chunks,  # programs that share the rows
+    HAS_ROWS: tl.constexpr,
+    SCALE_ROWS: tl.constexpr,
+    SCALE_COLS: tl.constexpr,
+    DZ_ROWS: tl.constexpr,
+    DZ_COLS: tl.constexpr,
+    FULL_ROWS: tl.constexpr,
+    FULL_COLS: tl.constexpr,
+    SKIP_PLAIN: tl.constexpr,
+    UNIT: tl.constexpr,  # stride_tc == 1
+    VEC: tl.constexpr,
+    WIDTH: tl.constexpr,  # elements of full in 16 bytes
+    SEARCH: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    C = C * VEC
+    n_tiles = tl.cdiv(C, BLOCK_C)
+    tile = tl.program_id(0) % n_tiles
+    chunk = tl.program_id(0) // n_tiles
+    plain_c, limit_c, _ = _read_gate(col_count_ptr, C)
+    plain, plain_r, limit_r = plain_c, True, R
+    if HAS_ROWS:
+        plain_r, limit_r, _ = _read_gate(row_count_ptr, R)
+        plain = plain_c & plain_r
+    write = True
+    n_steps = tl.cdiv(R, BLOCK_R)
+    if SKIP_PLAIN:
+        write = plain == 0
+        if not DZ_ROWS and not DZ_COLS:
+            n_steps = tl.where(write, n_steps, 0)
+
+    start = tile * BLOCK_C
+    col = start + tl.arange(0, BLOCK_C)
+    z_narrow = tl.load(col_z_ptr + col, mask=col < C, other=0.0)
+    open_narrow = z_narrow != 0.0
+    before = _rank(col_index_ptr, limit_c, capacity, start, SEARCH)
+    place = before + tl.cumsum(open_narrow.to(tl.int32), 0) - 1
+    # The same columns as rows of WIDTH, for accesses of 16 bytes.
+    group = tl.arange(0, BLOCK_C // WIDTH) * WIDTH
+    wide = start + group[:, None] + tl.arange(0, WIDTH)[None, :]
+    z_c = tl.load(col_z_ptr + wide, mask=wide < C, other=0.0)
+    open_c = z_c != 0.0
+    if DZ_COLS:
+        acc = tl.zeros((BLOCK_R, BLOCK_C // WIDTH, WIDTH), dtype=tl.float32)
+    for step in range(chunk, n_steps, n_chunks):
+        # The index holds the closed units behind the open ones: every row of the result is written once.
+        row = step * BLOCK_R + tl.arange(0, BLOCK_R)
+        inside = row < R
+        unit, live = row, inside
+        if HAS_ROWS:
+            unit = tl.where(plain_r, row, tl.load(row_index_ptr + row, mask=inside, other=0))
+            z_r = tl.load(row_z_ptr + unit, mask=inside, other=0.0)
+            live = (row < limit_r) & (z_r != 0.0)
+        # limit_r is known before z_r: the loads of the matrix need not wait for it.
+        source = packed_ptr + row.to(tl.int64) * stride_p
+        if plain_c:
+            natural = source[:, None, None] + wide[None, :, :]
+            value = tl.load(natural, mask=(row < limit_r)[:, None, None] & (wide < C)[None, :, :], other=0.0)
+        else:
+            gather = source[:, None] + place[None, :]
+            value = tl.load(gather, mask=(row < limit_r)[:, None] & open_narrow[None, :], other=0.0)
+            value = tl.reshape(value, (BLOCK_R, BLOCK_C // WIDTH, WIDTH))
+        both = live[:, None, None] & open_c[None, :, :]
+        if DZ_ROWS or DZ_COLS:
+            if DZ_COLS:
+                wanted = live
+            else:
+                wanted = live & _fractional(z_r, FULL_ROWS)
+            where = theta_ptr + unit.to(tl.int64)[:, None, None] * (stride_tr * VEC)
+            if UNIT:
+                where = where + wide[None, :, :]
+            else:
+                where = where + wide.to(tl.int64)[None, :, :] * stride_tc
+            theta = tl.load(where, mask=wanted[:, None, None] & (wide < C)[None, :, :], other=0.0)
+            terms = tl.where(both, value.to(tl.float32) * theta.to(tl.float32), 0.0)
+            if DZ_COLS:
+                if SCALE_ROWS:
+                    acc += tl.where(live[:, None, None], terms * z_r[:, None, None], 0.0)
+                else:
+                    acc += terms
+            if DZ_ROWS:
+                if SCALE_COLS:
+                    terms = terms * z_c[None, :, :]
+                dz_row = tl.sum(tl.sum(terms, 2), 1)
+                dz_row = tl.where(live & _fractional(z_r, FULL_ROWS), dz_row, 0.0)
+                tl.store(dz_row_ptr + tile.to(tl.int64) * R + unit, dz_row, mask=inside)
+        scaled = value
+        if SCALE_ROWS or SCALE_COLS:
+            scaled = scaled.to(tl.float32)
+            if SCALE_ROWS:
+                scaled = scaled * z_r[:, None, None]
+            if SCALE_COLS:
+                scaled = scaled * z_c[None, :, :]
+        result = tl.where(both, scaled, 0.0).to(full_ptr.dtype.element_ty)
+        target = full_ptr + unit.to(tl.int64)[:, None, None] * (stride_f * VEC) + wide[None, :, :]
+        mask = inside[:, None, None] & (wide < C)[None, :, :]
+        if SKIP_PLAIN:
+            mask = mask & write
+        tl.store(target, result, mask=mask)
+    if DZ_COLS:
+        dz_col = tl.where(open_c & _fractional(z_c, FULL_COLS), tl.sum(acc, 0), 0.0)
+        tl.store(dz_col_ptr + chunk.to(tl.int64) * C + wide, dz_col, mask=wide < C)
+
+
+@triton.jit
+def _reduce(
+    first_ptr,  # (P, >= size) stride_p, 1
+    second_ptr,  # the same
+    first_out_ptr,  # (size,)
+    second_out_ptr,
+    z_ptr,
+    index_ptr,
+    count_ptr,
+    P,
+    size,
+    stride_p,
+    HAS_GATE: tl.constexpr,
+    DZ: tl.constexpr,  # the first sum is a gate gradient
+    FULL: tl.constexpr,
+    HAS_SECOND: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = place < size
+    unit, filled, live, wanted = place, inside, inside, inside
+    if HAS_GATE:
+        plain, limit, _ = _read_gate(count_ptr, size)
+        unit = tl.where(plain, place, tl.load(index_ptr + place, mask=inside, other=0))
+        z = tl.load(z_ptr + unit, mask=inside, other=0.0)
+        filled = place < limit
+        live = filled & (z != 0.0)
+        wanted = live
+        if DZ:
+            wanted = live & _fractional(z, FULL)
+    acc = tl.zeros((BLOCK_P, BLOCK), dtype=tl.float32)
+    other = tl.zeros((BLOCK_P, BLOCK), dtype=tl.float32)
+    for start in range(0, P, BLOCK_P):
+        row = start + tl.arange(0, BLOCK_P)
+        mask = (row < P)[:, None] & filled[None, :]
+        offset = row.to(tl.int64)[:, None] * stride_p + place[None, :]
+        acc += tl.load(first_ptr + offset, mask=mask, other=0.0)
+        if HAS_SECOND:
+            other += tl.load(second_ptr + offset, mask=mask, other=0.0)
+    total = tl.where(wanted, tl.sum(acc, 0), 0.0)
+    tl.store(first_out_ptr + unit, total.to(first_out_ptr.dtype.element_ty), mask=inside)
+    if HAS_SECOND:
+        total = tl.where(live, tl.sum(other, 0), 0.0)
+        tl.store(second_out_ptr + unit, total.to(second_out_ptr.dtype.element_ty), mask=inside)
+
+
+def _round_up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
+
+
+@lru_cache
+def _programs(device: torch.device) -> int:
+    """How many programs fill the device; a handful under the interpreter, which runs them one by one."""
+    if device.type != "cuda":
+        return 6
+    return torch.cuda.get_device_properties(device).multi_processor_count * _PROGRAMS_PER_SM
+
+
+def _copy_blocks(columns: int) -> tuple[int, int]:
+    """Rows and columns of a tile that is copied whole."""
+    block_c = min(max(triton.next_power_of_2(columns), 16), 1024)
+    return _COPY_TILE // block_c, block_c
+
+
+def _search(size: int) -> int:
+    """The width of the two-level search, one of few values."""
+    width = 128
+    while width * width < size:
+        width *= 4
+    return width
+
+
+def pack(
+    full: Tensor,
+    rows: Gate | None,
+    cols: Gate | None,
+    dtype: torch.dtype,
+    *,
+    scale_rows: bool = False,
+    scale_cols: bool = False,
+    skip_plain: bool = True,
+    out: Tensor | None = None,
+) -> Tensor:
+    """The open rows and columns of ``full``, times their gates where asked (in fp32), in ``dtype``.
+
+    Args:
+        full: (R, C), any strides; a unit column stride is the fast case.
+        rows, cols: the gate of a dimension, or None.
+        scale_rows, scale_cols: multiply by z.
+        skip_plain: where every gate given is plain and nothing is scaled, leave the buffer alone: the
+            consumer reads ``full``. Decided on the device. Without any gate the buffer is always written.
+        out: where to write, of the shape returned, with unit column stride.
+
+    Returns:
+        (round_up(R, 128) or R, round_up(C, 128) or C rounded up to 16 bytes), row-major: a gated dimension is
+        rounded to 128. Zeros from the open units to the extent and in an ungated dimension's padding;
+        beyond an extent nothing is written.
+    """
+    n_rows, n_cols = full.shape
+    scale_rows, scale_cols = scale_rows and rows is not None, scale_cols and cols is not None
+    if out is None:
+        capacity_r = n_rows if rows is None else _round_up(n_rows, _ALIGN)
+        capacity_c = _round_up(n_cols, 16 // dtype.itemsize if cols is None else _ALIGN)
+        out = torch.empty(capacity_r, capacity_c, dtype=dtype, device=full.device)
+    if not n_rows or not n_cols:
+        return out
+    stride_r, stride_c = full.stride()
+    unit = stride_c == 1 or n_cols == 1
+    skip = skip_plain and not scale_rows and not scale_cols and not (rows is None and cols is None)
+    z_r, index_r, count_r = rows or (None, None, None)
+    programs = _programs(full.device)
+    if cols is None:
+        vec = math.gcd(8, n_cols, stride_r, out.shape[1], out.stride(0))
+        block_r, block_c = _copy_blocks(n_cols)
+        n_tiles = triton.cdiv(out.shape[0], block_r) * triton.cdiv(out.shape[1], block_c)
+        _pack_rows[(min(n_tiles, 2 * programs),)](
+            full, out, z_r, index_r, count_r,
+            n_rows, n_cols // vec, out.shape[1] // vec, stride_r // vec, stride_c, out.stride(0) // vec,
+            HAS_ROWS=rows is not None, SCALE=scale_rows, SKIP_PLAIN=skip, UNIT=unit, VEC=vec,
+            BLOCK_R=block_r, BLOCK_C=block_c, num_warps=4,
+        )  # fmt: skip
+        return out
+    z_c, index_c, count_c = cols
+    vec = math.gcd(8, n_cols, stride_r)
+    n_tiles = triton.cdiv(out.shape[0], _GATHER_ROWS) * triton.cdiv(out.shape[1], _GATHER_COLS)
+    _pack_cols[(min(n_tiles, programs),)](
+        full, out, z_r, index_r, count_r, z_c, index_c, count_c,
+        n_rows, n_cols // vec, stride_r // vec, stride_c, out.stride(0),
+        HAS_ROWS=rows is not None, SCALE_ROWS=scale_rows, SCALE_COLS=scale_cols, SKIP_PLAIN=skip,
+        UNIT=unit, VEC=vec, WIDTH=16 // dtype.itemsize,
+        BLOCK_R=_GATHER_ROWS, BLOCK_C=_GATHER_COLS, num_warps=4,
+    )  # fmt: skip
+    return out
+
+
+def unpack(
+    packed: Tensor,
+    shape: tuple[int, int],
+    rows: Gate | None,
+    cols: Gate | None,
+    dtype: torch.dtype,
+    *,
+    scale_rows: bool = False,
+    scale_cols: bool = False,
+    theta: Tensor | None = None,
+    full_rows: bool = False,
+    full_cols: bool = False,
+    dz_rows: bool = False,
+    dz_cols: bool = False,
+    out: Tensor | None = None,
+    skip_plain: bool = False,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The matrix of ``shape`` with ``packed`` in its open rows and columns, times the gates; gate gradients.
+
+    ``dz_rows[i] = sum_j packed * theta * (z_j if scale_cols)`` where 0 < z_i < 1 (z_i != 0 with full_rows),
+    else exactly 0; columns likewise. The sums are in fp32, in an order that does not vary.
+
+    Args:
+        packed: at least the open rows and columns, unit column stride; what is closed is not read.
+        theta: (R, C), any strides; without it there are no gate gradients.
+        out: where to write, (R, C) with unit column stride.
+        skip_plain: where every gate given is plain, leave ``out`` alone: the product wrote it. The gate
+            gradients come from ``packed`` all the same.
+
+    Returns:
+        the matrix in ``dtype``, and dz (R,) and (C,), fp32, None where not asked for or without a gate.
+    """
+    n_rows, n_cols = shape
+    device = packed.device
+    scale_rows, scale_cols = scale_rows and rows is not None, scale_cols and cols is not None
+    dz_rows = dz_rows and rows is not None and theta is not None
+    dz_cols = dz_cols and cols is not None and theta is not None
+    skip = skip_plain and not (rows is None and cols is None)
+    if out is None:
+        out = torch.empty(n_rows, n_cols, dtype=dtype, device=device)
+    if not n_rows or not n_cols:
+        dz = [torch.zeros(n, device=device) if d else None for n, d in ((n_rows, dz_rows), (n_cols, dz_cols))]
+        return out, dz[0], dz[1]
+    stride_tr, stride_tc = theta.stride() if theta is not None else (0, 1)
+    unit = stride_tc == 1 or n_cols == 1
+    z_r, index_r, count_r = rows or (None, None, None)
+    programs = _programs(device)
+    if cols is None:
+        vec = math.gcd(8, n_cols, out.stride(0), packed.stride(0), stride_tr)
+        block_r, block_c = _copy_blocks(n_cols)
+        n_steps = triton.cdiv(n_rows, block_r)
+        # A program takes whole rows and finishes their dz, unless that leaves the device idle.
+        n_chunks = min(triton.cdiv(n_cols, block_c), triton.cdiv(programs, n_steps))
+        part_r = torch.empty(n_chunks, n_rows, device=device) if dz_rows else None
+        _unpack_rows[(n_steps * n_chunks,)](
+            packed, out, theta, part_r, z_r, index_r, count_r,
+            n_rows, n_cols // vec, packed.stride(0) // vec, out.stride(0) // vec, stride_tr // vec, stride_tc,
+            n_chunks,
+            HAS_ROWS=rows is not None, SCALE=scale_rows, DZ=dz_rows, FULL=full_rows, SKIP_PLAIN=skip,
+            UNIT=unit, VEC=vec, BLOCK_R=block_r, BLOCK_C=block_c, num_warps=4,
+        )  # fmt: skip
+        return out, _total(part_r), None
+    z_c, index_c, count_c = cols
+    vec = math.gcd(8, n_cols, out.stride(0), stride_tr)
+    n_tiles = triton.cdiv(n_cols, _GATHER_COLS)
+    n_chunks = min(max(programs // n_tiles, 1), triton.cdiv(n_rows, _GATHER_ROWS))
+    part_r = torch.empty(n_tiles, n_rows, device=device) if dz_rows else None
+    part_c = torch.empty(n_chunks, n_cols, device=device) if dz_cols else None
+    _unpack_cols[(n_tiles * n_chunks,)](
+        packed, out, theta, part_r, part_c, z_r, index_r, count_r, z_c, index_c, count_c,
+        n_rows, n_cols // vec, index_c.shape[0],
+        packed.stride(0), out.stride(0) // vec, stride_tr // vec, stride_tc, n_chunks,
+        HAS_ROWS=rows is not None, SCALE_ROWS=scale_rows, SCALE_COLS=scale_cols, DZ_ROWS=dz_rows,
+        DZ_COLS=dz_cols, FULL_ROWS=full_rows, FULL_COLS=full_cols, SKIP_PLAIN=skip,
+        UNIT=unit, VEC=vec, WIDTH=16 // dtype.itemsize, SEARCH=_search(index_c.shape[0]),
+        BLOCK_R=_GATHER_ROWS, BLOCK_C=_GATHER_COLS, num_warps=4,
+    )  # fmt: skip
+    return out, _total(part_r), _total(part_c)
+
+
+def _total(partial: Tensor | None) -> Tensor | None:
+    """Partial sums in natural order, added up; one row of them is the sum itself."""
+    if partial is None or partial.shape[0] == 1:
+        return partial if partial is None else partial[0]
+    return reduce_partials(partial, None, partial.shape[1], dz=False)
+
+
+def reduce_partials(
+    partial: Tensor,
+    gate: Gate | None,
+    size: int,
+    *,
+    dz: bool,
+    full: bool = False,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Column sums of ``partial``, packed as ``gate`` is, in the order of the units; 0 for closed ones.
+
+    Args:
+        partial: (P, >= size or capacity) fp32, unit column stride; beyond the open columns it is not read.
+        gate: None where the columns are the units.
+        dz: the sum is a gate gradient: 0 also where z is not fractional, unless ``full``.
+
+    Returns:
+        (size,) in ``dtype``; summed in fp32, in an order that does not vary.
+    """
+    out = torch.empty(size, dtype=dtype, device=partial.device)
+    _launch_reduce(partial, None, out, None, gate, size, dz, full)
+    return out
+
+
+def reduce_partials2(
+    dz_partial: Tensor,
+    db_partial: Tensor,
+    gate: Gate | None,
+    size: int,
+    *,
+    full: bool = False,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, Tensor]:
+    """reduce_partials of a gate gradient (fp32) and of a bias gradient (``dtype``), in one launch.
+
+    Both partials have the same shape and strides.
+    """
+    dz = torch.empty(size, device=dz_partial.device)
+    db = torch.empty(size, dtype=dtype, device=dz_partial.device)
+    _launch_reduce(dz_partial, db_partial, dz, db, gate, size, True, full)
+    return dz, db
+
+
+def _launch_reduce(
+    first: Tensor,
+    second: Tensor | None,
+    first_out: Tensor,
+    second_out: Tensor | None,
+    gate: Gate | None,
+    size: int,
+    dz: bool,
+    full: bool,
+) -> None:
+    if not size:
+        return
+    z, index, count = gate or (None, None, None)
+    _reduce[(triton.cdiv(size, _REDUCE_COLS),)](
+        first, second, first_out, second_out, z, index, count, first.shape[0], size, first.stride(0),
+        HAS_GATE=gate is not None, DZ=dz, FULL=full, HAS_SECOND=second is not None,
+        BLOCK_P=16 if first.shape[0] <= 16 else 64, BLOCK=_REDUCE_COLS, num_warps=4,
+    )  # fmt: skip
+
+
+def variants() -> Iterator[Variant]:
+    """Every kernel with the element types, alignments and gates that occur."""
+    yield from _row_variants()
+    yield from _col_variants()
+    yield from _reduce_variants()
+
+
+def _gate(side: str, given: bool = True) -> tuple[dict[str, str], dict[str, None]]:
+    """The three arguments of a gate: their types, or None each."""
+    names = [f"{side}{part}_ptr" for part in ("z", "index", "count")]
+    types = dict(zip(names, ("*fp32", "*i32", "*i32"), strict=True))
+    return (types, {}) if given else ({}, dict.fromkeys(names))
+
+
+def _row_variants() -> Iterator[Variant]:
+    block_r, block_c = _copy_blocks(4096)
+    blocks = {"BLOCK_R": block_r, "BLOCK_C": block_c}
+    types, _ = _gate("")
+    for name, source, packed, scale, vec in (
+        ("bf16", "*bf16:16", "*bf16:16", False, 8),
+        ("fp32", "*fp32:16", "*fp32:16", False, 8),
+        ("fp32_bf16_scaled", "*fp32:16", "*bf16:16", True, 8),
+        ("bf16_odd", "*bf16:16", "*bf16:16", True, 1),
+    ):
+        sizes = dict.fromkeys(("C", "C_out", "stride_fr", "stride_p"), "i32")
+        yield Variant(
+            f"pack/pack_rows_{name}",
+            _pack_rows,
+            {"full_ptr": source, "packed_ptr": packed, **types, "R": "i32", **sizes},
+            {
+                "stride_fc": 1, "HAS_ROWS": True, "SCALE": scale, "SKIP_PLAIN": not scale, "UNIT": True,
+                "VEC": vec, **blocks,
+            },
+            expects=frozenset({"wide_load"} if vec == 8 else ()),
+        )  # fmt: skip
+    for name, packed, full, dz, vec in (
+        ("bf16", "*bf16:16", "*bf16:16", False, 8),
+        ("fp32_bf16_dz", "*fp32:16", "*bf16:16", True, 8),
+        ("fp32_dz", "*fp32:16", "*fp32:16", True, 8),
+        ("bf16_odd", "*bf16:16", "*bf16:16", False, 1),
+    ):
+        sizes = dict.fromkeys(("R", "C", "stride_p", "stride_f", "stride_tr", "n_chunks"), "i32")
+        signature = {"packed_ptr": packed, "full_ptr": full, **types, **sizes}
+        missing = {} if dz else {"theta_ptr": None, "dz_ptr": None}
+        if dz:
+            signature |= {"theta_ptr": full, "dz_ptr": "*fp32:16"}
+        yield Variant(
+            f"pack/unpack_rows_{name}",
+            _unpack_rows,
+            signature,
+            {
+                **missing, "stride_tc": 1, "HAS_ROWS": True, "SCALE": True, "DZ": dz, "FULL": False,
+                "SKIP_PLAIN": False, "UNIT": True, "VEC": vec, **blocks,
+            },
+            expects=frozenset({"wide_load"} if vec == 8 else ()),
+        )  # fmt: skip
+
+
+def _col_variants() -> Iterator[Variant]:
+    blocks = {"BLOCK_R": _GATHER_ROWS, "BLOCK_C": _GATHER_COLS}
+    for name, source, packed, rows, scale, vec in (
+        ("bf16", "*bf16:16", "*bf16:16", False, False, 8),
+        ("bf16_scaled", "*bf16:16", "*bf16:16", False, True, 8),
+        ("bf16_rows", "*bf16:16", "*bf16:16", True, False, 8),
+        ("fp32", "*fp32:16", "*fp32:16", False, False, 8),
+        ("fp32_bf16_rows_scaled", "*fp32:16", "*bf16:16", True, True, 8),
+        ("bf16_odd", "*bf16:16", "*bf16:16", False, True, 1),
+    ):
+        (row_types, no_rows), (col_types, _) = _gate("row_", rows), _gate("col_")
+        sizes = {"R": "i32", "C": "i32", "stride_fr": "i32", "stride_p": "i32:16"}
+        yield Variant(
+            f"pack/pack_cols_{name}",
+            _pack_cols,
+            {"full_ptr": source, "packed_ptr": packed, **row_types, **col_types, **sizes},
+            {
+                **no_rows, "stride_fc": 1,
+                "HAS_ROWS": rows, "SCALE_ROWS": scale and rows, "SCALE_COLS": scale,
+                "SKIP_PLAIN": not scale, "UNIT": True, "VEC": vec, "WIDTH": 4 if packed == "*fp32:16" else 8,
+                **blocks,
+            },
+            expects=frozenset({"wide_load"} if vec == 8 else ()),
+        )  # fmt: skip
+    for name, packed, full, rows, dz, vec in (
+        ("bf16", "*bf16:16", "*bf16:16", False, False, 8),
+        ("bf16_dz", "*bf16:16", "*bf16:16", False, True, 8),
+        ("bf16_rows", "*bf16:16", "*bf16:16", True, False, 8),
+        ("fp32_bf16_dz", "*fp32:16", "*bf16:16", False, True, 8),
+        ("fp32_rows_dz", "*fp32:16", "*fp32:16", True, True, 8),
+        ("fp32_bf16_rows_dz", "*fp32:16", "*bf16:16", True, True, 8),
+        ("bf16_odd", "*bf16:16", "*bf16:16", False, False, 1),
+    ):
+        (row_types, no_rows), (col_types, _) = _gate("row_", rows), _gate("col_")
+        sizes = dict.fromkeys(("R", "C", "stride_f", "stride_tr", "n_chunks"), "i32")
+        signature = {"packed_ptr": packed, "full_ptr": full, **row_types, **col_types, **sizes}
+        signature |= {"capacity": "i32:16", "stride_p": "i32:16"}
+        missing = dict.fromkeys(("theta_ptr", "dz_row_ptr", "dz_col_ptr"))
+        if dz:
+            signature |= {"theta_ptr": full, "dz_col_ptr": "*fp32:16"}
+            missing = {} if rows else {"dz_row_ptr": None}
+            if rows:
+                signature |= {"dz_row_ptr": "*fp32:16"}
+        yield Variant(
+            f"pack/unpack_cols_{name}",
+            _unpack_cols,
+            signature,
+            {
+                **missing, **no_rows, "stride_tc": 1,
+                "HAS_ROWS": rows, "SCALE_ROWS": rows, "SCALE_COLS": True,
+                "DZ_ROWS": dz and rows, "DZ_COLS": dz, "FULL_ROWS": False, "FULL_COLS": False,
+                "SKIP_PLAIN": False, "UNIT": True, "VEC": vec, "WIDTH": 4 if full == "*fp32:16" else 8,
+                "SEARCH": 128, **blocks,
+            },
+            expects=frozenset({"wide_load"} if vec == 8 else ()),
+        )  # fmt: skip
+
+
+def _reduce_variants() -> Iterator[Variant]:
+    types, _ = _gate("")
+    for name, second, block_p in (("one", False, 64), ("two", True, 64), ("few", False, 16)):
+        signature = {"first_ptr": "*fp32:16", "first_out_ptr": "*fp32:16", **types}
+        signature |= dict.fromkeys(("P", "size", "stride_p"), "i32")
+        missing = {} if second else {"second_ptr": None, "second_out_ptr": None}
+        if second:
+            signature |= {"second_ptr": "*fp32:16", "second_out_ptr": "*bf16:16"}
+        yield Variant(
+            f"pack/reduce_{name}",
+            _reduce,
+            signature,
+            {
+                **missing, "HAS_GATE": True, "DZ": True, "FULL": False, "HAS_SECOND": second,
+                "BLOCK_P": block_p, "BLOCK": _REDUCE_COLS,
+            },
+        )  # fmt: skip
