@@ -1,0 +1,45 @@
+"""Builds the CUDA sources for the emulator: a module with the bindings of l0kernels._CUDA that runs on the CPU."""
+
+import subprocess
+import sys
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pybind11
+
+HERE = Path(__file__).resolve().parent
+CSRC = HERE.parents[1] / "csrc"
+NAME = "emulated_cuda"
+WARNINGS = ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
+
+
+def build(folder: Path, compiler: str = "g++", sanitize: bool = True) -> Path:
+    """The module compiled into ``folder``, with AddressSanitizer and UndefinedBehaviorSanitizer if asked for."""
+    flags = ["-std=c++17", "-O1", "-g1", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", *WARNINGS]
+    if sanitize:
+        flags += ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
+    flags += [f"-I{path}" for path in (CSRC, CSRC / "cuda", HERE, pybind11.get_include())]
+    flags += [f"-I{sysconfig.get_paths()['include']}"]
+    flags += ["-DL0_EMULATED", f"-DL0_MODULE={NAME}", '-DL0_ARCHITECTURES="emulated"']
+    sources = [*sorted((CSRC / "cuda").glob("*.cu")), CSRC / "cuda/bindings.cpp", HERE / "cuda_emulator.cpp"]
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def compile_one(source: Path) -> Path:
+        target = folder / f"{source.name}.o"
+        command = [compiler, *flags, "-x", "c++", "-c", str(source), "-o", str(target)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise RuntimeError(f"{source}:\n{done.stderr}")
+        return target
+
+    with ThreadPoolExecutor(2) as pool:
+        objects = list(pool.map(compile_one, sources))
+    module = folder / f"{NAME}{sysconfig.get_config_var('EXT_SUFFIX')}"
+    link = ["-shared", *(flag for flag in flags if flag.startswith("-fsanitize"))]
+    subprocess.run([compiler, *link, *map(str, objects), "-o", str(module)], check=True)
+    return module
+
+
+if __name__ == "__main__":
+    print(build(Path(sys.argv[1]), sanitize="--plain" not in sys.argv))
