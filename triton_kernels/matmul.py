@@ -1,0 +1,612 @@
+"""One product for all layers: packed or natural operands, extents read on the device, fused epilogues.
+
+    C (M, N) = epilogue(A (M, K) B (K, N))
+
+Any of M, N, K may be gated. Then its extent is count[1] of the gate, known to the device alone, and positions are
+packed (position j is unit index[j]) or, where the gate is plain (count[1] >= size), natural. An operand whose
+gates are all plain is read where it lies; else from its packed buffer. That choice is a pointer in the kernel.
+
+Programs are persistent. Operands come through TMA descriptors made on the device, for their shape is the extent;
+where a stride is no multiple of 16 bytes or the GPU has no TMA, through pointers.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._variants import Variant
+from .activation import act, act_grad
+
+Gate = list[Tensor]
+
+LAYOUTS = ("nt", "nn", "tn")
+"""How A and B are stored: nt A (M, K), B (N, K); nn A (M, K), B (K, N); tn A (K, M), B (K, N)."""
+
+EPILOGUES = ("linear", "act", "grad", "glu", "glu_grad")
+
+
+class Operand(NamedTuple):
+    """A matrix in natural order and in its packed buffer; None where it has no such form."""
+
+    full: Tensor | None = None
+    packed: Tensor | None = None
+
+
+class Config(NamedTuple):
+    """A tile and how it is computed."""
+
+    BLOCK_M: int
+    BLOCK_N: int
+    BLOCK_K: int
+    num_warps: int
+    num_stages: int
+    SUBTILES: int = 1
+    FLATTEN: bool = True
+    CTAS: int = 1
+    """Programs per multiprocessor: with two, one's epilogue runs beside the other's products."""
+
+
+@triton.jit
+def _extent(count_ptr, size, HAS: tl.constexpr):
+    """(positions to compute, open positions, plain) of a dimension of `size` units."""
+    if HAS:
+        n_open = tl.load(count_ptr)
+        extent = tl.load(count_ptr + 1)
+        plain = extent >= size
+        return tl.where(plain, size, extent), tl.where(plain, size, n_open), plain
+    else:
+        return size, size, True
+
+
+@triton.jit
+def _load(desc, ptr, stride, row, col, n_rows, n_cols, ROWS: tl.constexpr, COLS: tl.constexpr, TMA: tl.constexpr):
+    """Tile (ROWS, COLS) at (row, col), zero outside (n_rows, n_cols)."""
+    if TMA:
+        return desc.load([row, col])
+    else:
+        r = row + tl.arange(0, ROWS)
+        c = col + tl.arange(0, COLS)
+        at = ptr + r.to(tl.int64)[:, None] * stride + c[None, :]
+        return tl.load(at, mask=(r < n_rows)[:, None] & (c < n_cols)[None, :], other=0.0)
+
+
+@triton.jit
+def _store(desc, ptr, stride, value, row, col, r, row_mask, n_cols, COLS: tl.constexpr, TMA: tl.constexpr):
+    """`value` to the tile at (row, col); by pointers, to the rows r."""
+    value = value.to(ptr.dtype.element_ty)
+    if TMA:
+        desc.store([row, col], value)
+    else:
+        c = col + tl.arange(0, COLS)
+        at = ptr + r.to(tl.int64)[:, None] * stride + c[None, :]
+        tl.store(at, value, mask=row_mask[:, None] & (c < n_cols)[None, :])
+
+
+@triton.jit
+def _part(acc, PART: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """Part PART of PARTS (1, 2 or 4) of the columns of acc (ROWS, PARTS COLS)."""
+    if PARTS == 1:
+        return acc
+    else:
+        left, right = tl.split(tl.permute(tl.reshape(acc, (ROWS, 2, PARTS // 2 * COLS)), (0, 2, 1)))
+        if PART < PARTS // 2:
+            return _part(left, PART, PARTS // 2, ROWS, COLS)
+        else:
+            return _part(right, PART - PARTS // 2, PARTS // 2, ROWS, COLS)
+
+
+@triton.jit
+def _epilogue(
+    acc, acc2, row, col, pid_m, r, row_mask, n_rows, z_m,
+    c_desc, c_ptr, stride_c, c_cols, s_desc, s_ptr, stride_s, half_s, half_c, h_desc, h_ptr, stride_h,
+    n_index_ptr, n_z_ptr, bias_ptr, half_bias, n_open, n_plain, partial_ptr, stride_partial, partial_plane,
+    HAS_N: tl.constexpr, EPILOGUE: tl.constexpr, ACT: tl.constexpr, HAS_BIAS: tl.constexpr,
+    SCALE_M: tl.constexpr, SCALE_N: tl.constexpr, SAVE: tl.constexpr, DZ: tl.constexpr, DB: tl.constexpr,
+    STORE_TMA: tl.constexpr, SAVED_TMA: tl.constexpr, HIDDEN_TMA: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    """What follows the product, for one tile or a part of its columns."""
+    c = col + tl.arange(0, COLS)
+    is_open = c < n_open
+    unit = c
+    if HAS_N:
+        unit = tl.where(n_plain, c, tl.load(n_index_ptr + c, mask=is_open, other=0))
+    if SCALE_N:
+        z = tl.load(n_z_ptr + unit, mask=is_open, other=0.0).to(tl.float32)
+    if HAS_BIAS:
+        acc += tl.load(bias_ptr + unit, mask=is_open, other=0.0).to(tl.float32)[None, :]
+        if EPILOGUE == "glu":
+            acc2 += tl.load(bias_ptr + half_bias + unit, mask=is_open, other=0.0).to(tl.float32)[None, :]
+
+    if EPILOGUE == "act" or EPILOGUE == "glu":
+        factor = is_open[None, :]
+        if SCALE_N:
+            factor = (z != 0.0)[None, :]  # a closed unit is 0, whatever it computed
+            acc_z = z[None, :]
+        else:
+            acc_z = 1.0
+        h = act(acc, ACT)
+        if SAVE:
+            slope = act_grad(acc, ACT) * acc_z
+            if EPILOGUE == "glu":
+                slope = slope * acc2
+                d_up = tl.where(factor, h * acc_z, 0.0)
+                _store(s_desc, s_ptr, stride_s, d_up, row, col + half_s, r, row_mask, c_cols + half_s, COLS, SAVED_TMA)
+            slope = tl.where(factor, slope, 0.0)
+            _store(s_desc, s_ptr, stride_s, slope, row, col, r, row_mask, c_cols, COLS, SAVED_TMA)
+        if EPILOGUE == "glu":
+            h = h * acc2
+        _store(c_desc, c_ptr, stride_c, tl.where(factor, h * acc_z, 0.0), row, col, r, row_mask, c_cols, COLS, STORE_TMA)
+    elif EPILOGUE == "grad" or EPILOGUE == "glu_grad":
+        if DZ or ACT == "relu":
+            h = _load(h_desc, h_ptr, stride_h, row, col, n_rows, c_cols, ROWS, COLS, HIDDEN_TMA).to(tl.float32)
+        if DZ:
+            at = partial_ptr + pid_m.to(tl.int64) * stride_partial + c
+            tl.store(at, tl.sum(acc * h, 0), mask=c < c_cols)
+        if ACT == "relu":
+            grad = tl.where(h != 0.0, acc * z[None, :], 0.0)
+        elif ACT == "identity":
+            grad = acc
+            if SCALE_N:
+                grad = tl.where((z != 0.0)[None, :], acc * z[None, :], 0.0)
+        else:
+            grad = acc * _load(s_desc, s_ptr, stride_s, row, col, n_rows, c_cols + half_s, ROWS, COLS, SAVED_TMA).to(tl.float32)
+        if DB:
+            at = partial_ptr + partial_plane + pid_m.to(tl.int64) * stride_partial + c
+            tl.store(at, tl.sum(grad, 0), mask=c < c_cols)
+        _store(c_desc, c_ptr, stride_c, grad, row, col, r, row_mask, c_cols, COLS, STORE_TMA)
+        if EPILOGUE == "glu_grad":
+            s = _load(s_desc, s_ptr, stride_s, row, col + half_s, n_rows, c_cols + half_s, ROWS, COLS, SAVED_TMA).to(tl.float32)
+            grad = acc * s
+            if DB:
+                tl.store(at + partial_plane, tl.sum(grad, 0), mask=c < c_cols)
+            _store(c_desc, c_ptr, stride_c, grad, row, col + half_c, r, row_mask, c_cols + half_c, COLS, STORE_TMA)
+    else:
+        if SCALE_N:
+            acc = tl.where((z != 0.0)[None, :], acc * z[None, :], 0.0)
+        if SCALE_M:
+            acc = tl.where((z_m != 0.0)[:, None], acc * z_m[:, None], 0.0)
+        if HAS_N:
+            acc = tl.where(is_open[None, :], acc, 0.0)
+        _store(c_desc, c_ptr, stride_c, acc, row, col, r, row_mask, c_cols, COLS, STORE_TMA)
+
+
+@triton.jit
+def _matmul(
+    a_full_ptr, a_packed_ptr, b_full_ptr, b_packed_ptr, c_full_ptr, c_packed_ptr,
+    stride_a_full, stride_a_packed, stride_b_full, stride_b_packed, stride_c_full, stride_c_packed,
+    M, N, K,
+    m_count_ptr, n_count_ptr, k_count_ptr, m_index_ptr, n_index_ptr, m_z_ptr, n_z_ptr, bias_ptr,
+    saved_ptr, stride_s, hidden_full_ptr, hidden_packed_ptr, stride_h_full, stride_h_packed,
+    partial_ptr, stride_partial, partial_plane,
+    half_a_full, half_a_packed, half_b_full, half_b_packed, half_c, half_s, half_bias,
+    HAS_M: tl.constexpr, HAS_N: tl.constexpr, HAS_K: tl.constexpr,
+    A_FORM: tl.constexpr, B_FORM: tl.constexpr, C_FORM: tl.constexpr,
+    LAYOUT: tl.constexpr, EPILOGUE: tl.constexpr, ACT: tl.constexpr,
+    HAS_BIAS: tl.constexpr, SCALE_M: tl.constexpr, SCALE_N: tl.constexpr, SCATTER: tl.constexpr,
+    SAVE: tl.constexpr, HALVES: tl.constexpr, DZ: tl.constexpr, DB: tl.constexpr,
+    TMA: tl.constexpr, STORE_TMA: tl.constexpr, SAVED_TMA: tl.constexpr, HIDDEN_TMA: tl.constexpr, HIDDEN: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+    SUBTILES: tl.constexpr, FLATTEN: tl.constexpr,
+):
+    # *_FORM: 0 natural, 1 packed, 2 decided here. HALVES 2: K is two halves, gate and up of a GLU.
+    GLU: tl.constexpr = EPILOGUE == "glu"
+    m_extent, m_open, m_plain = _extent(m_count_ptr, M, HAS_M)
+    n_extent, n_open, n_plain = _extent(n_count_ptr, N, HAS_N)
+    k_extent, k_open, k_plain = _extent(k_count_ptr, K, HAS_K)
+
+    a_ptr, stride_a, half_a = a_full_ptr, stride_a_full, half_a_full
+    if A_FORM == 1:
+        a_ptr, stride_a, half_a = a_packed_ptr, stride_a_packed, half_a_packed
+    if A_FORM == 2:
+        natural_a = m_plain & k_plain
+        a_ptr = tl.where(natural_a, a_full_ptr, a_packed_ptr)
+        stride_a = tl.where(natural_a, stride_a_full, stride_a_packed)
+        half_a = tl.where(natural_a, half_a_full, half_a_packed)
+    b_ptr, stride_b, half_b = b_full_ptr, stride_b_full, half_b_full
+    if B_FORM == 1:
+        b_ptr, stride_b, half_b = b_packed_ptr, stride_b_packed, half_b_packed
+    if B_FORM == 2:
+        natural_b = n_plain & k_plain
+        b_ptr = tl.where(natural_b, b_full_ptr, b_packed_ptr)
+        stride_b = tl.where(natural_b, stride_b_full, stride_b_packed)
+        half_b = tl.where(natural_b, half_b_full, half_b_packed)
+    c_ptr, stride_c = c_full_ptr, stride_c_full
+    h_ptr, stride_h = hidden_full_ptr, stride_h_full
+    c_cols = n_extent
+    if C_FORM == 1:
+        c_ptr, stride_c = c_packed_ptr, stride_c_packed
+        h_ptr, stride_h = hidden_packed_ptr, stride_h_packed
+        if HAS_N:
+            c_cols = tl.cdiv(n_extent, 128) * 128  # consumers find zeros up to here
+    if C_FORM == 2:
+        natural_c = m_plain & n_plain
+        c_ptr = tl.where(natural_c, c_full_ptr, c_packed_ptr)
+        stride_c = tl.where(natural_c, stride_c_full, stride_c_packed)
+        if HIDDEN:
+            h_ptr = tl.where(natural_c, hidden_full_ptr, hidden_packed_ptr)
+            stride_h = tl.where(natural_c, stride_h_full, stride_h_packed)
+    stride_a = stride_a.to(tl.int64)
+    stride_b = stride_b.to(tl.int64)
+    stride_c = stride_c.to(tl.int64)
+    stride_s = stride_s.to(tl.int64)
+    stride_h = stride_h.to(tl.int64)
+
+    SUB_N: tl.constexpr = BLOCK_N // SUBTILES
+    a_desc = None
+    b_desc = None
+    c_desc = None
+    s_desc = None
+    h_desc = None
+    # The descriptors end where the extents do, so nothing beyond is read. A dimension is at least 1: with nothing
+    # open no tile is read. The second half of a GLU lies half_* further in the same matrix.
+    a_rows = m_extent
+    a_cols = k_extent
+    if LAYOUT == "tn":
+        a_rows = k_extent
+        a_cols = m_extent
+    b_rows = k_extent
+    b_cols = n_extent
+    if LAYOUT == "nt":
+        b_rows = n_extent
+        b_cols = k_extent
+    if GLU:
+        b_rows += half_b
+    if HALVES == 2:
+        a_cols += half_a
+        b_rows += half_b
+    if TMA:
+        if LAYOUT == "tn":
+            a_desc = tl.make_tensor_descriptor(a_ptr, [max(a_rows, 1), max(a_cols, 1)], [stride_a, 1], [BLOCK_K, BLOCK_M])
+        else:
+            a_desc = tl.make_tensor_descriptor(a_ptr, [max(a_rows, 1), max(a_cols, 1)], [stride_a, 1], [BLOCK_M, BLOCK_K])
+        if LAYOUT == "nt":
+            b_desc = tl.make_tensor_descriptor(b_ptr, [max(b_rows, 1), max(b_cols, 1)], [stride_b, 1], [BLOCK_N, BLOCK_K])
+        else:
+            b_desc = tl.make_tensor_descriptor(b_ptr, [max(b_rows, 1), max(b_cols, 1)], [stride_b, 1], [BLOCK_K, BLOCK_N])
+    if STORE_TMA:
+        width = max(c_cols + half_c, 1)
+        c_desc = tl.make_tensor_descriptor(c_ptr, [max(m_extent, 1), width], [stride_c, 1], [BLOCK_M, SUB_N])
+    if SAVED_TMA:
+        width = max(c_cols + half_s, 1)
+        s_desc = tl.make_tensor_descriptor(saved_ptr, [max(m_extent, 1), width], [stride_s, 1], [BLOCK_M, SUB_N])
+    if HIDDEN_TMA:
+        h_desc = tl.make_tensor_descriptor(h_ptr, [max(m_extent, 1), max(c_cols, 1)], [stride_h, 1], [BLOCK_M, SUB_N])
+
+    tiles_m = tl.cdiv(m_extent, BLOCK_M)
+    tiles_n = tl.cdiv(c_cols, BLOCK_N)
+    tiles_k = tl.cdiv(k_extent, BLOCK_K)
+    start = tl.program_id(0)
+    programs = tl.num_programs(0)
+    for tile in tl.range(start, tiles_m * tiles_n, programs, flatten=FLATTEN):
+        # Tiles go in groups of GROUP_M rows of tiles, so that neighbours in time share operands in L2.
+        first = tile // (GROUP_M * tiles_n) * GROUP_M
+        group = min(tiles_m - first, GROUP_M)
+        pid_m = first + (tile % (GROUP_M * tiles_n)) % group
+        pid_n = (tile % (GROUP_M * tiles_n)) // group
+        row = pid_m * BLOCK_M
+        col = pid_n * BLOCK_N
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        acc2 = acc
+        for step in range(tiles_k * HALVES):
+            k = step * BLOCK_K
+            k_a = k
+            k_b = k
+            if HALVES == 2:
+                second = step >= tiles_k
+                k = tl.where(second, k - tiles_k * BLOCK_K, k)
+                k_a = tl.where(second, k + half_a, k)
+                k_b = tl.where(second, k + half_b, k)
+            if LAYOUT == "tn":
+                a = _load(a_desc, a_ptr, stride_a, k_a, row, a_rows, a_cols, BLOCK_K, BLOCK_M, TMA).T
+            else:
+                a = _load(a_desc, a_ptr, stride_a, row, k_a, a_rows, a_cols, BLOCK_M, BLOCK_K, TMA)
+            if LAYOUT == "nt":
+                b = _load(b_desc, b_ptr, stride_b, col, k_b, b_rows, b_cols, BLOCK_N, BLOCK_K, TMA).T
+            else:
+                b = _load(b_desc, b_ptr, stride_b, k_b, col, b_rows, b_cols, BLOCK_K, BLOCK_N, TMA)
+            acc = tl.dot(a, b, acc, input_precision=PRECISION)
+            if GLU:
+                b2 = _load(b_desc, b_ptr, stride_b, col + half_b, k_b, b_rows, b_cols, BLOCK_N, BLOCK_K, TMA).T
+                acc2 = tl.dot(a, b2, acc2, input_precision=PRECISION)
+
+        r = row + tl.arange(0, BLOCK_M)
+        row_mask = r < m_extent
+        z_m = tl.full((BLOCK_M,), 1.0, tl.float32)
+        if SCATTER or SCALE_M:
+            unit_m = tl.where(m_plain, r, tl.load(m_index_ptr + r, mask=r < m_open, other=0))
+            if SCALE_M:
+                z_m = tl.load(m_z_ptr + unit_m, mask=r < m_open, other=0.0).to(tl.float32)
+            if SCATTER:
+                row_mask = r < m_open
+                r = unit_m
+        for part in tl.static_range(SUBTILES):
+            value = _part(acc, part, SUBTILES, BLOCK_M, SUB_N)
+            value2 = value
+            if GLU:
+                value2 = _part(acc2, part, SUBTILES, BLOCK_M, SUB_N)
+            _epilogue(
+                value, value2, row, col + part * SUB_N, pid_m, r, row_mask, m_extent, z_m,
+                c_desc, c_ptr, stride_c, c_cols, s_desc, saved_ptr, stride_s, half_s, half_c, h_desc, h_ptr, stride_h,
+                n_index_ptr, n_z_ptr, bias_ptr, half_bias, n_open, n_plain, partial_ptr, stride_partial, partial_plane,
+                HAS_N, EPILOGUE, ACT, HAS_BIAS, SCALE_M, SCALE_N, SAVE, DZ, DB,
+                STORE_TMA, SAVED_TMA, HIDDEN_TMA, BLOCK_M, SUB_N,
+            )  # fmt: skip
+
+    if SCATTER:
+        if not m_plain:
+            for position in range(m_open + start, M, programs):
+                zero_row = tl.load(m_index_ptr + position).to(tl.int64)
+                for left in range(0, n_extent, 1024):
+                    c = left + tl.arange(0, 1024)
+                    tl.store(c_ptr + zero_row * stride_c + c, tl.zeros((1024,), c_ptr.dtype.element_ty), mask=c < n_extent)
+
+
+def _allocate(size: int, alignment: int, stream: Any) -> Tensor:
+    return torch.empty(size, dtype=torch.int8, device="cuda")
+
+
+def ensure_allocator() -> None:
+    """Memory for descriptors made on the device. A context variable holds it, and autograd's threads have their own."""
+    triton.set_allocator(_allocate)
+
+
+@functools.lru_cache
+def _device(index: int | None) -> tuple[int, int]:
+    """(compute capability * 10, multiprocessors); of the interpreter: those of a small Hopper GPU."""
+    if index is None:
+        return 90, 4
+    properties = torch.cuda.get_device_properties(index)
+    return properties.major * 10 + properties.minor, properties.multi_processor_count
+
+
+def precision(dtype: torch.dtype) -> str:
+    """"tf32" where torch's own products would use it, else "ieee"."""
+    fast = dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
+    return "tf32" if fast or dtype != torch.float32 else "ieee"
+
+
+def choose(M: int, N: int, dtype: torch.dtype, epilogue: str, capability: int) -> Config:
+    """The tile for capacities M x N."""
+    glu = epilogue in ("glu", "glu_grad")
+    if dtype == torch.float32:
+        if precision(dtype) == "ieee":
+            return Config(64, 64, 32, 4, 2, 1, False)
+        if capability < 90:
+            return Config(64, 64, 32, 4, 3, 1, False)
+        return Config(128, 128, 32, 8, 3, 1, False) if not glu else Config(64, 128, 32, 4, 3, 1, False)
+    if capability < 90:
+        return Config(64, 64, 64, 4, 3, 1, False) if glu else Config(128, 128, 32, 8, 4, 1, False)
+    # Activations take registers: in narrow parts of a tile they do not spill.
+    if glu:
+        return Config(128, 128, 64, 8, 3, 4)
+    if N <= 128 or M * N <= 132 * 128 * 128:
+        return Config(64, 128, 64, 4, 4, 4) if M <= 64 else Config(128, 128, 64, 8, 4, 4)
+    return Config(128, 256, 64, 8, 3, 2 if epilogue == "linear" else 4)
+
+
+def _tma_ready(*tensors: Tensor | None) -> bool:
+    return all(
+        t is None
+        or (t.stride(1) == 1 and t.stride(0) * t.element_size() % 16 == 0 and t.data_ptr() % 16 == 0)
+        for t in tensors
+    )
+
+
+def _stride(t: Tensor | None) -> int:
+    return 0 if t is None else t.stride(0)
+
+
+def _form(operand: Operand) -> int:
+    if operand.packed is None:
+        return 0
+    return 1 if operand.full is None else 2
+
+
+def matmul(
+    layout: str,
+    a: Operand,
+    b: Operand,
+    c: Operand,
+    M: int,
+    N: int,
+    K: int,
+    *,
+    m_gate: Gate | None = None,
+    n_gate: Gate | None = None,
+    k_gate: Gate | None = None,
+    epilogue: str = "linear",
+    activation: str = "identity",
+    bias: Tensor | None = None,
+    scale_m: bool = False,
+    scale_n: bool = False,
+    scatter: bool = False,
+    saved: Tensor | None = None,
+    hidden: Operand = Operand(),
+    partial: Tensor | None = None,
+    dz: bool = False,
+    db: bool = False,
+    halves: int = 1,
+    half_a: tuple[int, int] = (0, 0),
+    half_b: tuple[int, int] = (0, 0),
+    half_c: int = 0,
+    half_s: int = 0,
+    config: Config | None = None,
+    pointers: bool = False,
+) -> None:
+    """C = epilogue(A B), written into ``c``.
+
+    Epilogues, with z and bias those of the column's unit:
+        linear    C = (A B + bias) * z * z_m, the factors that scale_n and scale_m ask for
+        act       C = act(v) * z, v = A B + bias; ``saved``, if given, gets act'(v) * z
+        glu       C = act(v) * v2 * z, v2 the product with the second half of B; ``saved`` gets the factors of the
+                  gradients of v and of v2, act'(v) * v2 * z and act(v) * z, in two halves
+        grad      C = A B * saved; for relu * z where ``hidden`` is not 0; for identity * z.
+                  partial[0] gets the sums of A B * hidden over the rows of a tile (dz, or z dz where hidden has
+                  z in it), partial[1] those of C (db)
+        glu_grad  C in two halves, A B times the halves of ``saved``; partial[1] and partial[2] their sums
+
+    Args:
+        layout: see LAYOUTS.
+        a, b, c: in natural order and/or packed; with both, each program reads or writes the natural one if all
+            gates of that operand are plain. Rows may have any stride, columns have stride 1.
+        M, N, K: units (not capacities).
+        m_gate, n_gate, k_gate: gates of the dimensions.
+        scatter: C is natural and takes row j of the product as its row index[j]; closed rows become 0.
+        partial: (2 or 3, tiles of M, capacity of N) float32.
+        halves: 2 for a K of two halves, which lie half_a columns and half_b rows (natural, packed) further on.
+        half_c, half_s: columns from one half of C, of saved, to the other.
+        config: overrides the tile.
+        pointers: refuses TMA.
+    """
+    if M == 0 or N == 0:
+        return
+    first = next(t for t in a if t is not None)
+    out = next(t for t in (c.packed, c.full) if t is not None)
+    capability, sms = _device(first.device.index if first.is_cuda else None)
+    config = config or choose(M, N, first.dtype, epilogue, capability)
+    glu = epilogue in ("glu", "glu_grad")
+    tma = not pointers and capability >= 90 and _tma_ready(*a, *b)
+    store_tma = tma and not scatter and _tma_ready(*c)
+    has_hidden = hidden.full is not None or hidden.packed is not None
+    if tma:
+        ensure_allocator()
+    cap_m = triton.cdiv(M, config.BLOCK_M)
+    cap_n = triton.cdiv(N, config.BLOCK_N)
+    _matmul[(min(sms * config.CTAS, cap_m * cap_n),)](
+        a.full, a.packed, b.full, b.packed, c.full, c.packed,
+        _stride(a.full), _stride(a.packed), _stride(b.full), _stride(b.packed), _stride(c.full), _stride(c.packed),
+        M, N, K,
+        m_gate and m_gate[2], n_gate and n_gate[2], k_gate and k_gate[2],
+        m_gate and m_gate[1], n_gate and n_gate[1], m_gate and m_gate[0], n_gate and n_gate[0],
+        bias,
+        saved, _stride(saved), hidden.full, hidden.packed, _stride(hidden.full), _stride(hidden.packed),
+        partial, 0 if partial is None else partial.stride(1), 0 if partial is None else partial.stride(0),
+        half_a[0], half_a[1], half_b[0], half_b[1], half_c, half_s, 0 if bias is None else bias.shape[0] // 2,
+        HAS_M=m_gate is not None, HAS_N=n_gate is not None, HAS_K=k_gate is not None,
+        A_FORM=_form(a), B_FORM=_form(b), C_FORM=_form(c),
+        LAYOUT=layout, EPILOGUE=epilogue, ACT=activation,
+        HAS_BIAS=bias is not None, SCALE_M=scale_m, SCALE_N=scale_n, SCATTER=scatter,
+        SAVE=saved is not None and epilogue in ("act", "glu"), HALVES=halves, DZ=dz, DB=db,
+        TMA=tma, STORE_TMA=store_tma, SAVED_TMA=store_tma and saved is not None and _tma_ready(saved),
+        HIDDEN_TMA=tma and has_hidden and _tma_ready(*hidden), HIDDEN=has_hidden,
+        PRECISION=precision(first.dtype),
+        BLOCK_M=config.BLOCK_M, BLOCK_N=config.BLOCK_N, BLOCK_K=config.BLOCK_K, GROUP_M=8,
+        SUBTILES=config.SUBTILES, FLATTEN=config.FLATTEN,
+        num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+
+
+def row_tiles(M: int, N: int, dtype: torch.dtype, epilogue: str, device: torch.device) -> int:
+    """Tiles over M that ``matmul`` will use: the size of ``partial``."""
+    capability, _ = _device(device.index if device.type == "cuda" else None)
+    return triton.cdiv(M, choose(M, N, dtype, epilogue, capability).BLOCK_M)
+
+
+_USES: tuple[tuple[str, str, dict[str, Any]], ...] = (
+    # (what, layout, constexprs that differ from a plain product)
+    ("chain_up", "nt", {"HAS_N": True, "B_FORM": 2, "C_FORM": 1, "EPILOGUE": "act", "HAS_BIAS": True, "SCALE_N": True}),
+    ("chain_down", "nt", {"HAS_K": True, "A_FORM": 1, "B_FORM": 2, "HAS_BIAS": True}),
+    (
+        "chain_down_dx",
+        "nn",
+        {"HAS_N": True, "B_FORM": 2, "C_FORM": 1, "EPILOGUE": "grad", "SCALE_N": True, "DZ": True, "DB": True},
+    ),
+    ("chain_up_dx", "nn", {"HAS_K": True, "A_FORM": 1, "B_FORM": 2}),
+    ("chain_up_dw", "tn", {"HAS_M": True, "A_FORM": 1, "SCATTER": True}),
+    ("chain_down_dw", "tn", {"HAS_N": True, "B_FORM": 1, "C_FORM": 2}),
+    ("linear_out", "nt", {"HAS_N": True, "B_FORM": 2, "C_FORM": 2, "HAS_BIAS": True, "SCALE_N": True}),
+    ("linear_in_dx", "nn", {"HAS_N": True, "B_FORM": 2, "C_FORM": 2, "EPILOGUE": "grad", "SCALE_N": True, "DZ": True}),
+    ("linear_in_dw", "tn", {"HAS_N": True, "B_FORM": 2, "C_FORM": 2, "SCALE_N": True}),
+    ("glu", "nt", {"HAS_N": True, "B_FORM": 2, "C_FORM": 1, "EPILOGUE": "glu", "SCALE_N": True, "SAVE": True}),
+    (
+        "glu_dx",
+        "nn",
+        {"HAS_N": True, "B_FORM": 2, "C_FORM": 1, "EPILOGUE": "glu_grad", "SCALE_N": True, "DZ": True, "DB": True},
+    ),
+    ("glu_halves", "nn", {"HAS_K": True, "A_FORM": 1, "B_FORM": 2, "HALVES": 2}),
+)
+
+_STRIDES = ("stride_a_full", "stride_a_packed", "stride_b_full", "stride_b_packed", "stride_c_full", "stride_c_packed")
+
+
+def _variant(name: str, layout: str, dtype: str, config: Config, capability: int, constants: dict[str, Any]) -> Variant:
+    flags: dict[str, Any] = dict.fromkeys(
+        ("HAS_M", "HAS_N", "HAS_K", "HAS_BIAS", "SCALE_M", "SCALE_N", "SCATTER", "SAVE", "DZ", "DB", "HIDDEN"), False
+    )
+    flags |= {"A_FORM": 0, "B_FORM": 0, "C_FORM": 0, "LAYOUT": layout, "EPILOGUE": "linear", "ACT": "identity", "HALVES": 1}
+    flags |= constants
+    if flags["EPILOGUE"] in ("act", "grad"):
+        flags["ACT"] = "gelu" if flags["DB"] or flags["EPILOGUE"] == "act" else "identity"
+        flags["HIDDEN"] = flags["DZ"]
+        flags["SAVE"] = flags["EPILOGUE"] == "act"
+    elif flags["EPILOGUE"] in ("glu", "glu_grad"):
+        flags["ACT"] = "silu"
+        flags["HIDDEN"] = flags["DZ"]
+    saves = flags["SAVE"] or (flags["EPILOGUE"].endswith("grad") and flags["ACT"] not in ("relu", "identity"))
+    tma = capability >= 90
+    flags |= {
+        "TMA": tma,
+        "STORE_TMA": tma and not flags["SCATTER"],
+        "SAVED_TMA": tma and saves,
+        "HIDDEN_TMA": tma and flags["HIDDEN"],
+        "PRECISION": "tf32" if dtype != "fp32" or config.BLOCK_K == 32 and config.BLOCK_M > 64 else "ieee",
+        "GROUP_M": 8,
+        **{k: v for k, v in config._asdict().items() if k not in ("num_warps", "num_stages", "CTAS")},
+    }
+    pointer, matrix = f"*{dtype}:16", {}
+    for operand, form in (("a", flags["A_FORM"]), ("b", flags["B_FORM"]), ("c", flags["C_FORM"])):
+        matrix[f"{operand}_full_ptr"] = pointer if form != 1 else None
+        matrix[f"{operand}_packed_ptr"] = pointer if form != 0 else None
+    signature: dict[str, str | None] = {
+        **matrix,
+        **dict.fromkeys(_STRIDES, "i32:16"),
+        **dict.fromkeys(("M", "N", "K"), "i32:16"),
+        "m_count_ptr": "*i32:16" if flags["HAS_M"] else None,
+        "n_count_ptr": "*i32:16" if flags["HAS_N"] else None,
+        "k_count_ptr": "*i32:16" if flags["HAS_K"] else None,
+        "m_index_ptr": "*i32:16" if flags["HAS_M"] else None,
+        "n_index_ptr": "*i32:16" if flags["HAS_N"] else None,
+        "m_z_ptr": "*fp32:16" if flags["HAS_M"] else None,
+        "n_z_ptr": "*fp32:16" if flags["HAS_N"] else None,
+        "bias_ptr": pointer if flags["HAS_BIAS"] else None,
+        "saved_ptr": pointer if saves else None,
+        "stride_s": "i32:16",
+        "hidden_full_ptr": pointer if flags["HIDDEN"] and flags["C_FORM"] != 1 else None,
+        "hidden_packed_ptr": pointer if flags["HIDDEN"] and flags["C_FORM"] != 0 else None,
+        "stride_h_full": "i32:16",
+        "stride_h_packed": "i32:16",
+        "partial_ptr": "*fp32:16" if flags["DZ"] or flags["DB"] else None,
+        "stride_partial": "i32:16",
+        "partial_plane": "i32:16",
+        **dict.fromkeys(("half_a_full", "half_a_packed", "half_b_full", "half_b_packed"), "i32:16"),
+        **dict.fromkeys(("half_c", "half_s", "half_bias"), "i32:16"),
+    }
+    flags |= {key: None for key, value in signature.items() if value is None}
+    return Variant(
+        f"matmul/{name}_{layout}_{dtype}_{config.BLOCK_M}x{config.BLOCK_N}x{config.BLOCK_K}_sm{capability}",
+        _matmul,
+        {key: value for key, value in signature.items() if value is not None},
+        flags,
+        config.num_warps,
+        config.num_stages,
+        frozenset({"tensor_core", "wide_copy"}) if flags["PRECISION"] != "ieee" else frozenset(),
+    )
+
+
+def variants() -> Iterator[Variant]:
+    """Every use of the product with the tiles that ``choose`` picks, for GPUs with and without TMA."""
+    for name, layout, constants in _USES:
+        epilogue = constants.get("EPILOGUE", "linear")
+        for capability in (90, 80):
+            yield _variant(
+                name, layout, "bf16", choose(8192, 8192, torch.bfloat16, epilogue, capability), capability, constants
+            )
