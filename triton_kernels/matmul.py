@@ -126,24 +126,33 @@ def _epilogue(
             acc2 += tl.load(bias_ptr + half_bias + unit, mask=is_open, other=0.0).to(tl.float32)[None, :]
 
     if EPILOGUE == "act" or EPILOGUE == "glu":
-        factor = is_open[None, :]
-        if SCALE_N:
-            factor = (z != 0.0)[None, :]  # a closed unit is 0, whatever it computed
-            acc_z = z[None, :]
-        else:
-            acc_z = 1.0
+        if HAS_N:
+            # A closed unit is 0 whatever it computed: its z is 0, and 0 times this 0 is 0 for every activation.
+            live = is_open
+            if SCALE_N:
+                live = z != 0.0
+            acc = tl.where(live[None, :], acc, 0.0)
+            if EPILOGUE == "glu":
+                acc2 = tl.where(live[None, :], acc2, 0.0)
         h = act(acc, ACT)
         if SAVE:
-            slope = act_grad(acc, ACT) * acc_z
+            slope = act_grad(acc, ACT)
             if EPILOGUE == "glu":
-                slope = slope * acc2
-                d_up = tl.where(factor, h * acc_z, 0.0)
+                slope *= acc2
+                d_up = h
+                if SCALE_N:
+                    d_up *= z[None, :]
                 _store(s_desc, s_ptr, stride_s, d_up, row, col + half_s, r, row_mask, c_cols + half_s, COLS, SAVED_TMA)
-            slope = tl.where(factor, slope, 0.0)
+            if SCALE_N:
+                slope *= z[None, :]
+            elif HAS_N:
+                slope = tl.where(is_open[None, :], slope, 0.0)
             _store(s_desc, s_ptr, stride_s, slope, row, col, r, row_mask, c_cols, COLS, SAVED_TMA)
         if EPILOGUE == "glu":
-            h = h * acc2
-        _store(c_desc, c_ptr, stride_c, tl.where(factor, h * acc_z, 0.0), row, col, r, row_mask, c_cols, COLS, STORE_TMA)
+            h *= acc2
+        if SCALE_N:
+            h *= z[None, :]
+        _store(c_desc, c_ptr, stride_c, h, row, col, r, row_mask, c_cols, COLS, STORE_TMA)
     elif EPILOGUE == "grad" or EPILOGUE == "glu_grad":
         if DZ or ACT == "relu":
             h = _load(h_desc, h_ptr, stride_h, row, col, n_rows, c_cols, ROWS, COLS, HIDDEN_TMA).to(tl.float32)
@@ -386,11 +395,13 @@ def choose(M: int, N: int, dtype: torch.dtype, epilogue: str, capability: int) -
     if capability < 90:
         return Config(64, 64, 64, 4, 3, 1, False) if glu else Config(128, 128, 32, 8, 4, 1, False)
     # Activations take registers: in narrow parts of a tile they do not spill.
-    if glu:
-        return Config(128, 128, 64, 8, 3, 4)
+    if epilogue == "glu":
+        return Config(128, 64, 64, 4, 3, 1, False, 2)
     if N <= 128 or M * N <= 132 * 128 * 128:
         return Config(64, 128, 64, 4, 4, 4) if M <= 64 else Config(128, 128, 64, 8, 4, 4)
-    return Config(128, 256, 64, 8, 3, 2 if epilogue == "linear" else 4)
+    if epilogue == "act":
+        return Config(256, 128, 64, 8, 3, 4)
+    return Config(128, 256, 64, 8, 3, {"linear": 1, "grad": 2}.get(epilogue, 4))
 
 
 def _tma_ready(*tensors: Tensor | None) -> bool:
