@@ -123,14 +123,20 @@ def sample_gates(
     if seed is not None and generator is not None:
         raise ValueError("give either seed or generator, got both")
     drawn = draw(log_alphas, seed, dist, backend, generator, rank)
-    gates = [
-        _attach(source, gate, dist, backend) if source.requires_grad and torch.is_grad_enabled() else gate
-        for source, gate in zip(log_alphas, drawn, strict=True)
-    ]
+    gates = [_attach(source, gate, dist, backend) for source, gate in zip(log_alphas, drawn, strict=True)]
     return gates[0] if isinstance(log_alpha, Tensor) else gates
 
 
+def attach(log_alpha: Tensor, gate: Gates, dist: HardConcrete) -> Gates:
+    """Gates drawn earlier and detached, with a gradient to log_alpha of their own."""
+    backend = _registry.resolve(log_alpha.device)
+    # The reference draws and differentiates in one; what is drawn already gets its gradient from z anywhere.
+    return _attach(log_alpha, gate, dist, "torch" if backend == "reference" else backend)
+
+
 def _attach(log_alpha: Tensor, gate: Gates, dist: HardConcrete, backend: str) -> Gates:
+    if not (log_alpha.requires_grad and torch.is_grad_enabled()):
+        return gate
     z = _HardConcreteGrad.apply(log_alpha, gate.z, dist.beta, dist.gamma, dist.zeta, backend)
     return Gates(z, gate.index, gate.count)
 

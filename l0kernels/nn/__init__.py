@@ -1,7 +1,9 @@
 """How it is trained: layers that own gates, penalty and size of a model, export to plain torch."""
 
+from .bank import Draw, GateBank
 from .counts import eval_flops, eval_l0, expected_flops, expected_l0, open_units
 from .export import ScatterOutputs, SelectInputs, export
+from .feed_forward import GatedProduct, L0FeedForward
 from .gate import GatedLayer, HardConcreteGate, gate_modules
 from .linear import L0Linear
 from .mlp import L0MLP
@@ -9,8 +11,12 @@ from .penalty import clamp_after_step, clamp_gates_, gate_parameters, penalty, w
 
 __all__ = [
     "L0MLP",
+    "Draw",
+    "GateBank",
     "GatedLayer",
+    "GatedProduct",
     "HardConcreteGate",
+    "L0FeedForward",
     "L0Linear",
     "ScatterOutputs",
     "SelectInputs",

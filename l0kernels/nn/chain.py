@@ -4,7 +4,7 @@ In ``nn.Sequential`` and :class:`L0MLP`, however nested, an output unit of one l
 of the next if only pointwise modules stand between them. A closed input makes the unit useless to the layer
 before. A closed output is zero, and stays so through activations with act(0) = 0: the layer behind can drop
 that input. Everything else (another module, the end of the container) is a border, behind which every unit
-counts.
+counts. An :class:`L0FeedForward` is a border, too; inside, its gate stands between its two layers.
 """
 
 from dataclasses import dataclass, replace
@@ -12,6 +12,7 @@ from typing import TypeGuard
 
 from torch import nn
 
+from .feed_forward import L0FeedForward
 from .gate import HardConcreteGate
 from .linear import L0Linear
 from .mlp import ACTIVATIONS, L0MLP
@@ -67,6 +68,20 @@ def is_container(module: nn.Module) -> TypeGuard[nn.Sequential | L0MLP]:
 def is_product(module: nn.Module) -> TypeGuard[nn.Linear]:
     """Whether `module` computes as nn.Linear or L0Linear; a subclass with a forward of its own may not."""
     return type(module).forward in (nn.Linear.forward, L0Linear.forward)
+
+
+def is_feed_forward(module: nn.Module) -> TypeGuard[L0FeedForward]:
+    """Whether `module` computes as L0FeedForward."""
+    return type(module).forward is L0FeedForward.forward
+
+
+def inside(block: L0FeedForward) -> list[Product]:
+    """The two layers of a feed-forward block; of a gated product the gate meets every row of up twice."""
+    gates = (block.hidden_gate,)
+    return [
+        Product(block.up, 0, (), gates, follows=False, leads=True),
+        Product(block.down, 1, gates, (), follows=True, leads=False),
+    ]
 
 
 def flatten(module: nn.Module) -> list[nn.Module]:

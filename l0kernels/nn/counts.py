@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .chain import Product, flatten, is_container, is_product, link, union
+from .chain import Product, flatten, inside, is_container, is_feed_forward, is_product, link, union
 from .gate import HardConcreteGate, gate_modules
 from .linear import L0Linear
 from .mlp import L0MLP
@@ -108,7 +108,9 @@ def _products(model: nn.Module) -> dict[nn.Linear, Product]:
     for product in link(steps):
         found.setdefault(product.layer, product)
     for module in steps:
-        if not is_product(module):
+        if is_feed_forward(module):
+            found = {product.layer: product for product in inside(module)} | found
+        elif not is_product(module):
             for child in module.children():
                 found = _products(child) | found
     return found
@@ -131,10 +133,10 @@ def _count(product: Product, openness: Openness) -> tuple[Tensor, Tensor]:
 
 
 def _units(gates: Sequence[HardConcreteGate], layer: nn.Linear, n: int, openness: Openness) -> Tensor:
-    """(n,) float64: how open each unit is that all of `gates` close."""
+    """(n,) float64: how open each unit is that all of `gates` close; a gate may have several rows a unit."""
     units = torch.ones(n, dtype=torch.float64, device=layer.weight.device)
     for gate in gates:
-        units = units * openness(gate)
+        units = units * openness(gate).repeat(n // gate.n)
     return units
 
 
@@ -165,6 +167,10 @@ def _rows(model: nn.Module, input_shape: Sequence[int] | None) -> tuple[Counter[
         for layer in mlp.layers:
             rows[layer] += y.numel() // y.shape[-1]
 
+    def see_feed_forward(block: Any, _: Any, y: Tensor) -> None:
+        for layer in (block.up, block.down):
+            rows[layer] += y.numel() // y.shape[-1]
+
     def see_convolution(layer: Any, _: Any, y: Tensor) -> None:
         nonlocal dense
         dense += y.numel() * (2 * layer.weight[0].numel() + (layer.bias is not None))
@@ -172,6 +178,8 @@ def _rows(model: nn.Module, input_shape: Sequence[int] | None) -> tuple[Counter[
     mlps = [module for module in modules if isinstance(module, L0MLP) and is_container(module)]
     hooks = [module.register_forward_hook(see_linear) for module in linears]
     hooks += [module.register_forward_hook(see_mlp) for module in mlps]
+    blocks = [module for module in modules if is_feed_forward(module)]
+    hooks += [module.register_forward_hook(see_feed_forward) for module in blocks]
     hooks += [module.register_forward_hook(see_convolution) for module in convolutions]
     modes = [module.training for module in modules]
     like = weight_parameters(model)[0]

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .chain import flatten, is_container, is_product, link, own_gates
+from .chain import flatten, is_container, is_feed_forward, is_product, link, own_gates
+from .feed_forward import L0FeedForward
 from .gate import HardConcreteGate
 from .linear import L0Linear
 
@@ -64,11 +65,12 @@ def export(model: nn.Module) -> nn.Module:
     """A smaller model of plain torch modules with the outputs of ``model.eval()``, itself in eval mode.
 
     Every L0Linear becomes an ``nn.Linear`` of its open units, every :class:`L0MLP` and ``nn.Sequential``
-    one flat ``nn.Sequential``. Closed hidden units vanish from both layers around them, ungated
-    ``nn.Linear`` neighbours included (see :func:`expected_l0` for what a neighbour is). Closed features at
-    the borders are left out by :class:`SelectInputs` and put back as zeros by :class:`ScatterOutputs`,
-    which appear only where something is closed. Weight and block gates leave a dense weight with zeros. Any
-    other module is copied, its children exported one by one.
+    one flat ``nn.Sequential``, every :class:`L0FeedForward` an ``nn.Sequential`` of two ``nn.Linear`` and the
+    activation (or a :class:`GatedProduct`) between them. Closed hidden units vanish from both layers around
+    them, ungated ``nn.Linear`` neighbours included (see :func:`expected_l0` for what a neighbour is). Closed
+    features at the borders are left out by :class:`SelectInputs` and put back as zeros by
+    :class:`ScatterOutputs`, which appear only where something is closed. Weight and block gates leave a dense
+    weight with zeros. Any other module is copied, its children exported one by one.
 
     Args:
         model: any module; it is not changed, and nothing is shared with it.
@@ -94,6 +96,8 @@ def _export(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
     elif is_product(module):
         parts = _export_chain([module], memo)
         memo[id(module)] = parts[0] if len(parts) == 1 else nn.Sequential(*parts)
+    elif is_feed_forward(module):
+        memo[id(module)] = _export_feed_forward(module)
     elif isinstance(module, HardConcreteGate):
         raise ValueError(
             f"model must have its gates in the layers of l0kernels.nn, got a gate elsewhere: {module}"
@@ -134,6 +138,16 @@ def _export_chain(steps: list[nn.Module], memo: dict[int, Any]) -> list[nn.Modul
     return exported
 
 
+def _export_feed_forward(block: L0FeedForward) -> nn.Sequential:
+    gate, up, down = block.hidden_gate, block.up, block.down
+    read = write = _open_units((gate,))
+    if read is not None and up.out_features > block.d_hidden:
+        write = torch.cat((read, read + block.d_hidden))
+    return nn.Sequential(
+        _sliced(up, None, write), block.activation_module(), _sliced(down, read, None, gate.eval_gates().z)
+    )
+
+
 def _open_units(gates: tuple[HardConcreteGate, ...]) -> Tensor | None:
     """Ascending positions of the units that every gate leaves open; None if that is all of them."""
     if not gates:
@@ -142,9 +156,14 @@ def _open_units(gates: tuple[HardConcreteGate, ...]) -> Tensor | None:
     return None if is_open.all() else is_open.nonzero().flatten()
 
 
-def _sliced(layer: nn.Linear, read: Tensor | None, write: Tensor | None) -> nn.Linear:
-    """The layer times its evaluation gates, in fp32 or above, restricted to some inputs and outputs."""
-    weight: Tensor = layer.weight
+def _sliced(
+    layer: nn.Linear, read: Tensor | None, write: Tensor | None, z_in: Tensor | None = None
+) -> nn.Linear:
+    """The layer times its evaluation gates, in fp32 or above, restricted to some inputs and outputs.
+
+    z_in: evaluation gates of the inputs that the layer does not own.
+    """
+    weight: Tensor = layer.weight if z_in is None else layer.weight * z_in
     bias: Tensor | None = layer.bias
     if isinstance(layer, L0Linear):
         if layer.weight_gate is not None:

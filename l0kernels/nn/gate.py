@@ -2,11 +2,12 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..gates import Gates, HardConcrete, eval_gates, sample_gates
+from ..gates import Gates, HardConcrete, attach, eval_gates, sample_gates
 
 EVAL_MODES = ("paper", "median", "topk")
 DEFAULT_DIST = HardConcrete()
@@ -20,6 +21,8 @@ class HardConcreteGate(nn.Module):
 
         gates = shared()
         y = second(first(x, out_gates=gates), in_gates=gates)
+
+    unless a :class:`GateBank` has drawn them: then every call returns its draw.
 
     log_alpha stays fp32 under ``.half()`` and ``.to(torch.bfloat16)``, whose rounding would swallow its
     updates; ``.double()`` is obeyed.
@@ -39,6 +42,8 @@ class HardConcreteGate(nn.Module):
     """
 
     n: int
+    _drawn: Gates | Tensor | None = None
+    """Of a GateBank: the detached gates or, where they are not kept, their seed; never copied or saved."""
 
     def __init__(
         self,
@@ -78,9 +83,22 @@ class HardConcreteGate(nn.Module):
 
     def forward(self) -> Gates:
         """Gates with z of shape (n,): drawn with the gradient to log_alpha in train(), detached in eval()."""
-        if self.training:
-            return sample_gates(self.log_alpha.flatten(), dist=self.dist)
-        return self.eval_gates()
+        if not self.training:
+            return self.eval_gates()
+        drawn = self._drawn
+        if isinstance(drawn, Gates):
+            return attach(self.log_alpha, drawn, self.dist)
+        return sample_gates(self.log_alpha.flatten(), seed=drawn, dist=self.dist)
+
+    @property
+    def seed(self) -> Tensor | None:
+        """(1,) int64: the seed that a GateBank has drawn for a weight or block gate, which keeps no z."""
+        return self._drawn if isinstance(self._drawn, Tensor) else None
+
+    @property
+    def draws(self) -> bool:
+        """Whether a forward draws anew: in train(), and no GateBank has drawn."""
+        return self.training and self._drawn is None
 
     def eval_gates(self) -> Gates:
         """The evaluation gate, whatever the mode of the module; detached."""
@@ -102,7 +120,16 @@ class HardConcreteGate(nn.Module):
             return tensor.to(applied.device, torch.float32)  # from the source: `applied` is rounded already
 
         super()._apply(keep_precision, recurse)
+        set_drawn(self, None)  # it may be on another device
         return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_drawn"}
+
+
+def set_drawn(gate: HardConcreteGate, drawn: Gates | Tensor | None) -> None:
+    """What a GateBank has drawn, or None; not through Module.__setattr__, which looks into five tables."""
+    gate.__dict__["_drawn"] = drawn
 
 
 class GatedLayer:
@@ -118,24 +145,24 @@ class GatedLayer:
 
 
 def draw(gates: Sequence[HardConcreteGate | None]) -> list[Gates | None]:
-    """Draws each distinct gate once, those in train() in one `sample_gates` call (one per distribution).
+    """Draws each distinct gate once, those that draw in one `sample_gates` call (one per distribution).
 
     Args:
         gates: None stands for "ungated" and stays None. The stream of a gate is its position among the
             gates drawn with it.
 
     Returns:
-        The drawn gates and, of those in eval(), the evaluation gates.
+        The drawn gates, those that a GateBank has drawn and, of those in eval(), the evaluation gates.
     """
     pending = list(dict.fromkeys([gate for gate in gates if gate is not None]))
     drawn: dict[HardConcreteGate, Gates] = {}
     while pending:
         first = pending[0]
-        if first.training:
-            group = [gate for gate in pending if gate.training and gate.dist == first.dist]
+        if first.draws:
+            group = [gate for gate in pending if gate.draws and gate.dist == first.dist]
             samples = sample_gates([gate.log_alpha for gate in group], dist=first.dist)
         else:
-            group, samples = [first], [first.eval_gates()]
+            group, samples = [first], [first.forward()]
         if len(group) == len(gates):
             return [*samples]
         drawn.update(zip(group, samples, strict=True))

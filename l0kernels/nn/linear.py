@@ -170,9 +170,15 @@ class L0Linear(GatedLayer, nn.Linear):
         assert gate is not None
         if in_gates is not None or out_gates is not None:
             raise ValueError(f"in_gates and out_gates must be None with gate={self.gate!r}, got gates")
-        mode = None if gate.training else gate.eval_mode
         return masked_linear(
-            x, self.weight, self.bias, gate.log_alpha, block=self.block, mode=mode, dist=gate.dist
+            x,
+            self.weight,
+            self.bias,
+            gate.log_alpha,
+            block=self.block,
+            seed=gate.seed if gate.training else None,
+            mode=None if gate.training else gate.eval_mode,
+            dist=gate.dist,
         )
 
     def gate_groups(self) -> Iterator[tuple[HardConcreteGate, Tensor, int]]:
@@ -255,8 +261,8 @@ def _fusible(in_gate: HardConcreteGate | None, out_gate: HardConcreteGate | None
     """Whether each gate there is draws, and draws once."""
     return (
         in_gate is not out_gate
-        and (in_gate is None or in_gate.training)
-        and (out_gate is None or out_gate.training)
+        and (in_gate is None or in_gate.draws)
+        and (out_gate is None or out_gate.draws)
     )
 
 

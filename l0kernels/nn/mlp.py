@@ -147,7 +147,7 @@ class L0MLP(nn.Module):
         if gates is None:
             sources = [layer.in_gate for layer in layers]
             present = [gate for gate in sources if gate is not None]
-            alike = all(gate.training and gate.dist == present[0].dist for gate in present)
+            alike = all(gate.draws and gate.dist == present[0].dist for gate in present)
             if present and alike and len(set(present)) == len(present):  # draw and apply as one autograd node
                 log_alphas = [None if gate is None else gate.log_alpha for gate in sources]
                 return l0_mlp(x, weights, biases, log_alphas, self.activation, dist=present[0].dist)

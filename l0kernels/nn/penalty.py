@@ -18,11 +18,12 @@ def penalty(model: nn.Module, *, weight_decay: float = 0.0) -> Tensor:
     r"""sum over the gates g of the model: p_open_g * ( lam_g |g| + weight_decay/2 * ||theta_g||^2 ).
 
     |g| is the number of parameters that the gate closes: out_features for an input gate, in_features (+ 1
-    with a bias) for an output gate, the area of a block, 1 for a weight. A shared gate counts the groups of
-    all its layers; a gate that no layer owns counts |g| = 1. Between an input and an output gate the second
-    term is weight_decay/2 * sum_oi p_o p_i theta_oi^2. Ungated parameters, and the bias of a layer without
-    output gates, are left to the optimiser. Add ``penalty(model) / N`` to a mean loss, N the size of the
-    training set (Louizos, Welling, Kingma, ICLR 2018, eq. 9, 12 and appendix A).
+    with a bias) for an output gate, the area of a block, 1 for a weight, and for a hidden unit of
+    :class:`L0FeedForward` its rows, their biases and its column. A shared gate counts the groups of all its
+    layers; a gate that no layer owns counts |g| = 1. Between an input and an output gate the second term is
+    weight_decay/2 * sum_oi p_o p_i theta_oi^2. Ungated parameters, and the bias of a layer without output
+    gates, are left to the optimiser. Add ``penalty(model) / N`` to a mean loss, N the size of the training
+    set (Louizos, Welling, Kingma, ICLR 2018, eq. 9, 12 and appendix A).
 
     Args:
         model: any module with gates in it.

@@ -1,0 +1,154 @@
+"""Every gate of a model drawn in one call, before the forward."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from types import TracebackType
+
+import torch
+from torch import Tensor, nn
+
+from ..gates import Gates, sample_gates
+from ..reference import _checks
+from .gate import HardConcreteGate, gate_modules, set_drawn
+
+KEY_STEP = 0x9E3779B97F4A7C15 - 2**64
+"""Odd, so that 2**64 consecutive draws have 2**64 different keys; the golden ratio spreads them."""
+
+
+class Draw:
+    """One draw of a :class:`GateBank`; as a context, the gates of its model are those of this draw again.
+
+    A checkpointed forward needs it if the next draw comes before its backward: recomputation asks the gates
+    anew, and would get those of the later draw::
+
+        def run(draw, x):
+            with draw:
+                return layers(x)
+
+        y = checkpoint(run, bank.draw(), x, use_reentrant=False)
+    """
+
+    def __init__(self, drawn: Mapping[HardConcreteGate, Gates | Tensor | None]) -> None:
+        self._drawn = drawn
+        self._before: list[list[Gates | Tensor | None]] = []
+
+    def __enter__(self) -> "Draw":
+        self._before.append([gate._drawn for gate in self._drawn])
+        self._set(self._drawn.values())
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._set(self._before.pop())
+
+    def _set(self, drawn: Iterable[Gates | Tensor | None]) -> None:
+        for gate, value in zip(self._drawn, drawn, strict=True):
+            set_drawn(gate, value)
+
+
+class GateBank(nn.Module):
+    r"""Draws every gate of a model in one launch.
+
+    ::
+
+        bank = GateBank(model)
+        for x, target in batches:
+            bank.draw()
+            loss = criterion(model(x), target) + penalty(model) / N
+
+    A draw holds until the next one, until :meth:`clear`, or until the model moves to another device or dtype.
+    Every forward in between has its gates, recomputation under ``torch.utils.checkpoint`` included (a
+    recomputation after the next draw needs :class:`Draw`), and layers that share a gate agree on it. The z,
+    index and count that were drawn stay detached on the gates; each call of a gate connects them to log_alpha
+    by a node of its own, so several forwards may be in flight. Weight and block gates keep a seed instead,
+    and their layers draw from it. Gates in ``eval()`` are neither drawn nor affected. Copies and state_dicts
+    of a model carry nothing of a draw. Nothing syncs with the host, and the step is counted on the device: a
+    captured graph draws anew at each replay.
+
+    The seed of draw t is ``seed + KEY_STEP * t`` modulo 2**64 with t = step + rank * 2**40; each call of
+    sample_gates and each weight or block gate is one draw. The state_dict holds seed and step; with them the
+    draws continue where they were. Processes with the same seed, step and rank draw the same gates: under
+    DistributedDataParallel give all of them one seed, and ranks only if their gates shall differ.
+
+    Args:
+        model: any module; the bank serves the gates that it has now.
+        seed: in [0, 2**63), or None for one from torch's default generator.
+        rank: in [0, 2**23).
+
+    Raises:
+        ValueError: no gate in the model, seed or rank out of range.
+        TypeError: seed or rank is not an int.
+    """
+
+    seed: Tensor
+    step: Tensor
+
+    def __init__(self, model: nn.Module, *, seed: int | None = None, rank: int = 0) -> None:
+        super().__init__()
+        gates = gate_modules(model)
+        if not gates:
+            raise ValueError(f"model must contain gates, got a {type(model).__name__} without any")
+        if seed is not None:
+            _checks.check_count("seed", seed, 0, 2**63)
+        _checks.check_count("rank", rank, 0, 2**23)
+        device = gates[0].log_alpha.device
+        value = torch.randint(2**63 - 1, (1,)) if seed is None else torch.tensor([seed])
+        self.register_buffer("seed", value.to(device))
+        self.register_buffer("step", torch.zeros(1, dtype=torch.int64, device=device))
+        self.rank = rank
+        self._gates: Sequence[HardConcreteGate] = tuple(gates)  # in a tuple they stay the model's modules
+
+    def draw(self) -> Draw:
+        """Draws every gate in train(): vectors in one call of sample_gates (per device, dtype and dist).
+
+        Returns:
+            The draw, which is in force already; :class:`Draw` says what else it is good for.
+
+        Raises:
+            ValueError: a NaN in a log_alpha, on the CPU.
+        """
+        alike: dict[object, list[HardConcreteGate]] = {}
+        seeded: list[HardConcreteGate] = []
+        drawn: dict[HardConcreteGate, Gates | Tensor | None] = dict.fromkeys(self._gates)
+        for gate in self._gates:
+            log_alpha = gate.log_alpha
+            if gate.training and log_alpha.ndim > 1:
+                seeded.append(gate)
+            elif gate.training:
+                alike.setdefault((log_alpha.device, log_alpha.dtype, gate.dist), []).append(gate)
+        with torch.no_grad():
+            keys = iter(self._keys(len(alike) + len(seeded)))
+            for group in alike.values():
+                log_alphas = [gate.log_alpha for gate in group]
+                key = next(keys).to(log_alphas[0].device)
+                drawn.update(zip(group, sample_gates(log_alphas, seed=key, dist=group[0].dist), strict=True))
+            for gate in seeded:
+                drawn[gate] = next(keys).to(gate.log_alpha.device)
+        result = Draw(drawn)
+        result._set(drawn.values())
+        return result
+
+    def clear(self) -> None:
+        """Ends the draw: every gate draws for itself again."""
+        for gate in self._gates:
+            set_drawn(gate, None)
+
+    def _keys(self, n: int) -> Sequence[Tensor]:
+        """n fresh seeds, each (1,) int64 on the device."""
+        if not n:
+            return ()
+        device = self._gates[0].log_alpha.device
+        if self.step.device != device:  # once: the model has moved since
+            self.to(device)
+        step, first = self.step, self.rank << 40
+        if n > 1:
+            step = step + torch.arange(first, first + n, device=device)
+        elif first:
+            step = step + first
+        keys = torch.add(self.seed, step, alpha=KEY_STEP)
+        self.step.add_(n)
+        return keys.split(1)
+
+    def extra_repr(self) -> str:
+        rank = f", rank={self.rank}" if self.rank else ""
+        return f"{len(self._gates)} gate(s), {sum(gate.n for gate in self._gates)} in all{rank}"

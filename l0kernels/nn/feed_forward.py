@@ -1,0 +1,227 @@
+"""The feed-forward block of a transformer, a gate on every hidden unit."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..gates import Gates, HardConcrete
+from ..mlp import gated_mlp, l0_mlp
+from ..penalty import l2_penalty
+from ..reference.mlp import GLU, ROWS
+from .gate import DEFAULT_DIST, GatedLayer, HardConcreteGate
+from .linear import copy_linear_
+from .mlp import ACTIVATIONS, _activation_name, _per_item
+
+
+class GatedProduct(nn.Module):
+    """The gated product as a plain module: ``activation(x[..., :n]) * x[..., n:]`` for x (..., 2 n).
+
+    It stands between the two layers of an exported :class:`L0FeedForward` with "swiglu" or "geglu".
+
+    Args:
+        activation: of the first half, ``nn.SiLU()`` for "swiglu", ``nn.GELU()`` for "geglu".
+    """
+
+    def __init__(self, activation: nn.Module) -> None:
+        super().__init__()
+        self.activation = activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., 2 n) -> (..., n)."""
+        gate, up = torch.tensor_split(x, 2, -1)
+        return self.activation(gate) * up
+
+
+class L0FeedForward(GatedLayer, nn.Module):
+    r"""Feed-forward block d_model -> d_hidden -> d_model whose closed hidden units are skipped.
+
+    ===========================  ==========================================================================
+    ``activation``               y
+    ===========================  ==========================================================================
+    "relu", "gelu", "silu",      (z * act(x U^T + b_u)) D^T + b_d,  up.weight = U (d_hidden, d_model)
+    "identity"
+    "swiglu", "geglu"            (z * act(x G^T + b_g) * (x U^T + b_u)) D^T + b_d,  act = silu or gelu,
+                                 up.weight = [G; U] (2 d_hidden, d_model), up.bias = [b_g; b_u]
+    ===========================  ==========================================================================
+
+    down.weight = D (d_model, d_hidden), hidden_gate.log_alpha (d_hidden,). [G; U] is the order of the fused
+    gate_up_proj that LLaMA-style models have; :meth:`from_dense` takes the layers singly, too. `up` and
+    `down` are computed together: hooks on them do not fire.
+
+    In :func:`penalty` a gate stands for all that it closes: its rows of `up` with their biases and its
+    column of `down`.
+
+    Args:
+        d_model, d_hidden: features outside and inside.
+        activation: see the table; "gelu" is the erf form.
+        bias: for both layers, or one per layer.
+        droprate_init, lam, eval_mode, dist: of the gates, see :class:`HardConcreteGate`.
+        device, dtype: as in ``torch.nn.Linear``.
+
+    Raises:
+        ValueError: an unknown activation, or a sequence of biases that is not two long.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        d_hidden: int,
+        activation: str = "relu",
+        *,
+        bias: bool | Sequence[bool] = True,
+        droprate_init: float = 0.5,
+        lam: float = 1.0,
+        eval_mode: str = "paper",
+        dist: HardConcrete = DEFAULT_DIST,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if activation not in ROWS:
+            raise ValueError(f"activation must be one of {tuple(ROWS)}, got {activation!r}")
+        up_bias, down_bias = _per_item("bias", bias, 2)
+        self.d_model = d_model
+        self.d_hidden = d_hidden
+        self.activation = activation
+        self.up = nn.Linear(d_model, ROWS[activation] * d_hidden, up_bias, device=device, dtype=dtype)
+        self.down = nn.Linear(d_hidden, d_model, down_bias, device=device, dtype=dtype)
+        self.hidden_gate = HardConcreteGate(
+            d_hidden,
+            droprate_init=droprate_init,
+            lam=lam,
+            eval_mode=eval_mode,
+            dist=dist,
+            device=device,
+            dtype=dtype,
+        )
+
+    @classmethod
+    def from_dense(cls, *dense: nn.Module, activation: str | None = None, **options: Any) -> "L0FeedForward":
+        """A gated block with copies of the weights and biases of `dense`, on its device, in its dtype.
+
+        Args:
+            *dense: one ``nn.Sequential`` of ``nn.Linear``, an activation (``nn.ReLU``, exact ``nn.GELU``,
+                ``nn.SiLU``, ``nn.Identity``, or :class:`GatedProduct` of SiLU or GELU) and ``nn.Linear``; or
+                three ``nn.Linear``: gate_proj, up_proj and down_proj of a LLaMA-style block.
+            activation: "swiglu" (None means that) or "geglu" for three layers; None for a Sequential, which
+                has its own.
+            **options: droprate_init, lam, eval_mode, dist.
+
+        Raises:
+            TypeError: `dense` is something else.
+            ValueError: an activation that does not fit, or sizes, biases, devices or dtypes that do not fit.
+        """
+        if len(dense) == 1 and isinstance(dense[0], nn.Sequential):
+            if activation is not None:
+                raise ValueError(f"activation must be None for an nn.Sequential, got {activation!r}")
+            up, act, down = _three(dense[0])
+            ups, activation = [up], _name(act)
+        elif len(dense) == 3 and all(isinstance(layer, nn.Linear) for layer in dense):
+            activation = "swiglu" if activation is None else activation
+            if activation not in GLU:
+                expected = f"one of {tuple(GLU)} for gate_proj, up_proj and down_proj"
+                raise ValueError(f"activation must be {expected}, got {activation!r}")
+            *ups, down = (layer for layer in dense if isinstance(layer, nn.Linear))
+        else:
+            got = ", ".join(type(module).__name__ for module in dense)
+            raise TypeError(f"dense must be an nn.Sequential or three nn.Linear, got ({got})")
+        _check_dense(ups, down, ROWS[activation])
+        weight = down.weight
+        block = cls(
+            weight.shape[0],
+            weight.shape[1],
+            activation,
+            bias=[ups[0].bias is not None, down.bias is not None],
+            device=weight.device,
+            dtype=weight.dtype,
+            **options,
+        )
+        copy_linear_(block.down, down)
+        with torch.no_grad():
+            for name in ("weight", "bias"):
+                to = getattr(block.up, name)
+                if to is not None:
+                    parts = [getattr(layer, name) for layer in ups]
+                    to.copy_(torch.cat(parts)).requires_grad_(any(part.requires_grad for part in parts))
+        return block.train(dense[0].training)
+
+    def forward(self, x: Tensor, gates: Gates | None = None) -> Tensor:
+        """The gated block.
+
+        Args:
+            x: (..., d_model).
+            gates: d_hidden gates drawn beforehand, used instead of the block's own.
+
+        Returns:
+            (..., d_model).
+        """
+        up, down, gate = self.up, self.down, self.hidden_gate
+        weights, biases = [up.weight, down.weight], [up.bias, down.bias]
+        if gates is None and gate.draws:  # draw and apply as one autograd node
+            return l0_mlp(x, weights, biases, [None, gate.log_alpha], self.activation, dist=gate.dist)
+        return gated_mlp(x, weights, biases, [None, gate() if gates is None else gates], self.activation)
+
+    def gate_groups(self) -> Iterator[tuple[HardConcreteGate, Tensor, int]]:
+        """|g| = the unit's rows of up with their biases, and its column of down."""
+        rows = ROWS[self.activation]
+        size = rows * (self.d_model + (self.up.bias is not None)) + self.d_model
+        yield self.hidden_gate, self.hidden_gate.log_alpha, size
+
+    def l2_penalty(self, weight_decay: float) -> Tensor:
+        """The L2 term of :func:`penalty`; down's bias is ungated and takes no part."""
+        gate = self.hidden_gate
+        rows = gate.log_alpha.repeat(ROWS[self.activation])
+        total = l2_penalty(self.down.weight, weight_decay, in_log_alpha=gate.log_alpha, dist=gate.dist)
+        total = total + l2_penalty(self.up.weight, weight_decay, out_log_alpha=rows, dist=gate.dist)
+        if self.up.bias is not None:
+            bias = self.up.bias[:, None]
+            total = total + l2_penalty(bias, weight_decay, out_log_alpha=rows, dist=gate.dist)
+        return total
+
+    def activation_module(self) -> nn.Module:
+        """What stands between `up` and `down`, as a plain module."""
+        if self.activation in GLU:
+            return GatedProduct(ACTIVATIONS[GLU[self.activation]]())
+        return ACTIVATIONS[self.activation]()
+
+    def extra_repr(self) -> str:
+        return f"{self.d_model}, {self.d_hidden}, activation={self.activation!r}"
+
+
+def _three(dense: nn.Sequential) -> tuple[nn.Linear, nn.Module, nn.Linear]:
+    modules = list(dense)
+    if len(modules) == 3:
+        up, act, down = modules
+        if isinstance(up, nn.Linear) and isinstance(down, nn.Linear):
+            return up, act, down
+    got = ", ".join(type(module).__name__ for module in modules)
+    raise ValueError(f"dense must be nn.Linear, activation, nn.Linear, got ({got})")
+
+
+def _name(module: nn.Module) -> str:
+    if not isinstance(module, GatedProduct):
+        return _activation_name(module)
+    inner = _activation_name(module.activation)
+    for name, activation in GLU.items():
+        if activation == inner:
+            return name
+    raise ValueError(f"dense must have a GatedProduct of nn.SiLU or nn.GELU, got {module}")
+
+
+def _check_dense(ups: list[nn.Linear], down: nn.Linear, rows: int) -> None:
+    """ValueError unless the layers make one block; `rows` of `ups`, taken together, make a hidden unit."""
+    d_model, d_hidden = down.weight.shape
+    expected = (rows * d_hidden // len(ups), d_model)
+    for layer in ups:
+        if layer.weight.shape != expected:
+            raise ValueError(
+                f"dense must lead back to as many features with weights of shapes {expected} and then "
+                f"{(d_model, d_hidden)}, got {tuple(layer.weight.shape)}"
+            )
+    if len({layer.bias is None for layer in ups}) > 1:
+        raise ValueError("gate_proj and up_proj must both have a bias or none, got one bias")
+    kinds = {(layer.weight.device, layer.weight.dtype) for layer in (*ups, down)}
+    if len(kinds) > 1:
+        raise ValueError(f"dense must be on one device and in one dtype, got {sorted(map(str, kinds))}")
