@@ -51,7 +51,7 @@ def trained_log_alpha(n: int, keep: float, generator: torch.Generator) -> Tensor
 
 
 def torch_gate(log_alpha: Tensor) -> Tensor:
-    u = torch.rand(log_alpha.shape).to(log_alpha.dtype).clamp(1e-6, 1 - 1e-6)
+    u = torch.rand(log_alpha.shape, device=log_alpha.device).to(log_alpha.dtype).clamp(1e-6, 1 - 1e-6)
     s = torch.sigmoid((u.log() - (1 - u).log() + log_alpha) / DIST.beta)
     return F.hardtanh(s * (DIST.zeta - DIST.gamma) + DIST.gamma, 0.0, 1.0)
 
@@ -63,7 +63,9 @@ OptionalGates = Sequence[Tensor | None]
 def masked(layers: Layers, log_alphas: OptionalGates, act: Forward, x: Tensor) -> Tensor:
     """Layers with gates on their inputs (None: ungated), `act` between them."""
     for i, (layer, log_alpha) in enumerate(zip(layers, log_alphas, strict=True)):
-        weight = layer.weight if log_alpha is None else layer.weight * torch_gate(log_alpha)
+        weight = layer.weight
+        if log_alpha is not None:
+            weight = weight * torch_gate(log_alpha).to(weight.dtype)
         x = F.linear(act(x) if i else x, weight, layer.bias)
     return x
 
@@ -82,7 +84,7 @@ def index_select(layers: Layers, log_alphas: OptionalGates, act: Forward, x: Ten
         if rows is not None:
             weight, bias = weight.index_select(0, rows), bias.index_select(0, rows)
         if gate is not None and cols is not None:
-            weight, x = weight.index_select(1, cols), x * gate.index_select(0, cols)
+            weight, x = weight.index_select(1, cols), x * gate.index_select(0, cols).to(x.dtype)
         x = F.linear(x, weight, bias)
         x = act(x) if i + 1 < len(layers) else x
     return x

@@ -43,6 +43,19 @@ WORKS = (
     Work("ffn", (512, 1024, 4096), "cpu", (0.56, 0.49, 0.27, 0.15, 0.075), (1.05, 0.98, 0.53, 0.29, 0.14)),
 )
 
+# The step is compared in a CUDA graph, the others eager; `fair` is against the fastest dense provider.
+GPU_WORKS = (
+    Work(
+        "ffn",
+        (8192, 4096, 14336),
+        "nvidia-h200",
+        (1.00, 0.94, 0.53, 0.28, 0.13),
+        (1.02, 0.97, 0.55, 0.29, 0.14),
+    ),
+    Work("linear", (8192, 4096, 4096), "nvidia-h200", (1.03, 1.02, 0.57, 0.31, 0.18), ()),
+    Work("step", (100, 784, 300, 100, 10), "nvidia-h200", (1.2, 1.2, 1.1, 1.0, 1.0), ()),
+)
+
 
 @dataclass
 class Provider:

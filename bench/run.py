@@ -8,7 +8,6 @@ import argparse
 import os
 import platform
 import re
-import subprocess
 import sys
 import time
 from contextlib import AbstractContextManager, nullcontext
@@ -20,7 +19,7 @@ from check import check
 from measure import Timed, interleave
 from ops import OPS
 from registry import KEEPS, WORKS, Case, Work
-from table import RESULTS, Row, append, machine, providers, targets
+from table import RESULTS, Row, append, commit, machine, providers, targets
 from tqdm import tqdm
 
 import l0kernels as l0
@@ -31,18 +30,6 @@ LARGE_BUDGET_S = 15.0
 LARGE_FLOPS = 1e10
 QUICK_BUDGET_S = 0.3
 QUICK_SHAPES = {"linear": (32, 64, 48), "ffn": (32, 32, 64), "chain": (16, 40, 24, 12, 5)}
-
-
-def git(*arguments: str) -> str:
-    root = Path(__file__).resolve().parent
-    done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=False)
-    return done.stdout.strip() if done.returncode == 0 else ""
-
-
-def commit() -> str:
-    status = git("status", "--porcelain", "--untracked-files=no").splitlines()
-    changed = [line for line in status if "bench/results/" not in line]
-    return (git("rev-parse", "--short", "HEAD") or "unknown") + ("-dirty" if changed else "")
 
 
 def cpu_name() -> str:

@@ -1,4 +1,4 @@
-"""Every variant of every Triton kernel compiles for every chip, fits, spills nothing, has its instructions."""
+"""Every variant of every Triton kernel compiles for every chip, fits, spills nothing, has what it expects."""
 
 import pytest
 import static

@@ -1,0 +1,536 @@
+"""Everything that needs a GPU, in one call: ``python bench/gpu_check.py [--part NAME]``, ``make gpu-check``.
+
+Runs with the machine's own Python, without a network and without installing the package: a temporary folder
+maps the checkout to `l0kernels`. Each part is a process of its own with a time limit; what fails is named and
+the rest goes on. Rows go to bench/results/<device>.csv as they are measured, the log to <device>.log beside
+it, both also to --out. When --budget-s is over, parts are dropped by name.
+"""
+
+import argparse
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from importlib import util
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+BUDGET_S = 520.0
+WORKERS = 10
+BROKEN = 3  # as in gpu_bench.py
+TAIL = 40  # lines of a failed process in the log; details.txt has all
+DTYPES = ("float32", "float16 and not bfloat16", "bfloat16", "not float32 and not float16")
+
+ENVIRONMENT = """
+import json, os, platform
+facts = {"python": platform.python_version(), "cores": len(os.sched_getaffinity(0))}
+try:
+    import torch
+    facts |= {"torch": torch.__version__, "cuda": torch.version.cuda}
+    if torch.cuda.is_available():
+        p = torch.cuda.get_device_properties(0)
+        facts |= {"device": p.name, "capability": f"{p.major}.{p.minor}", "sms": p.multi_processor_count}
+        facts["memory_gib"] = round(p.total_memory / 2**30)
+except ImportError as error:
+    facts["torch"] = f"missing: {error}"
+for name in ("triton", "numpy", "pytest", "pybind11", "ninja", "sklearn", "tqdm", "matplotlib"):
+    try:
+        facts[name] = getattr(__import__(name), "__version__", "there")
+    except ImportError:
+        facts[name] = "missing"
+print(json.dumps(facts))
+"""
+
+
+def make_site(root: Path, site: Path) -> Path:
+    """A folder for PYTHONPATH in which `import l0kernels` finds the checkout, its triton_kernels too."""
+    package = site / "l0kernels"
+    package.mkdir(parents=True)
+    for entry in sorted((root / "l0kernels").iterdir()):
+        if entry.name != "__pycache__" and entry.suffix != ".so":  # an extension was built for another Python
+            (package / entry.name).symlink_to(entry)
+    (package / "triton_kernels").symlink_to(root / "triton_kernels")
+    return site
+
+
+class Done(NamedTuple):
+    code: int | None  # None: out of time
+    output: str
+    seconds: float
+
+
+def call(command: Sequence[str | Path], limit_s: float, env: dict[str, str], cwd: Path) -> Done:
+    """Runs a command in a process group of its own, which is killed when its time is up."""
+    start = time.monotonic()
+    with tempfile.TemporaryFile("w+", errors="replace") as output:
+        process = subprocess.Popen(
+            [str(word) for word in command],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=env,
+            cwd=cwd,
+            start_new_session=True,
+        )
+        code: int | None
+        try:
+            code = process.wait(max(limit_s, 0.1))
+        except subprocess.TimeoutExpired:
+            code = None
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        output.seek(0)
+        return Done(code, output.read(), time.monotonic() - start)
+
+
+class Log:
+    """Lines to the terminal and to files, as they come; whole outputs to details.txt in `out`."""
+
+    def __init__(self, out: Path, paths: Sequence[Path]) -> None:
+        out.mkdir(parents=True, exist_ok=True)
+        self._details = (out / "details.txt").open("a", errors="replace")
+        self._files = []
+        for path in paths:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._files.append(path.open("a", errors="replace"))
+
+    def add(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._files.append(path.open("a", errors="replace"))
+
+    def __call__(self, text: str) -> None:
+        print(text, flush=True)
+        for file in self._files:
+            file.write(text + "\n")
+            file.flush()
+
+    def details(self, title: str, done: Done) -> None:
+        self._details.write(
+            f"\n===== {title}: exit {done.code} after {done.seconds:.0f} s\n{done.output[-300_000:]}\n"
+        )
+        self._details.flush()
+
+    def tail(self, done: Done) -> None:
+        for line in done.output.strip().splitlines()[-TAIL:]:
+            self(f"    {line[:300]}")
+
+
+@dataclass
+class Check:
+    """What the parts share."""
+
+    args: argparse.Namespace
+    log: Log
+    out: Path
+    site: Path
+    work: Path  # scratch
+    deadline: float
+    csv: Path
+    facts: dict[str, object] = field(default_factory=dict)
+    failures: list[str] = field(default_factory=list)
+
+    @property
+    def left(self) -> float:
+        return self.deadline - time.monotonic()
+
+    def env(self, **more: str) -> dict[str, str]:
+        paths = [str(self.site), *filter(None, [os.environ.get("PYTHONPATH")])]
+        env = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(paths),
+            "PYTHONUNBUFFERED": "1",
+            "PYTHONDONTWRITEBYTECODE": "1",
+            **more,
+        }
+        env.pop("TRITON_INTERPRET", None)
+        return env
+
+    def fail(self, what: str) -> None:
+        self.failures.append(what)
+        self.log(f"  FAILED {what}")
+
+    def copy_results(self) -> None:
+        if self.csv.exists() and self.csv.parent != self.out:
+            shutil.copy(self.csv, self.out / self.csv.name)
+
+
+# ---- the parts
+
+
+def environment(check: Check) -> None:
+    done = call([sys.executable, "-c", ENVIRONMENT], 90, check.env(), check.work)
+    check.log.details("environment", done)
+    try:
+        check.facts = json.loads(done.output.strip().splitlines()[-1])
+    except (ValueError, IndexError):
+        check.fail("environment: no facts")
+        check.log.tail(done)
+    check.log("  " + ", ".join(f"{name} {value}" for name, value in check.facts.items()))
+    for name in ("pytest", "pybind11", "sklearn", "tqdm", "matplotlib", "ninja"):
+        if check.facts.get(name) == "missing":
+            check.log(f"  no {name}: what needs it is skipped by name")
+    if shutil.which("nvidia-smi"):
+        query = "--query-gpu=name,driver_version,clocks.sm,clocks.mem,temperature.gpu,power.draw"
+        done = call(["nvidia-smi", query, "--format=csv,noheader"], 30, check.env(), check.work)
+        check.log(f"  nvidia-smi: {done.output.strip()}")
+    done = call([sys.executable, "-m", "l0kernels"], 90, check.env(), check.work)
+    check.log.details("python -m l0kernels", done)
+    for line in done.output.strip().splitlines():
+        check.log(f"  {line}")
+    if done.code != 0:
+        check.fail("environment: python -m l0kernels")
+
+
+class Shard(NamedTuple):
+    """One pytest process."""
+
+    file: str
+    keywords: str = ""
+
+    @property
+    def name(self) -> str:
+        return f"{self.file}[{self.keywords}]" if self.keywords else self.file
+
+
+def shards(tests: Path, built: bool) -> list[Shard]:
+    """The processes of the tests; those of the CUDA backend come once it is built."""
+    names = sorted(path.name for path in tests.glob("test_*.py"))
+    found = []
+    for name in names:
+        if name.startswith("test_cuda_"):
+            found += [Shard(name)] if built else []
+        elif name.startswith("test_gpu_") and name != "test_gpu_check.py":
+            backend = "cuda" if built else "not cuda"
+            split = DTYPES if name == "test_gpu_ops.py" else ("",)
+            found += [Shard(name, " and ".join(filter(None, [backend, s]))) for s in split]
+        elif name.startswith("test_triton_") and not built:
+            found.append(Shard(name))
+    return found
+
+
+class Counts(NamedTuple):
+    passed: int = 0
+    failed: int = 0
+    skipped: int = 0
+
+
+def read_junit(path: Path) -> tuple[Counts, list[str], dict[str, int]]:
+    """Counts, a line for each failure, and how many tests each reason skipped."""
+    counts = dict.fromkeys(("passed", "failed", "skipped"), 0)
+    lines, reasons = [], dict[str, int]()
+    for case in ElementTree.parse(path).getroot().iter("testcase"):
+        bad = case.find("failure")
+        bad = case.find("error") if bad is None else bad
+        skipped = case.find("skipped")
+        if bad is not None:
+            counts["failed"] += 1
+            message = (bad.get("message") or "").strip().splitlines() or [""]
+            lines.append(f"{case.get('name')}: {message[0][:200]}")
+        elif skipped is not None:
+            counts["skipped"] += 1
+            reason = (skipped.get("message") or "").strip()[:150]
+            reasons[reason] = reasons.get(reason, 0) + 1
+        else:
+            counts["passed"] += 1
+    return Counts(**counts), lines, reasons
+
+
+def run_shard(check: Check, shard: Shard, end: float, number: int) -> tuple[Done, Path]:
+    junit = check.work / f"junit-{number}.xml"
+    command: list[str | Path] = [
+        sys.executable,
+        "-m",
+        "pytest",
+        ROOT / "tests" / shard.file,
+        "-q",
+        "--tb=short",
+        "-p",
+        "no:cacheprovider",
+    ]
+    command += ["-c", ROOT / "pyproject.toml", "--rootdir", ROOT, "-o", "filterwarnings=default"]
+    command += [f"--junitxml={junit}", *(["-k", shard.keywords] if shard.keywords else [])]
+    # In the mapped folder, so that python -m does not find the checkout's own l0kernels first.
+    done = call(command, end - time.monotonic(), check.env(OMP_NUM_THREADS="2"), check.site)
+    return done, junit
+
+
+def report_shard(check: Check, shard: Shard, done: Done, junit: Path) -> Counts:
+    check.log.details(f"pytest {shard.name}", done)
+    if not junit.exists():
+        if done.code == 5:  # nothing collected
+            check.log(f"  {shard.name}: no tests")
+            return Counts()
+        what = "out of time" if done.code is None else f"exit {done.code}, no report"
+        check.fail(f"tests {shard.name}: {what} after {done.seconds:.0f} s")
+        check.log.tail(done)
+        return Counts(failed=1)
+    counts, lines, reasons = read_junit(junit)
+    check.log(
+        f"  {shard.name}: {counts.passed} passed, {counts.failed} failed, {counts.skipped} skipped, "
+        f"{done.seconds:.0f} s"
+    )
+    for reason, number in reasons.items():
+        check.log(f"    skipped {number}: {reason}")
+    for line in lines[:25]:
+        check.log(f"    {line}")
+    if len(lines) > 25:
+        check.log(f"    and {len(lines) - 25} more in details.txt")
+    if counts.failed:
+        check.fail(f"tests {shard.name}: {counts.failed} of {sum(counts)}")
+    return counts
+
+
+def build(check: Check, limit_s: float) -> Done:
+    """The native extension, CUDA included where setup.py knows it, into the mapped folder."""
+    command = [sys.executable, "setup.py", "-q", "build_ext"]
+    command += [f"--build-lib={check.site}", f"--build-temp={check.work / 'build'}"]
+    arch = str(check.facts.get("capability", "9.0"))
+    more = {"TORCH_CUDA_ARCH_LIST": "9.0a" if arch == "9.0" else arch}
+    return call(command, limit_s, check.env(L0KERNELS_CPP="auto", **more), ROOT)
+
+
+def tests(check: Check) -> None:
+    """Parity, no host sync, CUDA graphs: all files at once, while the bench's kernels and csrc compile."""
+    if check.facts.get("pytest") == "missing":
+        check.fail("tests: skipped, no pytest")
+        return
+    limit_s = min(check.args.tests_s, check.left - 60)
+    end = time.monotonic() + limit_s
+    total: dict[str, Counts] = {}
+    with ThreadPoolExecutor(WORKERS) as pool:
+        built = pool.submit(build, check, limit_s)
+        warm = {pool.submit(warm_up, check, op, limit_s): op for op in ("ffn", "linear", "step")}
+        waiting: dict[Future[tuple[Done, Path]], Shard] = {}
+
+        def submit(more: list[Shard]) -> None:
+            for shard in more:
+                waiting[pool.submit(run_shard, check, shard, end, len(waiting))] = shard
+
+        submit(shards(ROOT / "tests", built=False))
+        done = built.result()
+        check.log.details("build", done)
+        library = next(iter((check.site / "l0kernels").glob("_C*.so")), None)
+        check.log(f"  native extension: {library.name if library else 'not built'}, {done.seconds:.0f} s")
+        if library is None:
+            check.fail("build of the native extension")
+            check.log.tail(done)
+        elif has_cuda(check):
+            submit(shards(ROOT / "tests", built=True))
+        else:
+            check.log("  backend cuda: not there, its tests skipped")
+        for future in as_completed(waiting):
+            shard = waiting[future]
+            total[shard.name] = report_shard(check, shard, *future.result())
+        for warmed in as_completed(warm):
+            done = warmed.result()
+            check.log.details(f"warm {warm[warmed]}", done)
+            check.log(f"  kernels of {warm[warmed]}: exit {done.code} after {done.seconds:.0f} s")
+    sums = [sum(getattr(counts, name) for counts in total.values()) for name in Counts._fields]
+    check.log(f"  TESTS: {sums[0]} passed, {sums[1]} failed, {sums[2]} skipped")
+
+
+def has_cuda(check: Check) -> bool:
+    code = "from l0kernels import _registry; raise SystemExit(_registry.why_not('cuda') is not None)"
+    return call([sys.executable, "-c", code], 60, check.env(), check.work).code == 0
+
+
+def bench_command(check: Check, part: str, budget_s: float) -> list[str | Path]:
+    command: list[str | Path] = [sys.executable, ROOT / "bench" / "gpu_bench.py", part]
+    command += ["--csv", check.csv, "--budget-s", f"{budget_s:.0f}"]
+    if check.args.dry:
+        command += ["--device", "cpu", "--backend", "torch", "--quick"]
+    return command
+
+
+def warm_up(check: Check, op: str, limit_s: float) -> Done:
+    return call([*bench_command(check, op, limit_s), "--warm"], limit_s, check.env(), check.work)
+
+
+def retry_options(done: Done, without: list[str]) -> list[str] | None:
+    """The options of another attempt at a part that lost the GPU or hung; None if there is no telling why."""
+    broken = re.search(r"BROKEN by (\S+):", done.output)
+    if broken and broken[1].startswith("mode-"):
+        return ["--modes", "eager"] if broken[1] == "mode-graph" else None
+    name = broken[1] if broken else None
+    if name is None and done.code is None:
+        last = done.output.strip().splitlines()[-1:] or [""]
+        hung = re.fullmatch(r"\s*(\S+): first call", last[0])
+        name = hung[1] if hung else None
+    if name is None:
+        return None
+    without.append(name)
+    return ["--without", *without]
+
+
+def bench(part: str, limit_s: float) -> Callable[[Check], None]:
+    def run(check: Check) -> None:
+        without: list[str] = []
+        options: list[str] = []
+        end = time.monotonic() + min(limit_s, check.left)
+        for _ in range(3):
+            seconds = end - time.monotonic()
+            if seconds < 10:
+                break
+            command = [*bench_command(check, part, seconds - 8), *options]
+            done = call(command, seconds, check.env(L0KERNELS_COMMIT=check.args.commit), check.work)
+            check.log.details(f"bench {part}", done)
+            for line in done.output.strip().splitlines():
+                if not line.endswith(": first call"):
+                    check.log(f"  {line[:220]}")
+            check.copy_results()
+            if done.code == 0:
+                return
+            what = "out of time" if done.code is None else f"exit {done.code}"
+            check.fail(f"{part}: {what} after {done.seconds:.0f} s")
+            more = retry_options(done, without)
+            if more is None:
+                return
+            options = more
+            check.log(f"  again with {' '.join(options)}")
+
+    return run
+
+
+def example(check: Check) -> None:
+    """A few epochs of the example on the GPU: on the digits, and on MNIST if its files are at hand."""
+    missing = [name for name in ("sklearn", "tqdm", "matplotlib") if check.facts.get(name) == "missing"]
+    if missing:
+        check.log(f"  example: skipped, no {', '.join(missing)}")
+        return
+    device = "cpu" if check.args.dry else "cuda"
+    script: list[str | Path] = [sys.executable, ROOT / "examples" / "train_lenet300.py", "--device", device]
+    runs: list[tuple[str, list[str | Path]]] = [("digits", ["--epochs", "1" if check.args.dry else "10"])]
+    mnist = check.args.data or ROOT / "shared" / "data" / "mnist"
+    if mnist.is_dir():
+        runs.append(("mnist", ["--data", mnist, "--epochs", "2"]))
+    else:
+        check.log(f"  MNIST: skipped, not at hand in {mnist}")
+    for name, options in runs:
+        command = [*script, *options, "--out", check.work / f"lenet-{name}"]
+        done = call(command, min(60.0, check.left), check.env(), check.work)
+        check.log.details(f"example {name}", done)
+        for line in done.output.strip().splitlines()[-16:]:
+            check.log(f"  {line[:200]}")
+        if done.code != 0:
+            check.fail(f"example {name}: exit {done.code}")
+
+
+def tune(check: Check) -> None:
+    """The product's tiles, for choose() in triton_kernels/matmul.py; not a part of a whole check."""
+    script = ROOT / "bench" / "tune.py"
+    if not script.exists():
+        check.log("  tune: skipped, there is no bench/tune.py")
+        return
+    done = call([sys.executable, script], check.left, check.env(), check.work)
+    check.log.details("tune", done)
+    for line in done.output.strip().splitlines():
+        check.log(f"  {line[:220]}")
+    if done.code != 0:
+        check.fail(f"tune: exit {done.code}")
+
+
+class Part(NamedTuple):
+    run: Callable[[Check], None]
+    needs_s: float  # is not begun with less time left
+    always: bool = True
+
+
+PARTS: dict[str, Part] = {
+    "environment": Part(environment, 0),
+    "tests": Part(tests, 90),
+    "ffn": Part(bench("ffn", 130), 30),
+    "linear": Part(bench("linear", 70), 25),
+    "step": Part(bench("step", 80), 25),
+    "micro": Part(bench("micro", 70), 20),
+    "example": Part(example, 15),
+    "tune": Part(tune, 60, always=False),
+}
+"""By value: what is dropped when the time is up stands last."""
+
+
+def slug(name: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def run_parts(check: Check, names: Sequence[str]) -> Iterator[str]:
+    """Runs them in order; yields the name of each that ran."""
+    for name in names:
+        part = PARTS[name]
+        if check.left < part.needs_s:
+            check.log(f"{name}: dropped, {max(check.left, 0):.0f} s left of {check.args.budget_s:.0f}")
+            check.failures.append(f"{name}: dropped")
+            continue
+        start = time.monotonic()
+        check.log(f"{name}: {check.left:.0f} s left")
+        try:
+            part.run(check)
+        except Exception as error:  # a part must not take the others with it
+            check.fail(f"{name}: {type(error).__name__}: {error}")
+        check.log(f"{name}: {time.monotonic() - start:.0f} s")
+        yield name
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--part", nargs="+", choices=list(PARTS), help="only these")
+    parser.add_argument("--budget-s", type=float, default=BUDGET_S, help="default %(default)s")
+    parser.add_argument(
+        "--tests-s", type=float, default=210.0, help="of it for the tests, default %(default)s"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "runs" / "gpu_check", help="copies of CSV and log, details.txt"
+    )
+    parser.add_argument(
+        "--data", type=Path, help="folder of MNIST's four .gz files, default shared/data/mnist"
+    )
+    parser.add_argument(
+        "--commit", default=os.environ.get("L0KERNELS_COMMIT", ""), help="for the rows, without git"
+    )
+    parser.add_argument("--dry", action="store_true", help="tiny shapes on the CPU, rows only to --out")
+    args = parser.parse_args(argv)
+    deadline = time.monotonic() + args.budget_s
+    out = args.out.resolve()
+    log = Log(out, [out / "gpu-check.log"])
+    log(f"gpu-check {time.strftime('%Y-%m-%d %H:%M:%S', time.gmtime())} UTC, budget {args.budget_s:.0f} s")
+    work = Path(tempfile.mkdtemp(prefix="l0kernels-gpu-"))
+    try:
+        site = make_site(ROOT, work / "site")
+        check = Check(args, log, out, site, work, deadline, out / "dry.csv")
+        done = list(run_parts(check, ["environment"]))
+        device = str(check.facts.get("device", ""))
+        if not device and not args.dry:
+            log("no CUDA device: nothing can be checked here (--dry shows that the script runs)")
+            return 2
+        if not args.dry:
+            check.csv = ROOT / "bench" / "results" / f"{slug(device)}.csv"
+            log.add(check.csv.with_suffix(".log"))
+            log(f"{device}: {check.facts}")
+        chosen = args.part or [name for name, part in PARTS.items() if part.always]
+        done += run_parts(check, [name for name in chosen if name != "environment"])
+        check.copy_results()
+        seconds = args.budget_s - check.left
+        log(
+            f"ran {', '.join(done)} in {seconds:.0f} s; "
+            + ("all well" if not check.failures else "FAILURES:")
+        )
+        for failure in check.failures:
+            log(f"  {failure}")
+        return 1 if check.failures else 0
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    if util.find_spec("torch") is None:
+        sys.exit(f"{sys.executable} has no torch: name another one, make gpu-check PYTHON=...")
+    sys.exit(main())
