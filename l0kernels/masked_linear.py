@@ -12,7 +12,7 @@ from .gates import HardConcrete, eval_weight_gates, sample_gates
 from .linear import as_rows, compute_dtype, gated_linear, like_rows
 from .reference.gates import DEFAULT_DIST, draw_seed
 from .reference.linear import scale
-from .reference.masked_linear import check_masked
+from .reference.masked_linear import check_masked, expand_blocks
 
 _NO_GATE: list[Tensor] = []
 
@@ -58,6 +58,7 @@ class _MaskedLinear(torch.autograd.Function):
             False,
             dtype,
             [needs_x, grad_needed, needs_b, False, False],
+            [],
             backend,
         )
         dw = dlog_alpha = None
@@ -129,8 +130,7 @@ def masked_linear(
     """Linear layer with a gate per weight or per block of weights: ``y = x (W * z)^T + b``.
 
     torch: ``F.linear(x, weight * z, bias)``. The bias is ungated. A gate's noise has its row-major position
-        in
-    log_alpha for index, and stream 0. Gates per weight save memory, not time: z is drawn again in the
+    in log_alpha for index, and stream 0. Gates per weight save memory, not time: z is drawn again in the
     backward, and neither noise nor mask is stored. Gates per block skip the closed blocks in all three
     products; blocks of fewer than 16 rows or columns gain little.
 
@@ -154,22 +154,31 @@ def masked_linear(
         RuntimeError: the requested backend cannot serve the call.
     """
     check_masked(x, weight, bias, log_alpha, block, seed, mode, dist)
-    backend = _registry.resolve(x.device)
+    backend = _registry.resolve(x.device, x.dtype)
     if backend == "reference":
         return reference.masked_linear(
             x, weight, bias, log_alpha, block=block, seed=seed, mode=mode, dist=dist
         )
     if seed is None and mode is None:
         seed = draw_seed(log_alpha.device)
-    dtype = compute_dtype(x)
     if block is None:
         if mode is not None:
             return gated_linear(x, scale(weight, eval_weight_gates(log_alpha, mode, dist)), bias)
         constants = (dist.beta, dist.gamma, dist.zeta)
-        return _MaskedLinear.apply(x, weight, bias, log_alpha, seed, constants, dtype, backend)
+        return _MaskedLinear.apply(x, weight, bias, log_alpha, seed, constants, compute_dtype(x), backend)
     if mode is not None:
         z = eval_weight_gates(log_alpha, mode, dist)
     else:
         z = sample_gates(log_alpha.flatten(), seed=seed, dist=dist).z.view(log_alpha.shape)
+    return block_linear(x, weight, bias, z, block)
+
+
+def block_linear(x: Tensor, weight: Tensor, bias: Tensor | None, z: Tensor, block: tuple[int, int]) -> Tensor:
+    """masked_linear with one gate per block, z drawn beforehand; arguments that masked_linear checks."""
+    backend = _registry.resolve(x.device, x.dtype)
+    if backend == "reference":
+        z = expand_blocks(z, block, (weight.shape[0], weight.shape[1]))
+        return torch.nn.functional.linear(x, scale(weight, z), bias)
+    dtype = compute_dtype(x)
     z = z.to(torch.float64 if dtype == torch.float64 else torch.float32)
     return _BlockLinear.apply(x, weight, bias, z, tuple(block), dtype, backend)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from ..gates import Gates, sample_gates
 from ..reference import _checks
 from .gate import HardConcreteGate, gate_modules, set_drawn
+from .linear import L0Linear
 
 KEY_STEP = 0x9E3779B97F4A7C15 - 2**64
 """Odd, so that 2**64 consecutive draws have 2**64 different keys; the golden ratio spreads them."""
@@ -60,15 +61,15 @@ class GateBank(nn.Module):
     Every forward in between has its gates, recomputation under ``torch.utils.checkpoint`` included (a
     recomputation after the next draw needs :class:`Draw`), and layers that share a gate agree on it. The z,
     index and count that were drawn stay detached on the gates; each call of a gate connects them to log_alpha
-    by a node of its own, so several forwards may be in flight. Weight and block gates keep a seed instead,
-    and their layers draw from it. Gates in ``eval()`` are neither drawn nor affected. Copies and state_dicts
-    of a model carry nothing of a draw. Nothing syncs with the host, and the step is counted on the device: a
+    by a node of its own, so several forwards may be in flight. A gate per weight keeps no z but the seed from
+    which its layer draws. Gates in ``eval()`` are neither drawn nor affected. Copies and state_dicts of a
+    model carry nothing of a draw. Nothing syncs with the host, and the step is counted on the device: a
     captured graph draws anew at each replay.
 
     The seed of draw t is ``seed + KEY_STEP * t`` modulo 2**64 with t = step + rank * 2**40; each call of
-    sample_gates and each weight or block gate is one draw. The state_dict holds seed and step; with them the
-    draws continue where they were. Processes with the same seed, step and rank draw the same gates: under
-    DistributedDataParallel give all of them one seed, and ranks only if their gates shall differ.
+    sample_gates and each layer with gates per weight is one draw. The state_dict holds seed and step; with
+    them the draws continue where they were. Processes with the same seed, step and rank draw the same gates:
+    under DistributedDataParallel give all of them one seed, and ranks only if their gates shall differ.
 
     Args:
         model: any module; the bank serves the gates that it has now.
@@ -86,6 +87,8 @@ class GateBank(nn.Module):
     def __init__(self, model: nn.Module, *, seed: int | None = None, rank: int = 0) -> None:
         super().__init__()
         gates = gate_modules(model)
+        layers = [module for module in model.modules() if isinstance(module, L0Linear)]
+        per_weight = {layer.weight_gate for layer in layers if layer.gate == "weight"}
         if not gates:
             raise ValueError(f"model must contain gates, got a {type(model).__name__} without any")
         if seed is not None:
@@ -96,10 +99,12 @@ class GateBank(nn.Module):
         self.register_buffer("seed", value.to(device))
         self.register_buffer("step", torch.zeros(1, dtype=torch.int64, device=device))
         self.rank = rank
-        self._gates: Sequence[HardConcreteGate] = tuple(gates)  # in a tuple they stay the model's modules
+        # In tuples they stay the model's modules.
+        self._vectors = tuple(gate for gate in gates if gate not in per_weight)
+        self._weights = tuple(gate for gate in gates if gate in per_weight)
 
     def draw(self) -> Draw:
-        """Draws every gate in train(): vectors in one call of sample_gates (per device, dtype and dist).
+        """Draws every gate in train(), in one call of sample_gates (one per device, dtype and distribution).
 
         Returns:
             The draw, which is in force already; :class:`Draw` says what else it is good for.
@@ -108,18 +113,16 @@ class GateBank(nn.Module):
             ValueError: a NaN in a log_alpha, on the CPU.
         """
         alike: dict[object, list[HardConcreteGate]] = {}
-        seeded: list[HardConcreteGate] = []
+        for gate in self._vectors:
+            if gate.training:
+                kind = (gate.log_alpha.device, gate.log_alpha.dtype, gate.dist)
+                alike.setdefault(kind, []).append(gate)
+        seeded = [gate for gate in self._weights if gate.training]
         drawn: dict[HardConcreteGate, Gates | Tensor | None] = dict.fromkeys(self._gates)
-        for gate in self._gates:
-            log_alpha = gate.log_alpha
-            if gate.training and log_alpha.ndim > 1:
-                seeded.append(gate)
-            elif gate.training:
-                alike.setdefault((log_alpha.device, log_alpha.dtype, gate.dist), []).append(gate)
         with torch.no_grad():
             keys = iter(self._keys(len(alike) + len(seeded)))
             for group in alike.values():
-                log_alphas = [gate.log_alpha for gate in group]
+                log_alphas = [gate.log_alpha.flatten() for gate in group]
                 key = next(keys).to(log_alphas[0].device)
                 drawn.update(zip(group, sample_gates(log_alphas, seed=key, dist=group[0].dist), strict=True))
             for gate in seeded:
@@ -127,6 +130,10 @@ class GateBank(nn.Module):
         result = Draw(drawn)
         result._set(drawn.values())
         return result
+
+    @property
+    def _gates(self) -> tuple[HardConcreteGate, ...]:
+        return self._vectors + self._weights
 
     def clear(self) -> None:
         """Ends the draw: every gate draws for itself again."""

@@ -87,12 +87,12 @@ class HardConcreteGate(nn.Module):
             return self.eval_gates()
         drawn = self._drawn
         if isinstance(drawn, Gates):
-            return attach(self.log_alpha, drawn, self.dist)
+            return attach(self.log_alpha.flatten(), drawn, self.dist)
         return sample_gates(self.log_alpha.flatten(), seed=drawn, dist=self.dist)
 
     @property
     def seed(self) -> Tensor | None:
-        """(1,) int64: the seed that a GateBank has drawn for a weight or block gate, which keeps no z."""
+        """(1,) int64: what a GateBank has drawn for a gate per weight, which keeps no z."""
         return self._drawn if isinstance(self._drawn, Tensor) else None
 
     @property

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..gates import Gates, HardConcrete
 from ..linear import gated_linear, l0_linear
-from ..masked_linear import masked_linear
+from ..masked_linear import block_linear, masked_linear
 from ..penalty import l2_penalty
 from .gate import DEFAULT_DIST, GatedLayer, HardConcreteGate, draw
 
@@ -170,6 +170,9 @@ class L0Linear(GatedLayer, nn.Linear):
         assert gate is not None
         if in_gates is not None or out_gates is not None:
             raise ValueError(f"in_gates and out_gates must be None with gate={self.gate!r}, got gates")
+        if self.block is not None and gate.training and not gate.draws:
+            z = gate.forward().z.view(gate.log_alpha.shape)
+            return block_linear(x, self.weight, self.bias, z, self.block)
         return masked_linear(
             x,
             self.weight,
