@@ -2,8 +2,9 @@
 
 A gate is a list [z, index, count]; count = [open, extent] lives on the device, only the kernels read it. A
 gate whose extent reaches its size is plain: its dimension keeps its natural order. Rows travel as whole
-contiguous pieces. Packed columns lie in consecutive lanes, so that a warp's gather of ascending sources
-touches few sectors; a reshape then hands every thread 16 contiguous bytes of the contiguous side.
+contiguous pieces. Where columns are gathered the tile is (columns, rows): the compiler then lays columns over
+consecutive lanes, so that a warp meets few sectors of its ascending sources; transposed, through shared
+memory, the tile meets the contiguous side in pieces of 16 bytes.
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ from ._variants import Variant
 Gate = list[Tensor]
 
 _ALIGN = 128
-_PROGRAMS_PER_SM = 8
 _GATHER_ROWS, _GATHER_COLS = 8, 256  # 16 independent loads in flight per thread with 4 warps
+# How many programs of 4 warps an SM holds, by their registers: one wave, whose programs stride over the rows.
+_RESIDENT, _RESIDENT_SCALED, _RESIDENT_DZ, _RESIDENT_DZ_ROWS = 8, 7, 4, 3
 _COPY_TILE = 4096
 _REDUCE_COLS = 32
 
@@ -56,6 +58,18 @@ def _fractional(z, FULL: tl.constexpr):
     if FULL:
         return z != 0.0
     return ~((z <= 0.0) | (z >= 1.0))
+
+
+@triton.jit
+def _store_scaled(value, held, z_r, z_c, target, mask, SCALE_ROWS: tl.constexpr, SCALE_COLS: tl.constexpr):
+    """Stores value * z_r * z_c; exactly 0 where nothing is held, also beside a NaN gate."""
+    if SCALE_ROWS or SCALE_COLS:
+        value = value.to(tl.float32)
+    if SCALE_ROWS:
+        value = value * z_r
+    if SCALE_COLS:
+        value = value * z_c
+    tl.store(target, tl.where(held, value, 0.0).to(target.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -113,6 +127,56 @@ def _pack_rows(
 
 
 @triton.jit
+def _pack_step(
+    row,
+    col,
+    unit_c,
+    z_c,
+    full_ptr,
+    packed_ptr,
+    row_z_ptr,
+    row_index_ptr,
+    plain_r,
+    limit_r,
+    extent_r,
+    limit_c,
+    extent_c,
+    stride_fr,
+    stride_fc,
+    stride_p,
+    PLAIN: tl.constexpr,
+    HAS_ROWS: tl.constexpr,
+    SCALE_ROWS: tl.constexpr,
+    SCALE_COLS: tl.constexpr,
+    UNIT: tl.constexpr,
+):
+    """One tile of _pack_cols, its columns in natural order or gathered."""
+    # The few rows of padding read row 0: a mask by column alone leaves the gather enough predicates.
+    unit_r, z_r = tl.where(row < limit_r, row, 0), 1.0
+    if HAS_ROWS:
+        unit_r = tl.where(plain_r, unit_r, tl.load(row_index_ptr + row, mask=row < limit_r, other=0))
+    if SCALE_ROWS:
+        z_r = tl.load(row_z_ptr + unit_r)[:, None]
+    source = full_ptr + unit_r.to(tl.int64) * stride_fr
+    if PLAIN:
+        if not UNIT:
+            col_offset = col.to(tl.int64)[None, :] * stride_fc
+        else:
+            col_offset = col[None, :]
+        value = tl.load(source[:, None] + col_offset, mask=(col < limit_c)[None, :], other=0.0)
+    else:
+        if not UNIT:
+            col_offset = unit_c.to(tl.int64)[:, None] * stride_fc
+        else:
+            col_offset = unit_c[:, None]
+        value = tl.trans(tl.load(source[None, :] + col_offset, mask=(col < limit_c)[:, None], other=0.0))
+    target = packed_ptr + row.to(tl.int64)[:, None] * stride_p + col[None, :]
+    held = (row < limit_r)[:, None] & (col < limit_c)[None, :]
+    mask = (row < extent_r)[:, None] & (col < extent_c)[None, :]
+    _store_scaled(value, held, z_r, z_c, target, mask, SCALE_ROWS, SCALE_COLS)
+
+
+@triton.jit
 def _pack_cols(
     full_ptr,  # (R, C) stride_fr * VEC, stride_fc
     packed_ptr,  # (Rcap, Ccap) stride_p, 1
@@ -133,7 +197,6 @@ def _pack_cols(
     SKIP_PLAIN: tl.constexpr,
     UNIT: tl.constexpr,  # stride_fc == 1
     VEC: tl.constexpr,
-    WIDTH: tl.constexpr,  # packed elements in 16 bytes
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -156,47 +219,25 @@ def _pack_cols(
         col = start + tl.arange(0, BLOCK_C)
         unit_c = tl.load(col_index_ptr + col, mask=(col < limit_c) & (plain_c == 0), other=0)
         unit_c = tl.where(plain_c, col, unit_c)
-        # The same columns as rows of WIDTH, for accesses of 16 bytes.
-        group = tl.arange(0, BLOCK_C // WIDTH) * WIDTH
-        wide = start + group[:, None] + tl.arange(0, WIDTH)[None, :]
+        z_c = 1.0
         if SCALE_COLS:
-            z_c = tl.load(col_z_ptr + unit_c, mask=col < limit_c, other=0.0)
-            z_c = tl.reshape(z_c, (1, BLOCK_C // WIDTH, WIDTH))
-        for step in range(item // n_tiles, n_steps, n_chunks):
-            row = step * BLOCK_R + tl.arange(0, BLOCK_R)
-            unit_r = row
-            if HAS_ROWS:
-                unit_r = tl.where(plain_r, row, tl.load(row_index_ptr + row, mask=row < limit_r, other=0))
-            source = full_ptr + unit_r.to(tl.int64) * (stride_fr * VEC)
-            mask = (row < limit_r)[:, None, None] & (wide < limit_c)[None, :, :]
-            if plain_c:
-                if UNIT:
-                    natural = source[:, None, None] + wide[None, :, :]
-                else:
-                    natural = source[:, None, None] + wide.to(tl.int64)[None, :, :] * stride_fc
-                inside = (row < limit_r)[:, None, None] & (wide < C)[None, :, :]
-                value = tl.load(natural, mask=inside, other=0.0)
-            else:
-                if UNIT:
-                    gather = source[:, None] + unit_c[None, :]
-                else:
-                    gather = source[:, None] + unit_c.to(tl.int64)[None, :] * stride_fc
-                held = (row < limit_r)[:, None] & (col < limit_c)[None, :]
-                value = tl.load(gather, mask=held, other=0.0)
-                value = tl.reshape(value, (BLOCK_R, BLOCK_C // WIDTH, WIDTH))
-            if SCALE_ROWS or SCALE_COLS:
-                scaled = value.to(tl.float32)
-                if SCALE_ROWS:
-                    z_r = tl.load(row_z_ptr + unit_r, mask=row < limit_r, other=0.0)
-                    scaled = scaled * z_r[:, None, None]
-                if SCALE_COLS:
-                    scaled = scaled * z_c
-                scaled = tl.where(mask, scaled, 0.0)  # zeros stay zeros beside a NaN gate
-                result = scaled.to(packed_ptr.dtype.element_ty)
-            else:
-                result = value.to(packed_ptr.dtype.element_ty)
-            target = packed_ptr + row.to(tl.int64)[:, None, None] * stride_p + wide[None, :, :]
-            tl.store(target, result, mask=(row < extent_r)[:, None, None] & (wide < extent_c)[None, :, :])
+            z_c = tl.load(col_z_ptr + unit_c, mask=col < limit_c, other=0.0)[None, :]
+        if plain_c:
+            for step in range(item // n_tiles, n_steps, n_chunks):
+                _pack_step(
+                    step * BLOCK_R + tl.arange(0, BLOCK_R), col, unit_c, z_c,
+                    full_ptr, packed_ptr, row_z_ptr, row_index_ptr,
+                    plain_r, limit_r, extent_r, C, extent_c, stride_fr * VEC, stride_fc, stride_p,
+                    True, HAS_ROWS, SCALE_ROWS, SCALE_COLS, UNIT,
+                )  # fmt: skip
+        else:
+            for step in range(item // n_tiles, n_steps, n_chunks):
+                _pack_step(
+                    step * BLOCK_R + tl.arange(0, BLOCK_R), col, unit_c, z_c,
+                    full_ptr, packed_ptr, row_z_ptr, row_index_ptr,
+                    plain_r, limit_r, extent_r, limit_c, extent_c, stride_fr * VEC, stride_fc, stride_p,
+                    False, HAS_ROWS, SCALE_ROWS, SCALE_COLS, UNIT,
+                )  # fmt: skip
 
 
 @triton.jit
@@ -272,6 +313,86 @@ def _unpack_rows(
 
 
 @triton.jit
+def _unpack_step(
+    acc,
+    row,
+    col,
+    place,
+    z_c,
+    packed_ptr,
+    full_ptr,
+    theta_ptr,
+    dz_row_ptr,
+    row_z_ptr,
+    row_index_ptr,
+    plain_r,
+    limit_r,
+    write,
+    R,
+    C,
+    stride_p,
+    stride_f,
+    stride_tr,
+    stride_tc,
+    PLAIN: tl.constexpr,
+    HAS_ROWS: tl.constexpr,
+    SCALE_ROWS: tl.constexpr,
+    SCALE_COLS: tl.constexpr,
+    DZ_ROWS: tl.constexpr,
+    DZ_COLS: tl.constexpr,
+    FULL_ROWS: tl.constexpr,
+    UNIT: tl.constexpr,
+):
+    """One tile of _unpack_cols, its columns in natural order or gathered; the sums of dz_col so far."""
+    inside = row < R
+    filled = row < limit_r  # known before z: the loads of the matrices need not wait for it
+    open_c = z_c != 0.0
+    source = packed_ptr + row.to(tl.int64) * stride_p
+    if PLAIN:
+        value = tl.load(source[:, None] + col[None, :], mask=filled[:, None] & (col < C)[None, :], other=0.0)
+    else:
+        value = tl.load(source[None, :] + place[:, None], mask=filled[None, :] & open_c[:, None], other=0.0)
+    unit, live, z_r = row, inside, 1.0
+    # The index holds the closed units behind the open ones: every row of the result is written once.
+    if HAS_ROWS:
+        unit = tl.where(plain_r, row, tl.load(row_index_ptr + row, mask=inside, other=0))
+        z_r = tl.load(row_z_ptr + unit, mask=inside, other=0.0)
+        live = filled & (z_r != 0.0)
+        wanted = live & _fractional(z_r, FULL_ROWS)
+        z_r = z_r[:, None]
+    unit = unit.to(tl.int64)
+    held = live[:, None] & open_c[None, :]
+    if DZ_ROWS or DZ_COLS:
+        # Before the transposition, a barrier, so that both loads are in flight.
+        read = filled
+        if not DZ_COLS:
+            read = wanted
+        where = theta_ptr + unit[:, None] * stride_tr
+        if UNIT:
+            where = where + col[None, :]
+        else:
+            where = where + col.to(tl.int64)[None, :] * stride_tc
+        theta = tl.load(where, mask=read[:, None] & (col < C)[None, :], other=0.0)
+    if not PLAIN:
+        value = tl.trans(value)
+    if DZ_ROWS or DZ_COLS:
+        terms = tl.where(held, value.to(tl.float32) * theta.to(tl.float32), 0.0)
+        if DZ_ROWS:
+            weighted = terms
+            if SCALE_COLS:
+                weighted = tl.where(held, terms * z_c[None, :], 0.0)
+            tl.store(dz_row_ptr + unit, tl.where(wanted, tl.sum(weighted, 1), 0.0), mask=inside)
+        if DZ_COLS:
+            if SCALE_ROWS:
+                terms = tl.where(held, terms * z_r, 0.0)
+            acc += terms
+    target = full_ptr + unit[:, None] * stride_f + col[None, :]
+    mask = inside[:, None] & (col < C)[None, :] & write
+    _store_scaled(value, held, z_r, z_c[None, :], target, mask, SCALE_ROWS, SCALE_COLS)
+    return acc
+
+
+@triton.jit
 def _unpack_cols(
     packed_ptr,  # (>= open, >= open) stride_p, 1
     full_ptr,  # (R, C) stride_f * VEC, 1
@@ -302,7 +423,6 @@ def _unpack_cols(
     SKIP_PLAIN: tl.constexpr,
     UNIT: tl.constexpr,  # stride_tc == 1
     VEC: tl.constexpr,
-    WIDTH: tl.constexpr,  # elements of full in 16 bytes
     SEARCH: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -325,75 +445,34 @@ def _unpack_cols(
 
     start = tile * BLOCK_C
     col = start + tl.arange(0, BLOCK_C)
-    z_narrow = tl.load(col_z_ptr + col, mask=col < C, other=0.0)
-    open_narrow = z_narrow != 0.0
+    z_c = tl.load(col_z_ptr + col, mask=col < C, other=0.0)
     before = _rank(col_index_ptr, limit_c, capacity, start, SEARCH)
-    place = before + tl.cumsum(open_narrow.to(tl.int32), 0) - 1
-    # The same columns as rows of WIDTH, for accesses of 16 bytes.
-    group = tl.arange(0, BLOCK_C // WIDTH) * WIDTH
-    wide = start + group[:, None] + tl.arange(0, WIDTH)[None, :]
-    z_c = tl.load(col_z_ptr + wide, mask=wide < C, other=0.0)
-    open_c = z_c != 0.0
+    place = before + tl.cumsum((z_c != 0.0).to(tl.int32), 0) - 1
+    dz_row_tile_ptr = dz_row_ptr
+    if DZ_ROWS:
+        dz_row_tile_ptr += tile.to(tl.int64) * R
+    acc = tl.zeros((BLOCK_R, BLOCK_C), dtype=tl.float32)
+    if plain_c:
+        for step in range(chunk, n_steps, n_chunks):
+            acc = _unpack_step(
+                acc, step * BLOCK_R + tl.arange(0, BLOCK_R), col, place, z_c, packed_ptr, full_ptr, theta_ptr,
+                dz_row_tile_ptr, row_z_ptr, row_index_ptr, plain_r, limit_r, write, R, C,
+                stride_p, stride_f * VEC, stride_tr * VEC, stride_tc,
+                True, HAS_ROWS, SCALE_ROWS, SCALE_COLS, DZ_ROWS, DZ_COLS, FULL_ROWS, UNIT,
+            )  # fmt: skip
+    else:
+        for step in range(chunk, n_steps, n_chunks):
+            acc = _unpack_step(
+                acc, step * BLOCK_R + tl.arange(0, BLOCK_R), col, place, z_c, packed_ptr, full_ptr, theta_ptr,
+                dz_row_tile_ptr, row_z_ptr, row_index_ptr, plain_r, limit_r, write, R, C,
+                stride_p, stride_f * VEC, stride_tr * VEC, stride_tc,
+                False, HAS_ROWS, SCALE_ROWS, SCALE_COLS, DZ_ROWS, DZ_COLS, FULL_ROWS, UNIT,
+            )  # fmt: skip
     if DZ_COLS:
-        acc = tl.zeros((BLOCK_R, BLOCK_C // WIDTH, WIDTH), dtype=tl.float32)
-    for step in range(chunk, n_steps, n_chunks):
-        # The index holds the closed units behind the open ones: every row of the result is written once.
-        row = step * BLOCK_R + tl.arange(0, BLOCK_R)
-        inside = row < R
-        unit, live = row, inside
-        if HAS_ROWS:
-            unit = tl.where(plain_r, row, tl.load(row_index_ptr + row, mask=inside, other=0))
-            z_r = tl.load(row_z_ptr + unit, mask=inside, other=0.0)
-            live = (row < limit_r) & (z_r != 0.0)
-        # limit_r is known before z_r: the loads of the matrix need not wait for it.
-        source = packed_ptr + row.to(tl.int64) * stride_p
-        if plain_c:
-            natural = source[:, None, None] + wide[None, :, :]
-            value = tl.load(natural, mask=(row < limit_r)[:, None, None] & (wide < C)[None, :, :], other=0.0)
-        else:
-            gather = source[:, None] + place[None, :]
-            value = tl.load(gather, mask=(row < limit_r)[:, None] & open_narrow[None, :], other=0.0)
-            value = tl.reshape(value, (BLOCK_R, BLOCK_C // WIDTH, WIDTH))
-        both = live[:, None, None] & open_c[None, :, :]
-        if DZ_ROWS or DZ_COLS:
-            if DZ_COLS:
-                wanted = live
-            else:
-                wanted = live & _fractional(z_r, FULL_ROWS)
-            where = theta_ptr + unit.to(tl.int64)[:, None, None] * (stride_tr * VEC)
-            if UNIT:
-                where = where + wide[None, :, :]
-            else:
-                where = where + wide.to(tl.int64)[None, :, :] * stride_tc
-            theta = tl.load(where, mask=wanted[:, None, None] & (wide < C)[None, :, :], other=0.0)
-            terms = tl.where(both, value.to(tl.float32) * theta.to(tl.float32), 0.0)
-            if DZ_COLS:
-                if SCALE_ROWS:
-                    acc += tl.where(live[:, None, None], terms * z_r[:, None, None], 0.0)
-                else:
-                    acc += terms
-            if DZ_ROWS:
-                if SCALE_COLS:
-                    terms = terms * z_c[None, :, :]
-                dz_row = tl.sum(tl.sum(terms, 2), 1)
-                dz_row = tl.where(live & _fractional(z_r, FULL_ROWS), dz_row, 0.0)
-                tl.store(dz_row_ptr + tile.to(tl.int64) * R + unit, dz_row, mask=inside)
-        scaled = value
-        if SCALE_ROWS or SCALE_COLS:
-            scaled = scaled.to(tl.float32)
-            if SCALE_ROWS:
-                scaled = scaled * z_r[:, None, None]
-            if SCALE_COLS:
-                scaled = scaled * z_c[None, :, :]
-        result = tl.where(both, scaled, 0.0).to(full_ptr.dtype.element_ty)
-        target = full_ptr + unit.to(tl.int64)[:, None, None] * (stride_f * VEC) + wide[None, :, :]
-        mask = inside[:, None, None] & (wide < C)[None, :, :]
-        if SKIP_PLAIN:
-            mask = mask & write
-        tl.store(target, result, mask=mask)
-    if DZ_COLS:
-        dz_col = tl.where(open_c & _fractional(z_c, FULL_COLS), tl.sum(acc, 0), 0.0)
-        tl.store(dz_col_ptr + chunk.to(tl.int64) * C + wide, dz_col, mask=wide < C)
+        # One row of two dimensions: the layout of the matrix, not one that the loads of z would share.
+        wanted = ((z_c != 0.0) & _fractional(z_c, FULL_COLS))[None, :]
+        dz_col = tl.where(wanted, tl.sum(acc, 0, keep_dims=True), 0.0)
+        tl.store(dz_col_ptr + chunk.to(tl.int64) * C + col[None, :], dz_col, mask=(col < C)[None, :])
 
 
 @triton.jit
@@ -448,11 +527,11 @@ def _round_up(n: int, multiple: int) -> int:
 
 
 @lru_cache
-def _programs(device: torch.device) -> int:
+def _programs(device: torch.device, resident: int = _RESIDENT) -> int:
     """How many programs fill the device; a handful under the interpreter, which runs them one by one."""
     if device.type != "cuda":
         return 6
-    return torch.cuda.get_device_properties(device).multi_processor_count * _PROGRAMS_PER_SM
+    return torch.cuda.get_device_properties(device).multi_processor_count * resident
 
 
 def _copy_blocks(columns: int) -> tuple[int, int]:
@@ -507,12 +586,11 @@ def pack(
     unit = stride_c == 1 or n_cols == 1
     skip = skip_plain and not scale_rows and not scale_cols and not (rows is None and cols is None)
     z_r, index_r, count_r = rows or (None, None, None)
-    programs = _programs(full.device)
     if cols is None:
         vec = math.gcd(8, n_cols, stride_r, out.shape[1], out.stride(0))
         block_r, block_c = _copy_blocks(n_cols)
         n_tiles = triton.cdiv(out.shape[0], block_r) * triton.cdiv(out.shape[1], block_c)
-        _pack_rows[(min(n_tiles, 2 * programs),)](
+        _pack_rows[(min(n_tiles, 2 * _programs(full.device)),)](
             full, out, z_r, index_r, count_r,
             n_rows, n_cols // vec, out.shape[1] // vec, stride_r // vec, stride_c, out.stride(0) // vec,
             HAS_ROWS=rows is not None, SCALE=scale_rows, SKIP_PLAIN=skip, UNIT=unit, VEC=vec,
@@ -522,11 +600,12 @@ def pack(
     z_c, index_c, count_c = cols
     vec = math.gcd(8, n_cols, stride_r)
     n_tiles = triton.cdiv(out.shape[0], _GATHER_ROWS) * triton.cdiv(out.shape[1], _GATHER_COLS)
+    programs = _programs(full.device, _RESIDENT_SCALED if scale_rows and scale_cols else _RESIDENT)
     _pack_cols[(min(n_tiles, programs),)](
         full, out, z_r, index_r, count_r, z_c, index_c, count_c,
         n_rows, n_cols // vec, stride_r // vec, stride_c, out.stride(0),
         HAS_ROWS=rows is not None, SCALE_ROWS=scale_rows, SCALE_COLS=scale_cols, SKIP_PLAIN=skip,
-        UNIT=unit, VEC=vec, WIDTH=16 // dtype.itemsize,
+        UNIT=unit, VEC=vec,
         BLOCK_R=_GATHER_ROWS, BLOCK_C=_GATHER_COLS, num_warps=4,
     )  # fmt: skip
     return out
@@ -578,13 +657,12 @@ def unpack(
     stride_tr, stride_tc = theta.stride() if theta is not None else (0, 1)
     unit = stride_tc == 1 or n_cols == 1
     z_r, index_r, count_r = rows or (None, None, None)
-    programs = _programs(device)
     if cols is None:
         vec = math.gcd(8, n_cols, out.stride(0), packed.stride(0), stride_tr)
         block_r, block_c = _copy_blocks(n_cols)
         n_steps = triton.cdiv(n_rows, block_r)
         # A program takes whole rows and finishes their dz, unless that leaves the device idle.
-        n_chunks = min(triton.cdiv(n_cols, block_c), triton.cdiv(programs, n_steps))
+        n_chunks = min(triton.cdiv(n_cols, block_c), triton.cdiv(_programs(device), n_steps))
         part_r = torch.empty(n_chunks, n_rows, device=device) if dz_rows else None
         _unpack_rows[(n_steps * n_chunks,)](
             packed, out, theta, part_r, z_r, index_r, count_r,
@@ -597,7 +675,8 @@ def unpack(
     z_c, index_c, count_c = cols
     vec = math.gcd(8, n_cols, out.stride(0), stride_tr)
     n_tiles = triton.cdiv(n_cols, _GATHER_COLS)
-    n_chunks = min(max(programs // n_tiles, 1), triton.cdiv(n_rows, _GATHER_ROWS))
+    resident = _RESIDENT_DZ_ROWS if dz_rows else _RESIDENT_DZ if dz_cols else _RESIDENT
+    n_chunks = min(max(_programs(device, resident) // n_tiles, 1), triton.cdiv(n_rows, _GATHER_ROWS))
     part_r = torch.empty(n_tiles, n_rows, device=device) if dz_rows else None
     part_c = torch.empty(n_chunks, n_cols, device=device) if dz_cols else None
     _unpack_cols[(n_tiles * n_chunks,)](
@@ -606,7 +685,7 @@ def unpack(
         packed.stride(0), out.stride(0) // vec, stride_tr // vec, stride_tc, n_chunks,
         HAS_ROWS=rows is not None, SCALE_ROWS=scale_rows, SCALE_COLS=scale_cols, DZ_ROWS=dz_rows,
         DZ_COLS=dz_cols, FULL_ROWS=full_rows, FULL_COLS=full_cols, SKIP_PLAIN=skip,
-        UNIT=unit, VEC=vec, WIDTH=16 // dtype.itemsize, SEARCH=_search(index_c.shape[0]),
+        UNIT=unit, VEC=vec, SEARCH=_search(index_c.shape[0]),
         BLOCK_R=_GATHER_ROWS, BLOCK_C=_GATHER_COLS, num_warps=4,
     )  # fmt: skip
     return out, _total(part_r), _total(part_c)
@@ -759,7 +838,7 @@ def _col_variants() -> Iterator[Variant]:
             {
                 **no_rows, "stride_fc": 1,
                 "HAS_ROWS": rows, "SCALE_ROWS": scale and rows, "SCALE_COLS": scale,
-                "SKIP_PLAIN": not scale, "UNIT": True, "VEC": vec, "WIDTH": 4 if packed == "*fp32:16" else 8,
+                "SKIP_PLAIN": not scale, "UNIT": True, "VEC": vec,
                 **blocks,
             },
             expects=frozenset({"wide_load"} if vec == 8 else ()),
@@ -791,7 +870,7 @@ def _col_variants() -> Iterator[Variant]:
                 **missing, **no_rows, "stride_tc": 1,
                 "HAS_ROWS": rows, "SCALE_ROWS": rows, "SCALE_COLS": True,
                 "DZ_ROWS": dz and rows, "DZ_COLS": dz, "FULL_ROWS": False, "FULL_COLS": False,
-                "SKIP_PLAIN": False, "UNIT": True, "VEC": vec, "WIDTH": 4 if full == "*fp32:16" else 8,
+                "SKIP_PLAIN": False, "UNIT": True, "VEC": vec,
                 "SEARCH": 128, **blocks,
             },
             expects=frozenset({"wide_load"} if vec == 8 else ()),
