@@ -40,11 +40,11 @@ def _define(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., An
         operator = getattr(torch.ops.l0kernels, name).default
 
         def call(*args: Any) -> Any:
-            # The dispatcher costs 6 to 10 us, as much as a small layer; eager CPU tensors do without,
+            # The dispatcher costs 6 to 10 us, as much as a small layer; eager tensors do without,
             # unless a mode (make_fx, say) wants to see the operators.
             if not torch.compiler.is_compiling() and not torch._C._len_torch_dispatch_stack():
                 first = args[0] if isinstance(args[0], Tensor) else args[0][0]
-                if type(first) in _PLAIN and first.device.type == "cpu":
+                if type(first) in _PLAIN and first.device.type in ("cpu", "cuda"):
                     return opaque(*args)
             return operator(*args)
 
@@ -70,6 +70,19 @@ def _gate(tensors: list[Tensor]) -> list[Tensor] | None:
 
 def _given(grads: list[Tensor | None], like: Tensor) -> list[Tensor]:
     return [like.new_empty(0) if g is None else g for g in grads]
+
+
+_FUSED_GATE_GRAD = ("triton", "cuda")
+"""Backends whose backward products end in the gradient of log_alpha; to the others it is a step of its own."""
+
+
+def _log_alpha_grads(
+    grads: list[Tensor | None], gates: list[Tensor | None], dist: list[float], backend: str
+) -> list[Tensor | None]:
+    return [
+        None if dz is None or z is None else module(backend).gate_grad(dz, z, _dist(*dist))
+        for dz, z in zip(grads, gates, strict=True)
+    ]
 
 
 def _fake_sample(log_alpha: list[Tensor], seed: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -135,6 +148,48 @@ def gated_linear(
     return module(backend).linear_forward(x, weight, bias, _gate(in_gate), _gate(out_gate), scale_out, dtype)
 
 
+def _fake_l0_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    in_log_alpha: Tensor | None,
+    out_log_alpha: Tensor | None,
+    seed: Tensor,
+    dist: list[float],
+    dtype: torch.dtype,
+    backend: str,
+) -> list[Tensor]:
+    given = [a for a in (in_log_alpha, out_log_alpha) if a is not None]
+    return [x.new_empty(x.shape[0], weight.shape[0], dtype=dtype), *_fake_sample(given, seed)]
+
+
+@_define(
+    "l0_linear(Tensor x, Tensor weight, Tensor? bias, Tensor? in_log_alpha, Tensor? out_log_alpha, Tensor seed,"
+    " float[] dist, ScalarType dtype, str backend) -> Tensor[]",
+    _fake_l0_linear,
+)
+def l0_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    in_log_alpha: Tensor | None,
+    out_log_alpha: Tensor | None,
+    seed: Tensor,
+    dist: list[float],
+    dtype: torch.dtype,
+    backend: str,
+) -> list[Tensor]:
+    """y, and z, index and count as of ``sample``: the backends that draw within the product."""
+    return [*module(backend).l0_linear(x, weight, bias, in_log_alpha, out_log_alpha, seed, _dist(*dist), dtype)]
+
+
+def draws_within(
+    x: Tensor, weight: Tensor, log_alphas: list[Tensor], dtype: torch.dtype, backend: str
+) -> bool:
+    """Whether the backend has l0_linear for this layer."""
+    return backend == "triton" and module(backend).draws_within(x, weight, log_alphas, dtype)
+
+
 def _fake_gated_linear_backward(
     dy: Tensor,
     x: Tensor,
@@ -147,6 +202,7 @@ def _fake_gated_linear_backward(
     full_out: bool,
     dtype: torch.dtype,
     needs: list[bool],
+    dist: list[float],
     backend: str,
 ) -> list[Tensor]:
     shapes: list[Tensor | None] = [
@@ -162,7 +218,7 @@ def _fake_gated_linear_backward(
 @_define(
     "gated_linear_backward(Tensor dy, Tensor x, Tensor weight, Tensor? bias, Tensor[] in_gate,"
     " Tensor[] out_gate, bool scale_out, bool full_in, bool full_out, ScalarType dtype, bool[] needs,"
-    " str backend) -> Tensor[]",
+    " float[] dist, str backend) -> Tensor[]",
     _fake_gated_linear_backward,
 )
 def gated_linear_backward(
@@ -177,12 +233,16 @@ def gated_linear_backward(
     full_out: bool,
     dtype: torch.dtype,
     needs: list[bool],
+    dist: list[float],
     backend: str,
 ) -> list[Tensor]:
-    grads = module(backend).linear_backward(
-        dy, x, weight, bias, _gate(in_gate), _gate(out_gate), scale_out, full_in, full_out, dtype, needs
-    )
-    return _given(grads, x)
+    """With ``dist`` (beta, gamma, zeta) the gates' gradients are those of log_alpha, else those of z."""
+    args = (dy, x, weight, bias, _gate(in_gate), _gate(out_gate), scale_out, full_in, full_out, dtype, needs)
+    if not dist or backend in _FUSED_GATE_GRAD:
+        return _given(module(backend).linear_backward(*args, *([_dist(*dist)] if dist else [])), x)
+    grads = module(backend).linear_backward(*args)
+    gates = [gate[0] if gate else None for gate in (in_gate, out_gate)]
+    return _given([*grads[:3], *_log_alpha_grads(grads[3:], gates, dist, backend)], x)
 
 
 def _gates(tensors: list[Tensor | None]) -> list[list[Tensor] | None]:
@@ -200,6 +260,10 @@ def _fake_gated_mlp(
     dtype: torch.dtype,
     backend: str,
 ) -> list[Tensor]:
+    if backend == "triton":
+        shapes = module(backend).saved_shapes(x, weights, activation, dtype)
+        shapes.insert(0, (x.shape[0], weights[-1].shape[0]))
+        return [x.new_empty(shape, dtype=dtype) for shape in shapes]
     # Rows, not the columns of the next: a gated product keeps both of its arguments.
     hidden = [x.new_empty(x.shape[0], w.shape[0], dtype=dtype) for w in weights[:-1]]
     if _keeps_both(x, weights, biases, activation, dtype, backend):
@@ -252,6 +316,7 @@ def _fake_gated_mlp_backward(
     dtype: torch.dtype,
     full: list[bool],
     needs: list[bool],
+    dist: list[float],
     backend: str,
 ) -> list[Tensor]:
     inputs = [x, *weights, *biases, *gates[::3]]
@@ -262,7 +327,8 @@ def _fake_gated_mlp_backward(
 
 @_define(
     "gated_mlp_backward(Tensor dy, Tensor x, Tensor[] weights, Tensor?[] biases, Tensor?[] gates,"
-    " Tensor[] saved, str activation, ScalarType dtype, bool[] full, bool[] needs, str backend) -> Tensor[]",
+    " Tensor[] saved, str activation, ScalarType dtype, bool[] full, bool[] needs, float[] dist, str backend)"
+    " -> Tensor[]",
     _fake_gated_mlp_backward,
 )
 def gated_mlp_backward(
@@ -276,12 +342,16 @@ def gated_mlp_backward(
     dtype: torch.dtype,
     full: list[bool],
     needs: list[bool],
+    dist: list[float],
     backend: str,
 ) -> list[Tensor]:
-    grads = module(backend).mlp_backward(
-        dy, x, weights, biases, _gates(gates), saved, activation, dtype, full, needs
-    )
-    return _given(grads, x)
+    """With ``dist`` (beta, gamma, zeta) the gates' gradients are those of log_alpha, else those of z."""
+    args = (dy, x, weights, biases, _gates(gates), saved, activation, dtype, full, needs)
+    if not dist or backend in _FUSED_GATE_GRAD:
+        return _given(module(backend).mlp_backward(*args, *([_dist(*dist)] if dist else [])), x)
+    grads = module(backend).mlp_backward(*args)
+    n = 1 + 2 * len(weights)
+    return _given([*grads[:n], *_log_alpha_grads(grads[n:], gates[::3], dist, backend)], x)
 
 
 @_define(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +23,8 @@ PRIMITIVES = (
 """What a backend may implement; the rows of backends()."""
 
 NAMES = ("reference", "torch", "cpp", "triton", "cuda")
+
+TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 _requested: str | None = os.environ.get("L0KERNELS_BACKEND") or None
 _why_no_cpp: str | None = None
@@ -57,9 +60,25 @@ def why_not(name: str) -> str | None:
     """None where backend ``name`` can be used on this machine, else the reason."""
     if name == "cpp":
         return _why_no_cpp
-    if name in ("triton", "cuda"):
+    if name == "triton":
+        return _why_no_triton()
+    if name == "cuda":
         return "not implemented yet"
     return None
+
+
+@functools.cache
+def _why_no_triton() -> str | None:
+    if util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    if not torch.cuda.is_available() and not _interpreted():
+        return "there is no CUDA device (TRITON_INTERPRET=1 runs the kernels on the CPU, slowly, for tests)"
+    return None
+
+
+@functools.cache
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"  # Triton reads it once, too
 
 
 def implements(name: str) -> frozenset[str]:
@@ -67,21 +86,32 @@ def implements(name: str) -> frozenset[str]:
     return frozenset() if why_not(name) else frozenset(PRIMITIVES)
 
 
-def resolve(device: torch.device) -> str:
+def resolve(device: torch.device, dtype: torch.dtype) -> str:
     """The backend for tensors on ``device``: the requested one, else the fastest that is there.
 
+    Args:
+        dtype: of the tensors. On a GPU float64, which is for checking gradients, is the reference's.
+
     Raises:
-        RuntimeError: the requested backend is not available here or does not serve that device.
+        RuntimeError: the requested backend is not available here or does not serve that device or dtype.
     """
+    kind = device.type
     if _requested is not None:
         reason = why_not(_requested)
-        if reason is None and _requested == "cpp" and device.type not in ("cpu", "meta"):
+        if reason is None and _requested == "cpp" and kind not in ("cpu", "meta"):
             reason = f"it serves tensors on the CPU, got {device}"
+        if reason is None and _requested == "triton":
+            if kind != "meta" and (kind == "cuda") == _interpreted():
+                reason = f"it serves tensors on {'the CPU (interpreted)' if _interpreted() else 'CUDA'}, got {device}"
+            elif dtype not in TRITON_DTYPES:
+                reason = f"it serves float32, bfloat16 and float16, got {dtype}"
         if reason is not None:
             raise RuntimeError(f"backend {_requested!r} cannot be used: {reason}")
         return _requested
-    if device.type in ("cpu", "meta"):
+    if kind in ("cpu", "meta"):
         return "torch" if native is None else "cpp"
+    if kind == "cuda" and dtype in TRITON_DTYPES and _why_no_triton() is None:
+        return "triton"
     return "reference"  # the "torch" backend would ask the GPU for the counts, a sync per layer
 
 

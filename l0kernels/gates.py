@@ -116,7 +116,7 @@ def sample_gates(
     if not log_alphas:
         return []
     check_log_alphas(log_alphas)
-    backend = _registry.resolve(log_alphas[0].device)
+    backend = _registry.resolve(log_alphas[0].device, log_alphas[0].dtype)
     if backend == "reference":
         return reference.sample_gates(log_alpha, seed=seed, generator=generator, rank=rank, dist=dist)
     _checks.check_count("rank", rank, 0, 2**32)
@@ -129,7 +129,7 @@ def sample_gates(
 
 def attach(log_alpha: Tensor, gate: Gates, dist: HardConcrete) -> Gates:
     """Gates drawn earlier and detached, with a gradient to log_alpha of their own."""
-    backend = _registry.resolve(log_alpha.device)
+    backend = _registry.resolve(log_alpha.device, log_alpha.dtype)
     # The reference draws and differentiates in one; what is drawn already gets its gradient from z anywhere.
     return _attach(log_alpha, gate, dist, "torch" if backend == "reference" else backend)
 
@@ -150,12 +150,27 @@ def draw(
     rank: int = 0,
 ) -> list[Gates]:
     """Gates without a way back to log_alpha, in one call: sample_gates and the fused ops add theirs."""
+    seed = check_draw(log_alphas, seed, dist, generator)
+    if backend == "triton" and log_alphas[0].dtype == torch.float64:  # gates for checking, a product in fp32
+        resolved = _registry.resolve(log_alphas[0].device, torch.float64)
+        backend = "torch" if resolved == "reference" else resolved
+    z, index, count = _ops.sample(log_alphas, seed, rank, dist.beta, dist.gamma, dist.zeta, backend)
+    return split(log_alphas, z, index, count)
+
+
+def check_draw(
+    log_alphas: list[Tensor], seed: Tensor | None, dist: HardConcrete, generator: torch.Generator | None = None
+) -> Tensor:
+    """The seed of a draw: the checked one that was given, or a fresh one."""
     check_dist(dist)
     if seed is None:
-        seed = draw_seed(log_alphas[0].device, generator)
-    else:
-        _checks.check_seed(seed, log_alphas[0].device)
-    z, index, count = _ops.sample(log_alphas, seed, rank, dist.beta, dist.gamma, dist.zeta, backend)
+        return draw_seed(log_alphas[0].device, generator)
+    _checks.check_seed(seed, log_alphas[0].device)
+    return seed
+
+
+def split(log_alphas: list[Tensor], z: Tensor, index: Tensor, count: Tensor) -> list[Gates]:
+    """The gates of each vector out of what ``sample`` returned for all."""
     if len(log_alphas) == 1:
         return [Gates(z, index, count)]
     sizes = [a.shape[0] for a in log_alphas]

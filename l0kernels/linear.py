@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import _ops, _registry, reference
-from .gates import Gates, HardConcrete, draw
+from .gates import Gates, HardConcrete, check_draw, draw, split
 from .reference import _checks
 from .reference.gates import DEFAULT_DIST
 from .reference.linear import check_layer_gates
@@ -45,9 +45,9 @@ def gate_tensors(gates: Gates, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tens
     return z.contiguous(), gates.index.contiguous(), gates.count.contiguous()
 
 
-def gate_grad(dz: Tensor, z: Tensor, dist: HardConcrete | None, backend: str) -> Tensor:
-    """The gradient of what a gate came from: z itself, or with ``dist`` log_alpha."""
-    return dz if dist is None else _ops.gate_grad(dz, z, dist.beta, dist.gamma, dist.zeta, backend)
+def constants(dist: HardConcrete | None) -> list[float]:
+    """The constants as the operators take them; none where gates come from the caller's z."""
+    return [] if dist is None else [dist.beta, dist.gamma, dist.zeta]
 
 
 class _GatedLinear(torch.autograd.Function):
@@ -82,24 +82,54 @@ class _GatedLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        _ops.refuse_second_derivative("gated_linear")
-        x, weight, bias, in_z, in_index, in_count, out_z, out_index, out_count = ctx.saved_tensors
-        options, dist, backend = ctx.settings
-        in_gate = _NO_GATE if in_z is None else [in_z, in_index, in_count]
-        out_gate = _NO_GATE if out_z is None else [out_z, out_index, out_count]
-        needs = list(ctx.needs_input_grad[:5])
-        grads = _ops.gated_linear_backward(
-            as_rows(dy), as_rows(x), weight, bias, in_gate, out_gate, *options, needs, backend
+        return *_backward(ctx, dy), *[None] * 9
+
+
+class _L0Linear(torch.autograd.Function):
+    """The same where the backend draws the gates within the product."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        in_log_alpha: Tensor | None,
+        out_log_alpha: Tensor | None,
+        seed: Tensor,
+        dist: HardConcrete,
+        dtype: torch.dtype,
+        backend: str,
+    ) -> Tensor:
+        y, *flat = _ops.l0_linear(
+            as_rows(x), weight, bias, in_log_alpha, out_log_alpha, seed, constants(dist), dtype, backend
         )
-        dx, dw, db, din, dout = (grad if needed else None for grad, needed in zip(grads, needs, strict=True))
-        return (
-            dx if dx is None or x.ndim == 2 else dx.view(x.shape),
-            dw,
-            db,
-            None if din is None else gate_grad(din, in_z, dist, backend),
-            None if dout is None else gate_grad(dout, out_z, dist, backend),
-            *[None] * 9,
-        )
+        given = [a for a in (in_log_alpha, out_log_alpha) if a is not None]
+        gates = iter(split(given, *flat))
+        inputs = _NO_TENSORS if in_log_alpha is None else next(gates)[:3]
+        outputs = _NO_TENSORS if out_log_alpha is None else next(gates)[:3]
+        ctx.save_for_backward(x, weight, bias, *inputs, *outputs)
+        ctx.settings = ((out_log_alpha is not None, False, False, dtype), dist, backend)
+        return like_rows(y, x)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        return *_backward(ctx, dy), *[None] * 4
+
+
+def _backward(ctx: Any, dy: Tensor) -> list[Tensor | None]:
+    """Gradients of x, weight, bias and the sources of the two gates."""
+    _ops.refuse_second_derivative("gated_linear")
+    x, weight, bias, in_z, in_index, in_count, out_z, out_index, out_count = ctx.saved_tensors
+    options, dist, backend = ctx.settings
+    in_gate = _NO_GATE if in_z is None else [in_z, in_index, in_count]
+    out_gate = _NO_GATE if out_z is None else [out_z, out_index, out_count]
+    needs = list(ctx.needs_input_grad[:5])
+    grads = _ops.gated_linear_backward(
+        as_rows(dy), as_rows(x), weight, bias, in_gate, out_gate, *options, needs, constants(dist), backend
+    )
+    dx, *rest = (grad if needed else None for grad, needed in zip(grads, needs, strict=True))
+    return [dx if dx is None or x.ndim == 2 else dx.view(x.shape), *rest]
 
 
 def gated_linear(
@@ -138,7 +168,7 @@ def gated_linear(
     """
     _checks.check_linear(x, weight, bias)
     check_layer_gates(weight.shape[1], weight.shape[0], weight.device, in_gates, out_gates, out_support)
-    backend = _registry.resolve(x.device)
+    backend = _registry.resolve(x.device, x.dtype)
     if backend == "reference":
         return reference.gated_linear(
             x, weight, bias, in_gates=in_gates, out_gates=out_gates, out_support=out_support
@@ -195,12 +225,15 @@ def l0_linear(
     given = [a for a in (in_log_alpha, out_log_alpha) if a is not None]
     if not given:
         return gated_linear(x, weight, bias)
-    backend = _registry.resolve(x.device)
+    backend = _registry.resolve(x.device, x.dtype)
     if backend == "reference":
         return reference.l0_linear(
             x, weight, bias, in_log_alpha=in_log_alpha, out_log_alpha=out_log_alpha, seed=seed, dist=dist
         )
     dtype = compute_dtype(x)
+    if _ops.draws_within(x, weight, given, dtype, backend):
+        seed = check_draw(given, seed, dist)
+        return _L0Linear.apply(x, weight, bias, in_log_alpha, out_log_alpha, seed, dist, dtype, backend)
     gates = iter(draw(given, seed, dist, backend))
     inputs = _NO_TENSORS if in_log_alpha is None else gate_tensors(next(gates), dtype)
     outputs = _NO_TENSORS if out_log_alpha is None else gate_tensors(next(gates), dtype)

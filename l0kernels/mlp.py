@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import _ops, _registry, reference
 from .gates import Gates, HardConcrete, check_log_alphas, draw
-from .linear import _NO_TENSORS, as_rows, compute_dtype, gate_grad, gate_tensors, like_rows
+from .linear import _NO_TENSORS, as_rows, compute_dtype, constants, gate_tensors, like_rows
 from .reference import _checks
 from .reference.gates import DEFAULT_DIST
 from .reference.mlp import ROWS, check_mlp
@@ -56,15 +56,22 @@ class _GatedMlp(torch.autograd.Function):
         needs = [wanted[0], *wanted[6 : 6 + 3 * depth]]
         saved = tensors[5 * depth :]
         grads = _ops.gated_mlp_backward(
-            as_rows(dy), as_rows(x), weights, biases, gates, saved, activation, dtype, full, needs, backend
+            as_rows(dy),
+            as_rows(x),
+            weights,
+            biases,
+            gates,
+            saved,
+            activation,
+            dtype,
+            full,
+            needs,
+            constants(dist),
+            backend,
         )
         dx, *rest = (g if n else None for g, n in zip(grads, needs, strict=True))
-        sources = [
-            None if dz is None else gate_grad(dz, z, dist, backend)
-            for dz, z in zip(rest[2 * depth :], gates[::3], strict=True)
-        ]
         dx = dx if dx is None or x.ndim == 2 else dx.view(x.shape)
-        return (dx, None, None, None, None, None, *rest[: 2 * depth], *sources, *[None] * (3 * depth))
+        return (dx, None, None, None, None, None, *rest, *[None] * (3 * depth))
 
 
 def gated_mlp(
@@ -100,7 +107,7 @@ def gated_mlp(
         RuntimeError: the requested backend cannot serve the call.
     """
     check_mlp(x, weights, biases, gates, activation)
-    backend = _registry.resolve(x.device)
+    backend = _registry.resolve(x.device, x.dtype)
     if backend == "reference":
         return reference.gated_mlp(x, weights, biases, gates, activation)
     dtype = compute_dtype(x)
@@ -150,7 +157,7 @@ def l0_mlp(
     if activation not in ROWS or not _checks.fits_chain(x, weights, biases, log_alphas, ROWS[activation]):
         _check_l0_mlp(x, weights, biases, log_alphas, activation)
     given = [a for a in log_alphas if a is not None]
-    backend = _registry.resolve(x.device)
+    backend = _registry.resolve(x.device, x.dtype)
     if backend == "reference":
         return reference.l0_mlp(x, weights, biases, log_alphas, activation, seed=seed, dist=dist)
     if not given:

@@ -2,6 +2,7 @@
 
 cpp      native kernels on raw addresses; 16-bit products go through packed.py
 torch    packed.py over torch's own index_select, mm and index_copy
+triton   launchers of triton_kernels/, imported on first use
 packed   the compositions pack -> product -> unpack, for either of the two pairs of pack and unpack
 """
 
@@ -18,5 +19,7 @@ _MODULES = {
 
 
 def module(name: str) -> ModuleType:
-    """The module of backend ``name``, "cpp" or "torch"."""
+    """The module of backend ``name``."""
+    if name not in _MODULES:
+        _MODULES[name] = import_module(f"{__name__}.{name}")
     return _MODULES[name]

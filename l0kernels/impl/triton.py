@@ -1,0 +1,69 @@
+"""The Triton kernels behind the operators, on the device of their tensors."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from ..reference.gates import HardConcrete
+from ..triton_kernels import gather, linear, masked_linear, mlp, penalty
+from ..triton_kernels import sample as sampling
+
+T = TypeVar("T")
+
+
+def _on_its_device(launcher: Callable[..., T]) -> Callable[..., T]:
+    """Triton launches on the current device; a tensor may live on another one."""
+
+    @functools.wraps(launcher)
+    def launch(*args: Any) -> T:
+        device = (args[0] if isinstance(args[0], Tensor) else args[0][0]).device
+        if device.type != "cuda" or device.index == torch.cuda.current_device():
+            return launcher(*args)
+        with torch.cuda.device(device):
+            return launcher(*args)
+
+    return launch
+
+
+sample = _on_its_device(sampling.sample)
+gate_grad = _on_its_device(sampling.gate_grad)
+l0_penalty = _on_its_device(penalty.l0_penalty)
+linear_forward = _on_its_device(linear.linear_forward)
+linear_backward = _on_its_device(linear.linear_backward)
+mlp_forward = _on_its_device(mlp.mlp_forward)
+mlp_backward = _on_its_device(mlp.mlp_backward)
+masked_weight = _on_its_device(masked_linear.masked_weight)
+masked_weight_grad = _on_its_device(masked_linear.masked_weight_grad)
+block_linear_forward = _on_its_device(masked_linear.block_linear_forward)
+block_linear_backward = _on_its_device(masked_linear.block_linear_backward)
+saved_shapes = mlp.saved_shapes
+
+
+def draws_within(x: Tensor, weight: Tensor, log_alphas: list[Tensor], dtype: torch.dtype) -> bool:
+    """Whether l0_linear of this layer draws its gates within the product: small layers do."""
+    M = x.numel() // max(x.shape[-1], 1)
+    return (
+        gather.prefers(M, weight.shape[0], weight.shape[1], dtype)
+        and all(a.dtype == torch.float32 and a.shape[0] <= gather.MAX_GATES for a in log_alphas)
+    )
+
+
+@_on_its_device
+def l0_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    in_log_alpha: Tensor | None,
+    out_log_alpha: Tensor | None,
+    seed: Tensor,
+    dist: HardConcrete,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Draw and product in one launch."""
+    given = [None if a is None else a.contiguous() for a in (in_log_alpha, out_log_alpha)]
+    return gather.l0_linear_forward(x, weight, bias, *given, seed, 0, dist, sampling.TAU, dtype)
