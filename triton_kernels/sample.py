@@ -54,7 +54,7 @@ def _program(log_alpha_ptr, table_ptr, n, CHUNK: tl.constexpr, SINGLE: tl.conste
 
 
 @triton.jit
-def _order(index_ptr, offs, mask, is_open, open_before, n_open):
+def order(index_ptr, offs, mask, is_open, open_before, n_open):
     """Places gates ``offs``, of which is_open are open, after open_before open ones in a vector of n_open."""
     place = tl.cumsum(is_open.to(tl.int32), 0) + open_before
     tl.store(index_ptr + tl.where(is_open, place - 1, n_open + offs - place), offs, mask=mask)
@@ -102,7 +102,7 @@ def _draw_kernel(
     is_open = (z != 0.0) & mask  # true of a NaN
     n_open = tl.sum(is_open.to(tl.int32), 0)
     if WHOLE:
-        _order(index_ptr + index_offset, offs, mask, is_open, 0, n_open)
+        order(index_ptr + index_offset, offs, mask, is_open, 0, n_open)
         _finish(index_ptr + index_offset, count_ptr + 2 * vector, n, n_open, tau)
     else:
         tl.store(chunk_open_ptr + tl.program_id(0), n_open)
@@ -134,7 +134,7 @@ def _order_kernel(
         counts = tl.load(chunk_open_ptr + other, mask=other < chunks, other=0)
         n_open += tl.sum(counts, 0)
         open_before += tl.sum(tl.where(other < chunk, counts, 0), 0)
-    _order(index_ptr + index_offset, offs, mask, z != 0.0, open_before, n_open)
+    order(index_ptr + index_offset, offs, mask, z != 0.0, open_before, n_open)
     if chunk == 0:
         _finish(index_ptr + index_offset, count_ptr + 2 * vector, n, n_open, tau)
 
