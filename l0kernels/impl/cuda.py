@@ -6,17 +6,27 @@ adds up across its blocks takes `tickets`, words that are 0 between launches.
 
 from __future__ import annotations
 
+import itertools
+from functools import lru_cache
 from importlib import import_module, util
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..reference.gates import HardConcrete, round_up
+from ..reference.gates import ALIGN, HardConcrete, round_up
 from .packed import Gate
 
-SERVES = frozenset({"sample", "gate_grad", "l0_penalty"})
+SERVES = frozenset({"sample", "gate_grad", "l0_penalty", "pack", "unpack"})
 """The primitives served here; large products are Triton's."""
+
+_TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+_CONVERTS = {
+    (torch.float32, torch.bfloat16),
+    (torch.float32, torch.float16),
+    (torch.bfloat16, torch.float32),
+    (torch.float16, torch.float32),
+}
 
 TAU = 0.9
 """Open share above which a dimension is taken in natural order: count[1] >= G."""
@@ -53,11 +63,55 @@ def _where(t: Tensor) -> tuple[int, int]:
     return 0, 0
 
 
-_dist_key = tuple[float, float, float]
-
-
-def _constants(dist: HardConcrete) -> _dist_key:
+def _constants(dist: HardConcrete) -> tuple[float, float, float]:
     return dist.beta, dist.gamma, dist.zeta
+
+
+def _address(t: Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
+
+
+class _Tickets:
+    """Words that are 0 between launches; two launches under way at a time never share one.
+
+    Launches of one stream follow each other and share its words. A captured launch may be replayed on any stream,
+    so it gets words of its own, for good.
+    """
+
+    POOL = 1 << 18
+
+    def __init__(self) -> None:
+        self.of_stream: dict[tuple[int, int], Tensor] = {}
+        self.pool: dict[torch.device, Tensor] = {}
+        self.used: dict[torch.device, int] = {}
+
+    def take(self, n: int, like: Tensor, where: tuple[int, int]) -> Tensor:
+        device = like.device
+        if like.is_cuda and torch.cuda.is_current_stream_capturing():
+            start = self.used.get(device, 0)
+            if device not in self.pool or start + n > self.POOL:
+                return torch.zeros(n, dtype=torch.int32, device=device)  # zeroed by every replay
+            self.used[device] = start + n
+            return self.pool[device][start : start + n]
+        words = self.of_stream.get(where)
+        if words is None or words.shape[0] < n:
+            words = torch.zeros(max(n, 4096), dtype=torch.int32, device=device)
+            self.of_stream[where] = words
+            if like.is_cuda and device not in self.pool:
+                self.pool[device] = torch.zeros(self.POOL, dtype=torch.int32, device=device)
+                torch.cuda.current_stream(device).synchronize()  # once: replays come from any stream
+        return words
+
+
+_tickets = _Tickets()
+
+
+@lru_cache
+def _blocks_wanted(device: torch.device) -> int:
+    """How many blocks of 256 threads keep a device busy; a handful on the emulator, which runs them one by one."""
+    if device.type != "cuda":
+        return 6
+    return torch.cuda.get_device_properties(device).multi_processor_count * 6
 
 
 def sample(
@@ -115,3 +169,226 @@ def gate_grad(dz: Tensor, z: Tensor, dist: HardConcrete) -> Tensor:
         _where(z),
     )
     return out
+
+
+def l0_penalty(log_alphas: list[Tensor], weights: list[float], dist: HardConcrete) -> tuple[Tensor, Tensor]:
+    """sum_g weight * p_open_g over all vectors, and its gradient, flat, in one launch."""
+    total, grad, _ = coupled_penalty(log_alphas, weights, [], dist)
+    return total, grad
+
+
+class CoupledMatrix(NamedTuple):
+    """A term ``decay / 2 * sum_oi p_o * p_i * theta_oi^2``; an absent side has p = 1."""
+
+    theta: Tensor  # (out, in)
+    decay: float
+    out_log_alpha: Tensor | None
+    in_log_alpha: Tensor | None
+    need_theta: bool
+
+
+def coupled_penalty(
+    log_alphas: list[Tensor], weights: list[float], matrices: list[CoupledMatrix], dist: HardConcrete
+) -> tuple[Tensor, Tensor, list[tuple[Tensor | None, Tensor | None, Tensor | None]]]:
+    """``sum_g weight * p_open_g`` over all vectors plus the L2 terms of all matrices, each read once.
+
+    Returns:
+        the total (), the gradients of the first sum, flat, and for every matrix those of its term: of theta
+        (if need_theta), of out_log_alpha and of in_log_alpha, None for an absent side.
+    """
+    log_alphas = [a.contiguous() for a in log_alphas]
+    theirs = [a for m in matrices for a in (m.out_log_alpha, m.in_log_alpha) if a is not None]
+    first = (log_alphas + theirs + [m.theta for m in matrices])[0]
+    dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
+    total = first.new_empty((), dtype=dtype)
+    sizes = [a.numel() for a in log_alphas]
+    grad = first.new_empty(sum(sizes), dtype=dtype)
+    starts = itertools.accumulate([0, *sizes])
+    vectors = [
+        (a.data_ptr(), grad.data_ptr() + start * grad.element_size(), a.numel(), w)
+        for a, w, start in zip(log_alphas, weights, starts, strict=False)
+    ]
+    kept: list[Any] = []  # whatever is handed over by address alone
+    rows, grads = [], []
+    for m in matrices:
+        theta = m.theta if m.theta.stride(1) == 1 else m.theta.contiguous()
+        if (theta.dtype == torch.float64) != (dtype == torch.float64):
+            theta = theta.to(dtype)
+        n_out, n_in = theta.shape
+        out, in_ = (None if a is None else a.contiguous() for a in (m.out_log_alpha, m.in_log_alpha))
+        d_theta = theta.new_empty(n_out, n_in) if m.need_theta else None
+        d_out = None if out is None else torch.empty_like(out)
+        d_in = None if in_ is None else torch.empty_like(in_)
+        tile = _CUDA.penalty_column_bytes // theta.element_size()
+        row_sums = None if out is None else out.new_empty(-(-n_in // tile), n_out)
+        col_sums = None if in_ is None else in_.new_empty(-(-n_out // _CUDA.penalty_rows), n_in)
+        kept += [theta, out, in_, row_sums, col_sums]
+        grads.append((d_theta, d_out, d_in))
+        rows.append(
+            (
+                (theta.data_ptr(), theta.stride(0), _TYPES[theta.dtype], n_out, n_in, m.decay),
+                (_address(out), _address(in_)),
+                (_address(d_theta), _address(d_out), _address(d_in)),
+                (_address(row_sums), _address(col_sums)),
+            )
+        )
+    n_blocks, n_tickets = _CUDA.penalty_scratch(vectors, rows)
+    if n_blocks == 0:
+        return total.zero_(), grad, grads
+    where = _where(first)
+    sums = first.new_empty(n_blocks, dtype=torch.float64)
+    tickets = _tickets.take(n_tickets, first, where)
+    _CUDA.penalty(
+        vectors,
+        rows,
+        dtype == torch.float64,
+        _constants(dist),
+        sums.data_ptr(),
+        tickets.data_ptr(),
+        total.data_ptr(),
+        where,
+    )
+    return total, grad, grads
+
+
+def _side(size: int, gate: Gate | None, scale: bool, full: bool = False) -> tuple[Any, ...]:
+    if gate is None:
+        return size, None, False, False
+    z, index, count = gate
+    return size, (z.data_ptr(), index.data_ptr(), count.data_ptr()), scale, full
+
+
+def _grid(n_rows: int, n_cols: int, itemsize: int, device: torch.device) -> tuple[int, int, int, int]:
+    """PackGrid of csrc/cuda/pack.h: enough blocks for the device, and as many rows each as that leaves."""
+    tile = 32 * 16 // itemsize
+    tiles = -(-n_cols // tile)
+    warps_x = min(8, 1 << (tiles - 1).bit_length())
+    blocks_x, warps_y = -(-tiles // warps_x), 8 // warps_x
+    rows_per_warp = -(-n_rows * blocks_x // (_blocks_wanted(device) * warps_y))
+    rows_per_warp = min(max(rows_per_warp + rows_per_warp % 2, 2), 128)
+    return warps_x, blocks_x, -(-n_rows // (warps_y * rows_per_warp)), rows_per_warp
+
+
+def pack(
+    full: Tensor,
+    rows: Gate | None,
+    cols: Gate | None,
+    dtype: torch.dtype,
+    *,
+    scale_rows: bool = False,
+    scale_cols: bool = False,
+    skip_plain: bool = True,
+    out: Tensor | None = None,
+) -> Tensor:
+    """The open rows and columns of ``full``, times their gates where asked, in ``dtype``.
+
+    Args:
+        full: (R, C), any strides; a unit column stride is the fast case.
+        rows, cols: the gate of a dimension, or None.
+        scale_rows, scale_cols: multiply by z.
+        skip_plain: where every gate given is plain and nothing is scaled, leave the buffer alone: the consumer
+            reads ``full``. Decided on the device. Without any gate the buffer is always written.
+        out: where to write, of the shape returned, with unit column stride and rows of a multiple of 16 bytes.
+
+    Returns:
+        (round_up(R, 128) or R, round_up(C, 128) or C rounded up to 16 bytes), row-major: a gated dimension is
+        rounded to 128. Zeros from the open units to the extent and in an ungated dimension's padding; beyond an
+        extent nothing is written.
+    """
+    if full.dtype != dtype and (full.dtype, dtype) not in _CONVERTS:
+        full = full.to(dtype)
+    n_rows, n_cols = full.shape
+    capacity_rows = n_rows if rows is None else round_up(n_rows)
+    capacity_cols = round_up(n_cols, 16 // dtype.itemsize if cols is None else ALIGN)
+    if out is None:
+        out = full.new_empty(capacity_rows, capacity_cols, dtype=dtype)
+    if not n_rows or not n_cols:
+        return out
+    scale_rows, scale_cols = scale_rows and rows is not None, scale_cols and cols is not None
+    _CUDA.pack(
+        (full.data_ptr(), full.stride(0), full.stride(1)),
+        _TYPES[full.dtype],
+        out.data_ptr(),
+        out.stride(0),
+        capacity_cols,
+        _TYPES[dtype],
+        _side(n_rows, rows, scale_rows),
+        _side(n_cols, cols, scale_cols),
+        skip_plain and not scale_rows and not scale_cols and not (rows is None and cols is None),
+        _grid(capacity_rows, capacity_cols, dtype.itemsize, full.device),
+        _where(full),
+    )
+    return out
+
+
+def unpack(
+    packed: Tensor,
+    shape: tuple[int, int],
+    rows: Gate | None,
+    cols: Gate | None,
+    dtype: torch.dtype,
+    *,
+    scale_rows: bool = False,
+    scale_cols: bool = False,
+    theta: Tensor | None = None,
+    full_rows: bool = False,
+    full_cols: bool = False,
+    dz_rows: bool = False,
+    dz_cols: bool = False,
+    out: Tensor | None = None,
+    skip_plain: bool = False,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The matrix of ``shape`` with ``packed`` in its open rows and columns, times the gates; gate gradients.
+
+    ``dz_rows[i] = sum_j packed * theta * (z_j if scale_cols)`` where 0 < z_i < 1 (z_i != 0 with full_rows), else
+    exactly 0; columns likewise. The sums are in fp32 (fp64 for fp64), in an order that does not vary.
+
+    Args:
+        packed: at least the open rows and columns, unit column stride; what is closed is not read.
+        theta: (R, C), any strides; without it there are no gate gradients.
+        out: where to write, (R, C) with unit column stride.
+        skip_plain: where every gate given is plain, leave ``out`` alone: the product wrote it. The gate gradients
+            come from ``packed`` all the same.
+
+    Returns:
+        the matrix in ``dtype``, and dz (R,) and (C,), None where not asked for or without a gate.
+    """
+    if packed.dtype != dtype and (packed.dtype, dtype) not in _CONVERTS:
+        packed = packed.to(dtype)
+    if theta is not None and theta.dtype != dtype:
+        theta = theta.to(dtype)
+    n_rows, n_cols = shape
+    if out is None:
+        out = packed.new_empty(shape, dtype=dtype)
+    given = theta is not None
+    dz_row = torch.empty_like(rows[0]) if given and dz_rows and rows is not None else None
+    dz_col = torch.empty_like(cols[0]) if given and dz_cols and cols is not None else None
+    if not n_rows or not n_cols:
+        return out, None if dz_row is None else dz_row.zero_(), None if dz_col is None else dz_col.zero_()
+    where = _where(packed)
+    grid = _grid(n_rows, n_cols, dtype.itemsize, packed.device)
+    _, blocks_x, blocks_y, _ = grid
+    row_sums = None if dz_row is None else dz_row.new_empty(blocks_x, n_rows)
+    col_sums = None if dz_col is None else dz_col.new_empty(blocks_y, n_cols)
+    summed = dz_row is not None or dz_col is not None
+    tickets = _tickets.take(blocks_x + blocks_y, packed, where) if summed else None
+    _CUDA.unpack(
+        packed.data_ptr(),
+        packed.stride(0),
+        _TYPES[packed.dtype],
+        out.data_ptr(),
+        out.stride(0),
+        _TYPES[dtype],
+        _side(n_rows, rows, scale_rows, full_rows),
+        _side(n_cols, cols, scale_cols, full_cols),
+        skip_plain and not (rows is None and cols is None),
+        (0, 0, 0) if theta is None else (theta.data_ptr(), theta.stride(0), theta.stride(1)),
+        _address(dz_row),
+        _address(dz_col),
+        _address(row_sums),
+        _address(col_sums),
+        _address(tickets),
+        grid,
+        where,
+    )
+    return out, dz_row, dz_col

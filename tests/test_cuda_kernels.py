@@ -1,0 +1,307 @@
+"""The CUDA kernels, value by value, against formulas in float64; on the GPU, or on the emulator on the CPU."""
+
+import itertools
+
+import pytest
+import torch
+
+from cuda_device import DEVICE, EMULATOR, RUNS
+from l0kernels import reference
+from l0kernels.impl import cuda
+from l0kernels.reference.gates import ALIGN, HardConcrete, compact, round_up
+from op_checks import make_z, sliced, transposed
+
+if not RUNS:
+    pytest.skip("no GPU; test_cuda_emulated.py runs these on the CPU", allow_module_level=True)
+
+DIST = HardConcrete()
+FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+EPS = {dtype: torch.finfo(dtype).eps for dtype in FLOATS}
+
+
+@pytest.fixture(autouse=True)
+def poison():
+    """Unwritten memory reads as NaN or as the largest integer."""
+    torch.manual_seed(0)
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def launches():
+    """Launches so far; only the emulator counts them."""
+    return EMULATOR.emulator_launches() if EMULATOR else 0
+
+
+def on_device(t):
+    return t.to(DEVICE)
+
+
+def gate_of(z, tau=cuda.TAU):
+    """[z, index, count] as the sampler leaves them."""
+    index, count = compact(z)
+    if count[0] > tau * len(z):
+        count[1] = round_up(len(z))
+    return [on_device(t) for t in (z, index, count)]
+
+
+def units(gate, size):
+    """Units in packed order, and the extent; all of them, without padding, where there is no gate."""
+    if gate is None:
+        return torch.arange(size), None
+    n_open, extent = gate[2].tolist()
+    if extent >= size:
+        return torch.arange(size), round_up(size)
+    return gate[1][:n_open].cpu().long(), extent
+
+
+def near(got, want, eps, scale):
+    """Exactly 0 where ``want`` is, else within eps times the size of the terms."""
+    got, want = got.double().cpu(), want.double().cpu()
+    assert got.shape == want.shape
+    assert ((got == 0) >= (want == 0)).all(), "a zero is not exact"
+    error = (got - want).abs()
+    assert (error <= eps * (scale + want.abs())).all(), f"error {error.max():.3g}"  # fails for a NaN, too
+
+
+class TestSample:
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    @pytest.mark.parametrize(
+        "sizes", [[1], [127, 128, 129], [0, 5, 0], [784, 300, 100], [2049, 4500, 31], [17000]], ids=str
+    )
+    def test_equals_reference(self, sizes, dtype):
+        log_alphas = [torch.randn(n, dtype=dtype) * 3 for n in sizes]
+        seed = torch.randint(2**62, (1,))
+        before = launches()
+        z, index, count, expected = cuda.sample_with_expected(
+            [on_device(a) for a in log_alphas], on_device(seed), 5, DIST
+        )
+        assert launches() - before in (0, 1)
+        index, count = index.cpu().split([round_up(n) for n in sizes]), count.cpu().view(-1, 2)
+        for i, (values, a) in enumerate(zip(z.cpu().split(sizes), log_alphas, strict=True)):
+            exact = reference.gates.sample_z(a.double(), seed, i, 5, DIST)
+            error = (values.double() - exact).abs().max().item() if len(a) else 0.0
+            assert error <= 8 * EPS[dtype]
+            # Order and counts are those of the values drawn, whatever their last bit.
+            want_index, want_count = compact(values)
+            if want_count[0] > torch.tensor(cuda.TAU) * len(a):
+                want_count[1] = round_up(len(a))
+            assert torch.equal(index[i], want_index)
+            assert torch.equal(count[i], want_count)
+            assert abs(expected[i].item() - DIST.p_open(a.double()).sum().item()) <= 16 * EPS[dtype] * len(a)
+
+    @pytest.mark.parametrize("shift", [-30.0, 30.0])
+    def test_all_closed_and_all_open(self, shift):
+        z, index, count = cuda.sample([on_device(torch.full((300,), shift))], on_device(torch.tensor([7])), 0, DIST)
+        assert (z == (shift > 0)).all()
+        assert torch.equal(index.cpu(), torch.cat([torch.arange(300), torch.zeros(84)]).int())
+        assert count.tolist() == ([300, 384] if shift > 0 else [0, 0])
+
+    def test_nan_is_open(self):
+        a = torch.full((5,), -30.0)
+        a[3] = float("nan")
+        z, index, count = cuda.sample([on_device(a)], on_device(torch.tensor([7])), 0, DIST)
+        assert z.isnan().tolist() == [False, False, False, True, False]
+        assert index[:5].tolist() == [3, 0, 1, 2, 4]
+        assert count.tolist() == [1, ALIGN]
+
+    def test_more_vectors_than_one_launch_takes(self):
+        sizes = [1 + i % 5 for i in range(100)]
+        a = [torch.randn(n) for n in sizes]
+        seed = torch.tensor([11])
+        z, _, count = cuda.sample([on_device(t) for t in a], on_device(seed), 0, DIST)
+        want = torch.cat(reference.gates.sample_zs(a, seed, 0, DIST))
+        near(z, want, 8 * EPS[torch.float32], 1.0)
+        assert count.view(-1, 2)[:, 0].tolist() == [int((v != 0).sum()) for v in want.split(sizes)]
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    def test_gate_grad(self, dtype):
+        z, dz = make_z("mixed", 1000, dtype), torch.randn(1000, dtype=dtype)
+        got = cuda.gate_grad(on_device(dz), on_device(z), DIST).cpu()
+        s = (z.double() - DIST.gamma) / (DIST.zeta - DIST.gamma)
+        slope = (DIST.zeta - DIST.gamma) / DIST.beta * s * (1 - s)
+        want = torch.where((z > 0) & (z < 1), dz.double() * slope, 0.0)
+        assert torch.equal(got == 0, want == 0)
+        near(got, want, 8 * EPS[dtype], 1.0)
+
+
+def pack_cases():
+    """Sizes and kinds of gates of both sides (None: no gate); 300 and 700 can be packed, 100 is always plain."""
+    yield from itertools.product([(1, 1), (37, 300), (300, 37), (140, 700)], ["few", "mixed", "open", None], [None])
+    yield from itertools.product([(37, 300), (19, 700), (3, 100)], [None], ["few", "mixed", "open", "closed"])
+    yield from [((300, 400), "few", "mixed"), ((150, 260), "mixed", "few"), ((150, 260), "open", "few")]
+
+
+class TestPack:
+    @pytest.mark.parametrize(("shape", "kind_rows", "kind_cols"), list(pack_cases()))
+    def test_equals_gather(self, shape, kind_rows, kind_cols):
+        dtypes = itertools.cycle(
+            [(t, t) for t in FLOATS]
+            + [(torch.float32, torch.bfloat16), (torch.float16, torch.float32), (torch.float64, torch.float32)]
+        )
+        layouts = itertools.cycle([torch.clone, torch.clone, transposed, sliced])
+        for scale, _ in itertools.product([False, True], range(3)):
+            dtype, to = next(dtypes)
+            self.check(shape, kind_rows, kind_cols, scale, dtype, to, next(layouts))
+
+    def check(self, shape, kind_rows, kind_cols, scale, dtype, to, layout):
+        full = torch.randn(shape, dtype=dtype)
+        z_dtype = torch.float64 if to == torch.float64 else torch.float32
+        rows, cols = (
+            None if kind is None else gate_of(make_z(kind, n, z_dtype))
+            for kind, n in zip((kind_rows, kind_cols), shape, strict=True)
+        )
+        got = cuda.pack(
+            layout(on_device(full)), rows, cols, to, scale_rows=scale, scale_cols=scale, skip_plain=False
+        ).cpu()
+        (row_units, row_extent), (col_units, col_extent) = units(rows, shape[0]), units(cols, shape[1])
+        want = full.double()[row_units][:, col_units]
+        if scale and rows is not None:
+            want = want * rows[0].cpu().double()[row_units, None]
+        if scale and cols is not None:
+            want = want * cols[0].cpu().double()[col_units]
+        n_rows, n_cols = want.shape
+        extent_rows = shape[0] if row_extent is None else row_extent
+        extent_cols = round_up(shape[1], 16 // to.itemsize) if col_extent is None else col_extent
+        near(got[:n_rows, :n_cols], want, EPS[to] + EPS[z_dtype], torch.finfo(to).tiny)
+        assert (got[n_rows:extent_rows, :extent_cols] == 0).all()
+        assert (got[:extent_rows, n_cols:extent_cols] == 0).all()
+        assert got[extent_rows:].isnan().all()
+        assert got[:, extent_cols:].isnan().all()
+
+    def test_plain_is_skipped(self):
+        full = on_device(torch.randn(20, 300))
+        gate = gate_of(make_z("open", 300))
+        assert cuda.pack(full, None, gate, torch.float32).isnan().all()
+        assert not cuda.pack(full, None, gate, torch.float32, scale_cols=True).isnan().any()
+        assert not cuda.pack(full, None, None, torch.float32).isnan().any()
+
+    def test_closed_infinities_are_not_touched(self):
+        full = torch.randn(20, 300)
+        z = make_z("few", 300)
+        full[:, z == 0] = float("nan")
+        assert not cuda.pack(on_device(full), None, gate_of(z), torch.float32)[:, :128].isnan().any()
+
+
+class TestUnpack:
+    @pytest.mark.parametrize(("shape", "kind_rows", "kind_cols"), list(pack_cases()))
+    def test_equals_scatter_and_sums(self, shape, kind_rows, kind_cols):
+        dtypes = itertools.cycle([(t, t) for t in FLOATS] + [(torch.float32, torch.bfloat16), (torch.float16, torch.float32)])
+        layouts = itertools.cycle([torch.clone, transposed, sliced])
+        for (scale, full), _ in itertools.product([(False, False), (True, False), (True, True)], range(2)):
+            dtype, to = next(dtypes)
+            self.check(shape, kind_rows, kind_cols, scale, full, dtype, to, next(layouts))
+
+    def check(self, shape, kind_rows, kind_cols, scale, full, dtype, to, layout):
+        z_dtype = torch.float64 if to == torch.float64 else torch.float32
+        kind = {"mixed": "wild"} if full else {}
+        rows, cols = (
+            None if name is None else gate_of(make_z(kind.get(name, name), n, z_dtype))
+            for name, n in zip((kind_rows, kind_cols), shape, strict=True)
+        )
+        (row_units, row_extent), (col_units, col_extent) = units(rows, shape[0]), units(cols, shape[1])
+        packed = torch.full((row_extent or shape[0], round_up(col_extent or shape[1], 8)), float("nan"), dtype=dtype)
+        values = torch.randn(len(row_units), len(col_units), dtype=dtype)
+        packed[: len(row_units), : len(col_units)] = values
+        theta = torch.randn(shape, dtype=to)
+        got, dz_row, dz_col = cuda.unpack(
+            on_device(packed), shape, rows, cols, to, scale_rows=scale, scale_cols=scale,
+            theta=layout(on_device(theta)), full_rows=full, full_cols=full, dz_rows=True, dz_cols=True,
+        )  # fmt: skip
+        spread = torch.zeros(shape, dtype=torch.float64)
+        spread[row_units[:, None], col_units] = values.double()
+        z_row = torch.ones(shape[0]).double() if rows is None else rows[0].cpu().double()
+        z_col = torch.ones(shape[1]).double() if cols is None else cols[0].cpu().double()
+        spread = spread * (z_row != 0)[:, None] * (z_col != 0)
+        want = spread * (z_row[:, None] if scale else 1) * (z_col if scale else 1)
+        near(got, want, EPS[to] + EPS[z_dtype], torch.finfo(to).tiny)
+        product = spread * theta.double()
+        for dz, gate, dim, other in ((dz_row, rows, 0, z_col), (dz_col, cols, 1, z_row[:, None])):
+            assert (dz is None) == (gate is None)
+            if gate is None:
+                continue
+            z = gate[0].cpu()
+            terms = product * other if scale else product
+            wanted = z != 0 if full else (z > 0) & (z < 1)
+            exact = torch.where(wanted, terms.sum(1 - dim), 0.0)
+            near(dz, exact, shape[1 - dim] * EPS[z_dtype], terms.abs().amax().item())
+            assert dz.dtype == z_dtype
+        assert (cuda._tickets.of_stream[cuda._where(got)] == 0).all()
+
+    def test_skip_plain_still_sums(self):
+        gate = gate_of(torch.cat([torch.ones(299), torch.full((1,), 0.5)]))
+        packed, theta = torch.randn(20, 304), torch.randn(20, 300)
+        out, _, dz = cuda.unpack(
+            on_device(packed), (20, 300), None, gate, torch.float32, theta=on_device(theta), dz_cols=True, skip_plain=True
+        )
+        assert out.isnan().all()
+        near(dz[-1], (packed[:, 299].double() * theta[:, 299]).sum(), 1e-5, 1.0)
+        assert (dz[:-1] == 0).all()
+
+    def test_the_same_sums_every_time(self):
+        gate, theta = gate_of(make_z("mixed", 300)), on_device(torch.randn(60, 300))
+        packed = on_device(torch.randn(60, 384))
+        first, second = (
+            cuda.unpack(packed, (60, 300), None, gate, torch.float32, theta=theta, dz_cols=True) for _ in range(2)
+        )
+        assert torch.equal(first[2], second[2])
+
+
+class TestPenalty:
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    @pytest.mark.parametrize("sizes", [[1], [784, 300, 100], [0, 3], [5000, 1], [7] * 50], ids=str)
+    def test_l0(self, sizes, dtype):
+        a = [torch.randn(n, dtype=dtype) for n in sizes]
+        weights = [float(i + 1) for i in range(len(sizes))]
+        total, grad = cuda.l0_penalty([on_device(t) for t in a], weights, DIST)
+        p = [DIST.p_open(t.double()) for t in a]
+        want = sum(w * q.sum() for w, q in zip(weights, p, strict=True))
+        near(total, want, 8 * EPS[dtype], 0.0)
+        exact = torch.cat([w * q * (1 - q) for w, q in zip(weights, p, strict=True)])
+        near(grad, exact, 8 * EPS[dtype], max(weights))
+
+    @pytest.mark.parametrize("dtype", FLOATS)
+    @pytest.mark.parametrize("shape", [(1, 1), (70, 300), (129, 1100)])
+    @pytest.mark.parametrize("sides", ["both", "out", "in"])
+    def test_coupled(self, shape, sides, dtype):
+        gates = torch.float64 if dtype == torch.float64 else torch.float32
+        layout = sliced if shape == (70, 300) and sides == "out" else torch.clone
+        theta = torch.randn(shape, dtype=dtype)
+        out = torch.randn(shape[0], dtype=gates) if sides != "in" else None
+        in_ = torch.randn(shape[1], dtype=gates) if sides != "out" else None
+        given = [a for a in (out, in_) if a is not None]
+        matrix = cuda.CoupledMatrix(
+            layout(on_device(theta)),
+            0.3,
+            None if out is None else on_device(out),
+            None if in_ is None else on_device(in_),
+            True,
+        )
+        other = matrix._replace(decay=0.1, need_theta=False)
+        before = launches()
+        total, grad, grads = cuda.coupled_penalty([on_device(a) for a in given], [2.0] * len(given), [matrix, other], DIST)
+        assert launches() - before in (0, 1)
+
+        leaves = [t if t is None else t.double().requires_grad_() for t in (theta, out, in_)]
+        want = [
+            reference.l2_penalty(leaves[0], decay, out_log_alpha=leaves[1], in_log_alpha=leaves[2])
+            for decay in (0.3, 0.1)
+        ]
+        l0 = reference.l0_penalty([t for t in leaves[1:] if t is not None], 2.0)
+        eps = max(EPS[gates], EPS[dtype] / 4)
+        near(total, (l0 + want[0] + want[1]).detach(), 32 * eps, 0.0)
+        used = [t for t in leaves if t is not None]
+        for decay, term, got in ((0.3, want[0], grads[0]), (0.1, want[1], grads[1])):
+            exact = iter(torch.autograd.grad(term, used, retain_graph=True))
+            for g, leaf in zip(got, leaves, strict=True):
+                if leaf is None:
+                    assert g is None
+                    continue
+                e = next(exact)
+                if g is None:
+                    assert decay == 0.1
+                    assert leaf is leaves[0]
+                    continue
+                near(g, e, 4 * EPS[g.dtype] if g.ndim == 2 else 64 * EPS[g.dtype], 0.3 if g.ndim == 2 else 1.0)
+        exact = torch.cat([g for g in torch.autograd.grad(l0, [t for t in leaves[1:] if t is not None])])
+        near(grad, exact, 8 * EPS[gates], 2.0)
