@@ -46,7 +46,7 @@ def launches(monkeypatch):
             names.append(self.name)
             return self.kernel[grid]
 
-    for name in ("forward_kernel", "sampling_forward_kernel", "backward_kernel"):
+    for name in ("forward_kernel", "sampling_forward_kernel", "backward_kernel", "sum_parts_kernel"):
         monkeypatch.setattr(gather, name, Counted(name, getattr(gather, name)))
     return names
 
@@ -202,7 +202,7 @@ def test_forward_tiles(tile, monkeypatch):
     check_linear((70, 69, 130), torch.float32, ("mixed", "mixed"))
 
 
-@pytest.mark.parametrize("tile", gather.BACKWARD_TILES + gather.PRECISE_TILES, ids=str)
+@pytest.mark.parametrize("tile", [gather.LARGE_TILE, *gather.SMALL_TILES], ids=str)
 def test_backward_tiles(tile, monkeypatch):
     monkeypatch.setattr(gather, "_backward_tile_for", lambda *_: tile)
     check_linear((70, 69, 130), torch.float32, ("mixed", "mixed"))
@@ -391,8 +391,16 @@ def test_chain_of_what_is_needed(launches):
         assert launches.count("backward_kernel") == backward
 
 
-def test_few_rows_of_a_large_matrix():
+@pytest.mark.parametrize("kinds", [("mixed", "mixed"), ("mixed", None), (None, "mixed")], ids=str)
+def test_long_sums_are_split(kinds, launches, monkeypatch):
+    monkeypatch.setattr(gather, "MAX_STEPS", 2)
+    check_linear((20, 140, 90), torch.float32, kinds)
+    assert launches == ["forward_kernel", "backward_kernel", "sum_parts_kernel"]
+
+
+def test_few_rows_of_a_large_matrix(launches):
     check_linear((2, 300, 700), torch.float32, ("mixed", "mixed"))
+    assert launches.count("sum_parts_kernel") == 1
 
 
 def test_which_layers_are_preferred(monkeypatch):

@@ -65,18 +65,21 @@ class BackwardTile(NamedTuple):
     num_stages: int
 
 
-BACKWARD_TILES = (
-    BackwardTile(64, 64, 32, 8, 2),
-    BackwardTile(64, 64, 16, 8, 1),
+LARGE_TILE = BackwardTile(64, 64, 32, 8, 2)
+"""Where it gives PROGRAMS blocks of columns."""
+SMALL_TILES = (
     BackwardTile(16, 64, 32, 4, 2),
+    BackwardTile(32, 64, 16, 4, 1),
+    BackwardTile(128, 32, 16, 8, 1),
 )
-"""From large to small as above, and the last one for few rows."""
-PRECISE_TILES = (
-    BackwardTile(64, 64, 32, 16, 1),
-    BackwardTile(64, 64, 16, 8, 1),
-    BackwardTile(16, 64, 32, 8, 1),
-)
+"""Otherwise, for up to FEW_ROWS rows each: a program walks all of W's rows, times the steps over rows."""
+FEW_ROWS = (16, 64)
+PRECISE_LARGE_TILE = BackwardTile(64, 64, 32, 16, 1)
+PRECISE_SMALL_TILES = (BackwardTile(16, 64, 32, 8, 1), *SMALL_TILES[1:])
 """The same for float32 without tensor cores, whose operands take registers."""
+
+MAX_STEPS = 16
+"""Tiles that a program walks for a gate's gradient before the walk is split and a second launch sums it."""
 
 _TL_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -500,7 +503,9 @@ def _sum_rows(
     return total
 
 
-@triton.jit(do_not_specialize=["M", "n_split", "first_rows", "first_dx", "first_db"])
+@triton.jit(
+    do_not_specialize=["M", "n_split", "k_split", "stride_split", "first_rows", "first_dx", "first_db"]
+)
 def backward_kernel(
     dy_ptr,
     x_ptr,
@@ -531,6 +536,8 @@ def backward_kernel(
     stride_wk,
     stride_b,
     n_split,
+    k_split,
+    stride_split,
     first_rows,
     first_dx,
     first_db,
@@ -556,9 +563,9 @@ def backward_kernel(
 ):
     """All gradients of a layer; dx, dw and db are contiguous, dx of a packed x is packed.
 
-    Programs below first_rows own n_split rows of W in a block of columns: dW, and dz_in if they own all rows.
-    Those below first_dx own a block of rows: dz_out. Those below first_db own a tile of dx, the rest a block
-    of db.
+    Programs below first_rows own a block of columns and n_split rows of W: dW and their part of dz_in. Those
+    below first_dx own a block of rows and k_split columns: their part of dz_out. Those below first_db own a
+    tile of dx, the rest a block of db. The parts of one gradient are stride_split apart.
     """
     pid = tl.program_id(0)
     in_open = _count(in_count, K, IN_GATED)
@@ -609,11 +616,13 @@ def backward_kernel(
                 at = _at(unit_n, unit_k, K, 1, WIDE)
                 tl.store(dw_ptr + at, raw, mask=(pos_n < N)[:, None] & (pos_k < K)[None, :])
         if NEED_IN:
+            dz_in_ptr += (pid // tiles_k) * stride_split
             _store_gate_grad(dz_in_ptr, unit_k, z_k, dz, wants_k, pos_k < K, inv_beta, gamma, zeta, DLOG)
     elif pid < first_dx:
         if NEED_OUT:
-            first_n = (pid - first_rows) * BLOCK_N
-            pos_n = first_n + tl.arange(0, BLOCK_N)
+            tiles_n = tl.cdiv(N, BLOCK_N)
+            part = (pid - first_rows) // tiles_n
+            pos_n = ((pid - first_rows) % tiles_n) * BLOCK_N + tl.arange(0, BLOCK_N)
             open_n = pos_n < out_open
             unit_n = _units(pos_n, out_index, N, OUT_GATED)
             z_n = _scales(out_z, unit_n, open_n, OUT_GATED)
@@ -621,7 +630,8 @@ def backward_kernel(
             dy_column = pos_n if DY_PACKED else unit_n
             dz = tl.zeros((BLOCK_N,), tl.float32)
             some_n = tl.max(wants_n.to(tl.int32), 0)
-            for k in range(0, in_open * some_n, BLOCK_K):
+            end_k = tl.minimum((part + 1) * k_split, in_open) * some_n
+            for k in range(part * k_split, end_k, BLOCK_K):
                 pos_k = k + tl.arange(0, BLOCK_K)
                 open_k = pos_k < in_open
                 unit_k = _units(pos_k, in_index, K, IN_GATED)
@@ -650,10 +660,12 @@ def backward_kernel(
                 dz += tl.sum(raw * w * _scales(in_z, unit_k, open_k, IN_GATED)[None, :], 1)
             if HAS_BIAS:
                 b = tl.load(b_ptr + unit_n.to(tl.int64) * stride_b, mask=wants_n, other=0.0)
+                end_m = tl.where(part == 0, M * some_n, 0)
                 total = _sum_rows(
-                    dy_ptr, dy_column, wants_n, M * some_n, stride_dym, stride_dyn, WIDE, BLOCK_M, BLOCK_N
+                    dy_ptr, dy_column, wants_n, end_m, stride_dym, stride_dyn, WIDE, BLOCK_M, BLOCK_N
                 )
                 dz += b.to(tl.float32) * total
+            dz_out_ptr += part * stride_split
             _store_gate_grad(dz_out_ptr, unit_n, z_n, dz, wants_n, pos_n < N, inv_beta, gamma, zeta, DLOG)
     elif pid < first_db:
         first_k = ((pid - first_dx) % tiles_k) * BLOCK_K
@@ -694,6 +706,19 @@ def backward_kernel(
         tl.store(db_ptr + unit_n, tl.where(open_n, total, 0.0), mask=pos_n < N)
 
 
+@triton.jit
+def sum_parts_kernel(parts_ptr, dz_in_ptr, dz_out_ptr, width_in, width, parts, BLOCK: tl.constexpr):
+    """dz_in and dz_out, width_in and the rest of width long, from their parts side by side."""
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for part in range(parts):
+        total += tl.load(parts_ptr + part * width + i, mask=i < width, other=0.0)
+    if dz_in_ptr is not None:
+        tl.store(dz_in_ptr + i, total, mask=i < width_in)
+    if dz_out_ptr is not None:
+        tl.store(dz_out_ptr + i - width_in, total, mask=(i >= width_in) & (i < width))
+
+
 def prefers(M: int, N: int, K: int, dtype: torch.dtype) -> bool:
     """Whether a layer of M rows, K inputs and N outputs belongs here rather than to pack and matmul.
 
@@ -728,18 +753,16 @@ def _forward_tile_for(M: int, N: int, tiles: tuple[ForwardTile, ...]) -> Forward
     return tiles[-1]
 
 
-def _backward_tile_for(M: int, K: int, precision: str, dtype: torch.dtype) -> BackwardTile:
-    tiles = PRECISE_TILES if dtype == torch.float32 and precision == "ieee" else BACKWARD_TILES
-    few_rows = tiles[-1]
-    if few_rows.rows >= M:
-        return few_rows
-    for tile in tiles[:-2]:
-        if -(-K // tile.inputs) >= PROGRAMS:
-            return tile
-    return tiles[-2]
+def _backward_tile_for(M: int, K: int, precise: bool) -> BackwardTile:
+    large, small = LARGE_TILE, SMALL_TILES
+    if precise:
+        large, small = PRECISE_LARGE_TILE, PRECISE_SMALL_TILES
+    if FEW_ROWS[0] < M and -(-K // large.inputs) >= PROGRAMS:
+        return large
+    return small[(FEW_ROWS[0] < M) + (FEW_ROWS[1] < M)]
 
 
-def _parts(gate: Gate | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+def _triple(gate: Gate | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     return (None, None, None) if gate is None else (gate[0], gate[1], gate[2])
 
 
@@ -765,8 +788,8 @@ def _forward(
             weight,
             bias,
             y,
-            *_parts(in_gate),
-            *_parts(out_gate),
+            *_triple(in_gate),
+            *_triple(out_gate),
             M,
             N,
             K,
@@ -905,14 +928,25 @@ def _backward(
     dz_in = torch.empty_like(in_gate[0]) if in_gate is not None and need_in else None
     dz_out = torch.empty_like(out_gate[0]) if out_gate is not None and need_out else None
     precision = _precision(dtype)
-    rows, outputs, inputs, num_warps, num_stages = _backward_tile_for(M, K, precision, dtype)
+    rows, outputs, inputs, num_warps, num_stages = _backward_tile_for(
+        M, K, dtype == torch.float32 and precision == "ieee"
+    )
     tiles_k, tiles_n = -(-K // inputs), -(-N // outputs)
-    # dz_in is a sum over all rows of W: without atomics one program has them all.
-    splits = 1 if need_in else tiles_n
-    first_rows = tiles_k * splits if need_w or need_in else 0
-    first_dx = first_rows + (tiles_n if need_out else 0)
+    # A program that sums a gate's gradient walks the other side; where that is long, parts are summed later.
+    walks = max(tiles_n if need_in else 0, tiles_k if need_out else 0) * -(-M // rows)
+    parts = max(1, -(-walks // MAX_STEPS))
+    n_split = -(-tiles_n // parts) * outputs if need_in else outputs
+    n_parts = parts if need_in else tiles_n
+    first_rows = tiles_k * n_parts if need_w or need_in else 0
+    first_dx = first_rows + (tiles_n * parts if need_out else 0)
     first_db = first_dx + (tiles_k * -(-M // rows) if need_x else 0)
     grid = first_db + (tiles_n if need_b else 0)
+    width_in = K if need_in else 0
+    width = width_in + (N if need_out else 0)
+    part_in, part_out = dz_in, dz_out
+    if parts > 1:
+        scratch = torch.empty((parts, width), dtype=torch.float32, device=device)
+        part_in, part_out = scratch, scratch[:, width_in:]
     if grid:
         backward_kernel[(grid,)](
             dy,
@@ -922,10 +956,10 @@ def _backward(
             dx,
             dw,
             db,
-            dz_in,
-            dz_out,
-            *_parts(in_gate),
-            *_parts(out_gate),
+            part_in,
+            part_out,
+            *_triple(in_gate),
+            *_triple(out_gate),
             *((0.0, 0.0, 0.0) if dist is None else (1.0 / dist.beta, dist.gamma, dist.zeta)),
             M,
             N,
@@ -934,7 +968,9 @@ def _backward(
             *x.stride(),
             *weight.stride(),
             0 if bias is None else bias.stride(0),
-            tiles_n * outputs if need_in else outputs,
+            n_split,
+            -(-tiles_k // parts) * inputs,
+            width,
             first_rows,
             first_dx,
             first_db,
@@ -960,6 +996,8 @@ def _backward(
             num_warps=num_warps,
             num_stages=num_stages,
         )
+    if parts > 1:
+        sum_parts_kernel[(-(-width // 128),)](scratch, dz_in, dz_out, width_in, width, parts, BLOCK=128)
     return [dx, dw, db, dz_in, dz_out]
 
 
@@ -978,7 +1016,7 @@ def linear_backward(
     dist: HardConcrete | None = None,
 ) -> list[Tensor | None]:
     """dx, dweight, dbias, dz_in, dz_out, each None where ``needs`` says so; with ``dist`` the gradients of
-    log_alpha in place of those of z. One launch."""
+    log_alpha in place of those of z. One launch, or two where a gate's gradient is a long sum."""
     return _backward(dy, x, weight, bias, in_gate, out_gate, scale_out, full_in, full_out, dtype, needs, dist)
 
 
@@ -1120,15 +1158,27 @@ def variants() -> Iterator[Variant]:
             "DY_PACKED": True,
             "NEED_OUT": False,
         }
-        for tile in FORWARD_TILES:
+        for tile in SAMPLING_TILES if name == "tf32" else FORWARD_TILES:
             yield _variant(f"forward_{name}_{tile.rows}x{tile.columns}", forward_kernel, dtype, both, tile)
         yield _variant(f"chain_{name}", forward_kernel, dtype, chain, FORWARD_TILES[-1])
         for tile in SAMPLING_TILES if name != "tf32" else ():
             shape = f"{name}_{tile.rows}x{tile.columns}"
             tile = tile._replace(num_warps=8)
             yield _variant(f"sampling_{shape}", sampling_forward_kernel, dtype, both, tile)
-        tiles = PRECISE_TILES if name == "fp32" else BACKWARD_TILES
+        tiles = (LARGE_TILE, *SMALL_TILES)
+        if name == "fp32":
+            tiles = (PRECISE_LARGE_TILE, *PRECISE_SMALL_TILES)
         for back in tiles:
             shape = f"{name}_{back.rows}x{back.outputs}x{back.inputs}"
             yield _variant(f"backward_{shape}", backward_kernel, dtype, both, back)
-        yield _variant(f"chain_backward_{name}", backward_kernel, dtype, chain, tiles[-2])
+            if name != "tf32":
+                yield _variant(f"chain_backward_{shape}", backward_kernel, dtype, chain, back)
+    yield Variant(
+        "gather/sum_parts",
+        sum_parts_kernel,
+        {
+            **dict.fromkeys(("parts_ptr", "dz_in_ptr", "dz_out_ptr"), "*fp32:16"),
+            **dict.fromkeys(("width_in", "width", "parts"), "i32"),
+        },
+        {"BLOCK": 128},
+    )
