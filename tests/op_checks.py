@@ -65,7 +65,7 @@ def evaluate(call, tensors, needs, dy, autocast=None):
     leaves = {
         name: None if t is None else t.detach().requires_grad_(name in needs) for name, t in tensors.items()
     }
-    with nullcontext() if autocast is None else torch.autocast("cpu", dtype=autocast):
+    with nullcontext() if autocast is None else torch.autocast(tensors["x"].device.type, dtype=autocast):
         y = call(**leaves)
     if not y.requires_grad:
         return y, {}
@@ -97,7 +97,7 @@ def compare(call, tensors, *, dtype, what="", masks=None, needs=None, layout=tor
 
     def dy(y):
         nonlocal values
-        values = torch.randn(y.shape).to(y.dtype) if values is None else values
+        values = torch.randn(y.shape, device=y.device).to(y.dtype) if values is None else values
         return layout(values).to(y.dtype)
 
     y_eager, eager = evaluate(partial(call, reference), copies, needs, dy, autocast)

@@ -1,0 +1,52 @@
+"""What the tests on a GPU share: backends, gates on the device.
+
+L0KERNELS_TEST_DEVICE=cpu runs them with the backends of the CPU: it shows that the tests themselves are right.
+"""
+
+import os
+
+import pytest
+import torch
+
+from l0kernels import Gates, _registry
+from l0kernels.reference.gates import round_up
+
+DEVICE = os.environ.get("L0KERNELS_TEST_DEVICE", "cuda")
+ON_GPU = DEVICE == "cuda"
+BACKENDS = ("triton", "cuda") if ON_GPU else ("torch", "cpp")
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+NEEDS_GPU = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(ON_GPU and not torch.cuda.is_available(), reason="needs a CUDA device"),
+    # Poisoning wants deterministic algorithms, which warn of those that cuBLAS and torch lack.
+    pytest.mark.filterwarnings("ignore::UserWarning"),
+]
+
+
+def on_device(value):
+    """Tensors to the device in the layout that they have, through lists and dictionaries."""
+    if isinstance(value, dict):
+        return {name: on_device(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [on_device(item) for item in value]
+    if not isinstance(value, torch.Tensor):
+        return value
+    # A copy of the whole storage: strides, offset and what lies between the elements stay.
+    storage = value.detach().as_strided((value.untyped_storage().nbytes() // value.itemsize,), (1,), 0)
+    return storage.to(DEVICE).as_strided(value.shape, value.stride(), value.storage_offset())
+
+
+def gates_from(z, *, plain, full=False):
+    """Gates of z; the plain ones stand in natural order, and their index must not be looked at."""
+    gates = Gates.from_z(z, full_grad=full)
+    if not plain or not ON_GPU:  # the backends of the CPU know packed gates alone
+        return gates
+    n = z.shape[0]
+    capacity = torch.full((1,), round_up(n), dtype=torch.int32, device=z.device)
+    count = torch.cat([gates.count[:1], capacity])
+    return Gates(z, torch.full_like(gates.index, -(2**30)), count, full)
+
+
+def why_skip(backend):
+    """The reason why a backend cannot be tested here, or None."""
+    return _registry.why_not(backend)
