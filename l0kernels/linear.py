@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import _ops, _registry, reference
-from .gates import Gates, HardConcrete, check_draw, draw, split
+from .gates import Gates, HardConcrete, attach, check_draw, draw, split
 from .reference import _checks
 from .reference.gates import DEFAULT_DIST
 from .reference.linear import check_layer_gates
@@ -220,21 +221,56 @@ def l0_linear(
     Raises:
         TypeError, ValueError, RuntimeError: as sample_gates and gated_linear.
     """
+    return _l0_linear(x, weight, bias, in_log_alpha, out_log_alpha, seed, dist, None)
+
+
+def drawn_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    in_log_alpha: Tensor | None,
+    out_log_alpha: Tensor | None,
+    gates: Sequence[Gates],
+    dist: HardConcrete,
+) -> Tensor:
+    """l0_linear with gates that were drawn from its log_alphas before, detached; one for each given."""
+    return _l0_linear(x, weight, bias, in_log_alpha, out_log_alpha, None, dist, gates)
+
+
+def _l0_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    in_log_alpha: Tensor | None,
+    out_log_alpha: Tensor | None,
+    seed: Tensor | None,
+    dist: HardConcrete,
+    drawn: Sequence[Gates] | None,
+) -> Tensor:
     if out_log_alpha is not None or not _checks.fits_chain(x, (weight,), (bias,), (in_log_alpha,)):
         _check_l0_linear(x, weight, bias, in_log_alpha, out_log_alpha)
     given = [a for a in (in_log_alpha, out_log_alpha) if a is not None]
     if not given:
         return gated_linear(x, weight, bias)
     backend = _registry.resolve(x.device, x.dtype)
+    if backend == "reference" and drawn is not None:
+        joined = iter([attach(a, gate, dist) for a, gate in zip(given, drawn, strict=True)])
+        return reference.gated_linear(
+            x,
+            weight,
+            bias,
+            in_gates=None if in_log_alpha is None else next(joined),
+            out_gates=None if out_log_alpha is None else next(joined),
+        )
     if backend == "reference":
         return reference.l0_linear(
             x, weight, bias, in_log_alpha=in_log_alpha, out_log_alpha=out_log_alpha, seed=seed, dist=dist
         )
     dtype = compute_dtype(x)
-    if _ops.draws_within(x, weight, given, dtype, backend):
+    if drawn is None and _ops.draws_within(x, weight, given, dtype, backend):
         seed = check_draw(given, seed, dist)
         return _L0Linear.apply(x, weight, bias, in_log_alpha, out_log_alpha, seed, dist, dtype, backend)
-    gates = iter(draw(given, seed, dist, backend))
+    gates = iter(draw(given, seed, dist, backend) if drawn is None else drawn)
     inputs = _NO_TENSORS if in_log_alpha is None else gate_tensors(next(gates), dtype)
     outputs = _NO_TENSORS if out_log_alpha is None else gate_tensors(next(gates), dtype)
     options = (out_log_alpha is not None, False, False, dtype)

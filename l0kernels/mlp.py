@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import _ops, _registry, reference
-from .gates import Gates, HardConcrete, check_log_alphas, draw
+from .gates import Gates, HardConcrete, attach, check_log_alphas, draw
 from .linear import _NO_TENSORS, as_rows, compute_dtype, constants, gate_tensors, like_rows
 from .reference import _checks
 from .reference.gates import DEFAULT_DIST
@@ -154,17 +154,51 @@ def l0_mlp(
     Raises:
         TypeError, ValueError, RuntimeError: as sample_gates and gated_mlp.
     """
+    return _l0_mlp(x, weights, biases, log_alphas, activation, seed, dist, None)
+
+
+def drawn_mlp(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    log_alphas: Sequence[Tensor | None],
+    gates: Sequence[Gates | None],
+    activation: str,
+    dist: HardConcrete,
+) -> Tensor:
+    """l0_mlp with gates that were drawn from its log_alphas before, detached; of their sizes."""
+    return _l0_mlp(x, weights, biases, log_alphas, activation, None, dist, gates)
+
+
+def _l0_mlp(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    log_alphas: Sequence[Tensor | None],
+    activation: str,
+    seed: Tensor | None,
+    dist: HardConcrete,
+    gates: Sequence[Gates | None] | None,
+) -> Tensor:
     if activation not in ROWS or not _checks.fits_chain(x, weights, biases, log_alphas, ROWS[activation]):
         _check_l0_mlp(x, weights, biases, log_alphas, activation)
     given = [a for a in log_alphas if a is not None]
     backend = _registry.resolve(x.device, x.dtype)
+    if backend == "reference" and gates is not None:
+        joined = [
+            None if a is None or gate is None else attach(a, gate, dist)
+            for a, gate in zip(log_alphas, gates, strict=True)
+        ]
+        return reference.gated_mlp(x, weights, biases, joined, activation)
     if backend == "reference":
         return reference.l0_mlp(x, weights, biases, log_alphas, activation, seed=seed, dist=dist)
     if not given:
         return gated_mlp(x, weights, biases, [None] * len(weights), activation)
     dtype = compute_dtype(x)
-    fresh = iter(draw(given, seed, dist, backend))
-    parts = [_NO_TENSORS if a is None else gate_tensors(next(fresh), dtype) for a in log_alphas]
+    if gates is None:
+        fresh = iter(draw(given, seed, dist, backend))
+        gates = [None if a is None else next(fresh) for a in log_alphas]
+    parts = [_NO_TENSORS if gate is None else gate_tensors(gate, dtype) for gate in gates]
     return _GatedMlp.apply(
         x,
         activation,

@@ -72,7 +72,7 @@ def all_equal(left, right):
 def counter(monkeypatch):
     """The names of the operators called."""
     calls = []
-    for name in ("sample", "gated_mlp", "gated_linear", "masked_weight", "block_linear"):
+    for name in ("sample", "gate_grad", "gated_mlp", "gated_linear", "masked_weight", "block_linear"):
         operator = getattr(l0._ops, name)
 
         def counted(*args, name=name, operator=operator):
@@ -121,9 +121,15 @@ def test_one_sample_call_for_the_whole_model(monkeypatch, backend):
     bank.draw()
     assert calls == ["sample"]
     calls.clear()
-    model(X)
-    assert "sample" not in calls
-    assert {"gated_mlp", "gated_linear", "masked_weight", "block_linear"} == set(calls)
+    y = model(X)
+    assert sorted(calls) == [
+        *("block_linear", "gated_linear", "gated_linear", "gated_linear", "gated_linear"),
+        *("gated_mlp", "gated_mlp", "masked_weight"),
+    ]
+    calls.clear()
+    y.sum().backward()
+    assert calls.count("sample") == 0
+    assert calls.count("gate_grad") == 2, "layers have it in their own node; model.own and the blocks do not"
 
 
 def test_the_forward_uses_the_gates_drawn():

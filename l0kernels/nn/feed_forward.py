@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..gates import Gates, HardConcrete
-from ..mlp import gated_mlp, l0_mlp
+from ..mlp import drawn_mlp, gated_mlp, l0_mlp
 from ..penalty import l2_penalty
 from ..reference.mlp import GLU, ROWS
 from .gate import DEFAULT_DIST, GatedLayer, HardConcreteGate
@@ -159,8 +159,11 @@ class L0FeedForward(GatedLayer, nn.Module):
         """
         up, down, gate = self.up, self.down, self.hidden_gate
         weights, biases = [up.weight, down.weight], [up.bias, down.bias]
-        if gates is None and gate.draws:  # draw and apply as one autograd node
-            return l0_mlp(x, weights, biases, [None, gate.log_alpha], self.activation, dist=gate.dist)
+        if gates is None and gate.training:  # one autograd node for gates and products
+            log_alphas, drawn = [None, gate.log_alpha], gate.drawn
+            if drawn is not None:
+                return drawn_mlp(x, weights, biases, log_alphas, [None, drawn], self.activation, gate.dist)
+            return l0_mlp(x, weights, biases, log_alphas, self.activation, dist=gate.dist)
         return gated_mlp(x, weights, biases, [None, gate() if gates is None else gates], self.activation)
 
     def gate_groups(self) -> Iterator[tuple[HardConcreteGate, Tensor, int]]:

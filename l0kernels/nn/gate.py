@@ -96,6 +96,11 @@ class HardConcreteGate(nn.Module):
         return self._drawn if isinstance(self._drawn, Tensor) else None
 
     @property
+    def drawn(self) -> Gates | None:
+        """The gates that a GateBank has drawn, detached; a call of the module connects them to log_alpha."""
+        return self._drawn if isinstance(self._drawn, Gates) else None
+
+    @property
     def draws(self) -> bool:
         """Whether a forward draws anew: in train(), and no GateBank has drawn."""
         return self.training and self._drawn is None

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..gates import Gates, HardConcrete
-from ..linear import gated_linear, l0_linear
+from ..linear import drawn_linear, gated_linear, l0_linear
 from ..masked_linear import block_linear, masked_linear
 from ..penalty import l2_penalty
 from .gate import DEFAULT_DIST, GatedLayer, HardConcreteGate, draw
@@ -154,6 +154,11 @@ class L0Linear(GatedLayer, nn.Linear):
                 out_log_alpha=None if out_gate is None else out_gate.log_alpha,
                 dist=gate.dist,
             )
+        drawn = _drawn(in_gate, out_gate) if in_gates is None and out_gates is None else None
+        if gate is not None and drawn is not None:
+            in_log_alpha = None if in_gate is None else in_gate.log_alpha
+            out_log_alpha = None if out_gate is None else out_gate.log_alpha
+            return drawn_linear(x, self.weight, self.bias, in_log_alpha, out_log_alpha, drawn, gate.dist)
         own_in, own_out = draw(
             (in_gate if in_gates is None else None, out_gate if out_gates is None else None)
         )
@@ -258,6 +263,18 @@ def copy_linear_(target: nn.Linear, source: nn.Linear) -> None:
 
 def _squares(parameter: Tensor) -> Tensor:
     return parameter.to(torch.promote_types(parameter.dtype, torch.float32)).square()
+
+
+def _drawn(in_gate: HardConcreteGate | None, out_gate: HardConcreteGate | None) -> list[Gates] | None:
+    """What a GateBank has drawn for the gates there are; None unless it has for each."""
+    drawn = []
+    for gate in (in_gate, out_gate):
+        if gate is not None:
+            gates = gate.drawn if gate.training else None
+            if gates is None:
+                return None
+            drawn.append(gates)
+    return drawn
 
 
 def _fusible(in_gate: HardConcreteGate | None, out_gate: HardConcreteGate | None) -> bool:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..gates import Gates, HardConcrete
-from ..mlp import gated_mlp, l0_mlp
+from ..mlp import drawn_mlp, gated_mlp, l0_mlp
 from .gate import DEFAULT_DIST, draw
 from .linear import L0Linear, copy_linear_
 
@@ -147,10 +147,15 @@ class L0MLP(nn.Module):
         if gates is None:
             sources = [layer.in_gate for layer in layers]
             present = [gate for gate in sources if gate is not None]
-            alike = all(gate.draws and gate.dist == present[0].dist for gate in present)
-            if present and alike and len(set(present)) == len(present):  # draw and apply as one autograd node
+            if present and all(gate.training and gate.dist == present[0].dist for gate in present):
+                # One autograd node for gates and products.
                 log_alphas = [None if gate is None else gate.log_alpha for gate in sources]
-                return l0_mlp(x, weights, biases, log_alphas, self.activation, dist=present[0].dist)
+                drawn = [None if gate is None else gate.drawn for gate in sources]
+                dist, n_drawn = present[0].dist, len(drawn) - drawn.count(None)
+                if n_drawn == len(present):
+                    return drawn_mlp(x, weights, biases, log_alphas, drawn, self.activation, dist)
+                if n_drawn == 0 and len(set(present)) == len(present):
+                    return l0_mlp(x, weights, biases, log_alphas, self.activation, dist=dist)
         return gated_mlp(x, weights, biases, self.draw() if gates is None else gates, self.activation)
 
     def extra_repr(self) -> str:
