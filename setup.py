@@ -1,45 +1,119 @@
-"""Decides whether the native extension is built; everything else about the package is in pyproject.toml.
+"""Decides which native extensions are built; everything else about the package is in pyproject.toml.
 
 L0KERNELS_CPP=auto|0|1 (default auto): build l0kernels._C from csrc/ when a C++ compiler is there, never, or
-fail without one.
+fail without one. L0KERNELS_CUDA=auto|0|1: the same for l0kernels._CUDA from csrc/cuda/ and nvcc; no GPU is needed.
+TORCH_CUDA_ARCH_LIST ("8.0 9.0a 10.0+PTX") chooses the GPUs.
 """
 
 import os
+import re
+import shutil
+import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from glob import glob
+from pathlib import Path
 from typing import Any
 
+from pybind11 import get_include
 from pybind11.setup_helpers import ParallelCompile, Pybind11Extension
-from setuptools import setup
+from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-CHOICE = os.environ.get("L0KERNELS_CPP", "auto")
-if CHOICE not in ("auto", "0", "1"):
-    raise SystemExit(f"L0KERNELS_CPP must be auto, 0 or 1, got {CHOICE!r}")
+CHOICES = {name: os.environ.get(f"L0KERNELS_{name}", "auto") for name in ("CPP", "CUDA")}
+for name, choice in CHOICES.items():
+    if choice not in ("auto", "0", "1"):
+        raise SystemExit(f"L0KERNELS_{name} must be auto, 0 or 1, got {choice!r}")
 
 # -fno-math-errno and -fno-trapping-math let loops vectorise without changing a result. Not -ffast-math: a NaN
 # must stay a NaN, and at link time it would set flush-to-zero for the whole process.
 FLAGS = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-Wall", "-Wextra"]
 OPENMP = [] if sys.platform == "darwin" else ["-fopenmp"]
 
+HOST_FLAGS = "-fPIC,-fvisibility=hidden,-Wall,-Wextra"
+CUDA_FLAGS = ["-std=c++17", "-O3", "-Xcompiler", HOST_FLAGS, "-Werror", "all-warnings"]
+ARCHITECTURES = "8.0 9.0a 10.0+PTX"
+JOBS = int(os.environ.get("L0KERNELS_BUILD_JOBS", "0")) or os.cpu_count() or 1
+
+
+def find_nvcc() -> str | None:
+    """nvcc of CUDACXX, CUDA_HOME or the PATH, or None."""
+    homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    candidates = [os.environ.get("CUDACXX"), *(f"{home}/bin/nvcc" for home in [*homes, "/usr/local/cuda"]), "nvcc"]
+    found = (shutil.which(path) for path in candidates if path)
+    return next((path for path in found if path), None)
+
+
+def gencode(nvcc: str) -> list[str]:
+    """nvcc's flags for the GPUs asked for; of those taken by default, the ones this nvcc knows."""
+    asked = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split()
+    known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
+    flags = []
+    for entry in asked or ARCHITECTURES.split():
+        match = re.fullmatch(r"(\d+)\.(\d[af]?)(\+PTX)?", entry)
+        if match is None:
+            raise ValueError(f"TORCH_CUDA_ARCH_LIST: expected entries like 9.0a or 10.0+PTX, got {entry!r}")
+        arch = match[1] + match[2]
+        if not asked and f"sm_{arch.rstrip('af')}" not in known:
+            continue
+        flags.append(f"-gencode=arch=compute_{arch},code=sm_{arch}")
+        if match[3]:
+            flags.append(f"-gencode=arch=compute_{arch},code=compute_{arch}")
+    return flags
+
 
 class OptionalBuildExt(build_ext):
-    """Leaves the extension out, with a warning, where it cannot be built and was not asked for."""
+    """Leaves an extension out, with a warning, where it cannot be built and was not asked for."""
 
     def build_extension(self, ext: Any) -> None:
         try:
-            super().build_extension(ext)
+            if ext.name == "l0kernels._CUDA":
+                self.build_cuda(ext)
+            else:
+                super().build_extension(ext)
         except Exception as error:  # setuptools has no common base for "no compiler" and "compiler failed"
-            if CHOICE == "1":
+            if not ext.optional:
                 raise
-            print(f"warning: l0kernels is installed without its native kernels: {error}", file=sys.stderr)
+            print(f"warning: l0kernels is installed without {ext.name}: {error}", file=sys.stderr)
             print(
-                "warning: torch's own operations will be used; python -m l0kernels shows what is there",
+                "warning: other implementations will be used; python -m l0kernels shows what is there",
                 file=sys.stderr,
             )
 
+    def build_cuda(self, ext: Any) -> None:
+        """Objects by nvcc, the bindings by its host compiler; static cudart, and nothing of torch."""
+        nvcc = find_nvcc()
+        if nvcc is None:
+            raise RuntimeError("no nvcc (L0KERNELS_CUDA=0 does without)")
+        architectures = gencode(nvcc)
+        folder = Path(self.build_temp) / "cuda"
+        folder.mkdir(parents=True, exist_ok=True)
+        include = [f"-I{path}" for path in (*ext.include_dirs, get_include(), *self.include_dirs)]
+        names = ",".join(sorted({flag.rpartition("=")[2] for flag in architectures}))
+        define = f'-DL0_ARCHITECTURES="{names}"'
 
-extension = Pybind11Extension(
+        def compile_one(source: str) -> str:
+            target = str(folder / f"{Path(source).stem}{Path(source).suffix[1:]}.o")
+            stamp = Path(target).with_suffix(".cmd")
+            command = [nvcc, *CUDA_FLAGS, *include, define, *architectures, "-c", source, "-o", target]
+            newest = max(Path(path).stat().st_mtime for path in [source, *ext.depends])
+            if stamp.exists() and stamp.stat().st_mtime > newest and stamp.read_text() == repr(command):
+                return target
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode:
+                raise RuntimeError(f"nvcc: {source}\n{done.stdout}{done.stderr}")
+            stamp.write_text(repr(command))
+            return target
+
+        with ThreadPoolExecutor(JOBS) as pool:
+            objects = list(pool.map(compile_one, ext.sources))
+        target = Path(self.get_ext_fullpath(ext.name))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        link = [nvcc, "-shared", "-cudart", "static", *objects, "-o", str(target)]
+        subprocess.run(link, check=True)
+
+
+cpp = Pybind11Extension(
     "l0kernels._C",
     sorted(glob("csrc/*.cpp")),
     include_dirs=["csrc"],
@@ -47,8 +121,19 @@ extension = Pybind11Extension(
     cxx_std=17,
     extra_compile_args=FLAGS + OPENMP,
     extra_link_args=OPENMP,
-    optional=CHOICE != "1",
+    optional=CHOICES["CPP"] != "1",
+)
+cuda = Extension(
+    "l0kernels._CUDA",
+    sorted(glob("csrc/cuda/*.c*[up]")),
+    include_dirs=["csrc", "csrc/cuda"],
+    depends=sorted(glob("csrc/*.h") + glob("csrc/cuda/*.h") + glob("csrc/cuda/*.cuh")),
+    optional=CHOICES["CUDA"] != "1",
 )
 
+wanted = [cpp] if CHOICES["CPP"] != "0" else []
+if CHOICES["CUDA"] == "1" or (CHOICES["CUDA"] == "auto" and sys.platform == "linux" and find_nvcc()):
+    wanted.append(cuda)
+
 ParallelCompile("L0KERNELS_BUILD_JOBS", default=0).install()
-setup(ext_modules=[] if CHOICE == "0" else [extension], cmdclass={"build_ext": OptionalBuildExt})
+setup(ext_modules=wanted, cmdclass={"build_ext": OptionalBuildExt})
