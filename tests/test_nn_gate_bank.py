@@ -227,6 +227,20 @@ def test_evaluation_is_unaffected():
     bank.draw()
     assert torch.equal(model.mlp.layers[0].in_gate().z, model.mlp.layers[0].in_gate.eval_gates().z)
     assert not model.mlp.layers[1].in_gate.draws
+    gates = [layer.in_gate() for layer in model.mlp.layers]
+    assert torch.equal(model.mlp(X), model.mlp(X, gates))
+
+
+def test_layers_of_which_one_side_was_drawn():
+    layer = make(lambda: nn.L0Linear(D, D, gate="both"))
+    nn.GateBank(layer.out_gate).draw()
+    torch.manual_seed(3)
+    y = layer(X)
+    torch.manual_seed(3)
+    z_in = layer.in_gate()
+    assert torch.equal(y, layer(X, z_in, layer.out_gate()))
+    assert torch.equal(y, layer(X, z_in))
+    assert not torch.equal(y, layer(X))
 
 
 def test_steps_have_different_keys():

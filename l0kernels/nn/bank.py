@@ -112,19 +112,20 @@ class GateBank(nn.Module):
         Raises:
             ValueError: a NaN in a log_alpha, on the CPU.
         """
-        alike: dict[object, list[HardConcreteGate]] = {}
+        alike: dict[object, dict[HardConcreteGate, Tensor]] = {}
         for gate in self._vectors:
             if gate.training:
-                kind = (gate.log_alpha.device, gate.log_alpha.dtype, gate.dist)
-                alike.setdefault(kind, []).append(gate)
+                log_alpha = gate.log_alpha
+                kind = (log_alpha.device, log_alpha.dtype, gate.dist)
+                alike.setdefault(kind, {})[gate] = log_alpha
         seeded = [gate for gate in self._weights if gate.training]
         drawn: dict[HardConcreteGate, Gates | Tensor | None] = dict.fromkeys(self._gates)
         with torch.no_grad():
             keys = iter(self._keys(len(alike) + len(seeded)))
             for group in alike.values():
-                log_alphas = [gate.log_alpha.flatten() for gate in group]
-                key = next(keys).to(log_alphas[0].device)
-                drawn.update(zip(group, sample_gates(log_alphas, seed=key, dist=group[0].dist), strict=True))
+                log_alphas = [a if a.ndim == 1 else a.flatten() for a in group.values()]
+                key, dist = next(keys).to(log_alphas[0].device), next(iter(group)).dist
+                drawn.update(zip(group, sample_gates(log_alphas, seed=key, dist=dist), strict=True))
             for gate in seeded:
                 drawn[gate] = next(keys).to(gate.log_alpha.device)
         result = Draw(drawn)
