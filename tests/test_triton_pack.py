@@ -11,7 +11,7 @@ from triton_device import DEVICE
 
 ELEMENTWISE = (torch.float32, torch.float16, torch.bfloat16)
 ULP = {torch.float32: 2**-23, torch.float16: 2**-10, torch.bfloat16: 2**-7}
-SHAPES = [(1, 1), (7, 13), (37, 131), (13, 300), (130, 24), (16, 1100)]
+SHAPES = [(1, 1), (7, 13), (37, 131), (130, 24), (5, 1100)]
 
 
 @pytest.fixture(autouse=True)
@@ -304,10 +304,10 @@ def test_a_closed_theta_is_not_read():
 
 
 def test_unpack_in_many_chunks(monkeypatch):
-    monkeypatch.setattr(tp, "_programs", lambda *args: 40)
-    shape = (50, 1300)
+    monkeypatch.setattr(tp, "_programs", lambda *args: 20)
+    shape = (40, 1100)
     theta = torch.randn(shape, device=DEVICE)
-    for r, c in ((draw(50, 0.6), None), (None, draw(1300, 0.6)), (draw(50, 0.6), draw(1300, 0.6))):
+    for r, c in ((draw(40, 0.6), None), (None, draw(1100, 0.6)), (draw(40, 0.6), draw(1100, 0.6))):
         check_unpack(shape, r, c, torch.float32, torch.float32, theta=theta)
         check_pack(theta, r, c, torch.float32)
 
@@ -349,24 +349,21 @@ def test_the_same_gates_as_the_package_draws():
     assert torch.equal(ours.gate[2].cpu(), theirs.count)
 
 
-@pytest.mark.parametrize("size", [1, 31, 130, 301])
+@pytest.mark.parametrize(("size", "p"), [(1, 1), (130, 131), (301, 20)])
 @pytest.mark.parametrize("keep", KEEPS)
-@pytest.mark.parametrize("p", [1, 20, 131])
 def test_reduce_partials(size, keep, p):
     g = draw(size, *keep)
     dz, db = (filled((p, g.capacity), torch.float32) for _ in range(2))
     filled_to = len(g.units)
     dz[:, :filled_to], db[:, :filled_to] = torch.randn(2, p, filled_to, device=DEVICE)
-    for full in (False, True):
-        for of_gate in (False, True):
-            expected = torch.zeros(size, dtype=torch.float64)
-            expected[g.units] = dz[:, :filled_to].double().cpu().sum(0)
-            fractional = (g.z > 0) & (g.z < 1)
-            wanted = fractional if of_gate and not full else g.z != 0
-            expected = expected.masked_fill(~wanted, 0)
-            total = tp.reduce_partials(dz, g.gate, size, dz=of_gate, full=full)
-            torch.testing.assert_close(total.double().cpu(), expected, rtol=1e-5, atol=1e-5)
-            assert not total.cpu()[~wanted].any()
+    for full, of_gate in ((False, True), (True, True), (False, False)):
+        expected = torch.zeros(size, dtype=torch.float64)
+        expected[g.units] = dz[:, :filled_to].double().cpu().sum(0)
+        wanted = (g.z > 0) & (g.z < 1) if of_gate and not full else g.z != 0
+        expected = expected.masked_fill(~wanted, 0)
+        total = tp.reduce_partials(dz, g.gate, size, dz=of_gate, full=full)
+        torch.testing.assert_close(total.double().cpu(), expected, rtol=1e-5, atol=1e-5)
+        assert not total.cpu()[~wanted].any()
     both = tp.reduce_partials2(dz, db, g.gate, size, dtype=torch.bfloat16)
     assert torch.equal(both[0], tp.reduce_partials(dz, g.gate, size, dz=True))
     assert torch.equal(both[1], tp.reduce_partials(db, g.gate, size, dz=False, dtype=torch.bfloat16))

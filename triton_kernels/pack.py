@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from functools import lru_cache
+from typing import Any
 
 import torch
 import triton
@@ -25,7 +26,7 @@ Gate = list[Tensor]
 _ALIGN = 128
 _GATHER_ROWS, _GATHER_COLS = 8, 256  # 16 independent loads in flight per thread with 4 warps
 # How many programs of 4 warps an SM holds, by their registers: one wave, whose programs stride over the rows.
-_RESIDENT, _RESIDENT_SCALED, _RESIDENT_DZ, _RESIDENT_DZ_ROWS = 8, 7, 4, 3
+_RESIDENT, _RESIDENT_SCALED, _RESIDENT_DZ, _RESIDENT_DZ_ROWS = 8, 6, 4, 3
 _COPY_TILE = 4096
 _REDUCE_COLS = 32
 
@@ -109,7 +110,7 @@ def _pack_rows(
         if HAS_ROWS:
             unit = tl.where(plain, row, tl.load(index_ptr + row, mask=row < limit, other=0))
         mask = (row < limit)[:, None] & (col < C)[None, :]
-        source = full_ptr + unit.to(tl.int64)[:, None] * (stride_fr * VEC)
+        source = full_ptr + unit.to(tl.int64)[:, None] * stride_fr * VEC
         if UNIT:
             source = source + col[None, :]
         else:
@@ -118,7 +119,7 @@ def _pack_rows(
         if SCALE:
             z = tl.load(z_ptr + unit, mask=row < limit, other=0.0)
             value = tl.where(mask, value.to(tl.float32) * z[:, None], 0.0)
-        target = packed_ptr + row.to(tl.int64)[:, None] * (stride_p * VEC) + col[None, :]
+        target = packed_ptr + row.to(tl.int64)[:, None] * stride_p * VEC + col[None, :]
         tl.store(
             target,
             value.to(packed_ptr.dtype.element_ty),
@@ -149,6 +150,7 @@ def _pack_step(
     SCALE_ROWS: tl.constexpr,
     SCALE_COLS: tl.constexpr,
     UNIT: tl.constexpr,
+    VEC: tl.constexpr,
 ):
     """One tile of _pack_cols, its columns in natural order or gathered."""
     # The few rows of padding read row 0: a mask by column alone leaves the gather enough predicates.
@@ -157,7 +159,7 @@ def _pack_step(
         unit_r = tl.where(plain_r, unit_r, tl.load(row_index_ptr + row, mask=row < limit_r, other=0))
     if SCALE_ROWS:
         z_r = tl.load(row_z_ptr + unit_r)[:, None]
-    source = full_ptr + unit_r.to(tl.int64) * stride_fr
+    source = full_ptr + unit_r.to(tl.int64) * stride_fr * VEC
     if PLAIN:
         if not UNIT:
             col_offset = col.to(tl.int64)[None, :] * stride_fc
@@ -227,16 +229,16 @@ def _pack_cols(
                 _pack_step(
                     step * BLOCK_R + tl.arange(0, BLOCK_R), col, unit_c, z_c,
                     full_ptr, packed_ptr, row_z_ptr, row_index_ptr,
-                    plain_r, limit_r, extent_r, C, extent_c, stride_fr * VEC, stride_fc, stride_p,
-                    True, HAS_ROWS, SCALE_ROWS, SCALE_COLS, UNIT,
+                    plain_r, limit_r, extent_r, C, extent_c, stride_fr, stride_fc, stride_p,
+                    True, HAS_ROWS, SCALE_ROWS, SCALE_COLS, UNIT, VEC,
                 )  # fmt: skip
         else:
             for step in range(item // n_tiles, n_steps, n_chunks):
                 _pack_step(
                     step * BLOCK_R + tl.arange(0, BLOCK_R), col, unit_c, z_c,
                     full_ptr, packed_ptr, row_z_ptr, row_index_ptr,
-                    plain_r, limit_r, extent_r, limit_c, extent_c, stride_fr * VEC, stride_fc, stride_p,
-                    False, HAS_ROWS, SCALE_ROWS, SCALE_COLS, UNIT,
+                    plain_r, limit_r, extent_r, limit_c, extent_c, stride_fr, stride_fc, stride_p,
+                    False, HAS_ROWS, SCALE_ROWS, SCALE_COLS, UNIT, VEC,
                 )  # fmt: skip
 
 
@@ -287,10 +289,10 @@ def _unpack_rows(
     acc = tl.zeros((BLOCK_R, BLOCK_C), dtype=tl.float32)
     for tile in range(chunk, n_tiles, n_chunks):
         col = tile * BLOCK_C + tl.arange(0, BLOCK_C)
-        source = packed_ptr + row.to(tl.int64)[:, None] * (stride_p * VEC) + col[None, :]
+        source = packed_ptr + row.to(tl.int64)[:, None] * stride_p * VEC + col[None, :]
         value = tl.load(source, mask=live[:, None] & (col < C)[None, :], other=0.0)
         if DZ:
-            where = theta_ptr + unit.to(tl.int64)[:, None] * (stride_tr * VEC)
+            where = theta_ptr + unit.to(tl.int64)[:, None] * stride_tr * VEC
             if UNIT:
                 where = where + col[None, :]
             else:
@@ -302,7 +304,7 @@ def _unpack_rows(
             result = result.to(full_ptr.dtype.element_ty)
         else:
             result = value.to(full_ptr.dtype.element_ty)
-        target = full_ptr + unit.to(tl.int64)[:, None] * (stride_f * VEC) + col[None, :]
+        target = full_ptr + unit.to(tl.int64)[:, None] * stride_f * VEC + col[None, :]
         mask = inside[:, None] & (col < C)[None, :]
         if SKIP_PLAIN:
             mask = mask & write
@@ -315,7 +317,7 @@ def _unpack_rows(
 @triton.jit
 def _unpack_step(
     acc,
-    row,
+    first,
     col,
     place,
     z_c,
@@ -342,16 +344,22 @@ def _unpack_step(
     DZ_COLS: tl.constexpr,
     FULL_ROWS: tl.constexpr,
     UNIT: tl.constexpr,
+    VEC: tl.constexpr,
+    BLOCK_R: tl.constexpr,
 ):
     """One tile of _unpack_cols, its columns in natural order or gathered; the sums of dz_col so far."""
+    row = first + tl.arange(0, BLOCK_R)
     inside = row < R
     filled = row < limit_r  # known before z: the loads of the matrices need not wait for it
     open_c = z_c != 0.0
-    source = packed_ptr + row.to(tl.int64) * stride_p
+    # In a tile with any packed row the others read row 0: a mask by column alone leaves the gather enough
+    # predicates. Where no row is packed nothing is read.
+    source = packed_ptr + tl.where(filled, row, 0).to(tl.int64) * stride_p
+    some = first < limit_r
     if PLAIN:
-        value = tl.load(source[:, None] + col[None, :], mask=filled[:, None] & (col < C)[None, :], other=0.0)
+        value = tl.load(source[:, None] + col[None, :], mask=((col < C) & some)[None, :], other=0.0)
     else:
-        value = tl.load(source[None, :] + place[:, None], mask=filled[None, :] & open_c[:, None], other=0.0)
+        value = tl.load(source[None, :] + place[:, None], mask=(open_c & some)[:, None], other=0.0)
     unit, live, z_r = row, inside, 1.0
     # The index holds the closed units behind the open ones: every row of the result is written once.
     if HAS_ROWS:
@@ -367,7 +375,7 @@ def _unpack_step(
         read = filled
         if not DZ_COLS:
             read = wanted
-        where = theta_ptr + unit[:, None] * stride_tr
+        where = theta_ptr + unit[:, None] * stride_tr * VEC
         if UNIT:
             where = where + col[None, :]
         else:
@@ -386,7 +394,7 @@ def _unpack_step(
             if SCALE_ROWS:
                 terms = tl.where(held, terms * z_r, 0.0)
             acc += terms
-    target = full_ptr + unit[:, None] * stride_f + col[None, :]
+    target = full_ptr + unit[:, None] * stride_f * VEC + col[None, :]
     mask = inside[:, None] & (col < C)[None, :] & write
     _store_scaled(value, held, z_r, z_c[None, :], target, mask, SCALE_ROWS, SCALE_COLS)
     return acc
@@ -455,18 +463,18 @@ def _unpack_cols(
     if plain_c:
         for step in range(chunk, n_steps, n_chunks):
             acc = _unpack_step(
-                acc, step * BLOCK_R + tl.arange(0, BLOCK_R), col, place, z_c, packed_ptr, full_ptr, theta_ptr,
+                acc, step * BLOCK_R, col, place, z_c, packed_ptr, full_ptr, theta_ptr,
                 dz_row_tile_ptr, row_z_ptr, row_index_ptr, plain_r, limit_r, write, R, C,
-                stride_p, stride_f * VEC, stride_tr * VEC, stride_tc,
-                True, HAS_ROWS, SCALE_ROWS, SCALE_COLS, DZ_ROWS, DZ_COLS, FULL_ROWS, UNIT,
+                stride_p, stride_f, stride_tr, stride_tc,
+                True, HAS_ROWS, SCALE_ROWS, SCALE_COLS, DZ_ROWS, DZ_COLS, FULL_ROWS, UNIT, VEC, BLOCK_R,
             )  # fmt: skip
     else:
         for step in range(chunk, n_steps, n_chunks):
             acc = _unpack_step(
-                acc, step * BLOCK_R + tl.arange(0, BLOCK_R), col, place, z_c, packed_ptr, full_ptr, theta_ptr,
+                acc, step * BLOCK_R, col, place, z_c, packed_ptr, full_ptr, theta_ptr,
                 dz_row_tile_ptr, row_z_ptr, row_index_ptr, plain_r, limit_r, write, R, C,
-                stride_p, stride_f * VEC, stride_tr * VEC, stride_tc,
-                False, HAS_ROWS, SCALE_ROWS, SCALE_COLS, DZ_ROWS, DZ_COLS, FULL_ROWS, UNIT,
+                stride_p, stride_f, stride_tr, stride_tc,
+                False, HAS_ROWS, SCALE_ROWS, SCALE_COLS, DZ_ROWS, DZ_COLS, FULL_ROWS, UNIT, VEC, BLOCK_R,
             )  # fmt: skip
     if DZ_COLS:
         # One row of two dimensions: the layout of the matrix, not one that the loads of z would share.
@@ -652,8 +660,8 @@ def unpack(
     if out is None:
         out = torch.empty(n_rows, n_cols, dtype=dtype, device=device)
     if not n_rows or not n_cols:
-        dz = [torch.zeros(n, device=device) if d else None for n, d in ((n_rows, dz_rows), (n_cols, dz_cols))]
-        return out, dz[0], dz[1]
+        nothing = torch.zeros(n_rows + n_cols, dtype=torch.float32, device=device)
+        return out, nothing[:n_rows] if dz_rows else None, nothing[n_rows:] if dz_cols else None
     stride_tr, stride_tc = theta.stride() if theta is not None else (0, 1)
     unit = stride_tc == 1 or n_cols == 1
     z_r, index_r, count_r = rows or (None, None, None)
@@ -663,7 +671,7 @@ def unpack(
         n_steps = triton.cdiv(n_rows, block_r)
         # A program takes whole rows and finishes their dz, unless that leaves the device idle.
         n_chunks = min(triton.cdiv(n_cols, block_c), triton.cdiv(_programs(device), n_steps))
-        part_r = torch.empty(n_chunks, n_rows, device=device) if dz_rows else None
+        part_r = torch.empty(n_chunks, n_rows, dtype=torch.float32, device=device) if dz_rows else None
         _unpack_rows[(n_steps * n_chunks,)](
             packed, out, theta, part_r, z_r, index_r, count_r,
             n_rows, n_cols // vec, packed.stride(0) // vec, out.stride(0) // vec, stride_tr // vec, stride_tc,
@@ -677,8 +685,8 @@ def unpack(
     n_tiles = triton.cdiv(n_cols, _GATHER_COLS)
     resident = _RESIDENT_DZ_ROWS if dz_rows else _RESIDENT_DZ if dz_cols else _RESIDENT
     n_chunks = min(max(_programs(device, resident) // n_tiles, 1), triton.cdiv(n_rows, _GATHER_ROWS))
-    part_r = torch.empty(n_tiles, n_rows, device=device) if dz_rows else None
-    part_c = torch.empty(n_chunks, n_cols, device=device) if dz_cols else None
+    part_r = torch.empty(n_tiles, n_rows, dtype=torch.float32, device=device) if dz_rows else None
+    part_c = torch.empty(n_chunks, n_cols, dtype=torch.float32, device=device) if dz_cols else None
     _unpack_cols[(n_tiles * n_chunks,)](
         packed, out, theta, part_r, part_c, z_r, index_r, count_r, z_c, index_c, count_c,
         n_rows, n_cols // vec, index_c.shape[0],
@@ -735,7 +743,7 @@ def reduce_partials2(
 
     Both partials have the same shape and strides.
     """
-    dz = torch.empty(size, device=dz_partial.device)
+    dz = torch.empty(size, dtype=torch.float32, device=dz_partial.device)
     db = torch.empty(size, dtype=dtype, device=dz_partial.device)
     _launch_reduce(dz_partial, db_partial, dz, db, gate, size, True, full)
     return dz, db
@@ -761,136 +769,104 @@ def _launch_reduce(
     )  # fmt: skip
 
 
+_GATE = {"z_ptr": "*fp32", "index_ptr": "*i32", "count_ptr": "*i32"}
+_COL_GATE = {f"col_{name}": kind for name, kind in _GATE.items()}
+_ROW_GATE = {f"row_{name}": kind for name, kind in _GATE.items()}
+_BF16, _FP32 = "*bf16:16", "*fp32:16"
+
+
 def variants() -> Iterator[Variant]:
     """Every kernel with the element types, alignments and gates that occur."""
-    yield from _row_variants()
-    yield from _col_variants()
-    yield from _reduce_variants()
-
-
-def _gate(side: str, given: bool = True) -> tuple[dict[str, str], dict[str, None]]:
-    """The three arguments of a gate: their types, or None each."""
-    names = [f"{side}{part}_ptr" for part in ("z", "index", "count")]
-    types = dict(zip(names, ("*fp32", "*i32", "*i32"), strict=True))
-    return (types, {}) if given else ({}, dict.fromkeys(names))
-
-
-def _row_variants() -> Iterator[Variant]:
     block_r, block_c = _copy_blocks(4096)
-    blocks = {"BLOCK_R": block_r, "BLOCK_C": block_c}
-    types, _ = _gate("")
-    for name, source, packed, scale, vec in (
-        ("bf16", "*bf16:16", "*bf16:16", False, 8),
-        ("fp32", "*fp32:16", "*fp32:16", False, 8),
-        ("fp32_bf16_scaled", "*fp32:16", "*bf16:16", True, 8),
-        ("bf16_odd", "*bf16:16", "*bf16:16", True, 1),
-    ):
-        sizes = dict.fromkeys(("C", "C_out", "stride_fr", "stride_p"), "i32")
-        yield Variant(
-            f"pack/pack_rows_{name}",
-            _pack_rows,
-            {"full_ptr": source, "packed_ptr": packed, **types, "R": "i32", **sizes},
-            {
-                "stride_fc": 1, "HAS_ROWS": True, "SCALE": scale, "SKIP_PLAIN": not scale, "UNIT": True,
-                "VEC": vec, **blocks,
-            },
-            expects=frozenset({"wide_load"} if vec == 8 else ()),
-        )  # fmt: skip
-    for name, packed, full, dz, vec in (
-        ("bf16", "*bf16:16", "*bf16:16", False, 8),
-        ("fp32_bf16_dz", "*fp32:16", "*bf16:16", True, 8),
-        ("fp32_dz", "*fp32:16", "*fp32:16", True, 8),
-        ("bf16_odd", "*bf16:16", "*bf16:16", False, 1),
-    ):
-        sizes = dict.fromkeys(("R", "C", "stride_p", "stride_f", "stride_tr", "n_chunks"), "i32")
-        signature = {"packed_ptr": packed, "full_ptr": full, **types, **sizes}
-        missing = {} if dz else {"theta_ptr": None, "dz_ptr": None}
-        if dz:
-            signature |= {"theta_ptr": full, "dz_ptr": "*fp32:16"}
-        yield Variant(
-            f"pack/unpack_rows_{name}",
-            _unpack_rows,
-            signature,
-            {
-                **missing, "stride_tc": 1, "HAS_ROWS": True, "SCALE": True, "DZ": dz, "FULL": False,
-                "SKIP_PLAIN": False, "UNIT": True, "VEC": vec, **blocks,
-            },
-            expects=frozenset({"wide_load"} if vec == 8 else ()),
-        )  # fmt: skip
+    rows = {"HAS_ROWS": True, "SCALE": False, "SKIP_PLAIN": True, "UNIT": True, "VEC": 8}
+    rows |= {"BLOCK_R": block_r, "BLOCK_C": block_c}
+
+    def pack_rows(name: str, full: str, packed: str, **flags: Any) -> Variant:
+        pointers = {"full_ptr": full, "packed_ptr": packed, **_GATE}
+        return _variant(f"pack_rows_{name}", _pack_rows, pointers, rows | {"stride_fc": 1} | flags)
+
+    yield pack_rows("bf16", _BF16, _BF16)
+    yield pack_rows("fp32", _FP32, _FP32)
+    yield pack_rows("fp32_bf16_scaled", _FP32, _BF16, SCALE=True, SKIP_PLAIN=False)
+    yield pack_rows("bf16_odd", _BF16, _BF16, SCALE=True, SKIP_PLAIN=False, VEC=1)
+
+    def unpack_rows(name: str, packed: str, full: str, **flags: Any) -> Variant:
+        pointers = {"packed_ptr": packed, "full_ptr": full, **_GATE}
+        if flags["DZ"]:
+            pointers |= {"theta_ptr": full, "dz_ptr": _FP32}
+        flags = rows | {"FULL": False, "SKIP_PLAIN": False, "SCALE": True, "stride_tc": 1} | flags
+        return _variant(f"unpack_rows_{name}", _unpack_rows, pointers, flags)
+
+    yield unpack_rows("bf16", _BF16, _BF16, DZ=False, SKIP_PLAIN=True)
+    yield unpack_rows("fp32_bf16_dz", _FP32, _BF16, DZ=True)
+    yield unpack_rows("fp32_dz", _FP32, _FP32, DZ=True, FULL=True)
+    yield unpack_rows("bf16_odd", _BF16, _BF16, DZ=False, VEC=1)
+
+    cols = {"SCALE_ROWS": False, "SCALE_COLS": False, "SKIP_PLAIN": False, "UNIT": True, "VEC": 8}
+    cols |= {"BLOCK_R": _GATHER_ROWS, "BLOCK_C": _GATHER_COLS}
+
+    def pack_cols(name: str, full: str, packed: str, with_rows: bool = False, **flags: Any) -> Variant:
+        pointers = {"full_ptr": full, "packed_ptr": packed, **_COL_GATE, **(_ROW_GATE if with_rows else {})}
+        flags = cols | {"HAS_ROWS": with_rows, "stride_fc": 1} | flags
+        return _variant(f"pack_cols_{name}", _pack_cols, pointers, flags)
+
+    yield pack_cols("bf16", _BF16, _BF16, SKIP_PLAIN=True)
+    yield pack_cols("bf16_scaled", _BF16, _BF16, SCALE_COLS=True)
+    yield pack_cols("bf16_rows", _BF16, _BF16, True, SKIP_PLAIN=True)
+    yield pack_cols("fp32", _FP32, _FP32, SKIP_PLAIN=True)
+    yield pack_cols("fp32_bf16_rows_scaled", _FP32, _BF16, True, SCALE_ROWS=True, SCALE_COLS=True)
+    yield pack_cols("bf16_odd", _BF16, _BF16, SCALE_COLS=True, VEC=1)
+    yield pack_cols("bf16_bias", _BF16, _BF16, R=1)
+    strided = pack_cols("bf16_strided", _BF16, _BF16, UNIT=False, VEC=1)
+    yield _with_stride(strided, "stride_fc")
+
+    def unpack_cols(name: str, packed: str, full: str, with_rows: bool = False, **flags: Any) -> Variant:
+        pointers = {"packed_ptr": packed, "full_ptr": full, **_COL_GATE, **(_ROW_GATE if with_rows else {})}
+        flags = {"DZ_ROWS": False, "DZ_COLS": False, "FULL_ROWS": False, "FULL_COLS": False} | flags
+        if flags["DZ_ROWS"] or flags["DZ_COLS"]:
+            pointers |= {"theta_ptr": full}
+        pointers |= {f"dz_{d}_ptr": _FP32 for d in ("row", "col") if flags[f"DZ_{d.upper()}S"]}
+        flags = cols | {"HAS_ROWS": with_rows, "SCALE_COLS": True, "SEARCH": 128, "stride_tc": 1} | flags
+        return _variant(f"unpack_cols_{name}", _unpack_cols, pointers, flags)
+
+    yield unpack_cols("bf16", _BF16, _BF16)
+    yield unpack_cols("bf16_skip", _BF16, _BF16, SKIP_PLAIN=True, SEARCH=512)
+    yield unpack_cols("bf16_rows", _BF16, _BF16, True, SCALE_ROWS=True)
+    yield unpack_cols("bf16_dz", _BF16, _BF16, DZ_COLS=True)
+    yield unpack_cols("fp32_bf16_dz", _FP32, _BF16, DZ_COLS=True)
+    yield unpack_cols("fp32_bf16_rows_dz_cols", _FP32, _BF16, True, DZ_COLS=True)
+    yield unpack_cols("fp32_rows_dz", _FP32, _FP32, True, SCALE_ROWS=True, DZ_ROWS=True, DZ_COLS=True)
+    yield unpack_cols("fp32_bf16_rows_dz", _FP32, _BF16, True, SCALE_ROWS=True, DZ_ROWS=True, DZ_COLS=True)
+    yield unpack_cols("bf16_odd", _BF16, _BF16, VEC=1)
+    yield unpack_cols("fp32_bias", _FP32, _FP32, DZ_COLS=True, R=1, n_chunks=1)
+    yield _with_stride(unpack_cols("bf16_strided", _BF16, _BF16, DZ_COLS=True, UNIT=False), "stride_tc")
+
+    reduce = {"HAS_GATE": True, "DZ": True, "FULL": False, "BLOCK": _REDUCE_COLS}
+    one = {"first_ptr": _FP32, "first_out_ptr": _FP32, **_GATE}
+    two = {**one, "second_ptr": _FP32, "second_out_ptr": _BF16}
+    yield _variant("reduce", _reduce, one, reduce | {"HAS_SECOND": False, "BLOCK_P": 64})
+    yield _variant("reduce_few", _reduce, one, reduce | {"HAS_SECOND": False, "BLOCK_P": 16})
+    yield _variant("reduce_two", _reduce, two, reduce | {"HAS_SECOND": True, "BLOCK_P": 64})
 
 
-def _col_variants() -> Iterator[Variant]:
-    blocks = {"BLOCK_R": _GATHER_ROWS, "BLOCK_C": _GATHER_COLS}
-    for name, source, packed, rows, scale, vec in (
-        ("bf16", "*bf16:16", "*bf16:16", False, False, 8),
-        ("bf16_scaled", "*bf16:16", "*bf16:16", False, True, 8),
-        ("bf16_rows", "*bf16:16", "*bf16:16", True, False, 8),
-        ("fp32", "*fp32:16", "*fp32:16", False, False, 8),
-        ("fp32_bf16_rows_scaled", "*fp32:16", "*bf16:16", True, True, 8),
-        ("bf16_odd", "*bf16:16", "*bf16:16", False, True, 1),
-    ):
-        (row_types, no_rows), (col_types, _) = _gate("row_", rows), _gate("col_")
-        sizes = {"R": "i32", "C": "i32", "stride_fr": "i32", "stride_p": "i32:16"}
-        yield Variant(
-            f"pack/pack_cols_{name}",
-            _pack_cols,
-            {"full_ptr": source, "packed_ptr": packed, **row_types, **col_types, **sizes},
-            {
-                **no_rows, "stride_fc": 1,
-                "HAS_ROWS": rows, "SCALE_ROWS": scale and rows, "SCALE_COLS": scale,
-                "SKIP_PLAIN": not scale, "UNIT": True, "VEC": vec,
-                **blocks,
-            },
-            expects=frozenset({"wide_load"} if vec == 8 else ()),
-        )  # fmt: skip
-    for name, packed, full, rows, dz, vec in (
-        ("bf16", "*bf16:16", "*bf16:16", False, False, 8),
-        ("bf16_dz", "*bf16:16", "*bf16:16", False, True, 8),
-        ("bf16_rows", "*bf16:16", "*bf16:16", True, False, 8),
-        ("fp32_bf16_dz", "*fp32:16", "*bf16:16", False, True, 8),
-        ("fp32_rows_dz", "*fp32:16", "*fp32:16", True, True, 8),
-        ("fp32_bf16_rows_dz", "*fp32:16", "*bf16:16", True, True, 8),
-        ("bf16_odd", "*bf16:16", "*bf16:16", False, False, 1),
-    ):
-        (row_types, no_rows), (col_types, _) = _gate("row_", rows), _gate("col_")
-        sizes = dict.fromkeys(("R", "C", "stride_f", "stride_tr", "n_chunks"), "i32")
-        signature = {"packed_ptr": packed, "full_ptr": full, **row_types, **col_types, **sizes}
-        signature |= {"capacity": "i32:16", "stride_p": "i32:16"}
-        missing = dict.fromkeys(("theta_ptr", "dz_row_ptr", "dz_col_ptr"))
-        if dz:
-            signature |= {"theta_ptr": full, "dz_col_ptr": "*fp32:16"}
-            missing = {} if rows else {"dz_row_ptr": None}
-            if rows:
-                signature |= {"dz_row_ptr": "*fp32:16"}
-        yield Variant(
-            f"pack/unpack_cols_{name}",
-            _unpack_cols,
-            signature,
-            {
-                **missing, **no_rows, "stride_tc": 1,
-                "HAS_ROWS": rows, "SCALE_ROWS": rows, "SCALE_COLS": True,
-                "DZ_ROWS": dz and rows, "DZ_COLS": dz, "FULL_ROWS": False, "FULL_COLS": False,
-                "SKIP_PLAIN": False, "UNIT": True, "VEC": vec,
-                "SEARCH": 128, **blocks,
-            },
-            expects=frozenset({"wide_load"} if vec == 8 else ()),
-        )  # fmt: skip
+def _variant(name: str, kernel: Any, pointers: dict[str, str], constexprs: dict[str, Any]) -> Variant:
+    """Pointers that are not given are None; the other arguments are integers."""
+    constexprs = {k: v for k, v in constexprs.items() if k in kernel.arg_names}
+    aligned = ("capacity", "stride_p") if "_cols" in name else ()
+    signature = dict(pointers)
+    for argument in kernel.arg_names:
+        if argument in pointers or argument in constexprs:
+            continue
+        if argument.endswith("_ptr"):
+            constexprs[argument] = None
+        else:
+            signature[argument] = "i32:16" if argument in aligned else "i32"
+    wide = constexprs.get("VEC") == 8 and constexprs["UNIT"]
+    expects = frozenset({"wide_load"} if wide else ())
+    return Variant(f"pack/{name}", kernel, signature, constexprs, expects=expects)
 
 
-def _reduce_variants() -> Iterator[Variant]:
-    types, _ = _gate("")
-    for name, second, block_p in (("one", False, 64), ("two", True, 64), ("few", False, 16)):
-        signature = {"first_ptr": "*fp32:16", "first_out_ptr": "*fp32:16", **types}
-        signature |= dict.fromkeys(("P", "size", "stride_p"), "i32")
-        missing = {} if second else {"second_ptr": None, "second_out_ptr": None}
-        if second:
-            signature |= {"second_ptr": "*fp32:16", "second_out_ptr": "*bf16:16"}
-        yield Variant(
-            f"pack/reduce_{name}",
-            _reduce,
-            signature,
-            {
-                **missing, "HAS_GATE": True, "DZ": True, "FULL": False, "HAS_SECOND": second,
-                "BLOCK_P": block_p, "BLOCK": _REDUCE_COLS,
-            },
-        )  # fmt: skip
+def _with_stride(variant: Variant, stride: str) -> Variant:
+    """The variant with a column stride that is not 1."""
+    constexprs = {k: v for k, v in variant.constexprs.items() if k != stride}
+    return variant._replace(signature={**variant.signature, stride: "i32"}, constexprs=constexprs)
