@@ -1,6 +1,6 @@
 """What the tests on a GPU share: backends, gates on the device.
 
-L0KERNELS_TEST_DEVICE=cpu runs them with the backends of the CPU: it shows that the tests themselves are right.
+L0KERNELS_TEST_DEVICE=cpu runs them with the backends of the CPU: it shows that the tests are right.
 """
 
 import os
