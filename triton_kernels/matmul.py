@@ -160,7 +160,9 @@ def _epilogue(
             at = partial_ptr + pid_m.to(tl.int64) * stride_partial + c
             tl.store(at, tl.sum(acc * h, 0), mask=c < c_cols)
         if ACT == "relu":
-            grad = tl.where(h != 0.0, acc * z[None, :], 0.0)
+            grad = tl.where(h != 0.0, acc, 0.0)
+            if SCALE_N:
+                grad *= z[None, :]
         elif ACT == "identity":
             grad = acc
             if SCALE_N:
@@ -206,7 +208,7 @@ def _matmul(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
     SUBTILES: tl.constexpr, FLATTEN: tl.constexpr,
 ):
-    # *_FORM: 0 natural, 1 packed, 2 decided here. HALVES 2: K is two halves, gate and up of a GLU.
+    # *_FORM and HIDDEN: 0 natural, 1 packed, 2 decided here. HALVES 2: K is two halves, gate and up of a GLU.
     GLU: tl.constexpr = EPILOGUE == "glu"
     m_extent, m_open, m_plain = _extent(m_count_ptr, M, HAS_M)
     n_extent, n_open, n_plain = _extent(n_count_ptr, N, HAS_N)
@@ -230,17 +232,18 @@ def _matmul(
         half_b = tl.where(natural_b, half_b_full, half_b_packed)
     c_ptr, stride_c = c_full_ptr, stride_c_full
     h_ptr, stride_h = hidden_full_ptr, stride_h_full
+    if HIDDEN == 1:
+        h_ptr, stride_h = hidden_packed_ptr, stride_h_packed
     c_cols = n_extent
     if C_FORM == 1:
         c_ptr, stride_c = c_packed_ptr, stride_c_packed
-        h_ptr, stride_h = hidden_packed_ptr, stride_h_packed
         if HAS_N:
             c_cols = tl.cdiv(n_extent, 128) * 128  # consumers find zeros up to here
     if C_FORM == 2:
         natural_c = m_plain & n_plain
         c_ptr = tl.where(natural_c, c_full_ptr, c_packed_ptr)
         stride_c = tl.where(natural_c, stride_c_full, stride_c_packed)
-        if HIDDEN:
+        if HIDDEN == 2:
             h_ptr = tl.where(natural_c, hidden_full_ptr, hidden_packed_ptr)
             stride_h = tl.where(natural_c, stride_h_full, stride_h_packed)
     stride_a = stride_a.to(tl.int64)
@@ -508,7 +511,7 @@ def matmul(
         HAS_BIAS=bias is not None, SCALE_M=scale_m, SCALE_N=scale_n, SCATTER=scatter,
         SAVE=saved is not None and epilogue in ("act", "glu"), HALVES=halves, DZ=dz, DB=db,
         TMA=tma, STORE_TMA=store_tma, SAVED_TMA=store_tma and saved is not None and _tma_ready(saved),
-        HIDDEN_TMA=tma and has_hidden and _tma_ready(*hidden), HIDDEN=has_hidden,
+        HIDDEN_TMA=tma and has_hidden and _tma_ready(*hidden), HIDDEN=_form(hidden),
         PRECISION=precision(first.dtype),
         BLOCK_M=config.BLOCK_M, BLOCK_N=config.BLOCK_N, BLOCK_K=config.BLOCK_K, GROUP_M=8,
         SUBTILES=config.SUBTILES, FLATTEN=config.FLATTEN,
@@ -551,24 +554,24 @@ _STRIDES = ("stride_a_full", "stride_a_packed", "stride_b_full", "stride_b_packe
 
 def _variant(name: str, layout: str, dtype: str, config: Config, capability: int, constants: dict[str, Any]) -> Variant:
     flags: dict[str, Any] = dict.fromkeys(
-        ("HAS_M", "HAS_N", "HAS_K", "HAS_BIAS", "SCALE_M", "SCALE_N", "SCATTER", "SAVE", "DZ", "DB", "HIDDEN"), False
+        ("HAS_M", "HAS_N", "HAS_K", "HAS_BIAS", "SCALE_M", "SCALE_N", "SCATTER", "SAVE", "DZ", "DB"), False
     )
-    flags |= {"A_FORM": 0, "B_FORM": 0, "C_FORM": 0, "LAYOUT": layout, "EPILOGUE": "linear", "ACT": "identity", "HALVES": 1}
+    flags |= {"A_FORM": 0, "B_FORM": 0, "C_FORM": 0, "LAYOUT": layout, "EPILOGUE": "linear", "ACT": "identity", "HALVES": 1, "HIDDEN": 0}
     flags |= constants
     if flags["EPILOGUE"] in ("act", "grad"):
         flags["ACT"] = "gelu" if flags["DB"] or flags["EPILOGUE"] == "act" else "identity"
-        flags["HIDDEN"] = flags["DZ"]
+        flags["HIDDEN"] = flags["C_FORM"] if flags["DZ"] else 0
         flags["SAVE"] = flags["EPILOGUE"] == "act"
     elif flags["EPILOGUE"] in ("glu", "glu_grad"):
         flags["ACT"] = "silu"
-        flags["HIDDEN"] = flags["DZ"]
+        flags["HIDDEN"] = flags["C_FORM"] if flags["DZ"] else 0
     saves = flags["SAVE"] or (flags["EPILOGUE"].endswith("grad") and flags["ACT"] not in ("relu", "identity"))
     tma = capability >= 90
     flags |= {
         "TMA": tma,
         "STORE_TMA": tma and not flags["SCATTER"],
         "SAVED_TMA": tma and saves,
-        "HIDDEN_TMA": tma and flags["HIDDEN"],
+        "HIDDEN_TMA": tma and flags["DZ"],
         "PRECISION": "tf32" if dtype != "fp32" or config.BLOCK_K == 32 and config.BLOCK_M > 64 else "ieee",
         "GROUP_M": 8,
         **{k: v for k, v in config._asdict().items() if k not in ("num_warps", "num_stages", "CTAS")},
@@ -591,8 +594,8 @@ def _variant(name: str, layout: str, dtype: str, config: Config, capability: int
         "bias_ptr": pointer if flags["HAS_BIAS"] else None,
         "saved_ptr": pointer if saves else None,
         "stride_s": "i32:16",
-        "hidden_full_ptr": pointer if flags["HIDDEN"] and flags["C_FORM"] != 1 else None,
-        "hidden_packed_ptr": pointer if flags["HIDDEN"] and flags["C_FORM"] != 0 else None,
+        "hidden_full_ptr": pointer if flags["DZ"] and flags["C_FORM"] != 1 else None,
+        "hidden_packed_ptr": pointer if flags["DZ"] and flags["C_FORM"] != 0 else None,
         "stride_h_full": "i32:16",
         "stride_h_packed": "i32:16",
         "partial_ptr": "*fp32:16" if flags["DZ"] or flags["DB"] else None,
