@@ -273,13 +273,15 @@ def _unpack_rows(
     C = C * VEC
     row = pid // n_chunks * BLOCK_R + tl.arange(0, BLOCK_R)
     inside = row < R
-    unit, live, wanted, write = row, inside, inside, True
+    unit, filled, live, wanted, write = row, inside, inside, inside, True
+    z = tl.full((BLOCK_R,), 1.0, tl.float32)
     # The index holds the closed units behind the open ones: every row of the result is written once.
     if HAS_ROWS:
         plain, limit, _ = _read_gate(count_ptr, R)
+        filled = row < limit  # known before z: the loads of the matrix need not wait for it
         unit = tl.where(plain, row, tl.load(index_ptr + row, mask=inside, other=0))
         z = tl.load(z_ptr + unit, mask=inside, other=0.0)
-        live = (row < limit) & (z != 0.0)
+        live = filled & (z != 0.0)
         wanted = live & _fractional(z, FULL)
         if SKIP_PLAIN:
             write = plain == 0
@@ -290,7 +292,7 @@ def _unpack_rows(
     for tile in range(chunk, n_tiles, n_chunks):
         col = tile * BLOCK_C + tl.arange(0, BLOCK_C)
         source = packed_ptr + row.to(tl.int64)[:, None] * stride_p * VEC + col[None, :]
-        value = tl.load(source, mask=live[:, None] & (col < C)[None, :], other=0.0)
+        value = tl.load(source, mask=filled[:, None] & (col < C)[None, :], other=0.0)
         if DZ:
             where = theta_ptr + unit.to(tl.int64)[:, None] * stride_tr * VEC
             if UNIT:
@@ -299,16 +301,9 @@ def _unpack_rows(
                 where = where + col.to(tl.int64)[None, :] * stride_tc
             theta = tl.load(where, mask=wanted[:, None] & (col < C)[None, :], other=0.0)
             acc += value.to(tl.float32) * theta.to(tl.float32)
-        if SCALE:
-            result = tl.where(live[:, None], value.to(tl.float32) * z[:, None], 0.0)
-            result = result.to(full_ptr.dtype.element_ty)
-        else:
-            result = value.to(full_ptr.dtype.element_ty)
         target = full_ptr + unit.to(tl.int64)[:, None] * stride_f * VEC + col[None, :]
-        mask = inside[:, None] & (col < C)[None, :]
-        if SKIP_PLAIN:
-            mask = mask & write
-        tl.store(target, result, mask=mask)
+        mask = inside[:, None] & (col < C)[None, :] & write
+        _store_scaled(value, live[:, None], z[:, None], 1.0, target, mask, SCALE, False)
     if DZ:
         dz = tl.where(wanted, tl.sum(acc, 1), 0.0)
         tl.store(dz_ptr + chunk.to(tl.int64) * R + unit, dz, mask=inside)
