@@ -49,8 +49,8 @@ class TestOpcheck:
         bias, g_in, g_out = torch.randn(9).to(dtype), gate(13), gate(9)
         for b, gates in ((bias, (g_in, g_out)), (None, ([], g_out)), (bias, (g_in, []))):
             opcheck(OPS.gated_linear.default, (x, weight, b, *gates, True, dtype, backend))
-        for needs in ([True] * 5, [False, False, True, True, False]):
-            args = (dy, x, weight, bias, g_in, g_out, True, False, True, dtype, needs, backend)
+        for needs, dist in (([True] * 5, []), ([False, False, True, True, False], list(DIST))):
+            args = (dy, x, weight, bias, g_in, g_out, True, False, True, dtype, needs, dist, backend)
             opcheck(OPS.gated_linear_backward.default, args)
 
     @pytest.mark.parametrize(("layout", "dtype"), CASES)
@@ -70,8 +70,9 @@ class TestOpcheck:
             opcheck(OPS.gated_mlp.default, (*args, activation, dtype, backend), test_utils=utilities)
             _, *saved = OPS.gated_mlp(*args, activation, dtype, backend)
             needs = [True, *[True] * 3, True, False, True, True, False, True]
-            args = (dy, *args, saved, activation, dtype, [False] * 3, needs, backend)
-            opcheck(OPS.gated_mlp_backward.default, args)
+            for dist in ([], list(DIST)):
+                rest = (activation, dtype, [False] * 3, needs, dist, backend)
+                opcheck(OPS.gated_mlp_backward.default, (dy, *args, saved, *rest))
 
     @pytest.mark.parametrize(("layout", "dtype"), CASES)
     def test_masked_and_block(self, backend, layout, dtype):
