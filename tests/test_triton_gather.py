@@ -251,9 +251,7 @@ def test_gradients_of_log_alpha():
 
 
 @pytest.mark.parametrize("sides", SIDES[1:])
-@pytest.mark.parametrize(
-    "shape", [(17, 33, 70), (50, 130, 300), (3, 1, 128), (0, 5, 9), (4, 129, 7)], ids=str
-)
+@pytest.mark.parametrize("shape", [(17, 33, 70), (50, 70, 150), (3, 1, 128), (0, 5, 9), (4, 129, 7)], ids=str)
 def test_sampling_inside_the_product(shape, sides, launches):
     M, N, K = shape
     rank = {17: 0, 50: 1}.get(M, 2**32 - 1)
@@ -399,7 +397,7 @@ def test_long_sums_are_split(kinds, launches, monkeypatch):
 
 
 def test_few_rows_of_a_large_matrix(launches):
-    check_linear((2, 300, 700), torch.float32, ("mixed", "mixed"))
+    check_linear((2, 200, 600), torch.float32, ("mixed", "mixed"))
     assert launches.count("sum_parts_kernel") == 1
 
 

@@ -9,19 +9,24 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..reference.gates import ALIGN, HardConcrete, round_up
 from ._variants import Variant
 from .activation import act, act_grad
 from .hard_concrete import gate_slope, gate_value, uniform
 
+if TYPE_CHECKING:
+    from l0kernels.reference.gates import HardConcrete
+
 Gate = list[Tensor]
+
+ALIGN = 128
+"""Extents and the capacity of an index are multiples of this."""
 
 MAX_GATES = 4096
 """The longest gate vector that every program of the sampling product draws for itself."""
@@ -668,42 +673,44 @@ def backward_kernel(
             dz_out_ptr += part * stride_split
             _store_gate_grad(dz_out_ptr, unit_n, z_n, dz, wants_n, pos_n < N, inv_beta, gamma, zeta, DLOG)
     elif pid < first_db:
-        first_k = ((pid - first_dx) % tiles_k) * BLOCK_K
-        offs_m = ((pid - first_dx) // tiles_k) * BLOCK_M + tl.arange(0, BLOCK_M)
-        mask_m = offs_m < M
-        pos_k = first_k + tl.arange(0, BLOCK_K)
-        open_k = pos_k < in_open
-        unit_k = _units(pos_k, in_index, K, IN_GATED)
-        acc = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
-        for n in range(0, tl.where(first_k < in_open, out_open, 0), BLOCK_N):
-            pos_n = n + tl.arange(0, BLOCK_N)
+        if dx_ptr is not None:
+            first_k = ((pid - first_dx) % tiles_k) * BLOCK_K
+            offs_m = ((pid - first_dx) // tiles_k) * BLOCK_M + tl.arange(0, BLOCK_M)
+            mask_m = offs_m < M
+            pos_k = first_k + tl.arange(0, BLOCK_K)
+            open_k = pos_k < in_open
+            unit_k = _units(pos_k, in_index, K, IN_GATED)
+            acc = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
+            for n in range(0, tl.where(first_k < in_open, out_open, 0), BLOCK_N):
+                pos_n = n + tl.arange(0, BLOCK_N)
+                open_n = pos_n < out_open
+                unit_n = _units(pos_n, out_index, N, OUT_GATED)
+                dy_column = pos_n if DY_PACKED else unit_n
+                dy = _load(dy_ptr, offs_m, dy_column, stride_dym, stride_dyn, mask_m, open_n, WIDE)
+                w = _load(w_ptr, unit_n, unit_k, stride_wn, stride_wk, open_n, open_k, WIDE)
+                if SCALE_OUT:
+                    w = w.to(tl.float32) * _scales(out_z, unit_n, open_n, OUT_GATED)[:, None]
+                acc = tl.dot(dy.to(DTYPE), w.to(DTYPE), acc, input_precision=PRECISION)
+            if IN_GATED:
+                acc = tl.where(open_k[None, :], acc * _scales(in_z, unit_k, open_k, IN_GATED)[None, :], 0.0)
+            if X_PACKED:
+                if ACT != "identity":
+                    a = _load(x_ptr, offs_m, pos_k, stride_xm, stride_xk, mask_m, open_k, WIDE)
+                    acc *= act_grad(a.to(tl.float32), ACT)
+                tl.store(dx_ptr + _at(offs_m, pos_k, K, 1, WIDE), acc, mask=mask_m[:, None] & open_k[None, :])
+            else:
+                at = _at(offs_m, unit_k, K, 1, WIDE)
+                tl.store(dx_ptr + at, acc, mask=mask_m[:, None] & (pos_k < K)[None, :])
+    else:
+        if db_ptr is not None:
+            pos_n = (pid - first_db) * BLOCK_N + tl.arange(0, BLOCK_N)
             open_n = pos_n < out_open
             unit_n = _units(pos_n, out_index, N, OUT_GATED)
             dy_column = pos_n if DY_PACKED else unit_n
-            dy = _load(dy_ptr, offs_m, dy_column, stride_dym, stride_dyn, mask_m, open_n, WIDE)
-            w = _load(w_ptr, unit_n, unit_k, stride_wn, stride_wk, open_n, open_k, WIDE)
+            total = _sum_rows(dy_ptr, dy_column, open_n, M, stride_dym, stride_dyn, WIDE, BLOCK_M, BLOCK_N)
             if SCALE_OUT:
-                w = w.to(tl.float32) * _scales(out_z, unit_n, open_n, OUT_GATED)[:, None]
-            acc = tl.dot(dy.to(DTYPE), w.to(DTYPE), acc, input_precision=PRECISION)
-        if IN_GATED:
-            acc = tl.where(open_k[None, :], acc * _scales(in_z, unit_k, open_k, IN_GATED)[None, :], 0.0)
-        if X_PACKED:
-            if ACT != "identity":
-                a = _load(x_ptr, offs_m, pos_k, stride_xm, stride_xk, mask_m, open_k, WIDE)
-                acc *= act_grad(a.to(tl.float32), ACT)
-            tl.store(dx_ptr + _at(offs_m, pos_k, K, 1, WIDE), acc, mask=mask_m[:, None] & open_k[None, :])
-        else:
-            at = _at(offs_m, unit_k, K, 1, WIDE)
-            tl.store(dx_ptr + at, acc, mask=mask_m[:, None] & (pos_k < K)[None, :])
-    else:
-        pos_n = (pid - first_db) * BLOCK_N + tl.arange(0, BLOCK_N)
-        open_n = pos_n < out_open
-        unit_n = _units(pos_n, out_index, N, OUT_GATED)
-        dy_column = pos_n if DY_PACKED else unit_n
-        total = _sum_rows(dy_ptr, dy_column, open_n, M, stride_dym, stride_dyn, WIDE, BLOCK_M, BLOCK_N)
-        if SCALE_OUT:
-            total *= _scales(out_z, unit_n, open_n, OUT_GATED)
-        tl.store(db_ptr + unit_n, tl.where(open_n, total, 0.0), mask=pos_n < N)
+                total *= _scales(out_z, unit_n, open_n, OUT_GATED)
+            tl.store(db_ptr + unit_n, tl.where(open_n, total, 0.0), mask=pos_n < N)
 
 
 @triton.jit
@@ -851,7 +858,7 @@ def l0_linear_forward(
     sizes = [a.shape[0] for a in (in_log_alpha, out_log_alpha) if a is not None]
     y = torch.empty((M, N), dtype=dtype, device=x.device)
     z = torch.empty(sum(sizes), dtype=torch.float32, device=x.device)
-    index = torch.empty(sum(map(round_up, sizes)), dtype=torch.int32, device=x.device)
+    index = torch.empty(sum(-(-n // ALIGN) * ALIGN for n in sizes), dtype=torch.int32, device=x.device)
     count = torch.empty(2 * len(sizes), dtype=torch.int32, device=x.device)
     rows, columns, step, num_warps, num_stages = _forward_tile_for(M, N, SAMPLING_TILES)
     block_in = 0 if in_log_alpha is None else max(ALIGN, triton.next_power_of_2(K))
@@ -1173,6 +1180,20 @@ def variants() -> Iterator[Variant]:
             yield _variant(f"backward_{shape}", backward_kernel, dtype, both, back)
             if name != "tf32":
                 yield _variant(f"chain_backward_{shape}", backward_kernel, dtype, chain, back)
+    # What is absent is None: each result alone, without gates where it can do without.
+    results = {"dx_ptr": None, "dw_ptr": None, "db_ptr": None, "dz_in_ptr": None, "dz_out_ptr": None}
+    for result in results:
+        alone: dict[str, Any] = {**both, **{k: v for k, v in results.items() if k != result}}
+        alone.update({"NEED_W": result == "dw_ptr", "NEED_IN": result == "dz_in_ptr", "DLOG": False})
+        alone["NEED_OUT"] = result == "dz_out_ptr"
+        if "z" not in result:
+            alone.update(
+                {f"{side}_{part}": None for side in ("in", "out") for part in ("z", "index", "count")}
+            )
+            alone.update({"IN_GATED": False, "OUT_GATED": False, "SCALE_OUT": False})
+            alone.update({"HAS_BIAS": False, "b_ptr": None})
+        name = f"backward_only_{result[:-4]}"
+        yield _variant(name, backward_kernel, torch.bfloat16, alone, SMALL_TILES[-1])
     yield Variant(
         "gather/sum_parts",
         sum_parts_kernel,
