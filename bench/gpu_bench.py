@@ -34,7 +34,7 @@ SANE = 0.02  # relative error of an output, whatever the dtype
 KEEP_ORDER = (0.5, 0.1, 1.0, 0.25, 0.9)  # what says most comes first
 FULL = {"ffn": torch.bfloat16, "linear": torch.bfloat16, "step": torch.float32}
 QUICK = {"ffn": (32, 16, 48), "linear": (32, 48, 16), "step": (16, 40, 24, 12, 5)}
-GROUP_S = 3.0  # of timing per density, pass and mode; the smallest number of rounds may take longer
+GROUP_S = 2.0  # of timing per density, pass and mode; the smallest number of rounds may take longer
 MODES = ("eager", "graph")
 BROKEN = 3  # exit code: the GPU's context is lost, the provider named last lost it
 

@@ -27,7 +27,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 BUDGET_S = 520.0
-WORKERS = 10
+WORKERS = 16
 BROKEN = 3  # as in gpu_bench.py
 # Tests poison memory by way of deterministic algorithms, for which cuBLAS wants a workspace of fixed size.
 TEST_ENV = {"OMP_NUM_THREADS": "2", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
