@@ -1,8 +1,8 @@
 """Decides which native extensions are built; everything else about the package is in pyproject.toml.
 
 L0KERNELS_CPP=auto|0|1 (default auto): build l0kernels._C from csrc/ when a C++ compiler is there, never, or
-fail without one. L0KERNELS_CUDA=auto|0|1: the same for l0kernels._CUDA from csrc/cuda/ and nvcc; no GPU is needed.
-TORCH_CUDA_ARCH_LIST ("8.0 9.0a 10.0+PTX") chooses the GPUs.
+fail without one. L0KERNELS_CUDA=auto|0|1: the same for l0kernels._CUDA from csrc/cuda/ and nvcc; no GPU is
+needed, and TORCH_CUDA_ARCH_LIST ("8.0 9.0a 10.0+PTX") chooses what it is built for.
 """
 
 import os
@@ -39,7 +39,11 @@ JOBS = int(os.environ.get("L0KERNELS_BUILD_JOBS", "0")) or os.cpu_count() or 1
 def find_nvcc() -> str | None:
     """nvcc of CUDACXX, CUDA_HOME or the PATH, or None."""
     homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
-    candidates = [os.environ.get("CUDACXX"), *(f"{home}/bin/nvcc" for home in [*homes, "/usr/local/cuda"]), "nvcc"]
+    candidates = [
+        os.environ.get("CUDACXX"),
+        *(f"{home}/bin/nvcc" for home in [*homes, "/usr/local/cuda"]),
+        "nvcc",
+    ]
     found = (shutil.which(path) for path in candidates if path)
     return next((path for path in found if path), None)
 
@@ -47,7 +51,9 @@ def find_nvcc() -> str | None:
 def gencode(nvcc: str) -> list[str]:
     """nvcc's flags for the GPUs asked for; of those taken by default, the ones this nvcc knows."""
     asked = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split()
-    known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
+    known = subprocess.run(
+        [nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True
+    ).stdout.split()
     flags = []
     for entry in asked or ARCHITECTURES.split():
         match = re.fullmatch(r"(\d+)\.(\d[af]?)(\+PTX)?", entry)

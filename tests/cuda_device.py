@@ -9,7 +9,7 @@ import torch
 from l0kernels.impl import cuda
 
 EMULATED = os.environ.get("L0_EMULATED_CUDA")
-"""Folder of the emulated module; tests/test_cuda_emulated.py builds it and sets this in a process of its own."""
+"""Folder of the emulated module; test_cuda_emulated.py builds it and sets this in a process of its own."""
 
 if EMULATED:
     sys.path.insert(0, EMULATED)

@@ -1,11 +1,11 @@
-"""The CUDA kernels, value by value, against formulas in float64; on the GPU, or on the emulator on the CPU."""
+"""The CUDA kernels, value by value, against formulas in float64; on the GPU or on the emulator."""
 
 import itertools
 
 import pytest
 import torch
-
 from cuda_device import DEVICE, EMULATOR, RUNS
+
 from l0kernels import reference
 from l0kernels.impl import cuda
 from l0kernels.reference.gates import ALIGN, HardConcrete, compact, round_up
@@ -92,7 +92,9 @@ class TestSample:
 
     @pytest.mark.parametrize("shift", [-30.0, 30.0])
     def test_all_closed_and_all_open(self, shift):
-        z, index, count = cuda.sample([on_device(torch.full((300,), shift))], on_device(torch.tensor([7])), 0, DIST)
+        z, index, count = cuda.sample(
+            [on_device(torch.full((300,), shift))], on_device(torch.tensor([7])), 0, DIST
+        )
         assert (z == (shift > 0)).all()
         assert torch.equal(index.cpu(), torch.cat([torch.arange(300), torch.zeros(84)]).int())
         assert count.tolist() == ([300, 384] if shift > 0 else [0, 0])
@@ -126,8 +128,10 @@ class TestSample:
 
 
 def pack_cases():
-    """Sizes and kinds of gates of both sides (None: no gate); 300 and 700 can be packed, 100 is always plain."""
-    yield from itertools.product([(1, 1), (37, 300), (300, 37), (140, 700)], ["few", "mixed", "open", None], [None])
+    """Sizes and kinds of gates of both sides; 300 and 700 can be packed, 100 is always plain."""
+    yield from itertools.product(
+        [(1, 1), (37, 300), (300, 37), (140, 700)], ["few", "mixed", "open", None], [None]
+    )
     yield from itertools.product([(37, 300), (19, 700), (3, 100)], [None], ["few", "mixed", "open", "closed"])
     yield from [((300, 400), "few", "mixed"), ((150, 260), "mixed", "few"), ((150, 260), "open", "few")]
 
@@ -137,7 +141,11 @@ class TestPack:
     def test_equals_gather(self, shape, kind_rows, kind_cols):
         dtypes = itertools.cycle(
             [(t, t) for t in FLOATS]
-            + [(torch.float32, torch.bfloat16), (torch.float16, torch.float32), (torch.float64, torch.float32)]
+            + [
+                (torch.float32, torch.bfloat16),
+                (torch.float16, torch.float32),
+                (torch.float64, torch.float32),
+            ]
         )
         layouts = itertools.cycle([torch.clone, torch.clone, transposed, sliced])
         for scale, _ in itertools.product([False, True], range(3)):
@@ -186,7 +194,9 @@ class TestPack:
 class TestUnpack:
     @pytest.mark.parametrize(("shape", "kind_rows", "kind_cols"), list(pack_cases()))
     def test_equals_scatter_and_sums(self, shape, kind_rows, kind_cols):
-        dtypes = itertools.cycle([(t, t) for t in FLOATS] + [(torch.float32, torch.bfloat16), (torch.float16, torch.float32)])
+        dtypes = itertools.cycle(
+            [(t, t) for t in FLOATS] + [(torch.float32, torch.bfloat16), (torch.float16, torch.float32)]
+        )
         layouts = itertools.cycle([torch.clone, transposed, sliced])
         for (scale, full), _ in itertools.product([(False, False), (True, False), (True, True)], range(2)):
             dtype, to = next(dtypes)
@@ -200,7 +210,9 @@ class TestUnpack:
             for name, n in zip((kind_rows, kind_cols), shape, strict=True)
         )
         (row_units, row_extent), (col_units, col_extent) = units(rows, shape[0]), units(cols, shape[1])
-        packed = torch.full((row_extent or shape[0], round_up(col_extent or shape[1], 8)), float("nan"), dtype=dtype)
+        packed = torch.full(
+            (row_extent or shape[0], round_up(col_extent or shape[1], 8)), float("nan"), dtype=dtype
+        )
         values = torch.randn(len(row_units), len(col_units), dtype=dtype)
         packed[: len(row_units), : len(col_units)] = values
         theta = torch.randn(shape, dtype=to)
@@ -232,7 +244,14 @@ class TestUnpack:
         gate = gate_of(torch.cat([torch.ones(299), torch.full((1,), 0.5)]))
         packed, theta = torch.randn(20, 304), torch.randn(20, 300)
         out, _, dz = cuda.unpack(
-            on_device(packed), (20, 300), None, gate, torch.float32, theta=on_device(theta), dz_cols=True, skip_plain=True
+            on_device(packed),
+            (20, 300),
+            None,
+            gate,
+            torch.float32,
+            theta=on_device(theta),
+            dz_cols=True,
+            skip_plain=True,
         )
         assert out.isnan().all()
         near(dz[-1], (packed[:, 299].double() * theta[:, 299]).sum(), 1e-5, 1.0)
@@ -242,7 +261,8 @@ class TestUnpack:
         gate, theta = gate_of(make_z("mixed", 300)), on_device(torch.randn(60, 300))
         packed = on_device(torch.randn(60, 384))
         first, second = (
-            cuda.unpack(packed, (60, 300), None, gate, torch.float32, theta=theta, dz_cols=True) for _ in range(2)
+            cuda.unpack(packed, (60, 300), None, gate, torch.float32, theta=theta, dz_cols=True)
+            for _ in range(2)
         )
         assert torch.equal(first[2], second[2])
 
@@ -279,7 +299,9 @@ class TestPenalty:
         )
         other = matrix._replace(decay=0.1, need_theta=False)
         before = launches()
-        total, grad, grads = cuda.coupled_penalty([on_device(a) for a in given], [2.0] * len(given), [matrix, other], DIST)
+        total, grad, grads = cuda.coupled_penalty(
+            [on_device(a) for a in given], [2.0] * len(given), [matrix, other], DIST
+        )
         assert launches() - before in (0, 1)
 
         leaves = [t if t is None else t.double().requires_grad_() for t in (theta, out, in_)]
@@ -302,6 +324,222 @@ class TestPenalty:
                     assert decay == 0.1
                     assert leaf is leaves[0]
                     continue
-                near(g, e, 4 * EPS[g.dtype] if g.ndim == 2 else 64 * EPS[g.dtype], 0.3 if g.ndim == 2 else 1.0)
-        exact = torch.cat([g for g in torch.autograd.grad(l0, [t for t in leaves[1:] if t is not None])])
+                near(
+                    g, e, 4 * EPS[g.dtype] if g.ndim == 2 else 64 * EPS[g.dtype], 0.3 if g.ndim == 2 else 1.0
+                )
+        exact = torch.cat(torch.autograd.grad(l0, [t for t in leaves[1:] if t is not None]))
         near(grad, exact, 8 * EPS[gates], 2.0)
+
+
+def bound(exact, dtype, depth):
+    """Absolute error of sums of ``depth`` products of terms of order one that were rounded to ``dtype``."""
+    gates = torch.float64 if dtype == torch.float64 else torch.float32
+    return 4 * EPS[dtype] * max(1.0, exact.abs().max().item()) + depth * EPS[gates]
+
+
+def close(got, exact, dtype, depth):
+    exact = exact.detach()
+    assert got.shape == exact.shape
+    if exact.numel():
+        assert (got.double().cpu() - exact).abs().max().item() <= bound(exact, dtype, depth)
+
+
+def as_gates(gate, full):
+    """The reference's gates of a [z, index, count], with z in float64 as a leaf."""
+    if gate is None:
+        return None
+    z, index, count = (t.cpu() for t in gate)
+    return reference.Gates(z.double().requires_grad_(), index, count, full)
+
+
+class TestSmallLinear:
+    @pytest.mark.parametrize("dtype", FLOATS)
+    @pytest.mark.parametrize(
+        ("size", "kinds"),
+        [
+            ((1, 1, 1), ("open", None)),
+            ((7, 37, 19), ("mixed", "mixed")),
+            ((33, 150, 40), ("mixed", None)),
+            ((20, 40, 70), (None, "few")),
+            ((5, 64, 48), (None, None)),
+            ((18, 30, 33), ("closed", "mixed")),
+            ((18, 30, 33), ("few", "closed")),
+            ((0, 20, 30), ("mixed", "mixed")),
+            ((3, 700, 17), ("few", "open")),
+        ],
+        ids=str,
+    )
+    def test_forward_and_backward(self, size, kinds, dtype):
+        m, n_in, n_out = size
+        z_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        layouts = itertools.cycle([torch.clone, transposed, sliced])
+        for scale_out, full, with_bias in [(True, False, True), (True, True, True), (False, False, False)]:
+            kind = {"mixed": "wild"} if full else {}
+            in_gate, out_gate = (
+                None if k is None else gate_of(make_z(kind.get(k, k), n, z_dtype))
+                for k, n in zip(kinds, (n_in, n_out), strict=True)
+            )
+            x, w = torch.randn(m, n_in, dtype=dtype), torch.randn(n_out, n_in, dtype=dtype)
+            b = torch.randn(n_out, dtype=dtype) if with_bias else None
+            dy = torch.randn(m, n_out, dtype=dtype)
+            layout = next(layouts)
+            args = [
+                layout(on_device(x)),
+                layout(on_device(w)),
+                None if b is None else on_device(b),
+                in_gate,
+                out_gate,
+            ]
+            y = cuda.linear_forward(*args, scale_out, dtype)
+
+            leaves = {"x": x, "w": w, "b": b}
+            leaves = {k: None if t is None else t.double().requires_grad_() for k, t in leaves.items()}
+            gates = [as_gates(g, full) for g in (in_gate, out_gate)]
+            exact = reference.gated_linear(
+                leaves["x"], leaves["w"], leaves["b"], in_gates=gates[0],
+                **{"out_gates" if scale_out else "out_support": gates[1]},
+            )  # fmt: skip
+            close(y, exact, dtype, n_in)
+            if out_gate is not None:
+                assert (y[:, out_gate[0] == 0] == 0).all()
+
+            can = [True, True, with_bias, in_gate is not None, out_gate is not None and scale_out]
+            for needs in (
+                can,
+                [False, False, *can[2:]],
+                [True, False, False, False, False],
+                [False, True] + [False] * 3,
+            ):
+                before = launches()
+                got = cuda.linear_backward(layout(on_device(dy)), *args, scale_out, full, full, dtype, needs)
+                assert launches() - before in (0, 1)
+                inputs = [leaves["x"], leaves["w"], leaves["b"], *(None if g is None else g.z for g in gates)]
+                wanted = [t for t, n in zip(inputs, needs, strict=True) if n]
+                grads = iter(
+                    torch.autograd.grad(exact, wanted, dy.double(), retain_graph=True) if wanted else []
+                )
+                for i, (g, need) in enumerate(zip(got, needs, strict=True)):
+                    assert (g is not None) == need
+                    if g is None:
+                        continue
+                    want = next(grads)
+                    if i > 2:
+                        z = (in_gate if i == 3 else out_gate)[0].cpu()
+                        seen = z != 0 if full else (z > 0) & (z < 1)
+                        want = torch.where(seen, want, 0.0)
+                        assert (g.cpu()[~seen] == 0).all()
+                    close(g, want, dtype, (m + 1) * 4 * max(n_in, n_out) if i > 2 else m + n_out)
+
+    @pytest.mark.parametrize("sides", ["in", "out", "both"])
+    def test_drawing_is_sampling(self, sides):
+        m, n_in, n_out = 20, 300, 150
+        x, w, b = (on_device(torch.randn(s)) for s in ((m, n_in), (n_out, n_in), (n_out,)))
+        a_in = on_device(torch.randn(n_in)) if sides != "out" else None
+        a_out = on_device(torch.randn(n_out)) if sides != "in" else None
+        seed = on_device(torch.tensor([77]))
+        given = [a for a in (a_in, a_out) if a is not None]
+        z, index, count = cuda.sample(given, seed, 3, DIST)
+        y, in_gate, out_gate = cuda.l0_linear_forward(x, w, b, a_in, a_out, seed, 3, DIST, torch.float32)
+        drawn = [g for g in (in_gate, out_gate) if g is not None]
+        for k, whole in enumerate((z, index, count)):
+            assert torch.equal(torch.cat([g[k] for g in drawn]), whole)
+        assert torch.equal(y, cuda.linear_forward(x, w, b, in_gate, out_gate, True, torch.float32))
+
+    def test_to_log_alpha_is_gate_grad(self):
+        m, n_in, n_out = 20, 100, 50
+        x, w, b, dy = (on_device(torch.randn(s)) for s in ((m, n_in), (n_out, n_in), (n_out,), (m, n_out)))
+        gates = [gate_of(make_z("mixed", n)) for n in (n_in, n_out)]
+        args = (dy, x, w, b, *gates, True, False, False, torch.float32, [False, False, False, True, True])
+        dz, da = cuda.linear_backward(*args)[3:], cuda.linear_backward(*args, DIST)[3:]
+        for g, gate, got in zip(dz, gates, da, strict=True):
+            near(got, cuda.gate_grad(g, gate[0], DIST), 4 * EPS[torch.float32], 1e-3)
+
+    def test_more_units_than_the_kernel_holds(self):
+        x, w = on_device(torch.randn(2, 4097)), on_device(torch.randn(3, 4097))
+        with pytest.raises(RuntimeError, match=r"up to 4096 units, got 4097.*triton"):
+            cuda.linear_forward(x, w, None, None, None, True, torch.float32)
+
+
+class TestSmallMlp:
+    @pytest.mark.parametrize("dtype", FLOATS)
+    @pytest.mark.parametrize("activation", ["relu", "gelu", "silu", "identity"])
+    @pytest.mark.parametrize(
+        "kinds", [("mixed", "mixed", "few"), (None, "open", "closed"), ("few", None, "mixed")], ids=str
+    )
+    def test_forward_and_backward(self, kinds, activation, dtype):
+        m, sizes = 19, (40, 70, 35, 10)
+        z_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        x = torch.randn(m, sizes[0], dtype=dtype)
+        weights = [torch.randn(b, a).div(a**0.5).to(dtype) for a, b in itertools.pairwise(sizes)]
+        biases = [torch.randn(sizes[1], dtype=dtype), None, torch.randn(sizes[3], dtype=dtype)]
+        gates = [
+            None if k is None else gate_of(make_z(k, n, z_dtype))
+            for k, n in zip(kinds, sizes[:-1], strict=True)
+        ]
+        full = [False, True, False]
+        on = [
+            on_device(x),
+            [on_device(w) for w in weights],
+            [None if b is None else on_device(b) for b in biases],
+        ]
+        before = launches()
+        y, saved = cuda.mlp_forward(*on, gates, activation, dtype)
+        assert launches() - before in (0, 3)
+
+        leaf = [x, *weights, *biases]
+        leaf = [None if t is None else t.double().requires_grad_() for t in leaf]
+        given = [as_gates(g, f) for g, f in zip(gates, full, strict=True)]
+        exact = reference.gated_mlp(leaf[0], leaf[1:4], leaf[4:], given, activation)
+        close(y, exact, dtype, 70)
+        dy = torch.randn(m, sizes[3], dtype=dtype)
+        inputs = [*leaf, *(None if g is None else g.z for g in given)]
+        everything = [t is not None for t in inputs]
+        for needs in (
+            everything,
+            [False, *everything[1:]],
+            [i in (3, 9) and n for i, n in enumerate(everything)],
+        ):
+            before = launches()
+            got = cuda.mlp_backward(on_device(dy), *on, gates, saved, activation, dtype, full, needs)
+            assert launches() - before in (0, 1, 3)
+            wanted = [t for t, n in zip(inputs, needs, strict=True) if n]
+            grads = iter(torch.autograd.grad(exact, wanted, dy.double(), retain_graph=True))
+            for i, (g, need) in enumerate(zip(got, needs, strict=True)):
+                assert (g is not None) == need
+                if g is None:
+                    continue
+                want = next(grads)
+                if i > 6:
+                    z = gates[i - 7][0].cpu()
+                    seen = z != 0 if full[i - 7] else (z > 0) & (z < 1)
+                    want = torch.where(seen, want, 0.0)
+                    assert (g.cpu()[~seen] == 0).all()
+                close(g, want, dtype, 16 * m * 70)
+
+    def test_drawing_is_sampling(self):
+        sizes = (40, 70, 35, 10)
+        x = on_device(torch.randn(19, 40))
+        weights = [on_device(torch.randn(b, a)) for a, b in itertools.pairwise(sizes)]
+        log_alphas = [on_device(torch.randn(40)), None, on_device(torch.randn(35))]
+        seed = on_device(torch.tensor([78]))
+        z, index, count = cuda.sample([log_alphas[0], log_alphas[2]], seed, 1, DIST)
+        y, _, gates = cuda.l0_mlp_forward(
+            x, weights, [None] * 3, log_alphas, "relu", seed, 1, DIST, torch.float32
+        )
+        assert gates[1] is None
+        for k, whole in enumerate((z, index, count)):
+            assert torch.equal(torch.cat([gates[0][k], gates[2][k]]), whole)
+        assert torch.equal(y, cuda.mlp_forward(x, weights, [None] * 3, gates, "relu", torch.float32)[0])
+
+    def test_mixed_dtypes_are_cast(self):
+        """Under autocast the parameters are float32 and the product is not; gradients have their types."""
+        x, w = on_device(torch.randn(9, 20)), [on_device(torch.randn(30, 20)), on_device(torch.randn(5, 30))]
+        gates = [gate_of(make_z("mixed", 20)), gate_of(make_z("mixed", 30))]
+        half = torch.bfloat16
+        y, saved = cuda.mlp_forward(x, w, [None, None], gates, "relu", half)
+        assert y.dtype == saved[0].dtype == half
+        needs = [True, True, True, False, False, True, True]
+        grads = cuda.mlp_backward(
+            torch.randn_like(y), x, w, [None, None], gates, saved, "relu", half, [False] * 2, needs
+        )
+        assert all(g.dtype == torch.float32 for g, n in zip(grads, needs, strict=True) if n)

@@ -14,6 +14,7 @@
 #include "pack.h"
 #include "penalty.h"
 #include "runtime.h"
+#include "small.h"
 
 #ifdef L0_EMULATED
 #include "cuda_emulator.h"
@@ -220,6 +221,196 @@ void penalty(const std::vector<PenaltyVector>& vectors, const std::vector<Penalt
   }
 }
 
+// size, z, index, count, log_alpha (0: the gate is given), stream
+using SmallGate = std::tuple<int32_t, Address, Address, Address, Address, uint32_t>;
+using SmallDraw = std::tuple<Address, uint32_t, Dist, float>;  // seed, rank, constants, tau
+
+cuda::SmallGate to_small(const std::optional<SmallGate>& gate) {
+  if (!gate) return {0, 0, nullptr, nullptr, nullptr, nullptr};
+  const auto& [size, z, index, count, log_alpha, stream] = *gate;
+  return {size, stream, as<const void>(log_alpha), as<void>(z), as<int32_t>(index), as<int32_t>(count)};
+}
+
+cuda::SmallParams small_params(const std::optional<SmallDraw>& draw,
+                               const std::optional<Dist>& to_log_alpha) {
+  cuda::SmallParams p{};
+  if (draw) {
+    p.seed = as<const int64_t>(std::get<0>(*draw));
+    p.rank = std::get<1>(*draw);
+    std::tie(p.beta, p.gamma, p.zeta) = std::get<2>(*draw);
+    p.tau = std::get<3>(*draw);
+  }
+  if (to_log_alpha) {
+    p.to_log_alpha = true;
+    std::tie(p.beta, p.gamma, p.zeta) = *to_log_alpha;
+  }
+  return p;
+}
+
+int32_t tiles(int32_t n) { return (n + cuda::kSmallTile - 1) / cuda::kSmallTile; }
+
+// Both tiles and tickets are counted per product.
+void append(cuda::SmallParams& p, cuda::SmallProduct q) {
+  q.first_block = p.blocks;
+  p.blocks += tiles(q.M) * tiles(q.N);
+  p.product[p.products++] = q;
+}
+
+void run(int type, const cuda::SmallParams& p, const Where& where) {
+  if (p.blocks) cuda::small_products(type, p, to_stream(where));
+}
+
+// Operands by rows and by columns: a matrix as (row, k), or transposed as (column, k).
+cuda::SmallOperand rows_of(const Matrix& m, bool gather_row, bool gather_k, bool scale_k = false,
+                           int act = 0) {
+  return {as<const void>(std::get<0>(m)), std::get<1>(m), std::get<2>(m), gather_row, gather_k, scale_k, act};
+}
+cuda::SmallOperand columns_of(const Matrix& m, bool gather_column, bool gather_k, int act = 0) {
+  return {
+      as<const void>(std::get<0>(m)), std::get<2>(m), std::get<1>(m), gather_column, gather_k, false, act};
+}
+
+void small_linear_forward(int type, int32_t M, int32_t in, int32_t out, const Matrix& x, const Matrix& weight,
+                          Address bias, const std::optional<SmallGate>& in_gate,
+                          const std::optional<SmallGate>& out_gate, bool scale_out, Address y,
+                          const std::optional<SmallDraw>& draw, const Where& where) {
+  cuda::SmallParams p = small_params(draw, std::nullopt);
+  cuda::SmallProduct q{};
+  q.M = M, q.N = out, q.K = in;
+  q.n = to_small(out_gate), q.k = to_small(in_gate);
+  q.a = rows_of(x, false, true, true);
+  q.b = rows_of(weight, true, true);
+  q.c = as<void>(y), q.c_stride = out;
+  q.scatter_m = q.scatter_n = true;
+  q.scale_n = scale_out;
+  q.bias = as<const void>(bias);
+  append(p, q);
+  run(type, p, where);
+}
+
+// Gradients and scratch: null where not wanted.
+void small_linear_backward(int type, int32_t M, int32_t in, int32_t out, const Matrix& x,
+                           const Matrix& weight, Address bias, const std::optional<SmallGate>& in_gate,
+                           const std::optional<SmallGate>& out_gate, bool scale_out, bool full_in,
+                           bool full_out, const Matrix& dy, Address dx, Address dw, Address db, Address dz_in,
+                           Address dz_out, Address in_sums, Address out_sums, Address db_sums,
+                           Address tickets, const std::optional<Dist>& to_log_alpha, const Where& where) {
+  cuda::SmallParams p = small_params(std::nullopt, to_log_alpha);
+  if (dx) {
+    cuda::SmallProduct q{};
+    q.M = M, q.N = in, q.K = out;
+    q.n = to_small(in_gate), q.k = to_small(out_gate);
+    q.a = rows_of(dy, false, true, scale_out);
+    q.b = columns_of(weight, true, true);
+    q.c = as<void>(dx), q.c_stride = in;
+    q.scatter_m = q.scatter_n = q.scale_n = true;
+    append(p, q);
+  }
+  if (dw || db || dz_in || dz_out) {
+    cuda::SmallProduct q{};
+    q.M = out, q.N = in, q.K = M;
+    q.m = to_small(out_gate), q.n = to_small(in_gate);
+    q.a = columns_of(dy, true, false);
+    q.b = columns_of(x, true, false);
+    q.c = as<void>(dw), q.c_stride = in;
+    q.scatter_m = q.scatter_n = q.scale_n = true;
+    q.scale_m = scale_out;
+    q.theta = as<const void>(std::get<0>(weight));
+    q.theta_stride_m = std::get<1>(weight), q.theta_stride_n = std::get<2>(weight);
+    q.theta_bias = as<const void>(bias);
+    q.db = as<void>(db), q.db_sums = as<void>(db_sums);
+    q.grad_n = {as<void>(dz_in), as<void>(in_sums), full_in};
+    q.grad_m = {as<void>(dz_out), as<void>(out_sums), full_out};
+    q.ticket = as<unsigned>(tickets);
+    append(p, q);
+  }
+  run(type, p, where);
+}
+
+// in, out, weight, bias, gate of the input, its packed pre-activations (M, in) (0 for the first layer)
+using SmallLayer = std::tuple<int32_t, int32_t, Matrix, Address, std::optional<SmallGate>, Address>;
+// dw, db, dz, (M, in) buffer for the gradient of the pre-activations, scratch of dz
+using SmallLayerGrad = std::tuple<Address, Address, Address, Address, Address>;
+
+Matrix packed_matrix(Address data, int64_t stride) { return {data, stride, 1}; }
+
+// A launch per layer. A gate with a log_alpha is drawn by the first launch that meets it and given to the
+// others.
+void small_mlp_forward(int type, int32_t M, const Matrix& x, int act, std::vector<SmallLayer> layers,
+                       Address y, const std::optional<SmallDraw>& draw, const Where& where) {
+  for (size_t l = 0; l < layers.size(); ++l) {
+    const auto& [in, out, weight, bias, gate, pre] = layers[l];
+    cuda::SmallParams p = small_params(draw, std::nullopt);
+    cuda::SmallProduct q{};
+    q.M = M, q.N = out, q.K = in;
+    q.k = to_small(gate);
+    q.a = l ? rows_of(packed_matrix(pre, in), false, false, true, act) : rows_of(x, false, true, true);
+    q.b = rows_of(weight, true, true);
+    q.bias = as<const void>(bias);
+    q.c = as<void>(y), q.c_stride = out;
+    q.scatter_m = true;
+    if (l + 1 < layers.size()) {
+      auto& next = layers[l + 1];
+      q.n = to_small(std::get<4>(next));
+      q.c = as<void>(std::get<5>(next));
+      if (std::get<4>(next)) std::get<4>(*std::get<4>(next)) = 0;
+    }
+    append(p, q);
+    run(type, p, where);
+  }
+}
+
+// A launch per layer, the last one first: the gradients of a layer's weight and of its input side by side.
+void small_mlp_backward(int type, int32_t M, const Matrix& x, int act, const std::vector<SmallLayer>& layers,
+                        const std::vector<SmallLayerGrad>& grads, const std::vector<bool>& full,
+                        const Matrix& dy, Address dx, Address tickets,
+                        const std::optional<Dist>& to_log_alpha, const Where& where) {
+  // first: the first layer whose pre-activations need a gradient's way through
+  size_t first = 0;
+  if (!dx)
+    while (first < layers.size() && !std::get<0>(grads[first]) && !std::get<1>(grads[first]) &&
+           !std::get<2>(grads[first]))
+      ++first;
+  Matrix grad = dy;
+  for (size_t l = layers.size(); l-- > first;) {
+    const auto& [in, out, weight, bias, gate, pre] = layers[l];
+    const auto& [dw, db, dz, da, sums] = grads[l];
+    const std::optional<SmallGate> next = l + 1 < layers.size() ? std::get<4>(layers[l + 1]) : std::nullopt;
+    cuda::SmallParams p = small_params(std::nullopt, to_log_alpha);
+    const bool upstream = l > first || (l == 0 && dx);
+    if (upstream) {
+      cuda::SmallProduct q{};
+      q.M = M, q.N = in, q.K = out;
+      q.n = to_small(gate), q.k = to_small(next);
+      q.a = rows_of(grad, false, false);
+      q.b = columns_of(weight, true, true);
+      q.c = as<void>(l ? da : dx), q.c_stride = in;
+      q.scatter_m = q.scale_n = true;
+      q.scatter_n = l == 0;
+      q.pre = as<const void>(l ? pre : 0), q.pre_stride = in;
+      q.act = act;
+      append(p, q);
+    }
+    if (dw || db || dz) {
+      cuda::SmallProduct q{};
+      q.M = out, q.N = in, q.K = M;
+      q.m = to_small(next), q.n = to_small(gate);
+      q.a = columns_of(grad, false, false);
+      q.b = l ? columns_of(packed_matrix(pre, in), false, false, act) : columns_of(x, true, false);
+      q.c = as<void>(dw), q.c_stride = in;
+      q.scatter_m = q.scatter_n = q.scale_n = true;
+      q.theta = as<const void>(std::get<0>(weight));
+      q.theta_stride_m = std::get<1>(weight), q.theta_stride_n = std::get<2>(weight);
+      q.db = as<void>(db);
+      q.grad_n = {as<void>(dz), as<void>(sums), bool(full[l])};
+      q.ticket = as<unsigned>(tickets);
+      append(p, q);
+    }
+    run(type, p, where);
+    grad = packed_matrix(da, in);
+  }
+}
+
 }  // namespace
 
 #ifndef L0_MODULE
@@ -239,6 +430,12 @@ PYBIND11_MODULE(L0_MODULE, m) {
   m.def("unpack", &unpack);
   m.def("penalty_scratch", &penalty_scratch);
   m.def("penalty", &penalty);
+  m.attr("small_gates") = cuda::kSmallGates;
+  m.attr("small_tile") = cuda::kSmallTile;
+  m.def("small_linear_forward", &small_linear_forward);
+  m.def("small_linear_backward", &small_linear_backward);
+  m.def("small_mlp_forward", &small_mlp_forward);
+  m.def("small_mlp_backward", &small_mlp_backward);
 #ifdef L0_EMULATED
   m.def("emulator_seed", &l0::emulator::set_seed);
   m.def("emulator_launches", &l0::emulator::launches);

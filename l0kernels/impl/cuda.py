@@ -1,12 +1,13 @@
 """Launchers of the CUDA kernels (csrc/cuda): allocate, hand over addresses, sizes, strides and the stream.
 
-Nothing here waits for the device: extents stay there, results have the capacity that they may need. A kernel that
-adds up across its blocks takes `tickets`, words that are 0 between launches.
+Nothing here waits for the device: extents stay there, results have the capacity that they may need. A kernel
+that adds up across its blocks takes `tickets`, words that are 0 between launches.
 """
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from functools import lru_cache
 from importlib import import_module, util
 from typing import Any, NamedTuple
@@ -17,7 +18,7 @@ from torch import Tensor
 from ..reference.gates import ALIGN, HardConcrete, round_up
 from .packed import Gate
 
-SERVES = frozenset({"sample", "gate_grad", "l0_penalty", "pack", "unpack"})
+SERVES = frozenset({"sample", "gate_grad", "l0_penalty", "pack", "unpack", "gated_linear", "gated_mlp"})
 """The primitives served here; large products are Triton's."""
 
 _TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
@@ -74,8 +75,8 @@ def _address(t: Tensor | None) -> int:
 class _Tickets:
     """Words that are 0 between launches; two launches under way at a time never share one.
 
-    Launches of one stream follow each other and share its words. A captured launch may be replayed on any stream,
-    so it gets words of its own, for good.
+    Launches of one stream follow each other and share its words. A captured launch may be replayed on any
+    stream, so it gets words of its own, for good.
     """
 
     POOL = 1 << 18
@@ -108,7 +109,7 @@ _tickets = _Tickets()
 
 @lru_cache
 def _blocks_wanted(device: torch.device) -> int:
-    """How many blocks of 256 threads keep a device busy; a handful on the emulator, which runs them one by one."""
+    """How many blocks of 256 threads keep a device busy; few on the emulator, which runs them one by one."""
     if device.type != "cuda":
         return 6
     return torch.cuda.get_device_properties(device).multi_processor_count * 6
@@ -286,14 +287,14 @@ def pack(
         full: (R, C), any strides; a unit column stride is the fast case.
         rows, cols: the gate of a dimension, or None.
         scale_rows, scale_cols: multiply by z.
-        skip_plain: where every gate given is plain and nothing is scaled, leave the buffer alone: the consumer
-            reads ``full``. Decided on the device. Without any gate the buffer is always written.
-        out: where to write, of the shape returned, with unit column stride and rows of a multiple of 16 bytes.
+        skip_plain: where every gate given is plain and nothing is scaled, leave the buffer alone: the
+            consumer reads ``full``. Decided on the device. Without any gate the buffer is always written.
+        out: where to write, of the shape returned, unit column stride, rows of a multiple of 16 bytes.
 
     Returns:
         (round_up(R, 128) or R, round_up(C, 128) or C rounded up to 16 bytes), row-major: a gated dimension is
-        rounded to 128. Zeros from the open units to the extent and in an ungated dimension's padding; beyond an
-        extent nothing is written.
+        rounded to 128. Zeros from the open units to the extent and in an ungated dimension's padding; beyond
+        an extent nothing is written.
     """
     if full.dtype != dtype and (full.dtype, dtype) not in _CONVERTS:
         full = full.to(dtype)
@@ -340,15 +341,15 @@ def unpack(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The matrix of ``shape`` with ``packed`` in its open rows and columns, times the gates; gate gradients.
 
-    ``dz_rows[i] = sum_j packed * theta * (z_j if scale_cols)`` where 0 < z_i < 1 (z_i != 0 with full_rows), else
-    exactly 0; columns likewise. The sums are in fp32 (fp64 for fp64), in an order that does not vary.
+    ``dz_rows[i] = sum_j packed * theta * (z_j if scale_cols)`` where 0 < z_i < 1 (z_i != 0 with full_rows),
+    else exactly 0; columns likewise. The sums are in fp32 (fp64 for fp64), in an order that does not vary.
 
     Args:
         packed: at least the open rows and columns, unit column stride; what is closed is not read.
         theta: (R, C), any strides; without it there are no gate gradients.
         out: where to write, (R, C) with unit column stride.
-        skip_plain: where every gate given is plain, leave ``out`` alone: the product wrote it. The gate gradients
-            come from ``packed`` all the same.
+        skip_plain: where every gate given is plain, leave ``out`` alone: the product wrote it. The gate
+            gradients come from ``packed`` all the same.
 
     Returns:
         the matrix in ``dtype``, and dz (R,) and (C,), None where not asked for or without a gate.
@@ -392,3 +393,319 @@ def unpack(
         where,
     )
     return out, dz_row, dz_col
+
+
+_ACTIVATIONS = {"identity": 0, "relu": 1, "gelu": 2, "silu": 3}
+SMALL_WORK = 1 << 27
+"""Largest M * in * out that the fused small layers are meant for; beyond it Triton's products are faster."""
+
+
+def small(M: int, sizes: Sequence[int]) -> bool:
+    """Whether the fused small-layer kernels are meant for a chain of these widths (a layer has two)."""
+    if max(M, *sizes) >= 2**31 or max(sizes) > _CUDA.small_gates:
+        return False
+    return all(M * a * b <= SMALL_WORK for a, b in itertools.pairwise(sizes))
+
+
+def _refuse_large(M: int, sizes: Sequence[int]) -> None:
+    if max(sizes) > _CUDA.small_gates:
+        raise RuntimeError(
+            f"the CUDA kernels compute layers of up to {_CUDA.small_gates} units, got {max(sizes)}; "
+            "large products are served by the triton backend"
+        )
+    if M >= 2**31:
+        raise RuntimeError(f"the CUDA kernels take fewer than 2**31 rows, got {M}")
+
+
+def _matrix(t: Tensor) -> tuple[int, int, int]:
+    return t.data_ptr(), t.stride(0), t.stride(1)
+
+
+def _small_gate(
+    gate: Gate | None, log_alpha: Tensor | None = None, stream: int = 0
+) -> tuple[int, ...] | None:
+    """As the kernels take it; with a log_alpha it is drawn there."""
+    if gate is None:
+        return None
+    z, index, count = gate
+    return z.shape[0], z.data_ptr(), index.data_ptr(), count.data_ptr(), _address(log_alpha), stream
+
+
+def _empty_gate(log_alpha: Tensor) -> Gate:
+    n = log_alpha.shape[0]
+    index = torch.empty(round_up(n), dtype=torch.int32, device=log_alpha.device)
+    return [torch.empty_like(log_alpha), index, index.new_empty(2)]
+
+
+def _cast(dtype: torch.dtype, *tensors: Tensor | None) -> list[Any]:
+    return [t if t is None or t.dtype == dtype else t.to(dtype) for t in tensors]
+
+
+def _z_like(t: Tensor, *shape: int) -> Tensor:
+    """An empty tensor in the type of gates beside matrices of t's type."""
+    return t.new_empty(shape, dtype=torch.float64 if t.dtype == torch.float64 else torch.float32)
+
+
+def _tiles(n: int) -> int:
+    return -(-n // _CUDA.small_tile)
+
+
+def linear_forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    in_gate: Gate | None,
+    out_gate: Gate | None,
+    scale_out: bool,
+    dtype: torch.dtype,
+) -> Tensor:
+    """y (M, out) of gated_linear, in one launch."""
+    in_, out = _small_gate(in_gate), _small_gate(out_gate)
+    return _linear_forward(x, weight, bias, in_, out, scale_out, dtype, None)
+
+
+def l0_linear_forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    in_log_alpha: Tensor | None,
+    out_log_alpha: Tensor | None,
+    seed: Tensor,
+    rank: int,
+    dist: HardConcrete,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Gate | None, Gate | None]:
+    """sample and linear_forward in one launch: y, and the gates. Input gates are stream 0."""
+    log_alphas = [None if a is None else a.contiguous() for a in (in_log_alpha, out_log_alpha)]
+    gates = [None if a is None else _empty_gate(a) for a in log_alphas]
+    streams = (0, 0 if log_alphas[0] is None else 1)
+    in_, out = (_small_gate(g, a, s) for g, a, s in zip(gates, log_alphas, streams, strict=True))
+    draw = (seed.data_ptr(), rank, _constants(dist), TAU)
+    y = _linear_forward(x, weight, bias, in_, out, True, dtype, draw)
+    return y, gates[0], gates[1]
+
+
+def _linear_forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    in_gate: tuple[int, ...] | None,
+    out_gate: tuple[int, ...] | None,
+    scale_out: bool,
+    dtype: torch.dtype,
+    draw: tuple[Any, ...] | None,
+) -> Tensor:
+    M, (n_out, n_in) = x.shape[0], weight.shape
+    _refuse_large(M, (n_in, n_out))
+    x, weight, bias = _cast(dtype, x, weight, None if bias is None else bias.contiguous())
+    y = x.new_empty(M, n_out)
+    _CUDA.small_linear_forward(
+        _TYPES[dtype],
+        M,
+        n_in,
+        n_out,
+        _matrix(x),
+        _matrix(weight),
+        _address(bias),
+        in_gate,
+        out_gate,
+        scale_out,
+        y.data_ptr(),
+        draw,
+        _where(x),
+    )
+    return y
+
+
+def linear_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    in_gate: Gate | None,
+    out_gate: Gate | None,
+    scale_out: bool,
+    full_in: bool,
+    full_out: bool,
+    dtype: torch.dtype,
+    needs: list[bool],
+    to_log_alpha: HardConcrete | None = None,
+) -> list[Tensor | None]:
+    """dx, dweight, dbias, dz_in, dz_out, each None where ``needs`` says so, in one launch.
+
+    With ``to_log_alpha`` the last two are the gradients of the log_alphas that the gates were drawn from.
+    """
+    need_x, need_w, need_b, need_in, need_out = needs
+    M, (n_out, n_in) = x.shape[0], weight.shape
+    _refuse_large(M, (n_in, n_out))
+    types = [t if t is None else t.dtype for t in (x, weight, bias)]
+    dy, x, weight, bias = _cast(dtype, dy, x, weight, None if bias is None else bias.contiguous())
+    dx = x.new_empty(M, n_in) if need_x else None
+    dw = weight.new_empty(n_out, n_in) if need_w else None
+    db = None if bias is None or not need_b else bias.new_empty(n_out)
+    dz_in = in_sums = dz_out = out_sums = db_sums = tickets = None
+    where = _where(x)
+    if need_in:
+        dz_in, in_sums = _z_like(x, n_in), _z_like(x, _tiles(n_out), n_in)
+    if need_out:
+        dz_out, out_sums = _z_like(x, n_out), _z_like(x, _tiles(n_in), n_out)
+        db_sums = None if bias is None else _z_like(x, n_out)
+    if need_in or need_out:
+        tickets = _tickets.take(_tiles(n_in) + _tiles(n_out), x, where)
+    _CUDA.small_linear_backward(
+        _TYPES[dtype],
+        M,
+        n_in,
+        n_out,
+        _matrix(x),
+        _matrix(weight),
+        _address(bias),
+        _small_gate(in_gate),
+        _small_gate(out_gate),
+        scale_out,
+        full_in,
+        full_out,
+        _matrix(dy),
+        _address(dx),
+        _address(dw),
+        _address(db),
+        _address(dz_in),
+        _address(dz_out),
+        _address(in_sums),
+        _address(out_sums),
+        _address(db_sums),
+        _address(tickets),
+        None if to_log_alpha is None else _constants(to_log_alpha),
+        where,
+    )
+    grads = [g if g is None or g.dtype == t else g.to(t) for g, t in zip((dx, dw, db), types, strict=True)]
+    return [*grads, dz_in, dz_out]
+
+
+def _small_layers(
+    weights: list[Tensor], biases: list[Tensor | None], gates: list[Any], saved: list[Tensor]
+) -> list[tuple[Any, ...]]:
+    return [
+        (w.shape[1], w.shape[0], _matrix(w), _address(b), gate, saved[i - 1].data_ptr() if i else 0)
+        for i, (w, b, gate) in enumerate(zip(weights, biases, gates, strict=True))
+    ]
+
+
+def _mlp_tensors(
+    x: Tensor, weights: list[Tensor], biases: list[Tensor | None], dtype: torch.dtype
+) -> tuple[Tensor, list[Tensor], list[Tensor | None]]:
+    _refuse_large(x.shape[0], [x.shape[1], *(w.shape[0] for w in weights)])
+    biases = [None if b is None else b.contiguous() for b in biases]
+    return _cast(dtype, x)[0], _cast(dtype, *weights), _cast(dtype, *biases)
+
+
+def mlp_forward(
+    x: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor | None],
+    gates: list[Gate | None],
+    activation: str,
+    dtype: torch.dtype,
+) -> tuple[Tensor, list[Tensor]]:
+    """y and the hidden layers' pre-activations, packed in (M, n_l) buffers. One launch a layer."""
+    return _mlp_forward(x, weights, biases, [_small_gate(g) for g in gates], activation, dtype, None)
+
+
+def l0_mlp_forward(
+    x: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor | None],
+    log_alphas: list[Tensor | None],
+    activation: str,
+    seed: Tensor,
+    rank: int,
+    dist: HardConcrete,
+    dtype: torch.dtype,
+) -> tuple[Tensor, list[Tensor], list[Gate | None]]:
+    """sample and mlp_forward in one launch a layer; the gates present are streams 0, 1, ... in order."""
+    log_alphas = [None if a is None else a.contiguous() for a in log_alphas]
+    gates = [None if a is None else _empty_gate(a) for a in log_alphas]
+    streams = itertools.accumulate([0, *(a is not None for a in log_alphas)])
+    drawn = [_small_gate(g, a, s) for g, a, s in zip(gates, log_alphas, streams, strict=False)]
+    draw = (seed.data_ptr(), rank, _constants(dist), TAU)
+    return *_mlp_forward(x, weights, biases, drawn, activation, dtype, draw), gates
+
+
+def _mlp_forward(
+    x: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor | None],
+    gates: list[tuple[int, ...] | None],
+    activation: str,
+    dtype: torch.dtype,
+    draw: tuple[Any, ...] | None,
+) -> tuple[Tensor, list[Tensor]]:
+    x, weights, biases = _mlp_tensors(x, weights, biases, dtype)
+    M = x.shape[0]
+    saved = [x.new_empty(M, w.shape[1]) for w in weights[1:]]
+    y = x.new_empty(M, weights[-1].shape[0])
+    _CUDA.small_mlp_forward(
+        _TYPES[dtype],
+        M,
+        _matrix(x),
+        _ACTIVATIONS[activation],
+        _small_layers(weights, biases, gates, saved),
+        y.data_ptr(),
+        draw,
+        _where(x),
+    )
+    return y, saved
+
+
+def mlp_backward(
+    dy: Tensor,
+    x: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor | None],
+    gates: list[Gate | None],
+    saved: list[Tensor],
+    activation: str,
+    dtype: torch.dtype,
+    full: list[bool],
+    needs: list[bool],
+    to_log_alpha: HardConcrete | None = None,
+) -> list[Tensor | None]:
+    """dx, then dweight, dbias and dz of every layer; ``needs`` has that order. A launch a layer."""
+    depth = len(weights)
+    types = [t if t is None else t.dtype for t in (x, *weights, *biases)]
+    x, weights, biases = _mlp_tensors(x, weights, biases, dtype)
+    dy = _cast(dtype, dy)[0]
+    M = x.shape[0]
+    need_w, need_b, need_z = needs[1 : 1 + depth], needs[1 + depth : 1 + 2 * depth], needs[1 + 2 * depth :]
+    dx = x.new_empty(x.shape) if needs[0] else None
+    dw = [w.new_empty(w.shape) if n else None for w, n in zip(weights, need_w, strict=True)]
+    db = [None if b is None or not n else b.new_empty(b.shape) for b, n in zip(biases, need_b, strict=True)]
+    dz = [_z_like(x, w.shape[1]) if n else None for w, n in zip(weights, need_z, strict=True)]
+    # One buffer is read while the other is written.
+    da = [x.new_empty(M * max((w.shape[1] for w in weights[i::2]), default=0)) for i in range(2)]
+    sums = [
+        _z_like(x, _tiles(w.shape[0]), w.shape[1]) if n else None
+        for w, n in zip(weights, need_z, strict=True)
+    ]
+    where = _where(x)
+    n_tickets = max(_tiles(w.shape[0]) + _tiles(w.shape[1]) for w in weights)
+    tickets = _tickets.take(n_tickets, x, where) if any(need_z) else None
+    _CUDA.small_mlp_backward(
+        _TYPES[dtype],
+        M,
+        _matrix(x),
+        _ACTIVATIONS[activation],
+        _small_layers(weights, biases, [_small_gate(g) for g in gates], saved),
+        [
+            (_address(dw[i]), _address(db[i]), _address(dz[i]), da[i % 2].data_ptr(), _address(sums[i]))
+            for i in range(depth)
+        ],
+        full,
+        _matrix(dy),
+        _address(dx),
+        _address(tickets),
+        None if to_log_alpha is None else _constants(to_log_alpha),
+        where,
+    )
+    grads = [g if g is None or g.dtype == t else g.to(t) for g, t in zip((dx, *dw, *db), types, strict=True)]
+    return [*grads, *dz]

@@ -1,4 +1,4 @@
-"""Builds the CUDA sources for the emulator: a module with the bindings of l0kernels._CUDA that runs on the CPU."""
+"""Builds the CUDA sources for the emulator: l0kernels._CUDA as a module that runs on the CPU."""
 
 import subprocess
 import sys
@@ -14,15 +14,22 @@ NAME = "emulated_cuda"
 WARNINGS = ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
 
 
+def sources() -> list[Path]:
+    """Every file that the module depends on."""
+    suffixes = {".h", ".cuh", ".cu", ".cpp", ".py"}
+    folders = (CSRC, CSRC / "cuda", HERE)
+    return sorted(p for folder in folders for p in folder.iterdir() if p.suffix in suffixes)
+
+
 def build(folder: Path, compiler: str = "g++", sanitize: bool = True) -> Path:
-    """The module compiled into ``folder``, with AddressSanitizer and UndefinedBehaviorSanitizer if asked for."""
+    """The module compiled into ``folder``, with address and undefined-behaviour sanitizers if asked for."""
     flags = ["-std=c++17", "-O1", "-g1", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", *WARNINGS]
     if sanitize:
         flags += ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
     flags += [f"-I{path}" for path in (CSRC, CSRC / "cuda", HERE, pybind11.get_include())]
     flags += [f"-I{sysconfig.get_paths()['include']}"]
     flags += ["-DL0_EMULATED", f"-DL0_MODULE={NAME}", '-DL0_ARCHITECTURES="emulated"']
-    sources = [*sorted((CSRC / "cuda").glob("*.cu")), CSRC / "cuda/bindings.cpp", HERE / "cuda_emulator.cpp"]
+    inputs = [*sorted((CSRC / "cuda").glob("*.cu")), CSRC / "cuda/bindings.cpp", HERE / "cuda_emulator.cpp"]
     folder.mkdir(parents=True, exist_ok=True)
 
     def compile_one(source: Path) -> Path:
@@ -34,7 +41,7 @@ def build(folder: Path, compiler: str = "g++", sanitize: bool = True) -> Path:
         return target
 
     with ThreadPoolExecutor(2) as pool:
-        objects = list(pool.map(compile_one, sources))
+        objects = list(pool.map(compile_one, inputs))
     module = folder / f"{NAME}{sysconfig.get_config_var('EXT_SUFFIX')}"
     link = ["-shared", *(flag for flag in flags if flag.startswith("-fsanitize"))]
     subprocess.run([compiler, *link, *map(str, objects), "-o", str(module)], check=True)
