@@ -1,6 +1,7 @@
 """What the tests on a GPU share: backends, gates on the device.
 
-L0KERNELS_TEST_DEVICE=cpu runs them with the backends of the CPU: it shows that the tests are right.
+L0KERNELS_TEST_DEVICE=cpu runs them with the backends of the CPU, to show that the tests are right, or with
+TRITON_INTERPRET=1 with Triton's interpreter.
 """
 
 import os
@@ -13,7 +14,8 @@ from l0kernels.reference.gates import round_up
 
 DEVICE = os.environ.get("L0KERNELS_TEST_DEVICE", "cuda")
 ON_GPU = DEVICE == "cuda"
-BACKENDS = ("triton", "cuda") if ON_GPU else ("torch", "cpp")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+BACKENDS = ("triton", "cuda") if ON_GPU else ("triton",) if INTERPRETED else ("torch", "cpp")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 NEEDS_GPU = [
     pytest.mark.gpu,
@@ -37,14 +39,14 @@ def on_device(value):
 
 
 def gates_from(z, *, plain, full=False):
-    """Gates of z; the plain ones stand in natural order, and their index must not be looked at."""
+    """Gates of z, packed, or plain as the sampler makes them above its share: natural order, whole extent."""
     gates = Gates.from_z(z, full_grad=full)
-    if not plain or not ON_GPU:  # the backends of the CPU know packed gates alone
+    if not plain or not (ON_GPU or INTERPRETED):  # the backends of the CPU know packed gates alone
         return gates
     n = z.shape[0]
     capacity = torch.full((1,), round_up(n), dtype=torch.int32, device=z.device)
     count = torch.cat([gates.count[:1], capacity])
-    return Gates(z, torch.full_like(gates.index, -(2**30)), count, full)
+    return Gates(z, gates.index, count, full)
 
 
 def why_skip(backend):
