@@ -226,7 +226,7 @@ using SmallGate = std::tuple<int32_t, Address, Address, Address, Address, uint32
 using SmallDraw = std::tuple<Address, uint32_t, Dist, float>;  // seed, rank, constants, tau
 
 cuda::SmallGate to_small(const std::optional<SmallGate>& gate) {
-  if (!gate) return {0, 0, nullptr, nullptr, nullptr, nullptr};
+  if (!gate) return {};
   const auto& [size, z, index, count, log_alpha, stream] = *gate;
   return {size, stream, as<const void>(log_alpha), as<void>(z), as<int32_t>(index), as<int32_t>(count)};
 }
@@ -375,13 +375,14 @@ void small_mlp_backward(int type, int32_t M, const Matrix& x, int act, const std
   for (size_t l = layers.size(); l-- > first;) {
     const auto& [in, out, weight, bias, gate, pre] = layers[l];
     const auto& [dw, db, dz, da, sums] = grads[l];
-    const std::optional<SmallGate> next = l + 1 < layers.size() ? std::get<4>(layers[l + 1]) : std::nullopt;
+    const cuda::SmallGate next =
+        l + 1 < layers.size() ? to_small(std::get<4>(layers[l + 1])) : cuda::SmallGate{};
     cuda::SmallParams p = small_params(std::nullopt, to_log_alpha);
     const bool upstream = l > first || (l == 0 && dx);
     if (upstream) {
       cuda::SmallProduct q{};
       q.M = M, q.N = in, q.K = out;
-      q.n = to_small(gate), q.k = to_small(next);
+      q.n = to_small(gate), q.k = next;
       q.a = rows_of(grad, false, false);
       q.b = columns_of(weight, true, true);
       q.c = as<void>(l ? da : dx), q.c_stride = in;
@@ -394,7 +395,7 @@ void small_mlp_backward(int type, int32_t M, const Matrix& x, int act, const std
     if (dw || db || dz) {
       cuda::SmallProduct q{};
       q.M = out, q.N = in, q.K = M;
-      q.m = to_small(next), q.n = to_small(gate);
+      q.m = next, q.n = to_small(gate);
       q.a = columns_of(grad, false, false);
       q.b = l ? columns_of(packed_matrix(pre, in), false, false, act) : columns_of(x, true, false);
       q.c = as<void>(dw), q.c_stride = in;

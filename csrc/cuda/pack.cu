@@ -7,6 +7,12 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarp;
+// Of pack_kernel, on a multiprocessor at a time; sm_100's code needs more registers.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr int kPackBlocks = 2;
+#else
+constexpr int kPackBlocks = 3;
+#endif
 constexpr int kAtOnce = 2;  // rows whose loads are under way together
 
 // What the device decided about a side.
@@ -39,24 +45,18 @@ struct alignas(N * sizeof(S) < 16 ? N * sizeof(S) : 16) Elements {
 };
 template <typename S, int N>
 __device__ __forceinline__ Elements<S, N> load_elements(const S* p) {
-  Elements<S, N> e;
   if constexpr (N * sizeof(S) >= 16) {
+    Elements<S, N> e;
 #pragma unroll
     for (int i = 0; i < N; i += Vector<S>::kSize) {
       const Vector<S> v = load_vector(p + i);
 #pragma unroll
       for (int k = 0; k < Vector<S>::kSize; ++k) e.at[i + k] = v.at[k];
     }
+    return e;
   } else {
-    static_assert(N * sizeof(S) == 8);
-    union {
-      uint2 raw;
-      Elements<S, N> e;
-    } u;
-    u.raw = *reinterpret_cast<const uint2*>(p);
-    e = u.e;
+    return *reinterpret_cast<const Elements<S, N>*>(p);
   }
-  return e;
 }
 template <typename S, int N>
 __device__ __forceinline__ bool aligned(const S* p, int64_t stride) {
@@ -84,7 +84,7 @@ struct PackShared {
 };
 
 template <typename S, typename D>
-__global__ void __launch_bounds__(kThreads) pack_kernel(const __grid_constant__ PackParams p) {
+__global__ void __launch_bounds__(kThreads, kPackBlocks) pack_kernel(const __grid_constant__ PackParams p) {
   using C = std::conditional_t<std::is_same_v<S, double>, double, Arithmetic<D>>;
   constexpr int V = Vector<D>::kSize;
   using Shared = PackShared<S, D>;
@@ -165,7 +165,8 @@ __global__ void __launch_bounds__(kThreads) pack_kernel(const __grid_constant__ 
 #pragma unroll
     for (int k = 0; k < kAtOnce; ++k)
       if (r + k < row_end && mine < cols.extent)
-        store_vector(packed + (r + k) * p.packed_stride + mine, load_vector(&s.row[warp][k][lane * V]));
+        store_vector(packed + (r + k) * p.packed_stride + mine,
+                     *reinterpret_cast<const Vector<D>*>(&s.row[warp][k][lane * V]));
     __syncwarp();
   }
 }
@@ -252,7 +253,7 @@ __device__ inline void add_up(const UnpackParams& p, const Extent& rows, UnpackS
 
 // kGrads: whether there are gate gradients.
 template <typename S, typename D, bool kGrads>
-__global__ void __launch_bounds__(kThreads) unpack_kernel(const __grid_constant__ UnpackParams p) {
+__global__ void __launch_bounds__(kThreads, 2) unpack_kernel(const __grid_constant__ UnpackParams p) {
   using Shared = UnpackShared<S, D>;
   using C = typename Shared::C;
   constexpr int V = Vector<D>::kSize;
@@ -340,7 +341,8 @@ __global__ void __launch_bounds__(kThreads) unpack_kernel(const __grid_constant_
         for (int i = 0; i < V; ++i) s.row[warp][k][i * kWarp + lane] = value[k].at[i];
       __syncwarp();
 #pragma unroll
-      for (int k = 0; k < kAtOnce; ++k) value[k] = load_elements<S, V>(&s.row[warp][k][lane * V]);
+      for (int k = 0; k < kAtOnce; ++k)
+        value[k] = *reinterpret_cast<const Elements<S, V>*>(&s.row[warp][k][lane * V]);
       __syncwarp();
     }
 #pragma unroll

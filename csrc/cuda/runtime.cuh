@@ -110,32 +110,38 @@ struct alignas(16) Vector {
   T at[kSize];
 };
 
+// Of global memory, as one access each; what is loaded must not change while the kernel runs. Left to itself
+// the compiler takes vectors apart that it has put together.
+#if defined(__CUDACC__)
+template <typename T>
+union VectorBits {
+  uint4 raw;
+  Vector<T> v;
+};
 template <typename T>
 __device__ __forceinline__ Vector<T> load_vector(const T* p) {
-#if defined(__CUDACC__)
-  union {
-    uint4 raw;
-    Vector<T> v;
-  } u;
-  u.raw = *reinterpret_cast<const uint4*>(p);
-  return u.v;
-#else
-  return *reinterpret_cast<const Vector<T>*>(p);
-#endif
+  VectorBits<T> bits;
+  bits.raw = __ldg(reinterpret_cast<const uint4*>(p));
+  return bits.v;
 }
 template <typename T>
 __device__ __forceinline__ void store_vector(T* p, const Vector<T>& v) {
-#if defined(__CUDACC__)
-  union {
-    uint4 raw;
-    Vector<T> v;
-  } u;
-  u.v = v;
-  *reinterpret_cast<uint4*>(p) = u.raw;
-#else
-  *reinterpret_cast<Vector<T>*>(p) = v;
-#endif
+  VectorBits<T> bits;
+  bits.v = v;
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(p)), "r"(bits.raw.x),
+               "r"(bits.raw.y), "r"(bits.raw.z), "r"(bits.raw.w)
+               : "memory");
 }
+#else
+template <typename T>
+Vector<T> load_vector(const T* p) {
+  return *reinterpret_cast<const Vector<T>*>(p);
+}
+template <typename T>
+void store_vector(T* p, const Vector<T>& v) {
+  *reinterpret_cast<Vector<T>*>(p) = v;
+}
+#endif
 
 // --- Host side ---
 

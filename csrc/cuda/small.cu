@@ -15,6 +15,14 @@ constexpr int kDepth = 16;                        // of k, loaded by a warp at a
 constexpr int kPerLane = kTile * kDepth / kWarp;  // elements of an operand
 constexpr int kRow = kTile + 4;                   // keeps 16-byte reads aligned and the banks apart
 constexpr int kMaxRows = kSmallGates / kWarp;     // of a gate vector, 32 gates each
+// On a multiprocessor at a time, as far as registers allow.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+template <typename T>
+constexpr int kBlocks = 1;
+#else
+template <typename T>
+constexpr int kBlocks = std::is_same_v<T, double> ? 1 : 3;
+#endif
 static_assert(kThreads == kTile * kTile, "a thread finishes one element");
 
 template <typename C>
@@ -43,20 +51,6 @@ struct Table {
   uint16_t* index;
   int32_t open;
 };
-
-template <typename C>
-__device__ C act_of(int32_t act, C x) {
-  switch (static_cast<Activation>(act)) {
-    case Activation::kRelu:
-      return activation<Activation::kRelu>(x);
-    case Activation::kGelu:
-      return activation<Activation::kGelu>(x);
-    case Activation::kSilu:
-      return activation<Activation::kSilu>(x);
-    default:
-      return x;
-  }
-}
 
 template <typename C>
 __device__ C act_grad_of(int32_t act, C x) {
@@ -157,10 +151,10 @@ __device__ int32_t read_axis(const SmallParams& p, const SmallGate& g, int32_t s
 }
 
 // The elements of an operand that this lane brings to its warp: consecutive lanes along whichever stride
-// is 1.
+// is 1. What is loaded is looked at only when it is stored, so that loads can be under way meanwhile.
 template <typename T, typename C>
 struct Piece {
-  C value[kPerLane];
+  T value[kPerLane];
 
   static __device__ __forceinline__ void place(bool along_k, int i, int& row, int& k) {
     const int e = i * kWarp + lane_id();
@@ -176,21 +170,44 @@ struct Piece {
       int row, k;
       place(along_k, i, row, k);
       k += k0;
-      value[i] = C(0);
+      value[i] = T{};
       if (first + row >= open || k >= depth) continue;
-      const int32_t unit_k = gated ? int32_t(table.index[k]) : k;
-      const int64_t at_row = x.gather_row ? unit[row] : first + row, at_k = x.gather_k ? unit_k : k;
-      value[i] = act_of(x.act, load_as<C>(data[at_row * x.stride_row + at_k * x.stride_k]));
-      if (x.scale_k && gated) value[i] *= table.z[unit_k];
+      const int64_t at_row = x.gather_row ? unit[row] : first + row;
+      const int64_t at_k = x.gather_k && gated ? int32_t(table.index[k]) : k;
+      value[i] = data[at_row * x.stride_row + at_k * x.stride_k];
     }
   }
-  __device__ __forceinline__ void store(bool along_k, C (*to)[kRow]) const {
+  // A missing element is 0, and every activation keeps that.
+  __device__ __forceinline__ void store(const SmallOperand& x, bool along_k, int32_t k0, int32_t depth,
+                                        bool gated, const Table<C>& table, C (*to)[kRow]) const {
+    C v[kPerLane];
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) v[i] = load_as<C>(value[i]);
+    switch (static_cast<Activation>(x.act)) {
+      case Activation::kRelu:
+        each<Activation::kRelu>(v);
+        break;
+      case Activation::kGelu:
+        each<Activation::kGelu>(v);
+        break;
+      case Activation::kSilu:
+        each<Activation::kSilu>(v);
+        break;
+      default:
+        break;
+    }
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i) {
       int row, k;
       place(along_k, i, row, k);
-      to[k][row] = value[i];
+      if (x.scale_k && gated && k0 + k < depth) v[i] *= table.z[table.index[k0 + k]];
+      to[k][row] = v[i];
     }
+  }
+  template <Activation act>
+  static __device__ __forceinline__ void each(C (&v)[kPerLane]) {
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) v[i] = activation<act>(v[i]);
   }
 };
 
@@ -253,8 +270,8 @@ __device__ void run_product(const SmallParams& p, const SmallProduct& q, int32_t
     a.load(q.a, a_along_k, s.unit_m, m0, open_m, k0, depth, gated_k, table);
     b.load(q.b, b_along_k, s.unit_n, n0, open_n, k0, depth, gated_k, table);
     for (; k0 < depth; k0 += kWarps * kDepth) {
-      a.store(a_along_k, s.a[warp]);
-      b.store(b_along_k, s.b[warp]);
+      a.store(q.a, a_along_k, k0, depth, gated_k, table, s.a[warp]);
+      b.store(q.b, b_along_k, k0, depth, gated_k, table, s.b[warp]);
       __syncwarp();
       const int32_t next = k0 + kWarps * kDepth;  // under way while this piece is multiplied
       a.load(q.a, a_along_k, s.unit_m, m0, open_m, next, depth, gated_k, table);
@@ -340,7 +357,7 @@ __device__ void run_product(const SmallParams& p, const SmallProduct& q, int32_t
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocks<T>)
     small_kernel(const __grid_constant__ SmallParams p, int32_t table_size) {
   using C = Arithmetic<T>;
   L0_SHARED(SmallShared<C>, s);
