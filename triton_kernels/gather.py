@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._launch import launch
 from ._variants import Variant
 from .activation import act, act_grad
 from .hard_concrete import gate_slope, gate_value, uniform
@@ -790,7 +791,9 @@ def _forward(
     rows, columns, step, num_warps, num_stages = _forward_tile_for(M, N, FORWARD_TILES)
     grid = -(-M // rows) * -(-N // columns)
     if grid:
-        forward_kernel[(grid,)](
+        launch(
+            forward_kernel,
+            (grid,),
             x,
             weight,
             bias,
@@ -865,7 +868,9 @@ def l0_linear_forward(
     block_out = 0 if out_log_alpha is None else max(ALIGN, triton.next_power_of_2(N))
     # One program draws the gates also where there is no y to compute.
     grid = max(1, -(-M // rows) * -(-N // columns))
-    sampling_forward_kernel[(grid,)](
+    launch(
+        sampling_forward_kernel,
+        (grid,),
         x,
         weight,
         bias,
@@ -955,7 +960,9 @@ def _backward(
         scratch = torch.empty((parts, width), dtype=torch.float32, device=device)
         part_in, part_out = scratch, scratch[:, width_in:]
     if grid:
-        backward_kernel[(grid,)](
+        launch(
+            backward_kernel,
+            (grid,),
             dy,
             x,
             weight,
@@ -1004,7 +1011,9 @@ def _backward(
             num_stages=num_stages,
         )
     if parts > 1:
-        sum_parts_kernel[(-(-width // 128),)](scratch, dz_in, dz_out, width_in, width, parts, BLOCK=128)
+        launch(
+            sum_parts_kernel, (-(-width // 128),), scratch, dz_in, dz_out, width_in, width, parts, BLOCK=128
+        )
     return [dx, dw, db, dz_in, dz_out]
 
 

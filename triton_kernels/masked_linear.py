@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._launch import launch
 from ._variants import Variant
 from .hard_concrete import gate_slope, gate_value, uniform
 from .sample import order
@@ -363,7 +364,9 @@ def masked_weight(weight: Tensor, log_alpha: Tensor, seed: Tensor, dist: HardCon
     out = torch.empty_like(weight)
     n = weight.numel()
     if n:
-        _masked_weight_kernel[(triton.cdiv(n, _BLOCK),)](
+        launch(
+            _masked_weight_kernel,
+            (triton.cdiv(n, _BLOCK),),
             weight, log_alpha, seed, out, n, 1.0 / dist.beta, dist.gamma, dist.zeta, BLOCK=_BLOCK
         )
     return out
@@ -384,7 +387,9 @@ def masked_weight_grad(
     dlog_alpha = torch.empty_like(log_alpha) if need_log_alpha else None
     n = weight.numel()
     if n and (need_w or need_log_alpha):
-        _masked_weight_grad_kernel[(triton.cdiv(n, _BLOCK),)](
+        launch(
+            _masked_weight_grad_kernel,
+            (triton.cdiv(n, _BLOCK),),
             grad,
             weight,
             log_alpha,
@@ -418,7 +423,9 @@ def _prepare(
     tiles = triton.cdiv(n_out, tile_n) * triton.cdiv(n_in, tile_k) if scaled else 0
     programs = len(row_lists) + len(col_lists) + tiles
     if programs:
-        _prepare_kernel[(programs,)](
+        launch(
+            _prepare_kernel,
+            (programs,),
             z,
             row_lists,
             col_lists,
@@ -461,7 +468,9 @@ def _product(
     n_lines, n_blocks = lists.shape[0], lists.shape[1] - 1
     programs = triton.cdiv(m, config.m) * n_lines * triton.cdiv(b_n, config.n)
     if programs:
-        _product_kernel[(programs,)](
+        launch(
+            _product_kernel,
+            (programs,),
             a,
             w,
             None if bias is None else bias.contiguous(),
@@ -563,7 +572,9 @@ def _weight_grad(
     sums = torch.empty(n_rows * tiles if need_z else 0, n_in, dtype=torch.float32, device=z.device)
     programs = n_rows * tiles * triton.cdiv(n_cols * b_in, config.k)
     if programs:
-        _weight_grad_kernel[(programs,)](
+        launch(
+            _weight_grad_kernel,
+            (programs,),
             dy,
             x,
             weight,
@@ -590,7 +601,9 @@ def _weight_grad(
             num_stages=config.stages,
         )
         if dz is not None:
-            _block_sum_kernel[(n_rows * triton.cdiv(n_cols, _BLOCKS),)](
+            launch(
+                _block_sum_kernel,
+                (n_rows * triton.cdiv(n_cols, _BLOCKS),),
                 sums,
                 z,
                 dz,

@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._launch import launch
 from ._variants import Variant
 from .activation import act, act_grad
 
@@ -495,7 +496,9 @@ def matmul(
         ensure_allocator()
     cap_m = triton.cdiv(M, config.BLOCK_M)
     cap_n = triton.cdiv(N, config.BLOCK_N)
-    _matmul[(min(sms * config.CTAS, cap_m * cap_n),)](
+    launch(
+        _matmul,
+        (min(sms * config.CTAS, cap_m * cap_n),),
         a.full, a.packed, b.full, b.packed, c.full, c.packed,
         _stride(a.full), _stride(a.packed), _stride(b.full), _stride(b.packed), _stride(c.full), _stride(c.packed),
         M, N, K,
@@ -572,7 +575,7 @@ def _variant(name: str, layout: str, dtype: str, config: Config, capability: int
         "STORE_TMA": tma and not flags["SCATTER"],
         "SAVED_TMA": tma and saves,
         "HIDDEN_TMA": tma and flags["DZ"],
-        "PRECISION": "tf32" if dtype != "fp32" or config.BLOCK_K == 32 and config.BLOCK_M > 64 else "ieee",
+        "PRECISION": "tf32" if dtype != "fp32" or (config.BLOCK_K == 32 and config.BLOCK_M > 64) else "ieee",
         "GROUP_M": 8,
         **{k: v for k, v in config._asdict().items() if k not in ("num_warps", "num_stages", "CTAS")},
     }

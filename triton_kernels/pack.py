@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._launch import launch
 from ._variants import Variant
 
 Gate = list[Tensor]
@@ -593,7 +594,9 @@ def pack(
         vec = math.gcd(8, n_cols, stride_r, out.shape[1], out.stride(0))
         block_r, block_c = _copy_blocks(n_cols)
         n_tiles = triton.cdiv(out.shape[0], block_r) * triton.cdiv(out.shape[1], block_c)
-        _pack_rows[(min(n_tiles, 2 * _programs(full.device)),)](
+        launch(
+            _pack_rows,
+            (min(n_tiles, 2 * _programs(full.device)),),
             full, out, z_r, index_r, count_r,
             n_rows, n_cols // vec, out.shape[1] // vec, stride_r // vec, stride_c, out.stride(0) // vec,
             HAS_ROWS=rows is not None, SCALE=scale_rows, SKIP_PLAIN=skip, UNIT=unit, VEC=vec,
@@ -604,7 +607,9 @@ def pack(
     vec = math.gcd(8, n_cols, stride_r)
     n_tiles = triton.cdiv(out.shape[0], _GATHER_ROWS) * triton.cdiv(out.shape[1], _GATHER_COLS)
     programs = _programs(full.device, _RESIDENT_SCALED if scale_rows and scale_cols else _RESIDENT)
-    _pack_cols[(min(n_tiles, programs),)](
+    launch(
+        _pack_cols,
+        (min(n_tiles, programs),),
         full, out, z_r, index_r, count_r, z_c, index_c, count_c,
         n_rows, n_cols // vec, stride_r // vec, stride_c, out.stride(0),
         HAS_ROWS=rows is not None, SCALE_ROWS=scale_rows, SCALE_COLS=scale_cols, SKIP_PLAIN=skip,
@@ -667,7 +672,9 @@ def unpack(
         # A program takes whole rows and finishes their dz, unless that leaves the device idle.
         n_chunks = min(triton.cdiv(n_cols, block_c), triton.cdiv(_programs(device), n_steps))
         part_r = torch.empty(n_chunks, n_rows, dtype=torch.float32, device=device) if dz_rows else None
-        _unpack_rows[(n_steps * n_chunks,)](
+        launch(
+            _unpack_rows,
+            (n_steps * n_chunks,),
             packed, out, theta, part_r, z_r, index_r, count_r,
             n_rows, n_cols // vec, packed.stride(0) // vec, out.stride(0) // vec, stride_tr // vec, stride_tc,
             n_chunks,
@@ -682,7 +689,9 @@ def unpack(
     n_chunks = min(max(_programs(device, resident) // n_tiles, 1), triton.cdiv(n_rows, _GATHER_ROWS))
     part_r = torch.empty(n_tiles, n_rows, dtype=torch.float32, device=device) if dz_rows else None
     part_c = torch.empty(n_chunks, n_cols, dtype=torch.float32, device=device) if dz_cols else None
-    _unpack_cols[(n_tiles * n_chunks,)](
+    launch(
+        _unpack_cols,
+        (n_tiles * n_chunks,),
         packed, out, theta, part_r, part_c, z_r, index_r, count_r, z_c, index_c, count_c,
         n_rows, n_cols // vec, index_c.shape[0],
         packed.stride(0), out.stride(0) // vec, stride_tr // vec, stride_tc, n_chunks,
@@ -757,7 +766,9 @@ def _launch_reduce(
     if not size:
         return
     z, index, count = gate or (None, None, None)
-    _reduce[(triton.cdiv(size, _REDUCE_COLS),)](
+    launch(
+        _reduce,
+        (triton.cdiv(size, _REDUCE_COLS),),
         first, second, first_out, second_out, z, index, count, first.shape[0], size, first.stride(0),
         HAS_GATE=gate is not None, DZ=dz, FULL=full, HAS_SECOND=second is not None,
         BLOCK_P=16 if first.shape[0] <= 16 else 64, BLOCK=_REDUCE_COLS, num_warps=4,

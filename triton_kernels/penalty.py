@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._launch import launch
 from ._table import device_table
 from ._variants import Variant
 
@@ -110,7 +111,9 @@ def l0_penalty(log_alphas: list[Tensor], weights: list[float], dist: HardConcret
         rows_each = 1
     programs = -(-rows // rows_each)
     partial = torch.empty(() if programs == 1 else programs, dtype=torch.float32, device=device)
-    _penalty_kernel[(programs,)](
+    launch(
+        _penalty_kernel,
+        (programs,),
         log_alphas[0],
         table,
         partial,

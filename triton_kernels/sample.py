@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._launch import launch
 from ._table import device_table
 from ._variants import Variant
 from .hard_concrete import gate_slope, gate_value, uniform
@@ -210,7 +211,9 @@ def sample(
         table = device_table(key, device, lambda: _table_rows(sizes, addresses, block))
         programs = table.shape[0] // _COLUMNS
     chunk_open = count if whole else torch.empty(programs, dtype=torch.int32, device=device)
-    _draw_kernel[(programs,)](
+    launch(
+        _draw_kernel,
+        (programs,),
         log_alphas[0],
         table,
         seed,
@@ -230,7 +233,9 @@ def sample(
         num_warps=_warps(block),
     )
     if not whole:
-        _order_kernel[(programs,)](
+        launch(
+            _order_kernel,
+            (programs,),
             table,
             z,
             index,
@@ -253,7 +258,9 @@ def gate_grad(dz: Tensor, z: Tensor, dist: HardConcrete) -> Tensor:
     n = z.numel()
     if n:
         grid = (_cdiv(n, _GRAD_BLOCK),)
-        _gate_grad_kernel[grid](
+        launch(
+            _gate_grad_kernel,
+            grid,
             dz, z, grad, n, 1.0 / dist.beta, dist.gamma, dist.zeta, BLOCK=_GRAD_BLOCK, num_warps=4
         )
     return grad

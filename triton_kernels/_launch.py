@@ -1,0 +1,67 @@
+"""Launches compiled kernels without Triton's binding, which costs the host several times the launch itself.
+
+A layer calls its kernels with the same sizes, strides and types step after step: those are the key, the compiled
+kernel the value, and addresses pass as plain numbers.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton import knobs
+from triton.runtime.interpreter import InterpretedFunction
+
+_INTERPRETED = knobs.runtime.interpret
+_LIMIT = 4096
+_UNALIGNED = object()
+_HOOKS = (knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook)  # a profiler's, called by Triton alone
+_compiled: dict[tuple[Any, ...], Any] = {}
+
+
+def launch(
+    kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int = 4, num_stages: int = 3, **constants: Any
+) -> None:
+    """``kernel[grid](*args, num_warps=..., num_stages=..., **constants)`` on the current device and stream.
+
+    Args:
+        args: tensors, numbers and None, in the order of the kernel's parameters.
+        constants: its constexpr parameters, which come last, in their order.
+    """
+    if _INTERPRETED:
+        if isinstance(kernel, InterpretedFunction):
+            _check(kernel, args, constants)
+        kernel[grid](*args, num_warps=num_warps, num_stages=num_stages, **constants)
+        return
+    device = torch.cuda.current_device()
+    values: list[Any] = []
+    key = [id(kernel), device, num_warps, num_stages, *constants.values()]
+    for arg in args:
+        if isinstance(arg, Tensor):
+            address = arg.data_ptr()
+            values.append(address)
+            key.append(arg.dtype)
+            if address & 15:
+                key.append(_UNALIGNED)
+        else:
+            values.append(arg)
+            key.append(arg)
+    compiled = _compiled.get(tuple(key))
+    if compiled is None or _HOOKS[0].calls or _HOOKS[1].calls:
+        _check(kernel, args, constants)
+        if len(_compiled) >= _LIMIT:
+            _compiled.clear()
+        _compiled[tuple(key)] = kernel[grid](*args, num_warps=num_warps, num_stages=num_stages, **constants)
+        return
+    x, y, z = (*grid, 1, 1)[:3]
+    stream = torch._C._cuda_getCurrentRawStream(device)
+    compiled.run(
+        x, y, z, stream, compiled.function, compiled.packed_metadata, None, None, None, *values, *constants.values()
+    )
+
+
+def _check(kernel: Any, args: tuple[Any, ...], constants: dict[str, Any]) -> None:
+    expected = kernel.arg_names[len(args) :]
+    if [*constants] != expected:
+        raise TypeError(f"after {len(args)} arguments the kernel takes {expected}, got {[*constants]}")
