@@ -248,6 +248,10 @@ def read_junit(path: Path) -> tuple[Counts, list[str], dict[str, int]]:
         if bad is not None:
             counts["failed"] += 1
             message = (bad.get("message") or "").strip().splitlines() or [""]
+            if message[0] == "collection failure":
+                message = [line for line in (bad.text or "").splitlines() if line.startswith("E ")][
+                    -1:
+                ] or message
             lines.append(f"{case.get('name')}: {message[0][:200]}")
         elif skipped is not None:
             counts["skipped"] += 1

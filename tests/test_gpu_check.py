@@ -151,6 +151,40 @@ def test_the_split_of_a_file_leaves_no_test_out_and_runs_none_twice():
 # ---- parts
 
 
+def test_tests_part_reports_every_process_and_those_of_a_fresh_build(check, monkeypatch):
+    tests = check.work / "tests"
+    tests.mkdir()
+    (check.work / "pyproject.toml").write_text("[tool.pytest.ini_options]\n")
+    (tests / "test_gpu_a.py").write_text("def test_a(): pass\ndef test_a_cuda(): assert False, 'wrong'\n")
+    (tests / "test_triton_b.py").write_text("import no_such_module\n")
+    (tests / "test_cuda_c.py").write_text("def test_c(): pass\n")
+    monkeypatch.setattr(gpu_check, "ROOT", check.work)
+
+    def build(check, limit_s):
+        for name in ("_C.x.so", "_CUDA.x.so"):
+            (check.site / "l0kernels" / name).touch()
+        return Done(0, "", 1.0)
+
+    monkeypatch.setattr(gpu_check, "build", build)
+    monkeypatch.setattr(gpu_check, "warm_up", lambda check, op, limit_s: Done(1, f"no {op}", 2.0))
+    check.deadline += 60
+    gpu_check.tests(check)
+    text = logged(check)
+    for line in (
+        "native extensions: _C.x.so, _CUDA.x.so, 1 s",
+        "test_gpu_a.py[not cuda]: 1 passed, 0 failed, 0 skipped",
+        "test_gpu_a.py[cuda]: 0 passed, 1 failed, 0 skipped",
+        "test_a_cuda: AssertionError: wrong",
+        "test_cuda_c.py: 1 passed",
+        "test_triton_b.py: 0 passed, 1 failed",
+        "No module named 'no_such_module'",
+        "kernels of ffn: exit 1 after 2 s",
+        "TESTS: 2 passed, 2 failed, 0 skipped",
+    ):
+        assert line in text, text
+    assert len(check.failures) == 2
+
+
 def test_parts_are_dropped_by_name_and_a_failing_one_does_not_stop_the_next(check, monkeypatch):
     def bad(check):
         raise OSError("no disk")
