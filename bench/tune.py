@@ -39,7 +39,6 @@ CANDIDATES = {
         Config(128, 128, 64, 4, 3, 4, False, 2),
         Config(64, 256, 64, 4, 2, 8, True, 2),
         Config(128, 256, 64, 8, 3, 2),
-
         Config(128, 256, 64, 8, 3, 4),
         Config(128, 256, 64, 8, 3, 8),
         Config(128, 256, 64, 8, 3, 8, False),
@@ -60,41 +59,91 @@ CANDIDATES = {
 def works(tokens: int, hidden: int, model: int, dtype: torch.dtype):
     """name -> (candidates, flops, dense product, gated product of a config)."""
     new = lambda *shape: torch.randn(*shape, device="cuda", dtype=dtype)  # noqa: E731
-    x, w1, w2, dy = new(tokens, model), new(hidden, model) * 0.02, new(model, hidden) * 0.02, new(tokens, model)
+    x, w1, w2, dy = (
+        new(tokens, model),
+        new(hidden, model) * 0.02,
+        new(model, hidden) * 0.02,
+        new(tokens, model),
+    )
     h, a, bias = new(tokens, hidden), new(tokens, hidden), new(hidden)
     up, down = torch.empty_like(h), torch.empty_like(x)
     dw1, dw2 = torch.empty_like(w1), torch.empty_like(w2)
     z = torch.ones(hidden, device="cuda")
-    gate = [z, torch.arange(hidden, device="cuda", dtype=torch.int32), torch.full((2,), hidden, device="cuda", dtype=torch.int32)]
+    gate = [
+        z,
+        torch.arange(hidden, device="cuda", dtype=torch.int32),
+        torch.full((2,), hidden, device="cuda", dtype=torch.int32),
+    ]
     partial = torch.empty(3, triton.cdiv(tokens, 64), hidden, device="cuda")
     flops = 2.0 * tokens * hidden * model
     both = lambda t: Operand(t, t)  # noqa: E731
     size = (tokens, hidden, model)
-    yield "up nt", "linear", flops, lambda: torch.mm(x, w1.t(), out=up), lambda c: matmul(
-        "nt", Operand(x), Operand(w1), Operand(up), *size, config=c
+    yield (
+        "up nt",
+        "linear",
+        flops,
+        lambda: torch.mm(x, w1.t(), out=up),
+        lambda c: matmul("nt", Operand(x), Operand(w1), Operand(up), *size, config=c),
     )
     yield "up nt gelu", "act", flops, lambda: torch.nn.functional.gelu(torch.addmm(bias, x, w1.t(), out=up)), lambda c: matmul(
         "nt", Operand(x), both(w1), Operand(None, up), *size, n_gate=gate, epilogue="act", activation="gelu", bias=bias,
         scale_n=True, saved=a, config=c
     )  # fmt: skip
-    yield "down nt", "linear", flops, lambda: torch.mm(h, w2.t(), out=down), lambda c: matmul(
-        "nt", Operand(None, h), both(w2), Operand(down), tokens, model, hidden, k_gate=gate, config=c
+    yield (
+        "down nt",
+        "linear",
+        flops,
+        lambda: torch.mm(h, w2.t(), out=down),
+        lambda c: matmul(
+            "nt", Operand(None, h), both(w2), Operand(down), tokens, model, hidden, k_gate=gate, config=c
+        ),
     )
-    yield "dh nn", "linear", flops, lambda: torch.mm(dy, w2, out=up), lambda c: matmul(
-        "nn", Operand(dy), Operand(w2), Operand(up), tokens, hidden, model, config=c
+    yield (
+        "dh nn",
+        "linear",
+        flops,
+        lambda: torch.mm(dy, w2, out=up),
+        lambda c: matmul("nn", Operand(dy), Operand(w2), Operand(up), tokens, hidden, model, config=c),
     )
     yield "dh nn gelu'", "act", flops, lambda: torch.ops.aten.gelu_backward(torch.mm(dy, w2, out=up), a), lambda c: matmul(
         "nn", Operand(dy), both(w2), Operand(None, up), tokens, hidden, model, n_gate=gate, epilogue="grad",
         activation="gelu", scale_n=True, saved=a, hidden=Operand(None, h), partial=partial, dz=True, db=True, config=c
     )  # fmt: skip
-    yield "dx nn", "linear", flops, lambda: torch.mm(h, w1, out=down), lambda c: matmul(
-        "nn", Operand(None, h), both(w1), Operand(down), tokens, model, hidden, k_gate=gate, config=c
+    yield (
+        "dx nn",
+        "linear",
+        flops,
+        lambda: torch.mm(h, w1, out=down),
+        lambda c: matmul(
+            "nn", Operand(None, h), both(w1), Operand(down), tokens, model, hidden, k_gate=gate, config=c
+        ),
     )
-    yield "dw2 tn", "linear", flops, lambda: torch.mm(dy.t(), h, out=dw2), lambda c: matmul(
-        "tn", Operand(dy), Operand(None, h), both(dw2), model, hidden, tokens, n_gate=gate, config=c
+    yield (
+        "dw2 tn",
+        "linear",
+        flops,
+        lambda: torch.mm(dy.t(), h, out=dw2),
+        lambda c: matmul(
+            "tn", Operand(dy), Operand(None, h), both(dw2), model, hidden, tokens, n_gate=gate, config=c
+        ),
     )
-    yield "dw1 tn scatter", "linear", flops, lambda: torch.mm(h.t(), x, out=dw1), lambda c: matmul(
-        "tn", Operand(None, h), Operand(x), Operand(dw1), hidden, model, tokens, m_gate=gate, scatter=True, config=c
+    yield (
+        "dw1 tn scatter",
+        "linear",
+        flops,
+        lambda: torch.mm(h.t(), x, out=dw1),
+        lambda c: matmul(
+            "tn",
+            Operand(None, h),
+            Operand(x),
+            Operand(dw1),
+            hidden,
+            model,
+            tokens,
+            m_gate=gate,
+            scatter=True,
+            config=c,
+        ),
     )
     w13 = new(2 * hidden, model) * 0.02
     wide = new(tokens, 2 * hidden)

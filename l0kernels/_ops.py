@@ -128,12 +128,26 @@ def l0_penalty(
     return module(backend).l0_penalty(log_alpha, weights, _dist(beta, gamma, zeta))
 
 
+def _fake_gated_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    in_gate: list[Tensor],
+    out_gate: list[Tensor],
+    scale_out: bool,
+    dtype: torch.dtype,
+    backend: str,
+) -> list[Tensor]:
+    shapes = [(x.shape[0], weight.shape[0])]
+    if backend == "triton":
+        shapes += module(backend).linear_saved_shapes(x, weight, bool(in_gate), bool(out_gate), dtype)
+    return [x.new_empty(shape, dtype=dtype) for shape in shapes]
+
+
 @_define(
     "gated_linear(Tensor x, Tensor weight, Tensor? bias, Tensor[] in_gate, Tensor[] out_gate, bool scale_out,"
-    " ScalarType dtype, str backend) -> Tensor",
-    lambda x, weight, bias, in_gate, out_gate, scale_out, dtype, backend: x.new_empty(
-        x.shape[0], weight.shape[0], dtype=dtype
-    ),
+    " ScalarType dtype, str backend) -> Tensor[]",
+    _fake_gated_linear,
 )
 def gated_linear(
     x: Tensor,
@@ -144,8 +158,10 @@ def gated_linear(
     scale_out: bool,
     dtype: torch.dtype,
     backend: str,
-) -> Tensor:
-    return module(backend).linear_forward(x, weight, bias, _gate(in_gate), _gate(out_gate), scale_out, dtype)
+) -> list[Tensor]:
+    """y, and what backward takes over."""
+    y = module(backend).linear_forward(x, weight, bias, _gate(in_gate), _gate(out_gate), scale_out, dtype)
+    return [y[0], *y[1]] if backend == "triton" else [y]
 
 
 def _fake_l0_linear(
@@ -180,7 +196,9 @@ def l0_linear(
     backend: str,
 ) -> list[Tensor]:
     """y, and z, index and count as of ``sample``: the backends that draw within the product."""
-    return [*module(backend).l0_linear(x, weight, bias, in_log_alpha, out_log_alpha, seed, _dist(*dist), dtype)]
+    return [
+        *module(backend).l0_linear(x, weight, bias, in_log_alpha, out_log_alpha, seed, _dist(*dist), dtype)
+    ]
 
 
 def draws_within(
@@ -197,6 +215,7 @@ def _fake_gated_linear_backward(
     bias: Tensor | None,
     in_gate: list[Tensor],
     out_gate: list[Tensor],
+    saved: list[Tensor],
     scale_out: bool,
     full_in: bool,
     full_out: bool,
@@ -217,8 +236,8 @@ def _fake_gated_linear_backward(
 
 @_define(
     "gated_linear_backward(Tensor dy, Tensor x, Tensor weight, Tensor? bias, Tensor[] in_gate,"
-    " Tensor[] out_gate, bool scale_out, bool full_in, bool full_out, ScalarType dtype, bool[] needs,"
-    " float[] dist, str backend) -> Tensor[]",
+    " Tensor[] out_gate, Tensor[] saved, bool scale_out, bool full_in, bool full_out, ScalarType dtype,"
+    " bool[] needs, float[] dist, str backend) -> Tensor[]",
     _fake_gated_linear_backward,
 )
 def gated_linear_backward(
@@ -228,6 +247,7 @@ def gated_linear_backward(
     bias: Tensor | None,
     in_gate: list[Tensor],
     out_gate: list[Tensor],
+    saved: list[Tensor],
     scale_out: bool,
     full_in: bool,
     full_out: bool,
@@ -237,12 +257,15 @@ def gated_linear_backward(
     backend: str,
 ) -> list[Tensor]:
     """With ``dist`` (beta, gamma, zeta) the gates' gradients are those of log_alpha, else those of z."""
-    args = (dy, x, weight, bias, _gate(in_gate), _gate(out_gate), scale_out, full_in, full_out, dtype, needs)
+    gates = (_gate(in_gate), _gate(out_gate))
+    args = (dy, x, weight, bias, *gates, scale_out, full_in, full_out, dtype, needs)
+    if backend == "triton":
+        args = (dy, x, weight, bias, *gates, saved, scale_out, full_in, full_out, dtype, needs)
     if not dist or backend in _FUSED_GATE_GRAD:
         return _given(module(backend).linear_backward(*args, *([_dist(*dist)] if dist else [])), x)
     grads = module(backend).linear_backward(*args)
-    gates = [gate[0] if gate else None for gate in (in_gate, out_gate)]
-    return _given([*grads[:3], *_log_alpha_grads(grads[3:], gates, dist, backend)], x)
+    z = [gate[0] if gate else None for gate in gates]
+    return _given([*grads[:3], *_log_alpha_grads(grads[3:], z, dist, backend)], x)
 
 
 def _gates(tensors: list[Tensor | None]) -> list[list[Tensor] | None]:
@@ -258,10 +281,12 @@ def _fake_gated_mlp(
     gates: list[Tensor | None],
     activation: str,
     dtype: torch.dtype,
+    repack: bool,
     backend: str,
 ) -> list[Tensor]:
     if backend == "triton":
-        shapes = module(backend).saved_shapes(x, weights, activation, dtype)
+        gated = [gate is not None for gate in gates[::3]]
+        shapes = module(backend).saved_shapes(x, weights, gated, activation, dtype, repack)
         shapes.insert(0, (x.shape[0], weights[-1].shape[0]))
         return [x.new_empty(shape, dtype=dtype) for shape in shapes]
     # Rows, not the columns of the next: a gated product keeps both of its arguments.
@@ -289,7 +314,7 @@ def _keeps_both(
 
 @_define(
     "gated_mlp(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor?[] gates, str activation,"
-    " ScalarType dtype, str backend) -> Tensor[]",
+    " ScalarType dtype, bool repack, str backend) -> Tensor[]",
     _fake_gated_mlp,
 )
 def gated_mlp(
@@ -299,9 +324,12 @@ def gated_mlp(
     gates: list[Tensor | None],
     activation: str,
     dtype: torch.dtype,
+    repack: bool,
     backend: str,
 ) -> list[Tensor]:
-    y, saved = module(backend).mlp_forward(x, weights, biases, _gates(gates), activation, dtype)
+    """y, and what backward takes over; with ``repack`` without packed operands, which it then packs again."""
+    args = (x, weights, biases, _gates(gates), activation, dtype)
+    y, saved = module(backend).mlp_forward(*args, *([repack] if backend == "triton" else []))
     return [y, *saved]
 
 

@@ -159,7 +159,10 @@ def draw(
 
 
 def check_draw(
-    log_alphas: list[Tensor], seed: Tensor | None, dist: HardConcrete, generator: torch.Generator | None = None
+    log_alphas: list[Tensor],
+    seed: Tensor | None,
+    dist: HardConcrete,
+    generator: torch.Generator | None = None,
 ) -> Tensor:
     """The seed of a draw: the checked one that was given, or a fresh one."""
     check_dist(dist)

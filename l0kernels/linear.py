@@ -76,8 +76,8 @@ class _GatedLinear(torch.autograd.Function):
         in_gate = _NO_GATE if in_z is None else [in_z, in_index, in_count]
         out_gate = _NO_GATE if out_z is None else [out_z, out_index, out_count]
         scale_out, _, _, dtype = options
-        y = _ops.gated_linear(as_rows(x), weight, bias, in_gate, out_gate, scale_out, dtype, backend)
-        ctx.save_for_backward(x, weight, bias, in_z, in_index, in_count, out_z, out_index, out_count)
+        y, *saved = _ops.gated_linear(as_rows(x), weight, bias, in_gate, out_gate, scale_out, dtype, backend)
+        ctx.save_for_backward(x, weight, bias, in_z, in_index, in_count, out_z, out_index, out_count, *saved)
         ctx.settings = (options, dist, backend)
         return like_rows(y, x)
 
@@ -121,13 +121,23 @@ class _L0Linear(torch.autograd.Function):
 def _backward(ctx: Any, dy: Tensor) -> list[Tensor | None]:
     """Gradients of x, weight, bias and the sources of the two gates."""
     _ops.refuse_second_derivative("gated_linear")
-    x, weight, bias, in_z, in_index, in_count, out_z, out_index, out_count = ctx.saved_tensors
+    x, weight, bias, in_z, in_index, in_count, out_z, out_index, out_count, *saved = ctx.saved_tensors
     options, dist, backend = ctx.settings
     in_gate = _NO_GATE if in_z is None else [in_z, in_index, in_count]
     out_gate = _NO_GATE if out_z is None else [out_z, out_index, out_count]
     needs = list(ctx.needs_input_grad[:5])
     grads = _ops.gated_linear_backward(
-        as_rows(dy), as_rows(x), weight, bias, in_gate, out_gate, *options, needs, constants(dist), backend
+        as_rows(dy),
+        as_rows(x),
+        weight,
+        bias,
+        in_gate,
+        out_gate,
+        saved,
+        *options,
+        needs,
+        constants(dist),
+        backend,
     )
     dx, *rest = (grad if needed else None for grad, needed in zip(grads, needs, strict=True))
     return [dx if dx is None or x.ndim == 2 else dx.view(x.shape), *rest]

@@ -33,7 +33,7 @@ class _MaskedLinear(torch.autograd.Function):
         backend: str,
     ) -> Tensor:
         masked = _ops.masked_weight(weight, log_alpha, seed, *constants, backend)
-        y = _ops.gated_linear(as_rows(x), masked, bias, _NO_GATE, _NO_GATE, False, dtype, backend)
+        (y,) = _ops.gated_linear(as_rows(x), masked, bias, _NO_GATE, _NO_GATE, False, dtype, backend)
         ctx.save_for_backward(x, weight, bias, log_alpha, seed)
         ctx.options = (constants, dtype, backend)
         return like_rows(y, x)
@@ -51,6 +51,7 @@ class _MaskedLinear(torch.autograd.Function):
             as_rows(x),
             masked,
             bias,
+            _NO_GATE,
             _NO_GATE,
             _NO_GATE,
             False,

@@ -32,6 +32,7 @@ class _GatedMlp(torch.autograd.Function):
         full: list[bool],
         dtype: torch.dtype,
         dist: HardConcrete | None,
+        repack: bool,
         backend: str,
         *tensors: Tensor | None,
     ) -> Tensor:
@@ -40,7 +41,7 @@ class _GatedMlp(torch.autograd.Function):
         for i, source in enumerate(tensors[2 * depth : 3 * depth]):
             if gates[3 * i] is None:
                 gates[3 * i] = source
-        y, *saved = _ops.gated_mlp(as_rows(x), weights, biases, gates, activation, dtype, backend)
+        y, *saved = _ops.gated_mlp(as_rows(x), weights, biases, gates, activation, dtype, repack, backend)
         ctx.save_for_backward(x, *weights, *biases, *gates, *saved)
         ctx.settings = (activation, full, dtype, dist, backend)
         return like_rows(y, x)
@@ -53,7 +54,7 @@ class _GatedMlp(torch.autograd.Function):
         x, *tensors = ctx.saved_tensors
         weights, biases, gates = tensors[:depth], tensors[depth : 2 * depth], tensors[2 * depth : 5 * depth]
         wanted = ctx.needs_input_grad
-        needs = [wanted[0], *wanted[6 : 6 + 3 * depth]]
+        needs = [wanted[0], *wanted[7 : 7 + 3 * depth]]
         saved = tensors[5 * depth :]
         grads = _ops.gated_mlp_backward(
             as_rows(dy),
@@ -71,7 +72,7 @@ class _GatedMlp(torch.autograd.Function):
         )
         dx, *rest = (g if n else None for g, n in zip(grads, needs, strict=True))
         dx = dx if dx is None or x.ndim == 2 else dx.view(x.shape)
-        return (dx, None, None, None, None, None, *rest, *[None] * (3 * depth))
+        return (dx, *[None] * 6, *rest, *[None] * (3 * depth))
 
 
 def gated_mlp(
@@ -80,6 +81,8 @@ def gated_mlp(
     biases: Sequence[Tensor | None],
     gates: Sequence[Gates | None],
     activation: str = "relu",
+    *,
+    repack_in_backward: bool = False,
 ) -> Tensor:
     """Chain of linear layers, each gated at its input, hidden activations packed to the open units.
 
@@ -96,6 +99,8 @@ def gated_mlp(
         biases: L vectors, as long as their weight has rows, or None each.
         gates: L Gates of n_l gates or None each; gates[l] multiplies the input of layer l.
         activation: "relu", "gelu" (the erf form), "silu", "identity", "swiglu" or "geglu".
+        repack_in_backward: on a GPU, pack the gated weights and x again for backward instead of keeping
+            forward's packs: saves their memory, costs the time to write them. No effect on a CPU.
 
     Returns:
         y (..., n_L) in the dtype of x (under autocast, in its dtype).
@@ -118,6 +123,7 @@ def gated_mlp(
         [gate is not None and gate.full_grad for gate in gates],
         dtype,
         None,
+        repack_in_backward,
         backend,
         *weights,
         *biases,
@@ -135,6 +141,7 @@ def l0_mlp(
     *,
     seed: Tensor | None = None,
     dist: HardConcrete = DEFAULT_DIST,
+    repack_in_backward: bool = False,
 ) -> Tensor:
     """Draws the gates and applies the chain: sample_gates followed by gated_mlp, as one autograd node.
 
@@ -147,6 +154,7 @@ def l0_mlp(
         activation: as in gated_mlp.
         seed: (1,) int64 on the device of x; None draws one from torch's default generator.
         dist: the distribution's constants.
+        repack_in_backward: as in gated_mlp.
 
     Returns:
         y (..., n_L) in the dtype of x (under autocast, in its dtype).
@@ -154,7 +162,7 @@ def l0_mlp(
     Raises:
         TypeError, ValueError, RuntimeError: as sample_gates and gated_mlp.
     """
-    return _l0_mlp(x, weights, biases, log_alphas, activation, seed, dist, None)
+    return _l0_mlp(x, weights, biases, log_alphas, activation, seed, dist, None, repack_in_backward)
 
 
 def drawn_mlp(
@@ -165,9 +173,10 @@ def drawn_mlp(
     gates: Sequence[Gates | None],
     activation: str,
     dist: HardConcrete,
+    repack_in_backward: bool = False,
 ) -> Tensor:
     """l0_mlp with gates that were drawn from its log_alphas before, detached; of their sizes."""
-    return _l0_mlp(x, weights, biases, log_alphas, activation, None, dist, gates)
+    return _l0_mlp(x, weights, biases, log_alphas, activation, None, dist, gates, repack_in_backward)
 
 
 def _l0_mlp(
@@ -179,6 +188,7 @@ def _l0_mlp(
     seed: Tensor | None,
     dist: HardConcrete,
     gates: Sequence[Gates | None] | None,
+    repack_in_backward: bool,
 ) -> Tensor:
     if activation not in ROWS or not _checks.fits_chain(x, weights, biases, log_alphas, ROWS[activation]):
         _check_l0_mlp(x, weights, biases, log_alphas, activation)
@@ -193,7 +203,9 @@ def _l0_mlp(
     if backend == "reference":
         return reference.l0_mlp(x, weights, biases, log_alphas, activation, seed=seed, dist=dist)
     if not given:
-        return gated_mlp(x, weights, biases, [None] * len(weights), activation)
+        return gated_mlp(
+            x, weights, biases, [None] * len(weights), activation, repack_in_backward=repack_in_backward
+        )
     dtype = compute_dtype(x)
     if gates is None:
         fresh = iter(draw(given, seed, dist, backend))
@@ -205,6 +217,7 @@ def _l0_mlp(
         [False] * len(weights),
         dtype,
         dist,
+        repack_in_backward,
         backend,
         *weights,
         *biases,

@@ -20,7 +20,9 @@ def close(value, truth, terms):
     unit = 2.0**-23 if INTERPRETED else 2.0**-11
     if truth.numel() == 0:
         return
-    torch.testing.assert_close(value, truth, rtol=0, atol=8 * unit * terms**0.5 * max(1.0, truth.abs().max().item()))
+    torch.testing.assert_close(
+        value, truth, rtol=0, atol=8 * unit * terms**0.5 * max(1.0, truth.abs().max().item())
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -55,7 +57,9 @@ def test_hidden_layer_and_its_gradients(keep, activation, plain, pointers):
         "nt", Operand(x), Operand(w, bury(w, gate, None)), Operand(None, h), M, N, K, n_gate=gate, epilogue="act",
         activation=activation, bias=b, scale_n=True, saved=slope if saves else None, **options,
     )  # fmt: skip
-    act = {"gelu": torch.nn.functional.gelu, "silu": torch.nn.functional.silu, "relu": torch.relu}.get(activation)
+    act = {"gelu": torch.nn.functional.gelu, "silu": torch.nn.functional.silu, "relu": torch.relu}.get(
+        activation
+    )
     a, z = (x @ w.T + b).requires_grad_(), gate[0].clone().requires_grad_()
     hidden = (act(a) if act else a) * z
     close(dig(h, None, gate, (M, N)), hidden.detach(), K)
@@ -84,10 +88,14 @@ def test_hidden_layer_and_its_gradients(keep, activation, plain, pointers):
     close(dw1, a.grad.T @ x, M * 4)
     assert not dw1[~is_open].any()
     dx = torch.full((M, K), float("nan"), device=DEVICE)
-    matmul("nn", Operand(None, da), Operand(w, bury(w, gate, None)), Operand(dx), M, K, N, k_gate=gate, **options)
+    matmul(
+        "nn", Operand(None, da), Operand(w, bury(w, gate, None)), Operand(dx), M, K, N, k_gate=gate, **options
+    )
     close(dx, a.grad @ w, N * 4)
     y = torch.full((M, D), float("nan"), device=DEVICE)
-    matmul("nt", Operand(None, h), Operand(w2, bury(w2, None, gate)), Operand(y), M, D, N, k_gate=gate, **options)
+    matmul(
+        "nt", Operand(None, h), Operand(w2, bury(w2, None, gate)), Operand(y), M, D, N, k_gate=gate, **options
+    )
     close(y, hidden.detach() @ w2.T, N * 4)
 
 

@@ -16,7 +16,10 @@ from triton.runtime.interpreter import InterpretedFunction
 _INTERPRETED = knobs.runtime.interpret
 _LIMIT = 4096
 _UNALIGNED = object()
-_HOOKS = (knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook)  # a profiler's, called by Triton alone
+_HOOKS = (
+    knobs.runtime.launch_enter_hook,
+    knobs.runtime.launch_exit_hook,
+)  # a profiler's, called by Triton alone
 _compiled: dict[tuple[Any, ...], Any] = {}
 
 
@@ -57,7 +60,17 @@ def launch(
     x, y, z = (*grid, 1, 1)[:3]
     stream = torch._C._cuda_getCurrentRawStream(device)
     compiled.run(
-        x, y, z, stream, compiled.function, compiled.packed_metadata, None, None, None, *values, *constants.values()
+        x,
+        y,
+        z,
+        stream,
+        compiled.function,
+        compiled.packed_metadata,
+        None,
+        None,
+        None,
+        *values,
+        *constants.values(),
     )
 
 

@@ -367,7 +367,15 @@ def masked_weight(weight: Tensor, log_alpha: Tensor, seed: Tensor, dist: HardCon
         launch(
             _masked_weight_kernel,
             (triton.cdiv(n, _BLOCK),),
-            weight, log_alpha, seed, out, n, 1.0 / dist.beta, dist.gamma, dist.zeta, BLOCK=_BLOCK
+            weight,
+            log_alpha,
+            seed,
+            out,
+            n,
+            1.0 / dist.beta,
+            dist.gamma,
+            dist.zeta,
+            BLOCK=_BLOCK,
         )
     return out
 

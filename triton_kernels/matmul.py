@@ -67,7 +67,9 @@ def _extent(count_ptr, size, HAS: tl.constexpr):
 
 
 @triton.jit
-def _load(desc, ptr, stride, row, col, n_rows, n_cols, ROWS: tl.constexpr, COLS: tl.constexpr, TMA: tl.constexpr):
+def _load(
+    desc, ptr, stride, row, col, n_rows, n_cols, ROWS: tl.constexpr, COLS: tl.constexpr, TMA: tl.constexpr
+):
     """Tile (ROWS, COLS) at (row, col), zero outside (n_rows, n_cols)."""
     if TMA:
         return desc.load([row, col])
@@ -143,7 +145,19 @@ def _epilogue(
                 d_up = h
                 if SCALE_N:
                     d_up *= z[None, :]
-                _store(s_desc, s_ptr, stride_s, d_up, row, col + half_s, r, row_mask, c_cols + half_s, COLS, SAVED_TMA)
+                _store(
+                    s_desc,
+                    s_ptr,
+                    stride_s,
+                    d_up,
+                    row,
+                    col + half_s,
+                    r,
+                    row_mask,
+                    c_cols + half_s,
+                    COLS,
+                    SAVED_TMA,
+                )
             if SCALE_N:
                 slope *= z[None, :]
             elif HAS_N:
@@ -156,7 +170,9 @@ def _epilogue(
         _store(c_desc, c_ptr, stride_c, h, row, col, r, row_mask, c_cols, COLS, STORE_TMA)
     elif EPILOGUE == "grad" or EPILOGUE == "glu_grad":
         if DZ or ACT == "relu":
-            h = _load(h_desc, h_ptr, stride_h, row, col, n_rows, c_cols, ROWS, COLS, HIDDEN_TMA).to(tl.float32)
+            h = _load(h_desc, h_ptr, stride_h, row, col, n_rows, c_cols, ROWS, COLS, HIDDEN_TMA).to(
+                tl.float32
+            )
         if DZ:
             at = partial_ptr + pid_m.to(tl.int64) * stride_partial + c
             tl.store(at, tl.sum(acc * h, 0), mask=c < c_cols)
@@ -169,17 +185,33 @@ def _epilogue(
             if SCALE_N:
                 grad = tl.where((z != 0.0)[None, :], acc * z[None, :], 0.0)
         else:
-            grad = acc * _load(s_desc, s_ptr, stride_s, row, col, n_rows, c_cols + half_s, ROWS, COLS, SAVED_TMA).to(tl.float32)
+            grad = acc * _load(
+                s_desc, s_ptr, stride_s, row, col, n_rows, c_cols + half_s, ROWS, COLS, SAVED_TMA
+            ).to(tl.float32)
         if DB:
             at = partial_ptr + partial_plane + pid_m.to(tl.int64) * stride_partial + c
             tl.store(at, tl.sum(grad, 0), mask=c < c_cols)
         _store(c_desc, c_ptr, stride_c, grad, row, col, r, row_mask, c_cols, COLS, STORE_TMA)
         if EPILOGUE == "glu_grad":
-            s = _load(s_desc, s_ptr, stride_s, row, col + half_s, n_rows, c_cols + half_s, ROWS, COLS, SAVED_TMA).to(tl.float32)
+            s = _load(
+                s_desc, s_ptr, stride_s, row, col + half_s, n_rows, c_cols + half_s, ROWS, COLS, SAVED_TMA
+            ).to(tl.float32)
             grad = acc * s
             if DB:
                 tl.store(at + partial_plane, tl.sum(grad, 0), mask=c < c_cols)
-            _store(c_desc, c_ptr, stride_c, grad, row, col + half_c, r, row_mask, c_cols + half_c, COLS, STORE_TMA)
+            _store(
+                c_desc,
+                c_ptr,
+                stride_c,
+                grad,
+                row,
+                col + half_c,
+                r,
+                row_mask,
+                c_cols + half_c,
+                COLS,
+                STORE_TMA,
+            )
     else:
         if SCALE_N:
             acc = tl.where((z != 0.0)[None, :], acc * z[None, :], 0.0)
@@ -192,22 +224,74 @@ def _epilogue(
 
 @triton.jit
 def _matmul(
-    a_full_ptr, a_packed_ptr, b_full_ptr, b_packed_ptr, c_full_ptr, c_packed_ptr,
-    stride_a_full, stride_a_packed, stride_b_full, stride_b_packed, stride_c_full, stride_c_packed,
-    M, N, K,
-    m_count_ptr, n_count_ptr, k_count_ptr, m_index_ptr, n_index_ptr, m_z_ptr, n_z_ptr, bias_ptr,
-    saved_ptr, stride_s, hidden_full_ptr, hidden_packed_ptr, stride_h_full, stride_h_packed,
-    partial_ptr, stride_partial, partial_plane,
-    half_a_full, half_a_packed, half_b_full, half_b_packed, half_c, half_s, half_bias,
-    HAS_M: tl.constexpr, HAS_N: tl.constexpr, HAS_K: tl.constexpr,
-    A_FORM: tl.constexpr, B_FORM: tl.constexpr, C_FORM: tl.constexpr,
-    LAYOUT: tl.constexpr, EPILOGUE: tl.constexpr, ACT: tl.constexpr,
-    HAS_BIAS: tl.constexpr, SCALE_M: tl.constexpr, SCALE_N: tl.constexpr, SCATTER: tl.constexpr,
-    SAVE: tl.constexpr, HALVES: tl.constexpr, DZ: tl.constexpr, DB: tl.constexpr,
-    TMA: tl.constexpr, STORE_TMA: tl.constexpr, SAVED_TMA: tl.constexpr, HIDDEN_TMA: tl.constexpr, HIDDEN: tl.constexpr,
+    a_full_ptr,
+    a_packed_ptr,
+    b_full_ptr,
+    b_packed_ptr,
+    c_full_ptr,
+    c_packed_ptr,
+    stride_a_full,
+    stride_a_packed,
+    stride_b_full,
+    stride_b_packed,
+    stride_c_full,
+    stride_c_packed,
+    M,
+    N,
+    K,
+    m_count_ptr,
+    n_count_ptr,
+    k_count_ptr,
+    m_index_ptr,
+    n_index_ptr,
+    m_z_ptr,
+    n_z_ptr,
+    bias_ptr,
+    saved_ptr,
+    stride_s,
+    hidden_full_ptr,
+    hidden_packed_ptr,
+    stride_h_full,
+    stride_h_packed,
+    partial_ptr,
+    stride_partial,
+    partial_plane,
+    half_a_full,
+    half_a_packed,
+    half_b_full,
+    half_b_packed,
+    half_c,
+    half_s,
+    half_bias,
+    HAS_M: tl.constexpr,
+    HAS_N: tl.constexpr,
+    HAS_K: tl.constexpr,
+    A_FORM: tl.constexpr,
+    B_FORM: tl.constexpr,
+    C_FORM: tl.constexpr,
+    LAYOUT: tl.constexpr,
+    EPILOGUE: tl.constexpr,
+    ACT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    SCALE_M: tl.constexpr,
+    SCALE_N: tl.constexpr,
+    SCATTER: tl.constexpr,
+    SAVE: tl.constexpr,
+    HALVES: tl.constexpr,
+    DZ: tl.constexpr,
+    DB: tl.constexpr,
+    TMA: tl.constexpr,
+    STORE_TMA: tl.constexpr,
+    SAVED_TMA: tl.constexpr,
+    HIDDEN_TMA: tl.constexpr,
+    HIDDEN: tl.constexpr,
     PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
-    SUBTILES: tl.constexpr, FLATTEN: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    SUBTILES: tl.constexpr,
+    FLATTEN: tl.constexpr,
 ):
     # *_FORM and HIDDEN: 0 natural, 1 packed, 2 decided here. HALVES 2: K is two halves, gate and up of a GLU.
     GLU: tl.constexpr = EPILOGUE == "glu"
@@ -278,21 +362,33 @@ def _matmul(
         b_rows += half_b
     if TMA:
         if LAYOUT == "tn":
-            a_desc = tl.make_tensor_descriptor(a_ptr, [max(a_rows, 1), max(a_cols, 1)], [stride_a, 1], [BLOCK_K, BLOCK_M])
+            a_desc = tl.make_tensor_descriptor(
+                a_ptr, [max(a_rows, 1), max(a_cols, 1)], [stride_a, 1], [BLOCK_K, BLOCK_M]
+            )
         else:
-            a_desc = tl.make_tensor_descriptor(a_ptr, [max(a_rows, 1), max(a_cols, 1)], [stride_a, 1], [BLOCK_M, BLOCK_K])
+            a_desc = tl.make_tensor_descriptor(
+                a_ptr, [max(a_rows, 1), max(a_cols, 1)], [stride_a, 1], [BLOCK_M, BLOCK_K]
+            )
         if LAYOUT == "nt":
-            b_desc = tl.make_tensor_descriptor(b_ptr, [max(b_rows, 1), max(b_cols, 1)], [stride_b, 1], [BLOCK_N, BLOCK_K])
+            b_desc = tl.make_tensor_descriptor(
+                b_ptr, [max(b_rows, 1), max(b_cols, 1)], [stride_b, 1], [BLOCK_N, BLOCK_K]
+            )
         else:
-            b_desc = tl.make_tensor_descriptor(b_ptr, [max(b_rows, 1), max(b_cols, 1)], [stride_b, 1], [BLOCK_K, BLOCK_N])
+            b_desc = tl.make_tensor_descriptor(
+                b_ptr, [max(b_rows, 1), max(b_cols, 1)], [stride_b, 1], [BLOCK_K, BLOCK_N]
+            )
     if STORE_TMA:
         width = max(c_cols + half_c, 1)
         c_desc = tl.make_tensor_descriptor(c_ptr, [max(m_extent, 1), width], [stride_c, 1], [BLOCK_M, SUB_N])
     if SAVED_TMA:
         width = max(c_cols + half_s, 1)
-        s_desc = tl.make_tensor_descriptor(saved_ptr, [max(m_extent, 1), width], [stride_s, 1], [BLOCK_M, SUB_N])
+        s_desc = tl.make_tensor_descriptor(
+            saved_ptr, [max(m_extent, 1), width], [stride_s, 1], [BLOCK_M, SUB_N]
+        )
     if HIDDEN_TMA:
-        h_desc = tl.make_tensor_descriptor(h_ptr, [max(m_extent, 1), max(c_cols, 1)], [stride_h, 1], [BLOCK_M, SUB_N])
+        h_desc = tl.make_tensor_descriptor(
+            h_ptr, [max(m_extent, 1), max(c_cols, 1)], [stride_h, 1], [BLOCK_M, SUB_N]
+        )
 
     tiles_m = tl.cdiv(m_extent, BLOCK_M)
     tiles_n = tl.cdiv(c_cols, BLOCK_N)
@@ -328,7 +424,9 @@ def _matmul(
                 b = _load(b_desc, b_ptr, stride_b, k_b, col, b_rows, b_cols, BLOCK_K, BLOCK_N, TMA)
             acc = tl.dot(a, b, acc, input_precision=PRECISION)
             if GLU:
-                b2 = _load(b_desc, b_ptr, stride_b, col + half_b, k_b, b_rows, b_cols, BLOCK_N, BLOCK_K, TMA).T
+                b2 = _load(
+                    b_desc, b_ptr, stride_b, col + half_b, k_b, b_rows, b_cols, BLOCK_N, BLOCK_K, TMA
+                ).T
                 acc2 = tl.dot(a, b2, acc2, input_precision=PRECISION)
 
         r = row + tl.arange(0, BLOCK_M)
@@ -360,7 +458,11 @@ def _matmul(
                 zero_row = tl.load(m_index_ptr + position).to(tl.int64)
                 for left in range(0, n_extent, 1024):
                     c = left + tl.arange(0, 1024)
-                    tl.store(c_ptr + zero_row * stride_c + c, tl.zeros((1024,), c_ptr.dtype.element_ty), mask=c < n_extent)
+                    tl.store(
+                        c_ptr + zero_row * stride_c + c,
+                        tl.zeros((1024,), c_ptr.dtype.element_ty),
+                        mask=c < n_extent,
+                    )
 
 
 def _allocate(size: int, alignment: int, stream: Any) -> Tensor:
@@ -382,7 +484,7 @@ def _device(index: int | None) -> tuple[int, int]:
 
 
 def precision(dtype: torch.dtype) -> str:
-    """"tf32" where torch's own products would use it, else "ieee"."""
+    """ "tf32" where torch's own products would use it, else "ieee"."""
     fast = dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
     return "tf32" if fast or dtype != torch.float32 else "ieee"
 
@@ -485,10 +587,8 @@ def matmul(
     if M == 0 or N == 0:
         return
     first = next(t for t in a if t is not None)
-    out = next(t for t in (c.packed, c.full) if t is not None)
     capability, sms = _device(first.device.index if first.is_cuda else None)
     config = config or choose(M, N, first.dtype, epilogue, capability)
-    glu = epilogue in ("glu", "glu_grad")
     tma = not pointers and capability >= 90 and _tma_ready(*a, *b)
     store_tma = tma and not scatter and _tma_ready(*c)
     has_hidden = hidden.full is not None or hidden.packed is not None
@@ -530,36 +630,82 @@ def row_tiles(M: int, N: int, dtype: torch.dtype, epilogue: str, device: torch.d
 
 _USES: tuple[tuple[str, str, dict[str, Any]], ...] = (
     # (what, layout, constexprs that differ from a plain product)
-    ("chain_up", "nt", {"HAS_N": True, "B_FORM": 2, "C_FORM": 1, "EPILOGUE": "act", "HAS_BIAS": True, "SCALE_N": True}),
+    (
+        "chain_up",
+        "nt",
+        {"HAS_N": True, "B_FORM": 2, "C_FORM": 1, "EPILOGUE": "act", "HAS_BIAS": True, "SCALE_N": True},
+    ),
     ("chain_down", "nt", {"HAS_K": True, "A_FORM": 1, "B_FORM": 2, "HAS_BIAS": True}),
     (
         "chain_down_dx",
         "nn",
-        {"HAS_N": True, "B_FORM": 2, "C_FORM": 1, "EPILOGUE": "grad", "SCALE_N": True, "DZ": True, "DB": True},
+        {
+            "HAS_N": True,
+            "B_FORM": 2,
+            "C_FORM": 1,
+            "EPILOGUE": "grad",
+            "SCALE_N": True,
+            "DZ": True,
+            "DB": True,
+        },
     ),
     ("chain_up_dx", "nn", {"HAS_K": True, "A_FORM": 1, "B_FORM": 2}),
     ("chain_up_dw", "tn", {"HAS_M": True, "A_FORM": 1, "SCATTER": True}),
     ("chain_down_dw", "tn", {"HAS_N": True, "B_FORM": 1, "C_FORM": 2}),
     ("linear_out", "nt", {"HAS_N": True, "B_FORM": 2, "C_FORM": 2, "HAS_BIAS": True, "SCALE_N": True}),
-    ("linear_in_dx", "nn", {"HAS_N": True, "B_FORM": 2, "C_FORM": 2, "EPILOGUE": "grad", "SCALE_N": True, "DZ": True}),
+    (
+        "linear_in_dx",
+        "nn",
+        {"HAS_N": True, "B_FORM": 2, "C_FORM": 2, "EPILOGUE": "grad", "SCALE_N": True, "DZ": True},
+    ),
     ("linear_in_dw", "tn", {"HAS_N": True, "B_FORM": 2, "C_FORM": 2, "SCALE_N": True}),
-    ("glu", "nt", {"HAS_N": True, "B_FORM": 2, "C_FORM": 1, "EPILOGUE": "glu", "SCALE_N": True, "SAVE": True}),
+    (
+        "glu",
+        "nt",
+        {"HAS_N": True, "B_FORM": 2, "C_FORM": 1, "EPILOGUE": "glu", "SCALE_N": True, "SAVE": True},
+    ),
     (
         "glu_dx",
         "nn",
-        {"HAS_N": True, "B_FORM": 2, "C_FORM": 1, "EPILOGUE": "glu_grad", "SCALE_N": True, "DZ": True, "DB": True},
+        {
+            "HAS_N": True,
+            "B_FORM": 2,
+            "C_FORM": 1,
+            "EPILOGUE": "glu_grad",
+            "SCALE_N": True,
+            "DZ": True,
+            "DB": True,
+        },
     ),
     ("glu_halves", "nn", {"HAS_K": True, "A_FORM": 1, "B_FORM": 2, "HALVES": 2}),
 )
 
-_STRIDES = ("stride_a_full", "stride_a_packed", "stride_b_full", "stride_b_packed", "stride_c_full", "stride_c_packed")
+_STRIDES = (
+    "stride_a_full",
+    "stride_a_packed",
+    "stride_b_full",
+    "stride_b_packed",
+    "stride_c_full",
+    "stride_c_packed",
+)
 
 
-def _variant(name: str, layout: str, dtype: str, config: Config, capability: int, constants: dict[str, Any]) -> Variant:
+def _variant(
+    name: str, layout: str, dtype: str, config: Config, capability: int, constants: dict[str, Any]
+) -> Variant:
     flags: dict[str, Any] = dict.fromkeys(
         ("HAS_M", "HAS_N", "HAS_K", "HAS_BIAS", "SCALE_M", "SCALE_N", "SCATTER", "SAVE", "DZ", "DB"), False
     )
-    flags |= {"A_FORM": 0, "B_FORM": 0, "C_FORM": 0, "LAYOUT": layout, "EPILOGUE": "linear", "ACT": "identity", "HALVES": 1, "HIDDEN": 0}
+    flags |= {
+        "A_FORM": 0,
+        "B_FORM": 0,
+        "C_FORM": 0,
+        "LAYOUT": layout,
+        "EPILOGUE": "linear",
+        "ACT": "identity",
+        "HALVES": 1,
+        "HIDDEN": 0,
+    }
     flags |= constants
     if flags["EPILOGUE"] in ("act", "grad"):
         flags["ACT"] = "gelu" if flags["DB"] or flags["EPILOGUE"] == "act" else "identity"
@@ -625,5 +771,10 @@ def variants() -> Iterator[Variant]:
         epilogue = constants.get("EPILOGUE", "linear")
         for capability in (90, 80):
             yield _variant(
-                name, layout, "bf16", choose(8192, 8192, torch.bfloat16, epilogue, capability), capability, constants
+                name,
+                layout,
+                "bf16",
+                choose(8192, 8192, torch.bfloat16, epilogue, capability),
+                capability,
+                constants,
             )

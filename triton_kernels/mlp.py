@@ -14,9 +14,9 @@ from torch import Tensor
 
 from ..reference.gates import HardConcrete, round_up
 from . import gather
-from .linear import finish_gate_grad, input_grad, log_alpha_grad, natural, operand, weight_grad
+from .linear import input_grad, natural, operand, weight_grad
 from .matmul import Gate, Operand, matmul, row_tiles
-from .pack import pack, reduce_partials, reduce_partials2
+from .pack import column_sums, pack, reduce_partials, reduce_partials2
 
 GLU = {"swiglu": "silu", "geglu": "gelu"}
 
@@ -33,40 +33,69 @@ def _saves(activation: str) -> bool:
 
 
 def saved_shapes(
-    x: Tensor, weights: list[Tensor], activation: str, dtype: torch.dtype
+    x: Tensor, weights: list[Tensor], gated: list[bool], activation: str, dtype: torch.dtype, repack: bool
 ) -> list[tuple[int, int]]:
-    """Shapes of what mlp_forward saves, all in ``dtype``."""
+    """Shapes of what mlp_forward saves, all in ``dtype``: hidden activations, factors of their gradients, packs."""
     M = x.shape[0]
     if _gathers(x, weights, activation, dtype):
         return [(M, w.shape[1]) for w in weights[1:]]
-    hidden = [(M, round_up(w.shape[1])) for w in weights[1:]]
-    if not _saves(activation):
-        return hidden
-    return hidden + [(m, n * (2 if activation in GLU else 1)) for m, n in hidden]
+    shapes = [(M, round_up(w.shape[1])) for w in weights[1:]]
+    if _saves(activation):
+        shapes += [(m, n * (2 if activation in GLU else 1)) for m, n in shapes]
+    if repack:
+        return shapes
+    if gated[0]:
+        shapes.append((M, round_up(x.shape[1])))
+    return shapes + [
+        shape for i in range(len(weights)) for shape in _pack_shape(weights, i, gated, activation, dtype)
+    ]
+
+
+def _pack_shape(
+    weights: list[Tensor], i: int, gated: list[bool], activation: str, dtype: torch.dtype
+) -> list[tuple[int, int]]:
+    """The pack of weight i, if it has one."""
+    last = i + 1 == len(weights)
+    if not gated[i] and (last or not gated[i + 1]):
+        return []
+    rows, columns = weights[i].shape
+    if not last and gated[i + 1]:
+        halves = 2 if activation in GLU else 1
+        rows = halves * round_up(rows // halves)
+    return [(rows, round_up(columns) if gated[i] else round_up(columns, 16 // dtype.itemsize))]
 
 
 def _weight(
-    weight: Tensor, out_gate: Gate | None, in_gate: Gate | None, dtype: torch.dtype, first: bool, glu: bool
+    weight: Tensor,
+    out_gate: Gate | None,
+    in_gate: Gate | None,
+    dtype: torch.dtype,
+    first: bool,
+    glu: bool,
+    packed: Tensor | None = None,
 ) -> Operand:
-    """W of a layer; of the first with its input gate on it, for nothing else multiplies x."""
+    """W of a layer; of the first with its input gate on it, for nothing else multiplies x.
+
+    ``packed`` is what forward packed.
+    """
     scale = first and in_gate is not None
-    if not glu:
-        return operand(weight, out_gate, in_gate, dtype, scale_cols=scale)
+    if not glu or out_gate is None:  # both halves lie as one
+        return operand(weight, out_gate, in_gate, dtype, scale_cols=scale, packed=packed)
     n = weight.shape[0] // 2
-    gate_half = operand(weight[:n], out_gate, in_gate, dtype, scale_cols=scale)
-    if gate_half.packed is None:
-        return Operand(natural(weight, dtype))
-    rows, columns = gate_half.packed.shape
-    both = gate_half.packed.new_empty(2 * rows, columns)
-    skip = gate_half.full is not None
-    for half, out in ((weight[:n], both[:rows]), (weight[n:], both[rows:])):
+    if packed is not None:
+        skip = operand(weight[:n], out_gate, in_gate, dtype, scale_cols=scale, packed=packed).full is not None
+        return Operand(weight if skip else None, packed)
+    (rows, columns), *_ = _pack_shape([weight, weight[:1]], 0, [in_gate is not None, True], "swiglu", dtype)
+    packed = torch.empty(rows, columns, dtype=dtype, device=weight.device)
+    skip = operand(weight[:n], out_gate, in_gate, dtype, scale_cols=scale, packed=packed).full is not None
+    for half, out in ((weight[:n], packed[: rows // 2]), (weight[n:], packed[rows // 2 :])):
         pack(half, out_gate, in_gate, dtype, scale_cols=scale, skip_plain=skip, out=out)
-    return Operand(weight if skip else None, both)
+    return Operand(weight if skip else None, packed)
 
 
-def _halves(weight: Operand, units: int) -> tuple[int, int]:
+def _halves(weight: Operand, units: int, out_gate: Gate | None) -> tuple[int, int]:
     """Rows from the first half of a GLU's weight to the second: natural, packed."""
-    return units, 0 if weight.packed is None else weight.packed.shape[0] // 2
+    return units, units if out_gate is None else round_up(units)
 
 
 def mlp_forward(
@@ -76,29 +105,38 @@ def mlp_forward(
     gates: list[Gate | None],
     activation: str,
     dtype: torch.dtype,
+    repack: bool,
 ) -> tuple[Tensor, list[Tensor]]:
-    """y (M, n_L) and, for backward, the hidden activations and the factors of their gradients (saved_shapes)."""
+    """y (M, n_L) and what backward takes over (saved_shapes)."""
     if _gathers(x, weights, activation, dtype):
         return gather.mlp_forward(x, weights, biases, gates, activation, dtype)
-    saved = [torch.empty(s, dtype=dtype, device=x.device) for s in saved_shapes(x, weights, activation, dtype)]
+    gated = [gate is not None for gate in gates]
+    shapes = saved_shapes(x, weights, gated, activation, dtype, repack=True)
+    saved = [torch.empty(shape, dtype=dtype, device=x.device) for shape in shapes]
     depth, M = len(weights), x.shape[0]
     glu = activation in GLU
     h = operand(x, None, gates[0], dtype)
+    packs = [h.packed]
     for i in range(depth - 1):
         N, K = weights[i + 1].shape[1], weights[i].shape[1]
         w = _weight(weights[i], gates[i + 1], gates[i], dtype, i == 0, glu)
         out_gate = gates[i + 1]
+        packs.append(w.packed)
         matmul(
             "nt", h, w, Operand(None, saved[i]), M, N, K,
             n_gate=out_gate, k_gate=gates[i], epilogue="glu" if glu else "act", activation=GLU.get(activation, activation),
             bias=biases[i], scale_n=out_gate is not None, saved=saved[depth - 1 + i] if _saves(activation) else None,
-            half_b=_halves(w, N) if glu else (0, 0), half_s=round_up(N) if glu else 0,
+            half_b=_halves(w, N, out_gate) if glu else (0, 0), half_s=round_up(N) if glu else 0,
         )  # fmt: skip
         h = Operand(None, saved[i])
     N, K = weights[-1].shape
     y = torch.empty(M, N, dtype=dtype, device=x.device)
     w = _weight(weights[-1], None, gates[-1], dtype, depth == 1, False)
     matmul("nt", h, w, Operand(y), M, N, K, k_gate=gates[-1], bias=biases[-1])
+    packs.append(w.packed)
+    if not repack:
+        needed = [gated[0], *(bool(_pack_shape(weights, i, gated, activation, dtype)) for i in range(depth))]
+        saved += [t for t, need in zip(packs, needed, strict=True) if need and t is not None]
     return y, saved
 
 
@@ -127,32 +165,34 @@ def mlp_backward(
     dz: list[Tensor | None] = [None] * depth
     last_bias = biases[-1]
     if last_bias is not None and need_b[-1]:
-        db[-1] = dy.sum(0, dtype=torch.float32).to(last_bias.dtype)
+        db[-1] = column_sums(dy, last_bias.dtype)
+    gated = [gate is not None for gate in gates]
+    packs = iter(saved[len(saved_shapes(x, weights, gated, activation, dtype, repack=True)) :])
+    x_packed = next(packs, None) if gated[0] else None
+    w_packed = [
+        next(packs, None) if _pack_shape(weights, i, gated, activation, dtype) else None for i in range(depth)
+    ]
     grad = Operand(natural(dy, dtype))
     for i in range(depth - 1, -1, -1):
         gate, out_gate = gates[i], gates[i + 1] if i + 1 < depth else None
         halved = glu and i + 1 < depth  # grad and the rows of W are two halves
         N, K = weights[i].shape[0] // (2 if halved else 1), weights[i].shape[1]
-        h = operand(x, None, gate, dtype) if i == 0 else Operand(None, saved[i - 1])
-        dx_gives_dz = i > 0 or needs[0]
-        if need_w[i] or (need_z[i] and not dx_gives_dz):
-            theta = weights[0] if need_z[i] and not dx_gives_dz else None
-            dw[i], dz_0 = _weight_grad(grad, h, (N, K, M), out_gate, gate, weights[i], theta, full[i], i == 0, halved)
-            if dz_0 is not None:
-                dz[0] = log_alpha_grad(dz_0, gate, dist)
+        h = operand(x, None, gate, dtype, packed=x_packed) if i == 0 else Operand(None, saved[i - 1])
+        if need_w[i] or (i == 0 and need_z[0]):
+            theta = weights[0] if i == 0 and need_z[0] else None
+            dw[i], dz_0 = _weight_grad(
+                grad, h, (N, K, M), out_gate, gate, weights[i], theta, full[i], dist, i == 0, halved
+            )
+            dz[0] = dz_0 if i == 0 else dz[0]
         w = Operand()
         halves: dict[str, Any] = {}
         if i or needs[0]:
-            w = _weight(weights[i], out_gate, gate, dtype, False, halved)
+            w = _weight(weights[i], out_gate, gate, dtype, i == 0, halved, w_packed[i])
         if halved:
-            halves = {"halves": 2, "half_a": (0, _half_width(grad)), "half_b": _halves(w, N)}
+            halves = {"halves": 2, "half_a": (0, _half_width(grad)), "half_b": _halves(w, N, out_gate)}
         if i == 0:
             if needs[0]:
-                size = (M, K, N)
-                dx, dz_0 = input_grad(
-                    grad, w, h, size, gate, out_gate, x.dtype, dtype, need_z[0], full[0], dist, **halves
-                )
-                dz[0] = dz_0 if dz_0 is not None else dz[0]
+                dx = input_grad(grad, w, (M, K, N), gate, out_gate, x.dtype, **halves)
             break
         if not (needs[0] or any(need_w[:i]) or any(need_b[:i]) or any(need_z[: i + 1])):
             break
@@ -170,13 +210,32 @@ def mlp_backward(
             **halves,
         )  # fmt: skip
         if partial is not None:
-            if want_dz:
-                dz[i] = finish_gate_grad(partial[0], gate, full[i], dist, over_z=True)
-            if want_db and bias is not None:
-                halves = [reduce_partials(p, gate, K, dz=False, dtype=bias.dtype) for p in partial[1:]]
-                db[i - 1] = torch.cat(halves) if glu else halves[0]
+            dz[i], db[i - 1] = _finish(partial, gate, K, full[i], dist, want_dz, bias if want_db else None)
         grad = Operand(None, d_hidden)
     return [dx, *dw, *db, *dz]
+
+
+def _finish(
+    partial: Tensor,
+    gate: Gate | None,
+    K: int,
+    full: bool,
+    dist: HardConcrete | None,
+    want_dz: bool,
+    bias: Tensor | None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """dz of a hidden gate and db of the layer below, of a GLU both halves, from their sums per tile of rows."""
+    if want_dz and gate is not None and bias is not None and partial.shape[0] == 2:
+        return reduce_partials2(
+            partial[0], partial[1], gate, K, full=full, over_z=True, dist=dist, dtype=bias.dtype
+        )
+    dz = db = None
+    if want_dz and gate is not None:
+        dz = reduce_partials(partial[0], gate, K, dz=True, full=full, over_z=True, dist=dist)
+    if bias is not None:
+        halves = [reduce_partials(p, gate, K, dz=False, dtype=bias.dtype) for p in partial[1:]]
+        db = torch.cat(halves) if len(halves) == 2 else halves[0]
+    return dz, db
 
 
 def _half_width(grad: Operand) -> int:
@@ -193,10 +252,11 @@ def _weight_grad(
     weight: Tensor,
     theta: Tensor | None,
     full: bool,
+    dist: HardConcrete | None,
     scale: bool,
     halved: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """dW, and for ``theta`` the dz of its columns; grad holds z of the rows, h that of the columns unless ``scale``."""
+    """dW, and for ``theta`` the dz of its columns; grad holds z of the rows, h of the columns unless ``scale``."""
     dw = torch.empty_like(weight, memory_format=torch.contiguous_format)
     N, width = size[0], _half_width(grad)
     dz: Tensor | None = None
@@ -207,7 +267,7 @@ def _weight_grad(
             part = Operand(None, grad.packed[:, half * width : (half + 1) * width])
         _, _, dz_half = weight_grad(
             part, h, size, out_gate, gate, weight.dtype, None if theta is None else theta[rows], full_cols=full,
-            dz_cols=theta is not None, scale_rows=False, scale_cols=scale, out=dw[rows],
+            dz_cols=theta is not None, dist=dist, scale_rows=False, scale_cols=scale, out=dw[rows],
         )  # fmt: skip
         if dz_half is not None:
             dz = dz_half if dz is None else dz + dz_half

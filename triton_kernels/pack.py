@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from functools import lru_cache
+from typing import TYPE_CHECKING
 from typing import Any
 
 import torch
@@ -21,6 +22,10 @@ from torch import Tensor
 
 from ._launch import launch
 from ._variants import Variant
+from .hard_concrete import gate_slope
+
+if TYPE_CHECKING:
+    from l0kernels.reference.gates import HardConcrete
 
 Gate = list[Tensor]
 
@@ -30,6 +35,7 @@ _GATHER_ROWS, _GATHER_COLS = 8, 256  # 16 independent loads in flight per thread
 _RESIDENT, _RESIDENT_SCALED, _RESIDENT_DZ, _RESIDENT_DZ_ROWS = 8, 6, 4, 3
 _COPY_TILE = 4096
 _REDUCE_COLS = 32
+_SUM_ROWS, _SUM_COLS = 32, 128
 
 
 @triton.jit
@@ -491,8 +497,14 @@ def _reduce(
     P,
     size,
     stride_p,
+    inv_beta,
+    gamma,
+    zeta,
     HAS_GATE: tl.constexpr,
+    PACKED: tl.constexpr,  # the columns are the gate's positions, else units
     DZ: tl.constexpr,  # the first sum is a gate gradient
+    OVER_Z: tl.constexpr,  # with z in it
+    DLOG: tl.constexpr,  # wanted is that of log_alpha
     FULL: tl.constexpr,
     HAS_SECOND: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -502,10 +514,11 @@ def _reduce(
     inside = place < size
     unit, filled, live, wanted = place, inside, inside, inside
     if HAS_GATE:
-        plain, limit, _ = _read_gate(count_ptr, size)
-        unit = tl.where(plain, place, tl.load(index_ptr + place, mask=inside, other=0))
+        if PACKED:
+            plain, limit, _ = _read_gate(count_ptr, size)
+            unit = tl.where(plain, place, tl.load(index_ptr + place, mask=inside, other=0))
+            filled = place < limit
         z = tl.load(z_ptr + unit, mask=inside, other=0.0)
-        filled = place < limit
         live = filled & (z != 0.0)
         wanted = live
         if DZ:
@@ -519,7 +532,12 @@ def _reduce(
         acc += tl.load(first_ptr + offset, mask=mask, other=0.0)
         if HAS_SECOND:
             other += tl.load(second_ptr + offset, mask=mask, other=0.0)
-    total = tl.where(wanted, tl.sum(acc, 0), 0.0)
+    total = tl.sum(acc, 0)
+    if OVER_Z:
+        total = total / z
+    if DLOG:
+        total = total * gate_slope(z, inv_beta, gamma, zeta)
+    total = tl.where(wanted, total, 0.0)
     tl.store(first_out_ptr + unit, total.to(first_out_ptr.dtype.element_ty), mask=inside)
     if HAS_SECOND:
         total = tl.where(live, tl.sum(other, 0), 0.0)
@@ -635,6 +653,7 @@ def unpack(
     dz_cols: bool = False,
     out: Tensor | None = None,
     skip_plain: bool = False,
+    dist: HardConcrete | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The matrix of ``shape`` with ``packed`` in its open rows and columns, times the gates; gate gradients.
 
@@ -647,6 +666,7 @@ def unpack(
         out: where to write, (R, C) with unit column stride.
         skip_plain: where every gate given is plain, leave ``out`` alone: the product wrote it. The gate
             gradients come from ``packed`` all the same.
+        dist: makes the gate gradients those of log_alpha.
 
     Returns:
         the matrix in ``dtype``, and dz (R,) and (C,), fp32, None where not asked for or without a gate.
@@ -681,7 +701,7 @@ def unpack(
             HAS_ROWS=rows is not None, SCALE=scale_rows, DZ=dz_rows, FULL=full_rows, SKIP_PLAIN=skip,
             UNIT=unit, VEC=vec, BLOCK_R=block_r, BLOCK_C=block_c, num_warps=4,
         )  # fmt: skip
-        return out, _total(part_r), None
+        return out, _total(part_r, rows, dist), None
     z_c, index_c, count_c = cols
     vec = math.gcd(8, n_cols, out.stride(0), stride_tr)
     n_tiles = triton.cdiv(n_cols, _GATHER_COLS)
@@ -700,14 +720,18 @@ def unpack(
         UNIT=unit, VEC=vec, SEARCH=_search(index_c.shape[0]),
         BLOCK_R=_GATHER_ROWS, BLOCK_C=_GATHER_COLS, num_warps=4,
     )  # fmt: skip
-    return out, _total(part_r), _total(part_c)
+    return out, _total(part_r, rows, dist), _total(part_c, cols, dist)
 
 
-def _total(partial: Tensor | None) -> Tensor | None:
-    """Partial sums in natural order, added up; one row of them is the sum itself."""
-    if partial is None or partial.shape[0] == 1:
-        return partial if partial is None else partial[0]
-    return reduce_partials(partial, None, partial.shape[1], dz=False)
+def _total(partial: Tensor | None, gate: Gate | None, dist: HardConcrete | None) -> Tensor | None:
+    """Gate gradients in natural order from their partial sums; one row of those is the sum itself."""
+    if partial is None or gate is None:
+        return None
+    if partial.shape[0] == 1 and dist is None:
+        return partial[0]
+    out = torch.empty(partial.shape[1], dtype=torch.float32, device=partial.device)
+    _launch_reduce(partial, None, out, None, gate, False, True, True, dist, False)
+    return out
 
 
 def reduce_partials(
@@ -717,6 +741,8 @@ def reduce_partials(
     *,
     dz: bool,
     full: bool = False,
+    over_z: bool = False,
+    dist: HardConcrete | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """Column sums of ``partial``, packed as ``gate`` is, in the order of the units; 0 for closed ones.
@@ -725,22 +751,26 @@ def reduce_partials(
         partial: (P, >= size or capacity) fp32, unit column stride; beyond the open columns it is not read.
         gate: None where the columns are the units.
         dz: the sum is a gate gradient: 0 also where z is not fractional, unless ``full``.
+        over_z: the gradient is the sum divided by z.
+        dist: makes it the gradient of log_alpha.
 
     Returns:
         (size,) in ``dtype``; summed in fp32, in an order that does not vary.
     """
     out = torch.empty(size, dtype=dtype, device=partial.device)
-    _launch_reduce(partial, None, out, None, gate, size, dz, full)
+    _launch_reduce(partial, None, out, None, gate, gate is not None, dz, full, dist, over_z)
     return out
 
 
 def reduce_partials2(
     dz_partial: Tensor,
     db_partial: Tensor,
-    gate: Gate | None,
+    gate: Gate,
     size: int,
     *,
     full: bool = False,
+    over_z: bool = False,
+    dist: HardConcrete | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
     """reduce_partials of a gate gradient (fp32) and of a bias gradient (``dtype``), in one launch.
@@ -749,7 +779,7 @@ def reduce_partials2(
     """
     dz = torch.empty(size, dtype=torch.float32, device=dz_partial.device)
     db = torch.empty(size, dtype=dtype, device=dz_partial.device)
-    _launch_reduce(dz_partial, db_partial, dz, db, gate, size, True, full)
+    _launch_reduce(dz_partial, db_partial, dz, db, gate, True, True, full, dist, over_z)
     return dz, db
 
 
@@ -759,20 +789,62 @@ def _launch_reduce(
     first_out: Tensor,
     second_out: Tensor | None,
     gate: Gate | None,
-    size: int,
+    packed: bool,
     dz: bool,
     full: bool,
+    dist: HardConcrete | None = None,
+    over_z: bool = False,
 ) -> None:
+    size = first_out.shape[0]
     if not size:
         return
     z, index, count = gate or (None, None, None)
+    constants = (0.0, 0.0, 0.0) if dist is None else (1.0 / dist.beta, dist.gamma, dist.zeta)
     launch(
         _reduce,
         (triton.cdiv(size, _REDUCE_COLS),),
-        first, second, first_out, second_out, z, index, count, first.shape[0], size, first.stride(0),
-        HAS_GATE=gate is not None, DZ=dz, FULL=full, HAS_SECOND=second is not None,
+        first, second, first_out, second_out, z, index, count, first.shape[0], size, first.stride(0), *constants,
+        HAS_GATE=gate is not None, PACKED=packed, DZ=dz, OVER_Z=over_z, DLOG=dist is not None, FULL=full,
+        HAS_SECOND=second is not None,
         BLOCK_P=16 if first.shape[0] <= 16 else 64, BLOCK=_REDUCE_COLS, num_warps=4,
     )  # fmt: skip
+
+
+@triton.jit
+def _column_sums(
+    ptr, partial_ptr, M, N, stride_m, stride_n, rows, UNIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+):  # fmt: skip
+    """partial (programs of axis 1, N): sums of `rows` rows each."""
+    c = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    first = tl.program_id(1) * rows
+    last = tl.minimum(first + rows, M)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    at = c if UNIT else c.to(tl.int64) * stride_n
+    for row in range(first, last, BLOCK_M):
+        r = row + tl.arange(0, BLOCK_M)
+        mask = (r < last)[:, None] & (c < N)[None, :]
+        acc += tl.load(ptr + r.to(tl.int64)[:, None] * stride_m + at[None, :], mask=mask, other=0.0).to(
+            tl.float32
+        )
+    tl.store(partial_ptr + tl.program_id(1) * N + c, tl.sum(acc, 0), mask=c < N)
+
+
+def column_sums(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """The sums of the columns of t (M, N), a bias gradient, in ``dtype``; two launches, fp32 sums, one order."""
+    M, N = t.shape
+    out = torch.empty(N, dtype=dtype, device=t.device)
+    if not M:
+        return out.zero_()
+    blocks = triton.cdiv(N, _SUM_COLS)
+    parts = max(1, min(_programs(t.device) // max(blocks, 1), triton.cdiv(M, _SUM_ROWS)))
+    partial = torch.empty(parts, N, dtype=torch.float32, device=t.device)
+    if N:
+        launch(
+            _column_sums, (blocks, parts), t, partial, M, N, t.stride(0), t.stride(1), triton.cdiv(M, parts),
+            UNIT=t.stride(1) == 1, BLOCK_M=_SUM_ROWS, BLOCK_N=_SUM_COLS,
+        )  # fmt: skip
+        _launch_reduce(partial, None, out, None, None, False, False, False)
+    return out
 
 
 _GATE = {"z_ptr": "*fp32", "index_ptr": "*i32", "count_ptr": "*i32"}
@@ -847,7 +919,15 @@ def variants() -> Iterator[Variant]:
     yield unpack_cols("fp32_bias", _FP32, _FP32, DZ_COLS=True, R=1, n_chunks=1)
     yield _with_stride(unpack_cols("bf16_strided", _BF16, _BF16, DZ_COLS=True, UNIT=False), "stride_tc")
 
-    reduce = {"HAS_GATE": True, "DZ": True, "FULL": False, "BLOCK": _REDUCE_COLS}
+    reduce = {
+        "HAS_GATE": True,
+        "PACKED": True,
+        "DZ": True,
+        "OVER_Z": True,
+        "DLOG": True,
+        "FULL": False,
+        "BLOCK": _REDUCE_COLS,
+    }
     one = {"first_ptr": _FP32, "first_out_ptr": _FP32, **_GATE}
     two = {**one, "second_ptr": _FP32, "second_out_ptr": _BF16}
     yield _variant("reduce", _reduce, one, reduce | {"HAS_SECOND": False, "BLOCK_P": 64})

@@ -261,7 +261,15 @@ def gate_grad(dz: Tensor, z: Tensor, dist: HardConcrete) -> Tensor:
         launch(
             _gate_grad_kernel,
             grid,
-            dz, z, grad, n, 1.0 / dist.beta, dist.gamma, dist.zeta, BLOCK=_GRAD_BLOCK, num_warps=4
+            dz,
+            z,
+            grad,
+            n,
+            1.0 / dist.beta,
+            dist.gamma,
+            dist.zeta,
+            BLOCK=_GRAD_BLOCK,
+            num_warps=4,
         )
     return grad
 

@@ -42,14 +42,14 @@ masked_weight_grad = _on_its_device(masked_linear.masked_weight_grad)
 block_linear_forward = _on_its_device(masked_linear.block_linear_forward)
 block_linear_backward = _on_its_device(masked_linear.block_linear_backward)
 saved_shapes = mlp.saved_shapes
+linear_saved_shapes = linear.linear_saved_shapes
 
 
 def draws_within(x: Tensor, weight: Tensor, log_alphas: list[Tensor], dtype: torch.dtype) -> bool:
     """Whether l0_linear of this layer draws its gates within the product: small layers do."""
     M = x.numel() // max(x.shape[-1], 1)
-    return (
-        gather.prefers(M, weight.shape[0], weight.shape[1], dtype)
-        and all(a.dtype == torch.float32 and a.shape[0] <= gather.MAX_GATES for a in log_alphas)
+    return gather.prefers(M, weight.shape[0], weight.shape[1], dtype) and all(
+        a.dtype == torch.float32 and a.shape[0] <= gather.MAX_GATES for a in log_alphas
     )
 
 

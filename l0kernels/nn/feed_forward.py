@@ -58,6 +58,7 @@ class L0FeedForward(GatedLayer, nn.Module):
         activation: see the table; "gelu" is the erf form.
         bias: for both layers, or one per layer.
         droprate_init, lam, eval_mode, dist: of the gates, see :class:`HardConcreteGate`.
+        repack_in_backward: as in :func:`l0kernels.gated_mlp`.
         device, dtype: as in ``torch.nn.Linear``.
 
     Raises:
@@ -75,6 +76,7 @@ class L0FeedForward(GatedLayer, nn.Module):
         lam: float = 1.0,
         eval_mode: str = "paper",
         dist: HardConcrete = DEFAULT_DIST,
+        repack_in_backward: bool = False,
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -85,6 +87,7 @@ class L0FeedForward(GatedLayer, nn.Module):
         self.d_model = d_model
         self.d_hidden = d_hidden
         self.activation = activation
+        self.repack_in_backward = repack_in_backward
         self.up = nn.Linear(d_model, ROWS[activation] * d_hidden, up_bias, device=device, dtype=dtype)
         self.down = nn.Linear(d_hidden, d_model, down_bias, device=device, dtype=dtype)
         self.hidden_gate = HardConcreteGate(
@@ -162,9 +165,33 @@ class L0FeedForward(GatedLayer, nn.Module):
         if gates is None and gate.training:  # one autograd node for gates and products
             log_alphas, drawn = [None, gate.log_alpha], gate.drawn
             if drawn is not None:
-                return drawn_mlp(x, weights, biases, log_alphas, [None, drawn], self.activation, gate.dist)
-            return l0_mlp(x, weights, biases, log_alphas, self.activation, dist=gate.dist)
-        return gated_mlp(x, weights, biases, [None, gate() if gates is None else gates], self.activation)
+                return drawn_mlp(
+                    x,
+                    weights,
+                    biases,
+                    log_alphas,
+                    [None, drawn],
+                    self.activation,
+                    gate.dist,
+                    self.repack_in_backward,
+                )
+            return l0_mlp(
+                x,
+                weights,
+                biases,
+                log_alphas,
+                self.activation,
+                dist=gate.dist,
+                repack_in_backward=self.repack_in_backward,
+            )
+        return gated_mlp(
+            x,
+            weights,
+            biases,
+            [None, gate() if gates is None else gates],
+            self.activation,
+            repack_in_backward=self.repack_in_backward,
+        )
 
     def gate_groups(self) -> Iterator[tuple[HardConcreteGate, Tensor, int]]:
         """|g| = the unit's rows of up with their biases, and its column of down."""

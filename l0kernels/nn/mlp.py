@@ -37,6 +37,7 @@ class L0MLP(nn.Module):
         gate_input: whether the inputs of the network are gated, too.
         droprate_init, lam: for all gates, or one per gate (input first); see :class:`HardConcreteGate`.
         eval_mode, dist: of all gates.
+        repack_in_backward: as in :func:`l0kernels.gated_mlp`.
         device, dtype: as in ``torch.nn.Linear``.
 
     Raises:
@@ -54,6 +55,7 @@ class L0MLP(nn.Module):
         lam: float | Sequence[float] = 1.0,
         eval_mode: str = "paper",
         dist: HardConcrete = DEFAULT_DIST,
+        repack_in_backward: bool = False,
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -68,6 +70,7 @@ class L0MLP(nn.Module):
         droprates = _per_item("droprate_init", droprate_init, n_layers - ungated)
         lams = _per_item("lam", lam, n_layers - ungated)
         self.activation = activation
+        self.repack_in_backward = repack_in_backward
         layers = []
         for l, (n_in, n_out) in enumerate(pairwise(sizes)):
             if l < ungated:
@@ -153,10 +156,27 @@ class L0MLP(nn.Module):
                 drawn = [None if gate is None else gate.drawn for gate in sources]
                 dist, n_drawn = present[0].dist, len(drawn) - drawn.count(None)
                 if n_drawn == len(present):
-                    return drawn_mlp(x, weights, biases, log_alphas, drawn, self.activation, dist)
+                    return drawn_mlp(
+                        x, weights, biases, log_alphas, drawn, self.activation, dist, self.repack_in_backward
+                    )
                 if n_drawn == 0 and len(set(present)) == len(present):
-                    return l0_mlp(x, weights, biases, log_alphas, self.activation, dist=dist)
-        return gated_mlp(x, weights, biases, self.draw() if gates is None else gates, self.activation)
+                    return l0_mlp(
+                        x,
+                        weights,
+                        biases,
+                        log_alphas,
+                        self.activation,
+                        dist=dist,
+                        repack_in_backward=self.repack_in_backward,
+                    )
+        return gated_mlp(
+            x,
+            weights,
+            biases,
+            self.draw() if gates is None else gates,
+            self.activation,
+            repack_in_backward=self.repack_in_backward,
+        )
 
     def extra_repr(self) -> str:
         return f"activation={self.activation!r}"

@@ -79,6 +79,8 @@ def gated_mlp(
     biases: Sequence[Tensor | None],
     gates: Sequence[Gates | None],
     activation: str = "relu",
+    *,
+    repack_in_backward: bool = False,
 ) -> Tensor:
     """Chain of linear layers, each gated at its input.
 
@@ -93,6 +95,7 @@ def gated_mlp(
         biases: L vectors, as long as their weight has rows, or None each.
         gates: L Gates of n_l gates or None each.
         activation: "relu", "gelu" (the erf form), "silu", "identity", "swiglu" or "geglu".
+        repack_in_backward: no effect here.
 
     Returns:
         y (..., n_L) in the dtype of x (under autocast, in its dtype).
@@ -120,6 +123,7 @@ def l0_mlp(
     *,
     seed: Tensor | None = None,
     dist: HardConcrete = DEFAULT_DIST,
+    repack_in_backward: bool = False,
 ) -> Tensor:
     """Draws the gates and applies the chain: sample_gates followed by gated_mlp.
 
@@ -130,6 +134,7 @@ def l0_mlp(
         log_alphas: L vectors (n_l,) float32 or float64, or None each; the gates of the input of layer l.
         seed: (1,) int64 on the device of x; None draws one from torch's default generator.
         dist: the distribution's constants.
+        repack_in_backward: no effect here.
 
     Returns:
         y (..., n_L) in the dtype of x (under autocast, in its dtype).
