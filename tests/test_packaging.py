@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ["pyproject.toml", "setup.py", "MANIFEST.in", "LICENSE", "README.md", "constraints.txt"]
 FOLDERS = ["l0kernels", "triton_kernels", "csrc"]
 
-HAS_EXTENSION = bool(list((ROOT / "l0kernels").glob("_C*.so")))
+HAS_EXTENSION = bool(list((ROOT / "l0kernels").glob("_C.*.so")))
 needs_extension = pytest.mark.skipif(not HAS_EXTENSION, reason="no l0kernels._C: built without a compiler")
 
 
@@ -52,7 +52,7 @@ def built(tmp_path_factory):
     def backend(hook, cwd):
         # Without a compiler the wheel must still build, and the test stays quick.
         code = f"import setuptools.build_meta as b; b.{hook}({str(dist)!r})"
-        run_python(code, cwd, CC="no-such-compiler", CXX="no-such-compiler")
+        run_python(code, cwd, CC="no-such-compiler", CXX="no-such-compiler", L0KERNELS_CUDA="0")
 
     backend("build_sdist", source)
     (sdist,) = dist.glob("*.tar.gz")
@@ -77,7 +77,7 @@ def test_sdist_has_every_source(built):
     sdist, _ = built
     with tarfile.open(sdist) as archive:
         names = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
-    wanted = sources("csrc", {".h", ".cpp"}) | sources("l0kernels", {".py"})
+    wanted = sources("csrc", {".h", ".cpp", ".cu", ".cuh"}) | sources("l0kernels", {".py"})
     wanted |= sources("triton_kernels", {".py"}) | {"LICENSE", "pyproject.toml", "setup.py"}
     assert wanted <= names, sorted(wanted - names)
     assert not [name for name in names if name.endswith((".so", ".pyc"))]

@@ -1,7 +1,9 @@
 #include "cuda_emulator.h"
 
 #include <sys/mman.h>
+#if !defined(__x86_64__)
 #include <ucontext.h>
+#endif
 
 #include <algorithm>
 #include <cstdlib>
@@ -21,6 +23,54 @@ dim3 grid_dim, block_dim;
 namespace {
 
 constexpr size_t kStack = 256 << 10;
+
+// Where a stack was left. swapcontext asks the kernel about signals each time, which takes most of a test's
+// time.
+#if defined(__x86_64__)
+struct Context {
+  void* stack_pointer;
+};
+extern "C" void l0_switch_stack(void** leave, void* enter);
+asm(R"(
+  .text
+  .type l0_switch_stack, @function
+l0_switch_stack:
+  pushq %rbp
+  pushq %rbx
+  pushq %r12
+  pushq %r13
+  pushq %r14
+  pushq %r15
+  movq %rsp, (%rdi)
+  movq %rsi, %rsp
+  popq %r15
+  popq %r14
+  popq %r13
+  popq %r12
+  popq %rbx
+  popq %rbp
+  ret
+  .size l0_switch_stack, .-l0_switch_stack
+)");
+void switch_context(Context& from, const Context& to) {
+  l0_switch_stack(&from.stack_pointer, to.stack_pointer);
+}
+void start_context(Context& context, void* stack, void (*entry)()) {
+  auto* top = reinterpret_cast<void**>(static_cast<char*>(stack) + kStack);
+  top[-2] = reinterpret_cast<void*>(entry);  // where the first switch returns to; above it, nobody's address
+  context.stack_pointer = top - 8;           // below it, the six registers
+}
+#else
+using Context = ucontext_t;
+void switch_context(Context& from, const Context& to) { swapcontext(&from, &to); }
+void start_context(Context& context, void* stack, void (*entry)()) {
+  getcontext(&context);
+  context.uc_stack.ss_sp = stack;
+  context.uc_stack.ss_size = kStack;
+  context.uc_link = nullptr;
+  makecontext(&context, entry, 0);
+}
+#endif
 
 struct Fiber;
 
@@ -62,18 +112,18 @@ struct Fiber : Thread {
   Warp* warp;
   unsigned operations = 0;
   bool ready = true, done = false;
-  ucontext_t context;
+  Context context;
   void* stack = nullptr;
   void* fake = nullptr;
 };
 
 std::mt19937_64 random_bits(1);
-std::vector<void*> stacks;
+std::vector<std::unique_ptr<Fiber>> fibers;  // kept from block to block
 int64_t launch_count = 0;
 
 // The cluster that runs.
 const std::function<void()>* body;
-ucontext_t scheduler;
+Context scheduler;
 const void* scheduler_stack;
 size_t scheduler_stack_size;
 void* scheduler_fake;
@@ -96,7 +146,7 @@ void arrive(void*, const void**, size_t*) {}
 void resume(Fiber& fiber) {
   current = &fiber;
   leave(&scheduler_fake, fiber.stack, kStack);
-  swapcontext(&scheduler, &fiber.context);
+  switch_context(scheduler, fiber.context);
   arrive(scheduler_fake, nullptr, nullptr);
   current = nullptr;
 }
@@ -104,16 +154,17 @@ void resume(Fiber& fiber) {
 void suspend() {
   Fiber& fiber = *current;
   leave(&fiber.fake, scheduler_stack, scheduler_stack_size);
-  swapcontext(&fiber.context, &scheduler);
+  switch_context(fiber.context, scheduler);
   arrive(fiber.fake, &scheduler_stack, &scheduler_stack_size);
 }
 
 void enter() {
   arrive(nullptr, &scheduler_stack, &scheduler_stack_size);
-  (*body)();
-  current->done = true;
-  leave(nullptr, scheduler_stack, scheduler_stack_size);
-  setcontext(&scheduler);
+  for (;;) {
+    (*body)();
+    current->done = true;
+    suspend();  // until the next block
+  }
 }
 
 // Does not return: the scheduler throws away the cluster.
@@ -139,33 +190,23 @@ void wait(Barrier& b, int line) {
   suspend();
 }
 
-void* take_stack() {
-  if (stacks.empty()) {
-    void* p =
-        mmap(nullptr, kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (p == MAP_FAILED) throw std::bad_alloc();
-    return p;
-  }
-  void* p = stacks.back();
-  stacks.pop_back();
-  return p;
-}
-
-void prepare(Fiber& fiber) {
-  fiber.stack = take_stack();
-  getcontext(&fiber.context);
-  fiber.context.uc_stack.ss_sp = fiber.stack;
-  fiber.context.uc_stack.ss_size = kStack;
-  fiber.context.uc_link = nullptr;
-  makecontext(&fiber.context, enter, 0);
+std::unique_ptr<Fiber> make_fiber() {
+  auto fiber = std::make_unique<Fiber>();
+  void* stack =
+      mmap(nullptr, kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (stack == MAP_FAILED) throw std::bad_alloc();
+  fiber->stack = stack;
+  start_context(fiber->context, stack, enter);
+  return fiber;
 }
 
 void run_cluster(unsigned first, unsigned size, size_t dynamic_bytes) {
   const unsigned threads = block_dim.x;
   blocks = std::vector<Block>(size);
-  std::vector<Fiber> fibers(size_t(size) * threads);
+  const size_t count = size_t(size) * threads;
+  while (fibers.size() < count) fibers.push_back(make_fiber());
   cluster_barrier = Barrier();
-  cluster_barrier.expected = fibers.size();
+  cluster_barrier.expected = count;
   for (unsigned b = 0; b < size; ++b) {
     Block& block = blocks[b];
     block.rank = b;
@@ -174,23 +215,26 @@ void run_cluster(unsigned first, unsigned size, size_t dynamic_bytes) {
     for (Warp& warp : block.warps) warp.barrier.expected = 32;
     block.dynamic = poisoned(dynamic_bytes);
     for (unsigned t = 0; t < threads; ++t) {
-      Fiber& fiber = fibers[size_t(b) * threads + t];
+      Fiber& fiber = *fibers[size_t(b) * threads + t];
       fiber.thread = dim3(t, 0, 0);
       fiber.block = dim3((first + b) % grid_dim.x, (first + b) / grid_dim.x, 0);
       fiber.home = &block;
       fiber.warp = &block.warps[t / 32];
-      prepare(fiber);
+      fiber.operations = 0;
+      fiber.ready = true;
+      fiber.done = false;
     }
   }
   std::vector<Fiber*> turn;
   for (;;) {
     turn.clear();
     size_t done = 0;
-    for (Fiber& f : fibers) {
+    for (size_t i = 0; i < count; ++i) {
+      Fiber& f = *fibers[i];
       done += f.done;
       if (f.ready && !f.done) turn.push_back(&f);
     }
-    if (done == fibers.size()) break;
+    if (done == count) break;
     if (turn.empty() && failure.empty()) failure = "threads wait at a barrier that others never reach";
     if (!failure.empty()) break;
     std::shuffle(turn.begin(), turn.end(), random_bits);
@@ -199,8 +243,9 @@ void run_cluster(unsigned first, unsigned size, size_t dynamic_bytes) {
       if (!failure.empty()) break;
     }
   }
-  if (failure.empty())  // what threads left behind on theirs stays as it is otherwise
-    for (Fiber& f : fibers) stacks.push_back(f.stack);
+  if (!failure.empty())  // they stand in the middle of the kernel, for good
+    for (auto& f : fibers) f.release();
+  if (!failure.empty()) fibers.clear();
   blocks.clear();
 }
 
