@@ -2,78 +2,12 @@
 
 #include <cstring>
 #include <stdexcept>
-#include <type_traits>
 #include <vector>
+
+#include "half.h"
 
 namespace l0 {
 namespace {
-
-struct BFloat16 {
-  uint16_t bits;
-};
-struct Half {
-  uint16_t bits;
-};
-
-inline float bits_to_float(uint32_t b) {
-  float x;
-  std::memcpy(&x, &b, sizeof x);
-  return x;
-}
-inline uint32_t float_to_bits(float x) {
-  uint32_t b;
-  std::memcpy(&b, &x, sizeof b);
-  return b;
-}
-
-inline float load_as(float x, float) { return x; }
-inline float load_as(BFloat16 x, float) { return bits_to_float(uint32_t(x.bits) << 16); }
-inline float load_as(Half x, float) {
-  const uint32_t sign = uint32_t(x.bits & 0x8000u) << 16, exponent = (x.bits >> 10) & 0x1fu,
-                 mantissa = x.bits & 0x3ffu;
-  if (exponent == 31) return bits_to_float(sign | 0x7f800000u | (mantissa << 13));
-  if (exponent == 0) {  // subnormal: mantissa * 2^-24, exact in fp32
-    const float magnitude = float(mantissa) * 5.9604644775390625e-8f;
-    return sign ? -magnitude : magnitude;
-  }
-  return bits_to_float(sign | ((exponent + 112) << 23) | (mantissa << 13));
-}
-template <typename S>
-inline double load_as(S x, double) {
-  if constexpr (std::is_same_v<S, double>)
-    return x;
-  else
-    return load_as(x, 0.0f);
-}
-inline float load_as(double x, float) { return float(x); }
-
-template <typename D>
-inline D store_as(float x) {
-  if constexpr (std::is_same_v<D, BFloat16>) {  // round to nearest even; NaN keeps its sign and stays quiet
-    const uint32_t b = float_to_bits(x);
-    if ((b & 0x7fffffffu) > 0x7f800000u) return {uint16_t((b >> 16) | 0x40u)};
-    return {uint16_t((b + 0x7fffu + ((b >> 16) & 1u)) >> 16)};
-  } else if constexpr (std::is_same_v<D, Half>) {
-    const uint32_t b = float_to_bits(x), sign = (b >> 16) & 0x8000u, magnitude = b & 0x7fffffffu;
-    if (magnitude > 0x7f800000u) return {uint16_t(sign | 0x7e00u)};
-    if (magnitude >= 0x477ff000u) return {uint16_t(sign | 0x7c00u)};  // rounds to 65536 or more
-    if (magnitude < 0x38800000u) {  // subnormal: fp32 addition does the rounding
-      const float shifted = bits_to_float(magnitude) + 0.5f;
-      return {uint16_t(sign | (float_to_bits(shifted) - 0x3f000000u))};
-    }
-    return {uint16_t(sign | ((magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13))};
-  } else {
-    return D(x);
-  }
-}
-
-template <typename D>
-inline D store_as(double x) {
-  if constexpr (std::is_same_v<D, double>)
-    return x;
-  else
-    return store_as<D>(float(x));
-}
 
 template <typename F>
 void with_type(DType t, F f) {
@@ -114,11 +48,11 @@ void pack_as(const PackParams& p, int num_threads) {
       if (z_col) {
         for (; c < p.cols.open; ++c) {
           const int64_t col = at(p.cols, c);
-          dst[c] = store_as<D>(load_as(src[col * p.full_stride_col], C{}) * (f * z_col[col]));
+          dst[c] = store_as<D>(load_as<C>(src[col * p.full_stride_col]) * (f * z_col[col]));
         }
       } else {
         for (; c < p.cols.open; ++c)
-          dst[c] = store_as<D>(load_as(src[at(p.cols, c) * p.full_stride_col], C{}) * f);
+          dst[c] = store_as<D>(load_as<C>(src[at(p.cols, c) * p.full_stride_col]) * f);
       }
     }
     for (; c < p.cols.extent; ++c) dst[c] = store_as<D>(C(0));
@@ -141,7 +75,7 @@ void unpack_as(const UnpackParams& p, int num_threads) {
     const C f = z_row ? z_row[row] : C(1);
     for (int64_t c = 0; c < p.cols.open; ++c) {
       const int64_t col = at(p.cols, c);
-      dst[col] = store_as<D>(load_as(src[c], C{}) * (z_col ? f * z_col[col] : f));
+      dst[col] = store_as<D>(load_as<C>(src[c]) * (z_col ? f * z_col[col] : f));
     }
   }
 }
@@ -163,8 +97,8 @@ void gate_grad_as(const UnpackParams& p, int num_threads) {
       if (r < p.rows.open && wants_grad(z_row[row], p.rows.full_grad)) {
         for (int64_t c = 0; c < p.cols.open; ++c) {
           const int64_t col = at(p.cols, c);
-          total += double(load_as(packed[r * p.packed_stride + c], C{}) * (z_col ? z_col[col] : C(1)) *
-                          load_as(theta[row * p.theta_stride_row + col * p.theta_stride_col], C{}));
+          total += double(load_as<C>(packed[r * p.packed_stride + c]) * (z_col ? z_col[col] : C(1)) *
+                          load_as<C>(theta[row * p.theta_stride_row + col * p.theta_stride_col]));
         }
       }
       dz_row[row] = C(total);
@@ -190,8 +124,8 @@ void gate_grad_as(const UnpackParams& p, int num_threads) {
         const C f = z_row ? z_row[row] : C(1);
         for (int64_t i = 0; i < count; ++i)
           total[i] += double(
-              load_as(packed[r * p.packed_stride + wanted[i]], C{}) * f *
-              load_as(theta[row * p.theta_stride_row + at(p.cols, wanted[i]) * p.theta_stride_col], C{}));
+              load_as<C>(packed[r * p.packed_stride + wanted[i]]) * f *
+              load_as<C>(theta[row * p.theta_stride_row + at(p.cols, wanted[i]) * p.theta_stride_col]));
       }
       for (int64_t i = 0; i < count; ++i) dz_col[at(p.cols, wanted[i])] = C(total[i]);
     }
