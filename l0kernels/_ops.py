@@ -196,15 +196,20 @@ def l0_linear(
     backend: str,
 ) -> list[Tensor]:
     """y, and z, index and count as of ``sample``: the backends that draw within the product."""
-    return [
-        *module(backend).l0_linear(x, weight, bias, in_log_alpha, out_log_alpha, seed, _dist(*dist), dtype)
-    ]
+    args = (x, weight, bias, in_log_alpha, out_log_alpha, seed)
+    if backend == "triton":
+        return [*module(backend).l0_linear(*args, _dist(*dist), dtype)]
+    y, *gates = module(backend).l0_linear_forward(*args, 0, _dist(*dist), dtype)
+    given = [gate for gate in gates if gate is not None]
+    return [y, *given[0]] if len(given) == 1 else [y, *map(torch.cat, zip(*given, strict=True))]
 
 
 def draws_within(
     x: Tensor, weight: Tensor, log_alphas: list[Tensor], dtype: torch.dtype, backend: str
 ) -> bool:
     """Whether the backend has l0_linear for this layer."""
+    if backend == "cuda":
+        return log_alphas[0].dtype == torch.float32
     return backend == "triton" and module(backend).draws_within(x, weight, log_alphas, dtype)
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module, util
 from typing import Any
 
 import torch
+from torch import Tensor
 
 PRIMITIVES = (
     "sample",
@@ -19,6 +20,8 @@ PRIMITIVES = (
     "gated_mlp",
     "masked_linear",
     "block_linear",
+    "pack",
+    "unpack",
 )
 """What a backend may implement; the rows of backends()."""
 
@@ -63,8 +66,18 @@ def why_not(name: str) -> str | None:
     if name == "triton":
         return _why_no_triton()
     if name == "cuda":
-        return "not implemented yet"
+        return _why_no_cuda()
     return None
+
+
+@functools.cache
+def _cuda() -> Any:
+    return import_module("l0kernels.impl.cuda")
+
+
+@functools.cache
+def _why_no_cuda() -> str | None:
+    return _cuda().why_not()
 
 
 @functools.cache
@@ -82,37 +95,74 @@ def _interpreted() -> bool:
 
 
 def implements(name: str) -> frozenset[str]:
-    """The primitives of backend ``name``; for "reference", dense autograd, all of them."""
-    return frozenset() if why_not(name) else frozenset(PRIMITIVES)
+    """The primitives of backend ``name``; for "reference", dense autograd, all but the packing."""
+    if why_not(name):
+        return frozenset()
+    if name == "cuda":
+        return frozenset(PRIMITIVES) & _cuda().SERVES
+    return frozenset(PRIMITIVES) - ({"pack", "unpack"} if name == "reference" else set())
 
 
-def resolve(device: torch.device, dtype: torch.dtype) -> str:
+CUDA_FIRST = frozenset({"sample", "gate_grad", "l0_penalty", "gated_linear", "gated_mlp"})
+"""What the CUDA kernels serve before Triton's where both are there: the products of small layers only."""
+
+
+def resolve(device: torch.device, dtype: torch.dtype, primitive: str) -> str:
     """The backend for tensors on ``device``: the requested one, else the fastest that is there.
 
     Args:
         dtype: of the tensors. On a GPU float64, which is for checking gradients, is the reference's.
 
     Raises:
-        RuntimeError: the requested backend is not available here or does not serve that device or dtype.
+        RuntimeError: the requested backend is not available here or does not serve that device, dtype or
+            primitive.
     """
-    kind = device.type
     if _requested is not None:
-        reason = why_not(_requested)
-        if reason is None and _requested == "cpp" and kind not in ("cpu", "meta"):
-            reason = f"it serves tensors on the CPU, got {device}"
-        if reason is None and _requested == "triton":
-            if kind != "meta" and (kind == "cuda") == _interpreted():
-                reason = f"it serves tensors on {'the CPU (interpreted)' if _interpreted() else 'CUDA'}, got {device}"
-            elif dtype not in TRITON_DTYPES:
-                reason = f"it serves float32, bfloat16 and float16, got {dtype}"
+        reason = why_not(_requested) or _why_not_serving(_requested, device, dtype, primitive)
         if reason is not None:
             raise RuntimeError(f"backend {_requested!r} cannot be used: {reason}")
         return _requested
+    kind = device.type
     if kind in ("cpu", "meta"):
         return "torch" if native is None else "cpp"
-    if kind == "cuda" and dtype in TRITON_DTYPES and _why_no_triton() is None:
-        return "triton"
+    if kind == "cuda" and dtype in TRITON_DTYPES:
+        if primitive in CUDA_FIRST and primitive not in _PRODUCTS and _why_no_cuda() is None:
+            return "cuda"
+        if _why_no_triton() is None:
+            return "triton"
     return "reference"  # the "torch" backend would ask the GPU for the counts, a sync per layer
+
+
+_PRODUCTS = ("gated_linear", "gated_mlp")
+
+
+def resolve_layers(x: Tensor, weights: Sequence[Tensor], primitive: str) -> str:
+    """resolve for the product of x (..., in) and the weights: on a GPU small layers may have kernels of their own."""
+    backend = resolve(x.device, x.dtype, primitive)
+    if backend == "triton" and _requested is None and primitive in CUDA_FIRST and _why_no_cuda() is None:
+        sizes = [x.shape[-1], *(weight.shape[0] for weight in weights)]
+        if _cuda().small(x.numel() // max(sizes[0], 1), sizes):
+            return "cuda"
+    return backend
+
+
+def _why_not_serving(name: str, device: torch.device, dtype: torch.dtype, primitive: str) -> str | None:
+    kind = device.type
+    if name == "cpp" and kind not in ("cpu", "meta"):
+        return f"it serves tensors on the CPU, got {device}"
+    if name == "triton":
+        if kind != "meta" and (kind == "cuda") == _interpreted():
+            return (
+                f"it serves tensors on {'the CPU (interpreted)' if _interpreted() else 'CUDA'}, got {device}"
+            )
+        if dtype not in TRITON_DTYPES:
+            return f"it serves float32, bfloat16 and float16, got {dtype}"
+    if name == "cuda":
+        if kind not in ("cuda", "meta"):
+            return f"it serves tensors on CUDA, got {device}"
+        if primitive not in _cuda().SERVES:
+            return f"it does not serve {primitive}; the triton backend does"
+    return None
 
 
 @contextmanager

@@ -116,7 +116,7 @@ def sample_gates(
     if not log_alphas:
         return []
     check_log_alphas(log_alphas)
-    backend = _registry.resolve(log_alphas[0].device, log_alphas[0].dtype)
+    backend = _registry.resolve(log_alphas[0].device, log_alphas[0].dtype, "sample")
     if backend == "reference":
         return reference.sample_gates(log_alpha, seed=seed, generator=generator, rank=rank, dist=dist)
     _checks.check_count("rank", rank, 0, 2**32)
@@ -129,7 +129,7 @@ def sample_gates(
 
 def attach(log_alpha: Tensor, gate: Gates, dist: HardConcrete) -> Gates:
     """Gates drawn earlier and detached, with a gradient to log_alpha of their own."""
-    backend = _registry.resolve(log_alpha.device, log_alpha.dtype)
+    backend = _registry.resolve(log_alpha.device, log_alpha.dtype, "gate_grad")
     # The reference draws and differentiates in one; what is drawn already gets its gradient from z anywhere.
     return _attach(log_alpha, gate, dist, "torch" if backend == "reference" else backend)
 
@@ -151,9 +151,9 @@ def draw(
 ) -> list[Gates]:
     """Gates without a way back to log_alpha, in one call: sample_gates and the fused ops add theirs."""
     seed = check_draw(log_alphas, seed, dist, generator)
-    if backend == "triton" and log_alphas[0].dtype == torch.float64:  # gates for checking, a product in fp32
-        resolved = _registry.resolve(log_alphas[0].device, torch.float64)
-        backend = "torch" if resolved == "reference" else resolved
+    if backend in ("triton", "cuda"):  # who draws fastest, or at all for float64, need not be who multiplies
+        backend = _registry.resolve(log_alphas[0].device, log_alphas[0].dtype, "sample")
+        backend = "torch" if backend == "reference" else backend
     z, index, count = _ops.sample(log_alphas, seed, rank, dist.beta, dist.gamma, dist.zeta, backend)
     return split(log_alphas, z, index, count)
 

@@ -179,7 +179,7 @@ def gated_linear(
     """
     _checks.check_linear(x, weight, bias)
     check_layer_gates(weight.shape[1], weight.shape[0], weight.device, in_gates, out_gates, out_support)
-    backend = _registry.resolve(x.device, x.dtype)
+    backend = _registry.resolve_layers(x, (weight,), "gated_linear")
     if backend == "reference":
         return reference.gated_linear(
             x, weight, bias, in_gates=in_gates, out_gates=out_gates, out_support=out_support
@@ -262,7 +262,7 @@ def _l0_linear(
     given = [a for a in (in_log_alpha, out_log_alpha) if a is not None]
     if not given:
         return gated_linear(x, weight, bias)
-    backend = _registry.resolve(x.device, x.dtype)
+    backend = _registry.resolve_layers(x, (weight,), "gated_linear")
     if backend == "reference" and drawn is not None:
         joined = iter([attach(a, gate, dist) for a, gate in zip(given, drawn, strict=True)])
         return reference.gated_linear(

@@ -155,7 +155,7 @@ def masked_linear(
         RuntimeError: the requested backend cannot serve the call.
     """
     check_masked(x, weight, bias, log_alpha, block, seed, mode, dist)
-    backend = _registry.resolve(x.device, x.dtype)
+    backend = _registry.resolve(x.device, x.dtype, "masked_linear" if block is None else "block_linear")
     if backend == "reference":
         return reference.masked_linear(
             x, weight, bias, log_alpha, block=block, seed=seed, mode=mode, dist=dist
@@ -176,7 +176,7 @@ def masked_linear(
 
 def block_linear(x: Tensor, weight: Tensor, bias: Tensor | None, z: Tensor, block: tuple[int, int]) -> Tensor:
     """masked_linear with one gate per block, z drawn beforehand; arguments that masked_linear checks."""
-    backend = _registry.resolve(x.device, x.dtype)
+    backend = _registry.resolve(x.device, x.dtype, "block_linear")
     if backend == "reference":
         z = expand_blocks(z, block, (weight.shape[0], weight.shape[1]))
         return torch.nn.functional.linear(x, scale(weight, z), bias)

@@ -14,7 +14,7 @@ from .gates import Gates, HardConcrete, attach, check_log_alphas, draw
 from .linear import _NO_TENSORS, as_rows, compute_dtype, constants, gate_tensors, like_rows
 from .reference import _checks
 from .reference.gates import DEFAULT_DIST
-from .reference.mlp import ROWS, check_mlp
+from .reference.mlp import GLU, ROWS, check_mlp
 
 
 class _GatedMlp(torch.autograd.Function):
@@ -75,6 +75,15 @@ class _GatedMlp(torch.autograd.Function):
         return (dx, *[None] * 6, *rest, *[None] * (3 * depth))
 
 
+def _backend(x: Tensor, weights: Sequence[Tensor], activation: str) -> str:
+    if activation not in GLU:
+        return _registry.resolve_layers(x, weights, "gated_mlp")
+    backend = _registry.resolve(x.device, x.dtype, "gated_mlp")
+    if backend == "cuda":
+        raise RuntimeError(f"backend 'cuda' cannot be used: it does not serve {activation!r}; triton does")
+    return backend
+
+
 def gated_mlp(
     x: Tensor,
     weights: Sequence[Tensor],
@@ -112,7 +121,7 @@ def gated_mlp(
         RuntimeError: the requested backend cannot serve the call.
     """
     check_mlp(x, weights, biases, gates, activation)
-    backend = _registry.resolve(x.device, x.dtype)
+    backend = _backend(x, weights, activation)
     if backend == "reference":
         return reference.gated_mlp(x, weights, biases, gates, activation)
     dtype = compute_dtype(x)
@@ -193,7 +202,7 @@ def _l0_mlp(
     if activation not in ROWS or not _checks.fits_chain(x, weights, biases, log_alphas, ROWS[activation]):
         _check_l0_mlp(x, weights, biases, log_alphas, activation)
     given = [a for a in log_alphas if a is not None]
-    backend = _registry.resolve(x.device, x.dtype)
+    backend = _backend(x, weights, activation)
     if backend == "reference" and gates is not None:
         joined = [
             None if a is None or gate is None else attach(a, gate, dist)

@@ -81,7 +81,7 @@ def l0_penalty(
     check_dist(dist)
     sizes = per_tensor("group_size", group_size, len(log_alphas))
     lams = per_tensor("lam", lam, len(log_alphas))
-    backend = _registry.resolve(log_alphas[0].device, log_alphas[0].dtype)
+    backend = _registry.resolve(log_alphas[0].device, log_alphas[0].dtype, "l0_penalty")
     if backend == "reference":
         return reference.l0_penalty(log_alphas, sizes, lam=lams, dist=dist)
     weights = [float(size) * float(weight) for size, weight in zip(sizes, lams, strict=True)]

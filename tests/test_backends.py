@@ -119,10 +119,32 @@ class TestUseBackend:
             l0.use_backend("cpp"),
             pytest.raises(RuntimeError, match="it serves tensors on the CPU, got cuda:0"),
         ):
-            _registry.resolve(torch.device("cuda", 0))
+            _registry.resolve(torch.device("cuda", 0), torch.float32, "sample")
 
-    def test_a_gpu_without_its_kernels_uses_the_formula(self):
-        assert _registry.resolve(torch.device("cuda", 0)) == "reference"
+    def test_a_gpu_without_its_kernels_uses_the_formula(self, monkeypatch):
+        monkeypatch.setattr(_registry, "_why_no_triton", lambda: "none here")
+        monkeypatch.setattr(_registry, "_why_no_cuda", lambda: "none here")
+        for primitive in PRIMITIVES:
+            assert _registry.resolve(torch.device("cuda", 0), torch.float32, primitive) == "reference"
+
+    def test_on_a_gpu_the_measured_winner_serves(self, monkeypatch):
+        gpu = torch.device("cuda", 0)
+        monkeypatch.setattr(_registry, "_why_no_triton", lambda: None)
+        monkeypatch.setattr(_registry, "_why_no_cuda", lambda: None)
+        for primitive in PRIMITIVES:
+            first = primitive in _registry.CUDA_FIRST and primitive not in ("gated_linear", "gated_mlp")
+            assert _registry.resolve(gpu, torch.bfloat16, primitive) == ("cuda" if first else "triton")
+            assert _registry.resolve(gpu, torch.float64, primitive) == "reference"
+        monkeypatch.setattr(_registry, "_why_no_cuda", lambda: "none here")
+        assert {_registry.resolve(gpu, torch.float32, p) for p in PRIMITIVES} == {"triton"}
+
+    def test_a_backend_that_does_not_serve_a_primitive_says_so(self, monkeypatch):
+        monkeypatch.setattr(_registry, "_why_no_cuda", lambda: None)
+        monkeypatch.setattr(_registry, "_requested", "cuda")
+        with pytest.raises(RuntimeError, match="it does not serve block_linear; the triton backend does"):
+            _registry.resolve(torch.device("cuda", 0), torch.float32, "block_linear")
+        with pytest.raises(RuntimeError, match="it serves tensors on CUDA, got cpu"):
+            _registry.resolve(torch.device("cpu"), torch.float32, "sample")
 
     def test_backward_uses_the_backend_of_its_forward(self, backend, used):
         weight = torch.ones(4, 3, requires_grad=True)
@@ -156,10 +178,11 @@ class TestEnvironment:
         names = [n for n in ("reference", "torch", "cpp") if not _registry.why_not(n)]
         code = (
             "import torch, l0kernels as l0; from l0kernels import _registry as r\n"
-            "print(r.resolve(torch.device('cpu')))\n"
+            "cpu = (torch.device('cpu'), torch.float32, 'sample')\n"
+            "print(r.resolve(*cpu))\n"
             f"for name in {names}:\n"
-            "    with l0.use_backend(name): print(r.resolve(torch.device('cpu')))\n"
-            "print(r.resolve(torch.device('cpu')))\n"
+            "    with l0.use_backend(name): print(r.resolve(*cpu))\n"
+            "print(r.resolve(*cpu))\n"
         )
         assert run(code, L0KERNELS_BACKEND="reference").split() == ["reference", *names, "reference"]
 
@@ -169,7 +192,7 @@ class TestEnvironment:
     def test_read_at_import(self, monkeypatch, value, expected):
         monkeypatch.setenv("L0KERNELS_BACKEND", value)
         namespace = runpy.run_path(_registry.__file__)
-        assert namespace["resolve"](torch.device("cpu")) == expected
+        assert namespace["resolve"](torch.device("cpu"), torch.float32, "sample") == expected
 
     def test_unknown(self):
         error = run("import l0kernels", check=False, L0KERNELS_BACKEND="numpy")
@@ -179,7 +202,7 @@ class TestEnvironment:
     def test_unavailable(self):
         code = "import torch, l0kernels as l0; l0.sample_gates(torch.zeros(3))"
         error = run(code, check=False, L0KERNELS_BACKEND="cuda")
-        assert "RuntimeError: backend 'cuda' cannot be used: not implemented yet" in error
+        assert "RuntimeError: backend 'cuda' cannot be used: " in error
 
 
 class TestTable:
@@ -198,13 +221,14 @@ class TestTable:
             "gated_mlp": ("mlp_forward", "mlp_backward"),
             "masked_linear": ("masked_weight", "masked_weight_grad"),
             "block_linear": ("block_linear_forward", "block_linear_backward"),
+            "pack": (),
+            "unpack": (),
         }
         assert set(functions) == set(PRIMITIVES)
         for primitive, row in l0.backends().items():
             for name, answer in row.items():
                 if answer != "yes":
-                    assert len(answer) > 5
-                    assert _registry.why_not(name) == answer
+                    assert answer == (_registry.why_not(name) or "-")
                 elif name != "reference":
                     assert all(callable(getattr(_ops.module(name), f)) for f in functions[primitive])
         assert l0.backends()["gated_linear"]["reference"] == "yes"
@@ -220,7 +244,8 @@ class TestTable:
             assert row.split()[0] == primitive
             marks = ["yes" if l0.backends()[primitive][name] == "yes" else "-" for name in NAMES]
             assert row.split()[1:] == marks
-        assert "cuda: not implemented yet" in rows
+        missing = [name for name in NAMES if _registry.why_not(name)]
+        assert rows[len(PRIMITIVES) :] == [f"{name}: {_registry.why_not(name)}" for name in missing]
 
     def test_command(self, capsys):
         runpy.run_module("l0kernels", run_name="__main__")
@@ -237,7 +262,7 @@ class TestWithoutTheExtension:
         code = (
             self.BLOCK
             + "import torch, l0kernels as l0; from l0kernels import _registry as r\n"
-            + "assert r.native is None and r.resolve(torch.device('cpu')) == 'torch'\n"
+            + "assert r.native is None and r.resolve(torch.device('cpu'), torch.float32, 'sample') == 'torch'\n"
             + "w = torch.ones(4, 3, requires_grad=True)\n"
             + "l0.l0_linear(torch.ones(2, 3), w, in_log_alpha=torch.zeros(3)).sum().backward()\n"
             + "assert w.grad is not None\n"

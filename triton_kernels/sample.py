@@ -22,7 +22,7 @@ from .hard_concrete import gate_slope, gate_value, uniform
 if TYPE_CHECKING:
     from l0kernels.reference.gates import HardConcrete
 
-TAU = 0.9
+TAU = 0.93
 """Open share above which the dimension is taken in natural order: count[1] = round_up(n)."""
 
 ONE_PASS = 4096
