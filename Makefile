@@ -27,6 +27,8 @@ test: $(STAMP)
 	$(PY) -m ruff check .
 	$(PY) -m mypy
 	$(PY) -m pytest $(ARGS)
+	@# The Triton kernels run in a process of their own, under Triton's interpreter; 5: ARGS chose none of these.
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 tests/test_triton_*.py $(ARGS) || [ $$? -eq 5 ]
 
 static: $(STAMP)
 	$(PY) bench/static.py $(ARGS)

@@ -534,7 +534,7 @@ def _reduce(
             other += tl.load(second_ptr + offset, mask=mask, other=0.0)
     total = tl.sum(acc, 0)
     if OVER_Z:
-        total = total / z
+        total = total / tl.where(z != 0.0, z, 1.0)
     if DLOG:
         total = total * gate_slope(z, inv_beta, gamma, zeta)
     total = tl.where(wanted, total, 0.0)
@@ -803,7 +803,8 @@ def _launch_reduce(
     launch(
         _reduce,
         (triton.cdiv(size, _REDUCE_COLS),),
-        first, second, first_out, second_out, z, index, count, first.shape[0], size, first.stride(0), *constants,
+        first, second, first_out, second_out, z, index, count, first.shape[0], size, first.stride(0),
+        *constants,
         HAS_GATE=gate is not None, PACKED=packed, DZ=dz, OVER_Z=over_z, DLOG=dist is not None, FULL=full,
         HAS_SECOND=second is not None,
         BLOCK_P=16 if first.shape[0] <= 16 else 64, BLOCK=_REDUCE_COLS, num_warps=4,
@@ -812,7 +813,8 @@ def _launch_reduce(
 
 @triton.jit
 def _column_sums(
-    ptr, partial_ptr, M, N, stride_m, stride_n, rows, UNIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+    ptr, partial_ptr, M, N, stride_m, stride_n, rows,
+    UNIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """partial (programs of axis 1, N): sums of `rows` rows each."""
     c = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -830,7 +832,7 @@ def _column_sums(
 
 
 def column_sums(t: Tensor, dtype: torch.dtype) -> Tensor:
-    """The sums of the columns of t (M, N), a bias gradient, in ``dtype``; two launches, fp32 sums, one order."""
+    """The sums of the columns of t (M, N), a bias gradient, in ``dtype``: two launches, fp32, one order."""
     M, N = t.shape
     out = torch.empty(N, dtype=dtype, device=t.device)
     if not M:
