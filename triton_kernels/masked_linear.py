@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import launch
+from ._launch import cdiv, launch
 from ._variants import Variant
 from .hard_concrete import gate_slope, gate_value, uniform
 from .sample import order
@@ -366,7 +366,7 @@ def masked_weight(weight: Tensor, log_alpha: Tensor, seed: Tensor, dist: HardCon
     if n:
         launch(
             _masked_weight_kernel,
-            (triton.cdiv(n, _BLOCK),),
+            (cdiv(n, _BLOCK),),
             weight,
             log_alpha,
             seed,
@@ -397,7 +397,7 @@ def masked_weight_grad(
     if n and (need_w or need_log_alpha):
         launch(
             _masked_weight_grad_kernel,
-            (triton.cdiv(n, _BLOCK),),
+            (cdiv(n, _BLOCK),),
             grad,
             weight,
             log_alpha,
@@ -424,11 +424,11 @@ def _prepare(
     row_lists = torch.empty(n_rows if rows else 0, 1 + n_cols, dtype=torch.int32, device=z.device)
     col_lists = torch.empty(n_cols if cols else 0, 1 + n_rows, dtype=torch.int32, device=z.device)
     # A leading dimension that 16 does not divide would make the products' loads narrow.
-    stride = triton.cdiv(n_in, 16) * 16
+    stride = cdiv(n_in, 16) * 16
     product = torch.empty(n_out if scaled else 0, stride, dtype=dtype, device=z.device)
     tile_k = min(triton.next_power_of_2(max(n_in, 1)), _TILE)
     tile_n = _TILE // tile_k
-    tiles = triton.cdiv(n_out, tile_n) * triton.cdiv(n_in, tile_k) if scaled else 0
+    tiles = cdiv(n_out, tile_n) * cdiv(n_in, tile_k) if scaled else 0
     programs = len(row_lists) + len(col_lists) + tiles
     if programs:
         launch(
@@ -474,7 +474,7 @@ def _product(
     precision = _precision(a.dtype)
     config = _product_config(a.element_size(), precision, m, b_n)
     n_lines, n_blocks = lists.shape[0], lists.shape[1] - 1
-    programs = triton.cdiv(m, config.m) * n_lines * triton.cdiv(b_n, config.n)
+    programs = cdiv(m, config.m) * n_lines * cdiv(b_n, config.n)
     if programs:
         launch(
             _product_kernel,
@@ -573,12 +573,12 @@ def _weight_grad(
     n_out, n_in = weight.shape
     n_rows, n_cols = z.shape
     precision = _precision(x.dtype)
-    config = _weight_grad_config(x.element_size(), precision, b_out, n_rows * triton.cdiv(n_in, 128))
-    tiles = triton.cdiv(b_out, config.n)
+    config = _weight_grad_config(x.element_size(), precision, b_out, n_rows * cdiv(n_in, 128))
+    tiles = cdiv(b_out, config.n)
     dw = torch.empty_like(weight) if need_w else None
     dz = torch.empty_like(z) if need_z else None
     sums = torch.empty(n_rows * tiles if need_z else 0, n_in, dtype=torch.float32, device=z.device)
-    programs = n_rows * tiles * triton.cdiv(n_cols * b_in, config.k)
+    programs = n_rows * tiles * cdiv(n_cols * b_in, config.k)
     if programs:
         launch(
             _weight_grad_kernel,
@@ -611,7 +611,7 @@ def _weight_grad(
         if dz is not None:
             launch(
                 _block_sum_kernel,
-                (n_rows * triton.cdiv(n_cols, _BLOCKS),),
+                (n_rows * cdiv(n_cols, _BLOCKS),),
                 sums,
                 z,
                 dz,

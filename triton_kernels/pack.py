@@ -12,15 +12,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from functools import lru_cache
-from typing import TYPE_CHECKING
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import launch
+from ._launch import cdiv, launch
 from ._variants import Variant
 from .hard_concrete import gate_slope
 
@@ -611,7 +610,7 @@ def pack(
     if cols is None:
         vec = math.gcd(8, n_cols, stride_r, out.shape[1], out.stride(0))
         block_r, block_c = _copy_blocks(n_cols)
-        n_tiles = triton.cdiv(out.shape[0], block_r) * triton.cdiv(out.shape[1], block_c)
+        n_tiles = cdiv(out.shape[0], block_r) * cdiv(out.shape[1], block_c)
         launch(
             _pack_rows,
             (min(n_tiles, 2 * _programs(full.device)),),
@@ -623,7 +622,7 @@ def pack(
         return out
     z_c, index_c, count_c = cols
     vec = math.gcd(8, n_cols, stride_r)
-    n_tiles = triton.cdiv(out.shape[0], _GATHER_ROWS) * triton.cdiv(out.shape[1], _GATHER_COLS)
+    n_tiles = cdiv(out.shape[0], _GATHER_ROWS) * cdiv(out.shape[1], _GATHER_COLS)
     programs = _programs(full.device, _RESIDENT_SCALED if scale_rows and scale_cols else _RESIDENT)
     launch(
         _pack_cols,
@@ -688,9 +687,9 @@ def unpack(
     if cols is None:
         vec = math.gcd(8, n_cols, out.stride(0), packed.stride(0), stride_tr)
         block_r, block_c = _copy_blocks(n_cols)
-        n_steps = triton.cdiv(n_rows, block_r)
+        n_steps = cdiv(n_rows, block_r)
         # A program takes whole rows and finishes their dz, unless that leaves the device idle.
-        n_chunks = min(triton.cdiv(n_cols, block_c), triton.cdiv(_programs(device), n_steps))
+        n_chunks = min(cdiv(n_cols, block_c), cdiv(_programs(device), n_steps))
         part_r = torch.empty(n_chunks, n_rows, dtype=torch.float32, device=device) if dz_rows else None
         launch(
             _unpack_rows,
@@ -704,9 +703,9 @@ def unpack(
         return out, _total(part_r, rows, dist), None
     z_c, index_c, count_c = cols
     vec = math.gcd(8, n_cols, out.stride(0), stride_tr)
-    n_tiles = triton.cdiv(n_cols, _GATHER_COLS)
+    n_tiles = cdiv(n_cols, _GATHER_COLS)
     resident = _RESIDENT_DZ_ROWS if dz_rows else _RESIDENT_DZ if dz_cols else _RESIDENT
-    n_chunks = min(max(_programs(device, resident) // n_tiles, 1), triton.cdiv(n_rows, _GATHER_ROWS))
+    n_chunks = min(max(_programs(device, resident) // n_tiles, 1), cdiv(n_rows, _GATHER_ROWS))
     part_r = torch.empty(n_tiles, n_rows, dtype=torch.float32, device=device) if dz_rows else None
     part_c = torch.empty(n_chunks, n_cols, dtype=torch.float32, device=device) if dz_cols else None
     launch(
@@ -802,7 +801,7 @@ def _launch_reduce(
     constants = (0.0, 0.0, 0.0) if dist is None else (1.0 / dist.beta, dist.gamma, dist.zeta)
     launch(
         _reduce,
-        (triton.cdiv(size, _REDUCE_COLS),),
+        (cdiv(size, _REDUCE_COLS),),
         first, second, first_out, second_out, z, index, count, first.shape[0], size, first.stride(0),
         *constants,
         HAS_GATE=gate is not None, PACKED=packed, DZ=dz, OVER_Z=over_z, DLOG=dist is not None, FULL=full,
@@ -837,12 +836,12 @@ def column_sums(t: Tensor, dtype: torch.dtype) -> Tensor:
     out = torch.empty(N, dtype=dtype, device=t.device)
     if not M:
         return out.zero_()
-    blocks = triton.cdiv(N, _SUM_COLS)
-    parts = max(1, min(_programs(t.device) // max(blocks, 1), triton.cdiv(M, _SUM_ROWS)))
+    blocks = cdiv(N, _SUM_COLS)
+    parts = max(1, min(_programs(t.device) // max(blocks, 1), cdiv(M, _SUM_ROWS)))
     partial = torch.empty(parts, N, dtype=torch.float32, device=t.device)
     if N:
         launch(
-            _column_sums, (blocks, parts), t, partial, M, N, t.stride(0), t.stride(1), triton.cdiv(M, parts),
+            _column_sums, (blocks, parts), t, partial, M, N, t.stride(0), t.stride(1), cdiv(M, parts),
             UNIT=t.stride(1) == 1, BLOCK_M=_SUM_ROWS, BLOCK_N=_SUM_COLS,
         )  # fmt: skip
         _launch_reduce(partial, None, out, None, None, False, False, False)
