@@ -1,13 +1,15 @@
-"""TFLOP/s of the product's tiles against torch's own product, on this GPU: ``python bench/tune.py [--quick]``.
+"""TFLOP/s of the product's tiles against torch's product, on this GPU: ``python bench/tune.py [--quick]``.
 
-What it prints decides ``choose`` in triton_kernels/matmul.py. Every use of the product is timed at full extent, where
-nothing is skipped: the share of the dense library's rate is the price of everything that the kernel can do.
+What it prints decides ``choose`` in triton_kernels/matmul.py. Every use of the product is timed at full
+extent, where nothing is skipped: the share of the dense library's rate is the price of all the kernel can do.
 """
 
 import argparse
 import itertools
 import multiprocessing
 import sys
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 import triton
@@ -56,8 +58,8 @@ CANDIDATES = {
 }
 
 
-def works(tokens: int, hidden: int, model: int, dtype: torch.dtype):
-    """name -> (candidates, flops, dense product, gated product of a config)."""
+def works(tokens: int, hidden: int, model: int, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
+    """(name, kind of candidates, flops, dense product, gated product of a config)."""
     new = lambda *shape: torch.randn(*shape, device="cuda", dtype=dtype)  # noqa: E731
     x, w1, w2, dy = (
         new(tokens, model),
@@ -85,9 +87,10 @@ def works(tokens: int, hidden: int, model: int, dtype: torch.dtype):
         lambda: torch.mm(x, w1.t(), out=up),
         lambda c: matmul("nt", Operand(x), Operand(w1), Operand(up), *size, config=c),
     )
-    yield "up nt gelu", "act", flops, lambda: torch.nn.functional.gelu(torch.addmm(bias, x, w1.t(), out=up)), lambda c: matmul(
-        "nt", Operand(x), both(w1), Operand(None, up), *size, n_gate=gate, epilogue="act", activation="gelu", bias=bias,
-        scale_n=True, saved=a, config=c
+    gelu, gelu_backward = torch.nn.functional.gelu, torch.ops.aten.gelu_backward
+    yield "up nt gelu", "act", flops, lambda: gelu(torch.addmm(bias, x, w1.t(), out=up)), lambda c: matmul(
+        "nt", Operand(x), both(w1), Operand(None, up), *size, n_gate=gate, epilogue="act", activation="gelu",
+        bias=bias, scale_n=True, saved=a, config=c
     )  # fmt: skip
     yield (
         "down nt",
@@ -105,9 +108,10 @@ def works(tokens: int, hidden: int, model: int, dtype: torch.dtype):
         lambda: torch.mm(dy, w2, out=up),
         lambda c: matmul("nn", Operand(dy), Operand(w2), Operand(up), tokens, hidden, model, config=c),
     )
-    yield "dh nn gelu'", "act", flops, lambda: torch.ops.aten.gelu_backward(torch.mm(dy, w2, out=up), a), lambda c: matmul(
+    yield "dh nn gelu'", "act", flops, lambda: gelu_backward(torch.mm(dy, w2, out=up), a), lambda c: matmul(
         "nn", Operand(dy), both(w2), Operand(None, up), tokens, hidden, model, n_gate=gate, epilogue="grad",
-        activation="gelu", scale_n=True, saved=a, hidden=Operand(None, h), partial=partial, dz=True, db=True, config=c
+        activation="gelu", scale_n=True, saved=a, hidden=Operand(None, h), partial=partial, dz=True, db=True,
+        config=c
     )  # fmt: skip
     yield (
         "dx nn",
@@ -149,13 +153,13 @@ def works(tokens: int, hidden: int, model: int, dtype: torch.dtype):
     wide = new(tokens, 2 * hidden)
     dwide = torch.empty_like(wide)
     yield "up nt swiglu", "glu", 2 * flops, lambda: torch.mm(x, w13.t()), lambda c: matmul(
-        "nt", Operand(x), both(w13), Operand(None, up), *size, n_gate=gate, epilogue="glu", activation="silu", scale_n=True,
-        saved=wide, half_b=(hidden, hidden), half_s=hidden, config=c
+        "nt", Operand(x), both(w13), Operand(None, up), *size, n_gate=gate, epilogue="glu", activation="silu",
+        scale_n=True, saved=wide, half_b=(hidden, hidden), half_s=hidden, config=c
     )  # fmt: skip
     yield "dh nn swiglu'", "glu", flops, lambda: torch.mm(dy, w2, out=up), lambda c: matmul(
-        "nn", Operand(dy), both(w2), Operand(None, dwide), tokens, hidden, model, n_gate=gate, epilogue="glu_grad",
-        activation="silu", scale_n=True, saved=wide, half_s=hidden, half_c=hidden, hidden=Operand(None, h), partial=partial,
-        dz=True, config=c
+        "nn", Operand(dy), both(w2), Operand(None, dwide), tokens, hidden, model, n_gate=gate,
+        epilogue="glu_grad", activation="silu", scale_n=True, saved=wide, half_s=hidden, half_c=hidden,
+        hidden=Operand(None, h), partial=partial, dz=True, config=c
     )  # fmt: skip
 
 

@@ -73,7 +73,7 @@ def _given(grads: list[Tensor | None], like: Tensor) -> list[Tensor]:
 
 
 _FUSED_GATE_GRAD = ("triton", "cuda")
-"""Backends whose backward products end in the gradient of log_alpha; to the others it is a step of its own."""
+"""Backends whose backward products end in the gradient of log_alpha; others take a step more for it."""
 
 
 def _log_alpha_grads(
@@ -180,8 +180,8 @@ def _fake_l0_linear(
 
 
 @_define(
-    "l0_linear(Tensor x, Tensor weight, Tensor? bias, Tensor? in_log_alpha, Tensor? out_log_alpha, Tensor seed,"
-    " float[] dist, ScalarType dtype, str backend) -> Tensor[]",
+    "l0_linear(Tensor x, Tensor weight, Tensor? bias, Tensor? in_log_alpha, Tensor? out_log_alpha,"
+    " Tensor seed, float[] dist, ScalarType dtype, str backend) -> Tensor[]",
     _fake_l0_linear,
 )
 def l0_linear(
@@ -263,9 +263,8 @@ def gated_linear_backward(
 ) -> list[Tensor]:
     """With ``dist`` (beta, gamma, zeta) the gates' gradients are those of log_alpha, else those of z."""
     gates = (_gate(in_gate), _gate(out_gate))
-    args = (dy, x, weight, bias, *gates, scale_out, full_in, full_out, dtype, needs)
-    if backend == "triton":
-        args = (dy, x, weight, bias, *gates, saved, scale_out, full_in, full_out, dtype, needs)
+    kept = (saved,) if backend == "triton" else ()
+    args = (dy, x, weight, bias, *gates, *kept, scale_out, full_in, full_out, dtype, needs)
     if not dist or backend in _FUSED_GATE_GRAD:
         return _given(module(backend).linear_backward(*args, *([_dist(*dist)] if dist else [])), x)
     grads = module(backend).linear_backward(*args)

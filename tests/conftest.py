@@ -8,7 +8,7 @@ from l0kernels._registry import native
 from op_checks import BACKENDS
 from triton_device import INTERPRETED, RUNS
 
-# Triton decides at import whether it interprets or compiles, so one process runs the kernels or compiles them.
+# Triton decides at import whether it interprets or compiles: one process runs the kernels or compiles them.
 collect_ignore_glob = ([] if RUNS else ["test_triton_*.py"]) + (["test_static_*.py"] if INTERPRETED else [])
 
 

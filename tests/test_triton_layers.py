@@ -5,12 +5,12 @@ import itertools
 import pytest
 import torch
 import train_lenet300 as example
-from triton_gates import make_gate
 
 import l0kernels as l0
 from l0kernels import Gates, _ops
 from l0kernels.reference.gates import compact, round_up
 from triton_device import DEVICE, INTERPRETED
+from triton_gates import make_gate
 
 DTYPE = torch.float32
 M = 20

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from triton_device import DEVICE, INTERPRETED
-from triton_gates import bury, dig, make_gate
 
 from l0kernels.triton_kernels.matmul import Config, Operand, matmul
+from triton_device import DEVICE, INTERPRETED
+from triton_gates import bury, dig, make_gate
 
 TILE = Config(32, 64, 32, 4, 2, 2)
 KEEPS = (0.0, 0.3, 1.0)
@@ -54,8 +54,9 @@ def test_hidden_layer_and_its_gradients(keep, activation, plain, pointers):
     h, slope = buffer(M, N), buffer(M, N)
     saves = activation in ("gelu", "silu")
     matmul(
-        "nt", Operand(x), Operand(w, bury(w, gate, None)), Operand(None, h), M, N, K, n_gate=gate, epilogue="act",
-        activation=activation, bias=b, scale_n=True, saved=slope if saves else None, **options,
+        "nt", Operand(x), Operand(w, bury(w, gate, None)), Operand(None, h), M, N, K, n_gate=gate,
+        epilogue="act", activation=activation, bias=b, scale_n=True, saved=slope if saves else None,
+        **options,
     )  # fmt: skip
     act = {"gelu": torch.nn.functional.gelu, "silu": torch.nn.functional.silu, "relu": torch.relu}.get(
         activation
@@ -70,9 +71,9 @@ def test_hidden_layer_and_its_gradients(keep, activation, plain, pointers):
     hidden.backward(dy @ w2)
     da, partial = buffer(M, N), torch.full((2, -(-M // 32), 384), float("nan"), device=DEVICE)
     matmul(
-        "nn", Operand(dy), Operand(w2, bury(w2, None, gate)), Operand(None, da), M, N, D, n_gate=gate, epilogue="grad",
-        activation=activation, scale_n=True, saved=slope if saves else None, hidden=Operand(None, h), partial=partial,
-        dz=True, db=True, **options,
+        "nn", Operand(dy), Operand(w2, bury(w2, None, gate)), Operand(None, da), M, N, D, n_gate=gate,
+        epilogue="grad", activation=activation, scale_n=True, saved=slope if saves else None,
+        hidden=Operand(None, h), partial=partial, dz=True, db=True, **options,
     )  # fmt: skip
     close(dig(da, None, gate, (M, N)), a.grad, D)
     is_open = gate[0] != 0
@@ -116,8 +117,8 @@ def test_gated_product_and_its_gradients(keep, activation, plain, pointers):
     packed = torch.cat([bury(w[:N], gate, None), bury(w[N:], gate, None)])
     h, factors = buffer(M, N), buffer(M, 2 * cap)
     matmul(
-        "nt", Operand(x), Operand(w, packed), Operand(None, h), M, N, K, n_gate=gate, epilogue="glu", activation=activation,
-        bias=b, scale_n=True, saved=factors, half_b=(N, cap), half_s=cap, **options,
+        "nt", Operand(x), Operand(w, packed), Operand(None, h), M, N, K, n_gate=gate, epilogue="glu",
+        activation=activation, bias=b, scale_n=True, saved=factors, half_b=(N, cap), half_s=cap, **options,
     )  # fmt: skip
     act = {"gelu": torch.nn.functional.gelu, "silu": torch.nn.functional.silu}[activation]
     a, z = (x @ w.T + b).requires_grad_(), gate[0].clone().requires_grad_()
@@ -128,9 +129,9 @@ def test_gated_product_and_its_gradients(keep, activation, plain, pointers):
     hidden.backward(dy @ w2)
     da, partial = buffer(M, 2 * cap), torch.full((3, -(-M // 32), cap), float("nan"), device=DEVICE)
     matmul(
-        "nn", Operand(dy), Operand(w2, bury(w2, None, gate)), Operand(None, da), M, N, D, n_gate=gate, epilogue="glu_grad",
-        activation=activation, scale_n=True, saved=factors, hidden=Operand(None, h), partial=partial, dz=True, db=True,
-        half_s=cap, half_c=cap, **options,
+        "nn", Operand(dy), Operand(w2, bury(w2, None, gate)), Operand(None, da), M, N, D, n_gate=gate,
+        epilogue="glu_grad", activation=activation, scale_n=True, saved=factors, hidden=Operand(None, h),
+        partial=partial, dz=True, db=True, half_s=cap, half_c=cap, **options,
     )  # fmt: skip
     for half in range(2):
         truth = a.grad[:, half * N : (half + 1) * N]
@@ -138,8 +139,8 @@ def test_gated_product_and_its_gradients(keep, activation, plain, pointers):
         close(dig(partial[1 + half].sum(0)[None], None, gate, (1, N))[0], truth.sum(0), 16 * M * D)
     dx = torch.full((M, K), float("nan"), device=DEVICE)
     matmul(
-        "nn", Operand(None, da), Operand(w, packed), Operand(dx), M, K, N, k_gate=gate, halves=2, half_a=(0, cap),
-        half_b=(N, cap), **options,
+        "nn", Operand(None, da), Operand(w, packed), Operand(dx), M, K, N, k_gate=gate, halves=2,
+        half_a=(0, cap), half_b=(N, cap), **options,
     )  # fmt: skip
     close(dx, a.grad @ w, 16 * N)
 
@@ -151,8 +152,8 @@ def test_natural_or_packed_result_is_decided_on_the_device(keep, scale, plain, p
     x, w, gate = draw(M, K), draw(N, K), make_gate(N, keep, plain)
     y, packed = torch.full((M, N), float("nan"), device=DEVICE), buffer(M, N)
     matmul(
-        "nt", Operand(x), Operand(w, bury(w, gate, None)), Operand(y, packed), M, N, K, n_gate=gate, scale_n=scale,
-        config=TILE, pointers=pointers,
+        "nt", Operand(x), Operand(w, bury(w, gate, None)), Operand(y, packed), M, N, K, n_gate=gate,
+        scale_n=scale, config=TILE, pointers=pointers,
     )  # fmt: skip
     is_plain, _, _ = extents(gate, N)
     truth = x @ w.T * gate[0] if scale else x @ w.T * (1.0 if is_plain else gate[0] != 0)
@@ -176,8 +177,8 @@ def test_rows_are_scaled_and_scattered(keep, plain, pointers):
     packed = bury(a, None, gate)
     c = torch.full((M, N), float("nan"), device=DEVICE)
     matmul(
-        "tn", Operand(a, packed), Operand(b), Operand(c), M, N, K, m_gate=gate, scatter=True, scale_m=True, config=TILE,
-        pointers=pointers,
+        "tn", Operand(a, packed), Operand(b), Operand(c), M, N, K, m_gate=gate, scatter=True, scale_m=True,
+        config=TILE, pointers=pointers,
     )  # fmt: skip
     close(c, (a.T @ b) * gate[0][:, None], 4 * K)
     assert not c[gate[0] == 0].any()

@@ -1,13 +1,13 @@
 """Gates, packed buffers and their way back, in plain torch, for the tests of the Triton kernels."""
 
 import torch
-from triton_device import DEVICE
 
 from l0kernels.reference.gates import compact, round_up
+from triton_device import DEVICE
 
 
 def make_gate(n, keep, plain=False):
-    """[z, index, count]: a share ``keep`` open, half of those fractional; ``plain``: read in natural order."""
+    """[z, index, count]: a share ``keep`` open, half of it fractional; ``plain``: read in natural order."""
     z = torch.where(torch.rand(n) < 0.5, torch.rand(n) * 0.9 + 0.1, torch.ones(n))
     z = (z * (torch.rand(n) < keep)).to(DEVICE)
     index, count = compact(z)

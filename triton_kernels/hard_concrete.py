@@ -18,7 +18,7 @@ def uniform(seed, index, stream, rank):
 
 @triton.jit
 def gate_value(log_alpha, u, inv_beta, gamma, zeta):
-    """z = clip(sigmoid((log u - log(1 - u) + log_alpha) / beta) * (zeta - gamma) + gamma, 0, 1); NaN stays."""
+    """z = clip(sigmoid((logit(u) + log_alpha) / beta) * (zeta - gamma) + gamma, 0, 1); NaN stays."""
     logit = (tl.log(u) - tl.log(1.0 - u) + log_alpha) * inv_beta
     s = 1.0 / (1.0 + tl.exp(-logit))
     z = s * (zeta - gamma) + gamma

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..reference.gates import HardConcrete, round_up
+from l0kernels.reference.gates import HardConcrete, round_up
+
 from . import gather
 from .matmul import Gate, Operand, _tma_ready, matmul
 from .pack import column_sums, pack, unpack
@@ -20,7 +21,7 @@ from .sample import gate_grad
 
 
 def natural(t: Tensor, dtype: torch.dtype) -> Tensor:
-    """The matrix as a product reads it best: in ``dtype``, its rows 16-byte aligned; a copy if it is not so."""
+    """The matrix as a product reads it best: in ``dtype``, rows 16-byte aligned; a copy if it is not so."""
     if t.dtype == dtype and _tma_ready(t):
         return t
     return pack(t, None, None, dtype)[:, : t.shape[1]]
@@ -81,7 +82,7 @@ def linear_forward(
     scale_out: bool,
     dtype: torch.dtype,
 ) -> tuple[Tensor, list[Tensor]]:
-    """y (M, N) = z_out * ((x * z_in) W^T + b) in ``dtype``, for x (M, K), weight (N, K); what backward takes over."""
+    """y (M, N) = z_out * ((x * z_in) W^T + b) in ``dtype``, x (M, K), weight (N, K); what backward needs."""
     M, K = x.shape
     N = weight.shape[0]
     if gather.prefers(M, N, K, dtype):
@@ -114,7 +115,7 @@ def linear_backward(
     needs: list[bool],
     dist: HardConcrete | None = None,
 ) -> list[Tensor | None]:
-    """dx, dweight, dbias, dz_in, dz_out, None where ``needs`` says so; with ``dist`` dlog_alpha in place of dz.
+    """dx, dweight, dbias, dz_in, dz_out, None where ``needs`` says so; with ``dist`` dlog_alpha, not dz.
 
     ``saved``: of forward, or empty to pack again.
     """
@@ -192,7 +193,7 @@ def weight_grad(
     scale_cols: bool = True,
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """dW (N, K) = z_rows * (grad^T x) * z_cols and, with ``theta``, the gates' <theta, grad^T x>, or dlog_alpha.
+    """dW (N, K) = z_rows * (grad^T x) * z_cols; with ``theta`` the gates' <theta, grad^T x>, or dlog_alpha.
 
     Rows alone scatter within the product; with columns, or for a gate gradient, an unpack follows.
     """

@@ -1,8 +1,8 @@
 """gated_mlp: activations between gated layers stay packed from end to end, forward and backward.
 
-A hidden layer's product ends in bias, activation and gate, and leaves for backward the factors of its gradient; the
-backward product multiplies by them and sums dz and db on the way. Hidden activations hold their gate, so the weight
-gradient of the next layer needs no scaling.
+A hidden layer's product ends in bias, activation and gate, and leaves for backward the factors of its
+gradient; the backward product multiplies by them and sums dz and db on the way. Hidden activations hold their
+gate, so the weight gradient of the next layer needs no scaling.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..reference.gates import HardConcrete, round_up
+from l0kernels.reference.gates import HardConcrete, round_up
+
 from . import gather
 from .linear import input_grad, natural, operand, weight_grad
 from .matmul import Gate, Operand, matmul, row_tiles
@@ -35,7 +36,7 @@ def _saves(activation: str) -> bool:
 def saved_shapes(
     x: Tensor, weights: list[Tensor], gated: list[bool], activation: str, dtype: torch.dtype, repack: bool
 ) -> list[tuple[int, int]]:
-    """Shapes of what mlp_forward saves, all in ``dtype``: hidden activations, factors of their gradients, packs."""
+    """Shapes of what mlp_forward saves, in ``dtype``: hidden activations, their gradients' factors, packs."""
     M = x.shape[0]
     if _gathers(x, weights, activation, dtype):
         return [(M, w.shape[1]) for w in weights[1:]]
@@ -124,8 +125,9 @@ def mlp_forward(
         packs.append(w.packed)
         matmul(
             "nt", h, w, Operand(None, saved[i]), M, N, K,
-            n_gate=out_gate, k_gate=gates[i], epilogue="glu" if glu else "act", activation=GLU.get(activation, activation),
-            bias=biases[i], scale_n=out_gate is not None, saved=saved[depth - 1 + i] if _saves(activation) else None,
+            n_gate=out_gate, k_gate=gates[i], epilogue="glu" if glu else "act",
+            activation=GLU.get(activation, activation), bias=biases[i], scale_n=out_gate is not None,
+            saved=saved[depth - 1 + i] if _saves(activation) else None,
             half_b=_halves(w, N, out_gate) if glu else (0, 0), half_s=round_up(N) if glu else 0,
         )  # fmt: skip
         h = Operand(None, saved[i])
@@ -153,7 +155,7 @@ def mlp_backward(
     needs: list[bool],
     dist: HardConcrete | None = None,
 ) -> list[Tensor | None]:
-    """dx, then dweight, dbias and dz (with ``dist`` dlog_alpha) of every layer; None where ``needs`` says so."""
+    """dx, then dweight, dbias, dz (with ``dist`` dlog_alpha) of every layer; None where ``needs`` says so."""
     if _gathers(x, weights, activation, dtype):
         return gather.mlp_backward(dy, x, weights, biases, gates, saved, activation, dtype, full, needs, dist)
     depth, M = len(weights), x.shape[0]
@@ -204,10 +206,10 @@ def mlp_backward(
         d_hidden = torch.empty(M, width * (2 if glu else 1), dtype=dtype, device=x.device)
         matmul(
             "nn", grad, w, Operand(None, d_hidden), M, K, N, n_gate=gate, k_gate=out_gate,
-            epilogue="glu_grad" if glu else "grad", activation=GLU.get(activation, activation), scale_n=gate is not None,
-            saved=saved[depth - 2 + i] if _saves(activation) else None, hidden=Operand(None, saved[i - 1]),
-            partial=partial, dz=want_dz, db=want_db, half_s=width if glu else 0, half_c=width if glu else 0,
-            **halves,
+            epilogue="glu_grad" if glu else "grad", activation=GLU.get(activation, activation),
+            scale_n=gate is not None, saved=saved[depth - 2 + i] if _saves(activation) else None,
+            hidden=Operand(None, saved[i - 1]), partial=partial, dz=want_dz, db=want_db,
+            half_s=width if glu else 0, half_c=width if glu else 0, **halves,
         )  # fmt: skip
         if partial is not None:
             dz[i], db[i - 1] = _finish(partial, gate, K, full[i], dist, want_dz, bias if want_db else None)
@@ -224,7 +226,7 @@ def _finish(
     want_dz: bool,
     bias: Tensor | None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """dz of a hidden gate and db of the layer below, of a GLU both halves, from their sums per tile of rows."""
+    """dz of a hidden gate and db of the layer below (of a GLU both halves) from their sums per row tile."""
     if want_dz and gate is not None and bias is not None and partial.shape[0] == 2:
         return reduce_partials2(
             partial[0], partial[1], gate, K, full=full, over_z=True, dist=dist, dtype=bias.dtype
@@ -256,7 +258,7 @@ def _weight_grad(
     scale: bool,
     halved: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """dW, and for ``theta`` the dz of its columns; grad holds z of the rows, h of the columns unless ``scale``."""
+    """dW, for ``theta`` the dz of its columns; grad holds the rows' z, h the columns' unless ``scale``."""
     dw = torch.empty_like(weight, memory_format=torch.contiguous_format)
     N, width = size[0], _half_width(grad)
     dz: Tensor | None = None
@@ -266,8 +268,9 @@ def _weight_grad(
         if halved and grad.packed is not None:
             part = Operand(None, grad.packed[:, half * width : (half + 1) * width])
         _, _, dz_half = weight_grad(
-            part, h, size, out_gate, gate, weight.dtype, None if theta is None else theta[rows], full_cols=full,
-            dz_cols=theta is not None, dist=dist, scale_rows=False, scale_cols=scale, out=dw[rows],
+            part, h, size, out_gate, gate, weight.dtype, None if theta is None else theta[rows],
+            full_cols=full, dz_cols=theta is not None, dist=dist, scale_rows=False, scale_cols=scale,
+            out=dw[rows],
         )  # fmt: skip
         if dz_half is not None:
             dz = dz_half if dz is None else dz + dz_half
