@@ -4,7 +4,9 @@ L0KERNELS_TEST_DEVICE=cpu runs them with the backends of the CPU, to show that t
 TRITON_INTERPRET=1 with Triton's interpreter.
 """
 
+import functools
 import os
+import re
 
 import pytest
 import torch
@@ -23,6 +25,36 @@ NEEDS_GPU = [
     # Poisoning wants deterministic algorithms, which warn of those that cuBLAS and torch lack.
     pytest.mark.filterwarnings("ignore::UserWarning"),
 ]
+
+
+REFUSED = {
+    "cuda": {
+        "swiglu": "it does not serve 'swiglu'; triton does",
+        "geglu": "it does not serve 'geglu'; triton does",
+        "masked_linear": "it does not serve masked_linear; the triton backend does",
+        "block_linear": "it does not serve block_linear; the triton backend does",
+    }
+}
+"""What a backend does not serve, and what it says of it."""
+
+
+def or_refused(argument, feature=lambda value: value):
+    """Where the backend does not serve ``feature`` of an argument, the test is that it says exactly so."""
+
+    def decorate(test):
+        @functools.wraps(test)
+        def run(**arguments):
+            backend = _registry._requested
+            reason = REFUSED.get(backend, {}).get(feature(arguments[argument]))
+            if reason is None:
+                return test(**arguments)
+            message = re.escape(f"backend {backend!r} cannot be used: {reason}")
+            with pytest.raises(RuntimeError, match=f"^{message}$"):
+                test(**arguments)
+
+        return run
+
+    return decorate
 
 
 def on_device(value):

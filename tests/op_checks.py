@@ -128,14 +128,14 @@ def transposed(t):
 def sliced(t):
     """The same values as every second row and every third column of a matrix of NaN."""
     rows, cols = t.shape
-    whole = torch.full((2 * rows + 1, 3 * cols + 2), float("nan"), dtype=t.dtype)
+    whole = t.new_full((2 * rows + 1, 3 * cols + 2), float("nan"))
     part = whole[1::2, 2::3][:rows, :cols]
     return part.copy_(t)
 
 
 def strided(t):
     """A vector's values as every third element of a vector of NaN."""
-    part = torch.full((3 * len(t) + 1,), float("nan"), dtype=t.dtype)[1::3][: len(t)]
+    part = t.new_full((3 * len(t) + 1,), float("nan"))[1::3][: len(t)]
     return part.copy_(t)
 
 

@@ -241,7 +241,7 @@ class TestUnpack:
             exact = torch.where(wanted, terms.sum(1 - dim), 0.0)
             near(dz, exact, shape[1 - dim] * EPS[z_dtype], terms.abs().amax().item())
             assert dz.dtype == z_dtype
-        assert (cuda._tickets.of_stream[cuda._where(got)] == 0).all()
+        assert all((words == 0).all() for words in cuda._tickets.of_stream.values())
 
     def test_skip_plain_still_sums(self):
         gate = gate_of(torch.cat([torch.ones(299), torch.full((1,), 0.5)]))
@@ -546,6 +546,60 @@ class TestSmallMlp:
             torch.randn_like(y), x, w, [None, None], gates, saved, "relu", half, [False] * 2, needs
         )
         assert all(g.dtype == torch.float32 for g, n in zip(grads, needs, strict=True) if n)
+
+
+def refusal(name):
+    return rf"^{name} must be on the device of the matrix, {DEVICE}(:\d+)?, got meta$"
+
+
+class TestOtherDevices:
+    """An address of another device must not reach a kernel; a meta tensor stands for every one."""
+
+    @pytest.mark.parametrize("name", ["rows", "cols"])
+    def test_gates_of_packing(self, name):
+        gates = {"rows": None, "cols": None, name: [t.to("meta") for t in gate_of(make_z("few", 300))]}
+        matrix = on_device(torch.randn(300, 300))
+        with pytest.raises(RuntimeError, match=refusal(name)):
+            cuda.pack(matrix, dtype=torch.float32, **gates)
+        with pytest.raises(RuntimeError, match=refusal(name)):
+            cuda.unpack(matrix, (300, 300), dtype=torch.float32, **gates)
+
+    def test_theta(self):
+        matrix, theta = on_device(torch.randn(300, 304)), torch.randn(300, 300, device="meta")
+        gate = gate_of(make_z("few", 300))
+        with pytest.raises(RuntimeError, match=refusal("theta")):
+            cuda.unpack(matrix, (300, 300), gate, None, torch.float32, theta=theta, dz_rows=True)
+        with pytest.raises(RuntimeError, match=refusal("theta")):
+            cuda.coupled_penalty(
+                [on_device(torch.randn(300))],
+                [1.0],
+                [cuda.CoupledMatrix(theta, 0.1, on_device(torch.randn(300)), None, True)],
+                DIST,
+            )
+
+    @pytest.mark.parametrize("name", ["in_gate", "out_gate", "weight"])
+    def test_layer(self, name):
+        x, dy = on_device(torch.randn(5, 30)), on_device(torch.randn(5, 30))
+        given = {"weight": on_device(torch.randn(30, 30)), "bias": None, "in_gate": None, "out_gate": None}
+        given |= {name: gate_of(make_z("few", 30)) if given[name] is None else given[name]}
+        other = given[name]
+        given[name] = [t.to("meta") for t in other] if isinstance(other, list) else other.to("meta")
+        options = {"scale_out": True, "dtype": torch.float32}
+        with pytest.raises(RuntimeError, match=refusal(name)):
+            cuda.linear_forward(x, **given, **options)
+        options |= {"full_in": False, "full_out": False, "needs": [True] * 2 + [False] * 3}
+        with pytest.raises(RuntimeError, match=refusal(name)):
+            cuda.linear_backward(dy, x, **given, **options)
+
+    def test_gates_of_a_chain(self):
+        x, weights = on_device(torch.randn(5, 30)), [on_device(torch.randn(30, 30)) for _ in range(2)]
+        gates = [None, [t.to("meta") for t in gate_of(make_z("few", 30))]]
+        args = (x, weights, [None, None], gates)
+        with pytest.raises(RuntimeError, match=refusal("gates")):
+            cuda.mlp_forward(*args, "relu", torch.float32)
+        saved, needs = [on_device(torch.randn(5, 30))], [True] * 3 + [False] * 4
+        with pytest.raises(RuntimeError, match=refusal("gates")):
+            cuda.mlp_backward(x, *args, saved, "relu", torch.float32, [False] * 2, needs)
 
 
 @pytest.mark.skipif(DEVICE != "cuda", reason="graphs are the GPU's")

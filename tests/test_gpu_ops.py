@@ -9,7 +9,7 @@ import pytest
 import test_linear
 import test_mlp
 import torch
-from gpu_cases import BACKENDS, DEVICE, DTYPES, NEEDS_GPU, ON_GPU, gates_from, on_device, why_skip
+from gpu_cases import BACKENDS, DEVICE, DTYPES, NEEDS_GPU, ON_GPU, gates_from, on_device, or_refused, why_skip
 from test_linear import SIDES, needs_of
 from test_masked_linear import case as masked_case
 
@@ -174,6 +174,7 @@ def check_mlp(batch, sizes, activation, dtype, *, plain=False, **options):
 @each_dtype
 @pytest.mark.parametrize("activation", test_mlp.ACTIVATIONS)
 @pytest.mark.parametrize(("batch", "sizes"), CHAINS, ids=str)
+@or_refused("activation")
 def test_mlp_sizes(batch, sizes, activation, dtype):
     for plain in (False, True):
         check_mlp(batch, sizes, activation, dtype, plain=plain)
@@ -182,6 +183,7 @@ def test_mlp_sizes(batch, sizes, activation, dtype):
 @each_dtype
 @pytest.mark.parametrize("activation", ["gelu", "swiglu"])
 @pytest.mark.parametrize("gated", test_mlp.GATED, ids=str)
+@or_refused("activation")
 def test_mlp_with_and_without_each_gate_and_bias(gated, activation, dtype):
     for biased in ((True, True, True), (False, False, False), (True, False, True)):
         check_mlp(11, (13, 37, 17, 7), activation, dtype, gated=gated, biased=biased)
@@ -190,6 +192,7 @@ def test_mlp_with_and_without_each_gate_and_bias(gated, activation, dtype):
 @each_dtype
 @pytest.mark.parametrize("activation", ["relu", "swiglu"])
 @pytest.mark.parametrize("sizes", [(23, 41, 5), (272, 384, 136)], ids=str)
+@or_refused("activation")
 def test_mlp_kinds_of_gates(sizes, activation, dtype):
     for kinds, plain in itertools.product(itertools.product(KINDS, repeat=2), (False, True)):
         _, grads = check_mlp(140, sizes, activation, dtype, kinds=kinds, plain=plain)
@@ -199,6 +202,7 @@ def test_mlp_kinds_of_gates(sizes, activation, dtype):
 
 @each_dtype
 @pytest.mark.parametrize("activation", ["gelu", "geglu"])
+@or_refused("activation")
 def test_mlp_full_grad_and_wild_gates(activation, dtype):
     check_mlp(60, (23, 41, 19), activation, dtype, kinds=("wild",), full=True)
     check_mlp(256, (128, 384, 256), activation, dtype, kinds=("wild",), full=True)
@@ -206,6 +210,7 @@ def test_mlp_full_grad_and_wild_gates(activation, dtype):
 
 @each_dtype
 @pytest.mark.parametrize("activation", ["gelu", "swiglu"])
+@or_refused("activation")
 def test_mlp_large(activation, dtype):
     for gated, plain in itertools.product(((False, True), (True, True)), (False, True)):
         check_mlp(*WIDE, activation, dtype, gated=gated, plain=plain)
@@ -233,6 +238,7 @@ def test_mlp_draws_as_the_reference(dtype):
 
 @each_dtype
 @pytest.mark.parametrize("block", [None, (1, 1), (16, 16), (5, 64), (32, 64), (128, 128)], ids=str)
+@or_refused("block", lambda block: "masked_linear" if block is None else "block_linear")
 def test_masked_linear(block, dtype):
     for size in [(1, 1, 1), (13, 37, 29), (70, 61, 130), (256, 384, 512)]:
         tensors = masked_case(size, block)
@@ -307,6 +313,7 @@ def steps(model, x, target):
 
 
 @pytest.mark.parametrize("kind", ["mlp", "in", "out", "both", "weight", "block", "ffn", "glu"])
+@or_refused("kind", {"weight": "masked_linear", "block": "block_linear", "glu": "swiglu"}.get)
 def test_modules_agree_with_the_reference(kind):
     torch.manual_seed(0)
     model = {

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from gpu_cases import BACKENDS, NEEDS_GPU, why_skip
+from gpu_cases import BACKENDS, NEEDS_GPU, or_refused, why_skip
 
 import l0kernels as l0
 
@@ -119,6 +119,15 @@ OPS = (
 )
 
 
+FEATURES = {
+    "l0_mlp_swiglu": "swiglu",
+    "masked_linear_weight": "masked_linear",
+    "masked_linear_block": "block_linear",
+    "ffn": "swiglu",
+}
+"""What of a case a backend may not serve."""
+
+
 class no_sync:
     """Within it, whatever makes the host wait for the GPU is an error."""
 
@@ -138,6 +147,7 @@ def test_sync_is_an_error():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("name", OPS)
+@or_refused("name", FEATURES.get)
 def test_no_sync(name, dtype):
     torch.manual_seed(0)
     problem = Problem(name, dtype)
@@ -181,6 +191,7 @@ class Step:
 
 
 @pytest.mark.parametrize("kind", ["mlp", "ffn"])
+@or_refused("kind", FEATURES.get)
 def test_no_sync_in_a_training_step(kind):
     step = Step(kind)
     losses = [step() for _ in range(3)]
@@ -204,6 +215,7 @@ def capture(call):
 
 
 @pytest.mark.parametrize("name", [name for name in OPS if name != "penalty"])
+@or_refused("name", FEATURES.get)
 def test_graph_draws_anew_and_equals_eager(name):
     torch.manual_seed(0)
     problem = Problem(name, torch.float32)
@@ -247,6 +259,7 @@ def test_graph_of_the_default_seed():
 
 
 @pytest.mark.parametrize("kind", ["mlp", "ffn"])
+@or_refused("kind", FEATURES.get)
 def test_graph_of_a_training_step_learns(kind):
     step = Step(kind)
     graph, loss = capture(step)

@@ -64,6 +64,12 @@ def _where(t: Tensor) -> tuple[int, int]:
     return 0, 0
 
 
+def _beside(t: Tensor, matrix: Tensor, name: str) -> None:
+    """Refuses what the kernel would read at an address of another device."""
+    if t.device != matrix.device:
+        raise RuntimeError(f"{name} must be on the device of the matrix, {matrix.device}, got {t.device}")
+
+
 def _constants(dist: HardConcrete) -> tuple[float, float, float]:
     return dist.beta, dist.gamma, dist.zeta
 
@@ -212,6 +218,7 @@ def coupled_penalty(
     kept: list[Any] = []  # whatever is handed over by address alone
     rows, grads = [], []
     for m in matrices:
+        _beside(m.theta, first, "theta")
         theta = m.theta if m.theta.stride(1) == 1 else m.theta.contiguous()
         if (theta.dtype == torch.float64) != (dtype == torch.float64):
             theta = theta.to(dtype)
@@ -252,10 +259,13 @@ def coupled_penalty(
     return total, grad, grads
 
 
-def _side(size: int, gate: Gate | None, scale: bool, full: bool = False) -> tuple[Any, ...]:
+def _side(
+    matrix: Tensor, name: str, size: int, gate: Gate | None, scale: bool, full: bool = False
+) -> tuple[Any, ...]:
     if gate is None:
         return size, None, False, False
     z, index, count = gate
+    _beside(z, matrix, name)
     return size, (z.data_ptr(), index.data_ptr(), count.data_ptr()), scale, full
 
 
@@ -313,8 +323,8 @@ def pack(
         out.stride(0),
         capacity_cols,
         _TYPES[dtype],
-        _side(n_rows, rows, scale_rows),
-        _side(n_cols, cols, scale_cols),
+        _side(full, "rows", n_rows, rows, scale_rows),
+        _side(full, "cols", n_cols, cols, scale_cols),
         skip_plain and not scale_rows and not scale_cols and not (rows is None and cols is None),
         _grid(capacity_rows, capacity_cols, dtype.itemsize, full.device),
         _where(full),
@@ -356,8 +366,9 @@ def unpack(
     """
     if packed.dtype != dtype and (packed.dtype, dtype) not in _CONVERTS:
         packed = packed.to(dtype)
-    if theta is not None and theta.dtype != dtype:
-        theta = theta.to(dtype)
+    if theta is not None:
+        _beside(theta, packed, "theta")
+        theta = theta if theta.dtype == dtype else theta.to(dtype)
     n_rows, n_cols = shape
     if out is None:
         out = packed.new_empty(shape, dtype=dtype)
@@ -380,8 +391,8 @@ def unpack(
         out.data_ptr(),
         out.stride(0),
         _TYPES[dtype],
-        _side(n_rows, rows, scale_rows, full_rows),
-        _side(n_cols, cols, scale_cols, full_cols),
+        _side(packed, "rows", n_rows, rows, scale_rows, full_rows),
+        _side(packed, "cols", n_cols, cols, scale_cols, full_cols),
         skip_plain and not (rows is None and cols is None),
         (0, 0, 0) if theta is None else (theta.data_ptr(), theta.stride(0), theta.stride(1)),
         _address(dz_row),
@@ -422,12 +433,13 @@ def _matrix(t: Tensor) -> tuple[int, int, int]:
 
 
 def _small_gate(
-    gate: Gate | None, log_alpha: Tensor | None = None, stream: int = 0
+    x: Tensor, name: str, gate: Gate | None, log_alpha: Tensor | None = None, stream: int = 0
 ) -> tuple[int, ...] | None:
     """As the kernels take it; with a log_alpha it is drawn there."""
     if gate is None:
         return None
     z, index, count = gate
+    _beside(z, x, name)
     return z.shape[0], z.data_ptr(), index.data_ptr(), count.data_ptr(), _address(log_alpha), stream
 
 
@@ -460,7 +472,7 @@ def linear_forward(
     dtype: torch.dtype,
 ) -> Tensor:
     """y (M, out) of gated_linear, in one launch."""
-    in_, out = _small_gate(in_gate), _small_gate(out_gate)
+    in_, out = _small_gate(x, "in_gate", in_gate), _small_gate(x, "out_gate", out_gate)
     return _linear_forward(x, weight, bias, in_, out, scale_out, dtype, None)
 
 
@@ -479,7 +491,10 @@ def l0_linear_forward(
     log_alphas = [None if a is None else a.contiguous() for a in (in_log_alpha, out_log_alpha)]
     gates = [None if a is None else _empty_gate(a) for a in log_alphas]
     streams = (0, 0 if log_alphas[0] is None else 1)
-    in_, out = (_small_gate(g, a, s) for g, a, s in zip(gates, log_alphas, streams, strict=True))
+    names = ("in_log_alpha", "out_log_alpha")
+    in_, out = (
+        _small_gate(x, name, g, a, s) for name, g, a, s in zip(names, gates, log_alphas, streams, strict=True)
+    )
     draw = (seed.data_ptr(), rank, _constants(dist), TAU)
     y = _linear_forward(x, weight, bias, in_, out, True, dtype, draw)
     return y, gates[0], gates[1]
@@ -497,6 +512,7 @@ def _linear_forward(
 ) -> Tensor:
     M, (n_out, n_in) = x.shape[0], weight.shape
     _refuse_large(M, (n_in, n_out))
+    _beside(weight, x, "weight")
     x, weight, bias = _cast(dtype, x, weight, None if bias is None else bias.contiguous())
     y = x.new_empty(M, n_out)
     _CUDA.small_linear_forward(
@@ -538,6 +554,7 @@ def linear_backward(
     need_x, need_w, need_b, need_in, need_out = needs
     M, (n_out, n_in) = x.shape[0], weight.shape
     _refuse_large(M, (n_in, n_out))
+    _beside(weight, x, "weight")
     types = [t if t is None else t.dtype for t in (x, weight, bias)]
     dy, x, weight, bias = _cast(dtype, dy, x, weight, None if bias is None else bias.contiguous())
     dx = x.new_empty(M, n_in) if need_x else None
@@ -560,8 +577,8 @@ def linear_backward(
         _matrix(x),
         _matrix(weight),
         _address(bias),
-        _small_gate(in_gate),
-        _small_gate(out_gate),
+        _small_gate(x, "in_gate", in_gate),
+        _small_gate(x, "out_gate", out_gate),
         scale_out,
         full_in,
         full_out,
@@ -608,7 +625,8 @@ def mlp_forward(
     dtype: torch.dtype,
 ) -> tuple[Tensor, list[Tensor]]:
     """y and the hidden layers' pre-activations, packed in (M, n_l) buffers. One launch a layer."""
-    return _mlp_forward(x, weights, biases, [_small_gate(g) for g in gates], activation, dtype, None)
+    given = [_small_gate(x, "gates", g) for g in gates]
+    return _mlp_forward(x, weights, biases, given, activation, dtype, None)
 
 
 def l0_mlp_forward(
@@ -626,7 +644,9 @@ def l0_mlp_forward(
     log_alphas = [None if a is None else a.contiguous() for a in log_alphas]
     gates = [None if a is None else _empty_gate(a) for a in log_alphas]
     streams = itertools.accumulate([0, *(a is not None for a in log_alphas)])
-    drawn = [_small_gate(g, a, s) for g, a, s in zip(gates, log_alphas, streams, strict=False)]
+    drawn = [
+        _small_gate(x, "log_alphas", g, a, s) for g, a, s in zip(gates, log_alphas, streams, strict=False)
+    ]
     draw = (seed.data_ptr(), rank, _constants(dist), TAU)
     return *_mlp_forward(x, weights, biases, drawn, activation, dtype, draw), gates
 
@@ -695,7 +715,7 @@ def mlp_backward(
         M,
         _matrix(x),
         _ACTIVATIONS[activation],
-        _small_layers(weights, biases, [_small_gate(g) for g in gates], saved),
+        _small_layers(weights, biases, [_small_gate(x, "gates", g) for g in gates], saved),
         [
             (_address(dw[i]), _address(db[i]), _address(dz[i]), da[i % 2].data_ptr(), _address(sums[i]))
             for i in range(depth)
