@@ -23,7 +23,9 @@ from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from importlib import util
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from cuda_sanitize import TOOLS
 
 ROOT = Path(__file__).resolve().parent.parent
 BUDGET_S = 520.0
@@ -55,7 +57,7 @@ try:
         facts["memory_gib"] = round(p.total_memory / 2**30)
 except ImportError as error:
     facts["torch"] = f"missing: {error}"
-for name in ("triton", "numpy", "pytest", "pybind11", "ninja", "sklearn", "tqdm", "matplotlib"):
+for name in ("l0kernels", "triton", "numpy", "pytest", "pybind11", "ninja", "sklearn", "tqdm", "matplotlib"):
     try:
         facts[name] = getattr(__import__(name), "__version__", "there")
     except ImportError:
@@ -148,11 +150,18 @@ class Check:
     deadline: float
     csv: Path
     facts: dict[str, object] = field(default_factory=dict)
+    built: bool = False  # whether the extensions were, in part or in vain
+    reserved_s: float = 0.0  # for the parts that come after the one that runs
     failures: list[str] = field(default_factory=list)
 
     @property
     def left(self) -> float:
         return self.deadline - time.monotonic()
+
+    @property
+    def share(self) -> float:
+        """What a part may use of the time that is left."""
+        return self.left - self.reserved_s
 
     def env(self, **more: str) -> dict[str, str]:
         paths = [str(self.site), *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -171,8 +180,13 @@ class Check:
         self.log(f"  FAILED {what}")
 
     def copy_results(self) -> None:
-        if self.csv.exists() and self.csv.parent != self.out:
-            shutil.copy(self.csv, self.out / self.csv.name)
+        for path in (self.csv, profile_of(self.csv)):
+            if path.exists() and path.parent != self.out:
+                shutil.copy(path, self.out / path.name)
+
+
+def profile_of(csv: Path) -> Path:
+    return csv.with_name(f"{csv.stem}-ncu.csv")
 
 
 # ---- the parts
@@ -311,12 +325,45 @@ def report_shard(check: Check, shard: Shard, done: Done, junit: Path) -> Counts:
 
 
 def build(check: Check, limit_s: float) -> Done:
-    """The native extension, CUDA included where setup.py knows it, into the mapped folder."""
+    """The native extensions into the mapped folder; where there is an nvcc, that of CUDA must succeed."""
     command = [sys.executable, "setup.py", "-q", "build_ext"]
     command += [f"--build-lib={check.site}", f"--build-temp={check.work / 'build'}"]
     arch = str(check.facts.get("capability", "9.0"))
     more = {"TORCH_CUDA_ARCH_LIST": "9.0a" if arch == "9.0" else arch}
+    more["L0KERNELS_CUDA"] = "1" if shutil.which("nvcc") else "auto"
     return call(command, limit_s, check.env(L0KERNELS_CPP="auto", **more), ROOT)
+
+
+def libraries(check: Check) -> list[str]:
+    return sorted(path.name for path in (check.site / "l0kernels").glob("_C*.so"))
+
+
+def has_cuda(check: Check) -> bool:
+    return any(name.startswith("_CUDA.") for name in libraries(check))
+
+
+def report_build(check: Check, done: Done) -> None:
+    check.built = True
+    check.log.details("build", done)
+    found = libraries(check)
+    check.log(f"  native extensions: {', '.join(found) or 'none'}, {done.seconds:.0f} s")
+    missing = [n for n in ("_C", "_CUDA") if not any(library.startswith(f"{n}.") for library in found)]
+    for name in missing:
+        check.fail(f"build of {name}: {'out of time' if done.code is None else f'exit {done.code}'}")
+    if missing:
+        check.log.tail(done)
+
+
+def can_run_cuda(check: Check, what: str) -> bool:
+    """Whether there are CUDA kernels to run, built now if no part has done so."""
+    if "device" not in check.facts:
+        check.log(f"  {what}: skipped, no CUDA device")
+        return False
+    if not check.built:
+        report_build(check, build(check, check.share))
+    if not has_cuda(check):
+        check.fail(f"{what}: _CUDA is not built")
+    return has_cuda(check)
 
 
 def tests(check: Check) -> None:
@@ -324,7 +371,7 @@ def tests(check: Check) -> None:
     if check.facts.get("pytest") == "missing":
         check.fail("tests: skipped, no pytest")
         return
-    limit_s = min(check.args.tests_s, check.left - 60)
+    limit_s = min(check.args.tests_s, check.share - GRACE_S)
     end = time.monotonic() + limit_s
     total: dict[str, Counts] = {}
     with ThreadPoolExecutor(WORKERS) as pool:
@@ -337,15 +384,8 @@ def tests(check: Check) -> None:
                 waiting[pool.submit(run_shard, check, shard, end, len(waiting))] = shard
 
         submit(shards(ROOT / "tests", built=False))
-        done = built.result()
-        check.log.details("build", done)
-        libraries = sorted(path.name for path in (check.site / "l0kernels").glob("_C*.so"))
-        check.log(f"  native extensions: {', '.join(libraries) or 'none'}, {done.seconds:.0f} s")
-        for name in ("_C", "_CUDA"):
-            if not any(library.startswith(f"{name}.") for library in libraries):
-                check.fail(f"build of {name}")
-                check.log.tail(done)
-        if any(library.startswith("_CUDA.") for library in libraries):
+        report_build(check, built.result())
+        if has_cuda(check):
             submit(shards(ROOT / "tests", built=True))
         for future in as_completed(waiting):
             shard = waiting[future]
@@ -390,7 +430,7 @@ def bench(part: str, limit_s: float) -> Callable[[Check], None]:
     def run(check: Check) -> None:
         without: list[str] = []
         options: list[str] = []
-        end = time.monotonic() + min(limit_s, check.left)
+        end = time.monotonic() + min(limit_s, check.share)
         for _ in range(3):
             seconds = end - time.monotonic()
             if seconds < 10:
@@ -415,6 +455,96 @@ def bench(part: str, limit_s: float) -> Callable[[Check], None]:
     return run
 
 
+def sanitize(check: Check) -> None:
+    """compute-sanitizer's tools over every CUDA kernel, all at once."""
+    if not can_run_cuda(check, "sanitize"):
+        return
+    limit_s = min(80.0, check.share)
+    script = ROOT / "bench" / "cuda_sanitize.py"
+    with ThreadPoolExecutor(len(TOOLS)) as pool:
+        runs = {}
+        for tool in TOOLS:
+            command: list[str | Path] = [
+                sys.executable,
+                script,
+                "--tool",
+                tool,
+                "--limit-s",
+                f"{limit_s - 4:.0f}",
+            ]
+            runs[pool.submit(call, command, limit_s, check.env(), check.work)] = tool
+        for run in as_completed(runs):
+            tool, done = runs[run], run.result()
+            check.log.details(f"sanitize {tool}", done)
+            for line in done.output.strip().splitlines()[:TAIL]:
+                check.log(f"  {line[:220]}")
+            if done.code != 0:
+                what = "out of time" if done.code is None else f"exit {done.code}"
+                check.fail(f"sanitize {tool}: {what} after {done.seconds:.0f} s")
+
+
+def row_of(figures: dict[str, Any]) -> dict[str, str]:
+    """The columns of a call that cuda_cases.py timed."""
+    name, _, keep = str(figures["name"]).partition(" keep ")
+    return {
+        "op": name,
+        "keep": f"{float(keep or 1):g}",
+        "pass": "fwd+bwd" if "backward" in name else "fwd",
+        "mode": "graph",
+        "provider": "copy" if name == "copy" else "ours_cuda",
+        **{to: f"{figures[of] / 1e3:.4g}" for of, to in (("us", "ms"), ("p20", "ms_p20"), ("p80", "ms_p80"))},
+        "gbps": str(figures.get("gb_s", "")),
+    }
+
+
+def cuda(check: Check) -> None:
+    """Every CUDA kernel alone, in CUDA graphs, at the sizes of the targets."""
+    if not can_run_cuda(check, "cuda"):
+        return
+    from table import GPU_FIELDS, append, commit  # torch comes with it
+
+    command: list[str | Path] = [sys.executable, ROOT / "bench" / "cuda_cases.py", "target"]
+    done = call(command, min(60.0, check.share), check.env(), check.work)
+    check.log.details("cuda", done)
+    facts = check.facts
+    common = {name: str(facts.get(name, "")) for name in ("device", "python", "torch", "l0kernels")}
+    common["date"] = time.strftime("%Y-%m-%d", time.gmtime())
+    common["commit"] = check.args.commit or commit()
+    common["environment"] = f"CUDA {facts.get('cuda')} triton {facts.get('triton')}"
+    rows = []
+    for line in done.output.strip().splitlines():
+        check.log(f"  {line[:220]}")
+        if line.startswith("{") and line.endswith("}"):
+            rows.append({**common, **row_of(json.loads(line))})
+    append(check.csv, rows, GPU_FIELDS)
+    check.copy_results()
+    if done.code != 0:
+        what = "out of time" if done.code is None else f"exit {done.code}"
+        check.fail(f"cuda: {what} after {done.seconds:.0f} s")
+
+
+def ncu(check: Check) -> None:
+    """Nsight Compute's figures of the CUDA kernels, if time and permissions allow."""
+    if not can_run_cuda(check, "ncu"):
+        return
+    limit_s = check.share - GRACE_S
+    script = ROOT / "bench" / "cuda_ncu.py"
+    command: list[str | Path] = [sys.executable, script, profile_of(check.csv)]
+    command += ["--limit-s", f"{limit_s:.0f}"]
+    done = call(command, limit_s, check.env(), check.work)
+    check.log.details("ncu", done)
+    check.copy_results()
+    if done.code is None or "TimeoutExpired" in done.output:
+        check.log("  ncu: dropped, time is up")
+    elif done.code != 0:
+        check.fail(f"ncu: exit {done.code}")
+        check.log.tail(done)
+    else:
+        check.log(
+            f"  ncu: {max(len(done.output.strip().splitlines()) - 1, 0)} launches, {done.seconds:.0f} s"
+        )
+
+
 def example(check: Check) -> None:
     """A few epochs of the example on the GPU: on the digits, and on MNIST if its files are at hand."""
     missing = [name for name in ("sklearn", "tqdm", "matplotlib") if check.facts.get(name) == "missing"]
@@ -431,7 +561,7 @@ def example(check: Check) -> None:
         check.log(f"  MNIST: skipped, not at hand in {mnist}")
     for name, options in runs:
         command = [*script, *options, "--out", check.work / f"lenet-{name}"]
-        done = call(command, min(60.0, check.left), check.env(), check.work)
+        done = call(command, min(60.0, check.share), check.env(), check.work)
         check.log.details(f"example {name}", done)
         for line in done.output.strip().splitlines()[-16:]:
             check.log(f"  {line[:200]}")
@@ -455,19 +585,23 @@ def tune(check: Check) -> None:
 
 class Part(NamedTuple):
     run: Callable[[Check], None]
-    needs_s: float  # is not begun with less time left
+    needs_s: float  # is not begun with less time left; parts before it leave as much
     always: bool = True
+    optional: bool = False  # no failure if there is no time
 
 
 PARTS: dict[str, Part] = {
     "environment": Part(environment, 0),
-    "tests": Part(tests, 90),
-    "ffn": Part(bench("ffn", 130), 30),
-    "linear": Part(bench("linear", 70), 25),
-    "step": Part(bench("step", 80), 25),
-    "micro": Part(bench("micro", 70), 20),
+    "tests": Part(tests, 60),
+    "ffn": Part(bench("ffn", 105), 30),
+    "linear": Part(bench("linear", 55), 25),
+    "step": Part(bench("step", 60), 25),
+    "sanitize": Part(sanitize, 30),
+    "micro": Part(bench("micro", 45), 20),
+    "cuda": Part(cuda, 15),
     "example": Part(example, 15),
     "tune": Part(tune, 60, always=False),
+    "ncu": Part(ncu, 40, optional=True),
 }
 """By value: what is dropped when the time is up stands last."""
 
@@ -478,12 +612,16 @@ def slug(name: str) -> str:
 
 def run_parts(check: Check, names: Sequence[str]) -> Iterator[str]:
     """Runs them in order; yields the name of each that ran."""
-    for name in names:
+    for i, name in enumerate(names):
         part = PARTS[name]
         if check.left < part.needs_s:
             check.log(f"{name}: dropped, {max(check.left, 0):.0f} s left of {check.args.budget_s:.0f}")
-            check.failures.append(f"{name}: dropped")
+            if not part.optional:
+                check.failures.append(f"{name}: dropped")
             continue
+        later = (PARTS[other] for other in names[i + 1 :])
+        needed = sum(other.needs_s for other in later if not other.optional)
+        check.reserved_s = min(needed, check.left - part.needs_s)
         start = time.monotonic()
         check.log(f"{name}: {check.left:.0f} s left")
         try:
@@ -499,7 +637,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--part", nargs="+", choices=list(PARTS), help="only these")
     parser.add_argument("--budget-s", type=float, default=BUDGET_S, help="default %(default)s")
     parser.add_argument(
-        "--tests-s", type=float, default=210.0, help="of it for the tests, default %(default)s"
+        "--tests-s", type=float, default=170.0, help="of it for the tests, default %(default)s"
     )
     parser.add_argument(
         "--out", type=Path, default=ROOT / "runs" / "gpu_check", help="copies of CSV and log, details.txt"

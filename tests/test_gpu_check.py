@@ -203,7 +203,13 @@ def test_parts_are_dropped_by_name_and_a_failing_one_does_not_stop_the_next(chec
 
 
 def test_every_part_has_a_place():
-    assert list(gpu_check.PARTS)[:2] == ["environment", "tests"]
+    names = list(gpu_check.PARTS)
+    assert names[:2] == ["environment", "tests"]
+    assert names.index("sanitize") == names.index("step") + 1
+    assert names.index("cuda") == names.index("micro") + 1
+    assert names[-1] == "ncu"
+    needed = sum(part.needs_s for part in gpu_check.PARTS.values() if part.always and not part.optional)
+    assert needed + 170 + 30 < gpu_check.BUDGET_S
     for work in GPU_WORKS:
         assert work.op in gpu_check.PARTS
         assert work.op in gpu_ops.OPS
@@ -234,6 +240,113 @@ def test_a_part_that_lost_the_gpu_goes_on_without_what_lost_it(done, options, le
     without = ["x"]
     assert gpu_check.retry_options(done, without) == options
     assert left_out is None or without == left_out
+
+
+@pytest.fixture
+def cuda_check(check, monkeypatch):
+    """A check on a GPU with the CUDA kernels built; its scripts stand in work/bench."""
+    (check.work / "bench").mkdir()
+    monkeypatch.setattr(gpu_check, "ROOT", check.work)
+    check.facts = {"device": "a GPU", "torch": "2", "cuda": "13.0", "triton": "3", "l0kernels": "1"}
+    check.built = True
+    (check.site / "l0kernels" / "_CUDA.x.so").touch()
+    return check
+
+
+def test_cuda_part_writes_the_rows_that_it_got(cuda_check):
+    lines = [
+        {"name": "copy", "us": 56.54, "p20": 56.48, "p80": 56.55, "gb_s": 4154, "of_copy": 1.0},
+        {"name": "pack rows keep 0.5", "us": 34.0, "p20": 33.0, "p80": 35.0, "gb_s": 3411},
+        {"name": "7-3 forward and backward keep 1.0", "us": 85.6, "p20": 85.0, "p80": 86.0},
+    ]
+    script = "import sys\nassert sys.argv[1:] == ['target']\n"
+    script += "".join(f"print({json.dumps(json.dumps(line))})\n" for line in lines)
+    (cuda_check.work / "bench" / "cuda_cases.py").write_text(script + "sys.exit(5)\n")
+    gpu_check.cuda(cuda_check)
+    rows = table.read(cuda_check.csv)
+    names = ("op", "keep", "pass", "mode", "provider", "ms", "ms_p20", "ms_p80", "gbps")
+    assert [tuple(row[name] for name in names) for row in rows] == [
+        ("copy", "1", "fwd", "graph", "copy", "0.05654", "0.05648", "0.05655", "4154"),
+        ("pack rows", "0.5", "fwd", "graph", "ours_cuda", "0.034", "0.033", "0.035", "3411"),
+        ("7-3 forward and backward", "1", "fwd+bwd", "graph", "ours_cuda", "0.0856", "0.085", "0.086", ""),
+    ]
+    assert {(row["device"], row["commit"], row["environment"]) for row in rows} == {
+        ("a GPU", "abc", "CUDA 13.0 triton 3")
+    }
+    assert "| pack rows" in table.gpu_micro(GPU_WORKS, rows)
+    assert [failure[:12] for failure in cuda_check.failures] == ["cuda: exit 5"]
+
+
+def test_sanitize_runs_every_tool_at_once_and_names_the_one_that_found_something(cuda_check):
+    (cuda_check.work / "bench" / "cuda_sanitize.py").write_text(
+        "import sys, time\ntime.sleep(1)\nprint(sys.argv[2], 'found')\nsys.exit(sys.argv[2] == 'racecheck')\n"
+    )
+    start = time.monotonic()
+    gpu_check.sanitize(cuda_check)
+    assert time.monotonic() - start < 3.5
+    for tool in ("memcheck", "racecheck", "initcheck", "synccheck"):
+        assert f"  {tool} found" in logged(cuda_check)
+    assert [failure.partition(" after")[0] for failure in cuda_check.failures] == [
+        "sanitize racecheck: exit 1"
+    ]
+
+
+@pytest.mark.parametrize("code", [0, 1])
+def test_ncu_keeps_its_figures_beside_the_rows(cuda_check, code):
+    (cuda_check.work / "bench" / "cuda_ncu.py").write_text(
+        "import pathlib, sys\npathlib.Path(sys.argv[1]).write_text('kernel\\n')\n"
+        f"print('kernel\\npack')\nsys.exit({code})\n"
+    )
+    gpu_check.ncu(cuda_check)
+    assert (cuda_check.out / "dry-ncu.csv").read_text() == "kernel\n"
+    assert ("ncu: 1 launches" in logged(cuda_check)) == (code == 0)
+    assert cuda_check.failures == ["ncu: exit 1"] * code
+
+
+@pytest.mark.parametrize("part", ["sanitize", "cuda", "ncu"])
+def test_cuda_parts_without_a_gpu_or_a_build(cuda_check, part, monkeypatch):
+    (cuda_check.site / "l0kernels" / "_CUDA.x.so").unlink()
+    cuda_check.built = False
+    monkeypatch.setattr(gpu_check, "build", lambda check, limit_s: Done(1, "nvcc: what?", 1.0))
+    gpu_check.PARTS[part].run(cuda_check)
+    assert cuda_check.failures == [
+        "build of _C: exit 1",
+        "build of _CUDA: exit 1",
+        f"{part}: _CUDA is not built",
+    ]
+    assert "nvcc: what?" in logged(cuda_check)
+    del cuda_check.failures[:], cuda_check.facts["device"]
+    gpu_check.PARTS[part].run(cuda_check)
+    assert not cuda_check.failures
+    assert f"{part}: skipped, no CUDA device" in logged(cuda_check)
+
+
+def test_a_build_beside_an_nvcc_must_have_cuda(check, monkeypatch):
+    given = []
+    monkeypatch.setattr(gpu_check, "call", lambda command, limit_s, env, cwd: given.append(env))
+    for found, choice in (("/bin/nvcc", "1"), (None, "auto")):
+        monkeypatch.setattr(gpu_check.shutil, "which", lambda name, found=found: found)
+        gpu_check.build(check, 1.0)
+        assert given[-1]["L0KERNELS_CUDA"] == choice
+
+
+def test_parts_leave_time_to_those_after_them(check, monkeypatch):
+    shares = []
+    run = lambda check: shares.append(check.share)  # noqa: E731
+    parts = {
+        "a": gpu_check.Part(run, 5),
+        "b": gpu_check.Part(run, 20),
+        "c": gpu_check.Part(run, 30),
+        "d": gpu_check.Part(run, 1e6, optional=True),
+    }
+    monkeypatch.setattr(gpu_check, "PARTS", parts)
+    assert list(gpu_check.run_parts(check, list(parts))) == ["a", "b", "c"]
+    assert shares == pytest.approx([10, 30, 60], abs=3)
+    assert not check.failures
+    assert "d: dropped, " in logged(check)
+    check.deadline = time.monotonic() + 30  # too little for all: a part still has what it needs
+    assert list(gpu_check.run_parts(check, ["b", "c"])) == ["b"]
+    assert shares[-1] == pytest.approx(20, abs=1)
 
 
 def test_example_without_its_packages_is_skipped_by_name(check):
