@@ -10,7 +10,7 @@ Providers:
     masked_compiled  the same under torch.compile
     index_select     open rows and columns selected, then their product: the host waits for the count
     grouped_mm       units sorted by open, then a grouped product of one group whose size the device knows
-    ours             backend "triton"; ours_cuda: backend "cuda"; ours_nn: the step written with l0kernels.nn
+    ours             backend "triton"; of the small net also ours_cuda: backend "cuda", and ours_nn: with l0kernels.nn
 """
 
 from collections.abc import Callable, Sequence
@@ -201,7 +201,6 @@ def linear(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, exa
         ),
         "grouped_mm": Provider(partial(grouped_linear, stock, log_alpha), everything, "masked"),
         "ours": Provider(partial(gated, l0), everything, "gated", "triton"),
-        "ours_cuda": Provider(partial(gated, l0), everything, "gated", "cuda"),
     }
     return case
 
@@ -247,7 +246,6 @@ def ffn(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, exact:
         ),
         "grouped_mm": Provider(partial(grouped_ffn, up, down, log_alpha), everything, "masked"),
         "ours": Provider(partial(gated, l0), everything, "gated", "triton"),
-        "ours_cuda": Provider(partial(gated, l0), everything, "gated", "cuda"),
     }
     return case
 

@@ -46,6 +46,9 @@ def launches(monkeypatch):
             names.append(self.name)
             return self.kernel[grid]
 
+        def __getattr__(self, attribute):
+            return getattr(self.kernel, attribute)
+
     for name in ("forward_kernel", "sampling_forward_kernel", "backward_kernel", "sum_parts_kernel"):
         monkeypatch.setattr(gather, name, Counted(name, getattr(gather, name)))
     return names

@@ -524,6 +524,9 @@ def block_linear_forward(
         b_out, b_in: the block; those at the edges are cropped.
         dtype: of the product, float32, float16 or bfloat16.
     """
+    if not weight.numel():  # no blocks: nothing that a kernel could be compiled for
+        y = x.new_zeros(x.shape[0], weight.shape[0], dtype=dtype)
+        return y if bias is None else y.add_(bias)
     weight, z, b_out, b_in = _blocks(weight, z, b_out, b_in)
     lists, _, scaled = _prepare(weight, z, b_out, b_in, dtype, True, False, True)
     strides = scaled.stride(0), 1
@@ -546,6 +549,9 @@ def block_linear_backward(
     dz is <theta, raw> of each block, where its gate is fractional; where it is open, if ``full``.
     """
     need_x, need_w, need_b, need_z = needs
+    if not weight.numel():
+        zeros = [t.new_zeros(t.shape) if n else None for t, n in ((x, need_x), (weight, need_w), (z, need_z))]
+        return [zeros[0], zeros[1], dy.sum(0) if need_b else None, zeros[2]]
     weight, z, b_out, b_in = _blocks(weight, z, b_out, b_in)
     rows, cols, scaled = _prepare(weight, z, b_out, b_in, dtype, need_w or need_z, need_x, need_x)
     dx = dw = dz = None

@@ -105,8 +105,8 @@ class _Tickets:
             words = torch.zeros(max(n, 4096), dtype=torch.int32, device=device)
             self.of_stream[where] = words
             if like.is_cuda and device not in self.pool:
+                # Zero before any capture reads it: torch.cuda.graph waits for the device on its way in.
                 self.pool[device] = torch.zeros(self.POOL, dtype=torch.int32, device=device)
-                torch.cuda.current_stream(device).synchronize()  # once: replays come from any stream
         return words
 
 
