@@ -2,18 +2,18 @@
 
     C (M, N) = epilogue(A (M, K) B (K, N))
 
-Any of M, N, K may be gated. Then its extent is count[1] of the gate, known to the device alone, and positions are
-packed (position j is unit index[j]) or, where the gate is plain (count[1] >= size), natural. An operand whose
-gates are all plain is read where it lies; else from its packed buffer. That choice is a pointer in the kernel.
+Any of M, N, K may be gated. Then its extent is count[1] of the gate, known to the device alone, and positions
+are packed (position j is unit index[j]) or, where the gate is plain (count[1] >= size), natural. An operand
+whose gates are all plain is read where it lies; else from its packed buffer: the kernel takes the pointer.
 
-Programs are persistent. Operands come through TMA descriptors made on the device, for their shape is the extent;
-where a stride is no multiple of 16 bytes or the GPU has no TMA, through pointers.
+Programs are persistent. Operands come through TMA descriptors made on the device, for their shape is the
+extent; where a stride is no multiple of 16 bytes or the GPU has no TMA, through pointers.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -40,6 +40,9 @@ class Operand(NamedTuple):
     packed: Tensor | None = None
 
 
+_ABSENT = Operand()
+
+
 class Config(NamedTuple):
     """A tile and how it is computed."""
 
@@ -59,7 +62,7 @@ def _extent(count_ptr, size, HAS: tl.constexpr):
     """(positions to compute, open positions, plain) of a dimension of `size` units."""
     if HAS:
         n_open = tl.load(count_ptr)
-        extent = tl.load(count_ptr + 1)
+        extent = tl.multiple_of(tl.load(count_ptr + 1), 128)  # masks of packed operands keep copies wide
         plain = extent >= size
         return tl.where(plain, size, extent), tl.where(plain, size, n_open), plain
     else:
@@ -130,7 +133,7 @@ def _epilogue(
 
     if EPILOGUE == "act" or EPILOGUE == "glu":
         if HAS_N:
-            # A closed unit is 0 whatever it computed: its z is 0, and 0 times this 0 is 0 for every activation.
+            # A closed unit is 0 whatever it computed: its z is 0, and 0 times this 0 is 0 for any activation.
             live = is_open
             if SCALE_N:
                 live = z != 0.0
@@ -297,7 +300,7 @@ def _matmul(
     GLU: tl.constexpr = EPILOGUE == "glu"
     m_extent, m_open, m_plain = _extent(m_count_ptr, M, HAS_M)
     n_extent, n_open, n_plain = _extent(n_count_ptr, N, HAS_N)
-    k_extent, k_open, k_plain = _extent(k_count_ptr, K, HAS_K)
+    k_extent, _, k_plain = _extent(k_count_ptr, K, HAS_K)
 
     a_ptr, stride_a, half_a = a_full_ptr, stride_a_full, half_a_full
     if A_FORM == 1:
@@ -343,8 +346,8 @@ def _matmul(
     c_desc = None
     s_desc = None
     h_desc = None
-    # The descriptors end where the extents do, so nothing beyond is read. A dimension is at least 1: with nothing
-    # open no tile is read. The second half of a GLU lies half_* further in the same matrix.
+    # The descriptors end where the extents do, so nothing beyond is read. A dimension is at least 1: with
+    # nothing open no tile is read. The second half of a GLU lies half_* further in the same matrix.
     a_rows = m_extent
     a_cols = k_extent
     if LAYOUT == "tn":
@@ -446,13 +449,14 @@ def _matmul(
                 value2 = _part(acc2, part, SUBTILES, BLOCK_M, SUB_N)
             _epilogue(
                 value, value2, row, col + part * SUB_N, pid_m, r, row_mask, m_extent, z_m,
-                c_desc, c_ptr, stride_c, c_cols, s_desc, saved_ptr, stride_s, half_s, half_c, h_desc, h_ptr, stride_h,
-                n_index_ptr, n_z_ptr, bias_ptr, half_bias, n_open, n_plain, partial_ptr, stride_partial, partial_plane,
+                c_desc, c_ptr, stride_c, c_cols, s_desc, saved_ptr, stride_s, half_s, half_c,
+                h_desc, h_ptr, stride_h, n_index_ptr, n_z_ptr, bias_ptr, half_bias, n_open, n_plain,
+                partial_ptr, stride_partial, partial_plane,
                 HAS_N, EPILOGUE, ACT, HAS_BIAS, SCALE_M, SCALE_N, SAVE, DZ, DB,
                 STORE_TMA, SAVED_TMA, HIDDEN_TMA, BLOCK_M, SUB_N,
             )  # fmt: skip
 
-    if SCATTER:
+    if SCATTER:  # noqa: SIM102 - decided by the compiler, the next by the device
         if not m_plain:
             for position in range(m_open + start, M, programs):
                 zero_row = tl.load(m_index_ptr + position).to(tl.int64)
@@ -470,7 +474,7 @@ def _allocate(size: int, alignment: int, stream: Any) -> Tensor:
 
 
 def ensure_allocator() -> None:
-    """Memory for descriptors made on the device. A context variable holds it, and autograd's threads have their own."""
+    """Memory for descriptors made on the device; a context variable, so autograd's threads need it too."""
     triton.set_allocator(_allocate)
 
 
@@ -489,25 +493,46 @@ def precision(dtype: torch.dtype) -> str:
     return "tf32" if fast or dtype != torch.float32 else "ieee"
 
 
-def choose(M: int, N: int, dtype: torch.dtype, epilogue: str, capability: int) -> Config:
-    """The tile for capacities M x N."""
+def choose(
+    M: int,
+    N: int,
+    dtype: torch.dtype,
+    epilogue: str,
+    capability: int,
+    out: torch.dtype | None = None,
+    aligned: bool = True,
+) -> Config:
+    """The tile for capacities M x N, operands of ``dtype`` and a C of ``out``, by default the same.
+
+    ``aligned``: C can be written by TMA. BLOCK_M depends on neither, for row_tiles does not know them.
+    """
     glu = epilogue in ("glu", "glu_grad")
+    blackwell = capability >= 100
     if dtype == torch.float32:
         if precision(dtype) == "ieee":
-            return Config(64, 64, 32, 4, 2, 1, False)
+            return Config(64, 64, 16, 4, 2 if capability < 90 else 3, 1, False)
         if capability < 90:
             return Config(64, 64, 32, 4, 3, 1, False)
-        return Config(128, 128, 32, 8, 3, 1, False) if not glu else Config(64, 128, 32, 4, 3, 1, False)
-    if capability < 90:
-        return Config(64, 64, 64, 4, 3, 1, False) if glu else Config(128, 128, 32, 8, 4, 1, False)
+        if glu:
+            return Config(64, 128, 32, 4, 3, 4 if blackwell else 1, False)
+        return Config(128, 128, 32, 4, 3, 4, False) if blackwell else Config(128, 128, 32, 8, 3, 1, False)
     # Activations take registers: in narrow parts of a tile they do not spill.
+    if capability < 90:
+        if glu:
+            return Config(64, 64, 64, 4, 3, 2, False)
+        return Config(128, 128, 32, 8, 4, 2 if epilogue == "act" else 1, False)
     if epilogue == "glu":
-        return Config(128, 64, 64, 4, 3, 1, False, 2)
+        return Config(128, 64, 64, 4, 3, 2 if blackwell else 1, False, 2)
     if N <= 128 or M * N <= 132 * 128 * 128:
         return Config(64, 128, 64, 4, 4, 4) if M <= 64 else Config(128, 128, 64, 8, 4, 4)
-    if epilogue == "act":
+    if epilogue == "act" or (blackwell and epilogue == "grad"):
         return Config(256, 128, 64, 8, 3, 4)
-    return Config(128, 256, 64, 8, 3, {"linear": 1, "grad": 2}.get(epilogue, 4))
+    if epilogue == "linear":
+        if blackwell and not aligned:
+            return Config(128, 128, 64, 8, 4, 4)
+        # At once, a float32 C does not fit beside the operands, and the addresses of an unaligned one spill.
+        return Config(128, 256, 64, 8, 3, 1 if aligned and out != torch.float32 else 4, not blackwell)
+    return Config(128, 256, 64, 8, 3, 2 if epilogue == "grad" else 4)
 
 
 def _tma_ready(*tensors: Tensor | None) -> bool:
@@ -547,7 +572,7 @@ def matmul(
     scale_n: bool = False,
     scatter: bool = False,
     saved: Tensor | None = None,
-    hidden: Operand = Operand(),
+    hidden: Operand = _ABSENT,
     partial: Tensor | None = None,
     dz: bool = False,
     db: bool = False,
@@ -558,37 +583,42 @@ def matmul(
     half_s: int = 0,
     config: Config | None = None,
     pointers: bool = False,
+    device: tuple[int, int] | None = None,
+    run: Callable[..., None] = launch,
 ) -> None:
     """C = epilogue(A B), written into ``c``.
 
     Epilogues, with z and bias those of the column's unit:
         linear    C = (A B + bias) * z * z_m, the factors that scale_n and scale_m ask for
         act       C = act(v) * z, v = A B + bias; ``saved``, if given, gets act'(v) * z
-        glu       C = act(v) * v2 * z, v2 the product with the second half of B; ``saved`` gets the factors of the
-                  gradients of v and of v2, act'(v) * v2 * z and act(v) * z, in two halves
+        glu       C = act(v) * v2 * z, v2 the product with the second half of B; ``saved`` gets the factors of
+                  the gradients of v and of v2, act'(v) * v2 * z and act(v) * z, in two halves
         grad      C = A B * saved; for relu * z where ``hidden`` is not 0; for identity * z.
-                  partial[0] gets the sums of A B * hidden over the rows of a tile (dz, or z dz where hidden has
-                  z in it), partial[1] those of C (db)
+                  partial[0] gets the sums of A B * hidden over the rows of a tile (dz, or z dz where hidden
+                  has z in it), partial[1] those of C (db)
         glu_grad  C in two halves, A B times the halves of ``saved``; partial[1] and partial[2] their sums
 
     Args:
         layout: see LAYOUTS.
-        a, b, c: in natural order and/or packed; with both, each program reads or writes the natural one if all
-            gates of that operand are plain. Rows may have any stride, columns have stride 1.
+        a, b, c: in natural order and/or packed; with both, the natural one is read or written if all gates of
+            that operand are plain. Rows may have any stride, columns have stride 1.
         M, N, K: units (not capacities).
         m_gate, n_gate, k_gate: gates of the dimensions.
         scatter: C is natural and takes row j of the product as its row index[j]; closed rows become 0.
         partial: (2 or 3, tiles of M, capacity of N) float32.
-        halves: 2 for a K of two halves, which lie half_a columns and half_b rows (natural, packed) further on.
+        halves: 2 for a K of two halves, half_a columns and half_b rows (natural, packed) apart.
         half_c, half_s: columns from one half of C, of saved, to the other.
         config: overrides the tile.
         pointers: refuses TMA.
+        device, run: compute capability and multiprocessors, if not this GPU's, and who gets the launch.
     """
     if M == 0 or N == 0:
         return
     first = next(t for t in a if t is not None)
-    capability, sms = _device(first.device.index if first.is_cuda else None)
-    config = config or choose(M, N, first.dtype, epilogue, capability)
+    capability, sms = device or _device(first.device.index if first.is_cuda else None)
+    if config is None:
+        out = next(t for t in c if t is not None).dtype
+        config = choose(M, N, first.dtype, epilogue, capability, out, _tma_ready(*c))
     tma = not pointers and capability >= 90 and _tma_ready(*a, *b)
     store_tma = tma and not scatter and _tma_ready(*c)
     has_hidden = hidden.full is not None or hidden.packed is not None
@@ -596,11 +626,12 @@ def matmul(
         ensure_allocator()
     cap_m = triton.cdiv(M, config.BLOCK_M)
     cap_n = triton.cdiv(N, config.BLOCK_N)
-    launch(
+    run(
         _matmul,
         (min(sms * config.CTAS, cap_m * cap_n),),
         a.full, a.packed, b.full, b.packed, c.full, c.packed,
-        _stride(a.full), _stride(a.packed), _stride(b.full), _stride(b.packed), _stride(c.full), _stride(c.packed),
+        _stride(a.full), _stride(a.packed), _stride(b.full), _stride(b.packed),
+        _stride(c.full), _stride(c.packed),
         M, N, K,
         m_gate and m_gate[2], n_gate and n_gate[2], k_gate and k_gate[2],
         m_gate and m_gate[1], n_gate and n_gate[1], m_gate and m_gate[0], n_gate and n_gate[0],
@@ -628,153 +659,183 @@ def row_tiles(M: int, N: int, dtype: torch.dtype, epilogue: str, device: torch.d
     return triton.cdiv(M, choose(M, N, dtype, epilogue, capability).BLOCK_M)
 
 
-_USES: tuple[tuple[str, str, dict[str, Any]], ...] = (
-    # (what, layout, constexprs that differ from a plain product)
-    (
+_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32"}
+
+
+def _uses(
+    T: int, D: int, H: int, dtype: torch.dtype, out: torch.dtype | None = None, spare: int = 0
+) -> Iterator[tuple[str, tuple[Any, ...], dict[str, Any]]]:
+    """(name, positional, named arguments) of the calls in linear.py and mlp.py: T tokens, layers D -> H -> D.
+
+    What leaves the layers has type ``out``, under autocast that of the parameters, and rows with ``spare``
+    more columns.
+    """
+
+    def new(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    def gate(n: int) -> Gate:
+        return [
+            new(n, dtype=torch.float32),
+            new(triton.cdiv(n, 128) * 128, dtype=torch.int32),
+            new(2, dtype=torch.int32),
+        ]
+
+    def both(t: Tensor) -> Operand:
+        return Operand(t, t)
+
+    def result(rows: int, cols: int) -> Tensor:
+        return new(rows, cols + spare, dtype=out or dtype)[:, :cols]
+
+    x, h, wide = new(T, D), Operand(None, new(T, H)), new(T, 2 * H)
+    up, down, glu = new(H, D), new(D, H), new(2 * H, D)
+    y, up_out, down_out = result(T, D), result(H, D), result(D, H)
+    bias, glu_bias, partial = new(H), new(2 * H), new(3, triton.cdiv(T, 64), H, dtype=torch.float32)
+    grad = {"n_gate": gate(H), "scale_n": True, "hidden": h, "partial": partial, "dz": True, "db": True}
+    act = {"n_gate": gate(H), "scale_n": True, "epilogue": "act"}
+    yield (
         "chain_up",
-        "nt",
-        {"HAS_N": True, "B_FORM": 2, "C_FORM": 1, "EPILOGUE": "act", "HAS_BIAS": True, "SCALE_N": True},
-    ),
-    ("chain_down", "nt", {"HAS_K": True, "A_FORM": 1, "B_FORM": 2, "HAS_BIAS": True}),
-    (
+        ("nt", Operand(x), both(up), h, T, H, D),
+        {**act, "activation": "gelu", "bias": bias, "saved": h.packed},
+    )
+    yield (
+        "chain_up_relu",
+        ("nt", Operand(x), both(up), h, T, H, D),
+        {**act, "activation": "relu", "bias": bias},
+    )
+    yield (
+        "chain_down",
+        ("nt", h, both(down), Operand(y), T, D, H),
+        {"k_gate": gate(H), "bias": new(D)},
+    )
+    yield (
         "chain_down_dx",
-        "nn",
-        {
-            "HAS_N": True,
-            "B_FORM": 2,
-            "C_FORM": 1,
-            "EPILOGUE": "grad",
-            "SCALE_N": True,
-            "DZ": True,
-            "DB": True,
-        },
-    ),
-    ("chain_up_dx", "nn", {"HAS_K": True, "A_FORM": 1, "B_FORM": 2}),
-    ("chain_up_dw", "tn", {"HAS_M": True, "A_FORM": 1, "SCATTER": True}),
-    ("chain_down_dw", "tn", {"HAS_N": True, "B_FORM": 1, "C_FORM": 2}),
-    ("linear_out", "nt", {"HAS_N": True, "B_FORM": 2, "C_FORM": 2, "HAS_BIAS": True, "SCALE_N": True}),
-    (
-        "linear_in_dx",
-        "nn",
-        {"HAS_N": True, "B_FORM": 2, "C_FORM": 2, "EPILOGUE": "grad", "SCALE_N": True, "DZ": True},
-    ),
-    ("linear_in_dw", "tn", {"HAS_N": True, "B_FORM": 2, "C_FORM": 2, "SCALE_N": True}),
-    (
+        ("nn", Operand(x), both(down), h, T, H, D),
+        {**grad, "epilogue": "grad", "activation": "gelu", "saved": h.packed},
+    )
+    yield (
+        "chain_down_dx_relu",
+        ("nn", Operand(x), both(down), h, T, H, D),
+        {**grad, "epilogue": "grad", "activation": "relu"},
+    )
+    yield "chain_up_dx", ("nn", h, both(up), Operand(y), T, D, H), {"k_gate": gate(H)}
+    yield (
+        "chain_up_dw",
+        ("tn", h, Operand(x), Operand(up_out), H, D, T),
+        {"m_gate": gate(H), "scatter": True},
+    )
+    yield "chain_down_dw", ("tn", Operand(x), h, both(down_out), D, H, T), {"n_gate": gate(H)}
+    yield (
+        "linear_out",
+        ("nt", Operand(x), both(up), both(result(T, H)), T, H, D),
+        {"n_gate": gate(H), "bias": bias, "scale_n": True},
+    )
+    yield "linear_in_dx", ("nn", h, Operand(None, up), both(y), T, D, H), {"n_gate": gate(D)}
+    yield (
+        "linear_in_dw",
+        ("tn", h, both(x), both(up_out), H, D, T),
+        {"n_gate": gate(D), "scale_n": True},
+    )
+    yield "linear_in_dw_raw", ("tn", h, both(x), Operand(None, up_out), H, D, T), {"n_gate": gate(D)}
+    yield (
+        "linear_out_dw",
+        ("tn", both(wide[:, :H]), Operand(x), Operand(up_out), H, D, T),
+        {"m_gate": gate(H), "scatter": True, "scale_m": True},
+    )
+    yield (
         "glu",
-        "nt",
-        {"HAS_N": True, "B_FORM": 2, "C_FORM": 1, "EPILOGUE": "glu", "SCALE_N": True, "SAVE": True},
-    ),
-    (
-        "glu_dx",
-        "nn",
+        ("nt", Operand(x), both(glu), h, T, H, D),
         {
-            "HAS_N": True,
-            "B_FORM": 2,
-            "C_FORM": 1,
-            "EPILOGUE": "glu_grad",
-            "SCALE_N": True,
-            "DZ": True,
-            "DB": True,
+            **act,
+            "epilogue": "glu",
+            "activation": "silu",
+            "bias": glu_bias,
+            "saved": wide,
+            "half_b": (H, H),
+            "half_s": H,
         },
-    ),
-    ("glu_halves", "nn", {"HAS_K": True, "A_FORM": 1, "B_FORM": 2, "HALVES": 2}),
-)
-
-_STRIDES = (
-    "stride_a_full",
-    "stride_a_packed",
-    "stride_b_full",
-    "stride_b_packed",
-    "stride_c_full",
-    "stride_c_packed",
-)
-
-
-def _variant(
-    name: str, layout: str, dtype: str, config: Config, capability: int, constants: dict[str, Any]
-) -> Variant:
-    flags: dict[str, Any] = dict.fromkeys(
-        ("HAS_M", "HAS_N", "HAS_K", "HAS_BIAS", "SCALE_M", "SCALE_N", "SCATTER", "SAVE", "DZ", "DB"), False
     )
-    flags |= {
-        "A_FORM": 0,
-        "B_FORM": 0,
-        "C_FORM": 0,
-        "LAYOUT": layout,
-        "EPILOGUE": "linear",
-        "ACT": "identity",
-        "HALVES": 1,
-        "HIDDEN": 0,
-    }
-    flags |= constants
-    if flags["EPILOGUE"] in ("act", "grad"):
-        flags["ACT"] = "gelu" if flags["DB"] or flags["EPILOGUE"] == "act" else "identity"
-        flags["HIDDEN"] = flags["C_FORM"] if flags["DZ"] else 0
-        flags["SAVE"] = flags["EPILOGUE"] == "act"
-    elif flags["EPILOGUE"] in ("glu", "glu_grad"):
-        flags["ACT"] = "silu"
-        flags["HIDDEN"] = flags["C_FORM"] if flags["DZ"] else 0
-    saves = flags["SAVE"] or (flags["EPILOGUE"].endswith("grad") and flags["ACT"] not in ("relu", "identity"))
-    tma = capability >= 90
-    flags |= {
-        "TMA": tma,
-        "STORE_TMA": tma and not flags["SCATTER"],
-        "SAVED_TMA": tma and saves,
-        "HIDDEN_TMA": tma and flags["DZ"],
-        "PRECISION": "tf32" if dtype != "fp32" or (config.BLOCK_K == 32 and config.BLOCK_M > 64) else "ieee",
-        "GROUP_M": 8,
-        **{k: v for k, v in config._asdict().items() if k not in ("num_warps", "num_stages", "CTAS")},
-    }
-    pointer, matrix = f"*{dtype}:16", {}
-    for operand, form in (("a", flags["A_FORM"]), ("b", flags["B_FORM"]), ("c", flags["C_FORM"])):
-        matrix[f"{operand}_full_ptr"] = pointer if form != 1 else None
-        matrix[f"{operand}_packed_ptr"] = pointer if form != 0 else None
-    signature: dict[str, str | None] = {
-        **matrix,
-        **dict.fromkeys(_STRIDES, "i32:16"),
-        **dict.fromkeys(("M", "N", "K"), "i32:16"),
-        "m_count_ptr": "*i32:16" if flags["HAS_M"] else None,
-        "n_count_ptr": "*i32:16" if flags["HAS_N"] else None,
-        "k_count_ptr": "*i32:16" if flags["HAS_K"] else None,
-        "m_index_ptr": "*i32:16" if flags["HAS_M"] else None,
-        "n_index_ptr": "*i32:16" if flags["HAS_N"] else None,
-        "m_z_ptr": "*fp32:16" if flags["HAS_M"] else None,
-        "n_z_ptr": "*fp32:16" if flags["HAS_N"] else None,
-        "bias_ptr": pointer if flags["HAS_BIAS"] else None,
-        "saved_ptr": pointer if saves else None,
-        "stride_s": "i32:16",
-        "hidden_full_ptr": pointer if flags["DZ"] and flags["C_FORM"] != 1 else None,
-        "hidden_packed_ptr": pointer if flags["DZ"] and flags["C_FORM"] != 0 else None,
-        "stride_h_full": "i32:16",
-        "stride_h_packed": "i32:16",
-        "partial_ptr": "*fp32:16" if flags["DZ"] or flags["DB"] else None,
-        "stride_partial": "i32:16",
-        "partial_plane": "i32:16",
-        **dict.fromkeys(("half_a_full", "half_a_packed", "half_b_full", "half_b_packed"), "i32:16"),
-        **dict.fromkeys(("half_c", "half_s", "half_bias"), "i32:16"),
-    }
-    flags |= {key: None for key, value in signature.items() if value is None}
-    return Variant(
-        f"matmul/{name}_{layout}_{dtype}_{config.BLOCK_M}x{config.BLOCK_N}x{config.BLOCK_K}_sm{capability}",
-        _matmul,
-        {key: value for key, value in signature.items() if value is not None},
-        flags,
-        config.num_warps,
-        config.num_stages,
-        frozenset({"tensor_core", "wide_copy"}) if flags["PRECISION"] != "ieee" else frozenset(),
+    yield (
+        "glu_dx",
+        ("nn", Operand(x), both(down), Operand(None, wide), T, H, D),
+        {**grad, "epilogue": "glu_grad", "activation": "silu", "saved": wide, "half_s": H, "half_c": H},
     )
+    yield (
+        "glu_halves",
+        ("nn", Operand(None, wide), both(glu), Operand(y), T, D, H),
+        {"k_gate": gate(H), "halves": 2, "half_a": (0, H), "half_b": (H, H)},
+    )
+
+
+def _recorded(name: str, args: tuple[Any, ...], options: dict[str, Any], capability: int) -> Variant:
+    """The variant that this call of ``matmul`` launches on such a GPU."""
+    made: list[Variant] = []
+
+    def record(
+        kernel: Any, grid: tuple[int, ...], *given: Any, num_warps: int, num_stages: int, **constants: Any
+    ) -> None:
+        signature: dict[str, str] = {}
+        constexprs = dict(constants)
+        for key, value in zip(kernel.arg_names, given, strict=False):
+            if isinstance(value, Tensor):
+                signature[key] = f"*{_NAMES[value.dtype]}:16"
+            elif value is None:
+                constexprs[key] = None
+            else:
+                signature[key] = "i32:16" if value % 16 == 0 else "i32"
+        dtype = _NAMES[next(t for t in args[1] if t is not None).dtype]
+        tile = "x".join(str(constants[key]) for key in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "SUBTILES"))
+        tensors = constants["PRECISION"] != "ieee"
+        made.append(
+            Variant(
+                f"matmul/{name}_{args[0]}_{dtype}_{tile}{'_flat' if constants['FLATTEN'] else ''}",
+                kernel, signature, constexprs, num_warps, num_stages,
+                frozenset({"tensor_core", "wide_copy"} if tensors else {"wide_copy"}), (capability,),
+            )
+        )  # fmt: skip
+
+    matmul(*args, **options, device=(capability, 132), run=record)
+    return made[0]
+
+
+def _listed() -> Iterator[tuple[str, int, str, tuple[str, ...], tuple[Any, ...]]]:
+    """(prefix, capability, precision of fp32, names or none for all, arguments of _uses)."""
+    bf16, fp32, large = torch.bfloat16, torch.float32, (8192, 4096, 16384)
+    yield "", 90, "high", (), (*large, bf16)
+    names = ("chain_up", "chain_down_dx_relu", "chain_up_dw", "linear_out", "glu", "glu_dx")
+    yield "", 100, "high", ("chain_down_dx", *names), (*large, bf16)
+    yield "", 80, "high", ("chain_down_dw", "linear_in_dw", *names), (*large, bf16)
+    yield "", 90, "high", ("chain_up",), (*large, torch.float16)
+    yield "unaligned_", 90, "high", ("linear_out",), (*large, bf16, None, 4)
+    for capability in (90, 100):
+        yield "", capability, "high", ("chain_down_dx",), (1024, 512, 1024, bf16)
+        yield "", capability, "high", ("chain_up",), (64, 512, 1024, bf16)
+        yield "autocast_", capability, "high", ("linear_in_dw",), (*large, bf16, fp32)
+        yield "ieee_", capability, "highest", ("chain_up", "glu_dx"), (*large, fp32)
+    yield "tf32_", 90, "high", ("chain_up", "chain_down_dw", "glu"), (*large, fp32)
+    yield "tf32_", 100, "high", ("linear_out", "glu"), (*large, fp32)
+    yield "tf32_", 80, "high", ("chain_up",), (*large, fp32)
+    yield "ieee_", 80, "highest", ("chain_down_dx_relu",), (*large, fp32)
 
 
 def variants() -> Iterator[Variant]:
-    """Every use of the product with the tiles that ``choose`` picks, for GPUs with and without TMA."""
-    for name, layout, constants in _USES:
-        epilogue = constants.get("EPILOGUE", "linear")
-        for capability in (90, 80):
-            yield _variant(
-                name,
-                layout,
-                "bf16",
-                choose(8192, 8192, torch.bfloat16, epilogue, capability),
-                capability,
-                constants,
-            )
+    """What linear.py and mlp.py launch: every use on sm_90; on the others those with most registers, shared
+    memory or masks; some in other types and tiles.
+    """
+    found: dict[tuple[Any, ...], Variant] = {}
+    before = torch.get_float32_matmul_precision()
+    for prefix, capability, fp32_precision, names, sizes in _listed():
+        torch.set_float32_matmul_precision(fp32_precision)
+        try:
+            recorded = [
+                _recorded(prefix + name, args, options, capability)
+                for name, args, options in _uses(*sizes)
+                if not names or name in names
+            ]
+        finally:
+            torch.set_float32_matmul_precision(before)
+        for variant in recorded:
+            key = (variant.name, variant.num_stages, *variant.constexprs.items())
+            archs = found[key].archs if key in found else ()
+            found[key] = variant._replace(archs=(*archs, *variant.archs))
+    yield from found.values()
