@@ -364,10 +364,8 @@ def test_without_a_gpu_it_says_so(tmp_path, capsys):
     assert not list(tmp_path.glob("*.csv"))
 
 
-def test_dry_run_writes_rows_and_a_table(tmp_path, capsys):
+def test_dry_run_writes_rows_and_a_table(tmp_path):
     assert gpu_check.main(["--dry", "--out", str(tmp_path), "--part", "linear"]) == 0
-    text = capsys.readouterr().out
-    assert "ours_cuda: skipped, RuntimeError: backend 'cuda' cannot be used" in text
     rows = table.read(tmp_path / "dry.csv")
     assert {row["keep"] for row in rows} == {f"{keep:g}" for keep in KEEPS}
     assert {row["pass"] for row in rows} == {"fwd", "fwd+bwd"}
