@@ -26,7 +26,7 @@ train: $(STAMP)
 test: $(STAMP)
 	$(PY) -m ruff check .
 	$(PY) -m mypy
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest -n 2 $(ARGS)
 	@# The Triton kernels run in a process of their own, under Triton's interpreter; 5: ARGS chose none of these.
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 tests/test_triton_*.py $(ARGS) || [ $$? -eq 5 ]
 
