@@ -10,7 +10,9 @@ Providers:
     masked_compiled  the same under torch.compile
     index_select     open rows and columns selected, then their product: the host waits for the count
     grouped_mm       units sorted by open, then a grouped product of one group whose size the device knows
-    ours             backend "triton"; of the small net also ours_cuda: backend "cuda", and ours_nn: with l0kernels.nn
+    ours             backend "triton"
+    ours_cuda        of the small net: backend "cuda"
+    ours_nn          of the small net: written with l0kernels.nn
 """
 
 from collections.abc import Callable, Sequence
