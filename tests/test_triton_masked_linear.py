@@ -233,9 +233,9 @@ class TestBlocks:
         before = torch.get_float32_matmul_precision()
         try:
             torch.set_float32_matmul_precision("highest")
-            assert kernels._precision(torch.float32) == "ieee"
-            assert kernels._precision(torch.bfloat16) == "tf32"
+            assert kernels.precision_of(torch.float32) == "ieee"
+            assert kernels.precision_of(torch.bfloat16) == "tf32"
             torch.set_float32_matmul_precision("high")
-            assert kernels._precision(torch.float32) == "tf32"
+            assert kernels.precision_of(torch.float32) == "tf32"
         finally:
             torch.set_float32_matmul_precision(before)

@@ -20,6 +20,7 @@ from ._launch import launch
 from ._variants import Variant
 from .activation import act, act_grad
 from .hard_concrete import gate_slope, gate_value, uniform
+from .matmul import precision as precision_of
 
 if TYPE_CHECKING:
     from l0kernels.reference.gates import HardConcrete
@@ -741,11 +742,6 @@ def prefers(M: int, N: int, K: int, dtype: torch.dtype) -> bool:
     return mode == "1" or M <= GATHER_ROWS or M * N * K <= GATHER_WORK
 
 
-def _precision(dtype: torch.dtype) -> str:
-    tf32 = dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
-    return "tf32" if tf32 else "ieee"
-
-
 def _wide(a: Tensor, b: Tensor, numel: int) -> bool:
     """Whether an offset into either matrix, or into ``numel`` elements, needs more than 32 bits."""
     (rows, columns), (row, column) = a.shape, a.stride()
@@ -814,7 +810,7 @@ def _forward(
             Y_PACKED=y_packed,
             ACT=activation,
             DTYPE=_TL_DTYPES[dtype],
-            PRECISION=_precision(dtype),
+            PRECISION=precision_of(dtype),
             WIDE=_wide(x, weight, M * N),
             BLOCK_M=rows,
             BLOCK_N=columns,
@@ -897,7 +893,7 @@ def l0_linear_forward(
         OUT_GATED=out_log_alpha is not None,
         HAS_BIAS=bias is not None,
         DTYPE=_TL_DTYPES[dtype],
-        PRECISION=_precision(dtype),
+        PRECISION=precision_of(dtype),
         WIDE=_wide(x, weight, M * N),
         BLOCK_M=rows,
         BLOCK_N=columns,
@@ -939,7 +935,7 @@ def _backward(
     db = torch.empty(N, dtype=bias.dtype, device=device) if bias is not None and need_b else None
     dz_in = torch.empty_like(in_gate[0]) if in_gate is not None and need_in else None
     dz_out = torch.empty_like(out_gate[0]) if out_gate is not None and need_out else None
-    precision = _precision(dtype)
+    precision = precision_of(dtype)
     rows, outputs, inputs, num_warps, num_stages = _backward_tile_for(
         M, K, dtype == torch.float32 and precision == "ieee"
     )

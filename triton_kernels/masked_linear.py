@@ -18,6 +18,7 @@ from torch import Tensor
 from ._launch import cdiv, launch
 from ._variants import Variant
 from .hard_concrete import gate_slope, gate_value, uniform
+from .matmul import precision as precision_of
 from .sample import order
 
 if TYPE_CHECKING:
@@ -317,11 +318,6 @@ class _Config(NamedTuple):
     stages: int
 
 
-def _precision(dtype: torch.dtype) -> str:
-    """Of a product in ``dtype``; TF32 only where torch's own products may use it."""
-    return "tf32" if torch.get_float32_matmul_precision() != "highest" or dtype != torch.float32 else "ieee"
-
-
 def _tile(size: int, most: int) -> int:
     """The tile of lines of ``size``: little padding, but narrow tiles cost, too."""
     tiles = [t for t in (128, 64, 32, 16) if t <= most]
@@ -471,7 +467,7 @@ def _product(
     """a w^T + bias (M, n) in ``dtype``; w (n, K) by its strides."""
     m, k = a.shape
     out = torch.empty(m, n, dtype=dtype, device=a.device)
-    precision = _precision(a.dtype)
+    precision = precision_of(a.dtype)
     config = _product_config(a.element_size(), precision, m, b_n)
     n_lines, n_blocks = lists.shape[0], lists.shape[1] - 1
     programs = cdiv(m, config.m) * n_lines * cdiv(b_n, config.n)
@@ -578,7 +574,7 @@ def _weight_grad(
 ) -> tuple[Tensor | None, Tensor | None]:
     n_out, n_in = weight.shape
     n_rows, n_cols = z.shape
-    precision = _precision(x.dtype)
+    precision = precision_of(x.dtype)
     config = _weight_grad_config(x.element_size(), precision, b_out, n_rows * cdiv(n_in, 128))
     tiles = cdiv(b_out, config.n)
     dw = torch.empty_like(weight) if need_w else None

@@ -94,7 +94,7 @@ def _weight(
     return Operand(weight if skip else None, packed)
 
 
-def _halves(weight: Operand, units: int, out_gate: Gate | None) -> tuple[int, int]:
+def _halves(units: int, out_gate: Gate | None) -> tuple[int, int]:
     """Rows from the first half of a GLU's weight to the second: natural, packed."""
     return units, units if out_gate is None else round_up(units)
 
@@ -128,7 +128,7 @@ def mlp_forward(
             n_gate=out_gate, k_gate=gates[i], epilogue="glu" if glu else "act",
             activation=GLU.get(activation, activation), bias=biases[i], scale_n=out_gate is not None,
             saved=saved[depth - 1 + i] if _saves(activation) else None,
-            half_b=_halves(w, N, out_gate) if glu else (0, 0), half_s=round_up(N) if glu else 0,
+            half_b=_halves(N, out_gate) if glu else (0, 0), half_s=round_up(N) if glu else 0,
         )  # fmt: skip
         h = Operand(None, saved[i])
     N, K = weights[-1].shape
@@ -186,17 +186,15 @@ def mlp_backward(
                 grad, h, (N, K, M), out_gate, gate, weights[i], theta, full[i], dist, i == 0, halved
             )
             dz[0] = dz_0 if i == 0 else dz[0]
-        w = Operand()
-        halves: dict[str, Any] = {}
-        if i or needs[0]:
-            w = _weight(weights[i], out_gate, gate, dtype, i == 0, halved, w_packed[i])
-        if halved:
-            halves = {"halves": 2, "half_a": (0, _half_width(grad)), "half_b": _halves(w, N, out_gate)}
-        if i == 0:
-            if needs[0]:
-                dx = input_grad(grad, w, (M, K, N), gate, out_gate, x.dtype, **halves)
+        below = i > 0 and any([*need_w[:i], *need_b[:i], *need_z[: i + 1]])
+        if not (needs[0] or below):
             break
-        if not (needs[0] or any(need_w[:i]) or any(need_b[:i]) or any(need_z[: i + 1])):
+        w = _weight(weights[i], out_gate, gate, dtype, i == 0, halved, w_packed[i])
+        halves: dict[str, Any] = {}
+        if halved:
+            halves = {"halves": 2, "half_a": (0, _half_width(grad)), "half_b": _halves(N, out_gate)}
+        if i == 0:
+            dx = input_grad(grad, w, (M, K, N), gate, out_gate, x.dtype, **halves)
             break
         width = round_up(K)
         tiles = row_tiles(M, K, dtype, "glu_grad" if glu else "grad", x.device)

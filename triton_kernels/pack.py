@@ -12,23 +12,21 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from l0kernels.reference.gates import ALIGN, HardConcrete, round_up
+
 from ._launch import cdiv, launch
 from ._variants import Variant
 from .hard_concrete import gate_slope
 
-if TYPE_CHECKING:
-    from l0kernels.reference.gates import HardConcrete
-
 Gate = list[Tensor]
 
-_ALIGN = 128
 _GATHER_ROWS, _GATHER_COLS = 8, 256  # 16 independent loads in flight per thread with 4 warps
 # How many programs of 4 warps an SM holds, by their registers: one wave, whose programs stride over the rows.
 _RESIDENT, _RESIDENT_SCALED, _RESIDENT_DZ, _RESIDENT_DZ_ROWS = 8, 6, 4, 3
@@ -543,10 +541,6 @@ def _reduce(
         tl.store(second_out_ptr + unit, total.to(second_out_ptr.dtype.element_ty), mask=inside)
 
 
-def _round_up(n: int, multiple: int) -> int:
-    return -(-n // multiple) * multiple
-
-
 @lru_cache
 def _programs(device: torch.device, resident: int = _RESIDENT) -> int:
     """How many programs fill the device; a handful under the interpreter, which runs them one by one."""
@@ -598,8 +592,8 @@ def pack(
     n_rows, n_cols = full.shape
     scale_rows, scale_cols = scale_rows and rows is not None, scale_cols and cols is not None
     if out is None:
-        capacity_r = n_rows if rows is None else _round_up(n_rows, _ALIGN)
-        capacity_c = _round_up(n_cols, 16 // dtype.itemsize if cols is None else _ALIGN)
+        capacity_r = n_rows if rows is None else round_up(n_rows)
+        capacity_c = round_up(n_cols, 16 // dtype.itemsize if cols is None else ALIGN)
         out = torch.empty(capacity_r, capacity_c, dtype=dtype, device=full.device)
     if not n_rows or not n_cols:
         return out

@@ -7,28 +7,22 @@ instructions a gate, 1 to 2 clocks) while the others idle: one launch draws its 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import launch
+from l0kernels.reference.gates import TAU, HardConcrete, round_up
+
+from ._launch import cdiv, launch
 from ._table import device_table
 from ._variants import Variant
 from .hard_concrete import gate_slope, gate_value, uniform
 
-if TYPE_CHECKING:
-    from l0kernels.reference.gates import HardConcrete
-
-TAU = 0.93
-"""Open share above which the dimension is taken in natural order: count[1] = round_up(n)."""
-
 ONE_PASS = 4096
 """Longest vector, up to 8192, that one program draws and orders in registers."""
 
-_ALIGN = 128
 _CHUNK = 1024
 _COLUMNS = 8  # of a table row: address, length, offset in z, offset in index, vector, chunk, chunks, 0
 _GRAD_BLOCK = 1024
@@ -152,10 +146,6 @@ def _gate_grad_kernel(dz_ptr, z_ptr, out_ptr, n, inv_beta, gamma, zeta, BLOCK: t
     tl.store(out_ptr + offs, grad, mask=mask)
 
 
-def _cdiv(a: int, b: int) -> int:
-    return -(-a // b)
-
-
 def _block(n: int) -> int:
     """The block of a vector that one program draws."""
     return max(128, triton.next_power_of_2(n))
@@ -170,11 +160,11 @@ def _table_rows(sizes: list[int], addresses: list[int], block: int) -> list[int]
     rows: list[int] = []
     z_offset = index_offset = 0
     for i, (n, address) in enumerate(zip(sizes, addresses, strict=True)):
-        chunks = max(1, _cdiv(n, block))
+        chunks = max(1, cdiv(n, block))
         for chunk in range(chunks):
             rows += (address, n, z_offset, index_offset, i, chunk, chunks, 0)
         z_offset += n
-        index_offset += _cdiv(n, _ALIGN) * _ALIGN
+        index_offset += round_up(n)
     return rows
 
 
@@ -197,14 +187,14 @@ def sample(
     sizes = [a.shape[0] for a in log_alphas]
     device = seed.device
     z = torch.empty(sum(sizes), dtype=torch.float32, device=device)
-    index = torch.empty(sum([_cdiv(n, _ALIGN) for n in sizes]) * _ALIGN, dtype=torch.int32, device=device)
+    index = torch.empty(sum([round_up(n) for n in sizes]), dtype=torch.int32, device=device)
     count = torch.empty(2 * len(sizes), dtype=torch.int32, device=device)
     longest = max(sizes)
     whole = longest <= ONE_PASS
     block = _block(longest) if whole else _CHUNK
     single = len(sizes) == 1
     if single:
-        programs, table = max(1, _cdiv(longest, block)), seed
+        programs, table = max(1, cdiv(longest, block)), seed
     else:
         addresses = [a.data_ptr() for a in log_alphas]
         key = ("sample", block, *sizes, *addresses)
@@ -257,7 +247,7 @@ def gate_grad(dz: Tensor, z: Tensor, dist: HardConcrete) -> Tensor:
     grad = torch.empty_like(z)
     n = z.numel()
     if n:
-        grid = (_cdiv(n, _GRAD_BLOCK),)
+        grid = (cdiv(n, _GRAD_BLOCK),)
         launch(
             _gate_grad_kernel,
             grid,

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..reference.gates import ALIGN, HardConcrete, round_up
+from ..reference.gates import ALIGN, TAU, HardConcrete, round_up
 from .packed import Gate
 
 SERVES = frozenset({"sample", "gate_grad", "l0_penalty", "pack", "unpack", "gated_linear", "gated_mlp"})
@@ -28,9 +28,6 @@ _CONVERTS = {
     (torch.bfloat16, torch.float32),
     (torch.float16, torch.float32),
 }
-
-TAU = 0.93  # as in triton_kernels/sample.py
-"""Open share above which a dimension is taken in natural order: count[1] >= G."""
 
 
 def _load() -> tuple[Any, str | None]:

@@ -17,6 +17,9 @@ from .philox import uniform
 ALIGN = 128
 """Extents are rounded up to this: a multiple of every tile extent of every backend."""
 
+TAU = 0.93
+"""Open share above which the GPU backends take a dimension in natural order: count[1] = round_up(G)."""
+
 EVAL_MODES = ("paper", "median", "topk")
 
 _TOPK_SLOPE = 0.8  # the "magic number" of flop and CoFi, kept so that gates trained there evaluate alike
