@@ -1134,7 +1134,7 @@ def variants() -> Iterator[Variant]:
     for name, dtype, precision in (
         ("fp32", torch.float32, "ieee"),
         ("tf32", torch.float32, "tf32"),
-        ("bf16", torch.bfloat16, "ieee"),
+        ("bf16", torch.bfloat16, "tf32"),
     ):
         base = {
             "IN_GATED": True,
