@@ -13,6 +13,8 @@ import torch as _torch  # before the native extension: both must share one OpenM
 
 from . import nn, reference
 from ._registry import backends, use_backend
+from .batch_norm import gated_batch_norm
+from .conv2d import Packed, gated_conv2d, pack_channels, packed_conv2d, unpack_channels
 from .gates import Gates, HardConcrete, eval_gates, sample_gates
 from .linear import gated_linear, l0_linear
 from .masked_linear import masked_linear
@@ -24,8 +26,11 @@ __version__ = "0.1.0"
 __all__ = [
     "Gates",
     "HardConcrete",
+    "Packed",
     "backends",
     "eval_gates",
+    "gated_batch_norm",
+    "gated_conv2d",
     "gated_linear",
     "gated_mlp",
     "l0_linear",
@@ -34,7 +39,10 @@ __all__ = [
     "l2_penalty",
     "masked_linear",
     "nn",
+    "pack_channels",
+    "packed_conv2d",
     "reference",
     "sample_gates",
+    "unpack_channels",
     "use_backend",
 ]

@@ -7,13 +7,13 @@ or [z, index, count]; a gradient that is not wanted comes back as a tensor of si
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .impl import module
+from .impl import conv2d, module
 from .reference.gates import HardConcrete, round_up
 
 _LIBRARY = torch.library.Library("l0kernels", "DEF")
@@ -474,3 +474,165 @@ def block_linear_backward(
 ) -> list[Tensor]:
     dx, dw, db, dz = module(backend).block_linear_backward(dy, x, weight, z, b_out, b_in, full, dtype, needs)
     return _given([dx, dw, None if db is None or bias is None else db.to(bias.dtype), dz], x)
+
+
+def _fake_gated_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    in_gate: list[Tensor],
+    out_gate: list[Tensor],
+    scale_in: bool,
+    scale_out: bool,
+    in_packed: bool,
+    out_packed: bool,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    dtype: torch.dtype,
+    backend: str,
+) -> list[Tensor]:
+    conv = (stride, padding, dilation, groups)
+    shape = conv2d.output_shape(x, weight, conv)
+    if backend != "triton":
+        return [_empty(x, shape, dtype, conv2d.memory_format(x, weight))]
+    saved = module(backend).conv2d_saved_shapes(
+        tuple(x.shape), tuple(weight.shape), bool(in_gate), bool(out_gate), in_packed, out_packed, conv, dtype
+    )
+    y = _empty(x, shape, dtype, torch.channels_last)
+    return [y, *(x.new_empty(s, dtype=dtype) for s in saved)]
+
+
+def _empty(x: Tensor, shape: Sequence[int], dtype: torch.dtype, fmt: torch.memory_format) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device=x.device, memory_format=fmt)
+
+
+@_define(
+    "gated_conv2d(Tensor x, Tensor weight, Tensor? bias, Tensor[] in_gate, Tensor[] out_gate, bool scale_in,"
+    " bool scale_out, bool in_packed, bool out_packed, SymInt[] stride, SymInt[] padding, SymInt[] dilation,"
+    " int groups, ScalarType dtype, str backend) -> Tensor[]",
+    _fake_gated_conv2d,
+)
+def gated_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    in_gate: list[Tensor],
+    out_gate: list[Tensor],
+    scale_in: bool,
+    scale_out: bool,
+    in_packed: bool,
+    out_packed: bool,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    dtype: torch.dtype,
+    backend: str,
+) -> list[Tensor]:
+    """y, and what backward takes over; the flags are those of impl/triton.py."""
+    y, saved = module(backend).conv2d_forward(
+        x,
+        weight,
+        bias,
+        _gate(in_gate),
+        _gate(out_gate),
+        scale_in,
+        scale_out,
+        in_packed,
+        out_packed,
+        (stride, padding, dilation, groups),
+        dtype,
+    )
+    return [y, *saved]
+
+
+def _fake_gated_conv2d_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    in_gate: list[Tensor],
+    out_gate: list[Tensor],
+    saved: list[Tensor],
+    scale_in: bool,
+    scale_out: bool,
+    in_packed: bool,
+    out_packed: bool,
+    full_in: bool,
+    full_out: bool,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    dtype: torch.dtype,
+    needs: list[bool],
+    dist: list[float],
+    backend: str,
+) -> list[Tensor]:
+    fmt = torch.channels_last if backend == "triton" else conv2d.memory_format(x, weight)
+    shapes: list[Tensor | None] = [
+        _empty(x, x.shape, x.dtype, fmt),
+        weight.new_empty(weight.shape),
+        None if bias is None else bias.new_empty(bias.shape),
+        in_gate[0].new_empty(in_gate[0].shape) if in_gate else None,
+        out_gate[0].new_empty(out_gate[0].shape) if out_gate else None,
+    ]
+    return _given([s if n else None for s, n in zip(shapes, needs, strict=True)], x)
+
+
+@_define(
+    "gated_conv2d_backward(Tensor dy, Tensor x, Tensor weight, Tensor? bias, Tensor[] in_gate,"
+    " Tensor[] out_gate, Tensor[] saved, bool scale_in, bool scale_out, bool in_packed, bool out_packed,"
+    " bool full_in, bool full_out, SymInt[] stride, SymInt[] padding, SymInt[] dilation, int groups,"
+    " ScalarType dtype, bool[] needs, float[] dist, str backend) -> Tensor[]",
+    _fake_gated_conv2d_backward,
+)
+def gated_conv2d_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    in_gate: list[Tensor],
+    out_gate: list[Tensor],
+    saved: list[Tensor],
+    scale_in: bool,
+    scale_out: bool,
+    in_packed: bool,
+    out_packed: bool,
+    full_in: bool,
+    full_out: bool,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    dtype: torch.dtype,
+    needs: list[bool],
+    dist: list[float],
+    backend: str,
+) -> list[Tensor]:
+    """With ``dist`` (beta, gamma, zeta) the gates' gradients are those of log_alpha, else those of z."""
+    gates = (_gate(in_gate), _gate(out_gate))
+    grads = module(backend).conv2d_backward(
+        dy,
+        x,
+        weight,
+        bias,
+        *gates,
+        saved,
+        scale_in,
+        scale_out,
+        in_packed,
+        out_packed,
+        full_in,
+        full_out,
+        (stride, padding, dilation, groups),
+        dtype,
+        needs,
+        _dist(*dist) if dist and backend in _FUSED_GATE_GRAD else None,
+    )
+    if dist and backend not in _FUSED_GATE_GRAD:
+        z = [gate[0] if gate else None for gate in gates]
+        grads = [*grads[:3], *_log_alpha_grads(grads[3:], z, dist, backend)]
+    return _given(grads, x)

@@ -18,6 +18,8 @@ PRIMITIVES = (
     "l0_penalty",
     "gated_linear",
     "gated_mlp",
+    "gated_conv2d",
+    "gated_batch_norm",
     "masked_linear",
     "block_linear",
     "pack",

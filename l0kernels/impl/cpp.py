@@ -15,7 +15,7 @@ from torch import Tensor
 from .._registry import native as _C
 from ..reference.gates import HardConcrete, round_up
 from ..reference.mlp import GLU
-from . import packed
+from . import conv2d, packed
 from . import torch as portable
 from .packed import Gate, extent
 from .recycle import empty_grad
@@ -187,6 +187,8 @@ def unpack(
 
 
 _PACK = SimpleNamespace(pack=pack, unpack=unpack)
+conv2d_forward = conv2d.conv2d_forward
+conv2d_backward = conv2d.conv2d_backward
 
 
 def _fused(dtype: torch.dtype, *tensors: Tensor | None) -> bool:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..reference.gates import HardConcrete, compact, sample_z, sample_zs
-from . import packed
+from . import conv2d, packed
 from .packed import Gate, extent
 
 
@@ -147,6 +147,8 @@ def unpack(
 _PACK = SimpleNamespace(pack=pack, unpack=unpack)
 block_linear_forward = packed.block_linear_forward
 block_linear_backward = packed.block_linear_backward
+conv2d_forward = conv2d.conv2d_forward
+conv2d_backward = conv2d.conv2d_backward
 
 
 def linear_forward(*args: Any) -> Tensor:

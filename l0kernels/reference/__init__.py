@@ -3,6 +3,7 @@
 Same names and signatures as the public package, differentiable by autograd. Imports only torch.
 """
 
+from .batch_norm import gated_batch_norm
 from .conv2d import gated_conv2d
 from .counts import (
     conv_expected_flops,
@@ -26,6 +27,7 @@ __all__ = [
     "conv_expected_params",
     "conv_output_size",
     "eval_gates",
+    "gated_batch_norm",
     "gated_conv2d",
     "gated_linear",
     "gated_mlp",

@@ -1,0 +1,518 @@
+"""Gated convolution: closed input and output channels are skipped in all three products, and need not exist
+between two layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from . import _ops, _registry, reference
+from .gates import Gates
+from .impl import conv2d as impl
+from .impl import module
+from .linear import _NO_GATE, _NO_TENSORS, compute_dtype, gate_tensors
+from .reference import _checks
+from .reference.conv2d import check_conv2d, conv_options
+from .reference.gates import check_gates
+from .reference.linear import check_layer_gates
+
+
+class _GatedConv2d(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        in_z: Tensor | None,
+        out_z: Tensor | None,
+        in_index: Tensor | None,
+        in_count: Tensor | None,
+        out_index: Tensor | None,
+        out_count: Tensor | None,
+        flags: tuple[bool, bool, bool, bool],
+        full: tuple[bool, bool],
+        conv: impl.Conv,
+        dtype: torch.dtype,
+        backend: str,
+    ) -> Tensor:
+        in_gate = _NO_GATE if in_z is None else [in_z, in_index, in_count]
+        out_gate = _NO_GATE if out_z is None else [out_z, out_index, out_count]
+        y, *saved = _ops.gated_conv2d(x, weight, bias, in_gate, out_gate, *flags, *conv, dtype, backend)
+        ctx.save_for_backward(x, weight, bias, in_z, in_index, in_count, out_z, out_index, out_count, *saved)
+        ctx.settings = (flags, full, conv, dtype, backend)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        _ops.refuse_second_derivative("gated_conv2d")
+        x, weight, bias, in_z, in_index, in_count, out_z, out_index, out_count, *saved = ctx.saved_tensors
+        flags, full, conv, dtype, backend = ctx.settings
+        in_gate = _NO_GATE if in_z is None else [in_z, in_index, in_count]
+        out_gate = _NO_GATE if out_z is None else [out_z, out_index, out_count]
+        needs = list(ctx.needs_input_grad[:5])
+        grads = _ops.gated_conv2d_backward(
+            dy, x, weight, bias, in_gate, out_gate, saved, *flags, *full, *conv, dtype, needs, [], backend
+        )
+        return *(g if needed else None for g, needed in zip(grads, needs, strict=True)), *[None] * 9
+
+
+def _apply(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    in_gates: Gates | None,
+    out_gates: Gates | None,
+    flags: tuple[bool, bool, bool, bool],
+    conv: impl.Conv,
+    dtype: torch.dtype,
+    backend: str,
+) -> Tensor:
+    """y (N, out, H', W') by the operator; gates that only select get no gradient."""
+    scale_in, scale_out, _, _ = flags
+    in_z, *in_order = _NO_TENSORS if in_gates is None else gate_tensors(in_gates, dtype)
+    out_z, *out_order = _NO_TENSORS if out_gates is None else gate_tensors(out_gates, dtype)
+    in_z = in_z if in_z is None or scale_in else in_z.detach()
+    out_z = out_z if out_z is None or scale_out else out_z.detach()
+    full = (
+        in_gates is not None and in_gates.full_grad,
+        out_gates is not None and out_gates.full_grad,
+    )
+    return _GatedConv2d.apply(
+        x, weight, bias, in_z, out_z, *in_order, *out_order, flags, full, conv, dtype, backend
+    )
+
+
+def _prepared(
+    x: Tensor, weight: Tensor, stride: Any, padding: Any, dilation: Any, groups: int
+) -> tuple[Tensor, impl.Conv]:
+    """x with the zeros of an uneven padding, and the options as two numbers each."""
+    strides, paddings, dilations, behind = conv_options(x, weight, stride, padding, dilation)
+    if any(behind):
+        x = F.pad(x, (0, behind[1], 0, behind[0]))
+    return x, (strides, paddings, dilations, groups)
+
+
+def gated_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] | str = 0,
+    dilation: int | tuple[int, int] = 1,
+    groups: int = 1,
+    *,
+    in_gates: Gates | None = None,
+    out_gates: Gates | None = None,
+    out_support: Gates | None = None,
+) -> Tensor:
+    """2-D convolution with gated channels: ``y = z_out * (conv2d(x * z_in, W) + b)``, closed ones skipped.
+
+    torch: ``F.conv2d(x * z_in[:, None, None], weight, bias, ...) * z_out[:, None, None]``. An output gate
+    closes the channel together with its bias. With ``out_support=g``:
+    ``y = 1[z_g != 0] * (conv2d(x * z_in, W) + b)``, unscaled; every consumer of y must be gated by g.
+    Gradients: dz comes where 0 < z < 1, for ``Gates.full_grad`` wherever z != 0; it is zero for closed gates.
+
+    Args:
+        x: (N, in, H, W) or (in, H, W), any float dtype, contiguous or channels_last.
+        weight: (out, in / groups, kh, kw) dtype of x.
+        bias: (out,) dtype of x, or None.
+        stride, padding, dilation, groups: as torch.nn.functional.conv2d.
+        in_gates: gates of the in channels, or None.
+        out_gates: gates of the out channels, or None.
+        out_support: gates of the consumer of y, out of them, or None; excludes out_gates.
+
+    Returns:
+        y (N, out, H', W') or (out, H', W') in the dtype of x; under autocast in its dtype, weight and bias
+        cast while they are packed. Its memory format is that of torch's conv2d (on a GPU channels_last).
+
+    Raises:
+        TypeError: a wrong kind or dtype.
+        ValueError: a wrong shape, number of gates or device, both out_gates and out_support, a stride,
+            padding, dilation or groups that do not fit, or a count that is no count.
+        RuntimeError: the requested backend cannot serve the call.
+    """
+    check_conv2d(x, weight, bias, groups)
+    n_in, n_out = weight.shape[1] * groups, weight.shape[0]
+    check_layer_gates(n_in, n_out, weight.device, in_gates, out_gates, out_support)
+    backend = _registry.resolve(x.device, x.dtype, "gated_conv2d")
+    if backend == "reference":
+        return reference.gated_conv2d(
+            x,
+            weight,
+            bias,
+            stride,
+            padding,
+            dilation,
+            groups,
+            in_gates=in_gates,
+            out_gates=out_gates,
+            out_support=out_support,
+        )
+    padded, conv = _prepared(x, weight, stride, padding, dilation, groups)
+    flags = (in_gates is not None, out_gates is not None, False, False)
+    gates = out_gates if out_support is None else out_support
+    batch = padded if x.ndim == 4 else padded.unsqueeze(0)
+    y = _apply(batch, weight, bias, in_gates, gates, flags, conv, compute_dtype(x), backend)
+    return y if x.ndim == 4 else y.squeeze(0)
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Activations of which only the open channels exist. Eager mode only: the shape depends on the gates.
+
+    Attributes:
+        data: on a CPU (N, n, H, W), the n open channels ascending; on a GPU (N, channels, H, W) channels_last,
+            of which [0, open) are the open ones ascending, [open, extent) zeros and the rest unwritten, or, where
+            count[1] >= channels, all of them in order, the closed ones zero.
+        gates: which channels exist; z is detached and multiplies nothing.
+        channels: the number of all channels.
+        backend: whose layout data has.
+    """
+
+    data: Tensor
+    gates: Gates
+    channels: int
+    backend: str
+
+    def map(self, fn: Callable[[Tensor], Tensor]) -> Packed:
+        """``fn`` of data, for an fn that treats each channel by itself and keeps zeros: relu, pooling, dropout."""
+        return replace(self, data=fn(self.data))
+
+
+class _PackChannels(torch.autograd.Function):
+    """Open channels in front of a product; ``index`` None: Triton's layout."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, index: Tensor | None, gates: Gates, backend: str) -> Tensor:
+        ctx.settings = (index, gates, backend, x.shape[1])
+        if index is not None:
+            return x.index_select(1, index)
+        return module(backend).pack_channels(x, list(gates[:3]), x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        _ops.refuse_second_derivative("pack_channels")
+        index, gates, backend, channels = ctx.settings
+        return _spread(dy, index, gates, channels, backend), None, None, None
+
+
+class _UnpackChannels(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, data: Tensor, index: Tensor | None, gates: Gates, channels: int, backend: str
+    ) -> Tensor:
+        ctx.settings = (index, gates, backend)
+        return _spread(data, index, gates, channels, backend)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        _ops.refuse_second_derivative("unpack_channels")
+        index, gates, backend = ctx.settings
+        if index is not None:
+            dx = dy.index_select(1, index)
+        else:
+            dx = module(backend).pack_channels(dy, list(gates[:3]), dy.dtype)
+        return dx, None, None, None, None
+
+
+def _spread(data: Tensor, index: Tensor | None, gates: Gates, channels: int, backend: str) -> Tensor:
+    if index is None:
+        return module(backend).unpack_channels(data, list(gates[:3]), data.dtype)
+    shape = (data.shape[0], channels, *data.shape[2:])
+    fmt = impl.memory_format(data, data)
+    out = torch.empty(shape, dtype=data.dtype, device=data.device, memory_format=fmt)
+    return out.zero_().index_copy_(1, index, data)
+
+
+def open_order(gates: Gates, channels: int) -> Tensor | None:
+    """The open channels of an exact layout; None where all are open."""
+    return impl.open_channels([gates.z, gates.index, gates.count], channels)
+
+
+def is_exact(backend: str) -> bool:
+    return backend != "triton"
+
+
+class _Take(torch.autograd.Function):
+    """Channels of x; ``valid`` tells which entries of ``index`` are no padding, None for all."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, index: Tensor, valid: Tensor | None) -> Tensor:
+        ctx.settings = (index, valid, x.shape)
+        return x.index_select(1, index)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        _ops.refuse_second_derivative("packed_conv2d")
+        index, valid, shape = ctx.settings
+        if valid is not None:
+            index, dy = index[valid], dy[:, valid]
+        fmt = impl.memory_format(dy, dy)
+        dx = torch.empty(shape, dtype=dy.dtype, device=dy.device, memory_format=fmt).zero_()
+        return dx.index_copy_(1, index, dy), None, None
+
+
+def _packing_backend(x: Tensor) -> str:
+    """The backend whose layout packed activations get; the reference has none of its own."""
+    backend = _registry.resolve(x.device, x.dtype, "gated_conv2d")
+    return "torch" if backend == "reference" else backend
+
+
+def pack_channels(x: Tensor, gates: Gates) -> Packed:
+    """The channels of x (N, channels, H, W) that the gates leave open, unscaled; unpack_channels is the way back.
+
+    Raises:
+        TypeError, ValueError: x is no such tensor or the gates are not its.
+        RuntimeError: the requested backend cannot serve the call.
+    """
+    _checks.check_floating("x", x)
+    if x.ndim != 4:
+        raise ValueError(f"x must have shape (N, channels, H, W), got {tuple(x.shape)}")
+    check_gates("gates", gates, x.shape[1], x.device, "channel of x")
+    support = gates._replace(z=gates.z.detach())
+    backend = _packing_backend(x)
+    index = open_order(support, x.shape[1]) if is_exact(backend) else None
+    if index is not None or not is_exact(backend):
+        x_packed = _PackChannels.apply(x, index, support, backend)
+        return Packed(x_packed, support, x.shape[1], backend)
+    return Packed(x, support, x.shape[1], backend)
+
+
+def unpack_channels(packed: Packed) -> Tensor:
+    """All channels of packed activations, (N, channels, H, W); zeros in the closed ones."""
+    index = open_order(packed.gates, packed.channels) if is_exact(packed.backend) else None
+    if index is None and is_exact(packed.backend):
+        return packed.data
+    return _UnpackChannels.apply(packed.data, index, packed.gates, packed.channels, packed.backend)
+
+
+class _PackWeight(torch.autograd.Function):
+    """The packed weight and bias of an exact product, gates folded in."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        weight: Tensor,
+        bias: Tensor | None,
+        in_z: Tensor | None,
+        out_z: Tensor | None,
+        plan: impl.Plan,
+        orders: tuple[list[Tensor], list[Tensor]],
+        scales: tuple[bool, bool],
+        full: tuple[bool, bool],
+        dtype: torch.dtype,
+    ) -> tuple[Tensor, Tensor | None]:
+        ctx.save_for_backward(weight, bias, in_z, out_z)
+        ctx.settings = (plan, orders, scales, full)
+        gates = _with_z(in_z, out_z, orders)
+        packed = weight[:0] if plan.empty else impl.pack_weight(weight, plan, *gates, *scales, dtype)
+        b = None if bias is None else impl.gated_bias(bias, gates[1], scales[1]).to(dtype)
+        return packed, b if b is None or b is not bias else b.view_as(b)
+
+    @staticmethod
+    def backward(ctx: Any, dw: Tensor | None, db: Tensor | None) -> tuple[Tensor | None, ...]:
+        _ops.refuse_second_derivative("packed_conv2d")
+        weight, bias, in_z, out_z = ctx.saved_tensors
+        plan, orders, scales, full = ctx.settings
+        gates = _with_z(in_z, out_z, orders)
+        need_w, need_b, need_in, need_out = ctx.needs_input_grad[:4]
+        dweight = dbias = dz_in = dz_out = None
+        if dw is not None and plan.empty:
+            dweight, dz_in, dz_out = (
+                torch.zeros_like(t) if t is not None and needed else None
+                for t, needed in ((weight, need_w), (in_z, need_in), (out_z, need_out))
+            )
+        elif dw is not None and (need_w or need_in or need_out):
+            needs = (need_w, need_in, need_out)
+            dweight, dz_in, dz_out = impl.unpack_weight(dw, weight, plan, *gates, *scales, needs)
+        if db is not None and bias is not None and (need_b or need_out):
+            dbias, dz_bias = impl.unpack_bias(db, bias, gates[1], scales[1], need_out)
+            dz_out = dz_bias if dz_out is None else dz_out if dz_bias is None else dz_out + dz_bias
+        return (
+            dweight,
+            dbias if need_b else None,
+            impl.fractional(dz_in, gates[0], full[0]),
+            impl.fractional(dz_out, gates[1], full[1]),
+            *[None] * 5,
+        )
+
+
+def _with_z(
+    in_z: Tensor | None, out_z: Tensor | None, orders: tuple[list[Tensor], list[Tensor]]
+) -> tuple[list[Tensor] | None, list[Tensor] | None]:
+    return (
+        None if in_z is None else [in_z, *orders[0]],
+        None if out_z is None else [out_z, *orders[1]],
+    )
+
+
+class _Without(torch.autograd.Function):
+    """y, of which every channel is its bias: x and the weight get zeros, as from a product."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, *inputs: Tensor) -> Tensor:
+        ctx.save_for_backward(*inputs)
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        return dy, *(
+            torch.zeros_like(t) if needed else None
+            for t, needed in zip(ctx.saved_tensors, ctx.needs_input_grad[1:], strict=True)
+        )
+
+
+def _combined(support: Gates, gates: Gates | None) -> tuple[Gates, bool]:
+    """The gates of a product whose input exists where ``support`` is open, and whether they multiply."""
+    if gates is None:
+        return support, False
+    if gates.index is support.index and gates.count is support.count:
+        return gates, True
+    return Gates.from_z(gates.z.masked_fill(support.z == 0, 0), full_grad=gates.full_grad), True
+
+
+def packed_conv2d(
+    x: Tensor | Packed,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] | str = 0,
+    dilation: int | tuple[int, int] = 1,
+    groups: int = 1,
+    *,
+    in_gates: Gates | None = None,
+    out_gates: Gates | None = None,
+    out_support: Gates | None = None,
+) -> Tensor | Packed:
+    """gated_conv2d between packed activations: no channel that is closed is gathered, scattered or zeroed.
+
+    Args:
+        x: (N, in, H, W), or Packed of in channels: those that do not exist are zero.
+        in_gates: as in gated_conv2d. Of a Packed x they should be the gates that it was packed with; other gates
+            leave open what both do.
+        the rest: as in gated_conv2d.
+
+    Returns:
+        Packed by out_gates or out_support; without either the dense y (N, out, H', W').
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as gated_conv2d.
+    """
+    data, channels = (x.data, x.channels) if isinstance(x, Packed) else (x, None)
+    check_conv2d(data, weight, bias, groups, channels)
+    if data.ndim != 4:
+        raise ValueError(f"x must have shape (N, channels, H, W), got {tuple(data.shape)}")
+    n_in, n_out = weight.shape[1] * groups, weight.shape[0]
+    check_layer_gates(n_in, n_out, weight.device, in_gates, out_gates, out_support)
+    gates, scale_out = (out_gates, True) if out_support is None else (out_support, False)
+    if gates is None and not isinstance(x, Packed):
+        return gated_conv2d(x, weight, bias, stride, padding, dilation, groups, in_gates=in_gates)
+    backend = _registry.resolve(data.device, data.dtype, "gated_conv2d")
+    if isinstance(x, Packed) and backend != "reference":
+        backend = x.backend
+    if backend == "reference" or (not is_exact(backend) and _unpacks(x, in_gates, groups)):
+        dense = unpack_channels(x) if isinstance(x, Packed) else x
+        y = gated_conv2d(
+            dense,
+            weight,
+            bias,
+            stride,
+            padding,
+            dilation,
+            groups,
+            in_gates=in_gates,
+            out_gates=out_gates,
+            out_support=out_support,
+        )
+        return y if gates is None else pack_channels(y, gates)
+    dtype = compute_dtype(data)
+    data, conv = _prepared(data, weight, stride, padding, dilation, groups)
+    support, scale_in = (None, False) if in_gates is None else (in_gates, True)
+    if isinstance(x, Packed):
+        support, scale_in = _combined(x.gates, in_gates)
+    if not is_exact(backend):
+        flags = (scale_in, scale_out, isinstance(x, Packed), gates is not None)
+        y = _apply(data, weight, bias, support, gates, flags, conv, dtype, backend)
+    else:
+        held = x if isinstance(x, Packed) else None
+        y = _exact(data, held, weight, bias, support, gates, (scale_in, scale_out), conv, dtype)
+    if gates is None:
+        return y
+    return Packed(y, gates._replace(z=gates.z.detach()), n_out, backend)
+
+
+def _unpacks(x: Tensor | Packed, in_gates: Gates | None, groups: int) -> bool:
+    """Whether the GPU's kernels have no product for this packed input."""
+    if groups != 1:
+        return True
+    return isinstance(x, Packed) and in_gates is not None and in_gates.index is not x.gates.index
+
+
+def _exact(
+    data: Tensor,
+    held: Packed | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    in_gates: Gates | None,
+    out_gates: Gates | None,
+    scales: tuple[bool, bool],
+    conv: impl.Conv,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The open channels of y by torch's own convolution, and autograd's derivative of it."""
+    stride, padding, dilation, groups = conv
+    in_z, *in_order = _NO_TENSORS if in_gates is None else gate_tensors(in_gates, dtype)
+    out_z, *out_order = _NO_TENSORS if out_gates is None else gate_tensors(out_gates, dtype)
+    in_z = in_z if in_z is None or scales[0] else in_z.detach()
+    out_z = out_z if out_z is None or scales[1] else out_z.detach()
+    orders = (in_order, out_order)
+    gates = _with_z(in_z, out_z, orders)
+    plan = impl.plan(weight, groups, *gates, dtype)
+    full = (in_gates is not None and in_gates.full_grad, out_gates is not None and out_gates.full_grad)
+    w, b = _PackWeight.apply(weight, bias, in_z, out_z, plan, orders, scales, full, dtype)
+    opened = impl.open_channels(gates[1], weight.shape[0])
+    y = None
+    if not plan.empty:
+        x = _inputs(data, held, plan).to(dtype)
+        b_packed = b if b is None or plan.out_index is None else b.index_select(0, plan.out_index)
+        y = F.conv2d(x, w, b_packed, stride, padding, dilation, plan.groups)
+        if plan.out_index is None or (groups == 1 and plan.out_valid is None):
+            return y
+        if groups == 1:
+            return y[:, : len(opened)]
+    # Channels that are open, but whose inputs are all closed, are their bias.
+    shape = impl.output_shape(data, weight, conv)
+    shape[1] = weight.shape[0] if opened is None else len(opened)
+    if b is None:
+        constant = data.new_zeros(shape, dtype=dtype)
+    else:
+        constant = (b if opened is None else b.index_select(0, opened))[:, None, None].expand(shape)
+    if y is None:
+        return _Without.apply(constant.clone(), data, w)
+    valid = (
+        torch.arange(y.shape[1], device=y.device)
+        if plan.out_valid is None
+        else plan.out_valid.nonzero()[:, 0]
+    )
+    channels = plan.out_index.index_select(0, valid)
+    place = channels if opened is None else torch.searchsorted(opened, channels)
+    return constant.index_copy(1, place, y.index_select(1, valid))
+
+
+def _inputs(data: Tensor, held: Packed | None, plan: impl.Plan) -> Tensor:
+    """The plan's input channels out of all, or out of those that a packed x holds."""
+    index = plan.in_index
+    order = None if held is None else open_order(held.gates, held.channels)
+    if order is not None and index is not None:
+        if plan.in_valid is None and len(index) == len(order) and torch.equal(index, order):
+            return data
+        index = torch.searchsorted(order, index)
+    if index is None:
+        return data
+    return _Take.apply(data, index, plan.in_valid)
