@@ -191,11 +191,13 @@ def test_convolutions_in_front():
     conv = torch.nn.Conv2d(1, 2, 3, padding=1)
     layer = nn.L0Linear(8, 3)
     model = spread(torch.nn.Sequential(conv, torch.nn.ReLU(), torch.nn.Flatten(), layer))
-    conv_flops = 5 * 8 * (2 * 9 + 1)
-    expected = reference.linear_expected_flops(layer.in_gate.dist.p_open(layer.in_gate.log_alpha), 3)
+    p = layer.in_gate.dist.p_open(layer.in_gate.log_alpha).double()
+    channels = (1 - (1 - p).view(2, 4).prod(1)).sum().item()  # closed where all four features are
+    conv_flops = 5 * 4 * channels * (2 * 9 + 1)
+    expected = reference.linear_expected_flops(p, 3)
     assert nn.expected_flops(model, (5, 1, 2, 2)).item() == pytest.approx(conv_flops + 5 * expected.item())
-    params = reference.linear_expected_params(layer.in_gate.dist.p_open(layer.in_gate.log_alpha), 3)
-    assert nn.expected_l0(model).item() == pytest.approx(20 + params.item())
+    params = reference.linear_expected_params(p, 3)
+    assert nn.expected_l0(model).item() == pytest.approx(10 * channels + params.item())
     with pytest.raises(ValueError, match="input_shape must be given for a model with convolutions"):
         nn.expected_flops(model)
 

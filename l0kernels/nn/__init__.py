@@ -1,6 +1,8 @@
 """How it is trained: layers that own gates, penalty and size of a model, export to plain torch."""
 
 from .bank import Draw, GateBank
+from .batch_norm import L0BatchNorm2d
+from .conv import L0Conv1d, L0Conv2d
 from .counts import eval_flops, eval_l0, expected_flops, expected_l0, open_units
 from .export import ScatterOutputs, SelectInputs, export
 from .feed_forward import GatedProduct, L0FeedForward
@@ -8,6 +10,7 @@ from .gate import GatedLayer, HardConcreteGate, gate_modules
 from .linear import L0Linear
 from .mlp import L0MLP
 from .penalty import clamp_after_step, clamp_gates_, gate_parameters, penalty, weight_parameters
+from .sequential import L0Residual, L0Sequential
 
 __all__ = [
     "L0MLP",
@@ -16,8 +19,13 @@ __all__ = [
     "GatedLayer",
     "GatedProduct",
     "HardConcreteGate",
+    "L0BatchNorm2d",
+    "L0Conv1d",
+    "L0Conv2d",
     "L0FeedForward",
     "L0Linear",
+    "L0Residual",
+    "L0Sequential",
     "ScatterOutputs",
     "SelectInputs",
     "clamp_after_step",

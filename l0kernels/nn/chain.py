@@ -1,73 +1,76 @@
-"""How layers hang together: which gates close the inputs and the outputs of each linear layer.
+"""How layers hang together: which gates close the inputs and the outputs of each layer.
 
-In ``nn.Sequential`` and :class:`L0MLP`, however nested, an output unit of one linear layer is an input unit
-of the next if only pointwise modules stand between them. A closed input makes the unit useless to the layer
-before. A closed output is zero, and stays so through activations with act(0) = 0: the layer behind can drop
-that input. Everything else (another module, the end of the container) is a border, behind which every unit
-counts. An :class:`L0FeedForward` is a border, too; inside, its gate stands between its two layers.
+In ``nn.Sequential``, :class:`L0MLP` and :class:`L0Sequential`, however nested, an output unit (a channel, of
+a convolution) of one layer is an input unit of the next if only modules stand between them that treat units
+one by one. A closed input makes the unit useless to the layer before. A closed output is zero, and stays so
+through modules with f(0) = 0: the layer behind can drop that input. Behind ``nn.Flatten`` a channel is as
+many features as it has positions. A batch norm treats channels one by one, but of zeros it makes its bias:
+only an :class:`L0BatchNorm2d` in an :class:`L0Sequential` knows which channels are closed, and keeps them so.
+Everything else (another module, the two ends of an :class:`L0Residual`, the end of the container) is a
+border, behind which every unit counts. An :class:`L0FeedForward` is a border, too; inside, its gate stands
+between its two layers.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TypeGuard
+from typing import TypeGuard, cast
 
 from torch import nn
 
 from .feed_forward import L0FeedForward
 from .gate import HardConcreteGate
-from .linear import L0Linear
 from .mlp import ACTIVATIONS, L0MLP
+from .sequential import Step, Value, follow, is_sequential, steps_of
+from .steps import (
+    CHANNELS,
+    is_conv,
+    is_flatten,
+    is_linear,
+    is_norm,
+    own_gate,
+    treats_units,
+    units_in,
+    units_out,
+)
 
-ZERO_KEEPING = {
-    nn.CELU,
-    nn.Dropout,
-    nn.ELU,
-    nn.GELU,
-    nn.Hardshrink,
-    nn.Hardswish,
-    nn.Identity,
-    nn.LeakyReLU,
-    nn.Mish,
-    nn.RReLU,
-    nn.ReLU,
-    nn.ReLU6,
-    nn.SELU,
-    nn.SiLU,
-    nn.Softshrink,
-    nn.Softsign,
-    nn.Tanh,
-    nn.Tanhshrink,
-}
-POINTWISE = ZERO_KEEPING | {nn.Hardsigmoid, nn.Hardtanh, nn.LogSigmoid, nn.Sigmoid, nn.Softplus, nn.Threshold}
+NOTHING = Value()
+Layer = nn.Linear | nn.Conv1d | nn.Conv2d
+Gates = tuple[HardConcreteGate, ...]
 
 
 @dataclass(frozen=True)
 class Product:
-    """A linear layer and the distinct gates that stand on its two sides.
+    """A linear layer, a convolution or, between two convolutions, a batch norm, and the gates on its two
+    sides.
 
     Attributes:
-        layer: an L0Linear, or an nn.Linear without gates of its own.
+        layer: with gates of its own, or without.
         step: its position in the flattened container.
-        in_gates: gates that close its inputs, its own and those of the layer before.
-        out_gates: gates that close its outputs, its own and those of the layer behind.
+        in_gates: gates that close its inputs, its own and those of the layer before. A gate that has fewer
+            gates than there are inputs closes several at a time: those of a channel behind nn.Flatten.
+        out_gates: gates that close its outputs, its own and those of the layer behind. A gate that has more
+            gates than there are outputs closes one where all of its features are closed.
         follows, leads: whether a layer of the chain stands directly before, behind.
+        halves: whether out_gates stand for both halves of the outputs: the two arguments of a gated product.
     """
 
-    layer: nn.Linear
+    layer: nn.Module
     step: int
-    in_gates: tuple[HardConcreteGate, ...]
-    out_gates: tuple[HardConcreteGate, ...]
+    in_gates: Gates
+    out_gates: Gates
     follows: bool
     leads: bool
+    halves: bool = False
 
 
 def is_container(module: nn.Module) -> TypeGuard[nn.Sequential | L0MLP]:
     """Whether the data flow through `module` is known: its flattened steps, one after the other."""
-    return type(module).forward in (nn.Sequential.forward, L0MLP.forward)
+    return is_sequential(module) or type(module).forward is L0MLP.forward
 
 
-def is_product(module: nn.Module) -> TypeGuard[nn.Linear]:
-    """Whether `module` computes as nn.Linear or L0Linear; a subclass with a forward of its own may not."""
-    return type(module).forward in (nn.Linear.forward, L0Linear.forward)
+def is_product(module: nn.Module) -> TypeGuard[Layer]:
+    """Whether `module` computes as a linear layer or convolution of torch.nn or of this package."""
+    return is_linear(module) or is_conv(module)
 
 
 def is_feed_forward(module: nn.Module) -> TypeGuard[L0FeedForward]:
@@ -79,47 +82,73 @@ def inside(block: L0FeedForward) -> list[Product]:
     """The two layers of a feed-forward block; of a gated product the gate meets every row of up twice."""
     gates = (block.hidden_gate,)
     return [
-        Product(block.up, 0, (), gates, follows=False, leads=True),
+        Product(block.up, 0, (), gates, follows=False, leads=True, halves=True),
         Product(block.down, 1, gates, (), follows=True, leads=False),
     ]
 
 
-def flatten(module: nn.Module) -> list[nn.Module]:
+def flatten(module: nn.Module | None, gated: bool = False) -> list[Step]:
     """The steps of a container, containers in it flattened; any other module is one step."""
-    if not is_container(module):
-        return [module]
-    if isinstance(module, L0MLP):
-        activation = ACTIVATIONS[module.activation]
-        return [step for layer in module.layers for step in (layer, activation())][:-1]
-    # Not children(), which leaves out a module that stands there a second time.
-    return [step for child in module for step in flatten(child)]
+    steps: list[Step] = []
+    for step in steps_of(module, gated):
+        if type(step.module).forward is L0MLP.forward:
+            mlp = cast(L0MLP, step.module)
+            activation = ACTIVATIONS[mlp.activation]
+            inner = [part for layer in mlp.layers for part in (layer, activation())][:-1]
+            steps += [Step(part, step.gated) for part in inner]
+        else:
+            steps.append(step)
+    return steps
 
 
-def link(steps: list[nn.Module]) -> list[Product]:
-    """The linear layers among `steps` and the gates around each."""
+def link(steps: Sequence[Step], value: Value = NOTHING) -> list[Product]:
+    """The layers among `steps` and the gates around each, for an input of which `value` is known."""
     products: list[Product] = []
-    for step, module in enumerate(steps):
-        if not is_product(module):
-            continue
-        own_in, own_out = own_gates(module, "in_gate"), own_gates(module, "out_gate")
-        product = Product(module, step, own_in, own_out, follows=False, leads=False)
-        if products:
-            before = products[-1]
-            between = {type(other) for other in steps[before.step + 1 : step]}
-            if between <= POINTWISE:
-                products[-1] = replace(before, out_gates=union(before.out_gates, own_in), leads=True)
-                closed = before.out_gates if between <= ZERO_KEEPING else ()
-                product = replace(product, in_gates=union(closed, own_in), follows=True)
-        products.append(product)
+    border = -1
+    for at, (step, before) in enumerate(zip(steps, follow(steps, value), strict=False)):
+        module = step.module
+        if is_product(module) or is_norm(module):
+            follows = bool(products) and border < products[-1].step
+            if follows:
+                behind = products[-1].step + 1
+                flat = any(is_flatten(other.module) for other in steps[behind:at])
+                follows = _fits(products[-1].layer, module, flat)
+            if follows:
+                products[-1] = replace(products[-1], leads=True)
+            closed = before.closed if step.gated or not is_norm(module) else ()
+            in_gates = union(closed, own_gates(module, "in_gate"))
+            products.append(
+                Product(module, at, in_gates, own_gates(module, "out_gate"), follows=follows, leads=False)
+            )
+        elif not treats_units(module, before.kind) and not (is_flatten(module) and before.kind == CHANNELS):
+            border = at
+    # Backwards: what a layer does not read, the one before need not write.
+    for i in range(len(products) - 2, -1, -1):
+        product, behind_it = products[i], products[i + 1]
+        if product.leads:
+            norm = is_norm(behind_it.layer)
+            wanted = behind_it.in_gates if norm else own_gates(behind_it.layer, "in_gate")
+            products[i] = replace(product, out_gates=union(product.out_gates, wanted))
+        if is_norm(product.layer):  # it computes what it is asked for, of what is open
+            gates = union(product.in_gates, products[i].out_gates)
+            products[i] = replace(products[i], in_gates=gates, out_gates=gates)
     return products
 
 
-def own_gates(layer: nn.Module, side: str) -> tuple[HardConcreteGate, ...]:
+def _fits(before: nn.Module, layer: nn.Module, flat: bool) -> bool:
+    """Whether the units that `before` writes are those that `layer` reads, behind nn.Flatten where `flat`."""
+    n, size = units_out(before), units_in(layer)
+    if is_linear(before):
+        return is_linear(layer) and not flat and n == size
+    return size % n == 0 if flat else not is_linear(layer) and n == size
+
+
+def own_gates(layer: nn.Module, side: str) -> Gates:
     """The gate that `layer` has as in_gate or out_gate, if any."""
-    gate = getattr(layer, side) if isinstance(layer, L0Linear) else None
+    gate = own_gate(layer, side)
     return () if gate is None else (gate,)
 
 
-def union(a: tuple[HardConcreteGate, ...], b: tuple[HardConcreteGate, ...]) -> tuple[HardConcreteGate, ...]:
+def union(a: Gates, b: Gates) -> Gates:
     """The distinct gates of both, in order."""
     return tuple(dict.fromkeys(a + b))

@@ -11,7 +11,7 @@ from ..mlp import drawn_mlp, gated_mlp, l0_mlp
 from ..penalty import l2_penalty
 from ..reference.mlp import GLU, ROWS
 from .gate import DEFAULT_DIST, GatedLayer, HardConcreteGate
-from .linear import copy_linear_
+from .linear import copy_parameters_
 from .mlp import ACTIVATIONS, _activation_name, _per_item
 
 
@@ -141,7 +141,7 @@ class L0FeedForward(GatedLayer, nn.Module):
             dtype=weight.dtype,
             **options,
         )
-        copy_linear_(block.down, down)
+        copy_parameters_(block.down, down)
         with torch.no_grad():
             for name in ("weight", "bias"):
                 to = getattr(block.up, name)

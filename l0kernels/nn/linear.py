@@ -85,17 +85,15 @@ class L0Linear(GatedLayer, nn.Linear):
         self.gate = gate
         # Where there is no gate stands a plain None: found without __getattr__, and not printed.
         self.in_gate = self.out_gate = self.weight_gate = None
-        if _check_given("in_gate", in_gate, in_features, gate, ("in", "both")):
+        if check_given("in_gate", in_gate, in_features, gate, ("in", "both")):
             self.in_gate = own(in_features) if in_gate is None else in_gate
-        if _check_given("out_gate", out_gate, out_features, gate, ("out", "both")):
+        if check_given("out_gate", out_gate, out_features, gate, ("out", "both")):
             self.out_gate = own(out_features) if out_gate is None else out_gate
         if gate == "weight":
             self.weight_gate = own((out_features, in_features))
         elif isinstance(gate, tuple):
             self.weight_gate = own((-(-out_features // gate[0]), -(-in_features // gate[1])))
-        if self.in_gate is not None and self.out_gate is not None and self.in_gate.dist != self.out_gate.dist:
-            dists = f"{self.in_gate.dist}, got {self.out_gate.dist}"
-            raise ValueError(f"out_gate must have the distribution of in_gate, {dists}")
+        check_one_dist(self.in_gate, self.out_gate)
 
     @classmethod
     def from_dense(cls, linear: nn.Linear, **options: Any) -> "L0Linear":
@@ -119,7 +117,7 @@ class L0Linear(GatedLayer, nn.Linear):
             dtype=weight.dtype,
             **options,
         )
-        copy_linear_(layer, linear)
+        copy_parameters_(layer, linear)
         return layer.train(linear.training)
 
     @property
@@ -204,7 +202,7 @@ class L0Linear(GatedLayer, nn.Linear):
         """The L2 term of :func:`penalty`; the bias takes part if an output gate closes it."""
         if self.weight_gate is not None:
             p_open = self.spread(self.weight_gate.dist.p_open(self.weight_gate.log_alpha))
-            return weight_decay / 2 * (p_open * _squares(self.weight)).sum()
+            return weight_decay / 2 * (p_open * squares(self.weight)).sum()
         gate = self.in_gate or self.out_gate
         if gate is None:
             return self.weight.new_zeros(())
@@ -218,7 +216,7 @@ class L0Linear(GatedLayer, nn.Linear):
         )
         if self.in_gate is self.out_gate:
             p_open = gate.dist.p_open(gate.log_alpha)  # p, not p^2, where a gate meets itself
-            total = total + weight_decay / 2 * ((p_open - p_open**2) * _squares(self.weight.diagonal())).sum()
+            total = total + weight_decay / 2 * ((p_open - p_open**2) * squares(self.weight.diagonal())).sum()
         if out_log_alpha is not None and self.bias is not None:
             bias = self.bias[:, None]
             total = total + l2_penalty(bias, weight_decay, out_log_alpha=out_log_alpha, dist=gate.dist)
@@ -251,7 +249,7 @@ class L0Linear(GatedLayer, nn.Linear):
         return f"{super().extra_repr()}, gate={self.gate!r}"
 
 
-def copy_linear_(target: nn.Linear, source: nn.Linear) -> None:
+def copy_parameters_(target: nn.Module, source: nn.Module) -> None:
     """Weight, bias and their requires_grad."""
     with torch.no_grad():
         for name in ("weight", "bias"):
@@ -261,7 +259,8 @@ def copy_linear_(target: nn.Linear, source: nn.Linear) -> None:
                 to.requires_grad_(of.requires_grad)
 
 
-def _squares(parameter: Tensor) -> Tensor:
+def squares(parameter: Tensor) -> Tensor:
+    """Elementwise, in fp32 or above."""
     return parameter.to(torch.promote_types(parameter.dtype, torch.float32)).square()
 
 
@@ -286,7 +285,14 @@ def _fusible(in_gate: HardConcreteGate | None, out_gate: HardConcreteGate | None
     )
 
 
-def _check_given(
+def check_one_dist(in_gate: HardConcreteGate | None, out_gate: HardConcreteGate | None) -> None:
+    """ValueError if the two sides of a layer have gates of different distributions."""
+    if in_gate is not None and out_gate is not None and in_gate.dist != out_gate.dist:
+        dists = f"{in_gate.dist}, got {out_gate.dist}"
+        raise ValueError(f"out_gate must have the distribution of in_gate, {dists}")
+
+
+def check_given(
     name: str, given: HardConcreteGate | None, size: int, gate: Gating, gated: tuple[str, ...]
 ) -> bool:
     """Whether that side is gated; `given` must then be a vector of `size` gates or None, otherwise None."""

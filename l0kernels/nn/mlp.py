@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..gates import Gates, HardConcrete
 from ..mlp import drawn_mlp, gated_mlp, l0_mlp
 from .gate import DEFAULT_DIST, draw
-from .linear import L0Linear, copy_linear_
+from .linear import L0Linear, copy_parameters_
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {
     "relu": nn.ReLU,
@@ -128,7 +128,7 @@ class L0MLP(nn.Module):
         bias = [linear.bias is not None for linear in linears]
         mlp = cls(sizes, activation, bias=bias, device=device, dtype=dtype, **options)
         for layer, linear in zip(mlp.layers, linears, strict=True):
-            copy_linear_(layer, linear)
+            copy_parameters_(layer, linear)
         return mlp.train(dense.training)
 
     def draw(self) -> list[Gates | None]:

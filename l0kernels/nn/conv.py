@@ -1,0 +1,313 @@
+"""Convolutions with gates on their input channels, their output channels, or both."""
+
+from collections.abc import Iterator
+from typing import Any, Literal, TypeVar, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from ..conv2d import gated_conv2d
+from ..gates import Gates, HardConcrete
+from ..penalty import l2_penalty
+from .gate import DEFAULT_DIST, GatedLayer, HardConcreteGate, draw
+from .linear import check_given, check_one_dist, copy_parameters_, squares
+
+GATINGS = ("in", "out", "both", None)
+Self = TypeVar("Self", bound="_GatedConv")
+
+
+class _GatedConv(GatedLayer, _ConvNd):
+    """What the gated convolutions share: their gates, and what :func:`penalty` asks of them."""
+
+    in_gate: HardConcreteGate | None
+    out_gate: HardConcreteGate | None
+    gate: str | None
+
+    def _own_gates(
+        self,
+        gate: str | None,
+        in_gate: HardConcreteGate | None,
+        out_gate: HardConcreteGate | None,
+        **options: Any,
+    ) -> None:
+        if gate not in GATINGS:
+            raise ValueError(f"gate must be 'in', 'out', 'both' or None, got {gate!r}")
+        self.gate = gate
+        self.in_gate = self.out_gate = None
+        options |= {"device": self.weight.device, "dtype": self.weight.dtype}
+        if check_given("in_gate", in_gate, self.in_channels, gate, ("in", "both")):
+            self.in_gate = HardConcreteGate(self.in_channels, **options) if in_gate is None else in_gate
+        if check_given("out_gate", out_gate, self.out_channels, gate, ("out", "both")):
+            self.out_gate = HardConcreteGate(self.out_channels, **options) if out_gate is None else out_gate
+        check_one_dist(self.in_gate, self.out_gate)
+
+    @classmethod
+    def _from_dense(cls: type[Self], conv: nn.Module, dense: type[_ConvNd], **options: Any) -> Self:
+        if not isinstance(conv, dense):
+            raise TypeError(f"conv must be a torch.nn.{dense.__name__}, got {type(conv).__name__}")
+        geometry = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups")
+        layer: Self = cls(
+            **{name: getattr(conv, name) for name in geometry},
+            bias=conv.bias is not None,
+            padding_mode=conv.padding_mode,
+            device=conv.weight.device,
+            dtype=conv.weight.dtype,
+            **options,
+        )
+        copy_parameters_(layer, conv)
+        return layer.train(conv.training)
+
+    def padded(self, x: Tensor) -> tuple[Tensor, Any]:
+        """x and the padding that is left to do: a padding_mode other than "zeros" is done here."""
+        if self.padding_mode == "zeros":
+            return x, self.padding
+        return F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode), 0
+
+    def _gates(
+        self, in_gates: Gates | None, out_gates: Gates | None, out_support: Gates | None
+    ) -> dict[str, Any]:
+        if out_support is not None and self.out_gate is not None:
+            raise ValueError("out_support must be None for a layer whose outputs are gated, got gates")
+        own_in, own_out = draw(
+            (
+                self.in_gate if in_gates is None else None,
+                self.out_gate if out_gates is None else None,
+            )
+        )
+        return {
+            "in_gates": own_in if in_gates is None else in_gates,
+            "out_gates": own_out if out_gates is None else out_gates,
+            "out_support": out_support,
+        }
+
+    def gate_groups(self) -> Iterator[tuple[HardConcreteGate, Tensor, int]]:
+        """|g| = the channel's weights: out / groups * k (input gate), in / groups * k + 1 (output gate)."""
+        weights = self.weight.numel()
+        if self.in_gate is not None:
+            yield self.in_gate, self.in_gate.log_alpha, weights // self.in_channels
+        if self.out_gate is not None:
+            yield (
+                self.out_gate,
+                self.out_gate.log_alpha,
+                weights // self.out_channels + (self.bias is not None),
+            )
+
+    def l2_penalty(self, weight_decay: float) -> Tensor:
+        """The L2 term of :func:`penalty`; the bias takes part if an output gate closes it."""
+        gate = self.in_gate or self.out_gate
+        if gate is None:
+            return self.weight.new_zeros(())
+        out_log_alpha = None if self.out_gate is None else self.out_gate.log_alpha
+        total = l2_penalty(
+            self.weight,
+            weight_decay,
+            in_log_alpha=None if self.in_gate is None else self.in_gate.log_alpha,
+            out_log_alpha=out_log_alpha,
+            groups=self.groups,
+            dist=gate.dist,
+        )
+        if self.in_gate is self.out_gate:
+            p_open = gate.dist.p_open(gate.log_alpha)  # p, not p^2, where a gate meets itself
+            meeting = squares(self.own_channel(self.weight)).flatten(1).sum(1)
+            total = total + weight_decay / 2 * ((p_open - p_open**2) * meeting).sum()
+        if out_log_alpha is not None and self.bias is not None:
+            bias = self.bias[:, None]
+            total = total + l2_penalty(bias, weight_decay, out_log_alpha=out_log_alpha, dist=gate.dist)
+        return total
+
+    def own_channel(self, weight: Tensor) -> Tensor:
+        """(n, *kernel) of a weight (n, n / groups, *kernel): what leads from each channel to its namesake."""
+        rows = torch.arange(weight.shape[0], device=weight.device)
+        return weight[rows, rows % weight.shape[1]]
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, gate={self.gate!r}"
+
+
+class L0Conv2d(_GatedConv, nn.Conv2d):
+    r"""``torch.nn.Conv2d`` with hard-concrete gates whose closed channels are skipped.
+
+    =======  ========================================  =====================================
+    ``gate``  y                                        log_alpha
+    =======  ========================================  =====================================
+    "out"    z_out * (conv2d(x, W) + b)                out_gate.log_alpha (out_channels,)
+    "in"     conv2d(x * z_in, W) + b                   in_gate.log_alpha (in_channels,)
+    "both"   z_out * (conv2d(x * z_in, W) + b)         both
+    None     conv2d(x, W) + b                          none: the dense layer
+    =======  ========================================  =====================================
+
+    An output gate closes the channel with its bias, in training as in evaluation. One draw serves the whole
+    minibatch. Positional arguments, weight, bias and their initialisation are those of ``torch.nn.Conv2d``;
+    its state_dict loads with ``strict=False``, and :meth:`from_dense` copies a trained layer. Alone a layer
+    reads and writes all channels; in :class:`L0Sequential` activations hold the open ones only.
+
+    In front of a batch norm an output gate loses its data gradient, since the norm divides z away: the
+    recommended block is conv -> :class:`L0BatchNorm2d` -> activation -> conv with gate="in", in an
+    :class:`L0Sequential`, which has the first convolution compute only what the second one's gates leave
+    open.
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device,
+            dtype: as in ``torch.nn.Conv2d``.
+        gate: what is gated, see the table.
+        in_gate, out_gate: a gate to use on that side instead of an own one, e.g. one shared with another
+            layer (which then has to be drawn once and passed to both forwards, as :class:`L0Sequential`
+            does). A depthwise convolution may have one gate on both sides.
+        droprate_init, lam, eval_mode, dist: of the layer's own gates, see :class:`HardConcreteGate`.
+
+    Raises:
+        ValueError: an unknown `gate`, a given gate of another size, of another distribution than that of
+            the other side, or for a side that is not gated; and what ``torch.nn.Conv2d`` raises.
+        TypeError: in_gate or out_gate is not a HardConcreteGate.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: str | int | tuple[int, int] = 0,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: Literal["zeros", "reflect", "replicate", "circular"] = "zeros",
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        gate: str | None = "out",
+        in_gate: HardConcreteGate | None = None,
+        out_gate: HardConcreteGate | None = None,
+        droprate_init: float = 0.5,
+        lam: float = 1.0,
+        eval_mode: str = "paper",
+        dist: HardConcrete = DEFAULT_DIST,
+    ) -> None:
+        super().__init__(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            padding,
+            dilation,
+            groups,
+            bias,
+            padding_mode,
+            device,
+            dtype,
+        )
+        self._own_gates(
+            gate, in_gate, out_gate, droprate_init=droprate_init, lam=lam, eval_mode=eval_mode, dist=dist
+        )
+
+    @classmethod
+    def from_dense(cls, conv: nn.Conv2d, **options: Any) -> "L0Conv2d":
+        """A gated layer with a copy of `conv`'s weight and bias, on its device, in its dtype and mode.
+
+        Args:
+            conv: any ``torch.nn.Conv2d``.
+            **options: the keyword-only arguments of :class:`L0Conv2d`.
+
+        Raises:
+            TypeError: `conv` is not a ``torch.nn.Conv2d``.
+        """
+        return cls._from_dense(conv, nn.Conv2d, **options)
+
+    def forward(
+        self,
+        x: Tensor,
+        in_gates: Gates | None = None,
+        out_gates: Gates | None = None,
+        out_support: Gates | None = None,
+    ) -> Tensor:
+        """The gated convolution.
+
+        Args:
+            x: (N, in_channels, H, W) or (in_channels, H, W).
+            in_gates, out_gates: gates drawn beforehand, used instead of the layer's own; a side without a
+                gate takes them too.
+            out_support: gates of every consumer of y: only what they leave open is computed, unscaled, the
+                rest is zero. For a layer without an output gate.
+
+        Returns:
+            (N, out_channels, H', W') or (out_channels, H', W').
+
+        Raises:
+            ValueError: out_support is given to a layer whose outputs are gated; and as
+                :func:`l0kernels.gated_conv2d`.
+        """
+        gates = self._gates(in_gates, out_gates, out_support)
+        x, padding = self.padded(x)
+        stride, dilation = cast(Any, self.stride), cast(Any, self.dilation)
+        return gated_conv2d(x, self.weight, self.bias, stride, padding, dilation, self.groups, **gates)
+
+
+class L0Conv1d(_GatedConv, nn.Conv1d):
+    r"""``torch.nn.Conv1d`` with hard-concrete gates whose closed channels are skipped.
+
+    As :class:`L0Conv2d`, on (N, C, L), with the arguments, weight (out, in / groups, k) and bias of
+    ``torch.nn.Conv1d``; computed as a 2-D convolution of height 1.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int],
+        stride: int | tuple[int] = 1,
+        padding: str | int | tuple[int] = 0,
+        dilation: int | tuple[int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: Literal["zeros", "reflect", "replicate", "circular"] = "zeros",
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        gate: str | None = "out",
+        in_gate: HardConcreteGate | None = None,
+        out_gate: HardConcreteGate | None = None,
+        droprate_init: float = 0.5,
+        lam: float = 1.0,
+        eval_mode: str = "paper",
+        dist: HardConcrete = DEFAULT_DIST,
+    ) -> None:
+        super().__init__(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            padding,
+            dilation,
+            groups,
+            bias,
+            padding_mode,
+            device,
+            dtype,
+        )
+        self._own_gates(
+            gate, in_gate, out_gate, droprate_init=droprate_init, lam=lam, eval_mode=eval_mode, dist=dist
+        )
+
+    @classmethod
+    def from_dense(cls, conv: nn.Conv1d, **options: Any) -> "L0Conv1d":
+        """A gated layer with a copy of `conv`'s weight and bias; see :meth:`L0Conv2d.from_dense`."""
+        return cls._from_dense(conv, nn.Conv1d, **options)
+
+    def forward(
+        self,
+        x: Tensor,
+        in_gates: Gates | None = None,
+        out_gates: Gates | None = None,
+        out_support: Gates | None = None,
+    ) -> Tensor:
+        """x (N, in_channels, L) -> (N, out_channels, L'), N or none; see :meth:`L0Conv2d.forward`."""
+        gates = self._gates(in_gates, out_gates, out_support)
+        x, padding = self.padded(x)
+        if not isinstance(padding, str):
+            padding = (0, *padding) if padding else 0
+        geometry: Any = {"stride": (1, *self.stride), "padding": padding, "dilation": (1, *self.dilation)}
+        weight = self.weight.unsqueeze(-2)
+        y = gated_conv2d(x.unsqueeze(-2), weight, self.bias, groups=self.groups, **geometry, **gates)
+        return y.squeeze(-2)

@@ -1,0 +1,536 @@
+"""The container that keeps activations packed from layer to layer, and the sum of two branches."""
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any, NamedTuple, TypeGuard, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from .. import _ops, _registry
+from ..conv2d import Packed, is_exact, packed_conv2d, unpack_channels
+from ..gates import Gates, attach
+from ..linear import drawn_linear, gated_linear
+from ..mlp import drawn_mlp, gated_mlp
+from .batch_norm import L0BatchNorm2d
+from .conv import L0Conv1d, L0Conv2d
+from .gate import HardConcreteGate, draw
+from .linear import L0Linear
+from .mlp import L0MLP
+from .steps import (
+    CHANNELS,
+    FEATURES,
+    activation_name,
+    is_conv,
+    is_conv2d,
+    is_flatten,
+    is_hooked,
+    is_linear,
+    is_norm,
+    keeps_zero,
+    own_gate,
+    treats_units,
+)
+
+Drawn = Mapping[HardConcreteGate, Gates]
+
+
+class L0Sequential(nn.Sequential):
+    r"""``torch.nn.Sequential`` that draws its gates at once and keeps activations packed between its layers.
+
+    The values are those of its modules one after the other, but for the batch norms::
+
+        g = nn.HardConcreteGate(64)
+        nn.L0Sequential(
+            torch.nn.Conv2d(16, 64, 3, padding=1, bias=False),   # computes what g leaves open
+            nn.L0BatchNorm2d(64),                                # statistics of open channels; closed stay 0
+            torch.nn.ReLU(),
+            nn.L0Conv2d(64, 32, 3, gate="in", in_gate=g),
+            torch.nn.MaxPool2d(2),
+            torch.nn.Flatten(),
+            nn.L0Linear(32 * 8 * 8, 10),
+        )
+
+    - Every gate in it, in nested containers, too, is drawn once per forward, all of them in one call; layers
+      that share a gate agree on it. What a :class:`GateBank` has drawn is respected.
+    - An :class:`L0BatchNorm2d` normalises the channels that are open under the output gate of the layer
+      before, or else under the input gate of the next layer; the others are exactly 0.
+    - Between convolutions only open channels exist: through activations with act(0) = 0, pooling, padding,
+      dropout, L0BatchNorm2d, :class:`L0Residual`, and through ``nn.Flatten`` into linear layers, whose
+      columns of closed channels are not touched. A convolution without an output gate, a plain ``nn.Conv2d``,
+      too, computes only the channels that the next gated layer takes. In front of any other module all
+      channels come back, closed ones as zeros; a plain ``nn.BatchNorm2d`` makes constants of them.
+    - Linear layers with gates on their inputs and one activation between them run as :class:`L0MLP` does.
+
+    A layer with hooks is called by itself, its activations unpacked; hooks of inner containers do not fire.
+    Under ``torch.compile`` and for unbatched inputs all layers run one by one, unpacked.
+
+    A gate in front of a batch norm loses its data gradient, since the norm divides it away: for a layer with
+    an output gate directly before one, as the paper's wide residual nets have it, a UserWarning names it.
+
+    Args:
+        *args: modules, or one OrderedDict of them, as for ``torch.nn.Sequential``.
+    """
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        _warn_of_gates_before_norms(self)
+
+    def forward(self, x: Tensor, drawn: Drawn | None = None) -> Tensor:
+        """The modules one after the other.
+
+        Args:
+            x: what the first module takes.
+            drawn: detached gates drawn beforehand, used instead of a draw where they are given.
+
+        Returns:
+            What the last module returns, all channels in it.
+        """
+        return _forward(self, x, drawn)
+
+
+class L0Residual(nn.Module):
+    r"""``shortcut(x) + body(x)``, with the rules of :class:`L0Sequential` inside and in an outer one.
+
+    Two branches that end in channels packed by one and the same gate are added packed. If the next layer
+    behind the sum has gates on its inputs, both branches compute only what it takes.
+
+    Args:
+        body: a module, e.g. an :class:`L0Sequential`.
+        shortcut: another one; None: the identity.
+    """
+
+    shortcut: nn.Module | None
+
+    def __init__(self, body: nn.Module, shortcut: nn.Module | None = None) -> None:
+        super().__init__()
+        self.body = body
+        self.shortcut = shortcut
+        _warn_of_gates_before_norms(self)
+
+    def forward(self, x: Tensor, drawn: Drawn | None = None) -> Tensor:
+        """x -> shortcut(x) + body(x); `drawn` as in :meth:`L0Sequential.forward`."""
+        return _forward(self, x, drawn)
+
+
+class Step(NamedTuple):
+    """A module in the flattened container, and whether norms in it see the gates of their channels."""
+
+    module: nn.Module
+    gated: bool
+
+
+class Value(NamedTuple):
+    """What is known of an activation: the gates whose closed units are exactly zero in it, and its kind."""
+
+    closed: tuple[HardConcreteGate, ...] = ()
+    kind: str | None = None
+
+
+def is_sequential(module: nn.Module) -> bool:
+    """Whether `module` runs its children one after the other."""
+    return type(module).forward in (nn.Sequential.forward, L0Sequential.forward)
+
+
+def is_residual(module: nn.Module) -> TypeGuard[L0Residual]:
+    """Whether `module` computes as L0Residual."""
+    return type(module).forward is L0Residual.forward
+
+
+def steps_of(module: nn.Module | None, gated: bool = False) -> list[Step]:
+    """The steps of a container, containers in it flattened; any other module is one step."""
+    if module is None:
+        return []
+    if not is_sequential(module):
+        return [Step(module, gated or is_residual(module))]
+    gated = gated or type(module).forward is L0Sequential.forward
+    # Not children(), which leaves out a module that stands there a second time.
+    return [step for child in cast(nn.Sequential, module) for step in steps_of(child, gated)]
+
+
+def follow(steps: Sequence[Step], value: Value) -> list[Value]:
+    """The value in front of each step and, last, behind all."""
+    values = [value]
+    for step in steps:
+        values.append(_behind(step, values[-1]))
+    return values
+
+
+def _behind(step: Step, value: Value) -> Value:
+    module, (closed, kind) = step.module, value
+    if is_linear(module) or is_conv(module):
+        gate = own_gate(module, "out_gate")
+        return Value(() if gate is None else (gate,), FEATURES if is_linear(module) else CHANNELS)
+    if is_norm(module):
+        return Value(closed if step.gated else (), CHANNELS)
+    if is_residual(module):
+        body = follow(steps_of(module.body, True), value)[-1]
+        shortcut = follow(steps_of(module.shortcut, True), value)[-1]
+        both = tuple(gate for gate in body.closed if gate in shortcut.closed)
+        return Value(both, body.kind) if body.kind == shortcut.kind else Value()
+    if is_flatten(module) and kind == CHANNELS:
+        return Value(closed, FEATURES)
+    if treats_units(module, kind):
+        return Value(closed if keeps_zero(module, kind) else (), kind)
+    return Value()
+
+
+@dataclass(frozen=True)
+class _Op:
+    """How one step, or a stretch of linear layers, is executed.
+
+    Attributes:
+        run: the method of _Forward that does it.
+        module: of the step; the first layer of a stretch.
+        gates: a layer's own in_gate and out_gate and its out_support; of a norm, the gate of its channels.
+        layers, activation: of a stretch.
+        branches: of a residual, the body and the shortcut.
+    """
+
+    run: str
+    module: nn.Module
+    gates: tuple[HardConcreteGate | None, ...] = ()
+    layers: tuple[nn.Linear, ...] = ()
+    activation: str = "identity"
+    repack: bool = False
+    branches: "tuple[list[_Op], list[_Op] | None] | None" = None
+
+    def own_gates(self) -> Iterator[HardConcreteGate | None]:
+        """The gates that this op draws, in the order of modules()."""
+        if self.run == "conv" or self.run == "linear":
+            yield from self.gates[:2]
+        for layer in self.layers:
+            yield own_gate(layer, "in_gate")
+        for branch in self.branches or ():
+            for op in branch or ():
+                yield from op.own_gates()
+
+
+def _plan(
+    steps: Sequence[Step], value: Value, wanted: HardConcreteGate | None
+) -> tuple[list[_Op], HardConcreteGate | None]:
+    """The ops of the steps; `wanted`: the gate of all that is read behind, and of what they read."""
+    values = follow(steps, value)
+    ops: list[_Op] = []
+    i = len(steps)
+    while i:
+        i -= 1
+        module, before = steps[i].module, values[i]
+        if isinstance(module, L0MLP) and type(module).forward is L0MLP.forward:
+            layers: tuple[nn.Linear, ...] = tuple(module.layers)
+            ops.append(
+                _Op("stretch", module, (), layers, module.activation, repack=module.repack_in_backward)
+            )
+            wanted = own_gate(layers[0], "in_gate")
+        elif is_linear(module):
+            start = _stretch_start(steps, i)
+            own = own_gate(steps[start].module, "in_gate")
+            if start < i or (_chains(module) and own is not None):
+                layers = tuple(s.module for s in steps[start : i + 1] if is_linear(s.module))
+                between = [activation_name(s.module) for s in steps[start:i] if not is_linear(s.module)]
+                ops.append(_Op("stretch", layers[0], (), layers, (between and between[0]) or "identity"))
+                i = start
+            else:
+                ops.append(_Op("linear", module, (own, own_gate(module, "out_gate"))))
+            wanted = own
+        elif is_conv(module):
+            own, out_gate = own_gate(module, "in_gate"), own_gate(module, "out_gate")
+            fits = out_gate is None and wanted is not None and wanted.n == module.out_channels
+            ops.append(_Op("conv", module, (own, out_gate, wanted if fits else None)))
+            wanted = own
+        elif is_norm(module) and steps[i].gated and isinstance(module, L0BatchNorm2d):
+            gate = before.closed[0] if before.closed else wanted
+            gate = gate if gate is None or gate.n == module.num_features else None
+            ops.append(_Op("norm", module, (gate,)))
+        elif is_residual(module):
+            body, first = _plan(steps_of(module.body, True), before, wanted)
+            shortcut, second = None, None
+            if module.shortcut is not None:
+                shortcut, second = _plan(steps_of(module.shortcut, True), before, wanted)
+            ops.append(_Op("residual", module, branches=(body, shortcut)))
+            wanted = first if first is second else None
+        elif is_flatten(module) and before.kind == CHANNELS:
+            ops.append(_Op("flatten", module))
+        elif treats_units(module, before.kind):
+            ops.append(_Op("keep" if keeps_zero(module, before.kind) else "other", module))
+        else:
+            ops.append(_Op("other", module))
+            wanted = None
+    return ops[::-1], wanted
+
+
+def _stretch_start(steps: Sequence[Step], end: int) -> int:
+    """Where the longest stretch begins that ends with the linear layer `end` and is one packed chain."""
+    start, activation, gated = end, None, own_gate(steps[end].module, "in_gate") is not None
+    if not _chains(steps[end].module):
+        return end
+    while start:
+        name, before = "identity", start - 1
+        if not is_linear(steps[before].module):
+            found = activation_name(steps[before].module)
+            if found is None or is_hooked(steps[before].module) or not before:
+                break
+            name, before = found, before - 1
+        if activation not in (None, name) or not _chains(steps[before].module):
+            break
+        activation, start = name, before
+        gated = gated or own_gate(steps[start].module, "in_gate") is not None
+    return start if gated else end
+
+
+def _chains(module: nn.Module) -> bool:
+    """Whether `module` is a linear layer that is gated on its inputs at most."""
+    if not is_linear(module) or is_hooked(module):
+        return False
+    return not isinstance(module, L0Linear) or (module.out_gate is None and module.weight_gate is None)
+
+
+class _Flat(NamedTuple):
+    """Packed channels behind nn.Flatten: (N, n * positions) of the open ones."""
+
+    data: Tensor
+    packed: Packed  # whose data is not used any more: what the columns are
+    positions: int
+
+    def unpack(self) -> Tensor:
+        n = self.data.shape[0]
+        data = self.data.reshape(n, -1, self.positions, 1)
+        return unpack_channels(replace(self.packed, data=data)).flatten(1)
+
+
+Activation = Tensor | Packed | _Flat
+
+
+def _forward(module: nn.Module, x: Tensor, given: Drawn | None) -> Tensor:
+    ops, _ = _plan(steps_of(module), Value(), None)
+    gates = list(dict.fromkeys(gate for op in ops for gate in op.own_gates() if gate is not None))
+    given = given or {}
+    missing = [gate for gate in gates if gate not in given]
+    with torch.no_grad():  # the ops that take log_alpha itself need no node between z and it
+        fresh = draw(missing)
+    drawn = {gate: given[gate] for gate in gates if gate in given}
+    drawn.update((gate, gates) for gate, gates in zip(missing, fresh, strict=True) if gates is not None)
+    return _dense(_Forward(drawn).run(ops, x))
+
+
+def _dense(x: Activation) -> Tensor:
+    if isinstance(x, Tensor):
+        return x
+    return x.unpack() if isinstance(x, _Flat) else unpack_channels(x)
+
+
+class _Forward:
+    """One forward of a plan with the gates drawn for it."""
+
+    def __init__(self, drawn: Drawn) -> None:
+        self._drawn = drawn
+        self._attached: dict[HardConcreteGate, Gates] = {}
+
+    def run(self, ops: Sequence[_Op], x: Activation) -> Activation:
+        for op in ops:
+            x = getattr(self, op.run)(op, x)
+        return x
+
+    def gates(self, gate: HardConcreteGate | None) -> Gates | None:
+        """The drawn gates, joined to log_alpha; one object, by which the ops know that gates are the same."""
+        if gate is None:
+            return None
+        found = self._attached.get(gate)
+        if found is None:
+            found = self._drawn[gate] if gate in self._drawn else gate.forward()
+            if gate.training and gate in self._drawn:
+                found = attach(gate.log_alpha.flatten(), found, gate.dist)
+            self._attached[gate] = found
+        return found
+
+    def conv(self, op: _Op, x: Activation) -> Activation:
+        layer = op.module
+        in_gates, out_gates, support = map(self.gates, op.gates)
+        if not is_conv2d(layer) or is_hooked(layer) or not _packs(x):
+            x = _dense(x)
+            if isinstance(layer, L0Conv1d | L0Conv2d):
+                return layer(x, in_gates, out_gates, support)
+            return layer(x)
+        padding: Any = layer.padding
+        if layer.padding_mode != "zeros":
+            sides, mode, padding = layer._reversed_padding_repeated_twice, layer.padding_mode, 0
+            x = _mapped(x, lambda t: F.pad(t, sides, mode=mode))
+        return packed_conv2d(
+            cast("Tensor | Packed", x),
+            layer.weight,
+            layer.bias,
+            cast(Any, layer.stride),
+            padding,
+            cast(Any, layer.dilation),
+            layer.groups,
+            in_gates=in_gates,
+            out_gates=out_gates,
+            out_support=support,
+        )
+
+    def norm(self, op: _Op, x: Activation) -> Activation:
+        if isinstance(x, Packed) and not is_hooked(op.module):
+            return op.module(x)
+        return op.module(_dense(x), self.gates(op.gates[0]))
+
+    def keep(self, op: _Op, x: Activation) -> Activation:
+        return op.module(_dense(x)) if is_hooked(op.module) else _mapped(x, op.module)
+
+    def other(self, op: _Op, x: Activation) -> Activation:
+        return op.module(_dense(x))
+
+    def flatten(self, op: _Op, x: Activation) -> Activation:
+        # Without any channel there is nothing that a product could take, on a GPU their number is not known.
+        if (
+            not isinstance(x, Packed)
+            or not is_exact(x.backend)
+            or not x.data.shape[1]
+            or is_hooked(op.module)
+        ):
+            return op.module(_dense(x))
+        return _Flat(x.data.flatten(1), x, x.data.shape[2] * x.data.shape[3])
+
+    def linear(self, op: _Op, x: Activation) -> Activation:
+        layer = cast(nn.Linear, op.module)
+        gated = layer if isinstance(layer, L0Linear) else None
+        in_gates, out_gates = map(self.gates, op.gates)
+        if (
+            not isinstance(x, _Flat)
+            or is_hooked(layer)
+            or (gated is not None and gated.weight_gate is not None)
+        ):
+            x = _dense(x)
+            return layer(x) if gated is None else gated(x, in_gates, out_gates)
+        x, weight, in_gates = _columns(x, layer.weight, in_gates)
+        if in_gates is None and out_gates is None:
+            return F.linear(x, weight, layer.bias)
+        return gated_linear(x, weight, layer.bias, in_gates=in_gates, out_gates=out_gates)
+
+    def stretch(self, op: _Op, x: Activation) -> Activation:
+        weights: list[Tensor] = [layer.weight for layer in op.layers]
+        biases: list[Tensor | None] = [layer.bias for layer in op.layers]
+        own: list[HardConcreteGate | None] = [own_gate(layer, "in_gate") for layer in op.layers]
+        if is_hooked(op.module):
+            return op.module(_dense(x), [*map(self.gates, own)])
+        if isinstance(x, _Flat) and x.data.shape[1] == x.packed.channels * x.positions:
+            x = x.data
+        if isinstance(x, _Flat):
+            x, weights[0], first = _columns(x, weights[0], self.gates(own[0]))
+        else:
+            x = _dense(x)
+            present = [gate for gate in own if gate is not None]
+            if all(
+                gate.training and gate in self._drawn and gate.dist == present[0].dist for gate in present
+            ):
+                log_alphas = [None if gate is None else gate.log_alpha for gate in own]
+                drawn = [None if gate is None else self._drawn[gate] for gate in own]
+                dist = present[0].dist
+                if len(own) == 1:
+                    return drawn_linear(x, weights[0], biases[0], log_alphas[0], None, cast(Any, drawn), dist)
+                return drawn_mlp(x, weights, biases, log_alphas, drawn, op.activation, dist, op.repack)
+            first = self.gates(own[0])
+        gates = [first, *map(self.gates, own[1:])]
+        return gated_mlp(x, weights, biases, gates, op.activation, repack_in_backward=op.repack)
+
+    def residual(self, op: _Op, x: Activation) -> Activation:
+        assert op.branches is not None
+        body, shortcut = op.branches
+        a = x if shortcut is None else self.run(shortcut, x)
+        b = self.run(body, x)
+        if isinstance(a, Packed) and isinstance(b, Packed) and a.gates.index is b.gates.index:
+            return replace(a, data=a.data + b.data)
+        return _dense(a) + _dense(b)
+
+
+def _packs(x: Activation) -> bool:
+    """Whether a convolution of x may return packed channels."""
+    if isinstance(x, Tensor):
+        eager = type(x) in (Tensor, nn.Parameter) and not torch.compiler.is_compiling()
+        if not eager or x.ndim != 4 or x.device.type == "meta":
+            return False
+        return _registry.resolve(x.device, x.dtype, "gated_conv2d") != "reference"
+    return isinstance(x, Packed)
+
+
+def _mapped(x: Activation, fn: Callable[[Tensor], Tensor]) -> Activation:
+    """A function that treats units one by one and keeps zeros, on the units that exist."""
+    if isinstance(x, Tensor):
+        return fn(x)
+    if isinstance(x, _Flat):
+        return x._replace(data=fn(x.data))
+    if x.data.shape[1]:
+        return x.map(fn)
+    # Pooling refuses tensors without channels: it gets one, of zeros.
+    return x.map(lambda data: fn(F.pad(data, (0, 0, 0, 0, 0, 1)))[:, :0])
+
+
+def _columns(x: _Flat, weight: Tensor, gates: Gates | None) -> tuple[Tensor, Tensor, Gates | None]:
+    """The flat columns of x, those of the weight and the gates that belong to them."""
+    n = x.data.shape[1] // x.positions
+    if n == x.packed.channels:
+        return x.data, weight, gates
+    index = x.packed.gates.index[:n].long()
+    weight = _SelectColumns.apply(weight, index, x.positions)
+    if gates is not None:
+        z = gates.z.view(-1, x.positions).index_select(0, index).flatten()
+        gates = Gates.from_z(z, full_grad=gates.full_grad)
+    return x.data, weight, gates
+
+
+class _SelectColumns(torch.autograd.Function):
+    """weight (out, channels * positions) -> (out, n * positions): the columns of some channels."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, index: Tensor, positions: int) -> Tensor:
+        ctx.save_for_backward(index)
+        ctx.shape = (*weight.shape, positions)
+        return weight.view(weight.shape[0], -1, positions).index_select(1, index).flatten(1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        _ops.refuse_second_derivative("L0Sequential")
+        (index,) = ctx.saved_tensors
+        rows, columns, positions = ctx.shape
+        full = grad.new_zeros(rows, columns // positions, positions)
+        full.index_copy_(1, index, grad.reshape(rows, -1, positions))
+        return full.view(rows, columns), None, None
+
+
+def _warn_of_gates_before_norms(container: nn.Module) -> None:
+    """A UserWarning for each output gate directly before a batch norm; inner containers have said theirs."""
+    names = {module: name for name, module in container.named_modules()}
+    silent: set[tuple[nn.Module, nn.Module]] = set()
+    for module in container.modules():
+        if module is not container and _warns(module):
+            silent.update(_gates_before_norms(module))
+    for layer, norm in _gates_before_norms(container):
+        if (layer, norm) not in silent:
+            warnings.warn(
+                f"{names[layer]!r} multiplies its outputs by gates directly before the batch norm "
+                f"{names[norm]!r}, which divides the gates away: they get next to no gradient from the data. "
+                "Gate the inputs of the next layer instead (see L0Conv2d)",
+                UserWarning,
+                stacklevel=3,
+            )
+
+
+def _warns(module: nn.Module) -> bool:
+    return isinstance(module, L0Sequential | L0Residual)
+
+
+def _gates_before_norms(module: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
+    """Pairs of an output-gated layer and the batch norm directly behind it, in one container."""
+    if isinstance(module, L0Residual):
+        branches = [steps_of(module.body), steps_of(module.shortcut)]
+    else:
+        branches = [steps_of(module)]
+    return [
+        (a.module, b.module)
+        for steps in branches
+        for a, b in pairwise(steps)
+        if own_gate(a.module, "out_gate") is not None and isinstance(b.module, _BatchNorm)
+    ]
