@@ -13,7 +13,6 @@ from . import _ops, _registry, reference
 from .conv2d import Packed, is_exact, open_order
 from .gates import Gates
 from .impl import module
-from .reference import _checks
 from .reference.batch_norm import check_batch_norm
 from .reference.gates import check_gates
 
@@ -151,7 +150,7 @@ def _packed(
             eps,
             x.backend,
         )
-    index = open_order(x.gates, x.channels)
+    index = open_order(x.gates)
     if index is None:
         return F.batch_norm(x.data, running_mean, running_var, weight, bias, training, momentum, eps)
     if len(index) == 0:

@@ -186,56 +186,49 @@ class Packed:
 
 
 class _PackChannels(torch.autograd.Function):
-    """Open channels in front of a product; ``index`` None: Triton's layout."""
-
     @staticmethod
-    def forward(ctx: Any, x: Tensor, index: Tensor | None, gates: Gates, backend: str) -> Tensor:
-        ctx.settings = (index, gates, backend, x.shape[1])
-        if index is not None:
-            return x.index_select(1, index)
-        return module(backend).pack_channels(x, list(gates[:3]), x.dtype)
+    def forward(ctx: Any, x: Tensor, gates: Gates, backend: str) -> Tensor:
+        ctx.settings = (gates, backend)
+        return _gather(x, gates, backend)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         _ops.refuse_second_derivative("pack_channels")
-        index, gates, backend, channels = ctx.settings
-        return _spread(dy, index, gates, channels, backend), None, None, None
+        return _scatter(dy, *ctx.settings), None, None
 
 
 class _UnpackChannels(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, data: Tensor, index: Tensor | None, gates: Gates, channels: int, backend: str
-    ) -> Tensor:
-        ctx.settings = (index, gates, backend)
-        return _spread(data, index, gates, channels, backend)
+    def forward(ctx: Any, data: Tensor, gates: Gates, backend: str) -> Tensor:
+        ctx.settings = (gates, backend)
+        return _scatter(data, gates, backend)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         _ops.refuse_second_derivative("unpack_channels")
-        index, gates, backend = ctx.settings
-        if index is not None:
-            dx = dy.index_select(1, index)
-        else:
-            dx = module(backend).pack_channels(dy, list(gates[:3]), dy.dtype)
-        return dx, None, None, None, None
+        return _gather(dy, *ctx.settings), None, None
 
 
-def _spread(data: Tensor, index: Tensor | None, gates: Gates, channels: int, backend: str) -> Tensor:
-    if index is None:
-        return module(backend).unpack_channels(data, list(gates[:3]), data.dtype)
-    shape = (data.shape[0], channels, *data.shape[2:])
-    fmt = impl.memory_format(data, data)
-    out = torch.empty(shape, dtype=data.dtype, device=data.device, memory_format=fmt)
-    return out.zero_().index_copy_(1, index, data)
+def _gather(x: Tensor, gates: Gates, backend: str) -> Tensor:
+    if is_exact(backend):
+        return impl.take(x, open_order(gates))
+    return module(backend).pack_channels(x, list(gates[:3]), x.dtype)
 
 
-def open_order(gates: Gates, channels: int) -> Tensor | None:
+def _scatter(data: Tensor, gates: Gates, backend: str) -> Tensor:
+    if is_exact(backend):
+        fmt = impl.memory_format(data, data)
+        return impl.put(module(backend), data, list(gates[:3]), data.dtype, fmt)
+    return module(backend).unpack_channels(data, list(gates[:3]), data.dtype)
+
+
+def open_order(gates: Gates) -> Tensor | None:
     """The open channels of an exact layout; None where all are open."""
-    return impl.open_channels([gates.z, gates.index, gates.count], channels)
+    return impl.open_channels(list(gates[:3]), gates.z.shape[0])
 
 
 def is_exact(backend: str) -> bool:
+    """Whether packed channels of this backend are the open ones and no more."""
     return backend != "triton"
 
 
@@ -245,7 +238,7 @@ class _Take(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, index: Tensor, valid: Tensor | None) -> Tensor:
         ctx.settings = (index, valid, x.shape)
-        return x.index_select(1, index)
+        return impl.take(x, index)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
@@ -253,8 +246,7 @@ class _Take(torch.autograd.Function):
         index, valid, shape = ctx.settings
         if valid is not None:
             index, dy = index[valid], dy[:, valid]
-        fmt = impl.memory_format(dy, dy)
-        dx = torch.empty(shape, dtype=dy.dtype, device=dy.device, memory_format=fmt).zero_()
+        dx = impl.constant(dy, shape, None, dy.dtype, impl.memory_format(dy, dy))
         return dx.index_copy_(1, index, dy), None, None
 
 
@@ -277,19 +269,15 @@ def pack_channels(x: Tensor, gates: Gates) -> Packed:
     check_gates("gates", gates, x.shape[1], x.device, "channel of x")
     support = gates._replace(z=gates.z.detach())
     backend = _packing_backend(x)
-    index = open_order(support, x.shape[1]) if is_exact(backend) else None
-    if index is not None or not is_exact(backend):
-        x_packed = _PackChannels.apply(x, index, support, backend)
-        return Packed(x_packed, support, x.shape[1], backend)
-    return Packed(x, support, x.shape[1], backend)
+    whole = is_exact(backend) and open_order(support) is None
+    return Packed(x if whole else _PackChannels.apply(x, support, backend), support, x.shape[1], backend)
 
 
 def unpack_channels(packed: Packed) -> Tensor:
     """All channels of packed activations, (N, channels, H, W); zeros in the closed ones."""
-    index = open_order(packed.gates, packed.channels) if is_exact(packed.backend) else None
-    if index is None and is_exact(packed.backend):
+    if is_exact(packed.backend) and open_order(packed.gates) is None:
         return packed.data
-    return _UnpackChannels.apply(packed.data, index, packed.gates, packed.channels, packed.backend)
+    return _UnpackChannels.apply(packed.data, packed.gates, packed.backend)
 
 
 class _PackWeight(torch.autograd.Function):
@@ -307,20 +295,25 @@ class _PackWeight(torch.autograd.Function):
         scales: tuple[bool, bool],
         full: tuple[bool, bool],
         dtype: torch.dtype,
+        backend: str,
     ) -> tuple[Tensor, Tensor | None]:
         ctx.save_for_backward(weight, bias, in_z, out_z)
-        ctx.settings = (plan, orders, scales, full)
-        gates = _with_z(in_z, out_z, orders)
-        packed = weight[:0] if plan.empty else impl.pack_weight(weight, plan, *gates, *scales, dtype)
-        b = None if bias is None else impl.gated_bias(bias, gates[1], scales[1]).to(dtype)
-        return packed, b if b is None or b is not bias else b.view_as(b)
+        ctx.settings = (plan, orders, scales, full, backend)
+        pair, gates = module(backend), _with_z(in_z, out_z, orders)
+        w = (
+            weight.new_empty(0)
+            if plan.empty
+            else impl.pack_weight(pair, weight, plan, *gates, *scales, dtype)
+        )
+        b = None if bias is None else impl.pack_bias(pair, bias, gates[1], scales[1], dtype)
+        return w if w is not weight else w.view_as(w), b if b is None or b is not bias else b.view_as(b)
 
     @staticmethod
     def backward(ctx: Any, dw: Tensor | None, db: Tensor | None) -> tuple[Tensor | None, ...]:
         _ops.refuse_second_derivative("packed_conv2d")
         weight, bias, in_z, out_z = ctx.saved_tensors
-        plan, orders, scales, full = ctx.settings
-        gates = _with_z(in_z, out_z, orders)
+        plan, orders, scales, full, backend = ctx.settings
+        pair, gates = module(backend), _with_z(in_z, out_z, orders)
         need_w, need_b, need_in, need_out = ctx.needs_input_grad[:4]
         dweight = dbias = dz_in = dz_out = None
         if dw is not None and plan.empty:
@@ -330,17 +323,11 @@ class _PackWeight(torch.autograd.Function):
             )
         elif dw is not None and (need_w or need_in or need_out):
             needs = (need_w, need_in, need_out)
-            dweight, dz_in, dz_out = impl.unpack_weight(dw, weight, plan, *gates, *scales, needs)
+            dweight, dz_in, dz_out = impl.unpack_weight(pair, dw, weight, plan, *gates, *scales, full, needs)
         if db is not None and bias is not None and (need_b or need_out):
-            dbias, dz_bias = impl.unpack_bias(db, bias, gates[1], scales[1], need_out)
+            dbias, dz_bias = impl.unpack_bias(pair, db, bias, gates[1], scales[1], full[1], need_out)
             dz_out = dz_bias if dz_out is None else dz_out if dz_bias is None else dz_out + dz_bias
-        return (
-            dweight,
-            dbias if need_b else None,
-            impl.fractional(dz_in, gates[0], full[0]),
-            impl.fractional(dz_out, gates[1], full[1]),
-            *[None] * 5,
-        )
+        return dweight if need_w else None, dbias if need_b else None, dz_in, dz_out, *[None] * 6
 
 
 def _with_z(
@@ -353,19 +340,20 @@ def _with_z(
 
 
 class _Without(torch.autograd.Function):
-    """y, of which every channel is its bias: x and the weight get zeros, as from a product."""
+    """y (N, C, H, W), of which every channel is its bias: x and the weight get zeros, as from a product."""
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, *inputs: Tensor) -> Tensor:
-        ctx.save_for_backward(*inputs)
-        return y.view_as(y)
+    def forward(ctx: Any, y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        return dy, *(
-            torch.zeros_like(t) if needed else None
-            for t, needed in zip(ctx.saved_tensors, ctx.needs_input_grad[1:], strict=True)
-        )
+        _ops.refuse_second_derivative("packed_conv2d")
+        _, *inputs, need_b = ctx.needs_input_grad
+        grads = zip(ctx.saved_tensors, inputs, strict=True)
+        dx, dw = (torch.zeros_like(t) if needed else None for t, needed in grads)
+        return None, dx, dw, dy.sum((0, 2, 3)) if need_b else None
 
 
 def _combined(support: Gates, gates: Gates | None) -> tuple[Gates, bool]:
@@ -441,7 +429,7 @@ def packed_conv2d(
         y = _apply(data, weight, bias, support, gates, flags, conv, dtype, backend)
     else:
         held = x if isinstance(x, Packed) else None
-        y = _exact(data, held, weight, bias, support, gates, (scale_in, scale_out), conv, dtype)
+        y = _exact(data, held, weight, bias, support, gates, (scale_in, scale_out), conv, dtype, backend)
     if gates is None:
         return y
     return Packed(y, gates._replace(z=gates.z.detach()), n_out, backend)
@@ -464,6 +452,7 @@ def _exact(
     scales: tuple[bool, bool],
     conv: impl.Conv,
     dtype: torch.dtype,
+    backend: str,
 ) -> Tensor:
     """The open channels of y by torch's own convolution, and autograd's derivative of it."""
     stride, padding, dilation, groups = conv
@@ -473,42 +462,27 @@ def _exact(
     out_z = out_z if out_z is None or scales[1] else out_z.detach()
     orders = (in_order, out_order)
     gates = _with_z(in_z, out_z, orders)
-    plan = impl.plan(weight, groups, *gates, dtype)
+    plan = impl.plan(weight, groups, *gates)
     full = (in_gates is not None and in_gates.full_grad, out_gates is not None and out_gates.full_grad)
-    w, b = _PackWeight.apply(weight, bias, in_z, out_z, plan, orders, scales, full, dtype)
-    opened = impl.open_channels(gates[1], weight.shape[0])
-    y = None
-    if not plan.empty:
-        x = _inputs(data, held, plan).to(dtype)
-        b_packed = b if b is None or plan.out_index is None else b.index_select(0, plan.out_index)
-        y = F.conv2d(x, w, b_packed, stride, padding, dilation, plan.groups)
-        if plan.out_index is None or (groups == 1 and plan.out_valid is None):
-            return y
-        if groups == 1:
-            return y[:, : len(opened)]
-    # Channels that are open, but whose inputs are all closed, are their bias.
+    w, b = _PackWeight.apply(weight, bias, in_z, out_z, plan, orders, scales, full, dtype, backend)
     shape = impl.output_shape(data, weight, conv)
-    shape[1] = weight.shape[0] if opened is None else len(opened)
-    if b is None:
-        constant = data.new_zeros(shape, dtype=dtype)
-    else:
-        constant = (b if opened is None else b.index_select(0, opened))[:, None, None].expand(shape)
-    if y is None:
-        return _Without.apply(constant.clone(), data, w)
-    valid = (
-        torch.arange(y.shape[1], device=y.device)
-        if plan.out_valid is None
-        else plan.out_valid.nonzero()[:, 0]
-    )
-    channels = plan.out_index.index_select(0, valid)
-    place = channels if opened is None else torch.searchsorted(opened, channels)
-    return constant.index_copy(1, place, y.index_select(1, valid))
+    if plan.opened is not None:
+        shape[1] = len(plan.opened)
+    if plan.empty:
+        return _Without.apply(impl.constant(data, shape, b, dtype, torch.channels_last), data, w, b)
+    # oneDNN, pooling and the rest are faster with channels last, whatever layout x had.
+    x = _inputs(data, held, plan).to(dtype).contiguous(memory_format=torch.channels_last)
+    y = F.conv2d(x, w, None if b is None else impl.bias_of(plan, b), stride, padding, dilation, plan.groups)
+    if not plan.computes_all:
+        rest = data.new_zeros(shape, dtype=dtype) if b is None else b[:, None, None].expand(shape)
+        y = impl.put_groups(y, plan, rest)
+    return y.contiguous(memory_format=torch.channels_last)
 
 
 def _inputs(data: Tensor, held: Packed | None, plan: impl.Plan) -> Tensor:
     """The plan's input channels out of all, or out of those that a packed x holds."""
     index = plan.in_index
-    order = None if held is None else open_order(held.gates, held.channels)
+    order = None if held is None else open_order(held.gates)
     if order is not None and index is not None:
         if plan.in_valid is None and len(index) == len(order) and torch.equal(index, order):
             return data

@@ -1,7 +1,9 @@
 """Gated convolution as pack -> torch's convolution -> unpack, of exactly the open channels.
 
-Gates are folded into the packed weight: conv(x * z_in, W) * z_out = conv(x, z_out W z_in), so that the products
-read activations as they are. A gate is None or a list [z, index, count]; conv is stride, padding, dilation, groups.
+Gates are folded into the packed weight: conv(x * z_in, W) * z_out = conv(x, z_out W z_in), so that the
+products read activations as they are. A gate is None or a list [z, index, count]; conv is stride, padding,
+dilation, groups; p is the backend's pair of pack and unpack. Counts change on every step, and oneDNN compiles
+a kernel for every new shape: about 1 ms, once, and less than the channels that rounding would add.
 """
 
 from __future__ import annotations
@@ -12,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..reference.gates import HardConcrete
-from .packed import Gate, extent
+from ..reference.gates import HardConcrete, round_up
+from .packed import Gate, PackUnpack, extent
 from .recycle import empty_grad
 
 Conv = tuple[list[int], list[int], list[int], int]
@@ -47,75 +49,84 @@ def open_channels(gate: Gate | None, size: int) -> Tensor | None:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is computed: ``groups`` products of ``ins`` inputs and ``outs`` outputs each.
+    """What is computed: ``groups`` products of equally many inputs and equally many outputs each.
 
     Attributes:
-        in_index: (groups * ins,) the input channels, None for all of them in order.
-        out_index: (groups * outs,) the output channels, None for all in order.
-        in_valid, out_valid: which entries are channels and not padding; None for all.
-        cell: (groups * outs, ins) the position of each kernel in weight (out * in / groups, ...), None for all.
+        in_index: the input channels, group by group; None for all of them in order.
+        out_index: the output channels.
+        opened: the open output channels: a group whose inputs are all closed leaves them their bias.
+        in_valid, out_valid: which entries of the indices are channels and not padding; None for all.
+        cell: (groups * outs, ins) the kernels' positions in weight (out * in / groups, ...); None for all.
+        taps: the gate of the columns of weight (out, in * kh * kw) where there is one group.
+        empty: no product is left.
     """
 
     groups: int
     in_index: Tensor | None
     out_index: Tensor | None
-    in_valid: Tensor | None
-    out_valid: Tensor | None
-    cell: Tensor | None
-    empty: bool
+    opened: Tensor | None
+    in_valid: Tensor | None = None
+    out_valid: Tensor | None = None
+    cell: Tensor | None = None
+    taps: Gate | None = None
+    empty: bool = False
+
+    @property
+    def computes_all(self) -> bool:
+        """Whether the products give every open channel, in order."""
+        return not self.empty and (self.out_index is None or self.out_index is self.opened)
 
 
-def plan(
-    weight: Tensor, groups: int, in_gate: Gate | None, out_gate: Gate | None, dtype: torch.dtype
-) -> Plan:
-    """The open channels of both sides, padded so that every group that is left has equally many.
+def plan(weight: Tensor, groups: int, in_gate: Gate | None, out_gate: Gate | None) -> Plan:
+    """The open channels of both sides, several groups padded so that each has equally many.
 
     A group without an open input or without an open output is left out.
     """
     n_out, per_group = weight.shape[0], weight.shape[1]
     n_in = per_group * groups
     ins, outs = open_channels(in_gate, n_in), open_channels(out_gate, n_out)
-    if ins is None and outs is None:
-        return Plan(groups, None, None, None, None, None, n_out == 0 or n_in == 0)
     if groups == 1:
-        in_index, in_valid = _padded(ins, n_in, in_gate, dtype)
-        out_index, out_valid = _padded(outs, n_out, out_gate, dtype)
-        empty = (n_in if ins is None else len(ins)) == 0 or (n_out if outs is None else len(outs)) == 0
-    else:
-        in_index, in_valid, out_index, out_valid = _by_group(ins, outs, n_in, n_out, groups, weight.device)
-        empty = len(in_index) == 0
-        groups = in_index.shape[0]
-    if empty:
-        return Plan(0, ins, outs, None, None, None, True)
-    rows = torch.arange(n_out, device=weight.device) if out_index is None else out_index
-    cols = torch.arange(n_in, device=weight.device) if in_index is None else in_index
-    cell = rows.reshape(groups, -1, 1) * per_group + cols.reshape(groups, 1, -1) % per_group
-    flat = [None if t is None else t.flatten() for t in (in_index, out_index, in_valid, out_valid)]
-    return Plan(groups, *flat, cell.flatten(0, 1), False)
+        empty = 0 in (n_in if ins is None else len(ins), n_out if outs is None else len(outs))
+        taps = None if in_gate is None or empty else _with_taps(in_gate, weight)
+        return Plan(1, ins, outs, outs, taps=taps, empty=empty)
+    if ins is None and outs is None:
+        return Plan(groups, None, None, None, empty=weight.numel() == 0)
+    in_index, in_valid, out_index, out_valid = _by_group(ins, outs, n_in, n_out, groups, weight.device)
+    if in_index.numel() == 0:
+        return Plan(0, None, None, outs, empty=True)
+    cell = out_index[:, :, None] * per_group + (in_index % per_group)[:, None]
+    return Plan(
+        in_index.shape[0],
+        in_index.flatten(),
+        out_index.flatten(),
+        outs,
+        in_valid.flatten(),
+        out_valid.flatten(),
+        cell.flatten(0, 1),
+    )
 
 
-def _padded(
-    index: Tensor | None, size: int, gate: Gate | None, dtype: torch.dtype
-) -> tuple[Tensor | None, Tensor | None]:
-    """The open channels up to their extent, the first one repeated, and which of them are meant."""
-    if index is None or len(index) == 0:
-        return index, None
-    n = extent(gate, size, dtype)
-    if n == len(index):
-        return index, None
-    valid = torch.arange(n, device=index.device) < len(index)
-    return torch.cat((index, index[:1].expand(n - len(index)))), valid
+def _with_taps(gate: Gate, weight: Tensor) -> Gate:
+    """The gate of every column of weight (out, in * kh * kw)."""
+    n, taps = weight.shape[1], weight.shape[2] * weight.shape[3]
+    if taps == 1:
+        return gate
+    z, index, count = gate
+    spread = index[:n, None] * taps + torch.arange(taps, dtype=torch.int32, device=index.device)
+    z = z[:, None].expand(n, taps).reshape(-1)
+    return [z, F.pad(spread.view(-1), (0, round_up(n * taps) - n * taps)), count * taps]
 
 
 def _by_group(
     ins: Tensor | None, outs: Tensor | None, n_in: int, n_out: int, groups: int, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Channels (groups left, largest number in a group) of either side and which of them are meant."""
+    """Channels (groups left, most in a group) of either side, and which of them are no padding."""
     sides = []
     for index, size in ((ins, n_in), (outs, n_out)):
-        is_open = torch.zeros(size, dtype=torch.bool, device=device)
-        is_open = ~is_open if index is None else is_open.index_fill(0, index, True)
-        sides.append(is_open.view(groups, size // groups))
+        is_open = torch.full((size,), index is None, device=device)
+        if index is not None:
+            is_open[index] = True
+        sides.append(is_open.view(groups, -1))
     left = (sides[0].any(1) & sides[1].any(1)).nonzero()[:, 0]
     tables = []
     for is_open in sides:
@@ -124,35 +135,32 @@ def _by_group(
         order = torch.argsort(is_open.to(torch.uint8), dim=1, descending=True, stable=True)
         order = order[:, : int(number.max()) if len(left) else 0]
         valid = torch.arange(order.shape[1], device=device) < number
-        first = order[:, :1] if order.shape[1] else order
-        tables += [torch.where(valid, order, first) + left[:, None] * is_open.shape[1], valid]
+        # The padding repeats an open channel: what it holds reaches this group anyhow.
+        order = torch.where(valid, order, order[:, :1]) + left[:, None] * is_open.shape[1]
+        tables += [order, valid]
     return tables[0], tables[1], tables[2], tables[3]
 
 
-def _scale(
-    gate: Gate | None, index: Tensor | None, valid: Tensor | None, scaled: bool, shape: tuple[int, ...]
-) -> Tensor | None:
-    """What multiplies the channels of one side, in ``shape``: z or 1, and 0 in the padding; None for ones."""
-    z = None
-    if gate is not None and scaled:
-        z = gate[0] if index is None else gate[0].index_select(0, index)
-    if valid is not None:
-        z = valid.to(torch.float32) if z is None else z * valid
-    return None if z is None else z.view(shape)
-
-
-def _scales(
+def _factors(
     p: Plan, in_gate: Gate | None, out_gate: Gate | None, scale_in: bool, scale_out: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Factors of the packed weight (groups, outs, ins, taps), of its inputs and of its outputs."""
-    return (
-        _scale(in_gate, p.in_index, p.in_valid, scale_in, (p.groups, 1, -1, 1)),
-        _scale(out_gate, p.out_index, p.out_valid, scale_out, (p.groups, -1, 1, 1)),
-    )
+    """What multiplies the inputs and the outputs of grouped kernels (groups, outs, ins, taps); None for 1."""
+    factors: list[Tensor | None] = []
+    for gate, index, valid, scaled, shape in (
+        (in_gate, p.in_index, p.in_valid, scale_in, (p.groups, 1, -1, 1)),
+        (out_gate, p.out_index, p.out_valid, scale_out, (p.groups, -1, 1, 1)),
+    ):
+        z = None
+        if gate is not None and scaled:
+            z = gate[0] if index is None else gate[0].index_select(0, index)
+        if valid is not None:
+            z = valid.to(torch.float32) if z is None else z * valid
+        factors.append(None if z is None else z.view(shape))
+    return factors[0], factors[1]
 
 
-def _select(weight: Tensor, p: Plan) -> Tensor:
-    """The packed kernels, unscaled, (groups, outs, ins, taps)."""
+def _grouped_kernels(weight: Tensor, p: Plan) -> Tensor:
+    """The kernels of a plan, unscaled, (groups, outs, ins, taps)."""
     taps = weight.shape[2] * weight.shape[3]
     if p.cell is None:
         return weight.reshape(p.groups, -1, weight.shape[1], taps)
@@ -160,7 +168,13 @@ def _select(weight: Tensor, p: Plan) -> Tensor:
     return kernels.view(p.groups, -1, p.cell.shape[1], taps)
 
 
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """pack rounds the lengths of 16-bit types up, which would cut kernels apart."""
+    return torch.promote_types(dtype, torch.float32)
+
+
 def pack_weight(
+    pair: PackUnpack,
     weight: Tensor,
     p: Plan,
     in_gate: Gate | None,
@@ -170,14 +184,23 @@ def pack_weight(
     dtype: torch.dtype,
 ) -> Tensor:
     """z_out W z_in of the plan's channels, (groups * outs, ins, kh, kw)."""
-    kernels = _select(weight, p)
-    for factor in _scales(p, in_gate, out_gate, scale_in, scale_out):
+    if in_gate is None and out_gate is None:
+        return weight.to(dtype)
+    if p.cell is None and p.groups == 1:
+        full = weight.reshape(weight.shape[0], -1)
+        scales = {"scale_rows": scale_out, "scale_cols": scale_in}
+        packed = pair.pack(full, out_gate, p.taps, _wide(dtype), **scales).to(dtype)
+        taps = weight.shape[2] * weight.shape[3]
+        return packed.view(packed.shape[0], packed.shape[1] // taps, *weight.shape[2:])
+    kernels = _grouped_kernels(weight, p)
+    for factor in _factors(p, in_gate, out_gate, scale_in, scale_out):
         if factor is not None:
             kernels = kernels * factor
     return kernels.to(dtype).reshape(-1, kernels.shape[2], *weight.shape[2:])
 
 
 def unpack_weight(
+    pair: PackUnpack,
     grad: Tensor,
     weight: Tensor,
     p: Plan,
@@ -185,70 +208,153 @@ def unpack_weight(
     out_gate: Gate | None,
     scale_in: bool,
     scale_out: bool,
+    full: tuple[bool, bool],
     needs: tuple[bool, bool, bool],
 ) -> list[Tensor | None]:
-    """dW, dz_in and dz_out (of every open gate) from the gradient of the packed weight."""
-    need_w, need_in, need_out = needs
+    """dW, dz_in and dz_out from the gradient of the packed weight."""
+    if in_gate is None and out_gate is None:
+        return [grad.to(weight.dtype).contiguous(), None, None]
     taps = weight.shape[2] * weight.shape[3]
-    in_factor, out_factor = _scales(p, in_gate, out_gate, scale_in, scale_out)
+    if p.cell is None and p.groups == 1:
+        dw, dz_out, dz_in = pair.unpack(
+            grad.reshape(grad.shape[0], -1),
+            (weight.shape[0], weight.shape[1] * taps),
+            out_gate,
+            p.taps,
+            weight.dtype,
+            scale_rows=scale_out,
+            scale_cols=scale_in,
+            theta=weight.reshape(weight.shape[0], -1),
+            full_rows=full[1],
+            full_cols=full[0],
+            dz_rows=needs[2],
+            dz_cols=needs[1],
+        )
+        if dz_in is not None and taps > 1:
+            dz_in = dz_in.view(-1, taps).sum(1)
+        return [dw.view(weight.shape), dz_in, dz_out]
     ins = weight.shape[1] if p.cell is None else p.cell.shape[1]
     kernels = grad.reshape(p.groups, -1, ins, taps)
+    in_factor, out_factor = _factors(p, in_gate, out_gate, scale_in, scale_out)
+    terms = (
+        (kernels.to(_wide(kernels.dtype)) * _grouped_kernels(weight, p)).sum(3) if any(needs[1:]) else None
+    )
     dz: list[Tensor | None] = [None, None]
-    if need_in or need_out:
-        wide = torch.promote_types(kernels.dtype, torch.float32)
-        terms = (kernels.to(wide) * _select(weight, p)).sum(3)
-        for side, wanted, other, own, index, valid, dim in (
-            (0, need_in, out_factor, in_gate, p.in_index, p.in_valid, 1),
-            (1, need_out, in_factor, out_gate, p.out_index, p.out_valid, 2),
-        ):
-            if wanted and own is not None:
-                total = (terms if other is None else terms * other.squeeze(3)).sum(dim).flatten()
-                total = total.to(own[0].dtype)
-                if valid is not None:
-                    total = total * valid
-                dz[side] = total if index is None else torch.zeros_like(own[0]).index_add_(0, index, total)
-    dw = None
-    if need_w:
-        for factor in (in_factor, out_factor):
-            if factor is not None:
-                kernels = kernels * factor
-        kernels = kernels.to(weight.dtype).reshape(-1, taps)
-        if p.cell is None:
-            dw = kernels.view(weight.shape)
-        else:
-            dw = empty_grad(weight).zero_()
-            dw.view(-1, taps).index_add_(0, p.cell.flatten(), kernels)
+    for side, (gate, other, index, valid, dim) in enumerate(
+        (
+            (in_gate, out_factor, p.in_index, p.in_valid, 1),
+            (out_gate, in_factor, p.out_index, p.out_valid, 2),
+        )
+    ):
+        if needs[1 + side] and gate is not None and terms is not None:
+            total = (
+                (terms if other is None else terms * other.squeeze(3)).sum(dim).flatten().to(gate[0].dtype)
+            )
+            if index is not None and valid is not None:
+                total = torch.zeros_like(gate[0]).index_add_(0, index, total * valid)
+            dz[side] = _fractional(total, gate, full[side])
+    for factor in (in_factor, out_factor):
+        if factor is not None:
+            kernels = kernels * factor
+    kernels = kernels.to(weight.dtype).reshape(-1, taps)
+    if p.cell is None:
+        return [kernels.view(weight.shape), *dz]
+    dw = empty_grad(weight).zero_()
+    dw.view(-1, taps).index_add_(0, p.cell.flatten(), kernels)
     return [dw, *dz]
 
 
-def fractional(dz: Tensor | None, gate: Gate | None, full: bool) -> Tensor | None:
-    """dz of every open gate, or of fractional ones alone."""
-    if dz is None or gate is None or full:
-        return dz
-    return dz.masked_fill((gate[0] <= 0) | (gate[0] >= 1), 0)
+def _fractional(dz: Tensor, gate: Gate, full: bool) -> Tensor:
+    return dz if full else dz.masked_fill((gate[0] <= 0) | (gate[0] >= 1), 0)
 
 
-def gated_bias(bias: Tensor, out_gate: Gate | None, scale_out: bool) -> Tensor:
-    """The bias of every output channel times its gate, 0 where that is closed; in the gates' dtype."""
+def pack_bias(
+    pair: PackUnpack, bias: Tensor, out_gate: Gate | None, scale_out: bool, dtype: torch.dtype
+) -> Tensor:
+    """The bias of the open output channels, times their gates."""
     if out_gate is None:
+        return bias.to(dtype)
+    return pair.pack(bias[None], None, out_gate, _wide(dtype), scale_cols=scale_out)[0].to(dtype)
+
+
+def unpack_bias(
+    pair: PackUnpack,
+    grad: Tensor,
+    bias: Tensor,
+    out_gate: Gate | None,
+    scale_out: bool,
+    full: bool,
+    need_z: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """dbias and its part of dz_out from the gradient of the packed bias."""
+    if out_gate is None:
+        return grad.to(bias.dtype), None
+    db, _, dz = pair.unpack(
+        grad[None],
+        (1, bias.shape[0]),
+        None,
+        out_gate,
+        bias.dtype,
+        scale_cols=scale_out,
+        theta=bias[None],
+        full_cols=full,
+        dz_cols=need_z,
+    )
+    return db[0], dz
+
+
+def take(t: Tensor, index: Tensor | None) -> Tensor:
+    """The channels ``index`` of t (N, C, H, W), in t's memory format."""
+    if index is None:
+        return t
+    if memory_format(t, t) == torch.contiguous_format:
+        return t.index_select(1, index)
+    N, C, H, W = t.shape  # as a matrix: torch selects columns of that five times as fast
+    rows = t.permute(0, 2, 3, 1).reshape(N * H * W, C).index_select(1, index)
+    return rows.view(N, H, W, len(index)).permute(0, 3, 1, 2)
+
+
+def put(pair: PackUnpack, value: Tensor, gate: Gate, dtype: torch.dtype, fmt: torch.memory_format) -> Tensor:
+    """The mirror of take: value's channels where the gate is open, zeros in the others."""
+    N, n, H, W = value.shape
+    C = gate[0].shape[0]
+    if fmt == torch.contiguous_format:
+        out = value.new_zeros(N, C, H, W, dtype=dtype)
+        return out.index_add_(1, gate[1][:n].long(), value.to(dtype))
+    rows = value.permute(0, 2, 3, 1).reshape(N * H * W, n)
+    full, _, _ = pair.unpack(rows, (len(rows), C), None, gate, dtype)
+    return full.view(N, H, W, C).permute(0, 3, 1, 2)
+
+
+def constant(
+    like: Tensor, shape: list[int], value: Tensor | None, dtype: torch.dtype, fmt: torch.memory_format
+) -> Tensor:
+    """A tensor (N, C, H, W) of one value per channel, or of zeros."""
+    out = torch.empty(shape, dtype=dtype, device=like.device, memory_format=fmt)
+    return out.zero_() if value is None else out.copy_(value[:, None, None].expand(shape))
+
+
+def put_groups(y: Tensor, p: Plan, rest: Tensor) -> Tensor:
+    """The outputs of a plan's groups among the open channels, ``rest``, whose groups may have been left out."""
+    out_index = p.out_index
+    if p.out_valid is not None and out_index is not None:
+        valid = p.out_valid.nonzero()[:, 0]
+        out_index, y = out_index.index_select(0, valid), y.index_select(1, valid)
+    place = out_index if p.opened is None or out_index is None else torch.searchsorted(p.opened, out_index)
+    return y if place is None else rest.index_copy(1, place, y.to(rest.dtype))
+
+
+def bias_of(p: Plan, bias: Tensor) -> Tensor:
+    """The bias of the computed channels out of that of the open ones."""
+    if p.computes_all or p.out_index is None:
         return bias
-    return bias * (out_gate[0] if scale_out else (out_gate[0] != 0).to(out_gate[0].dtype))
-
-
-def take(t: Tensor, index: Tensor | None, dtype: torch.dtype, fmt: torch.memory_format) -> Tensor:
-    """The channels ``index`` of t (N, C, H, W) in a memory format."""
-    t = t if index is None else t.index_select(1, index)
-    return t.to(dtype).contiguous(memory_format=fmt)
-
-
-def _put(out: Tensor, index: Tensor, valid: Tensor | None, value: Tensor) -> Tensor:
-    """Writes the channels ``index`` of out."""
-    if valid is not None:
-        index, value = index[valid], value[:, valid]
-    return out.index_copy_(1, index, value.to(out.dtype))
+    return bias.index_select(
+        0, p.out_index if p.opened is None else torch.searchsorted(p.opened, p.out_index)
+    )
 
 
 def conv2d_forward(
+    pair: PackUnpack,
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -264,36 +370,31 @@ def conv2d_forward(
     """y (N, out, H', W') of gated_conv2d for x (N, in, H, W), in ``dtype``; nothing is kept for backward."""
     stride, padding, dilation, groups = conv
     fmt = memory_format(x, weight)
-    p = plan(weight, groups, in_gate, out_gate, dtype)
+    p = plan(weight, groups, in_gate, out_gate)
     shape = output_shape(x, weight, conv)
-    b = None if bias is None else gated_bias(bias, out_gate, scale_out).to(dtype)
-    if p.empty or x.shape[0] == 0:
-        return _constant(x, shape, b, dtype, fmt), []
-    b_packed = b if b is None or p.out_index is None else b.index_select(0, p.out_index)
-    y = F.conv2d(
-        take(x, p.in_index, dtype, fmt),
-        pack_weight(weight, p, in_gate, out_gate, scale_in, scale_out, dtype),
-        b_packed,
-        stride,
-        padding,
-        dilation,
-        p.groups,
-    )
-    if p.out_index is None:
+    b = None if bias is None else pack_bias(pair, bias, out_gate, scale_out, dtype)
+    if not p.empty:
+        y = F.conv2d(
+            take(x, p.in_index).to(dtype),
+            pack_weight(pair, weight, p, in_gate, out_gate, scale_in, scale_out, dtype),
+            None if b is None else bias_of(p, b),
+            stride,
+            padding,
+            dilation,
+            p.groups,
+        )
+    if p.opened is not None:
+        shape[1] = len(p.opened)
+    if not p.computes_all:
+        rest = constant(x, shape, b, dtype, fmt)
+        y = rest if p.empty else put_groups(y, p, rest)
+    if out_gate is None or p.opened is None:
         return y.contiguous(memory_format=fmt), []
-    # Channels that are open, but whose inputs are all closed, are their bias.
-    constant = _constant(x, shape, None if groups == 1 else b, dtype, fmt)
-    return _put(constant, p.out_index, p.out_valid, y), []
-
-
-def _constant(
-    x: Tensor, shape: list[int], value: Tensor | None, dtype: torch.dtype, fmt: torch.memory_format
-) -> Tensor:
-    out = x.new_empty(shape, dtype=dtype).to(memory_format=fmt)
-    return out.zero_() if value is None else out.copy_(value[:, None, None].expand(shape))
+    return put(pair, y, out_gate, dtype, fmt), []
 
 
 def conv2d_backward(
+    pair: PackUnpack,
     dy: Tensor,
     x: Tensor,
     weight: Tensor,
@@ -316,67 +417,58 @@ def conv2d_backward(
     need_x, need_w, need_b, need_in, need_out = needs
     stride, padding, dilation, groups = conv
     fmt = memory_format(x, weight)
-    dx = dw = db = dz_in = dz_out = None
-    p = plan(weight, groups, in_gate, out_gate, dtype)
+    dx = dw = db = dz_in = dz_out = total = None
+    p = plan(weight, groups, in_gate, out_gate)
     reads_dw = need_w or need_in or need_out
+    reads_db = bias is not None and (need_b or need_out)
+    dy_open = take(dy, p.opened).to(dtype)
     if p.empty or x.shape[0] == 0:
-        dx = _constant(x, list(x.shape), None, x.dtype, fmt) if need_x else None
+        dx = constant(x, list(x.shape), None, x.dtype, fmt) if need_x else None
         dw = empty_grad(weight).zero_() if need_w else None
         dz_in = torch.zeros_like(in_gate[0]) if need_in and in_gate is not None else None
         dz_out = torch.zeros_like(out_gate[0]) if need_out and out_gate is not None else None
     elif need_x or reads_dw:
-        dx, dw_packed, _ = torch.ops.aten.convolution_backward(
-            take(dy, p.out_index, dtype, fmt),
-            take(x, p.in_index, dtype, fmt),
-            pack_weight(weight, p, in_gate, out_gate, scale_in, scale_out, dtype),
-            None,
+        along = reads_db and reads_dw and p.computes_all  # then the bias comes with the weight
+        dx, dw_packed, total = torch.ops.aten.convolution_backward(
+            dy_open if p.computes_all else take(dy, p.out_index).to(dtype),
+            take(x, p.in_index).to(dtype),
+            pack_weight(pair, weight, p, in_gate, out_gate, scale_in, scale_out, dtype),
+            [dy_open.shape[1]] if along else None,
             stride,
             padding,
             dilation,
             False,
             [0, 0],
             p.groups,
-            [need_x, reads_dw, False],
+            [need_x, reads_dw, along],
         )
-        if dx is not None and p.in_index is None:
-            dx = dx.to(x.dtype).contiguous(memory_format=fmt)
-        elif dx is not None:
-            dx = _put(_constant(x, list(x.shape), None, x.dtype, fmt), p.in_index, p.in_valid, dx)
+        if dx is not None:
+            dx = _scatter_dx(pair, dx, x, p, in_gate, groups, fmt)
         if reads_dw:
-            dw, dz_in, dz_out = unpack_weight(
-                dw_packed,
-                weight,
-                p,
-                in_gate,
-                out_gate,
-                scale_in,
-                scale_out,
-                (need_w, need_in, need_out),
-            )
-    if bias is not None and (need_b or need_out):
-        db, dz_bias = unpack_bias(
-            dy.sum((0, 2, 3), dtype=torch.promote_types(dtype, torch.float32)),
-            bias,
-            out_gate,
-            scale_out,
-            need_out,
-        )
+            full, wanted = (full_in, full_out), (need_w, need_in, need_out)
+            gates = (in_gate, out_gate, scale_in, scale_out)
+            dw, dz_in, dz_out = unpack_weight(pair, dw_packed, weight, p, *gates, full, wanted)
+    if bias is not None and reads_db:
+        if total is None:
+            total = dy_open.sum((0, 2, 3), dtype=_wide(dtype))
+        db, dz_bias = unpack_bias(pair, total, bias, out_gate, scale_out, full_out, need_out)
         dz_out = dz_bias if dz_out is None else dz_out if dz_bias is None else dz_out + dz_bias
-    return [
-        dx,
-        dw if need_w else None,
-        db if need_b else None,
-        fractional(dz_in, in_gate, full_in),
-        fractional(dz_out, out_gate, full_out),
-    ]
+    return [dx, dw if need_w else None, db if need_b else None, dz_in, dz_out]
 
 
-def unpack_bias(
-    total: Tensor, bias: Tensor, out_gate: Gate | None, scale_out: bool, need_z: bool
-) -> tuple[Tensor, Tensor | None]:
-    """dbias and its part of dz_out (of every open gate), from dy summed over everything but channels."""
-    if out_gate is None:
-        return total.to(bias.dtype), None
-    z = out_gate[0]
-    total = total.to(z.dtype).masked_fill(z == 0, 0)  # a closed channel's dy may be anything
-    return (total * z if scale_out else total).to(bias.dtype), total * bias if need_z else None
+def _scatter_dx(
+    pair: PackUnpack,
+    dx: Tensor,
+    x: Tensor,
+    p: Plan,
+    in_gate: Gate | None,
+    groups: int,
+    fmt: torch.memory_format,
+) -> Tensor:
+    if p.in_index is None:
+        return dx.to(x.dtype).contiguous(memory_format=fmt)
+    if groups == 1 and in_gate is not None:
+        return put(pair, dx, in_gate, x.dtype, fmt)
+    if p.in_valid is not None:
+        index, dx = p.in_index[p.in_valid], dx[:, p.in_valid]
+    return constant(x, list(x.shape), None, x.dtype, fmt).index_copy_(1, index, dx.to(x.dtype))

@@ -162,11 +162,12 @@ def unpack(
     dz_cols: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The matrix of ``shape`` with packed in its open rows and columns, times the gates; gate gradients."""
+    packed = packed.contiguous()
     out = packed.new_empty(shape, dtype=dtype)
     dz_row = torch.empty_like(rows[0]) if dz_rows and rows is not None else None
     dz_col = torch.empty_like(cols[0]) if dz_cols and cols is not None else None
     _C.unpack(
-        _matrix(packed),
+        (packed.data_ptr(), packed.stride(0), 1),  # a lone column may have any stride
         _TYPES[packed.dtype],
         out.data_ptr(),
         _TYPES[dtype],
@@ -187,8 +188,6 @@ def unpack(
 
 
 _PACK = SimpleNamespace(pack=pack, unpack=unpack)
-conv2d_forward = conv2d.conv2d_forward
-conv2d_backward = conv2d.conv2d_backward
 
 
 def _fused(dtype: torch.dtype, *tensors: Tensor | None) -> bool:
@@ -499,3 +498,11 @@ def block_linear_backward(
         torch.get_num_threads(),
     )
     return [dx, dw if need_w else None, db, dz]
+
+
+def conv2d_forward(*args: Any) -> tuple[Tensor, list[Tensor]]:
+    return conv2d.conv2d_forward(_PACK, *args)
+
+
+def conv2d_backward(*args: Any) -> list[Tensor | None]:
+    return conv2d.conv2d_backward(_PACK, *args)

@@ -147,8 +147,6 @@ def unpack(
 _PACK = SimpleNamespace(pack=pack, unpack=unpack)
 block_linear_forward = packed.block_linear_forward
 block_linear_backward = packed.block_linear_backward
-conv2d_forward = conv2d.conv2d_forward
-conv2d_backward = conv2d.conv2d_backward
 
 
 def linear_forward(*args: Any) -> Tensor:
@@ -189,3 +187,11 @@ def masked_weight_grad(
         return dw, None
     dz = grad.to(torch.promote_types(grad.dtype, z.dtype)) * weight  # not rounded to 16 bits on the way
     return dw, gate_grad(dz.to(z.dtype), z, dist)
+
+
+def conv2d_forward(*args: Any) -> tuple[Tensor, list[Tensor]]:
+    return conv2d.conv2d_forward(_PACK, *args)
+
+
+def conv2d_backward(*args: Any) -> list[Tensor | None]:
+    return conv2d.conv2d_backward(_PACK, *args)

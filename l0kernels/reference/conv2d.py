@@ -119,8 +119,10 @@ def gated_conv2d(
     check_conv2d(x, weight, bias, groups)
     n_in, n_out = weight.shape[1] * groups, weight.shape[0]
     check_layer_gates(n_in, n_out, weight.device, in_gates, out_gates, out_support)
-    conv_options(x, weight, stride, padding, dilation)
+    strides, paddings, dilations, behind = conv_options(x, weight, stride, padding, dilation)
     if in_gates is not None:
         x = scale(x, in_gates.z[:, None, None])
-    y = torch.nn.functional.conv2d(x, weight, bias, stride, padding, dilation, groups)
+    if any(behind):  # as torch does, with a warning
+        x = torch.nn.functional.pad(x, (0, behind[1], 0, behind[0]))
+    y = torch.nn.functional.conv2d(x, weight, bias, strides, paddings, dilations, groups)
     return gate_output(y, out_gates, out_support, trailing=2)
