@@ -41,7 +41,8 @@ bench-cpu: $(STAMP)
 	$(PY) bench/run.py --device cpu $(ARGS)
 
 bench: $(STAMP)
-	$(PY) -m pytest bench/test_bench.py --benchmark-group-by=group --benchmark-columns=min,median,iqr,rounds $(ARGS)
+	$(PY) -m pytest bench/test_bench.py --benchmark-group-by=group --benchmark-columns=min,median,iqr,rounds \
+	  --benchmark-autosave $(ARGS)
 
 venv: $(STAMP)
 

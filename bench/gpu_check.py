@@ -23,17 +23,19 @@ from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from importlib import util
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from cuda_sanitize import TOOLS
+from rows import results_of
 
 ROOT = Path(__file__).resolve().parent.parent
 BUDGET_S = 520.0
 WORKERS = 16
-BROKEN = 3  # as in gpu_bench.py
+BROKEN = 3  # as in run.py
 # Tests poison memory by way of deterministic algorithms, for which cuBLAS wants a workspace of fixed size.
 TEST_ENV = {"OMP_NUM_THREADS": "2", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
 GRACE_S = 6.0  # from the interrupt to the kill
+WARM = ("ffn", "linear", "chain")  # ops whose kernels compile beside the tests
 TAIL = 40  # lines of a failed process in the log; details.txt has all
 _DTYPES = ("float32", "(float16 and not bfloat16)", "bfloat16")
 _OPS = ("test_linear", "test_mlp", "test_masked")
@@ -378,7 +380,7 @@ def tests(check: Check) -> None:
     total: dict[str, Counts] = {}
     with ThreadPoolExecutor(WORKERS) as pool:
         built = pool.submit(build, check, limit_s)
-        warm = {pool.submit(warm_up, check, op, limit_s): op for op in ("ffn", "linear", "step")}
+        warm = {pool.submit(warm_up, check, op, limit_s): op for op in WARM}
         waiting: dict[Future[tuple[Done, Path]], Shard] = {}
 
         def submit(more: list[Shard]) -> None:
@@ -401,11 +403,11 @@ def tests(check: Check) -> None:
 
 
 def bench_command(check: Check, part: str, budget_s: float) -> list[str | Path]:
-    command: list[str | Path] = [sys.executable, ROOT / "bench" / "gpu_bench.py", part]
-    command += ["--csv", check.csv, "--budget-s", f"{budget_s:.0f}"]
-    if check.args.dry:
-        command += ["--device", "cpu", "--backend", "torch", "--quick"]
-    return command
+    script = ROOT / "bench" / ("micro.py" if part == "micro" else "run.py")
+    command: list[str | Path] = [sys.executable, script, "--csv", check.csv, "--budget-s", f"{budget_s:.0f}"]
+    if part != "micro":
+        command += ["--op", part]
+    return [*command, "--device", "cpu", "--quick"] if check.args.dry else [*command, "--device", "cuda"]
 
 
 def warm_up(check: Check, op: str, limit_s: float) -> Done:
@@ -485,46 +487,6 @@ def sanitize(check: Check) -> None:
                 check.fail(f"sanitize {tool}: {what} after {done.seconds:.0f} s")
 
 
-def row_of(figures: dict[str, Any]) -> dict[str, str]:
-    """The columns of a call that cuda_cases.py timed."""
-    name, _, keep = str(figures["name"]).partition(" keep ")
-    return {
-        "op": name,
-        "keep": f"{float(keep or 1):g}",
-        "pass": "fwd+bwd" if "backward" in name else "fwd",
-        "mode": "graph",
-        "provider": "copy" if name == "copy" else "ours_cuda",
-        **{to: f"{figures[of] / 1e3:.4g}" for of, to in (("us", "ms"), ("p20", "ms_p20"), ("p80", "ms_p80"))},
-        "gbps": str(figures.get("gb_s", "")),
-    }
-
-
-def cuda(check: Check) -> None:
-    """Every CUDA kernel alone, in CUDA graphs, at the sizes of the targets."""
-    if not can_run_cuda(check, "cuda"):
-        return
-    from table import GPU_FIELDS, append, commit  # torch comes with it
-
-    command: list[str | Path] = [sys.executable, ROOT / "bench" / "cuda_cases.py", "target"]
-    done = call(command, min(60.0, check.share), check.env(), check.work)
-    check.log.details("cuda", done)
-    facts = check.facts
-    common = {name: str(facts.get(name, "")) for name in ("device", "python", "torch", "l0kernels")}
-    common["date"] = time.strftime("%Y-%m-%d", time.gmtime())
-    common["commit"] = check.args.commit or commit()
-    common["environment"] = f"CUDA {facts.get('cuda')} triton {facts.get('triton')}"
-    rows = []
-    for line in done.output.strip().splitlines():
-        check.log(f"  {line[:220]}")
-        if line.startswith("{") and line.endswith("}"):
-            rows.append({**common, **row_of(json.loads(line))})
-    append(check.csv, rows, GPU_FIELDS)
-    check.copy_results()
-    if done.code != 0:
-        what = "out of time" if done.code is None else f"exit {done.code}"
-        check.fail(f"cuda: {what} after {done.seconds:.0f} s")
-
-
 def ncu(check: Check) -> None:
     """Nsight Compute's figures of the CUDA kernels, if time and permissions allow."""
     if not can_run_cuda(check, "ncu"):
@@ -597,19 +559,14 @@ PARTS: dict[str, Part] = {
     "tests": Part(tests, 60),
     "ffn": Part(bench("ffn", 105), 30),
     "linear": Part(bench("linear", 55), 25),
-    "step": Part(bench("step", 60), 25),
+    "chain": Part(bench("chain", 60), 25),
     "sanitize": Part(sanitize, 30),
-    "micro": Part(bench("micro", 45), 20),
-    "cuda": Part(cuda, 15),
+    "micro": Part(bench("micro", 75), 30),
     "example": Part(example, 15),
     "tune": Part(tune, 60, always=False),
     "ncu": Part(ncu, 40, optional=True),
 }
 """By value: what is dropped when the time is up stands last."""
-
-
-def slug(name: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def run_parts(check: Check, names: Sequence[str]) -> Iterator[str]:
@@ -666,7 +623,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             log("no CUDA device: nothing can be checked here (--dry shows that the script runs)")
             return 2
         if not args.dry:
-            check.csv = ROOT / "bench" / "results" / f"{slug(device)}.csv"
+            check.csv = results_of(device)
             log.add(check.csv.with_suffix(".log"))
             log(f"{device}: {check.facts}")
         chosen = args.part or [name for name, part in PARTS.items() if part.always]

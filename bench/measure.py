@@ -1,36 +1,53 @@
-"""Interleaved timing on a CPU: blocks of calls, disturbed blocks dropped, page faults counted."""
+"""Interleaved timing: blocks of calls of every step in turn, on a CPU or in a GPU's stream.
+
+On a CPU blocks in which other processes ran are dropped and page faults are counted. On a GPU the marks are
+events in its stream; steps are launched one by one or replayed from a CUDA graph.
+"""
 
 import gc
 import os
 import resource
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
-BLOCK_S = 0.12  # /proc/stat counts in ticks of 10 ms: a block must span a dozen
-MAX_CALLS = 400
-MAX_OTHERS = 0.10  # share of our cores that other processes may take within a block
+import torch
+
+Step = Callable[[int], object]
+
+WARM_UP = 3
+LONG_MS = 100.0  # one call warms a longer step up
 MIN_ROUNDS = 3
+MAX_OTHERS = 0.10  # share of our cores that other processes may take within a block
 PATIENCE_S = 60.0  # how long steps without a result wait for a quiet machine
 RETRY_PAUSE_S = 1.0
+SHORT_MS = 0.2  # of shorter steps on a GPU several lie between two marks
+GROUP = 10
 TICK_S = 1 / os.sysconf("SC_CLK_TCK")
 
 
 @dataclass
 class Timed:
-    """A step to time, the context in which its blocks run, and what was measured."""
+    """A step, the context of its blocks, what comes untimed before each call, and what was measured in ms."""
 
-    step: Callable[[int], None]
-    context: Callable[[], AbstractContextManager[object]]
-    seconds: list[float] = field(default_factory=list)
+    step: Step
+    context: Callable[[], AbstractContextManager[object]] = nullcontext
+    setup: Step | None = None
+    ms: list[float] = field(default_factory=list)
     faults: list[float] = field(default_factory=list)
     blocks: int = 0
     rejected: int = 0
 
     def quantile(self, q: float) -> float:
-        ordered = sorted(self.seconds)
+        ordered = sorted(self.ms)
         return ordered[min(len(ordered) - 1, round(q * (len(ordered) - 1)))]
+
+    def call(self, i: int) -> None:
+        if self.setup is not None:
+            self.setup(i)
+        self.step(i)
 
 
 def busy_seconds() -> float | None:
@@ -50,62 +67,218 @@ def own_seconds() -> float:
     return usage.ru_utime + usage.ru_stime
 
 
-def run_block(timed: Timed, calls: int, drop: int, undisturbed: bool) -> None:
-    """`drop` calls to warm up, then `calls` timed ones, thrown away if other processes ran meanwhile."""
-    seconds = []
+def minor_faults() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+
+class HostClock:
+    """Marks for a device that computes within the call; disturbed blocks are told, where that can be."""
+
+    block_ms = 120.0  # /proc/stat counts in ticks of 10 ms: a block must span a dozen
+    max_calls = 400
+    max_rounds = 1_000_000
+    min_rounds = MIN_ROUNDS
+    groups = False
+
+    def __init__(self, quick: bool = False) -> None:
+        self._undisturbed = not quick
+        if quick:
+            self.block_ms, self.min_rounds = 2.0, 1
+        self._start: tuple[float | None, float, float, int] = (None, 0.0, 0.0, 0)
+
+    def mark(self) -> Any:
+        return time.perf_counter()
+
+    def ms(self, start: Any, end: Any) -> float:
+        return 1e3 * (end - start)
+
+    def wait(self) -> None:
+        pass
+
+    def begin(self) -> None:
+        self._start = busy_seconds(), own_seconds(), time.perf_counter(), minor_faults()
+
+    def end(self) -> tuple[bool, int]:
+        """Since begin: whether others ran, and page faults."""
+        busy, own, start, faults = self._start
+        wall, own = time.perf_counter() - start, own_seconds() - own
+        faults = minor_faults() - faults
+        busy_after = busy_seconds()
+        if not self._undisturbed or busy is None or busy_after is None:
+            return False, faults
+        cores = len(os.sched_getaffinity(0))
+        return busy_after - busy - own > MAX_OTHERS * wall * cores + 2 * TICK_S, faults
+
+
+class EventClock(HostClock):
+    """Marks in the current stream of the GPU: no step waits for another's end."""
+
+    block_ms = 40.0
+    max_calls = 40
+    max_rounds = 12
+    groups = True
+
+    def mark(self) -> Any:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def ms(self, start: Any, end: Any) -> float:
+        return start.elapsed_time(end)
+
+    def wait(self) -> None:
+        torch.cuda.synchronize()
+
+    def begin(self) -> None:
+        pass
+
+    def end(self) -> tuple[bool, int]:
+        return False, 0
+
+
+def clock_of(device: torch.device, quick: bool = False) -> HostClock:
+    """`quick`: one short block, disturbed or not, only to show that it runs."""
+    return EventClock(quick) if device.type == "cuda" else HostClock(quick)
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
     gc.collect()
     gc.disable()
     try:
-        with timed.context():
-            for i in range(drop):
-                timed.step(i)
-            busy, own, start = busy_seconds(), own_seconds(), time.perf_counter()
-            faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-            for i in range(calls):
-                begin = time.perf_counter()
-                timed.step(i)
-                seconds.append(time.perf_counter() - begin)
-            faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults
-            wall, own = time.perf_counter() - start, own_seconds() - own
-            busy_after = busy_seconds()
+        yield
     finally:
         gc.enable()
+
+
+def run_block(timed: Timed, calls: int, drop: int, group: int, clock: HostClock) -> list[float]:
+    """ms per call of `calls` groups of `group` calls, launched without waiting, after `drop` calls.
+
+    They are added to `timed` unless other processes ran meanwhile.
+    """
+    marks = []
+    with timed.context():
+        for i in range(drop):
+            timed.call(i)
+        clock.begin()
+        for i in range(calls):
+            if timed.setup is not None:
+                timed.setup(i)
+            start = clock.mark()
+            for j in range(group):
+                timed.step(i * group + j)
+            marks.append((start, clock.mark()))
+        disturbed, faults = clock.end()
+    clock.wait()
+    ms = [clock.ms(a, b) / group for a, b in marks]
     timed.blocks += 1
-    if undisturbed and busy is not None and busy_after is not None:
-        cores = len(os.sched_getaffinity(0))
-        if busy_after - busy - own > MAX_OTHERS * wall * cores + 2 * TICK_S:
-            timed.rejected += 1
-            return
-    timed.seconds += seconds
-    timed.faults.append(faults / calls)
+    if disturbed:
+        timed.rejected += 1
+    else:
+        timed.ms += ms
+        timed.faults.append(faults / (calls * group))
+    return ms
 
 
-def interleave(steps: dict[str, Timed], budget_s: float, undisturbed: bool = True) -> None:
+def interleave(steps: dict[str, Timed], clock: HostClock, budget_s: float) -> None:
     """Rounds of one block per step until the budget is spent; a step without a result waits for quiet.
 
     Raises:
         RuntimeError: other processes ran during every block of a step.
     """
-    plan: dict[str, tuple[int, int]] = {}
-    round_s = 0.0
+    plan: dict[str, tuple[int, int, int]] = {}
+    round_ms = 0.0
     for name, timed in steps.items():
-        with timed.context():
-            for i in range(3):
-                begin = time.perf_counter()
-                timed.step(i)
-                last = time.perf_counter() - begin
-        calls = min(max(round(BLOCK_S / last), 2), MAX_CALLS)
-        plan[name] = (calls, max(1, calls // 6))
-        round_s += last * sum(plan[name])
-    for _ in range(max(MIN_ROUNDS, round(budget_s / round_s))):
-        for name, timed in steps.items():
-            run_block(timed, *plan[name], undisturbed)
+        trial = Timed(timed.step, timed.context, timed.setup)
+        (ms,) = run_block(trial, 1, 0, 1, clock)
+        if ms < LONG_MS:
+            ms = min(run_block(trial, WARM_UP, 0, 1, clock))
+        group = GROUP if clock.groups and ms < SHORT_MS and timed.setup is None else 1
+        calls = max(2, min(clock.max_calls, round(clock.block_ms / (ms * group))))
+        drop = max(1, calls // 6) if not clock.groups else 1
+        plan[name] = calls, drop, group
+        round_ms += ms * (calls * group + drop)
+    rounds = max(clock.min_rounds, min(clock.max_rounds, round(1e3 * budget_s / round_ms)))
+    with _no_collection():
+        for _ in range(rounds):
+            for name, timed in steps.items():
+                run_block(timed, *plan[name], clock)
     deadline = time.monotonic() + PATIENCE_S
     for name, timed in steps.items():
-        while not timed.seconds and time.monotonic() < deadline:
+        while not timed.ms and time.monotonic() < deadline:
             time.sleep(RETRY_PAUSE_S)
-            run_block(timed, *plan[name], undisturbed)
-        if not timed.seconds:
+            run_block(timed, *plan[name], clock)
+        if not timed.ms:
             raise RuntimeError(
                 f"other processes ran during all {timed.blocks} blocks of {name}: leave the machine alone"
             )
+
+
+def captured(step: Step) -> Step:
+    """`step(0)` as a CUDA graph; each call replays it with fresh noise: torch's generator takes part."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(WARM_UP):
+            step(0)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step(0)
+
+    def replay(_: int) -> None:
+        graph.replay()
+
+    return replay
+
+
+@contextmanager
+def _quiet_stderr() -> Iterator[None]:
+    """The profiler's library writes lines of its own."""
+    kept, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(null, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(null)
+
+
+def _profiled(step: Step, **options: Any) -> Any:
+    step(0)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    with _quiet_stderr(), torch.profiler.profile(**options) as profile:
+        step(0)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+    return profile
+
+
+def peak_mb(step: Step, device: torch.device) -> float:
+    """The largest sum of torch's allocations during a step beyond what was there before, in MiB."""
+    if device.type != "cuda":
+        options = {"activities": [torch.profiler.ProfilerActivity.CPU], "profile_memory": True}
+        events = _profiled(step, **options).profiler.kineto_results.events()
+        total = peak = 0
+        for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
+            total += event.nbytes()
+            peak = max(peak, total)
+        return peak / 2**20
+    step(0)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    step(0)
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
+def launches(step: Step, device: torch.device) -> int | None:
+    """Kernels and copies that one step puts on the GPU; None off it."""
+    if device.type != "cuda":
+        return None
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    events = _profiled(step, activities=activities).events() or []
+    return sum(str(event.device_type).endswith("CUDA") for event in events)

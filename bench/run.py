@@ -1,147 +1,369 @@
-"""Time the works of the target table: ``python bench/run.py [--op linear] [--device cpu] [--quick]``.
+"""Time ops against dense: ``python bench/run.py [--op linear] [--device cuda] [--quick]``; see registry.py.
 
-Every provider of a case is first compared with fp64, then timed in interleaved blocks. Rows are appended to
-bench/results/<cpu>.csv (not with --quick); `bench/table.py` renders them.
+Every provider is compared with fp64, then timed interleaved with the others of its op, density and pass; a
+wrong one is named, not timed, and fails the run. Rows are appended to bench/results/<device>.csv as they are
+measured (with --quick only to --csv); table.py renders them, plot.py draws them, cost.py explains them.
 """
 
 import argparse
 import os
-import platform
-import re
 import sys
 import time
-from contextlib import AbstractContextManager, nullcontext
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
-from check import check
-from measure import Timed, interleave
-from ops import OPS
-from registry import KEEPS, WORKS, Case, Work
-from table import RESULTS, Row, append, commit, machine, providers, targets
-from tqdm import tqdm
+from check import Checker, context, precision
+from cost import cost
+from measure import Step, Timed, captured, clock_of, interleave, launches, peak_mb
+from ops import OPS, Case, Provider, usable_backend
+from registry import (
+    DENSE,
+    DTYPES,
+    FEW_KEEPS,
+    KEEPS,
+    MAY_FAIL,
+    MODES,
+    ORDER,
+    PASSES,
+    PROVIDERS,
+    QUICK,
+    STEADY,
+    TABLE_KEEPS,
+    Keep,
+    Work,
+    chosen,
+    keep_name,
+)
+from rows import Row, append, common_fields, results_of
+from table import summary
 
-import l0kernels as l0
-
-# Per density; a large case takes a second for one call of each provider.
-BUDGET_S = 8.0
-LARGE_BUDGET_S = 15.0
+# Of timing, for a density, pass and mode; the smallest number of rounds may take longer.
+GROUP_S = {"cpu": 3.0, "cuda": 2.0}
+LARGE_S = 6.0
 LARGE_FLOPS = 1e10
-QUICK_BUDGET_S = 0.3
-QUICK_SHAPES = {"linear": (32, 64, 48), "ffn": (32, 32, 64), "chain": (16, 40, 24, 12, 5)}
+QUICK_S = 0.02
+BROKEN = 3  # exit code: the GPU's context is lost, the provider named last lost it
 
 
-def cpu_name() -> str:
-    """The processor's name, with family and model where generations share a marketing name."""
-    info: dict[str, str] = {}
+class Broken(RuntimeError):
+    """The GPU's context is lost; nothing more runs in this process."""
+
+
+class Bar:
+    """A progress bar on a terminal, where tqdm is there; lines go above it."""
+
+    def __init__(self, total: int) -> None:
+        self._bar: Any = None
+        try:
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=total, unit="group", file=sys.stderr, disable=None, dynamic_ncols=True)
+        except ImportError:
+            pass
+
+    def say(self, what: str) -> None:
+        if self._bar is not None:
+            self._bar.set_postfix_str(what)
+
+    def update(self) -> None:
+        if self._bar is not None:
+            self._bar.update()
+
+    def log(self, line: str) -> None:
+        if self._bar is not None:
+            self._bar.clear()
+        print(line, flush=True)
+        if self._bar is not None:
+            self._bar.refresh()
+
+
+def refuse_broken(name: str, device: torch.device) -> None:
+    """Called for an error: raises Broken if the GPU no longer answers."""
+    if device.type != "cuda":
+        return
     try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            key, _, value = line.partition(":")
-            info.setdefault(key.strip(), value.strip())
-    except OSError:
-        return platform.processor() or platform.machine()
-    generation = f"{info['cpu family']}-{info['model']}" if "cpu family" in info else ""
-    return f"{info.get('model name', platform.machine())} {generation}".strip()
+        torch.cuda.synchronize()
+    except RuntimeError as lost:
+        raise Broken(name) from lost
 
 
-def common_fields() -> Row:
-    tuned = [name for name in sorted(os.environ) if name.startswith(("MALLOC_", "THP_", "OMP_", "GOMP_"))]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {
-        "date": time.strftime("%Y-%m-%d", time.gmtime()),
-        "commit": commit(),
-        "device": cpu_name(),
-        "cores": str(cores),
-        "threads": str(torch.get_num_threads()),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "l0kernels": l0.__version__,
-        "environment": " ".join(f"{name}={os.environ[name]}" for name in tuned),
-    }
+def first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:300] if lines else ''}"
 
 
-def context(backend: str | None) -> AbstractContextManager[object]:
-    return l0.use_backend(backend) if backend else nullcontext()
+class Bench:
+    """A work's case, what may compute it here, and the figures that hold at every density."""
 
+    def __init__(self, work: Work, args: argparse.Namespace, bar: Bar) -> None:
+        self.work, self.args, self.bar = work, args, bar
+        self.device = torch.device(args.device)
+        self.right = True
+        torch._dynamo.reset()  # code compiled for another shape counts against a limit
+        build = partial(OPS[work.op], work.shape, DTYPES[work.dtype], self.device)
+        self.case: Case = build(exact=False)
+        self.checker = Checker(self.case, build(exact=True), work.dtype)
+        self.providers: dict[str, Provider] = {}
+        self._graphs: dict[tuple[str, str], Step | None] = {}
+        self._constant: dict[str, Row] = {}
 
-def measure(work: Work, keep: float, case: Case, quick: bool) -> list[Row]:
-    timed = {
-        name: Timed(partial(case.step, provider), partial(context, provider.backend))
-        for name, provider in case.providers.items()
-        if provider.timed
-    }
-    budget_s = LARGE_BUDGET_S if case.dense_flops > LARGE_FLOPS else BUDGET_S
-    interleave(timed, QUICK_BUDGET_S if quick else budget_s, undisturbed=not quick)
-    stock, fair = (timed[name].quantile(0.5) for name in ("dense", "dense_own"))
-    at = KEEPS.index(keep)
-    rows = []
-    for name, result in timed.items():
-        seconds = result.quantile(0.5)
-        flops = case.dense_flops if name in ("dense", "dense_own") else case.flops
-        targeted = name == "ours" and work in WORKS
-        rows.append(
-            {
+    def find(self, keep: Keep) -> None:
+        """Calls every provider once, for its compiler; those that do not run here are named and left out."""
+        self.case.set_keep(keep)
+        for name, provider in self.case.providers.items():
+            if name in self.args.without or (self.args.provider and name not in self.args.provider):
+                continue
+            if provider.backend not in ("default", "reference") and not usable_backend(provider.backend):
+                continue
+            self.bar.say(f"{self.work.label}: {name}")
+            self.bar.log(f"  {name}: first call")
+            try:
+                step, setup = self.case.steps(provider, "fwd+bwd" if provider.backward else "fwd")
+                with context(provider.backend):
+                    Timed(step, setup=setup).call(0)
+                self.providers[name] = provider
+            except Exception as error:  # a provider fails in its own way; it is named and the rest go on
+                refuse_broken(name, self.device)
+                self.bar.log(f"  {name}: skipped, {first_line(error)}")
+                self.right &= name in MAY_FAIL
+                self.case.release(provider)
+
+    def check(self, keep: Keep, names: Sequence[str]) -> dict[str, Row]:
+        """Error, memory and launches of the providers that are right at this density."""
+        extra: dict[str, Row] = {}
+        main = self.work.main_pass
+        # By truth: it is computed once for all of them.
+        for name in sorted(names, key=lambda name: self.providers[name].truth):
+            provider = self.providers[name]
+            self.bar.say(f"{self.work.label} keep {keep_name(keep)}: {name} against fp64")
+            try:
+                row = {"error": f"{self.checker.error(name, provider):.1e}"}
+                step, setup = self.case.steps(provider, main if provider.backward else "fwd")
+                timed = Timed(step, setup=setup)
+                with context(provider.backend):
+                    if name not in self._constant:
+                        count = launches(timed.call, self.device)
+                        self._constant[name] = {} if count is None else {"launches": str(count)}
+                        if name in STEADY or name in DENSE:
+                            self._constant[name]["peak_mb"] = f"{peak_mb(timed.call, self.device):.4g}"
+                    if "peak_mb" not in self._constant[name]:
+                        row["peak_mb"] = f"{peak_mb(timed.call, self.device):.4g}"
+                extra[name] = row | self._constant[name]
+            except Exception as error:
+                refuse_broken(name, self.device)
+                self.right = False
+                self.case.release(provider)
+                self.bar.log(f"  keep {keep_name(keep)}, {name}: NOT TIMED, {first_line(error)}")
+        return extra
+
+    def timed(self, name: str, pass_: str, mode: str) -> Timed | None:
+        """None where this provider has no such pass or mode."""
+        provider = self.providers[name]
+        if pass_ != "fwd" and not provider.backward:
+            return None
+        step, setup = self.case.steps(provider, pass_)
+        if mode == "graph":
+            if provider.syncs or self.device.type != "cuda" or setup is not None:
+                return None
+            key = name, pass_
+            if key not in self._graphs:
+                try:
+                    with context(provider.backend):
+                        self._graphs[key] = captured(step)
+                except Exception as error:
+                    self._graphs[key] = None
+                    refuse_broken(name, self.device)
+                    self.bar.log(f"  {name}: no CUDA graph, {first_line(error)}")
+            replay = self._graphs[key]
+            if replay is None:
+                return None
+            step = replay
+        return Timed(step, partial(context, provider.backend), setup)
+
+    def rows(self, keep: Keep, pass_: str, mode: str, timed: dict[str, Timed]) -> Iterator[Row]:
+        work = self.work
+        ms = {name: result.quantile(0.5) for name, result in timed.items()}
+        stock = ms.get("dense")
+        fair = min((ms[name] for name in DENSE if name in ms), default=None)
+        share = self.open_share(keep)
+        rates = {
+            name: cost(work.op, work.shape, 1.0 if name in DENSE else share, pass_, work.dtype) for name in ms
+        }
+        targets = work.targets.get(keep, (None, None))
+        counts = (pass_, mode) == (work.main_pass, work.mode)
+        on_cpu = self.device.type == "cpu"
+        for name, result in timed.items():
+            tflops = rates[name].flops / ms[name] / 1e9
+            wanted = targets if counts and name == work.provider else (None, None)
+            yield {
                 "op": work.op,
                 "shape": work.shape_name,
-                "dtype": "float32",
-                "keep": f"{keep:g}",
+                "dtype": work.dtype,
+                "keep": keep_name(keep),
+                "pass": pass_,
+                "mode": mode,
                 "provider": name,
-                "ms": f"{1e3 * seconds:.4g}",
-                "ms_p20": f"{1e3 * result.quantile(0.2):.4g}",
-                "ms_p80": f"{1e3 * result.quantile(0.8):.4g}",
-                "calls": str(len(result.seconds)),
-                "blocks": str(result.blocks),
-                "rejected": str(result.rejected),
-                "faults": f"{sum(result.faults) / len(result.faults):.3g}",
-                "gflops": f"{flops / seconds / 1e9:.3g}",
-                "stock": f"{seconds / stock:.3f}",
-                "fair": f"{seconds / fair:.3f}",
-                "target_stock": f"{work.stock[at]:g}" if targeted else "",
-                "target_fair": f"{work.fair[at]:g}" if targeted else "",
+                "ms": f"{ms[name]:.4g}",
+                "ms_p20": f"{result.quantile(0.2):.4g}",
+                "ms_p80": f"{result.quantile(0.8):.4g}",
+                "calls": str(len(result.ms)),
+                "blocks": str(result.blocks) if on_cpu else "",
+                "rejected": str(result.rejected) if on_cpu else "",
+                "faults": f"{sum(result.faults) / len(result.faults):.3g}" if on_cpu else "",
+                "tflops": f"{tflops:.4g}",
+                "of_dense": f"{tflops / (rates['dense'].flops / stock / 1e9):.3f}" if stock else "",
+                "gbps": f"{rates[name].bytes / ms[name] / 1e6:.4g}",
+                "stock": f"{ms[name] / stock:.3f}" if stock else "",
+                "fair": f"{ms[name] / fair:.3f}" if fair else "",
+                "target_stock": f"{wanted[0]:g}" if wanted[0] is not None else "",
+                "target_fair": f"{wanted[1]:g}" if wanted[1] is not None else "",
             }
-        )
-    return rows
+
+    def open_share(self, keep: Keep) -> float | list[float]:
+        if isinstance(keep, tuple):
+            return [n / gates[0].numel() for n, gates in zip(keep, self.case.log_alphas, strict=True)]
+        return keep
+
+    def measure(self, keep: Keep, deadline: float) -> list[Row]:
+        """All passes and modes at one density, rows appended as they come."""
+        args, work = self.args, self.work
+        self.checker.set_keep(keep)
+        few = keep in FEW_KEEPS or isinstance(keep, tuple) or args.full or len(args.keep) == 1
+        names = [name for name in self.providers if few or name not in STEADY]
+        extra = self.check(keep, names)
+        found = []
+        for pass_ in args.passes or work.passes:
+            for mode in args.modes:
+                timed = {name: self.timed(name, pass_, mode) for name in extra}
+                known = {name: result for name, result in timed.items() if result is not None}
+                if not known or time.monotonic() > deadline:
+                    continue
+                self.bar.say(f"{work.label} keep {keep_name(keep)}: {pass_} {mode}")
+                large = cost(work.op, work.shape, 1.0, pass_, work.dtype).flops > LARGE_FLOPS
+                group_s = LARGE_S if large and args.device == "cpu" else GROUP_S[args.device]
+                budget_s = QUICK_S if args.quick else min(group_s, max(0.0, deadline - time.monotonic()))
+                try:
+                    interleave(known, clock_of(self.device, args.quick), budget_s)
+                except RuntimeError as error:
+                    refuse_broken(f"mode-{mode}", self.device)
+                    self.bar.log(f"  keep {keep_name(keep)}, {mode}: stopped, {first_line(error)}")
+                    self.right = False
+                    continue
+                rows = [row | extra[row["provider"]] for row in self.rows(keep, pass_, mode, known)]
+                for row in rows:
+                    self.bar.log(line_of(row))
+                if args.csv is not None:
+                    append(args.csv, [args.common | row for row in rows])
+                found += [args.common | row for row in rows]
+        return found
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--op", choices=sorted(OPS), help="only this op")
-    parser.add_argument("--shape", help="only this shape, as in 100x784x300")
-    parser.add_argument("--device", choices=["cpu"], default="cpu")
-    parser.add_argument("--keep", type=float, nargs="+", choices=KEEPS, default=list(KEEPS))
-    parser.add_argument("--quick", action="store_true", help="tiny shapes, saves nothing: does it run?")
-    args = parser.parse_args()
+def line_of(row: Row) -> str:
+    launched = f" {row['launches']} launches" if row.get("launches") else ""
+    return (
+        f"  {row['keep']:>5} {row['pass']:8}{row['mode']:6}{row['provider']:16}{row['ms']:>9} ms "
+        f"({row['ms_p20']}-{row['ms_p80']})  {row['tflops']:>6} TFLOP/s  stock {row['stock'] or '-':6} "
+        f"fair {row['fair'] or '-':6} {row['peak_mb']} MiB{launched} error {row['error']}"
+    )
 
-    works = [w for w in WORKS if w.device == args.device and args.op in (None, w.op)]
-    works = [w for w in works if args.shape in (None, w.shape_name)]
-    if not works:
-        parser.error(f"no such work; there are {', '.join(f'{w.op} {w.shape_name}' for w in WORKS)}")
-    if args.quick:
-        works = [Work(op, QUICK_SHAPES[op], args.device, (), ()) for op in dict.fromkeys(w.op for w in works)]
 
-    common = common_fields()
-    path = RESULTS / (re.sub(r"[^a-z0-9]+", "-", common["device"].lower()).strip("-") + ".csv")
-    rows: list[Row] = []
-    with tqdm(total=len(works) * len(args.keep), unit="case", file=sys.stderr) as bar:
-        for work in works:
-            for keep in args.keep:
-                label = f"{work.op} {work.shape_name} keep {keep:g}"
-                bar.set_postfix_str(f"{label}: against fp64")
-                case = OPS[work.op](work.shape, keep)
-                exact = OPS[work.op](work.shape, keep, torch.float64)
-                check(case, exact, label)
-                del exact
-                bar.set_postfix_str(f"{label}: timing")
-                measured = [{**common, **row} for row in measure(work, keep, case, args.quick)]
-                if not args.quick:
-                    append(path, measured)
-                rows += measured
+def run(works: Sequence[Work], args: argparse.Namespace, deadline: float) -> tuple[bool, list[Row]]:
+    """Every work at the densities of the tables, then at the others, as far as the time goes.
+
+    Returns:
+        whether every provider that runs here was right, and the rows.
+    """
+    table = [keep for keep in ORDER if keep in args.keep and keep in TABLE_KEEPS]
+    others = [keep for keep in ORDER if keep in args.keep and keep not in TABLE_KEEPS]
+    whole = args.keep == list(KEEPS)
+    plan: list[tuple[Work, Sequence[Keep]]] = [
+        *((work, (*table, *work.own_keeps) if whole else table) for work in works),
+        *((work, others) for work in works),
+    ]
+    plan = [(work, keeps) for work, keeps in plan if keeps]
+    bar = Bar(sum(len(keeps) for _, keeps in plan))
+    right, rows = True, list[Row]()
+    bench: Bench | None = None
+    for work, keeps in plan:
+        if time.monotonic() > deadline:
+            bar.log(f"{work.label} keep {', '.join(map(keep_name, keeps))}: dropped, time is up")
+            continue
+        with precision(work.dtype):
+            if bench is None or bench.work is not work:
+                bar.log(work.label)
+                bench = None  # frees its memory first
+                bench = Bench(work, args, bar)
+                bench.find(keeps[0])
+            if args.warm:
+                continue
+            for keep in keeps:
+                if time.monotonic() > deadline:
+                    bar.log(f"  keep {keep_name(keep)}: dropped, time is up")
+                else:
+                    rows += bench.measure(keep, deadline)
                 bar.update()
-    print(machine(rows), providers(rows), sep="\n\n")
-    if not args.quick:
-        print("", targets(works, rows), f"\nappended to {path}", sep="\n")
+        right &= bench.right
+    return right, rows
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    add = parser.add_argument
+    add("--op", choices=sorted(OPS), help="only this op")
+    add("--shape", help="with --op, only this shape, as in 100x784x300; it need not be listed")
+    add("--device", choices=["cpu", "cuda"], default="cpu")
+    add("--dtype", choices=list(DTYPES), help="only works of this dtype; with --shape in this dtype")
+    add("--keep", type=float, nargs="+", choices=KEEPS, default=list(KEEPS))
+    add("--pass", dest="passes", nargs="+", choices=PASSES, help="default: those of the work")
+    add("--modes", nargs="+", choices=MODES, default=list(MODES))
+    add("--provider", nargs="+", choices=list(PROVIDERS), help="only these")
+    add("--without", nargs="*", default=[], help="providers to leave out")
+    add("--full", action="store_true", help="every work, every provider at every density: hours")
+    add("--quick", action="store_true", help="tiny shapes, saves nothing: does it run, is it right?")
+    add("--warm", action="store_true", help="only call every provider once, for its compiler")
+    add("--budget-s", type=float, help="what is not begun by then is dropped; default: none")
+    add("--csv", type=Path, help="rows are appended to it; default bench/results/<device>.csv")
+    args = parser.parse_args(argv)
+    if args.shape and not args.op:
+        parser.error("--shape: expected an --op with it")
+    args.works = chosen(args.device, args.op, args.shape, args.dtype, args.full)
+    if args.quick:
+        dtype = args.dtype or "float32"
+        quick = {w.op: replace(w, shape=QUICK[w.op], dtype=dtype, targets={}) for w in args.works}
+        args.works = list(quick.values())
+    if not args.works:
+        parser.error(f"no such work on {args.device}; see WORKS in bench/registry.py")
+    if args.device == "cuda" and not args.full:
+        args.without.append("torch")  # it waits for the GPU in every layer, as index_select does
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse(argv)
+    deadline = time.monotonic() + (args.budget_s or 1e9)
+    args.common = common_fields(args.device)
+    if args.csv is None and not args.quick:
+        args.csv = results_of(args.common["device"])
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"torch\..*")
+    start = time.monotonic()
+    try:
+        right, rows = run(args.works, args, deadline)
+    except Broken as broken:
+        print(f"BROKEN by {broken}: {broken.__cause__}", flush=True)
+        sys.stdout.flush()
+        os._exit(BROKEN)  # destructors would wait for the GPU
+    if rows:
+        print("", summary(args.works, rows), sep="\n")
+    print(f"\n{len(rows)} rows in {time.monotonic() - start:.0f} s to {args.csv or 'nowhere'}")
+    if not right:
+        print("A CHECK FAILED: see NOT TIMED, stopped and skipped above")
+    return 0 if right else 1
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

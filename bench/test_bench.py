@@ -1,19 +1,22 @@
-"""pytest-benchmark entries of the core operations at LeNet size: ``make bench``."""
+"""pytest-benchmark entries of the core operations: ``make bench``.
+
+Every run is kept in .benchmarks under its commit; ``ARGS=--benchmark-compare`` shows the one before beside it.
+"""
 
 import pytest
 import torch
-from ops import OPS, trained_log_alpha
+from check import context
+from measure import Timed
+from ops import OPS, trained_log_alpha, usable_backend
 
 import l0kernels as l0
 
-BACKENDS = ["torch", "cpp"]
+BACKENDS = [name for name in ("torch", "cpp") if usable_backend(name)]
+CPU = torch.device("cpu")
 STEPS = [
-    ("linear", (100, 784, 300), ["dense", "dense_own", "masked", "index_select", "ours_torch", "ours"]),
-    (
-        "chain",
-        (100, 784, 300, 100, 10),
-        ["dense", "dense_own", "masked", "index_select", "ours_torch", "ours", "ours_nn"],
-    ),
+    ("linear", (100, 784, 300), "fwd+bwd", ["dense", "dense_own", "masked", "index_select", *BACKENDS]),
+    ("ffn", (64, 256, 1024), "fwd+bwd", ["dense", "dense_own", *BACKENDS]),
+    ("chain", (100, 784, 300, 100, 10), "step", ["dense", "dense_own", "masked", "nn", *BACKENDS]),
 ]
 
 
@@ -39,12 +42,16 @@ def test_l0_penalty(benchmark, log_alphas):
 
 @pytest.mark.parametrize("keep", [0.5, 0.1])
 @pytest.mark.parametrize(
-    ("op", "shape", "provider"), [(op, shape, name) for op, shape, names in STEPS for name in names]
+    ("op", "shape", "name", "provider"),
+    [(op, shape, name, provider) for op, shape, name, providers in STEPS for provider in providers],
 )
-def test_step(benchmark, op, shape, provider, keep):
-    case = OPS[op](shape, keep)
+def test_step(benchmark, op, shape, name, provider, keep):
+    case = OPS[op](shape, torch.float32, CPU)
+    case.set_keep(keep)
     chosen = case.providers[provider]
-    benchmark.group = f"{op} {'x'.join(map(str, shape))}, forward and backward, keep {keep:g}"
-    with l0.use_backend(chosen.backend or "torch"):
-        benchmark(case.step, chosen, 0)
-        assert all(bool(value.isfinite().all()) for value in case.values(chosen, seed=0))
+    benchmark.group = f"{op} {'x'.join(map(str, shape))}, {name}, keep {keep:g}"
+    step, setup = case.steps(chosen, name)
+    with context(chosen.backend):
+        benchmark(Timed(step, setup=setup).call, 0)
+        values = case.values(chosen.forward, chosen.leaves, True, seed=0)
+    assert all(bool(value.isfinite().all()) for value in values)

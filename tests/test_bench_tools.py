@@ -1,12 +1,24 @@
-"""The benchmark's own parts: densities, the correctness gate, rejected blocks, the table."""
+"""The benchmark's own parts: densities, the correctness gate, timing, the runner, tables."""
 
+from dataclasses import replace
+
+import check
+import cost
 import measure
+import micro
 import ops
 import pytest
+import registry
+import rows
+import run
 import table
 import torch
-from check import check
-from registry import KEEPS, WORKS
+from registry import KEEPS, QUICK, TABLE_KEEPS, WORKS, Work
+
+CPU = torch.device("cpu")
+
+
+# ---- densities
 
 
 @pytest.mark.parametrize("keep", KEEPS)
@@ -17,65 +29,426 @@ def test_trained_log_alpha_has_the_expected_share(n, keep):
     assert abs(ops.DIST.p_open(log_alpha).sum().item() - keep * n) <= 1
     if keep == 1:
         assert ops.DIST.p_one(log_alpha).min().item() > 1 - 1e-6
+    if keep == 0:
+        assert ops.DIST.p_open(log_alpha).max().item() < 1e-6
 
 
-def cases(op="linear", shape=(6, 10, 4), keep=0.5):
-    return ops.OPS[op](shape, keep), ops.OPS[op](shape, keep, torch.float64)
+@pytest.mark.parametrize("keep", [0.0, 1.0])
+def test_the_ends_of_the_sweep_are_exact_whatever_the_noise(keep):
+    log_alpha = ops.trained_log_alpha(5000, keep, torch.Generator())
+    for seed in range(20):
+        assert (ops.l0.sample_gates(log_alpha, seed=torch.tensor([seed])).z == keep).all()
+        assert (ops.torch_gate(log_alpha) == keep).all()
 
 
-@pytest.mark.parametrize(
-    ("op", "shape"), [("linear", (6, 10, 4)), ("chain", (6, 20, 7, 5, 3)), ("ffn", (6, 10, 14))]
-)
-def test_references_pass_the_gate(op, shape):
-    case, exact = cases(op, shape)
-    for name in ("dense_own", "ours_torch", "ours", "ours_nn"):
-        case.providers.pop(name, None)
-    case.providers["reference"].timed = case.providers["reference_dense"].timed = True
-    check(case, exact, op)
+def test_densities_are_set_in_place_for_every_copy_and_for_each_vector():
+    case = ops.chain(QUICK["chain"], torch.float32, CPU)
+    addresses = [gate.data_ptr() for copies in case.log_alphas for gate in copies]
+    case.set_keep((20, 12, 3))
+    assert addresses == [gate.data_ptr() for copies in case.log_alphas for gate in copies]
+    for copies, wanted in zip(case.log_alphas, (20, 12, 3), strict=True):
+        assert len(copies) == 2
+        assert copies[0].equal(copies[1])
+        assert abs(ops.DIST.p_open(copies[0]).sum().item() - wanted) <= 1
+
+
+# ---- the correctness gate
+
+
+def pair(op, shape=None, dtype=torch.float32):
+    return tuple(ops.OPS[op](shape or QUICK[op], dtype, CPU, exact) for exact in (False, True))
+
+
+@pytest.mark.parametrize("op", sorted(ops.OPS))
+def test_every_provider_is_right_at_every_density(op):
+    case, exact = pair(op)
+    checker = check.Checker(case, exact, "float32")
+    for keep in (0.5, 1.0, 0.0):
+        checker.set_keep(keep)
+        for name, provider in case.providers.items():
+            if "compiled" not in name and (
+                provider.backend == "default" or ops.usable_backend(provider.backend)
+            ):
+                assert checker.error(name, provider) < 1e-4, name
+
+
+@pytest.mark.parametrize("op", ["linear", "ffn", "swiglu"])
+def test_grouped_mm_is_right_though_only_a_gpu_times_it(op):
+    if not hasattr(torch, "_grouped_mm"):
+        pytest.skip("this torch has none")
+    case, exact = pair(op)
+    if op == "linear":
+        stock, gates = case.truths["masked"].args[0][0], case.log_alphas[0][0]
+        forward = lambda x: ops.grouped_linear(stock, gates, x)  # noqa: E731
+    else:
+        forward = lambda x: ops.grouped_ffn(*case.truths["masked"].args, x)  # noqa: E731
+    checker = check.Checker(case, exact, "float32")
+    checker.set_keep(0.5)
+    assert checker.error("grouped_mm", replace(case.providers["masked"], forward=forward)) < 1e-5
+
+
+def test_a_provider_with_noise_of_its_own_is_compared_with_all_gates_open():
+    case, exact = pair("linear", (6, 10, 4))
+    checker = check.Checker(case, exact, "float32")
+    checker.set_keep(0.5)
+    own = replace(case.providers["masked"], own_noise=True)
+    assert checker.error("own", own) < 1e-5
+    assert 0.2 < ops.DIST.p_open(case.log_alphas[0][0]).mean().item() < 0.8  # put back
+    wrong = replace(own, forward=lambda x: own.forward(x) * 1.01)
+    with pytest.raises(RuntimeError, match="value 0"):
+        checker.error("wrong", wrong)
 
 
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda y: y * 1.0001, "the output"),
-        (lambda y: y.detach().requires_grad_(), "gradient 0"),
+        (lambda y: y * 1.0001, "value 0"),
+        (lambda y: y.detach().requires_grad_(), "value 1"),
         (lambda y: y * float("nan"), "nan"),
     ],
 )
-def test_gate_stops_a_wrong_provider(spoil, message):
-    case, exact = cases()
-    forward = case.providers["dense"].forward
-    case.providers["dense"].forward = lambda x: spoil(forward(x))
+def test_the_gate_stops_a_wrong_provider(spoil, message):
+    case, exact = pair("linear", (6, 10, 4))
+    checker = check.Checker(case, exact, "float32")
+    checker.set_keep(0.5)
+    provider = case.providers["dense"]
     with pytest.raises(RuntimeError, match=message):
-        check(case, exact, "linear")
+        checker.error("dense", replace(provider, forward=lambda x: spoil(provider.forward(x))))
+
+
+def test_bfloat16_and_tf32_have_bounds_of_their_own():
+    case, exact = pair("linear", dtype=torch.bfloat16)
+    checker = check.Checker(case, exact, "bfloat16")
+    checker.set_keep(0.5)
+    for name in ("dense", "masked", "torch"):
+        assert 1e-4 < checker.error(name, case.providers[name]) < 2e-2
+    before = torch.get_float32_matmul_precision()
+    with check.precision("tf32"):
+        assert torch.get_float32_matmul_precision() == "high"
+    assert torch.get_float32_matmul_precision() == before
+
+
+# ---- timing
+
+
+class CountingClock(measure.HostClock):
+    """Every mark is a millisecond after the one before."""
+
+    block_ms = 40.0
+
+    def __init__(self):
+        super().__init__()
+        self.now = 0.0
+
+    def mark(self):
+        self.now += 1e-3
+        return self.now
+
+    def end(self):
+        return False, 7
+
+
+def test_interleave_rotates_groups_and_keeps_every_sample():
+    clock, calls, entered = CountingClock(), {"a": [], "b": []}, []
+
+    class Context:
+        def __enter__(self):
+            entered.append(self)
+
+        def __exit__(self, *_):
+            pass
+
+    steps = {name: measure.Timed(calls[name].append, Context) for name in calls}
+    measure.interleave(steps, clock, budget_s=0.0)
+    for name, timed in steps.items():
+        assert len(timed.ms) == measure.MIN_ROUNDS * 40  # blocks of 40 ms
+        assert timed.ms == pytest.approx([1.0] * len(timed.ms))
+        assert calls[name][-3:] == [37, 38, 39]
+        assert timed.blocks == measure.MIN_ROUNDS
+    assert len(entered) == 2 * (2 + measure.MIN_ROUNDS)
+    assert measure.run_block(measure.Timed(calls["a"].append), 2, 0, 10, clock) == pytest.approx([0.1, 0.1])
+    timed = measure.Timed(calls["a"].append, ms=[float(i) for i in range(11)])
+    assert [timed.quantile(q) for q in (0.2, 0.5, 0.8)] == [2, 5, 8]
+
+
+def test_what_comes_before_a_step_is_not_timed():
+    order = []
+    timed = measure.Timed(lambda i: order.append(("step", i)), setup=lambda i: order.append(("setup", i)))
+    measure.run_block(timed, 2, 1, 1, CountingClock())
+    assert order == [(what, i) for i in (0, 0, 1) for what in ("setup", "step")]
+    assert timed.ms == pytest.approx([1.0, 1.0])
 
 
 def test_disturbed_blocks_are_rejected(monkeypatch):
-    clock = iter(float(i) for i in range(1_000_000))
-    monkeypatch.setattr(measure, "busy_seconds", lambda: next(clock))
+    seconds = iter(float(i) for i in range(1_000_000))
+    monkeypatch.setattr(measure, "busy_seconds", lambda: next(seconds))
     monkeypatch.setattr(measure, "PATIENCE_S", 0.2)
     monkeypatch.setattr(measure, "RETRY_PAUSE_S", 0.01)
-    timed = measure.Timed(lambda i: None, torch.no_grad)
-    measure.run_block(timed, calls=3, drop=1, undisturbed=True)
-    assert (timed.blocks, timed.rejected, timed.seconds) == (1, 1, [])
-    measure.run_block(timed, calls=3, drop=1, undisturbed=False)
-    assert (timed.blocks, timed.rejected, len(timed.seconds)) == (2, 1, 3)
+    timed = measure.Timed(lambda i: None)
+    measure.run_block(timed, 3, 1, 1, measure.HostClock())
+    assert (timed.blocks, timed.rejected, timed.ms) == (1, 1, [])
+    measure.run_block(timed, 3, 1, 1, measure.HostClock(quick=True))
+    assert (timed.blocks, timed.rejected, len(timed.ms)) == (2, 1, 3)
     with pytest.raises(RuntimeError, match="blocks of idle"):
-        measure.interleave({"idle": measure.Timed(lambda i: None, torch.no_grad)}, budget_s=0.0)
+        measure.interleave({"idle": measure.Timed(lambda i: None)}, measure.HostClock(), budget_s=0.0)
 
 
-def test_table_shows_the_last_row_and_the_verdict(tmp_path):
-    work = WORKS[0]
-    row = dict.fromkeys(table.FIELDS, "")
-    row |= {"op": work.op, "shape": work.shape_name, "keep": "0.5", "provider": "ours", "ms": "1"}
-    row |= {"target_stock": "0.27", "target_fair": "0.54"}
-    path = tmp_path / "results" / "cpu.csv"
-    table.append(path, [row | {"stock": "0.9", "fair": "0.9"}])
-    table.append(path, [row | {"stock": "0.54", "fair": "0.5"}])
-    rows = list(table.latest(table.read(path)).values())
-    assert [r["stock"] for r in rows] == ["0.54"]
-    text = table.targets(WORKS, rows)
-    assert "| 0.54 / 0.50 |" in text
-    assert "| 0.27 / 0.54 |" in text
+def test_passes_are_what_they_say():
+    case = ops.linear((6, 10, 4), torch.float32, CPU)
+    case.set_keep(1.0)
+    provider = case.providers["dense"]
+    weight = provider.leaves[0]
+    seen = []
+    weight.register_post_accumulate_grad_hook(lambda p: seen.append(p.grad.norm().item()))
+    for name in registry.PASSES:
+        step, setup = case.steps(provider, name)
+        assert (setup is not None) == (name == "bwd")
+        before = len(seen)
+        measure.Timed(step, setup=setup).call(0)
+        assert len(seen) - before == (name != "fwd")
+        assert weight.grad is None
+        assert case.batches[0].grad is None
+
+
+def test_peak_memory_counts_what_a_step_allocates():
+    assert measure.peak_mb(lambda i: torch.empty(1 << 20), CPU) == pytest.approx(4, rel=0.01)
+    assert measure.launches(lambda i: None, CPU) is None
+
+
+# ---- the runner
+
+
+def quick(tmp_path, *options):
+    path = tmp_path / "rows.csv"
+    code = run.main(["--quick", "--csv", str(path), "--without", "masked_compiled", *options])
+    return code, rows.read(path) if path.exists() else []
+
+
+def test_run_writes_a_row_for_every_provider_pass_and_density(tmp_path, capsys):
+    options = ["--op", "chain", "--keep", "1", "0.5", "--pass", "fwd", "bwd", "step"]
+    code, found = quick(tmp_path, *options)
+    assert code == 0
+    names = {"dense", "dense_own", "masked", "index_select", "torch", "nn"}
+    assert names <= {row["provider"] for row in found}
+    assert {(row["keep"], row["pass"]) for row in found} == {
+        (k, p) for k in ("1", "0.5") for p in options[6:]
+    }
+    for row in found:
+        assert all(row[name] for name in ("date", "commit", "device", "torch", "peak_mb", "error", "tflops"))
+        assert row["stock"] == f"{float(row['stock']):.3f}"
+    assert "| chain 16x40x24x12x5 float32, step, eager |" in capsys.readouterr().out
+
+
+def test_a_wrong_provider_fails_the_run_and_has_no_row(tmp_path, monkeypatch, capsys):
+    good = ops.index_select
+    monkeypatch.setattr(ops, "index_select", lambda *args: good(*args) * 1.01)
+    code, found = quick(tmp_path, "--op", "linear", "--keep", "0.5")
+    assert code == 1
+    assert "index_select" not in {row["provider"] for row in found}
+    assert "torch" in {row["provider"] for row in found}
+    out = capsys.readouterr().out
+    assert "index_select: NOT TIMED" in out
+    assert "A CHECK FAILED" in out
+
+
+def test_what_a_machine_lacks_is_named_but_ours_must_run(tmp_path, monkeypatch, capsys):
+    def broken(*args):
+        raise RuntimeError("not here")
+
+    linear = ops.OPS["linear"]
+
+    def build(*args, **kwargs):
+        case = linear(*args, **kwargs)
+        if case.providers:
+            case.providers = {
+                name: replace(case.providers["masked"], forward=broken) if name in left_out else provider
+                for name, provider in case.providers.items()
+            }
+        return case
+
+    monkeypatch.setitem(run.OPS, "linear", build)
+    left_out = ["masked_compiled"]
+    path = tmp_path / "a.csv"
+    assert run.main(["--quick", "--op", "linear", "--keep", "0.5", "--csv", str(path)]) == 0
+    assert "masked_compiled: skipped, RuntimeError: not here" in capsys.readouterr().out
+    left_out = ["torch"]
+    assert quick(tmp_path, "--op", "linear", "--keep", "0.5")[0] == 1
+
+
+def test_time_that_is_up_drops_by_name(tmp_path, capsys):
+    code, found = quick(tmp_path, "--op", "linear", "--budget-s", "0.000001")
+    assert (code, found) == (0, [])
+    assert (
+        "linear 32x64x48 float32 keep 0.5, 0.1, 1, 0.25, 0.9: dropped, time is up" in capsys.readouterr().out
+    )
+
+
+def test_works_are_chosen_by_device_op_shape_and_dtype():
+    default, full = registry.chosen("cpu"), registry.chosen("cpu", full=True)
+    assert set(default) < set(full)
+    assert {w.dtype for w in default} == {"float32"}
+    (bf16,) = registry.chosen("cpu", "linear", "512x4096x4096", "bfloat16")
+    assert (bf16.dtype, bf16.full) == ("bfloat16", True)
+    (listed,) = registry.chosen("cpu", "linear", "100x784x300")
+    assert listed.targets
+    (new,) = registry.chosen("cpu", "chain", "7x5x3")
+    assert (new.shape, new.passes) == ((7, 5, 3), ("step",))
+    assert not registry.chosen("cpu", "linear", dtype="tf32")
+    assert {w.shape[0] for w in full if w.shape[1:] == (4096, 4096)} >= {64, 256, 512, 1024, 4096, 16384}
+    for work in WORKS:
+        assert work.op in ops.OPS
+        assert work.op in QUICK
+        assert cost.cost(work.op, work.shape, 0.5, work.main_pass, work.dtype).flops > 0
+        assert len(set(work.own_keeps) | set(TABLE_KEEPS)) == len(work.targets or TABLE_KEEPS)
+
+
+# ---- cost
+
+
+@pytest.mark.parametrize("op", ["linear", "ffn", "swiglu", "chain"])
+def test_cost_falls_to_what_stays_dense(op):
+    dense, half, none = (cost.cost(op, QUICK[op], keep, "fwd+bwd", "float32") for keep in (1.0, 0.5, 0.0))
+    assert dense.flops > half.flops > none.flops >= 0
+    assert dense.bytes > half.bytes > none.bytes > 0
+    forward, backward = (cost.cost(op, QUICK[op], 0.5, name, "float32") for name in ("fwd", "bwd"))
+    assert forward + backward == half
+    assert cost.cost(op, QUICK[op], 0.5, "step", "float32").flops > half.flops
+
+
+def test_cost_of_a_linear_layer_is_the_sum_of_its_products():
+    M, K, N = 8, 16, 32
+    found = cost.cost("linear", (M, K, N), 1.0, "fwd+bwd", "bfloat16")
+    assert found.flops == 6 * M * K * N
+    assert found.bytes == 2 * 3 * (M * K + K * N + M * N)
+
+
+# ---- rows and tables
+
+
+def test_rows_refuse_a_file_with_other_columns(tmp_path):
+    path = tmp_path / "results" / "a.csv"
+    rows.append(path, [{"op": "linear"}])
+    rows.append(path, [{"op": "ffn"}])
+    assert [row["op"] for row in rows.read(path)] == ["linear", "ffn"]
+    path.write_text("a,b\n")
+    with pytest.raises(ValueError, match="expected the columns"):
+        rows.append(path, [{"op": "linear"}])
+
+
+@pytest.mark.parametrize("path", table.device_files(), ids=lambda path: path.stem)
+def test_every_results_file_has_our_columns_and_renders(path):
+    found = rows.read(path)
+    assert list(found[0]) == list(rows.FIELDS)
+    for row in found:
+        assert float(row["ms_p20"]) <= float(row["ms"]) <= float(row["ms_p80"])
+    text = table.readme(found)
+    assert found[-1]["device"] in text
+    assert found[-1]["torch"] in text
+    for work in table.titled(table.kind_of(found)):
+        assert f"| {work.title}" in text
+
+
+def test_commit_can_be_given(monkeypatch):
+    monkeypatch.setenv("L0KERNELS_COMMIT", "abc")
+    assert rows.commit() == "abc"
+    assert rows.slug("NVIDIA H200 (x)") == "nvidia-h200-x"
+
+
+WORK = Work("linear", (512, 4096, 4096), "cpu", "a layer", targets={0.5: (0.27, 0.54), (3, 2): (0.4, None)})
+
+
+def row(**values):
+    base = dict.fromkeys(rows.FIELDS, "")
+    base |= {"op": "linear", "shape": "512x4096x4096", "dtype": "float32", "pass": "fwd+bwd", "mode": "eager"}
+    return base | {"provider": "cpp", "ms": "1", "device": "a CPU", "date": "d"} | values
+
+
+def test_the_newest_row_counts_and_verdicts_name_what_is_missed():
+    found = table.Found(
+        [
+            row(keep="0.5", stock="0.9", fair="0.9"),
+            row(keep="0.5", stock="0.54", fair="0.5"),
+            row(keep="3-2", stock="0.3", fair="0.3"),
+        ]
+    )
+    assert [r["stock"] for r in found.rows] == ["0.54", "0.3"]
+    text = table.targets([WORK], found)
+    assert "| not measured | not measured | 0.54 / 0.50 | not measured | not measured |" in text
+    assert "|  |  | 0.27 / 0.54 |  |  |" in text
     assert "| +100 % / met |" in text
-    assert "+100 % / met" in table.providers(rows)
+    assert "| · 3-2 open: 0.30 / 0.30, target 0.4 / -, met / - |" in text
+    text = table.ratios([WORK], found)
+    assert (
+        "| a layer | not measured | not measured | 0.54 / 0.50 | not measured | not measured | .50 / .50 |"
+        in text
+    )
+    assert "| · at 3-2 open: 0.30 / 0.30 |" in text
+
+
+@pytest.mark.parametrize(
+    ("curve", "wanted"),
+    [
+        ([(1.0, 0.9), (0.5, 0.5)], 1.0),
+        ([(1.0, 1.2), (0.9, 1.1), (0.5, 0.7), (0.1, 0.2)], 0.8),
+        ([(1.0, 1.2), (0.5, 1.1)], None),
+        ([(1.0, 1.5), (0.0, 1.0)], 0.0),
+        ([], None),
+    ],
+)
+def test_break_even_is_interpolated(curve, wanted):
+    found = table.break_even(curve)
+    assert found == wanted if wanted is None else found == pytest.approx(wanted)
+
+
+def test_times_say_what_was_not_measured():
+    found = table.Found([row(keep="1", provider="dense", ms="7"), row(keep="0.5", provider="dense", ms="8")])
+    text = table.times([WORK], found)
+    assert "| ms at keep 1 / .5 / .1 | torch.nn, dense | l0kernels |" in text
+    assert "| a layer | 7 / 8 / - | not measured |" in text
+
+
+def test_the_table_of_primitives_names_the_faster_backend_and_the_default():
+    common = {"op": "sample", "shape": "1x784", "keep": "0.5", "pass": "fwd", "mode": "graph"}
+    common |= {"ms_p20": "0.001", "ms_p80": "0.003"}
+    found = [row(provider=name, ms=ms, **common) for name, ms in (("triton", "0.003"), ("cuda", "0.002"))]
+    text = table.micro(found)
+    default = micro.default_of("sample", ["triton", "cuda"])
+    note = "cuda" if default == "cuda" else "triton, 50 % slower"
+    assert f"triton 3 (1-3); cuda 2 (1-3) | cuda | {note} |" in text
+    assert micro.default_of("unpack_rows_dz", ["torch", "cpp"]) == "cpp"
+    assert micro.default_of("small_chain", ["triton", "cuda"]) == "cuda"
+
+
+# ---- primitives
+
+
+def test_micro_gates_are_gates():
+    z, index, count = micro._gate(300, 0.5, CPU)
+    assert count.tolist() == [150, 256]
+    assert index.shape == (384,)
+    assert (z[index[:150].long()] == 0.5).all()
+    assert not z[index[150:300].long()].any()
+    assert index[:150].tolist() == sorted(index[:150].tolist())
+
+
+def test_micro_names_a_source_that_fails_and_measures_the_others(tmp_path, monkeypatch):
+    def broken(device, quick):
+        raise ImportError("no kernels")
+        yield
+
+    def wrong(device, quick):
+        steps = {"torch": lambda i: None}
+        values = lambda name: [torch.ones(2) if name else torch.zeros(2)]  # noqa: E731
+        yield micro.Part("sample", "2", torch.float32, 0.5, steps, values=values)
+
+    lines = []
+    monkeypatch.setattr(micro, "SOURCES", (broken, wrong, micro.copies))
+    path = tmp_path / "rows.csv"
+    common = dict.fromkeys(("date", "commit"), "x")
+    log = lambda *words: lines.append(" ".join(map(str, words)))  # noqa: E731
+    assert not micro.run(path, common, CPU, 1e18, True, log)
+    assert any("broken: stopped, ImportError: no kernels" in line for line in lines)
+    assert any("wrong: stopped, RuntimeError: sample 2 torch: differs from fp64" in line for line in lines)
+    (found,) = rows.read(path)
+    assert (found["op"], found["provider"], found["mode"]) == ("copy", "copy", "eager")
+    assert float(found["gbps"]) > 0

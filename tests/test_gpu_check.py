@@ -6,16 +6,13 @@ import subprocess
 import sys
 import time
 
-import gpu_bench
 import gpu_check
-import gpu_measure
-import gpu_micro
-import gpu_ops
 import pytest
-import table
+import rows
 import torch
 from gpu_check import ROOT, Counts, Done, Shard
-from registry import GPU_WORKS, KEEPS
+from ops import OPS
+from registry import KEEPS, WORKS
 
 
 @pytest.fixture
@@ -205,16 +202,13 @@ def test_parts_are_dropped_by_name_and_a_failing_one_does_not_stop_the_next(chec
 def test_every_part_has_a_place():
     names = list(gpu_check.PARTS)
     assert names[:2] == ["environment", "tests"]
-    assert names.index("sanitize") == names.index("step") + 1
-    assert names.index("cuda") == names.index("micro") + 1
+    assert names.index("sanitize") == names.index("chain") + 1
     assert names[-1] == "ncu"
     needed = sum(part.needs_s for part in gpu_check.PARTS.values() if part.always and not part.optional)
     assert needed + 170 + 30 < gpu_check.BUDGET_S
-    for work in GPU_WORKS:
-        assert work.op in gpu_check.PARTS
-        assert work.op in gpu_ops.OPS
+    parts = {work.op for work in WORKS if work.device == "cuda" and not work.full}
+    assert set(gpu_check.WARM) <= parts <= set(gpu_check.PARTS) & set(OPS)
     assert [name for name, part in gpu_check.PARTS.items() if not part.always] == ["tune"]
-    assert gpu_check.slug("NVIDIA H200") == GPU_WORKS[0].device == "nvidia-h200"
 
 
 @pytest.mark.parametrize(
@@ -253,30 +247,6 @@ def cuda_check(check, monkeypatch):
     return check
 
 
-def test_cuda_part_writes_the_rows_that_it_got(cuda_check):
-    lines = [
-        {"name": "copy", "us": 56.54, "p20": 56.48, "p80": 56.55, "gb_s": 4154, "of_copy": 1.0},
-        {"name": "pack rows keep 0.5", "us": 34.0, "p20": 33.0, "p80": 35.0, "gb_s": 3411},
-        {"name": "7-3 forward and backward keep 1.0", "us": 85.6, "p20": 85.0, "p80": 86.0},
-    ]
-    script = "import sys\nassert sys.argv[1:] == ['target']\n"
-    script += "".join(f"print({json.dumps(json.dumps(line))})\n" for line in lines)
-    (cuda_check.work / "bench" / "cuda_cases.py").write_text(script + "sys.exit(5)\n")
-    gpu_check.cuda(cuda_check)
-    rows = table.read(cuda_check.csv)
-    names = ("op", "keep", "pass", "mode", "provider", "ms", "ms_p20", "ms_p80", "gbps")
-    assert [tuple(row[name] for name in names) for row in rows] == [
-        ("copy", "1", "fwd", "graph", "copy", "0.05654", "0.05648", "0.05655", "4154"),
-        ("pack rows", "0.5", "fwd", "graph", "ours_cuda", "0.034", "0.033", "0.035", "3411"),
-        ("7-3 forward and backward", "1", "fwd+bwd", "graph", "ours_cuda", "0.0856", "0.085", "0.086", ""),
-    ]
-    assert {(row["device"], row["commit"], row["environment"]) for row in rows} == {
-        ("a GPU", "abc", "CUDA 13.0 triton 3")
-    }
-    assert "| pack rows" in table.gpu_micro(GPU_WORKS, rows)
-    assert [failure[:12] for failure in cuda_check.failures] == ["cuda: exit 5"]
-
-
 def test_sanitize_runs_every_tool_at_once_and_names_the_one_that_found_something(cuda_check):
     (cuda_check.work / "bench" / "cuda_sanitize.py").write_text(
         "import sys, time\ntime.sleep(1)\nprint(sys.argv[2], 'found')\nsys.exit(sys.argv[2] == 'racecheck')\n"
@@ -303,7 +273,7 @@ def test_ncu_keeps_its_figures_beside_the_rows(cuda_check, code):
     assert cuda_check.failures == ["ncu: exit 1"] * code
 
 
-@pytest.mark.parametrize("part", ["sanitize", "cuda", "ncu"])
+@pytest.mark.parametrize("part", ["sanitize", "ncu"])
 def test_cuda_parts_without_a_gpu_or_a_build(cuda_check, part, monkeypatch):
     (cuda_check.site / "l0kernels" / "_CUDA.x.so").unlink()
     cuda_check.built = False
@@ -365,164 +335,27 @@ def test_without_a_gpu_it_says_so(tmp_path, capsys):
 
 
 def test_dry_run_writes_rows_and_a_table(tmp_path):
-    assert gpu_check.main(["--dry", "--out", str(tmp_path), "--part", "linear"]) == 0
-    rows = table.read(tmp_path / "dry.csv")
-    assert {row["keep"] for row in rows} == {f"{keep:g}" for keep in KEEPS}
-    assert {row["pass"] for row in rows} == {"fwd", "fwd+bwd"}
-    assert {"dense", "dense_own", "masked", "index_select", "grouped_mm", "ours"} <= {
-        r["provider"] for r in rows
+    assert gpu_check.main(["--dry", "--out", str(tmp_path), "--part", "linear", "micro"]) == 0
+    found = rows.read(tmp_path / "dry.csv")
+    linear = [row for row in found if row["op"] == "linear"]
+    assert {row["keep"] for row in linear} == {f"{keep:g}" for keep in KEEPS}
+    assert {"dense", "dense_own", "masked", "index_select", "torch"} <= {row["provider"] for row in linear}
+    for row in linear:
+        assert row["pass"] == "fwd+bwd"
+        assert 0 < float(row["ms_p20"]) <= float(row["ms"]) <= float(row["ms_p80"])
+        assert float(row["error"]) < 1e-5
+        assert row["provider"] != "dense" or row["stock"] == row["of_dense"] == "1.000"
+    assert {"copy", "sample", "gate_grad", "penalty", "pack_rows", "unpack_cols_dz", "small_chain"} <= {
+        row["op"] for row in found
     }
-    for row in rows:
-        assert float(row["ms"]) > 0
-        assert float(row["ms_p20"]) <= float(row["ms"]) <= float(row["ms_p80"])
-        assert not row["error"] or float(row["error"]) < 1e-5
-        assert row["provider"] != "dense" or row["stock"] == "1.000"
     assert (tmp_path / "gpu-check.log").read_text().strip().endswith("all well")
     assert "===== bench linear" in (tmp_path / "details.txt").read_text()
 
 
-# ---- the rows
-
-
-def test_rows_refuse_a_file_with_other_columns(tmp_path):
-    path = tmp_path / "a.csv"
-    table.append(path, [{"op": "linear"}], table.GPU_FIELDS)
-    table.append(path, [{"op": "ffn"}], table.GPU_FIELDS)
-    assert [row["op"] for row in table.read(path)] == ["linear", "ffn"]
-    with pytest.raises(ValueError, match="expected the columns"):
-        table.append(path, [{"op": "linear"}])
-
-
-def test_table_of_gpu_rows_has_ratios_targets_and_the_parts():
-    row = dict.fromkeys(table.GPU_FIELDS, "")
-    row |= {"op": "ffn", "shape": "8192x4096x14336", "dtype": "bfloat16", "pass": "fwd+bwd", "mode": "eager"}
-    rows = [
-        row | {"keep": "0.5", "provider": "dense", "ms": "8", "stock": "1.000", "fair": "1.020"},
-        row | {"keep": "0.5", "provider": "ours", "ms": "9", "stock": "1.2", "fair": "1.3"},
-        row
-        | {"keep": "0.5", "provider": "ours", "ms": "4", "stock": "0.500", "fair": "0.583"}
-        | {"target_stock": "0.53", "target_fair": "0.55"},
-        row
-        | {
-            "op": "copy",
-            "shape": "9",
-            "keep": "1",
-            "provider": "copy",
-            "ms_p20": "2",
-            "ms_p80": "2",
-            "ms": "2",
-        },
-    ]
-    rows = table.gpu_latest(rows)
-    assert len(rows) == 3
-    text = table.gpu_targets(GPU_WORKS, rows)
-    assert "| ours |  |  | 4 (0.500 / 0.583) |  |  |" in text
-    assert "| · verdict |  |  | met / +6 % |  |  |" in text
-    assert "| copy 9 bfloat16 | 1 | eager | copy | 2000 (2000-2000) |  |  |" in table.gpu_micro(
-        GPU_WORKS, rows
-    )
-
-
-# ---- timing
-
-
-class CountingClock(gpu_measure.HostClock):
-    """Every mark is a millisecond after the one before."""
-
-    def __init__(self):
-        self.now = 0.0
-
-    def mark(self):
-        self.now += 1e-3
-        return self.now
-
-
-def test_interleave_rotates_groups_and_keeps_every_sample():
-    clock, calls = CountingClock(), {"a": [], "b": []}
-    entered = []
-
-    class Context:
-        def __enter__(self):
-            entered.append(self)
-
-        def __exit__(self, *_):
-            pass
-
-    steps = {name: gpu_measure.Timed(calls[name].append, Context) for name in calls}
-    gpu_measure.interleave(steps, clock, budget_s=0.0)
-    for name, timed in steps.items():
-        assert len(timed.ms) == gpu_measure.MIN_ROUNDS * 40  # blocks of 40 ms
-        assert timed.ms == pytest.approx([1.0] * len(timed.ms))
-        assert calls[name][-3:] == [37, 38, 39]
-    assert len(entered) == 2 * (1 + gpu_measure.MIN_ROUNDS)
-    timed = gpu_measure.Timed(calls["a"].append)
-    assert gpu_measure.block(timed, 2, 10, clock) == pytest.approx([0.1, 0.1])
-    timed.ms = [float(i) for i in range(11)]
-    assert [timed.quantile(q) for q in (0.2, 0.5, 0.8)] == [2, 5, 8]
-
-
-@pytest.mark.parametrize("op", sorted(gpu_ops.OPS))
-def test_every_provider_is_right_at_every_density(op):
-    """Also what only a GPU times: grouped_mm, the step written with modules, at densities set in place."""
-    device = torch.device("cpu")
-    case, exact = (
-        gpu_ops.OPS[op](gpu_bench.QUICK[op], torch.float32, device, exact) for exact in (False, True)
-    )
-    checker = gpu_bench.Checker(case, exact)
-    for keep in (0.5, 1.0, 0.1):
-        case.set_keep(keep)
-        checker.set_keep(keep)
-        for name, provider in case.providers.items():
-            if provider.backend == "cuda" or "compiled" in name:
-                continue
-            provider = gpu_bench.replace(
-                provider, backend="torch" if provider.backend == "triton" else "reference"
-            )
-            assert checker.error(name, provider) < 1e-4, name
-    assert case.flops("dense", 0.1, True) == case.dense_flops > case.flops("ours", 0.1, True) > 0
-
-
-@pytest.mark.parametrize(
-    ("spoil", "message"),
-    [
-        (lambda y: y * 1.001, "the output"),
-        (lambda y: y.detach().requires_grad_(), "gradient 0"),
-        (lambda y: y * float("nan"), "nan"),
-    ],
-)
-def test_a_wrong_provider_is_not_timed(spoil, message):
-    device = torch.device("cpu")
-    case, exact = (gpu_ops.linear((6, 10, 4), torch.float32, device, exact) for exact in (False, True))
-    case.set_keep(0.5)
-    checker = gpu_bench.Checker(case, exact)
-    checker.set_keep(0.5)
-    provider = case.providers["dense"]
-    wrong = gpu_bench.replace(provider, forward=lambda x: spoil(provider.forward(x)))
-    with pytest.raises(RuntimeError, match=message):
-        checker.error("dense", wrong)
-
-
-def test_micro_gates_are_gates():
-    z, index, count = gpu_micro._gate(300, 0.5, torch.device("cpu"))
-    assert count.tolist() == [150, 256]
-    assert index.shape == (384,)
-    assert (z[index[:150].long()] == 0.5).all()
-    assert not z[index[150:300].long()].any()
-    assert index[:150].tolist() == sorted(index[:150].tolist())
-
-
-def test_micro_names_a_source_that_fails_and_measures_the_others(tmp_path, monkeypatch):
-    def broken(device, quick):
-        raise ImportError("no kernels")
-        yield
-
-    lines = []
-    monkeypatch.setattr(gpu_micro, "SOURCES", (broken, gpu_micro.copies))
-    path = tmp_path / "rows.csv"
-    common = dict.fromkeys(("date", "commit"), "x")
-    log = lambda *words: lines.append(" ".join(map(str, words)))  # noqa: E731
-    assert not gpu_micro.run(path, common, torch.device("cpu"), time.monotonic() + 60, True, log)
-    assert any("broken: stopped, ImportError: no kernels" in line for line in lines)
-    (row,) = table.read(path)
-    assert (row["op"], row["provider"], row["mode"]) == ("copy", "copy", "eager")
-    assert float(row["gbps"]) > 0
+def test_without_a_csv_of_its_own_a_dry_part_touches_no_results(check):
+    for part in ("linear", "micro"):
+        command = gpu_check.bench_command(check, part, 30)
+        assert command[command.index("--csv") + 1] == check.csv == check.out / "dry.csv"
+        assert command[-3:] == ["--device", "cpu", "--quick"]
+    check.args.dry = False
+    assert gpu_check.bench_command(check, "ffn", 30)[-4:] == ["--op", "ffn", "--device", "cuda"]

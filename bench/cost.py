@@ -1,0 +1,108 @@
+"""What an op must compute and move, against what was measured: ``python bench/cost.py [CSV]``.
+
+Bytes are those of a step that reads each operand of a product and writes each result once (nothing stays in
+a cache between products); gradients of closed units are written, as zeros. The processor's rate is the best
+of any dense provider in the file, its bandwidth that of the row `copy`. What takes longest at these rates
+limits a work; where both together explain less than half of the time, fixed costs do (launches, autograd).
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+ITEMSIZE = {"float32": 4, "tf32": 4, "bfloat16": 2}
+
+
+@dataclass(frozen=True)
+class Cost:
+    """FLOPs and bytes; they add up."""
+
+    flops: float = 0.0
+    bytes: float = 0.0
+
+    def __add__(self, other: "Cost") -> "Cost":
+        return Cost(self.flops + other.flops, self.bytes + other.bytes)
+
+
+NOTHING = Cost()
+Share = Callable[[int], float]  # the open share of a gate vector
+Parts = tuple[Cost, Cost, float]  # forward, backward, number of parameters
+Formula = Callable[[tuple[int, ...], Share, int], Parts]
+
+
+def product(m: float, n: float, k: float, itemsize: int, written: float | None = None) -> Cost:
+    """(m, k) times (k, n); `written` elements instead of m * n where closed ones are filled with zeros."""
+    return Cost(2 * m * n * k, itemsize * (m * k + k * n + (m * n if written is None else written)))
+
+
+def layer(
+    M: int, K: int, N: int, open_in: float, open_out: float, size: int, backward: bool, need_dx: bool = True
+) -> Cost:
+    """A linear layer between packed activations: forward, or backward with zero-filled dW."""
+    m, k, n = M, open_in * K, open_out * N
+    if not backward:
+        return product(m, n, k, size)
+    dw = product(n, k, m, size, written=N * K)
+    return dw + product(m, k, n, size) if need_dx else dw
+
+
+def adam(parameters: float) -> Cost:
+    """Reads parameter, gradient and two moments, writes all but the gradient; fp32."""
+    return Cost(12 * parameters, 7 * 4 * parameters)
+
+
+def cost(op: str, shape: Sequence[int], share: float | Sequence[float], name: str, dtype: str) -> Cost:
+    """FLOPs and bytes of pass `name` of an op with the open share given, of all gates or of each vector.
+
+    Raises:
+        KeyError: an op without a formula.
+    """
+    size = ITEMSIZE[dtype]
+    shares = [float(s) for s in share] if isinstance(share, Sequence) else None
+
+    def at(i: int) -> float:
+        return shares[i] if shares is not None else float(share)  # type: ignore[arg-type]
+
+    forward, backward, parameters = _FORMULAS[op](tuple(shape), at, size)
+    total = NOTHING
+    if name != "bwd":
+        total += forward
+    if name != "fwd":
+        total += backward
+    if name == "step":
+        total += adam(parameters)
+    return total
+
+
+def _linear(shape: tuple[int, ...], at: Share, size: int) -> Parts:
+    M, K, N = shape
+    forward = layer(M, K, N, at(0), 1.0, size, False)
+    closed_dx = Cost(0, size * (1 - at(0)) * M * K)  # zeros
+    return forward, layer(M, K, N, at(0), 1.0, size, True) + closed_dx, N * K + N
+
+
+def _ffn(rows: int) -> Formula:
+    def parts(shape: tuple[int, ...], at: Share, size: int) -> Parts:
+        M, D, H = shape
+        keep = at(0)
+        units = Cost(0, size * keep * M * H * (rows + 1))  # the activation reads a and writes h
+        forward = (
+            layer(M, D, rows * H, 1.0, keep, size, False) + units + layer(M, H, D, keep, 1.0, size, False)
+        )
+        backward = layer(M, H, D, keep, 1.0, size, True) + layer(M, D, rows * H, 1.0, keep, size, True)
+        return forward, backward + units + units, D * H * (rows + 1) + D + rows * H
+
+    return parts
+
+
+def _chain(shape: tuple[int, ...], at: Share, size: int) -> Parts:
+    M, *sizes = shape
+    forward = backward = NOTHING
+    for i, (n_in, n_out) in enumerate(pairwise(sizes)):
+        out = at(i + 1) if i + 2 < len(sizes) else 1.0
+        forward += layer(M, n_in, n_out, at(i), out, size, False)
+        backward += layer(M, n_in, n_out, at(i), out, size, True, need_dx=i > 0)
+    return forward, backward, sum(a * b + b for a, b in pairwise(sizes))
+
+
+_FORMULAS: dict[str, Formula] = {"linear": _linear, "ffn": _ffn(1), "swiglu": _ffn(2), "chain": _chain}

@@ -1,0 +1,135 @@
+"""Rows of figures: their columns, the CSV files that hold them, and where each row comes from."""
+
+import csv
+import os
+import platform
+import re
+import subprocess
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+RESULTS = Path(__file__).resolve().parent / "results"
+FIELDS = (
+    *("date", "commit", "device", "cores", "threads", "python", "torch", "l0kernels", "environment"),
+    *("op", "shape", "dtype", "keep", "pass", "mode", "provider", "ms", "ms_p20", "ms_p80", "calls"),
+    *("blocks", "rejected", "faults", "tflops", "of_dense", "gbps", "peak_mb", "launches", "error"),
+    *("stock", "fair", "target_stock", "target_fair"),
+)
+"""ms per call: median, p20 and p80. blocks and rejected: of calls, on a CPU; faults: pages mapped per call.
+tflops: of the open work; of_dense: its share of the same run's dense rate; gbps: of what must move.
+peak_mb: allocated by torch within a call. launches: kernels and copies of a call on the GPU. error: the
+largest relative one against fp64. stock, fair: time over that of `dense`, and of the fastest ungated one."""
+KEY = ("op", "shape", "dtype", "keep", "pass", "mode", "provider")
+Row = dict[str, str]
+
+
+def git(*arguments: str) -> str:
+    root = Path(__file__).resolve().parent
+    try:
+        done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def commit() -> str:
+    """The short hash, "-dirty" where a tracked file other than results differs; or L0KERNELS_COMMIT."""
+    given = os.environ.get("L0KERNELS_COMMIT")
+    if given:
+        return given
+    status = git("status", "--porcelain", "--untracked-files=no").splitlines()
+    changed = [line for line in status if "bench/results/" not in line]
+    return (git("rev-parse", "--short", "HEAD") or "unknown") + ("-dirty" if changed else "")
+
+
+def cpu_name() -> str:
+    """The processor's name, with family and model where generations share a marketing name."""
+    info: dict[str, str] = {}
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            key, _, value = line.partition(":")
+            info.setdefault(key.strip(), value.strip())
+    except OSError:
+        return platform.processor() or platform.machine()
+    generation = f"{info['cpu family']}-{info['model']}" if "cpu family" in info else ""
+    return f"{info.get('model name', platform.machine())} {generation}".strip()
+
+
+def common_fields(device: str) -> Row:
+    """What all rows of a run say of the machine, the versions and the day."""
+    import torch
+
+    import l0kernels as l0
+
+    tuned = [name for name in sorted(os.environ) if name.startswith(("MALLOC_", "THP_", "OMP_", "GOMP_"))]
+    environment = [f"{name}={os.environ[name]}" for name in tuned]
+    if device == "cuda":
+        try:
+            import triton
+
+            environment = [f"CUDA {torch.version.cuda}", f"triton {triton.__version__}"]
+        except ImportError:
+            environment = [f"CUDA {torch.version.cuda}", "no triton"]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "commit": commit(),
+        "device": torch.cuda.get_device_name() if device == "cuda" else cpu_name(),
+        "cores": str(cores),
+        "threads": str(torch.get_num_threads()),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "l0kernels": l0.__version__,
+        "environment": " ".join(environment),
+    }
+
+
+def slug(name: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def results_of(device_name: str) -> Path:
+    return RESULTS / f"{slug(device_name)}.csv"
+
+
+def read(path: Path) -> list[Row]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def append(path: Path, rows: Iterable[Row], fields: Sequence[str] = FIELDS) -> None:
+    """Writes the rows behind those that are there.
+
+    Raises:
+        ValueError: the file has other columns.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = not path.exists()
+    if not new:
+        with path.open(newline="") as file:
+            header = next(csv.reader(file), [])
+        if header != list(fields):
+            raise ValueError(f"{path}: expected the columns {list(fields)}, got {header}")
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, fields, lineterminator="\n")
+        if new:
+            writer.writeheader()
+        writer.writerows(rows)
+
+
+def latest(rows: Iterable[Row]) -> list[Row]:
+    """The last measured row of each op, shape, dtype, density, pass, mode and provider."""
+    return list({tuple(row[name] for name in KEY): row for row in rows}.values())
+
+
+def machine(rows: Sequence[Row]) -> str:
+    """Device, versions, commits and dates that a set of rows came from."""
+    row = rows[-1]
+    commits = ", ".join(dict.fromkeys(row["commit"] for row in rows))
+    dates = sorted({row["date"] for row in rows})
+    cores = f"{row['cores']} cores, {row['threads']} threads, " if row["cores"] else ""
+    return (
+        f"{row['device']}, {cores}torch {row['torch']}, {row['environment']}, Python {row['python']}, "
+        f"commit {commits}, {' to '.join(dict.fromkeys((dates[0], dates[-1])))}"
+    ).replace(", ,", ",")
