@@ -470,13 +470,13 @@ def _exact(
         shape[1] = len(plan.opened)
     if plan.empty:
         return _Without.apply(impl.constant(data, shape, b, dtype, torch.channels_last), data, w, b)
-    # oneDNN, pooling and the rest are faster with channels last, whatever layout x had.
-    x = _inputs(data, held, plan).to(dtype).contiguous(memory_format=torch.channels_last)
+    fmt = impl.fastest_format(w, shape)
+    x = impl.in_format(_inputs(data, held, plan).to(dtype), fmt)
     y = F.conv2d(x, w, None if b is None else impl.bias_of(plan, b), stride, padding, dilation, plan.groups)
     if not plan.computes_all:
         rest = data.new_zeros(shape, dtype=dtype) if b is None else b[:, None, None].expand(shape)
         y = impl.put_groups(y, plan, rest)
-    return y.contiguous(memory_format=torch.channels_last)
+    return y.contiguous(memory_format=fmt)
 
 
 def _inputs(data: Tensor, held: Packed | None, plan: impl.Plan) -> Tensor:

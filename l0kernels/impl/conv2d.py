@@ -29,6 +29,20 @@ def memory_format(x: Tensor, weight: Tensor) -> torch.memory_format:
     return torch.contiguous_format
 
 
+def fastest_format(weight: Tensor, shape: list[int]) -> torch.memory_format:
+    """Where the caller has no say: oneDNN, pooling and the rest are faster with channels last, but for many
+    channels (of the packed weight) of small maps (of y)."""
+    small = shape[2] * shape[3] <= 64 and min(weight.shape[:2]) >= 128
+    return torch.contiguous_format if small else torch.channels_last
+
+
+def in_format(x: Tensor, fmt: torch.memory_format) -> Tensor:
+    """x in a memory format, a single channel by its strides, too, for they choose oneDNN's kernel."""
+    if fmt == torch.channels_last and x.shape[1] == 1:
+        return x.reshape(x.shape[0], *x.shape[2:], 1).permute(0, 3, 1, 2)
+    return x.contiguous(memory_format=fmt)
+
+
 def output_shape(x: Tensor, weight: Tensor, conv: Conv) -> list[int]:
     """Shape of y (N, out, H', W') for x (N, in, H, W)."""
     stride, padding, dilation, _ = conv
