@@ -3,7 +3,9 @@
 import copy
 import io
 import pickle
+import sys
 import warnings
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -197,3 +199,464 @@ def test_paper_block(log_alpha, training):
 @pytest.mark.parametrize("before_norm", [True, False])
 def test_wide_block(before_norm, training):
     check(lambda: wide_block(before_norm), (3, 6, 7, 7), wide_norms, training=training)
+
+
+CASES = {
+    # name: (modules, input shape, norms of the model -> gates)
+    "both sides": (
+        lambda: [
+            nn.L0Conv2d(5, 9, 3, padding="same", gate="both"),
+            torch.nn.Tanh(),
+            nn.L0Conv2d(9, 7, (1, 3), stride=(2, 1), dilation=(1, 2), gate="both"),
+            torch.nn.LeakyReLU(),
+            nn.L0Conv2d(7, 4, 1, gate="in"),
+        ],
+        (3, 5, 8, 9),
+        None,
+    ),
+    "plain neighbours": (
+        lambda: [
+            torch.nn.Conv2d(3, 8, 3),
+            torch.nn.AvgPool2d(2),
+            nn.L0Conv2d(8, 6, 1, gate="both"),
+            torch.nn.ELU(),
+            torch.nn.Conv2d(6, 5, 1),
+            RELU(),
+        ],
+        (2, 3, 9, 9),
+        None,
+    ),
+    "zero moves": (
+        lambda: [
+            nn.L0Conv2d(3, 8, 3),
+            torch.nn.Sigmoid(),
+            nn.L0Conv2d(8, 6, 1, gate="both"),
+            torch.nn.Softplus(),
+            torch.nn.Flatten(),
+            torch.nn.Linear(54, 4),
+        ],
+        (2, 3, 5, 5),
+        None,
+    ),
+    "grouped": (
+        lambda: [
+            nn.L0Conv2d(4, 12, 3),
+            RELU(),
+            nn.L0Conv2d(12, 12, 3, padding=1, groups=12, gate="both"),
+            RELU(),
+            nn.L0Conv2d(12, 8, 1, groups=4, gate="in"),
+        ],
+        (2, 4, 6, 5),
+        None,
+    ),
+    "padding modes": (
+        lambda: [
+            nn.L0Conv2d(3, 8, 3, padding=1, padding_mode="reflect"),
+            RELU(),
+            nn.L0Conv2d(8, 6, 3, padding="same", padding_mode="circular", gate="in"),
+            torch.nn.ZeroPad2d((1, 0, 2, 0)),
+            torch.nn.ReplicationPad2d(1),
+        ],
+        (2, 3, 6, 5),
+        None,
+    ),
+    "pools": (
+        lambda: [
+            nn.L0Conv2d(3, 8, 3),
+            torch.nn.MaxPool2d(3, 2, 1),
+            torch.nn.AvgPool2d(2, 1, 1),
+            torch.nn.AdaptiveMaxPool2d((3, 2)),
+            torch.nn.AdaptiveAvgPool2d(1),
+            torch.nn.Flatten(),
+            nn.L0Linear(8, 3),
+        ],
+        (2, 3, 12, 9),
+        None,
+    ),
+    "flatten into every linear layer": (
+        lambda: [
+            nn.L0Conv2d(3, 9, 2),
+            torch.nn.Flatten(),
+            torch.nn.Tanh(),
+            nn.L0Linear(36, 10, gate="both"),
+            nn.L0Linear(10, 6, gate="out"),
+        ],
+        (4, 3, 3, 3),
+        None,
+    ),
+    "flatten into a plain linear layer": (
+        lambda: [nn.L0Conv2d(3, 9, 2), RELU(), torch.nn.Flatten(), torch.nn.Linear(36, 10)],
+        (4, 3, 3, 3),
+        None,
+    ),
+    "flatten into an MLP": (
+        lambda: [
+            nn.L0Conv2d(3, 9, 2),
+            RELU(),
+            torch.nn.Flatten(),
+            nn.L0MLP((36, 12, 8, 3), "gelu", gate_input=False),
+        ],
+        (4, 3, 3, 3),
+        None,
+    ),
+    "a border behind flatten": (
+        lambda: [nn.L0Conv2d(3, 9, 2), torch.nn.Flatten(), torch.nn.LayerNorm(36), torch.nn.Linear(36, 2)],
+        (4, 3, 3, 3),
+        None,
+    ),
+    "linear layers alone": (
+        lambda: [
+            torch.nn.Linear(7, 12),
+            torch.nn.GELU(),
+            nn.L0Linear(12, 9),
+            torch.nn.GELU(),
+            nn.L0Linear(9, 6),
+            RELU(),
+            nn.L0Linear(6, 5),
+            nn.L0Linear(5, 5, gate=None),
+        ],
+        (6, 7),
+        None,
+    ),
+    "nested": (
+        lambda: [
+            torch.nn.Sequential(nn.L0Conv2d(3, 8, 3, padding=1), nn.L0Sequential(nn.L0BatchNorm2d(8))),
+            nn.L0Sequential(RELU(), torch.nn.Sequential(nn.L0Conv2d(8, 5, 3, gate="in"))),
+        ],
+        (4, 3, 5, 5),
+        lambda m: {m[0][1][0]: m[0][0].out_gate},
+    ),
+    "norm between two gates": (
+        lambda: [
+            nn.L0Conv2d(3, 10, 3),
+            nn.L0BatchNorm2d(10, momentum=0.3),
+            RELU(),
+            nn.L0Conv2d(10, 5, 1, gate="in"),
+            torch.nn.BatchNorm2d(5),
+        ],
+        (4, 3, 5, 5),
+        lambda m: {m[1]: m[0].out_gate},
+    ),
+    "norm first": (
+        lambda: [nn.L0BatchNorm2d(6), RELU(), nn.L0Conv2d(6, 4, 3, gate="in"), nn.L0BatchNorm2d(4)],
+        (4, 6, 5, 5),
+        lambda m: {m[0]: m[2].in_gate},
+    ),
+    "plain norm": (
+        lambda: [
+            nn.L0Conv2d(3, 8, 3),
+            torch.nn.BatchNorm2d(8),
+            nn.L0Conv2d(8, 6, 1, gate="in"),
+            RELU(),
+            torch.nn.BatchNorm2d(6),
+        ],
+        (4, 3, 5, 5),
+        None,
+    ),
+    "sum in front of a gate": (
+        lambda: [
+            nn.L0Residual(torch.nn.Conv2d(4, 8, 3, padding=1), torch.nn.Conv2d(4, 8, 1)),
+            nn.L0BatchNorm2d(8),
+            RELU(),
+            nn.L0Residual(torch.nn.Sequential(RELU(), nn.L0Conv2d(8, 8, 1, gate="in"))),
+            nn.L0Conv2d(8, 3, 1, gate="in"),
+        ],
+        (4, 4, 5, 5),
+        lambda m: {},
+    ),
+}
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", CASES)
+def test_chains(name, training):
+    modules, shape, norms = CASES[name]
+
+    def make():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return nn.L0Sequential(*modules())
+
+    norms = norms or (lambda model: {})
+    check(make, shape, norms, training=training)
+    check(make, (0, *shape[1:]), norms, training=False)
+    if training:
+        check(make, shape, norms, log_alpha=-60.0)
+        check(make, shape, norms, std=0.5, dtype=torch.float32)
+
+
+def count_draws(monkeypatch):
+    calls = []
+    gate_module = sys.modules["l0kernels.nn.gate"]
+    draw = gate_module.sample_gates
+
+    def counted(log_alphas, **options):
+        calls.append(len(log_alphas) if isinstance(log_alphas, list) else 1)
+        return draw(log_alphas, **options)
+
+    monkeypatch.setattr(gate_module, "sample_gates", counted)
+    return calls
+
+
+def test_all_gates_in_one_draw(monkeypatch):
+    shared = nn.HardConcreteGate(6)
+    model = nn.L0Sequential(
+        nn.L0Conv2d(3, 6, 1, gate="both", out_gate=shared),
+        nn.L0Residual(
+            nn.L0Sequential(nn.L0Conv2d(6, 6, 1, gate="in")), nn.L0Conv2d(6, 6, 1, out_gate=shared)
+        ),
+        torch.nn.Flatten(),
+        nn.L0MLP((24, 5, 4)),
+        nn.L0Linear(4, 2),
+    )
+    calls = count_draws(monkeypatch)
+    model(torch.randn(2, 3, 2, 2))
+    assert calls == [6]
+    model.eval()(torch.randn(2, 3, 2, 2))
+    assert calls == [6]
+
+
+def test_a_gate_bank_is_respected(monkeypatch):
+    model = spread(lenet5())
+    bank = nn.GateBank(model, seed=5)
+    x = torch.randn(3, 1, 14, 14)
+    draw = bank.draw()
+    calls = count_draws(monkeypatch)
+    y = model(x)
+    assert calls == []
+    assert torch.equal(model(x), y)
+    bank.draw()
+    assert not torch.equal(model(x), y)
+    with draw:
+        assert torch.equal(model(x), y)
+    bank.clear()
+    assert not torch.equal(model(x), y)
+    y.sum().backward()  # each forward is joined to log_alpha by nodes of its own
+    assert all(gate.log_alpha.grad.any() for gate in nn.gate_modules(model))
+
+
+def test_channels_stay_packed(monkeypatch):
+    """No step between the first convolution and the linear layer sees a closed channel."""
+    seen = []
+
+    class Watched(RELU):
+        def forward(self, x):
+            seen.append(tuple(x.shape[1:]))
+            return super().forward(x)
+
+    steps = sys.modules["l0kernels.nn.steps"]
+    monkeypatch.setattr(steps, "ZERO_KEEPING", steps.ZERO_KEEPING | {Watched})
+    monkeypatch.setattr(steps, "POINTWISE", steps.POINTWISE | {Watched})
+    model = spread(lenet5())
+    for i in (1, 4):
+        model[i] = Watched()
+    model.insert(7, Watched())
+    model.eval()(torch.randn(3, 1, 14, 14))
+    n, m, *_ = nn.open_units(model)
+    assert 0 < n < 6
+    assert 0 < m < 10
+    assert seen == [(n, 12, 12), (m, 4, 4), (4 * m,)]
+
+    seen.clear()
+    model = spread(block())
+    model[2] = Watched()
+    model.eval()(torch.randn(2, 3, 5, 5))
+    assert seen == [(nn.open_units(model)[0], 5, 5)]
+
+
+def test_a_sum_of_branches_packed_by_one_gate(monkeypatch):
+    stream = nn.HardConcreteGate(10)
+
+    def conv(n_in, size):
+        return nn.L0Conv2d(n_in, 10, size, padding=size // 2, gate="out", out_gate=stream)
+
+    def make():
+        return nn.L0Sequential(
+            conv(3, 3),
+            nn.L0Residual(nn.L0Sequential(nn.L0BatchNorm2d(10), RELU(), conv(10, 3))),
+            nn.L0Residual(torch.nn.Sequential(RELU(), conv(10, 1)), conv(10, 1)),
+            nn.L0BatchNorm2d(10),
+            torch.nn.Conv2d(10, 4, 1),
+        )
+
+    check(make, (4, 3, 5, 5), lambda m: dict.fromkeys((m[1].body[0], m[3]), m[0].out_gate))
+    unpacked = []
+    module = sys.modules["l0kernels.nn.sequential"]
+    unpack = module.unpack_channels
+    monkeypatch.setattr(module, "unpack_channels", lambda x: unpacked.append(x) or unpack(x))
+    spread(make())(torch.randn(2, 3, 5, 5))
+    assert unpacked == []
+
+
+def test_closed_channels_are_zero_and_their_statistics_stay():
+    model = spread(block()).double()
+    norm, gate = model[1], model[3].in_gate
+    before = norm.running_mean.clone(), norm.running_var.clone()
+    x = torch.randn(4, 3, 5, 5, dtype=torch.float64)
+    draw = nn.GateBank(gate, seed=1).draw()
+    is_open = gate.drawn.z != 0
+    with draw:
+        model(x)
+    assert torch.equal(norm.running_mean != before[0], is_open)
+    assert torch.equal(norm.running_var != before[1], is_open)
+    assert norm.num_batches_tracked == 1
+
+
+def test_a_layer_with_hooks_is_called_by_itself():
+    model = spread(lenet5())
+    x = torch.randn(3, 1, 14, 14)
+    nn.GateBank(model, seed=2).draw()
+    y = model(x)
+    for module in model:
+        seen = []
+        handle = module.register_forward_hook(lambda _, args, out, seen=seen: seen.append(out.shape))
+        torch.testing.assert_close(model(x), y)
+        assert len(seen) == 1
+        assert seen[0][0] == 3
+        handle.remove()
+    model[3].register_full_backward_hook(lambda *_: seen.append("backward"))
+    model(x).sum().backward()
+    assert seen[-1] == "backward"
+
+
+def test_warns_of_a_gate_before_a_norm_once():
+    pair = [nn.L0Conv2d(3, 4, 1), torch.nn.BatchNorm2d(4)]
+    with pytest.warns(UserWarning, match="'0' multiplies its outputs by gates .* batch norm '1'") as caught:
+        inner = nn.L0Sequential(*pair)
+    assert len(caught) == 1
+    with pytest.warns(UserWarning, match="'body.0'") as caught:
+        nn.L0Residual(torch.nn.Sequential(*pair))
+    assert len(caught) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        outer = nn.L0Sequential(nn.L0Residual(inner))
+        nn.L0Sequential(pair[0], RELU(), pair[1])
+        nn.L0Sequential(nn.L0Conv2d(3, 4, 1, gate="in"), pair[1])
+        copy.deepcopy(outer)
+        pickle.loads(pickle.dumps(outer))
+
+
+def test_copies():
+    model = spread(wide_block())
+    x = torch.randn(3, 6, 7, 7)
+    file = io.BytesIO()
+    torch.save(model.state_dict(), file)
+    file.seek(0)
+    fresh = wide_block()
+    fresh.load_state_dict(torch.load(file, weights_only=True))
+    twins = copy.deepcopy(model), pickle.loads(pickle.dumps(model)), fresh
+    torch.manual_seed(1)
+    expected = model(x)
+    for twin in twins:
+        torch.manual_seed(1)
+        assert torch.equal(twin(x), expected)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_recomputation_draws_the_same_gates(use_reentrant):
+    results = []
+    for recompute in (False, True):
+        torch.manual_seed(5)
+        model = spread(lenet5())
+        x = torch.randn(4, 1, 14, 14, requires_grad=True)
+        y = checkpoint(model, x, use_reentrant=use_reentrant) if recompute else model(x)
+        y.square().sum().backward()
+        results.append([y.detach(), x.grad, *(p.grad for p in model.parameters())])
+    for stored, recomputed in zip(*results, strict=True):
+        assert torch.equal(stored, recomputed)
+
+
+@pytest.mark.parametrize("make", [lenet5, wide_block], ids=["lenet5", "wide block"])
+@pytest.mark.parametrize("training", [True, False])
+def test_compiles_without_a_graph_break(make, training):
+    model = spread(make()).train(training)
+    x = torch.randn((4, 1, 14, 14) if make is lenet5 else (4, 6, 7, 7))
+    twin = copy.deepcopy(model)
+    torch.manual_seed(1)
+    expected = twin(x).square().sum() + nn.penalty(twin)
+    torch.manual_seed(1)
+    compiled = torch.compile(
+        lambda x: model(x).square().sum() + nn.penalty(model), fullgraph=True, backend="aot_eager"
+    )(x)
+    torch.testing.assert_close(compiled, expected)
+    grads = (
+        torch.autograd.grad(compiled, model.parameters()),
+        torch.autograd.grad(expected, twin.parameters()),
+    )
+    for mine, theirs in zip(*grads, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("autocast", [True, False])
+def test_bfloat16(autocast):
+    model = spread(lenet5())
+    exact_model = copy.deepcopy(model).double()
+    x = torch.randn(4, 1, 14, 14)
+    torch.manual_seed(3)
+    exact = exact_model(x.double())
+    model = model if autocast else model.bfloat16()
+    torch.manual_seed(3)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        y = model(x if autocast else x.bfloat16())
+    assert y.dtype == torch.bfloat16
+    y.float().sum().backward()
+    for gate in nn.gate_modules(model):
+        assert gate.log_alpha.grad.dtype == torch.float32
+    eps = torch.finfo(torch.bfloat16).eps
+    torch.testing.assert_close(y.double(), exact, rtol=0, atol=16 * eps * exact.abs().max().item())
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+def test_every_backend(backend):
+    with l0.use_backend(backend):
+        check(lenet5, (3, 1, 14, 14))
+        check(wide_block, (3, 6, 7, 7), wide_norms)
+
+
+def test_channels_last_and_unbatched():
+    model = spread(block())
+    x = torch.randn(3, 3, 6, 6)
+    nn.GateBank(model, seed=3).draw()
+    torch.testing.assert_close(model(x.to(memory_format=torch.channels_last)), model(x))
+    convs = spread(nn.L0Sequential(nn.L0Conv2d(3, 4, 3), RELU(), nn.L0Conv2d(4, 2, 1)))
+    nn.GateBank(convs, seed=3).draw()
+    torch.testing.assert_close(convs(x[0]), convs(x)[0])
+
+
+def test_given_gates_and_frozen_ones():
+    model = spread(lenet5())
+    x = torch.randn(3, 1, 14, 14)
+    gates = {gate: gate.eval_gates() for gate in nn.gate_modules(model)}
+    torch.testing.assert_close(model(x, gates), model.eval()(x))
+    model.train()
+    for gate in list(gates)[1:]:
+        gate.eval()
+    torch.manual_seed(4)
+    y = model(x)
+    torch.manual_seed(4)
+    torch.testing.assert_close(y, model(x, gates | {model[0].out_gate: model[0].out_gate()}))
+
+
+def test_conv1d_runs_one_by_one():
+    model = spread(
+        nn.L0Sequential(
+            nn.L0Conv1d(3, 8, 3), RELU(), torch.nn.MaxPool1d(2), nn.L0Conv1d(8, 4, 3, gate="both")
+        )
+    )
+    x = torch.randn(2, 3, 20)
+    bank = nn.GateBank(model, seed=4)
+    bank.draw()
+    expected = F.conv1d(x, model[0].weight, model[0].bias) * model[0].out_gate().z[:, None]
+    expected = F.max_pool1d(F.relu(expected), 2) * model[3].in_gate().z[:, None]
+    expected = F.conv1d(expected, model[3].weight, model[3].bias) * model[3].out_gate().z[:, None]
+    torch.testing.assert_close(model(x), expected)
+
+
+def test_it_is_an_nn_sequential():
+    model = nn.L0Sequential(OrderedDict(conv=nn.L0Conv2d(3, 4, 1), act=RELU()))
+    assert isinstance(model, torch.nn.Sequential)
+    assert [name for name, _ in model.named_children()] == ["conv", "act"]
+    assert isinstance(model[:1], nn.L0Sequential)
+    model.append(nn.L0Conv2d(4, 2, 1))
+    assert model(torch.randn(1, 3, 2, 2)).shape == (1, 2, 2, 2)
+    assert nn.L0Sequential()(torch.ones(2)).sum() == 2

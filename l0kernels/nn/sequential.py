@@ -297,8 +297,8 @@ class _Flat(NamedTuple):
     positions: int
 
     def unpack(self) -> Tensor:
-        n = self.data.shape[0]
-        data = self.data.reshape(n, -1, self.positions, 1)
+        rows, columns = self.data.shape
+        data = self.data.reshape(rows, columns // self.positions, self.positions, 1)
         return unpack_channels(replace(self.packed, data=data)).flatten(1)
 
 
