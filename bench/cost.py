@@ -105,4 +105,49 @@ def _chain(shape: tuple[int, ...], at: Share, size: int) -> Parts:
     return forward, backward, sum(a * b + b for a, b in pairwise(sizes))
 
 
+def _conv_layer(
+    N: int, C: int, W: int, O: int, k: int, open_in: float, open_out: float, size: int, need_dx: bool = True
+) -> tuple[Cost, Cost]:
+    """Forward and backward of a convolution with W output places per image; x counts as W places, too."""
+    m, c, o = N * W, open_in * C, open_out * O
+    x, w, y = size * m * c, size * c * o * k * k, size * m * o
+    flops = 2 * m * c * o * k * k
+    backward = Cost(flops, x + y + size * C * O * k * k)
+    return Cost(flops, x + w + y), backward + (Cost(flops, y + w + size * m * C) if need_dx else NOTHING)
+
+
+def _conv(shape: tuple[int, ...], at: Share, size: int) -> Parts:
+    N, C, H, W, O, k = shape
+    places = H * W if k == 3 else (H - k + 1) * (W - k + 1)
+    forward, backward = _conv_layer(N, C, places, O, k, 1.0, at(0), size)
+    return forward + Cost(0, size * (1 - at(0)) * N * places * O), backward, C * O * k * k + O
+
+
+def _lenet5(shape: tuple[int, ...], at: Share, size: int) -> Parts:
+    N, C, H, W = shape
+    h1, w1 = H - 4, W - 4
+    h2, w2 = h1 // 2 - 4, w1 // 2 - 4
+    flat = 50 * (h2 // 2) * (w2 // 2)
+    parts = [
+        _conv_layer(N, C, h1 * w1, 20, 5, 1.0, at(0), size, need_dx=False),
+        _conv_layer(N, 20, h2 * w2, 50, 5, at(0), at(1), size),
+    ]
+    # Columns of channels that do not exist, and of the others the closed ones, are skipped.
+    for n_in, n_out, open_in, open_out in ((flat, 500, at(1) * at(2), at(3)), (500, 10, at(3), 1.0)):
+        one, two = (layer(N, n_in, n_out, open_in, open_out, size, backward) for backward in (False, True))
+        parts.append((one, two))
+    forward, backward = (sum((part[i] for part in parts), NOTHING) for i in (0, 1))
+    return forward, backward, 25 * (20 * C + 50 * 20) + flat * 500 + 500 * 10 + 580
+
+
+def _block(shape: tuple[int, ...], at: Share, size: int) -> Parts:
+    N, C, H, W = shape
+    pairs = [_conv_layer(N, C, H * W, C, 3, *sides, size) for sides in ((1.0, at(0)), (at(0), 1.0))]
+    forward, backward = (pairs[0][i] + pairs[1][i] for i in (0, 1))
+    # A norm reads its input for the statistics and again for its output; the gradient likewise.
+    norms = Cost(0, size * N * C * H * W * (1 + at(0)) * 3)
+    return forward + norms, backward + norms + norms, 18 * C * C + 4 * C
+
+
 _FORMULAS: dict[str, Formula] = {"linear": _linear, "ffn": _ffn(1), "swiglu": _ffn(2), "chain": _chain}
+_FORMULAS |= {"conv": _conv, "lenet5": _lenet5, "block": _block}

@@ -35,7 +35,7 @@ BROKEN = 3  # as in run.py
 # Tests poison memory by way of deterministic algorithms, for which cuBLAS wants a workspace of fixed size.
 TEST_ENV = {"OMP_NUM_THREADS": "2", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
 GRACE_S = 6.0  # from the interrupt to the kill
-WARM = ("ffn", "linear", "chain")  # ops whose kernels compile beside the tests
+WARM = ("ffn", "linear", "chain", "block", "lenet5")  # ops whose kernels compile beside the tests
 TAIL = 40  # lines of a failed process in the log; details.txt has all
 _DTYPES = ("float32", "(float16 and not bfloat16)", "bfloat16")
 _OPS = ("test_linear", "test_mlp", "test_masked")
@@ -560,6 +560,8 @@ PARTS: dict[str, Part] = {
     "ffn": Part(bench("ffn", 105), 30),
     "linear": Part(bench("linear", 55), 25),
     "chain": Part(bench("chain", 60), 25),
+    "block": Part(bench("block", 50), 20),
+    "lenet5": Part(bench("lenet5", 40), 20),
     "sanitize": Part(sanitize, 30),
     "micro": Part(bench("micro", 75), 30),
     "example": Part(example, 15),

@@ -16,6 +16,7 @@ from registry import Keep
 from torch import Tensor
 
 import l0kernels as l0
+from l0kernels import _registry
 
 BATCHES = 3
 CLAMP = math.log(100.0)
@@ -91,6 +92,12 @@ class Case:
                 for log_alpha in copies:
                     log_alpha.copy_(value)
 
+    def add_dense(self, name: str, forward: Forward, leaves: Tensors) -> None:
+        """One more ungated provider, right after the first."""
+        first, *rest = self.providers.items()
+        added = replace(first[1], forward=forward, leaves=leaves, finish=adam(leaves, ()))
+        self.providers = dict([first, (name, added), *rest])
+
     def batch(self, i: int) -> Tensor:
         return self.batches[i % len(self.batches)]
 
@@ -158,6 +165,9 @@ class Draw:
         numbers = torch.randn(*shape, generator=self.generator, device=self.device) * scale
         numbers = numbers.to(self.dtype)
         return numbers.double() if self.exact else numbers
+
+    def double_or(self, dtype: torch.dtype) -> torch.dtype:
+        return torch.float64 if self.exact else dtype
 
     def layer(self, n_in: int, n_out: int) -> torch.nn.Linear:
         layer = torch.nn.Linear(n_in, n_out, device="meta")
@@ -265,9 +275,10 @@ def grouped_ffn(layers: Layers, log_alphas: OptionalGates, act: Forward, x: Tens
 # ---- providers
 
 
-def engines(device: torch.device) -> tuple[str, ...]:
+def engines(device: torch.device, primitive: str) -> list[str]:
     """Our backends for tensors on a device; the first one that is there computes `dense_own`."""
-    return ("triton", "cuda", "torch") if device.type == "cuda" else ("cpp", "torch")
+    names = ("triton", "cuda", "torch") if device.type == "cuda" else ("cpp", "torch")
+    return [name for name in names if not usable_backend(name) or primitive in _registry.implements(name)]
 
 
 def adam(parameters: Tensors, log_alphas: Tensors) -> Callable[[], None]:
@@ -291,16 +302,21 @@ def adam(parameters: Tensors, log_alphas: Tensors) -> Callable[[], None]:
 def add_providers(
     case: Case,
     dense: Callable[[ModuleType, Tensor], Tensor],
-    gated: Callable[[ModuleType, Tensor], Tensor],
+    gated: Callable[[ModuleType, Tensor], Tensor] | None,
     others: dict[str, Forward],
+    primitive: str = "gated_mlp",
 ) -> None:
-    """registry.PROVIDERS; `dense` and `gated` take a namespace, l0kernels or its reference."""
+    """registry.PROVIDERS; `dense` and `gated` take a namespace, l0kernels or its reference.
+
+    Our backends compute `gated`; without it add_modules has them run a net.
+    """
     parameters, log_alphas = case.parameters, [copies[0] for copies in case.log_alphas]
     stock, plain = case.truths["dense"], case.truths["masked"]
     on_gpu = case.device.type == "cuda"
     ungated = Provider(stock, parameters, "dense", adam(parameters, ()))
     with_gates = Provider(plain, [*parameters, *log_alphas], "masked", adam(parameters, log_alphas))
-    own = next((name for name in engines(case.device) if usable_backend(name)), "torch")
+    backends = engines(case.device, primitive)
+    own = next((name for name in backends if usable_backend(name)), "torch")
     providers = {"dense": ungated}
     if on_gpu:
         compiled = torch.compile(stock, dynamic=False)
@@ -313,16 +329,14 @@ def add_providers(
     providers["masked_compiled"] = replace(with_gates, forward=compiled, own_noise=True)
     for name, forward in others.items():
         providers[name] = replace(with_gates, forward=forward, syncs=name == "index_select")
-    for name in engines(case.device):
-        providers[name] = replace(
-            with_gates, forward=partial(gated, l0), truth="gated", backend=name, syncs=name == "torch"
-        )
+    if gated is not None:
+        ours = replace(with_gates, forward=partial(gated, l0), truth="gated")
+        for name in backends:
+            providers[name] = replace(ours, backend=name, syncs=name == "torch")
     case.providers = providers
 
 
 def usable_backend(name: str) -> bool:
-    from l0kernels import _registry
-
     return _registry.why_not(name) is None
 
 
@@ -441,7 +455,12 @@ def chain(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, exac
     case = Case(dtype, batches, None, [*weights, *biases], [[a] for a in log_alphas], truths)
     if not exact:
         add_providers(case, dense, gated, {"index_select": partial(plain, index_select)})
-        add_modules(case, net, l0.nn.L0MLP.from_dense(net, lam=LAM), labels)
+        model = l0.nn.L0MLP.from_dense(net, lam=LAM)
+
+        def with_modules(x: Tensor) -> Tensor:
+            return F.cross_entropy(model(x), labels) + l0.nn.penalty(model)
+
+        add_modules(case, net, model, with_modules)
     return case
 
 
@@ -451,19 +470,24 @@ def open_parameters(log_alphas: Tensors, group_sizes: Iterable[int]) -> Tensor:
     return LAM * torch.stack(terms).sum()
 
 
-def add_modules(case: Case, net: torch.nn.Module, model: torch.nn.Module, labels: Tensor) -> None:
-    """Provider "nn": the gated `model` made from `net`, with parameters of its own."""
+def add_modules(
+    case: Case, net: torch.nn.Module, model: torch.nn.Module, forward: Forward, primitive: str = ""
+) -> None:
+    """Provider "nn": the gated `model` made from `net`, with parameters of its own in the same order.
+
+    With a primitive, and on a GPU beside it, every backend that has it runs the model.
+    """
     own_log_alphas = list(l0.nn.gate_parameters(model))
     own = list(l0.nn.weight_parameters(model))
     where = {id(p): i for i, p in enumerate(net.parameters())}
     own = [own[where[id(p)]] for p in case.parameters]
-
-    def with_modules(x: Tensor) -> Tensor:
-        return F.cross_entropy(model(x), labels) + l0.nn.penalty(model)
-
     case.log_alphas = [[*copies, mine] for copies, mine in zip(case.log_alphas, own_log_alphas, strict=True)]
     finish = adam(own, own_log_alphas)
-    case.providers["nn"] = Provider(with_modules, [*own, *own_log_alphas], "gated", finish, backend="default")
+    ours = Provider(forward, [*own, *own_log_alphas], "gated", finish, backend="default")
+    for name in engines(case.device, primitive) if primitive else ():
+        case.providers[name] = replace(ours, backend=name, syncs=name == "torch")
+    if not primitive or case.device.type == "cuda":
+        case.providers["nn"] = ours
 
 
 OPS: dict[str, Callable[..., Case]] = {
@@ -472,3 +496,4 @@ OPS: dict[str, Callable[..., Case]] = {
     "swiglu": partial(feed_forward, "swiglu"),
     "chain": chain,
 }
+"""Those of convolutions stand in conv_ops.py."""

@@ -28,6 +28,7 @@ PROVIDERS = {
     "dense": "torch.nn as installed",
     "dense_compiled": "torch.nn under torch.compile",
     "dense_epilogue": "torch.nn, forward alone, GELU in cuBLAS's epilogue (its tanh form)",
+    "dense_channels_last": "torch.nn in channels_last memory, x made so in each call",
     "dense_own": "the ungated op on our engine",
     "masked": "weight * z, then the dense product: the original implementation's formula",
     "masked_compiled": "the same under torch.compile",
@@ -39,7 +40,7 @@ PROVIDERS = {
     "cuda": "l0kernels, backend cuda",
     "nn": "written with l0kernels.nn, on the default backend",
 }
-DENSE = ("dense", "dense_compiled", "dense_epilogue", "dense_own")
+DENSE = ("dense", "dense_compiled", "dense_epilogue", "dense_channels_last", "dense_own")
 """Ungated: the first is the stock ratio's, the fastest in a run the fair ratio's."""
 OURS = ("nn", "torch", "cpp", "triton", "cuda")
 STEADY = ("dense_compiled", "dense_epilogue", "masked", "masked_compiled")
@@ -98,6 +99,7 @@ def _targets(
 
 
 LENET = (100, 784, 300, 100, 10)
+LENET5 = (100, 1, 28, 28)
 TOKENS = (64, 256, 1024, 4096, 16384)  # M of the sweep over a 4096-square linear layer
 STEP = ("step",)
 
@@ -138,6 +140,25 @@ WORKS = (
         passes=STEP,
         targets=_targets((0.70, 0.65, 0.45, 0.37, 0.33), (1.05, 1.00, 0.65, 0.52, 0.45)),
     ),
+    Work(
+        "lenet5",
+        LENET5,
+        "cpu",
+        "whole step, LeNet-5-Caffe, batch 100",
+        passes=STEP,
+        targets=_targets((1.1, 0.35), keeps=(1.0, (9, 18, 65, 25))),
+    ),
+    Work(
+        "block",
+        (16, 160, 32, 32),
+        "cpu",
+        "WRN-28-10 block, 160 channels, batch 16",
+        targets=_targets((1.1, 0.65, 0.40), keeps=(1.0, 0.5, 0.25)),
+    ),
+    Work("conv", (100, 20, 12, 12, 50, 5), "cpu", "convolution 100 x 20 x 12 x 12, 50 of 5 x 5"),
+    Work("conv", (100, 1, 28, 28, 20, 5), "cpu", full=True),
+    Work("conv", (16, 160, 32, 32, 160, 3), "cpu", full=True),
+    *(Work("block", (16, *size), "cpu", full=True) for size in ((320, 16, 16), (640, 8, 8))),
     *(Work("linear", (100, *sizes), "cpu", full=True) for sizes in ((300, 100), (100, 10))),
     *(Work("linear", (tokens, 4096, 4096), "cpu", full=True) for tokens in TOKENS),
     Work("ffn", (512, 768, 3072), "cpu", full=True),
@@ -171,6 +192,24 @@ WORKS = (
         ours="cuda",
         targets=_targets((1.2, 1.2, 1.1, 1.0, 1.0)),
     ),
+    *(
+        Work(
+            "block",
+            (128, *size),
+            "cuda",
+            f"WRN-28-10 block, {size[0]} channels, batch 128, bf16",
+            "bfloat16",
+            ("fwd", "fwd+bwd"),
+            targets=_targets((1.05, 1.0, 0.60, 0.35, 0.25)),
+        )
+        for size in ((320, 16, 16), (640, 8, 8))
+    ),
+    Work(
+        "lenet5", LENET5, "cuda", "whole step, LeNet-5-Caffe, batch 100", passes=STEP, mode="graph", ours="nn"
+    ),
+    Work("conv", (100, 20, 12, 12, 50, 5), "cuda", mode="graph", full=True),
+    Work("conv", (128, 640, 8, 8, 640, 3), "cuda", dtype="bfloat16", full=True),
+    Work("block", (128, 160, 32, 32), "cuda", dtype="bfloat16", full=True),
     Work("linear", (100, 784, 300), "cuda", mode="graph", ours="cuda", full=True),
     *(Work("linear", (tokens, 4096, 4096), "cuda", dtype="bfloat16", full=True) for tokens in TOKENS),
     *(Work("linear", (8192, 4096, 4096), "cuda", dtype=dtype, full=True) for dtype in ("float32", "tf32")),
@@ -183,6 +222,9 @@ QUICK = {
     "ffn": (32, 32, 64),
     "swiglu": (32, 32, 64),
     "chain": (16, 40, 24, 12, 5),
+    "conv": (5, 6, 9, 9, 10, 3),
+    "lenet5": (7, 1, 28, 28),
+    "block": (3, 12, 7, 7),
 }
 """Tiny shapes: do they run, and are they right?"""
 

@@ -18,9 +18,10 @@ from typing import Any
 
 import torch
 from check import Checker, context, precision
+from conv_ops import ALL_OPS
 from cost import cost
 from measure import Step, Timed, captured, clock_of, interleave, launches, peak_mb
-from ops import OPS, Case, Provider, usable_backend
+from ops import Case, Provider, usable_backend
 from registry import (
     DENSE,
     DTYPES,
@@ -105,7 +106,7 @@ class Bench:
         self.device = torch.device(args.device)
         self.right = True
         torch._dynamo.reset()  # code compiled for another shape counts against a limit
-        build = partial(OPS[work.op], work.shape, DTYPES[work.dtype], self.device)
+        build = partial(ALL_OPS[work.op], work.shape, DTYPES[work.dtype], self.device)
         self.case: Case = build(exact=False)
         self.checker = Checker(self.case, build(exact=True), work.dtype)
         self.providers: dict[str, Provider] = {}
@@ -314,7 +315,7 @@ def run(works: Sequence[Work], args: argparse.Namespace, deadline: float) -> tup
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     add = parser.add_argument
-    add("--op", choices=sorted(OPS), help="only this op")
+    add("--op", choices=sorted(ALL_OPS), help="only this op")
     add("--shape", help="with --op, only this shape, as in 100x784x300; it need not be listed")
     add("--device", choices=["cpu", "cuda"], default="cpu")
     add("--dtype", choices=list(DTYPES), help="only works of this dtype; with --shape in this dtype")

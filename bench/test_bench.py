@@ -1,13 +1,14 @@
 """pytest-benchmark entries of the core operations: ``make bench``.
 
-Every run is kept in .benchmarks under its commit; ``ARGS=--benchmark-compare`` shows the one before beside it.
+Every run is kept in .benchmarks under its commit; ``ARGS=--benchmark-compare`` shows the last one beside it.
 """
 
 import pytest
 import torch
 from check import context
+from conv_ops import ALL_OPS
 from measure import Timed
-from ops import OPS, trained_log_alpha, usable_backend
+from ops import trained_log_alpha, usable_backend
 
 import l0kernels as l0
 
@@ -16,6 +17,7 @@ CPU = torch.device("cpu")
 STEPS = [
     ("linear", (100, 784, 300), "fwd+bwd", ["dense", "dense_own", "masked", "index_select", *BACKENDS]),
     ("ffn", (64, 256, 1024), "fwd+bwd", ["dense", "dense_own", *BACKENDS]),
+    ("conv", (100, 20, 12, 12, 50, 5), "fwd+bwd", ["dense", "dense_channels_last", *BACKENDS]),
     ("chain", (100, 784, 300, 100, 10), "step", ["dense", "dense_own", "masked", "nn", *BACKENDS]),
 ]
 
@@ -46,7 +48,7 @@ def test_l0_penalty(benchmark, log_alphas):
     [(op, shape, name, provider) for op, shape, name, providers in STEPS for provider in providers],
 )
 def test_step(benchmark, op, shape, name, provider, keep):
-    case = OPS[op](shape, torch.float32, CPU)
+    case = ALL_OPS[op](shape, torch.float32, CPU)
     case.set_keep(keep)
     chosen = case.providers[provider]
     benchmark.group = f"{op} {'x'.join(map(str, shape))}, {name}, keep {keep:g}"

@@ -10,8 +10,8 @@ import gpu_check
 import pytest
 import rows
 import torch
+from conv_ops import ALL_OPS
 from gpu_check import ROOT, Counts, Done, Shard
-from ops import OPS
 from registry import KEEPS, WORKS
 
 
@@ -202,12 +202,12 @@ def test_parts_are_dropped_by_name_and_a_failing_one_does_not_stop_the_next(chec
 def test_every_part_has_a_place():
     names = list(gpu_check.PARTS)
     assert names[:2] == ["environment", "tests"]
-    assert names.index("sanitize") == names.index("chain") + 1
+    assert names.index("sanitize") == names.index("lenet5") + 1
     assert names[-1] == "ncu"
     needed = sum(part.needs_s for part in gpu_check.PARTS.values() if part.always and not part.optional)
     assert needed + 170 + 30 < gpu_check.BUDGET_S
     parts = {work.op for work in WORKS if work.device == "cuda" and not work.full}
-    assert set(gpu_check.WARM) <= parts <= set(gpu_check.PARTS) & set(OPS)
+    assert set(gpu_check.WARM) <= parts <= set(gpu_check.PARTS) & set(ALL_OPS)
     assert [name for name, part in gpu_check.PARTS.items() if not part.always] == ["tune"]
 
 
