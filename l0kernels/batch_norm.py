@@ -13,7 +13,7 @@ from . import _ops, _registry, reference
 from .conv2d import Packed, is_exact, open_order
 from .gates import Gates
 from .impl import module
-from .reference.batch_norm import check_batch_norm
+from .reference.batch_norm import affine, check_batch_norm
 from .reference.gates import check_gates
 
 
@@ -66,9 +66,9 @@ def gated_batch_norm(
 ) -> Tensor | Packed:
     """Batch normalisation of the channels that the gates leave open, exactly 0 in the others.
 
-    torch: ``F.batch_norm(x[:, open], running_mean[open], ...)`` spread over the channels. Closed channels keep
-    their running statistics. The gates only select: z multiplies nothing and gets no gradient. (A gate that
-    multiplies in front of a batch norm loses its gradient there: the norm divides it away. Gate what comes after.)
+    torch: ``F.batch_norm(x[:, open], running_mean[open], ...)`` spread over the channels. Closed channels
+    keep their running statistics. The gates only select: z multiplies nothing and gets no gradient. (A gate
+    that multiplies in front of a batch norm loses its gradient: the norm divides it away. Gate what follows.)
 
     Args:
         x: (N, channels, ...) any float dtype; or Packed, of which only the open channels are there.
@@ -153,11 +153,11 @@ def _packed(
     index = open_order(x.gates)
     if index is None:
         return F.batch_norm(x.data, running_mean, running_var, weight, bias, training, momentum, eps)
-    if len(index) == 0:
-        return x.data
     mean, var, w, b = (
         None if t is None else t.index_select(0, index) for t in (running_mean, running_var, weight, bias)
     )
+    if len(index) == 0:
+        return affine(x.data, w, b)
     y = F.batch_norm(x.data, mean, var, w, b, training, momentum, eps)
     if training and running_mean is not None and running_var is not None:
         running_mean.index_copy_(0, index, mean)

@@ -167,9 +167,9 @@ class Packed:
     """Activations of which only the open channels exist. Eager mode only: the shape depends on the gates.
 
     Attributes:
-        data: on a CPU (N, n, H, W), the n open channels ascending; on a GPU (N, channels, H, W) channels_last,
-            of which [0, open) are the open ones ascending, [open, extent) zeros and the rest unwritten, or, where
-            count[1] >= channels, all of them in order, the closed ones zero.
+        data: on a CPU (N, n, H, W), the n open channels ascending; on a GPU (N, channels, H, W)
+            channels_last, of which [0, open) are the open ones ascending, [open, extent) zeros and the rest
+            unwritten, or, where count[1] >= channels, all of them in order, the closed ones zero.
         gates: which channels exist; z is detached and multiplies nothing.
         channels: the number of all channels.
         backend: whose layout data has.
@@ -181,8 +181,11 @@ class Packed:
     backend: str
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> Packed:
-        """``fn`` of data, for an fn that treats each channel by itself and keeps zeros: relu, pooling, dropout."""
-        return replace(self, data=fn(self.data))
+        """``fn`` of data, for one that treats each channel by itself and keeps zeros: relu, pooling, dropout."""
+        if self.data.shape[1]:
+            return replace(self, data=fn(self.data))
+        one = F.pad(self.data, (0, 0, 0, 0, 0, 1))  # torch's pooling refuses to see no channel at all
+        return replace(self, data=fn(one)[:, :0])
 
 
 class _PackChannels(torch.autograd.Function):
@@ -218,7 +221,7 @@ def _gather(x: Tensor, gates: Gates, backend: str) -> Tensor:
 def _scatter(data: Tensor, gates: Gates, backend: str) -> Tensor:
     if is_exact(backend):
         fmt = impl.memory_format(data, data)
-        return impl.put(module(backend), data, list(gates[:3]), data.dtype, fmt)
+        return impl.put(module(backend), data, list(gate_tensors(gates, data.dtype)), data.dtype, fmt)
     return module(backend).unpack_channels(data, list(gates[:3]), data.dtype)
 
 
@@ -257,7 +260,7 @@ def _packing_backend(x: Tensor) -> str:
 
 
 def pack_channels(x: Tensor, gates: Gates) -> Packed:
-    """The channels of x (N, channels, H, W) that the gates leave open, unscaled; unpack_channels is the way back.
+    """The channels of x (N, channels, H, W) that the gates leave open, unscaled; unpack_channels goes back.
 
     Raises:
         TypeError, ValueError: x is no such tensor or the gates are not its.
@@ -382,9 +385,9 @@ def packed_conv2d(
 
     Args:
         x: (N, in, H, W), or Packed of in channels: those that do not exist are zero.
-        in_gates: as in gated_conv2d. Of a Packed x they should be the gates that it was packed with; other gates
-            leave open what both do.
-        the rest: as in gated_conv2d.
+        in_gates: as in gated_conv2d. Of a Packed x they should be the gates that it was packed with; with
+            other gates the product sees the channels that both leave open.
+        weight, bias, stride, padding, dilation, groups, out_gates, out_support: as in gated_conv2d.
 
     Returns:
         Packed by out_gates or out_support; without either the dense y (N, out, H', W').

@@ -219,6 +219,8 @@ class TestTable:
             "l0_penalty": ("l0_penalty",),
             "gated_linear": ("linear_forward", "linear_backward"),
             "gated_mlp": ("mlp_forward", "mlp_backward"),
+            "gated_conv2d": ("conv2d_forward", "conv2d_backward"),
+            "gated_batch_norm": (),
             "masked_linear": ("masked_weight", "masked_weight_grad"),
             "block_linear": ("block_linear_forward", "block_linear_backward"),
             "pack": (),

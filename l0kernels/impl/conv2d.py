@@ -127,7 +127,7 @@ def _with_taps(gate: Gate, weight: Tensor) -> Gate:
         return gate
     z, index, count = gate
     spread = index[:n, None] * taps + torch.arange(taps, dtype=torch.int32, device=index.device)
-    z = z[:, None].expand(n, taps).reshape(-1)
+    z = z.repeat_interleave(taps)
     return [z, F.pad(spread.view(-1), (0, round_up(n * taps) - n * taps)), count * taps]
 
 
@@ -349,7 +349,7 @@ def constant(
 
 
 def put_groups(y: Tensor, p: Plan, rest: Tensor) -> Tensor:
-    """The outputs of a plan's groups among the open channels, ``rest``, whose groups may have been left out."""
+    """The outputs of a plan's groups, and ``rest`` where an open channel's group was left out."""
     out_index = p.out_index
     if p.out_valid is not None and out_index is not None:
         valid = p.out_valid.nonzero()[:, 0]

@@ -46,6 +46,13 @@ def check_batch_norm(
         )
 
 
+def affine(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """The products with weight and bias of no channel at all, which torch's batch_norm refuses to see."""
+    for t in (weight, bias):
+        x = x if t is None else (x * t.view(-1, *[1] * (x.ndim - 2))).to(x.dtype)
+    return x
+
+
 def gated_batch_norm(
     x: Tensor,
     running_mean: Tensor | None,
@@ -60,8 +67,8 @@ def gated_batch_norm(
 ) -> Tensor:
     """Batch normalisation of the channels that the gates leave open, exactly 0 in the others.
 
-    torch: ``F.batch_norm(x[:, open], running_mean[open], ...)`` spread over the channels. Closed channels keep
-    their running statistics. The gates only select: z multiplies nothing and gets no gradient.
+    torch: ``F.batch_norm(x[:, open], running_mean[open], ...)`` spread over the channels. Closed channels
+    keep their running statistics. The gates only select: z multiplies nothing and gets no gradient.
 
     Args:
         x: (N, channels, ...) any float dtype.
@@ -86,12 +93,14 @@ def gated_batch_norm(
         )
     check_gates("gates", gates, channels, x.device, "channel of x")
     opened = (gates.z.detach() != 0).nonzero()[:, 0]
-    if len(opened) == 0:
-        return x * 0.0 if x.requires_grad else torch.zeros_like(x)
     mean, var, w, b = (
         None if t is None else t.index_select(0, opened) for t in (running_mean, running_var, weight, bias)
     )
-    y = torch.nn.functional.batch_norm(x.index_select(1, opened), mean, var, w, b, training, momentum, eps)
+    some = x.index_select(1, opened)
+    if len(opened):
+        y = torch.nn.functional.batch_norm(some, mean, var, w, b, training, momentum, eps)
+    else:
+        y = affine(some, w, b)
     if training and running_mean is not None and running_var is not None:
         with torch.no_grad():
             running_mean.index_copy_(0, opened, mean)

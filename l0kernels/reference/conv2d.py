@@ -75,8 +75,8 @@ def conv_options(
     span = [dilations[i] * (weight.shape[i + 2] - 1) + 1 for i in range(2)]
     if padded[0] < span[0] or padded[1] < span[1]:
         raise ValueError(
-            f"x must cover the kernel, {span[0]} x {span[1]} with its dilation, got {padded[0]} x {padded[1]} "
-            "with its padding"
+            f"x must cover the kernel, {span[0]} x {span[1]} with its dilation, got {padded[0]} x {padded[1]}"
+            " with its padding"
         )
     return strides, paddings, dilations, behind
 
