@@ -255,3 +255,161 @@ def test_large_counts_are_exact():
     params = 5001 * 4003 + 4003 + 4003 * 11 + 11
     assert params > 2**24  # the integers of float32 end there
     assert nn.eval_l0(nn.L0MLP((5001, 4003, 11))) == params
+
+
+def closed_by(gate, unit, n, pattern):
+    """Whether `gate` closes a unit of n: gates of all its features close a channel, a channel's gate them."""
+    bits = pattern[gate]
+    if len(bits) > n:
+        size = len(bits) // n
+        return not any(bits[unit * size : (unit + 1) * size])
+    return not bits[unit // (n // len(bits))]
+
+
+def alive_conv(layer, cols, rows, pattern):
+    """(weights, biases) of a layer, weight by weight: linear, convolution or (weight, bias) of a norm."""
+    if isinstance(layer, torch.nn.BatchNorm2d):
+        n = layer.num_features
+        is_open = sum(not any(closed_by(g, i, n, pattern) for g in rows) for i in range(n))
+        return is_open * (layer.weight is not None), is_open * (layer.bias is not None)
+    n_out, per_group = layer.weight.shape[:2]
+    groups = getattr(layer, "groups", 1)
+    taps = layer.weight[0, 0].numel()
+    is_open = [not any(closed_by(g, o, n_out, pattern) for g in rows) for o in range(n_out)]
+    weights = 0
+    for o, j in itertools.product(range(n_out), range(per_group)):
+        i = o // (n_out // groups) * per_group + j
+        reads = not any(closed_by(g, i, per_group * groups, pattern) for g in cols)
+        weights += taps * (reads and is_open[o])
+    return weights, sum(is_open) if layer.bias is not None else 0
+
+
+def check_conv(model, shape, sides, other=0):
+    """sides: (layer, gates on inputs, gates on outputs, output positions of the whole input)."""
+    spread(model)
+
+    def totals(pattern):
+        counts = [(*alive_conv(layer, cols, rows, pattern), at) for layer, cols, rows, at in sides]
+        return sum(w + b for w, b, _ in counts) + other, sum((2 * w + b) * at for w, b, at in counts)
+
+    params = flops = 0.0
+    for probability, pattern in patterns(model):
+        n_params, n_flops = totals(pattern)
+        params, flops = params + probability * n_params, flops + probability * n_flops
+    assert nn.expected_l0(model).item() == pytest.approx(params, rel=1e-6)
+    assert nn.expected_flops(model, shape).item() == pytest.approx(flops, rel=1e-6)
+    pattern = {gate: (gate.eval_gates().z != 0).int().tolist() for gate in nn.gate_modules(model)}
+    assert (nn.eval_l0(model), nn.eval_flops(model, shape)) == totals(pattern)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("kind", ["in", "out", "both", None])
+def test_one_convolution(kind, bias):
+    layer = nn.L0Conv2d(4, 3, (2, 3), stride=2, padding=1, dilation=2, bias=bias, gate=kind)
+    own = [[] if gate is None else [gate] for gate in (layer.in_gate, layer.out_gate)]
+    positions = 5 * 5 * 3  # (9 + 2 - 2 - 1) // 2 + 1 by (7 + 2 - 4 - 1) // 2 + 1
+    check_conv(layer, (5, 4, 9, 7), [(layer, *own, positions)])
+    expected = reference.conv_expected_flops(
+        layer.in_gate.dist.p_open(layer.in_gate.log_alpha).double() if layer.in_gate else 4,
+        layer.out_gate.dist.p_open(layer.out_gate.log_alpha).double() if layer.out_gate else 3,
+        *((2, 3), (9, 7), 2, 1, 2),
+        bias=bias,
+    )
+    assert nn.expected_flops(layer, (1, 4, 9, 7)).item() == pytest.approx(
+        float(torch.as_tensor(expected).detach()), rel=1e-6
+    )
+    assert reference.conv_output_size((9, 7), (2, 3), 2, 1, 2) == (5, 3)
+
+
+def test_grouped_and_depthwise_convolutions():
+    layer = nn.L0Conv2d(4, 6, 2, groups=2, gate="both")
+    check_conv(layer, (2, 4, 3, 3), [(layer, [layer.in_gate], [layer.out_gate], 2 * 4)])
+    gate = nn.HardConcreteGate(4)
+    layer = nn.L0Conv2d(4, 4, 3, groups=4, gate="both", in_gate=gate, out_gate=gate)
+    check_conv(layer, (1, 4, 3, 3), [(layer, [gate], [gate], 1)])
+    p = gate.dist.p_open(gate.log_alpha).sum().item()  # once, not squared
+    assert nn.expected_l0(layer).item() == pytest.approx(10 * p, rel=1e-5)
+    for groups in (1, 2):
+        layer = nn.L0Conv2d(4, 4, 1, groups=groups, gate="both", in_gate=gate, out_gate=gate)
+        check_conv(layer, (1, 4, 2, 2), [(layer, [gate], [gate], 4)])
+
+
+def test_lenet_chains_its_gates():
+    a, b = nn.L0Conv2d(1, 3, 2), nn.L0Conv2d(3, 2, 2)
+    c, d = nn.L0Linear(4, 2), nn.L0Linear(2, 3)
+    pool, act = torch.nn.MaxPool2d(2), torch.nn.ReLU()
+    model = nn.L0Sequential(a, act, pool, b, act, torch.nn.Flatten(), c, act, d)
+    sides = [
+        (a, [], [a.out_gate], 2 * 24),
+        (b, [a.out_gate], [b.out_gate, c.in_gate], 2 * 2),  # a channel closes with its features
+        (c, [b.out_gate, c.in_gate], [d.in_gate], 2),  # and they with it
+        (d, [d.in_gate], [], 2),
+    ]
+    check_conv(model, (2, 1, 7, 5), sides)
+
+
+@pytest.mark.parametrize("container", [nn.L0Sequential, torch.nn.Sequential])
+def test_norms_between_convolutions(container):
+    a, b = torch.nn.Conv2d(2, 3, 1), nn.L0Conv2d(3, 2, 1, gate="in")
+    norm = nn.L0BatchNorm2d(3)
+    model = container(a, norm, torch.nn.ReLU(), b)
+    gates = [b.in_gate]
+    sides = [(a, [], gates, 4), (norm, gates, gates, 0), (b, gates, [], 4)]
+    check_conv(model, (1, 2, 2, 2), sides)
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("kind", [nn.L0BatchNorm2d, torch.nn.BatchNorm2d])
+def test_a_gate_before_a_norm(kind, affine):
+    norm = kind(3, affine=affine)
+    a, b = nn.L0Conv2d(2, 3, 1), torch.nn.Conv2d(3, 2, 1)
+    with pytest.warns(UserWarning, match="'0' multiplies its outputs"):
+        model = nn.L0Sequential(a, norm, b)
+    gates = [a.out_gate] if kind is nn.L0BatchNorm2d else []  # torch's makes constants of zeros
+    check_conv(model, (1, 2, 2, 2), [(a, [], [a.out_gate], 4), (norm, gates, gates, 0), (b, gates, [], 4)])
+
+
+def test_sums_are_borders_for_what_is_read_but_zeros_go_through():
+    stream = nn.HardConcreteGate(3)
+    first = nn.L0Conv2d(2, 3, 1, out_gate=stream)
+    body = [nn.L0BatchNorm2d(3), nn.L0Conv2d(3, 3, 1, gate="out", out_gate=stream)]
+    last = nn.L0Conv2d(3, 1, 1, gate="both")
+    model = nn.L0Sequential(first, nn.L0Residual(torch.nn.Sequential(*body)), last)
+    sides = [
+        (first, [], [stream], 4),
+        (body[0], [stream], [stream], 0),
+        (body[1], [stream], [stream], 4),
+        (last, [stream, last.in_gate], [last.out_gate], 4),
+    ]
+    check_conv(model, (1, 2, 2, 2), sides)
+
+
+def test_conv1d_counts():
+    a, b = nn.L0Conv1d(2, 3, 2), nn.L0Conv1d(3, 2, 1, gate="in")
+    model = torch.nn.Sequential(a, torch.nn.MaxPool1d(2), b)
+    check_conv(model, (1, 2, 5), [(a, [], [a.out_gate, b.in_gate], 4), (b, [a.out_gate, b.in_gate], [], 2)])
+
+
+def test_counts_of_convolutions_are_those_of_the_exported_model():
+    model = spread(
+        nn.L0Sequential(
+            nn.L0Conv2d(1, 20, 3),
+            torch.nn.ReLU(),
+            torch.nn.MaxPool2d(2),
+            nn.L0Conv2d(20, 30, 3, gate="both"),
+            torch.nn.Flatten(),
+            nn.L0Linear(480, 40),
+            torch.nn.ReLU(),
+            nn.L0Linear(40, 10),
+        ),
+        3.0,
+    )
+    small = nn.export(model)
+    assert nn.eval_l0(model) == sum(p.numel() for p in small.parameters())
+    assert nn.eval_flops(model, (6, 1, 14, 14)) == nn.eval_flops(small, (6, 1, 14, 14))
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        small(torch.zeros(6, 1, 14, 14))
+    convs = [m for m in small if isinstance(m, torch.nn.Conv2d)]
+    biases = convs[0].out_channels * 144 + convs[1].out_channels * 16
+    biases += sum(m.out_features for m in small if isinstance(m, torch.nn.Linear))
+    assert nn.eval_flops(model, (6, 1, 14, 14)) == counter.get_total_flops() + 6 * biases

@@ -4,6 +4,7 @@ import copy
 import io
 import math
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -327,3 +328,237 @@ def test_nan_is_an_error():
         layer.in_gate.log_alpha[0] = math.nan
     with pytest.raises(ValueError, match="NaN"):
         nn.export(layer)
+
+
+def norms_set(model):
+    """Running statistics and affine parameters away from 0 and 1."""
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.running_mean.normal_()
+                module.running_var.uniform_(0.5, 2)
+                module.weight.normal_()
+                module.bias.normal_()
+    return model
+
+
+def quietly(make, *args):
+    """Without the warning of gates in front of norms."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        return make(*args)
+
+
+def check_conv(model, *shape, counted=True):
+    """As check, in float64 and to its precision; `counted`: the size is that of eval_l0."""
+    model = norms_set(model).double()
+    x = torch.randn(*shape, dtype=torch.float64)
+    small = nn.export(model)
+    assert not small.training
+    assert not nn.gate_modules(small)
+    expected = copy.deepcopy(model).eval()(x)
+    torch.testing.assert_close(small(x), expected, rtol=1e-10, atol=1e-10)
+    special = {type(m) for m in small.modules() if type(m).__module__.startswith("l0kernels")}
+    assert special <= {nn.SelectInputs, nn.ScatterOutputs, nn.Residual}
+    storages = {p.untyped_storage().data_ptr() for p in model.parameters() if p.numel()}
+    assert not storages & {p.untyped_storage().data_ptr() for p in small.parameters() if p.numel()}
+    assert size(small) == nn.eval_l0(model) or not counted
+    return small
+
+
+@pytest.mark.parametrize("kind", ["in", "out", "both"])
+@pytest.mark.parametrize("mode", ["paper", "median", "topk"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_convolution(kind, mode, bias):
+    layer = spread(nn.L0Conv2d(11, 13, 3, 2, 1, bias=bias, gate=kind, eval_mode=mode))
+    small = check_conv(layer, 2, 11, 6, 5)
+    (conv,) = (m for m in small.modules() if isinstance(m, torch.nn.Conv2d))
+    open_units = dict(zip(nn.gate_modules(layer), nn.open_units(layer), strict=True))
+    assert conv.in_channels == open_units.get(layer.in_gate, 11) == conv.weight.shape[1]
+    assert conv.out_channels == open_units.get(layer.out_gate, 13) == conv.weight.shape[0]
+
+
+def conv1d():
+    return nn.L0Conv1d(4, 7, 3), RELU(), torch.nn.MaxPool1d(2), nn.L0Conv1d(7, 5, 3, gate="both")
+
+
+RELU, FLATTEN = torch.nn.ReLU, torch.nn.Flatten
+CONVOLUTIONS = {
+    # name: (modules, input shape)
+    "lenet5": (
+        lambda: [
+            nn.L0Conv2d(1, 8, 3),
+            RELU(),
+            torch.nn.MaxPool2d(2),
+            nn.L0Conv2d(8, 12, 3),
+            RELU(),
+            torch.nn.MaxPool2d(2),
+            FLATTEN(),
+            nn.L0Linear(48, 20),
+            RELU(),
+            nn.L0Linear(20, 5),
+        ],
+        (3, 1, 14, 14),
+    ),
+    "channels of closed features": (
+        lambda: [nn.L0Conv2d(2, 30, 2, gate=None), RELU(), FLATTEN(), nn.L0Linear(60, 4)],
+        (3, 2, 2, 3),
+    ),
+    "features of closed channels": (
+        lambda: [nn.L0Conv2d(2, 9, 2), torch.nn.Tanh(), FLATTEN(), torch.nn.Linear(18, 4)],
+        (3, 2, 2, 3),
+    ),
+    "flatten at the border": (
+        lambda: [nn.L0Conv2d(2, 9, 2), FLATTEN(), torch.nn.LayerNorm(18), torch.nn.Linear(18, 4)],
+        (3, 2, 2, 3),
+    ),
+    "flatten behind a sigmoid": (
+        lambda: [nn.L0Conv2d(2, 9, 2), torch.nn.Sigmoid(), FLATTEN(), nn.L0Linear(18, 4)],
+        (3, 2, 2, 3),
+    ),
+    "recommended block": (
+        lambda: [
+            torch.nn.Conv2d(3, 12, 3, padding=1),
+            nn.L0BatchNorm2d(12),
+            RELU(),
+            nn.L0Conv2d(12, 8, 3, gate="in"),
+        ],
+        (2, 3, 5, 5),
+    ),
+    "paper's block": (
+        lambda: [nn.L0Conv2d(3, 12, 3), nn.L0BatchNorm2d(12), RELU(), torch.nn.Conv2d(12, 8, 3)],
+        (2, 3, 7, 7),
+    ),
+    "norm at both borders": (
+        lambda: [
+            nn.L0BatchNorm2d(3),
+            RELU(),
+            nn.L0Conv2d(3, 12, 3, gate="both"),
+            RELU(),
+            nn.L0BatchNorm2d(12),
+            torch.nn.Softmax2d(),
+        ],
+        (2, 3, 7, 7),
+    ),
+    "norm between two gates": (
+        lambda: [nn.L0Conv2d(3, 12, 3), nn.L0BatchNorm2d(12), nn.L0Conv2d(12, 8, 1, gate="both"), RELU()],
+        (2, 3, 7, 7),
+    ),
+    "plain norm": (
+        lambda: [nn.L0Conv2d(3, 12, 3), torch.nn.BatchNorm2d(12), nn.L0Conv2d(12, 8, 1, gate="both")],
+        (2, 3, 7, 7),
+    ),
+    "depthwise": (
+        lambda: [
+            nn.L0Conv2d(3, 12, 1),
+            RELU(),
+            torch.nn.Conv2d(12, 12, 3, groups=12),
+            RELU(),
+            nn.L0Conv2d(12, 5, 1, gate="in"),
+        ],
+        (2, 3, 5, 5),
+    ),
+    "1d": (conv1d, (2, 4, 16)),
+    "sum": (
+        lambda: [
+            nn.L0Conv2d(3, 8, 1),
+            nn.L0Residual(
+                nn.L0Sequential(
+                    nn.L0BatchNorm2d(8),
+                    RELU(),
+                    nn.L0Conv2d(8, 9, 3, padding=1, gate="both"),
+                    RELU(),
+                    nn.L0Conv2d(9, 8, 1),
+                )
+            ),
+            nn.L0Residual(torch.nn.Conv2d(8, 6, 1), nn.L0Conv2d(8, 6, 1)),
+            nn.L0BatchNorm2d(6),
+            nn.L0Conv2d(6, 4, 1, gate="in"),
+        ],
+        (2, 3, 5, 5),
+    ),
+    "sum of one gate": (
+        lambda: [
+            conv := nn.L0Conv2d(3, 8, 1),
+            nn.L0Residual(
+                torch.nn.Sequential(
+                    nn.L0BatchNorm2d(8), nn.L0Conv2d(8, 8, 3, padding=1, out_gate=conv.out_gate)
+                )
+            ),
+            nn.L0BatchNorm2d(8),
+            RELU(),
+            torch.nn.Conv2d(8, 4, 1),
+        ],
+        (2, 3, 5, 5),
+    ),
+}
+NOT_ZERO = {"plain norm", "flatten behind a sigmoid", "depthwise"}
+"""Where closed outputs become constants that the next layer reads, so that they have to stay."""
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+@pytest.mark.parametrize("seed", [0, 1])
+def test_convolutions(name, seed):
+    modules, shape = CONVOLUTIONS[name]
+    model = spread(quietly(lambda: nn.L0Sequential(*modules())), seed)
+    small = check_conv(model, *shape, counted=name not in NOT_ZERO)
+    assert size(small) < size(model) - sum(p.numel() for p in nn.gate_parameters(model))
+    set_all(model, 60.0)
+    small = check_conv(model, *shape)
+    assert not [m for m in small.modules() if isinstance(m, nn.SelectInputs | nn.ScatterOutputs)]
+    check_conv(set_all(model, -60.0), *shape, counted=False)
+
+
+@pytest.mark.parametrize("name", ["recommended block", "paper's block", "norm between two gates"])
+def test_in_a_plain_container_a_norm_knows_no_gates(name):
+    modules, shape = CONVOLUTIONS[name]
+    model = spread(torch.nn.Sequential(*modules()))
+    check_conv(model, *shape, counted=name == "recommended block")
+
+
+@pytest.mark.parametrize("kind", ["in", "out", "both"])
+def test_groups_vanish_whole(kind):
+    model = spread(
+        nn.L0Sequential(nn.L0Conv2d(6, 12, 1), RELU(), nn.L0Conv2d(12, 8, 3, groups=4, gate=kind)), std=1.5
+    ).double()
+    x = torch.randn(2, 6, 5, 5, dtype=torch.float64)
+    small = nn.export(model)
+    torch.testing.assert_close(small(x), model.eval()(x), rtol=1e-10, atol=1e-10)
+    grouped = [m for m in small if isinstance(m, torch.nn.Conv2d)][-1]
+    assert grouped.weight.shape[1] == 3
+    assert grouped.out_channels == 2 * grouped.groups
+
+
+def test_widths_between_convolutions():
+    modules, shape = CONVOLUTIONS["lenet5"]
+    model = spread(nn.L0Sequential(*modules())).eval()
+    first, second, *_ = nn.open_units(model)
+    small = check_conv(model, *shape)
+    convs = [m for m in small if isinstance(m, torch.nn.Conv2d)]
+    assert convs[0].out_channels == convs[1].in_channels == first
+    assert convs[1].out_channels <= second
+    kinds = [type(m).__name__ for m in small]
+    assert kinds[:7] == ["Conv2d", "ReLU", "MaxPool2d", "Conv2d", "ReLU", "MaxPool2d", "Flatten"]
+    assert kinds[7:] == ["SelectInputs", "Linear", "ReLU", "Linear"]
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+@pytest.mark.parametrize("value", [None, -60.0], ids=["some open", "all closed"])
+def test_exported_convolutions_script_and_pickle(name, value):
+    modules, shape = CONVOLUTIONS[name]
+    model = quietly(lambda: nn.L0Sequential(*modules()))
+    spread(model) if value is None else set_all(model, value)
+    x = torch.randn(*shape)
+    if value is None:
+        small = nn.export(model)
+        torch.testing.assert_close(torch.jit.script(small)(x), small(x))
+        assert torch.equal(pickle.loads(pickle.dumps(small))(x), small(x))
+        program = torch.export.export(small, (x,))
+        torch.testing.assert_close(program.module()(x), small(x))
+
+
+def test_channels_of_another_number():
+    small = nn.export(spread(nn.L0Conv2d(6, 4, 1, gate="in")))
+    with pytest.raises(ValueError, match=r"x must have shape \(\.\.\., 6, \*, \*\), got .*2, 5, 3, 3"):
+        small(torch.randn(2, 5, 3, 3))
+    assert "of 6, dim=-3" in repr(small)

@@ -260,3 +260,58 @@ def test_optimiser_groups_part_the_parameters():
     assert len(gates) + len(weights) == len(list(model.parameters()))
     optimizer = torch.optim.AdamW([{"params": weights}, {"params": gates, "weight_decay": 0.0, "lr": 0.1}])
     assert len(optimizer.param_groups) == 2
+
+
+def brute_force_conv(layer, weight_decay):
+    """The penalty of a convolution with bias, weight by weight."""
+    total = 0.0
+    weight, bias = layer.weight.detach().double(), layer.bias.detach().double()
+    p_in = p_open(layer.in_gate.log_alpha) if layer.in_gate else None
+    p_out = p_open(layer.out_gate.log_alpha) if layer.out_gate else None
+    n_out, per_group, *_ = weight.shape
+    for o in range(n_out):
+        for j in range(per_group):
+            i = o // (n_out // layer.groups) * per_group + j
+            taps, squares, p = weight[o, j].numel(), weight[o, j].square().sum(), 1.0
+            if p_in is not None:
+                total += layer.in_gate.lam * p_in[i] * taps
+                p = p * p_in[i]
+            if p_out is not None:
+                total += layer.out_gate.lam * p_out[o] * taps
+                p = p if layer.in_gate is layer.out_gate and i == o else p * p_out[o]
+            total += weight_decay / 2 * p * squares
+        if p_out is not None:
+            total += p_out[o] * (layer.out_gate.lam + weight_decay / 2 * bias[o] ** 2)
+    return float(total)
+
+
+@pytest.mark.parametrize("kind", ["in", "out", "both"])
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("weight_decay", [0.0, 0.7])
+def test_convolution_against_brute_force(kind, groups, weight_decay):
+    for layer in (
+        nn.L0Conv2d(4, 6, (2, 3), groups=groups, gate=kind, lam=0.3),
+        nn.L0Conv1d(4, 6, 3, groups=groups, gate=kind, lam=0.3),
+    ):
+        spread(layer)
+        value = nn.penalty(layer, weight_decay=weight_decay)
+        assert value.item() == pytest.approx(brute_force_conv(layer, weight_decay), rel=1e-5)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 6])
+def test_one_gate_on_both_sides_of_a_convolution(groups):
+    gate = nn.HardConcreteGate(6)
+    layer = spread(nn.L0Conv2d(6, 6, 2, groups=groups, gate="both", in_gate=gate, out_gate=gate))
+    assert nn.penalty(layer, weight_decay=2.0).item() == pytest.approx(brute_force_conv(layer, 2.0), rel=1e-5)
+
+
+def test_an_ungated_convolution_has_no_penalty():
+    gated = nn.L0Conv2d(4, 2, 1, gate="in")
+    model = spread(nn.L0Sequential(nn.L0Conv2d(3, 4, 1, gate=None), nn.L0BatchNorm2d(4), gated))
+    expected = brute_force_conv(gated, 0.5)
+    assert nn.penalty(model, weight_decay=0.5).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_weight_decay_reaches_the_weights_of_a_convolution():
+    layer = spread(nn.L0Conv2d(3, 4, 2, gate="both")).double()
+    assert torch.autograd.gradcheck(lambda *_: nn.penalty(layer, weight_decay=0.3), tuple(layer.parameters()))

@@ -115,7 +115,7 @@ def link(steps: Sequence[Step], value: Value = NOTHING) -> list[Product]:
                 follows = _fits(products[-1].layer, module, flat)
             if follows:
                 products[-1] = replace(products[-1], leads=True)
-            closed = before.closed if step.gated or not is_norm(module) else ()
+            closed = before.closed if step.keeps_closed or not is_norm(module) else ()
             in_gates = union(closed, own_gates(module, "in_gate"))
             products.append(
                 Product(module, at, in_gates, own_gates(module, "out_gate"), follows=follows, leads=False)
@@ -123,15 +123,15 @@ def link(steps: Sequence[Step], value: Value = NOTHING) -> list[Product]:
         elif not treats_units(module, before.kind) and not (is_flatten(module) and before.kind == CHANNELS):
             border = at
     # Backwards: what a layer does not read, the one before need not write.
-    for i in range(len(products) - 2, -1, -1):
-        product, behind_it = products[i], products[i + 1]
+    for i in range(len(products) - 1, -1, -1):
+        product, wanted = products[i], NOTHING.closed
         if product.leads:
-            norm = is_norm(behind_it.layer)
-            wanted = behind_it.in_gates if norm else own_gates(behind_it.layer, "in_gate")
-            products[i] = replace(product, out_gates=union(product.out_gates, wanted))
+            reader = products[i + 1]
+            wanted = reader.in_gates if is_norm(reader.layer) else own_gates(reader.layer, "in_gate")
         if is_norm(product.layer):  # it computes what it is asked for, of what is open
-            gates = union(product.in_gates, products[i].out_gates)
-            products[i] = replace(products[i], in_gates=gates, out_gates=gates)
+            wanted = union(product.in_gates, wanted)
+            product = replace(product, in_gates=wanted)
+        products[i] = replace(product, out_gates=union(product.out_gates, wanted))
     return products
 
 

@@ -235,8 +235,9 @@ class _Units:
     def __init__(self, product: Product) -> None:
         self.layer: Any = product.layer
         layer = self.layer
-        self.read = _open_units(product.in_gates, units_in(layer))
-        self.write = _open_units(own_gates(layer, "out_gate"), units_out(layer))
+        self.closed = False  # whether the one unit that stays is closed
+        self.read = self._one_at_least(_open_units(product.in_gates, units_in(layer)))
+        self.write = self._one_at_least(_open_units(own_gates(layer, "out_gate"), units_out(layer)))
         if is_norm(layer):
             self.write = self.read
         elif is_conv(layer) and layer.groups > 1:
@@ -249,11 +250,18 @@ class _Units:
         if read is not None:
             read = (read // (size // n)).unique()
             read = None if len(read) == n else read
-        self.write = read
+        self.write = self._one_at_least(read)
         if is_norm(self.layer):
-            self.read = read
+            self.read = self.write
         elif is_conv(self.layer) and self.layer.groups > 1:
             self._whole_groups()
+
+    def _one_at_least(self, units: Tensor | None) -> Tensor | None:
+        """torch has no convolution without channels: a closed one, of zeros, stays if no other does."""
+        if units is None or len(units) or is_linear(self.layer):
+            return units
+        self.closed = True
+        return units.new_zeros(1)
 
     def _whole_groups(self) -> None:
         """Of a grouped convolution the groups stay that write anything, with all of their channels."""
@@ -268,7 +276,7 @@ class _Units:
 
     def sliced(self) -> nn.Module:
         if is_norm(self.layer):
-            return _sliced_norm(self.layer, self.read)
+            return _sliced_norm(self.layer, self.read, self.closed)
         if is_conv(self.layer):
             return _sliced_conv(self.layer, self.read, self.write)
         return _sliced(self.layer, self.read, self.write)
@@ -374,13 +382,13 @@ def _sliced_conv(layer: Any, read: Tensor | None, write: Tensor | None) -> nn.Mo
     return conv
 
 
-def _sliced_norm(layer: nn.BatchNorm2d, read: Tensor | None) -> nn.BatchNorm2d:
-    """The norm of some channels."""
+def _sliced_norm(layer: nn.BatchNorm2d, read: Tensor | None, closed: bool = False) -> nn.BatchNorm2d:
+    """The norm of some channels, zero where they are closed."""
     norm = nn.BatchNorm2d(
         layer.num_features if read is None else len(read),
         layer.eps,
         layer.momentum,
-        layer.affine,
+        layer.affine or closed,
         layer.track_running_stats,
         device="meta",
     )
@@ -392,6 +400,10 @@ def _sliced_norm(layer: nn.BatchNorm2d, read: Tensor | None) -> nn.BatchNorm2d:
         setattr(norm, name, _parameter(part(parameter), parameter))
     for name, buffer in layer.named_buffers(recurse=False):
         setattr(norm, name, part(buffer).clone())
+    if closed:
+        like = norm.running_mean if layer.track_running_stats else layer.weight
+        zeros = torch.zeros(norm.num_features) if like is None else like.new_zeros(norm.num_features)
+        norm.weight, norm.bias = nn.Parameter(zeros), nn.Parameter(zeros.clone())
     return norm
 
 

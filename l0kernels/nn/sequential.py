@@ -118,10 +118,15 @@ class L0Residual(nn.Module):
 
 
 class Step(NamedTuple):
-    """A module in the flattened container, and whether norms in it see the gates of their channels."""
+    """A module in the flattened container, and whether that tells norms the gates of their channels."""
 
     module: nn.Module
     gated: bool
+
+    @property
+    def keeps_closed(self) -> bool:
+        """Of a norm: whether closed channels are zero behind it."""
+        return self.gated and isinstance(self.module, L0BatchNorm2d)
 
 
 class Value(NamedTuple):
@@ -166,7 +171,7 @@ def _behind(step: Step, value: Value) -> Value:
         gate = own_gate(module, "out_gate")
         return Value(() if gate is None else (gate,), FEATURES if is_linear(module) else CHANNELS)
     if is_norm(module):
-        return Value(closed if step.gated else (), CHANNELS)
+        return Value(closed if step.keeps_closed else (), CHANNELS)
     if is_residual(module):
         body = follow(steps_of(module.body, True), value)[-1]
         shortcut = follow(steps_of(module.shortcut, True), value)[-1]
@@ -242,7 +247,7 @@ def _plan(
             fits = out_gate is None and wanted is not None and wanted.n == module.out_channels
             ops.append(_Op("conv", module, (own, out_gate, wanted if fits else None)))
             wanted = own
-        elif is_norm(module) and steps[i].gated and isinstance(module, L0BatchNorm2d):
+        elif is_norm(module) and steps[i].keeps_closed:
             gate = before.closed[0] if before.closed else wanted
             gate = gate if gate is None or gate.n == module.num_features else None
             ops.append(_Op("norm", module, (gate,)))
