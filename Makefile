@@ -13,8 +13,8 @@ ARGS   ?=
 help:
 	@echo "make train      train a LeNet-300-100 with L0 gates on handwritten digits (ARGS= for its options)"
 	@echo "make test       ruff, mypy, pytest (ARGS= for pytest's options)"
-	@echo "make bench-cpu  every CPU row of the benchmark table, under ten minutes; appends to bench/results"
-	@echo "make bench      pytest-benchmark of the core operations"
+	@echo "make bench-cpu  the CPU rows, tables and plots, under ten minutes; adds to bench/results (ARGS=--full: hours)"
+	@echo "make bench      pytest-benchmark of the core operations (ARGS=--benchmark-compare: beside the last run)"
 	@echo "make static     registers, shared memory and instructions of every Triton kernel; needs no GPU"
 	@echo "make gpu-check  on a GPU machine, with its own Python and no network: tests and timings, nine minutes"
 	@echo "make venv       only set up .venv"
@@ -37,8 +37,13 @@ static: $(STAMP)
 gpu-check:
 	$(PYTHON) bench/gpu_check.py $(ARGS)
 
+# What is not begun in its share of the ten minutes is dropped by name: densities beyond those of the tables first.
 bench-cpu: $(STAMP)
-	$(PY) bench/run.py --device cpu $(ARGS)
+	$(PY) bench/run.py --device cpu --budget-s 430 $(ARGS)
+	$(PY) bench/micro.py --device cpu --budget-s 30
+	$(PY) bench/training.py digits
+	$(PY) bench/plot.py
+	$(PY) bench/table.py
 
 bench: $(STAMP)
 	$(PY) -m pytest bench/test_bench.py --benchmark-group-by=group --benchmark-columns=min,median,iqr,rounds \

@@ -2,13 +2,20 @@
 
 Bytes are those of a step that reads each operand of a product and writes each result once (nothing stays in
 a cache between products); gradients of closed units are written, as zeros. The processor's rate is the best
-of any dense provider in the file, its bandwidth that of the row `copy`. What takes longest at these rates
-limits a work; where both together explain less than half of the time, fixed costs do (launches, autograd).
+of any large dense row of that dtype in the file (of another one, where there is none), its bandwidth that of
+the row `copy`. What takes longest at these rates limits a work; where both together explain less than half of
+the time, fixed costs do (launches, autograd).
 """
 
+import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
+
+from registry import DENSE, WORKS, Work, keep_name
+from rows import Row, latest, machine, read
+from table import PASS_NAMES, Found, device_files, header, kind_of, line
 
 ITEMSIZE = {"float32": 4, "tf32": 4, "bfloat16": 2}
 
@@ -25,6 +32,7 @@ class Cost:
 
 
 NOTHING = Cost()
+LARGE = 1.0  # GFLOP
 Share = Callable[[int], float]  # the open share of a gate vector
 Parts = tuple[Cost, Cost, float]  # forward, backward, number of parameters
 Formula = Callable[[tuple[int, ...], Share, int], Parts]
@@ -151,3 +159,91 @@ def _block(shape: tuple[int, ...], at: Share, size: int) -> Parts:
 
 _FORMULAS: dict[str, Formula] = {"linear": _linear, "ffn": _ffn(1), "swiglu": _ffn(2), "chain": _chain}
 _FORMULAS |= {"conv": _conv, "lenet5": _lenet5, "block": _block}
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What a machine was seen to do, per ms."""
+
+    flops: dict[str, float]  # by dtype
+    bytes: float | None
+
+    @classmethod
+    def seen(cls, rows: Sequence[Row]) -> "Rates":
+        flops: dict[str, float] = {}
+        for row in rows:
+            # A small net shows what launches cost, not what the processor can do.
+            if row["provider"] in DENSE and float(row["tflops"] or 0) * float(row["ms"]) > LARGE:
+                flops[row["dtype"]] = max(flops.get(row["dtype"], 0.0), 1e9 * float(row["tflops"]))
+        copies = [1e6 * float(row["gbps"]) for row in rows if row["op"] == "copy" and row["gbps"]]
+        return cls(flops, max(copies, default=None))
+
+    def times(self, need: Cost, dtype: str) -> tuple[float | None, float | None]:
+        """ms for the FLOPs, ms for the bytes, None where the rate is not known."""
+        rate = self.flops.get(dtype) or max(self.flops.values(), default=None)
+        return need.flops / rate if rate else None, need.bytes / self.bytes if self.bytes else None
+
+
+def limit(compute: float | None, memory: float | None, measured: float) -> str:
+    """The resource that limits a step of `measured` ms; "" where a rate is not known."""
+    if compute is None or memory is None:
+        return ""
+    if compute + memory < measured / 2:
+        return "fixed costs"
+    return "compute" if compute >= memory else "memory"
+
+
+def report(works: Sequence[Work], rows: Sequence[Row]) -> str:
+    """For each work, pass, mode and density: what must be done, how long that takes, what was measured."""
+    found, rates = Found(rows), Rates.seen(rows)
+    head = ("op, pass, mode", "keep", "backend", "GFLOP", "MB", "ms for FLOPs", "ms for bytes", "measured ms")
+    lines = header(*head, "explained", "limited by")
+    figure = lambda value: "?" if value is None else f"{value:.3g}"  # noqa: E731
+    for work in works:
+        for row in found.rows:
+            key = (row["op"], row["shape"], row["dtype"], row["provider"])
+            if key != (work.op, work.shape_name, work.dtype, work.provider):
+                continue
+            share = open_share(work, row["keep"])
+            need = cost(work.op, work.shape, share, row["pass"], work.dtype)
+            compute, memory = rates.times(need, work.dtype)
+            measured = float(row["ms"])
+            known = None if compute is None or memory is None else max(compute, memory) / measured
+            lines.append(
+                line(
+                    f"{work.label}, {PASS_NAMES[row['pass']]}, {row['mode']}",
+                    row["keep"],
+                    row["provider"],
+                    *(figure(value) for value in (need.flops / 1e9, need.bytes / 1e6, compute, memory)),
+                    row["ms"],
+                    "?" if known is None else f"{known:.0%}",
+                    limit(compute, memory, measured) or "?",
+                )
+            )
+    return "\n".join(lines)
+
+
+def open_share(work: Work, name: str) -> float | list[float]:
+    """The open share that a keep of the rows stands for."""
+    for keep in work.own_keeps:
+        if keep_name(keep) == name and isinstance(keep, tuple):
+            return [n / size for n, size in zip(keep, work.gate_sizes, strict=True)]
+    return float(name)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("paths", nargs="*", type=Path, help="default: every device's in bench/results")
+    parser.add_argument("--op", help="only this op")
+    args = parser.parse_args()
+    for path in args.paths or device_files():
+        rows = latest(read(path))
+        rates = Rates.seen(rows)
+        works = [w for w in WORKS if w.device == kind_of(rows) and args.op in (None, w.op)]
+        seen = [f"{name} {rate / 1e9:.3g} TFLOP/s" for name, rate in rates.flops.items()]
+        seen += [f"copy {rates.bytes / 1e6:.3g} GB/s" if rates.bytes else "copy not measured"]
+        print(machine(rows), ", ".join(seen), report(works, rows), sep="\n\n", end="\n\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -184,8 +184,8 @@ class Check:
         self.log(f"  FAILED {what}")
 
     def copy_results(self) -> None:
-        for path in (self.csv, profile_of(self.csv)):
-            if path.exists() and path.parent != self.out:
+        for path in sorted(self.csv.parent.glob(f"{self.csv.stem}*")):
+            if path.suffix in (".csv", ".svg") and path.parent != self.out:
                 shutil.copy(path, self.out / path.name)
 
 
@@ -533,6 +533,26 @@ def example(check: Check) -> None:
             check.fail(f"example {name}: exit {done.code}")
 
 
+def report(check: Check) -> None:
+    """The README's tables and, where matplotlib is, its plot, from all rows of this device."""
+    if not check.csv.exists():
+        check.log("  report: skipped, there are no rows")
+        return
+    scripts: list[list[str | Path]] = [[ROOT / "bench" / "table.py", check.csv, "--targets", "--micro"]]
+    if check.facts.get("matplotlib") == "missing":
+        check.log("  plot: skipped, no matplotlib")
+    else:
+        scripts.append([ROOT / "bench" / "plot.py", check.csv])
+    for command in scripts:
+        done = call([sys.executable, *command], min(60.0, check.share), check.env(), check.work)
+        check.log.details(f"report {command[0]}", done)
+        for line in done.output.strip().splitlines():
+            check.log(line)
+        if done.code != 0:
+            check.fail(f"report: exit {done.code}")
+    check.copy_results()
+
+
 def tune(check: Check) -> None:
     """The product's tiles, for choose() in triton_kernels/matmul.py; not a part of a whole check."""
     script = ROOT / "bench" / "tune.py"
@@ -565,6 +585,7 @@ PARTS: dict[str, Part] = {
     "sanitize": Part(sanitize, 30),
     "micro": Part(bench("micro", 75), 30),
     "example": Part(example, 15),
+    "report": Part(report, 10),
     "tune": Part(tune, 60, always=False),
     "ncu": Part(ncu, 40, optional=True),
 }

@@ -66,6 +66,7 @@ class Work:
     mode: str = "eager"
     ours: str = ""
     targets: Mapping[Keep, tuple[float | None, float | None]] = field(default_factory=dict, hash=False)
+    gate_sizes: tuple[int, ...] = ()  # of the gate vectors, where densities differ between them
     full: bool = False  # only in a --full run
 
     @property
@@ -147,6 +148,7 @@ WORKS = (
         "whole step, LeNet-5-Caffe, batch 100",
         passes=STEP,
         targets=_targets((1.1, 0.35), keeps=(1.0, (9, 18, 65, 25))),
+        gate_sizes=(20, 50, 800, 500),
     ),
     Work(
         "block",

@@ -3,17 +3,20 @@
 from dataclasses import replace
 
 import check
+import compare
 import conv_ops
 import cost
 import measure
 import micro
 import ops
+import plot
 import pytest
 import registry
 import rows
 import run
 import table
 import torch
+import training
 from registry import KEEPS, QUICK, TABLE_KEEPS, WORKS, Work
 
 CPU = torch.device("cpu")
@@ -453,3 +456,85 @@ def test_micro_names_a_source_that_fails_and_measures_the_others(tmp_path, monke
     (found,) = rows.read(path)
     assert (found["op"], found["provider"], found["mode"]) == ("copy", "copy", "eager")
     assert float(found["gbps"]) > 0
+
+
+# ---- what is made of the rows
+
+
+def sweep(**values):
+    ratios = {"1": "1.2", "0.5": "0.6", "0.1": "0.2"}
+    return [row(keep=keep, stock=ratio, fair=ratio, **values) for keep, ratio in ratios.items()]
+
+
+def test_compare_names_only_what_exceeds_the_spread(tmp_path, capsys):
+    same = {"ms_p20": "0.9", "ms_p80": "1.1"}
+    first = [row(keep="1", ms="1", **same), row(keep="0.5", ms="1", **same), row(keep="0.1", ms="1", **same)]
+    second = [
+        row(keep="1", ms="1.05", ms_p20="1", ms_p80="1.2"),
+        row(keep="0.5", ms="2", ms_p20="1.9", ms_p80="2.1", commit="abc"),
+    ]
+    a, b = tmp_path / "a.csv", tmp_path / "b.csv"
+    rows.append(a, first)
+    rows.append(b, second)
+    assert compare.main([str(a), str(b)]) == 0
+    out = capsys.readouterr().out
+    assert "| 1 | 2 | 2.000 | 10.0 %, 5.0 % | slower |" in out
+    assert "1.050" not in out
+    assert "2 rows in both, 1 only in A, 0 only in B: 0 faster, 1 slower, 1 within the spread" in out
+    assert compare.main([str(a), str(b), "--fail-above", "0.5"]) == 1
+    assert compare.main([str(a), str(b), "--fail-above", "1.5"]) == 0
+    assert compare.main([str(b), str(a), "--all"]) == 0
+    assert "| faster |" in capsys.readouterr().out
+    assert [r["keep"] for r in compare.load(f"{b}@abc")] == ["0.5"]
+    with pytest.raises(SystemExit):
+        compare.main([str(a), f"{b}@none"])
+
+
+def test_plots_come_from_rows_and_say_where_they_are_from(tmp_path):
+    path = tmp_path / "a-cpu.csv"
+    dense = row(keep="1", provider="dense", stock="1")
+    rows.append(path, [*sweep(provider="cpp"), *sweep(provider="masked"), dense])
+    out = plot.plot(path)
+    text = out.read_text()
+    assert out.name == "a-cpu-speedup.svg"
+    assert len(text) < 60_000
+    for words in ("linear 512 x 4096 x 4096", "from keep 0.83 down", "1 / keep", "a CPU", "break-even"):
+        assert words in text, words
+    assert plot.plot(path).read_text() == text  # the same rows, the same bytes
+
+
+def test_training_rows_are_medians_of_stretches_and_replace_those_of_the_same_run(tmp_path):
+    metrics = [
+        {"epoch": str(i), "test_error": "0.5", "step_ms": str(i), "dense_ms": "2", "expected_flops": "1"}
+        for i in range(1, 101)
+    ]
+    found = training.condense(metrics, points=10)
+    assert [r["epoch"] for r in found] == [str(i) for i in range(10, 101, 10)]
+    assert found[0]["step_ms"] == "5.5"
+    path = tmp_path / "a-training.csv"
+    for run_name in ("digits", "mnist", "digits"):
+        named = [dict.fromkeys(training.FIELDS, "x") | r | {"run": run_name, "cores": "2"} for r in found]
+        training.replace_run(path, named)
+    assert [r["run"] for r in rows.read(path)] == ["mnist"] * 10 + ["digits"] * 10
+    out = plot.plot(path)
+    assert out.name == "a-training.svg"
+    assert "digits: test error 50.00%" in out.read_text()
+
+
+def test_training_without_its_data_says_so(capsys):
+    with pytest.raises(SystemExit):
+        training.main(["mnist"])
+    assert "expected --data" in capsys.readouterr().err
+
+
+def test_the_cost_report_names_what_limits():
+    assert cost.limit(8.0, 1.0, 10.0) == "compute"
+    assert cost.limit(1.0, 8.0, 10.0) == "memory"
+    assert cost.limit(1.0, 1.0, 10.0) == "fixed costs"
+    assert cost.limit(1.0, None, 10.0) == ""
+    dense = row(keep="1", provider="dense", tflops="0.2", ms="100")
+    copy = row(op="copy", keep="1", provider="copy", gbps="40")
+    ours = row(keep="0.5", ms="150", tflops="0.17")
+    text = cost.report([WORK], [dense, copy, ours])
+    assert "| 0.5 | cpp | 25.8 | 176 | 129 | 4.4 | 150 | 86% | compute |" in text
+    assert cost.open_share(replace(WORK, gate_sizes=(6, 4)), "3-2") == [0.5, 0.5]
