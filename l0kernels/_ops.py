@@ -18,6 +18,7 @@ from .reference.gates import HardConcrete, round_up
 
 _LIBRARY = torch.library.Library("l0kernels", "DEF")
 _PLAIN = (Tensor, torch.nn.Parameter)
+_MADE_OF_TORCH = ("gated_conv2d", "gated_conv2d_backward")  # on every backend of the CPU
 
 
 def _define(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -28,7 +29,7 @@ def _define(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., An
 
         def opaque(*args: Any) -> Any:
             # Autograd falls through: a backend made of torch's operations must not record a graph of its own.
-            if args[-1] == "cpp" or not torch.is_grad_enabled():
+            if not torch.is_grad_enabled() or (args[-1] == "cpp" and name not in _MADE_OF_TORCH):
                 return implementation(*args)
             with torch.no_grad():
                 return implementation(*args)

@@ -159,7 +159,13 @@ def _packed(
     if len(index) == 0:
         return affine(x.data, w, b)
     y = F.batch_norm(x.data, mean, var, w, b, training, momentum, eps)
-    if training and running_mean is not None and running_var is not None:
+    if (
+        training
+        and running_mean is not None
+        and running_var is not None
+        and mean is not None
+        and var is not None
+    ):
         running_mean.index_copy_(0, index, mean)
         running_var.index_copy_(0, index, var)
     return y

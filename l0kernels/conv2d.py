@@ -77,6 +77,8 @@ def _apply(
     scale_in, scale_out, _, _ = flags
     in_z, *in_order = _NO_TENSORS if in_gates is None else gate_tensors(in_gates, dtype)
     out_z, *out_order = _NO_TENSORS if out_gates is None else gate_tensors(out_gates, dtype)
+    if in_z is not None and out_z is not None and in_order[0] is out_order[0]:  # Dynamo takes no tensor twice
+        out_z, *out_order = (t.view_as(t) for t in (out_z, *out_order))
     in_z = in_z if in_z is None or scale_in else in_z.detach()
     out_z = out_z if out_z is None or scale_out else out_z.detach()
     full = (
@@ -181,7 +183,7 @@ class Packed:
     backend: str
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> Packed:
-        """``fn`` of data, for one that treats each channel by itself and keeps zeros: relu, pooling, dropout."""
+        """``fn`` of data, one that takes each channel by itself and keeps zeros: relu, pooling, dropout."""
         if self.data.shape[1]:
             return replace(self, data=fn(self.data))
         one = F.pad(self.data, (0, 0, 0, 0, 0, 1))  # torch's pooling refuses to see no channel at all
@@ -326,7 +328,9 @@ class _PackWeight(torch.autograd.Function):
             )
         elif dw is not None and (need_w or need_in or need_out):
             needs = (need_w, need_in, need_out)
-            dweight, dz_in, dz_out = impl.unpack_weight(pair, dw, weight, plan, *gates, *scales, full, needs)
+            dweight, dz_in, dz_out = impl.unpack_weight(
+                pair, dw, weight, plan, gates[0], gates[1], scales[0], scales[1], full, needs
+            )
         if db is not None and bias is not None and (need_b or need_out):
             dbias, dz_bias = impl.unpack_bias(pair, db, bias, gates[1], scales[1], full[1], need_out)
             dz_out = dz_bias if dz_out is None else dz_out if dz_bias is None else dz_out + dz_bias
@@ -463,7 +467,7 @@ def _exact(
     out_z, *out_order = _NO_TENSORS if out_gates is None else gate_tensors(out_gates, dtype)
     in_z = in_z if in_z is None or scales[0] else in_z.detach()
     out_z = out_z if out_z is None or scales[1] else out_z.detach()
-    orders = (in_order, out_order)
+    orders = ([t for t in in_order if t is not None], [t for t in out_order if t is not None])
     gates = _with_z(in_z, out_z, orders)
     plan = impl.plan(weight, groups, *gates)
     full = (in_gates is not None and in_gates.full_grad, out_gates is not None and out_gates.full_grad)

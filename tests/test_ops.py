@@ -74,6 +74,25 @@ class TestOpcheck:
                 rest = (activation, dtype, [False] * 3, needs, dist, backend)
                 opcheck(OPS.gated_mlp_backward.default, (dy, *args, saved, *rest))
 
+    @pytest.mark.parametrize("groups", [1, 3])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+    def test_gated_conv2d(self, backend, layout, dtype, groups):
+        x, dy = (torch.randn(s).to(dtype).to(memory_format=layout) for s in ((2, 12, 6, 5), (2, 9, 3, 5)))
+        weight, bias = torch.randn(9, 12 // groups, 3, 3).to(dtype), torch.randn(9).to(dtype)
+        conv, g_in, g_out = ([2, 1], [1, 1], [1, 1], groups), gate(12), gate(9)
+        for b, gates, scale in (
+            (bias, (g_in, g_out), True),
+            (None, ([], g_out), False),
+            (bias, (g_in, []), True),
+        ):
+            args = (x, weight, b, *gates, True, scale, False, False, *conv, dtype, backend)
+            opcheck(OPS.gated_conv2d.default, args)
+        for needs, dist in (([True] * 5, []), ([False, False, True, True, False], list(DIST))):
+            flags = (True, True, False, False, False, True)
+            args = (dy, x, weight, bias, g_in, g_out, [], *flags, *conv, dtype, needs, dist, backend)
+            opcheck(OPS.gated_conv2d_backward.default, args)
+
     @pytest.mark.parametrize(("layout", "dtype"), CASES)
     def test_masked_and_block(self, backend, layout, dtype):
         make = LAYOUTS[layout]
@@ -94,6 +113,10 @@ class TestOpcheck:
         outputs = [
             *OPS.gated_linear(x, weight, None, gate(13), [], True, torch.float32, backend),
             *OPS.gated_mlp(x, [weight], [None], [None] * 3, "relu", torch.float32, False, backend),
+            *OPS.gated_conv2d(
+                *(x[..., None, None], weight[..., None, None], None, gate(13), [], True, True, False, False),
+                *([1, 1], [0, 0], [1, 1], 1, torch.float32, backend),
+            ),
             *OPS.sample([log_alpha], SEED, 0, *DIST, backend),
             OPS.l0_penalty([log_alpha], [1.0], *DIST, backend)[0],
             OPS.masked_weight(weight, weight, SEED, *DIST, backend),
@@ -110,6 +133,7 @@ class TestOpcheck:
         }
         assert names - {"l0_linear"} == {  # the GPU backends' own: test_triton_ops.py
             *("sample", "gate_grad", "l0_penalty", "gated_linear", "gated_linear_backward", "gated_mlp"),
+            *("gated_conv2d", "gated_conv2d_backward"),
             *(
                 "gated_mlp_backward",
                 "masked_weight",
@@ -192,12 +216,29 @@ CALLS = {
     ),
     "evaluation": lambda x, w, b, a_in, **_: l0.gated_linear(x, w, b, in_gates=l0.eval_gates(a_in)),
     "own gates": lambda x, w, b, a_in, **_: l0.gated_linear(x, w, b, in_gates=Gates.from_z(a_in.relu())),
+    "gated_conv2d": lambda x, w, b, a_in, a_out, **_: images(
+        x, w, b, l0.sample_gates([a_in, a_out], seed=SEED), padding=1, stride=2
+    ),
+    "depthwise": lambda x, b, w2, a_in, **_: images(
+        x,
+        w2[:, :1].repeat(3, 1)[:13],
+        None,
+        [l0.sample_gates(a_in, seed=SEED)] * 2,
+        padding="same",
+        groups=13,
+    ),
     "l0_penalty": lambda a_in, a_out, **_: l0.l0_penalty([a_in, a_out], [2.0, 3.0], lam=0.1),
 }
 
 
 def support_chain(x, w, b, w2, gates):
     return l0.gated_linear(l0.gated_linear(x, w, b, out_support=gates), w2, in_gates=gates)
+
+
+def images(x, w, b, gates, **options):
+    """gated_conv2d of images that repeat x, with kernels that repeat w."""
+    x, w = x[:, :, None, None].expand(-1, -1, 5, 4), w[:, :, None, None].expand(-1, -1, 3, 3)
+    return l0.gated_conv2d(x, w, b, in_gates=gates[0], out_gates=gates[1], **options)
 
 
 def step(call, tensors):
@@ -346,6 +387,7 @@ class TestAutograd:
             ("masked_linear", "w"),
             ("masked_linear", "a_weight"),
             ("masked_linear, blocks", "w"),
+            ("gated_conv2d", "w"),
         ],
     )
     def test_a_saved_tensor_changed_in_place(self, backend, name, changed):

@@ -101,7 +101,13 @@ def gated_batch_norm(
         y = torch.nn.functional.batch_norm(some, mean, var, w, b, training, momentum, eps)
     else:
         y = affine(some, w, b)
-    if training and running_mean is not None and running_var is not None:
+    if (
+        training
+        and running_mean is not None
+        and running_var is not None
+        and mean is not None
+        and var is not None
+    ):
         with torch.no_grad():
             running_mean.index_copy_(0, opened, mean)
             running_var.index_copy_(0, opened, var)
