@@ -243,6 +243,7 @@ def unpack_weight(
             full_cols=full[0],
             dz_rows=needs[2],
             dz_cols=needs[1],
+            out=empty_grad(weight).view(weight.shape[0], weight.shape[1] * taps),
         )
         if dz_in is not None and taps > 1:
             dz_in = dz_in.view(-1, taps).sum(1)

@@ -160,10 +160,14 @@ def unpack(
     full_cols: bool = False,
     dz_rows: bool = False,
     dz_cols: bool = False,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The matrix of ``shape`` with packed in its open rows and columns, times the gates; gate gradients."""
+    """The matrix of ``shape`` with packed in its open rows and columns, times the gates; gate gradients.
+
+    ``out``: contiguous memory for the matrix.
+    """
     packed = packed.contiguous()
-    out = packed.new_empty(shape, dtype=dtype)
+    out = packed.new_empty(shape, dtype=dtype) if out is None else out
     dz_row = torch.empty_like(rows[0]) if dz_rows and rows is not None else None
     dz_col = torch.empty_like(cols[0]) if dz_cols and cols is not None else None
     _C.unpack(

@@ -47,6 +47,7 @@ class PackUnpack(Protocol):
         full_cols: bool = ...,
         dz_rows: bool = ...,
         dz_cols: bool = ...,
+        out: Tensor | None = ...,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]: ...
 
 

@@ -96,8 +96,12 @@ def unpack(
     full_cols: bool = False,
     dz_rows: bool = False,
     dz_cols: bool = False,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The matrix of ``shape`` with packed in its open rows and columns, times the gates; gate gradients."""
+    """The matrix of ``shape`` with packed in its open rows and columns, times the gates; gate gradients.
+
+    ``out``: memory for the matrix.
+    """
     z_dtype = next((g[0].dtype for g in (rows, cols) if g is not None), packed.dtype)
     row_index, col_index = _open(rows, shape[0]), _open(cols, shape[1])
     n_rows = shape[0] if row_index is None else len(row_index)
@@ -141,7 +145,7 @@ def unpack(
         value = value.new_zeros(n_rows, shape[1]).index_copy_(1, col_index, value)
     if row_index is not None:
         value = value.new_zeros(shape).index_copy_(0, row_index, value)
-    return value.contiguous(), dz[0], dz[1]
+    return value.contiguous() if out is None else out.copy_(value), dz[0], dz[1]
 
 
 _PACK = SimpleNamespace(pack=pack, unpack=unpack)
