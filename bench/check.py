@@ -12,7 +12,10 @@ import l0kernels as l0
 
 SEED = 20_260
 SLACK = 4.0  # times the error of the plain formula in the same dtype: another order of summation
-FLOOR = 5e-7  # few gates are open in small cases: one rounding of theirs is no error
+FLOOR = 1e-6  # gradients of gates are sums that cancel, of few gates: the plain formula may have been lucky
+MANY_KINKS = 100_000
+KINKED = 1e-2
+"""Among so many units some lie so near a kink that float32 rounds them to its other side; one flip makes 1e-3."""
 SANE = 0.02  # relative error of an output, whatever the dtype
 EPS = {"float32": 2.0**-23, "tf32": 2.0**-11, "bfloat16": 2.0**-8}
 
@@ -46,6 +49,8 @@ class Checker:
     def __init__(self, case: Case, exact: Case, dtype: str) -> None:
         self.case, self.exact = case, exact
         self._eps = EPS[dtype]
+        # In coarser types the plain formula flips as many.
+        self._grad_floor = KINKED if dtype == "float32" and case.kinks > MANY_KINKS else FLOOR
         self._keep: Keep = 1.0
         self._dense: tuple[list[Tensor], list[float]] | None = None
         self._truths: dict[str, tuple[list[Tensor], list[float]]] = {}
@@ -69,7 +74,8 @@ class Checker:
             errors = [relative_error(e, t) for e, t in zip(eager, truth, strict=True)]
             if not errors[0] <= SANE:
                 raise RuntimeError(f"the formula {name} itself differs from fp64 by {errors[0]:.1e}")
-            found = truth, [SLACK * max(error, self._eps, FLOOR) for error in errors]
+            bounds = [SLACK * max(error, self._eps, FLOOR) for error in errors]
+            found = truth, [bounds[0], *(max(bound, self._grad_floor) for bound in bounds[1:])]
             if name == "dense":
                 self._dense = found  # at every density
                 return found

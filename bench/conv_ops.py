@@ -165,7 +165,8 @@ def lenet5(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, exa
         "gated": partial(gated, l0.reference),
     }
     batches = on_device(draw.batches(N, C, H, W, requires_grad=False), False)
-    case = Case(dtype, batches, None, list(net.parameters()), [[a] for a in log_alphas], truths)
+    gates = [[a] for a in log_alphas]
+    case = Case(dtype, batches, None, list(net.parameters()), gates, truths, kinks=N * 20 * (H - 4) * (W - 4))
     if not exact:
         add_providers(case, dense, None, {"index_select": index_select}, "gated_conv2d")
         add_channels_last(case, net, loss)
@@ -243,7 +244,7 @@ def block(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, exac
 
     truths: dict[str, Forward] = {"dense": net, "masked": masked, "gated": partial(gated, l0.reference)}
     batches = on_device(draw.batches(N, C, H, W, requires_grad=False), True)
-    case = Case(dtype, batches, grad, parameters, [[log_alpha]], truths)
+    case = Case(dtype, batches, grad, parameters, [[log_alpha]], truths, kinks=grad.numel())
     if not exact:
         add_providers(case, dense, None, {"index_select": index_select}, "gated_conv2d")
         add_channels_last(case, net, lambda twin, x: twin(x))

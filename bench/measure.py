@@ -18,7 +18,7 @@ import torch
 Step = Callable[[int], object]
 
 WARM_UP = 3
-LONG_MS = 100.0  # one call warms a longer step up
+LONG_MS = 100.0  # one call warms a longer step up, none in each block
 MIN_ROUNDS = 3
 MAX_OTHERS = 0.10  # share of our cores that other processes may take within a block
 PATIENCE_S = 60.0  # how long steps without a result wait for a quiet machine
@@ -180,7 +180,9 @@ def run_block(timed: Timed, calls: int, drop: int, group: int, clock: HostClock)
     return ms
 
 
-def interleave(steps: dict[str, Timed], clock: HostClock, budget_s: float) -> None:
+def interleave(
+    steps: dict[str, Timed], clock: HostClock, budget_s: float, patience_s: float | None = None
+) -> None:
     """Rounds of one block per step until the budget is spent; a step without a result waits for quiet.
 
     Raises:
@@ -195,7 +197,7 @@ def interleave(steps: dict[str, Timed], clock: HostClock, budget_s: float) -> No
             ms = min(run_block(trial, WARM_UP, 0, 1, clock))
         group = GROUP if clock.groups and ms < SHORT_MS and timed.setup is None else 1
         calls = max(2, min(clock.max_calls, round(clock.block_ms / (ms * group))))
-        drop = max(1, calls // 6) if not clock.groups else 1
+        drop = 0 if ms >= LONG_MS else 1 if clock.groups else max(1, calls // 6)
         plan[name] = calls, drop, group
         round_ms += ms * (calls * group + drop)
     rounds = max(clock.min_rounds, min(clock.max_rounds, round(1e3 * budget_s / round_ms)))
@@ -203,7 +205,7 @@ def interleave(steps: dict[str, Timed], clock: HostClock, budget_s: float) -> No
         for _ in range(rounds):
             for name, timed in steps.items():
                 run_block(timed, *plan[name], clock)
-    deadline = time.monotonic() + PATIENCE_S
+    deadline = time.monotonic() + (PATIENCE_S if patience_s is None else patience_s)
     for name, timed in steps.items():
         while not timed.ms and time.monotonic() < deadline:
             time.sleep(RETRY_PAUSE_S)
@@ -246,7 +248,6 @@ def _quiet_stderr() -> Iterator[None]:
 
 
 def _profiled(step: Step, **options: Any) -> Any:
-    step(0)
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     with _quiet_stderr(), torch.profiler.profile(**options) as profile:
@@ -257,7 +258,7 @@ def _profiled(step: Step, **options: Any) -> Any:
 
 
 def peak_mb(step: Step, device: torch.device) -> float:
-    """The largest sum of torch's allocations during a step beyond what was there before, in MiB."""
+    """The largest sum of torch's allocations in a step that ran before, beyond what was there, in MiB."""
     if device.type != "cuda":
         options = {"activities": [torch.profiler.ProfilerActivity.CPU], "profile_memory": True}
         events = _profiled(step, **options).profiler.kineto_results.events()
@@ -266,7 +267,6 @@ def peak_mb(step: Step, device: torch.device) -> float:
             total += event.nbytes()
             peak = max(peak, total)
         return peak / 2**20
-    step(0)
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
@@ -276,7 +276,7 @@ def peak_mb(step: Step, device: torch.device) -> float:
 
 
 def launches(step: Step, device: torch.device) -> int | None:
-    """Kernels and copies that one step puts on the GPU; None off it."""
+    """Kernels and copies that a step that ran before puts on the GPU; None off it."""
     if device.type != "cuda":
         return None
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]

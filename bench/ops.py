@@ -73,6 +73,7 @@ class Case:
     log_alphas: Sequence[Tensors]  # of each gate vector the copies that providers own
     truths: dict[str, Forward]
     providers: dict[str, Provider] = field(default_factory=dict)
+    kinks: int = 0  # units of a layer whose derivative jumps: ReLU, maxima
 
     @property
     def device(self) -> torch.device:

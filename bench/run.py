@@ -20,9 +20,10 @@ import torch
 from check import Checker, context, precision
 from conv_ops import ALL_OPS
 from cost import cost
-from measure import Step, Timed, captured, clock_of, interleave, launches, peak_mb
+from measure import PATIENCE_S, Step, Timed, captured, clock_of, interleave, launches, peak_mb
 from ops import Case, Provider, usable_backend
 from registry import (
+    AT_FEW_KEEPS,
     DENSE,
     DTYPES,
     FEW_KEEPS,
@@ -33,7 +34,6 @@ from registry import (
     PASSES,
     PROVIDERS,
     QUICK,
-    STEADY,
     TABLE_KEEPS,
     Keep,
     Work,
@@ -44,7 +44,7 @@ from rows import Row, append, common_fields, results_of
 from table import summary
 
 # Of timing, for a density, pass and mode; the smallest number of rounds may take longer.
-GROUP_S = {"cpu": 3.0, "cuda": 2.0}
+GROUP_S = {"cpu": 2.0, "cuda": 2.0}
 LARGE_S = 6.0
 LARGE_FLOPS = 1e10
 QUICK_S = 0.02
@@ -150,7 +150,7 @@ class Bench:
                     if name not in self._constant:
                         count = launches(timed.call, self.device)
                         self._constant[name] = {} if count is None else {"launches": str(count)}
-                        if name in STEADY or name in DENSE:
+                        if name in DENSE or name.startswith("masked"):
                             self._constant[name]["peak_mb"] = f"{peak_mb(timed.call, self.device):.4g}"
                     if "peak_mb" not in self._constant[name]:
                         row["peak_mb"] = f"{peak_mb(timed.call, self.device):.4g}"
@@ -235,7 +235,7 @@ class Bench:
         args, work = self.args, self.work
         self.checker.set_keep(keep)
         few = keep in FEW_KEEPS or isinstance(keep, tuple) or args.full or len(args.keep) == 1
-        names = [name for name in self.providers if few or name not in STEADY]
+        names = [name for name in self.providers if few or name not in AT_FEW_KEEPS]
         extra = self.check(keep, names)
         found = []
         for pass_ in args.passes or work.passes:
@@ -249,7 +249,8 @@ class Bench:
                 group_s = LARGE_S if large and args.device == "cpu" else GROUP_S[args.device]
                 budget_s = QUICK_S if args.quick else min(group_s, max(0.0, deadline - time.monotonic()))
                 try:
-                    interleave(known, clock_of(self.device, args.quick), budget_s)
+                    patience_s = min(PATIENCE_S, max(0.0, deadline - time.monotonic()))
+                    interleave(known, clock_of(self.device, args.quick), budget_s, patience_s)
                 except RuntimeError as error:
                     refuse_broken(f"mode-{mode}", self.device)
                     self.bar.log(f"  keep {keep_name(keep)}, {mode}: stopped, {first_line(error)}")
@@ -262,6 +263,10 @@ class Bench:
                     append(args.csv, [args.common | row for row in rows])
                 found += [args.common | row for row in rows]
         return found
+
+
+def dense_flops(work: Work) -> float:
+    return cost(work.op, work.shape, 1.0, work.main_pass, work.dtype).flops
 
 
 def line_of(row: Row) -> str:
@@ -284,7 +289,7 @@ def run(works: Sequence[Work], args: argparse.Namespace, deadline: float) -> tup
     whole = args.keep == list(KEEPS)
     plan: list[tuple[Work, Sequence[Keep]]] = [
         *((work, (*table, *work.own_keeps) if whole else table) for work in works),
-        *((work, others) for work in works),
+        *((work, others) for work in sorted(works, key=dense_flops)),  # the longest may be dropped
     ]
     plan = [(work, keeps) for work, keeps in plan if keeps]
     bar = Bar(sum(len(keeps) for _, keeps in plan))
