@@ -1,17 +1,19 @@
-"""The example's data: the 8x8 digits that scikit-learn carries, and MNIST from its four idx .gz files."""
+"""The examples' data: scikit-learn's 8x8 digits, MNIST from four idx .gz files, CIFAR-10 from its pickles."""
 
 import gzip
+import io
 import math
+import pickle
 import struct
 import zlib
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-MNIST_SIDE = 28
+MNIST_SIDE, CIFAR_SIDE = 28, 32
 CLASSES = 10
 
 
@@ -52,6 +54,48 @@ def mnist(folder: Path) -> Data:
             what was expected and what came.
     """
     return Data("mnist", *_mnist_half(folder, "train"), *_mnist_half(folder, "t10k"))
+
+
+def cifar10(folder: Path) -> Data:
+    """CIFAR-10, 3x32x32 pixels of 0..255, from the folder of its "python version": five batches and the test.
+
+    Raises:
+        FileNotFoundError: the folder or one of the files is not there.
+        ValueError: a file is no such pickle. The message names it, what was expected and what came.
+    """
+    parts = [_cifar_batch(folder / f"data_batch_{i}") for i in range(1, 6)]
+    train_x, train_y = (np.concatenate(part) for part in zip(*parts, strict=True))
+    test_x, test_y = _cifar_batch(folder / "test_batch")
+    return Data("cifar10", _images(train_x), _labels(train_y), _images(test_x), _labels(test_y))
+
+
+class _ArraysOnly(pickle.Unpickler):
+    """Builds numpy's arrays and nothing else: a pickle may otherwise run anything."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        allowed = {"_reconstruct", "ndarray", "dtype", "_frombuffer"}
+        if module.partition(".")[0] == "numpy" and name in allowed:
+            return super().find_class(module.replace("numpy.core", "numpy._core"), name)
+        if (module, name) == ("_codecs", "encode"):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"{module}.{name}")
+
+
+def _cifar_batch(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: expected a batch of CIFAR-10, got none")
+    try:
+        batch = _ArraysOnly(io.BytesIO(path.read_bytes()), encoding="bytes").load()
+        x, y = np.asarray(batch[b"data"]), np.asarray(batch[b"labels"])
+    except (pickle.UnpicklingError, EOFError, KeyError, TypeError, ValueError, IndexError) as error:
+        raise ValueError(f"{path}: expected a batch of CIFAR-10, a pickled dict, got: {error!r}") from error
+    pixels = 3 * CIFAR_SIDE**2
+    if x.dtype != np.uint8 or x.ndim != 2 or x.shape[1] != pixels or y.shape != x.shape[:1]:
+        got = f"{x.dtype} {x.shape} and labels {y.shape}"
+        raise ValueError(f"{path}: expected bytes of shape (n, {pixels}) and n labels, got {got}")
+    if not len(y) or y.min() < 0 or y.max() >= CLASSES:
+        raise ValueError(f"{path}: expected labels in 0..{CLASSES - 1}, got others or none")
+    return x / np.float32(255), y
 
 
 def _mnist_half(folder: Path, prefix: str) -> tuple[Tensor, Tensor]:

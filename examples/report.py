@@ -12,7 +12,7 @@ COLUMNS = {  # of the table, with their widths
     "loss": 8,
     "test error": 10,
     "best (epoch)": 13,
-    "open units": 11,
+    "open units": 13,
     "E[FLOPs]": 8,
     "FLOPs": 7,
     "step ms": 7,
@@ -27,7 +27,7 @@ class Epoch:
     epoch: int
     loss: float  # mean over the steps, penalty included
     test_error: float  # share of the test set
-    open_units: tuple[int, ...]  # under the evaluation gates, on the inputs of each layer
+    open_units: tuple[int, ...]  # under the evaluation gates, of each gate vector
     expected_flops: float  # share of dense, expected over the draws of the next step
     actual_flops: float  # share of dense, under the evaluation gates
     step_ms: float  # median of the epoch
@@ -67,12 +67,10 @@ def table_row(history: Sequence[Epoch]) -> str:
 
 def summary(history: Sequence[Epoch], sizes: Sequence[int]) -> str:
     last, top = history[-1], best(history)
-    pixels_closed = 1 - last.open_units[0] / sizes[0]
     lines = [
         f"test error    {last.test_error:.2%} at the last epoch ({last.epoch}), "
         f"{top.test_error:.2%} at the best ({top.epoch})",
-        f"open units    {_dashed(last.open_units)} of {_dashed(sizes[:-1])}, "
-        f"{pixels_closed:.0%} of the pixels closed",
+        f"open units    {_dashed(last.open_units)} of {_dashed(sizes[:-1])}",
         f"FLOPs         {last.expected_flops:.1%} of dense expected in training, "
         f"{last.actual_flops:.1%} under the evaluation gates",
     ]
@@ -125,7 +123,9 @@ def write_csv(path: Path, history: Sequence[Epoch]) -> None:
     write_whole(path, write)
 
 
-def plot_curves(path: Path, history: Sequence[Epoch], sizes: Sequence[int], title: str) -> None:
+def plot_curves(
+    path: Path, history: Sequence[Epoch], sizes: Sequence[int], names: Sequence[str], title: str
+) -> None:
     """Loss, test error, open units with FLOPs, and step time against the epoch, as a PNG."""
     from matplotlib.figure import Figure  # not pyplot: no display, no state
     from matplotlib.ticker import LogLocator
@@ -151,9 +151,8 @@ def plot_curves(path: Path, history: Sequence[Epoch], sizes: Sequence[int], titl
     error.yaxis.set_minor_formatter("")
     error.legend()
 
-    for i, size in enumerate(sizes[:-1]):
+    for i, (name, size) in enumerate(zip(names, sizes[:-1], strict=True)):
         share = [100 * row.open_units[i] / size for row in history]
-        name = f"hidden {i}" if i else "pixels"
         units.plot(epochs, share, label=f"{name}, {last.open_units[i]} of {size}", **style)
     units.plot(epochs, [100 * row.expected_flops for row in history], "k--", label="E[FLOPs] in training")
     units.set(title="open units and FLOPs", xlabel="epoch", ylabel="% of dense", ylim=(0, 105))
