@@ -450,18 +450,34 @@ def test_channels_stay_packed(monkeypatch):
     model = spread(lenet5())
     for i in (1, 4):
         model[i] = Watched()
-    model.insert(7, Watched())
     model.eval()(torch.randn(3, 1, 14, 14))
     n, m, *_ = nn.open_units(model)
     assert 0 < n < 6
     assert 0 < m < 10
-    assert seen == [(n, 12, 12), (m, 4, 4), (4 * m,)]
+    assert seen == [(n, 12, 12), (m, 4, 4)]
 
     seen.clear()
     model = spread(block())
     model[2] = Watched()
     model.eval()(torch.randn(2, 3, 5, 5))
     assert seen == [(nn.open_units(model)[0], 5, 5)]
+
+
+@pytest.mark.parametrize("gated", [True, False])
+def test_columns_of_closed_channels_are_not_read(gated):
+    torch.manual_seed(0)
+    conv = spread(nn.L0Conv2d(3, 9, 2))
+    model = nn.L0Sequential(conv, torch.nn.Flatten(), nn.L0Linear(36, 5, gate="in" if gated else None)).eval()
+    x = torch.randn(4, 3, 3, 3)
+    closed = conv.out_gate.eval_gates().z == 0
+    assert closed.any()
+    expected = model(x)
+    with torch.no_grad():
+        model[2].weight[:, closed.repeat_interleave(4)] = torch.nan
+    y = model(x)
+    torch.testing.assert_close(y, expected)
+    y.sum().backward()
+    assert not model[2].weight.grad[:, closed.repeat_interleave(4)].any()
 
 
 def test_a_sum_of_branches_packed_by_one_gate(monkeypatch):

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .. import _ops, _registry
+from .. import _registry
 from ..conv2d import Packed, is_exact, packed_conv2d, unpack_channels
 from ..gates import Gates, attach
 from ..linear import drawn_linear, gated_linear
@@ -295,16 +295,22 @@ def _chains(module: nn.Module) -> bool:
 
 
 class _Flat(NamedTuple):
-    """Packed channels behind nn.Flatten: (N, n * positions) of the open ones."""
+    """Packed channels behind nn.Flatten: (N, channels * positions), closed ones zero, and which those are.
+
+    Products skip the columns of closed channels. Were these left out of data, the weight's would have to be
+    copied out, and that takes longer.
+    """
 
     data: Tensor
-    packed: Packed  # whose data is not used any more: what the columns are
+    gates: Gates
     positions: int
 
-    def unpack(self) -> Tensor:
-        rows, columns = self.data.shape
-        data = self.data.reshape(rows, columns // self.positions, self.positions, 1)
-        return unpack_channels(replace(self.packed, data=data)).flatten(1)
+    def within(self, own: Gates | None) -> Gates:
+        """The gates of the columns: `own`, closed where their channel is."""
+        is_open = (self.gates.z != 0)[:, None].expand(-1, self.positions).flatten()
+        if own is None:
+            return Gates.from_z(is_open.to(self.gates.z.dtype), full_grad=False)
+        return Gates.from_z(own.z.masked_fill(~is_open, 0), full_grad=own.full_grad)
 
 
 Activation = Tensor | Packed | _Flat
@@ -325,7 +331,7 @@ def _forward(module: nn.Module, x: Tensor, given: Drawn | None) -> Tensor:
 def _dense(x: Activation) -> Tensor:
     if isinstance(x, Tensor):
         return x
-    return x.unpack() if isinstance(x, _Flat) else unpack_channels(x)
+    return x.data if isinstance(x, _Flat) else unpack_channels(x)
 
 
 class _Forward:
@@ -389,31 +395,21 @@ class _Forward:
         return op.module(_dense(x))
 
     def flatten(self, op: _Op, x: Activation) -> Activation:
-        # Without any channel there is nothing that a product could take, on a GPU their number is not known.
-        if (
-            not isinstance(x, Packed)
-            or not is_exact(x.backend)
-            or not x.data.shape[1]
-            or is_hooked(op.module)
-        ):
-            return op.module(_dense(x))
-        return _Flat(x.data.flatten(1), x, x.data.shape[2] * x.data.shape[3])
+        data = op.module(_dense(x))
+        if not isinstance(x, Packed) or (is_exact(x.backend) and x.data.shape[1] == x.channels):
+            return data
+        return _Flat(data, x.gates, data.shape[1] // x.channels)
 
     def linear(self, op: _Op, x: Activation) -> Activation:
         layer = cast(nn.Linear, op.module)
-        gated = layer if isinstance(layer, L0Linear) else None
         in_gates, out_gates = map(self.gates, op.gates)
-        if (
-            not isinstance(x, _Flat)
-            or is_hooked(layer)
-            or (gated is not None and gated.weight_gate is not None)
-        ):
+        gated = layer if isinstance(layer, L0Linear) else None
+        weight_gated = gated is not None and gated.weight_gate is not None
+        if not isinstance(x, _Flat) or is_hooked(layer) or weight_gated:
             x = _dense(x)
             return layer(x) if gated is None else gated(x, in_gates, out_gates)
-        x, weight, in_gates = _columns(x, layer.weight, in_gates)
-        if in_gates is None and out_gates is None:
-            return F.linear(x, weight, layer.bias)
-        return gated_linear(x, weight, layer.bias, in_gates=in_gates, out_gates=out_gates)
+        weight, bias = layer.weight, layer.bias
+        return gated_linear(x.data, weight, bias, in_gates=x.within(in_gates), out_gates=out_gates)
 
     def stretch(self, op: _Op, x: Activation) -> Activation:
         weights: list[Tensor] = [layer.weight for layer in op.layers]
@@ -421,25 +417,22 @@ class _Forward:
         own: list[HardConcreteGate | None] = [own_gate(layer, "in_gate") for layer in op.layers]
         if is_hooked(op.module):
             return op.module(_dense(x), [*map(self.gates, own)])
-        if isinstance(x, _Flat) and x.data.shape[1] == x.packed.channels * x.positions:
-            x = x.data
         if isinstance(x, _Flat):
-            x, weights[0], first = _columns(x, weights[0], self.gates(own[0]))
+            first: Gates | None = x.within(self.gates(own[0]))
         else:
-            x = _dense(x)
             present = [gate for gate in own if gate is not None]
-            if all(
-                gate.training and gate in self._drawn and gate.dist == present[0].dist for gate in present
-            ):
+            one_dist = all(gate.dist == present[0].dist for gate in present)
+            if one_dist and all(gate.training and gate in self._drawn for gate in present):
                 log_alphas = [None if gate is None else gate.log_alpha for gate in own]
                 drawn = [None if gate is None else self._drawn[gate] for gate in own]
-                dist = present[0].dist
+                dist, rows = present[0].dist, _dense(x)
                 if len(own) == 1:
-                    return drawn_linear(x, weights[0], biases[0], log_alphas[0], None, cast(Any, drawn), dist)
-                return drawn_mlp(x, weights, biases, log_alphas, drawn, op.activation, dist, op.repack)
+                    gates = cast(Any, drawn)
+                    return drawn_linear(rows, weights[0], biases[0], log_alphas[0], None, gates, dist)
+                return drawn_mlp(rows, weights, biases, log_alphas, drawn, op.activation, dist, op.repack)
             first = self.gates(own[0])
         gates = [first, *map(self.gates, own[1:])]
-        return gated_mlp(x, weights, biases, gates, op.activation, repack_in_backward=op.repack)
+        return gated_mlp(_dense(x), weights, biases, gates, op.activation, repack_in_backward=op.repack)
 
     def residual(self, op: _Op, x: Activation) -> Activation:
         assert op.branches is not None
@@ -471,38 +464,6 @@ def _mapped(x: Activation, fn: Callable[[Tensor], Tensor]) -> Activation:
         return x.map(fn)
     # Pooling refuses tensors without channels: it gets one, of zeros.
     return x.map(lambda data: fn(F.pad(data, (0, 0, 0, 0, 0, 1)))[:, :0])
-
-
-def _columns(x: _Flat, weight: Tensor, gates: Gates | None) -> tuple[Tensor, Tensor, Gates | None]:
-    """The flat columns of x, those of the weight and the gates that belong to them."""
-    n = x.data.shape[1] // x.positions
-    if n == x.packed.channels:
-        return x.data, weight, gates
-    index = x.packed.gates.index[:n].long()
-    weight = _SelectColumns.apply(weight, index, x.positions)
-    if gates is not None:
-        z = gates.z.view(-1, x.positions).index_select(0, index).flatten()
-        gates = Gates.from_z(z, full_grad=gates.full_grad)
-    return x.data, weight, gates
-
-
-class _SelectColumns(torch.autograd.Function):
-    """weight (out, channels * positions) -> (out, n * positions): the columns of some channels."""
-
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, index: Tensor, positions: int) -> Tensor:
-        ctx.save_for_backward(index)
-        ctx.shape = (*weight.shape, positions)
-        return weight.view(weight.shape[0], -1, positions).index_select(1, index).flatten(1)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        _ops.refuse_second_derivative("L0Sequential")
-        (index,) = ctx.saved_tensors
-        rows, columns, positions = ctx.shape
-        full = grad.new_zeros(rows, columns // positions, positions)
-        full.index_copy_(1, index, grad.reshape(rows, -1, positions))
-        return full.view(rows, columns), None, None
 
 
 def _warn_of_gates_before_norms(container: nn.Module) -> None:
