@@ -39,11 +39,13 @@ gpu-check:
 
 # What is not begun in its share of the ten minutes is dropped by name: densities beyond those of the tables first.
 bench-cpu: $(STAMP)
-	$(PY) bench/run.py --device cpu --budget-s 460 $(ARGS)
-	$(PY) bench/micro.py --device cpu --budget-s 30
-	$(PY) bench/training.py digits
-	$(PY) bench/plot.py
-	$(PY) bench/table.py
+	@# What fails fails the whole, but takes nothing else with it.
+	failed=0; \
+	$(PY) bench/run.py --device cpu --budget-s 460 $(ARGS) || failed=1; \
+	$(PY) bench/micro.py --device cpu --budget-s 30 || failed=1; \
+	$(PY) bench/training.py digits || failed=1; \
+	$(PY) bench/plot.py && $(PY) bench/table.py || failed=1; \
+	exit $$failed
 
 bench: $(STAMP)
 	$(PY) -m pytest bench/test_bench.py --benchmark-group-by=group --benchmark-columns=min,median,iqr,rounds \

@@ -15,7 +15,7 @@ SLACK = 4.0  # times the error of the plain formula in the same dtype: another o
 FLOOR = 1e-6  # gradients of gates are sums that cancel, of few gates: the plain formula may have been lucky
 MANY_KINKS = 100_000
 KINKED = 1e-2
-"""Among so many units some lie so near a kink that float32 rounds them to its other side; one flip makes 1e-3."""
+"""Of so many units some lie so near a kink that float32 rounds them to its other side; each makes 1e-3."""
 SANE = 0.02  # relative error of an output, whatever the dtype
 EPS = {"float32": 2.0**-23, "tf32": 2.0**-11, "bfloat16": 2.0**-8}
 

@@ -42,7 +42,6 @@ PROVIDERS = {
 }
 DENSE = ("dense", "dense_compiled", "dense_epilogue", "dense_channels_last", "dense_own")
 """Ungated: the first is the stock ratio's, the fastest in a run the fair ratio's."""
-OURS = ("nn", "torch", "cpp", "triton", "cuda")
 AT_FEW_KEEPS = ("dense_compiled", "dense_epilogue", "masked", "masked_compiled", "torch")
 MAY_FAIL = ("dense_compiled", "dense_epilogue", "masked_compiled", "grouped_mm")
 """What a torch or a machine may not have: named and left out, which is no failure of a run."""
