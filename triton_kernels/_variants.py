@@ -63,13 +63,18 @@ def recorder(
     ) -> None:
         signature: dict[str, str] = {}
         constexprs = dict(constants)
-        for key, value in zip(kernel.arg_names, given, strict=False):
+        for param, value in zip(kernel.params, given, strict=False):
+            key = param.name
             if isinstance(value, Tensor):
                 signature[key] = f"*{TYPES[value.dtype]}:16"
             elif isinstance(value, float):
                 signature[key] = "fp32"
-            elif value is None or value == 1:  # as Triton itself, which makes a constant of a 1
-                constexprs[key] = value
+            elif value is None:
+                constexprs[key] = None
+            elif param.do_not_specialize:
+                signature[key] = "i32"
+            elif value == 1:  # as Triton itself, which makes a constant of a 1
+                constexprs[key] = 1
             else:
                 signature[key] = "i32:16" if value % 16 == 0 else "i32"
         of_kernel = (expects or {}).get(kernel.__name__, frozenset())

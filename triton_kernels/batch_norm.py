@@ -23,6 +23,8 @@ from .matmul import Gate, _device, _extent
 
 _ROWS, _COLS = 32, 64
 _SHARE = 512  # rows, at least, of a share
+_ANY = ["rows", "share", "shares", "steps"]
+"""Numbers that change no instruction worth a compilation of its own."""
 
 
 @triton.jit
@@ -37,7 +39,7 @@ def _units(
     return unit, is_open
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_ANY)
 def _moments(
     x_ptr,
     mean_ptr,  # (shares, C)
@@ -81,7 +83,7 @@ def _moments(
         tl.store(square_ptr + at, square, mask=c < n_open)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_ANY)
 def _normalise(
     x_ptr,
     y_ptr,  # (rows, C) contiguous
@@ -163,7 +165,7 @@ def _normalise(
             tl.store(y_ptr + r[:, None] * C + c[None, :], value, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_ANY)
 def _grad_sums(
     dy_ptr,
     x_ptr,
@@ -205,7 +207,7 @@ def _grad_sums(
         tl.store(sum_ptr + at, tl.sum(total, 0), mask=c < n_open)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_ANY)
 def _grad(
     dy_ptr,
     x_ptr,

@@ -49,6 +49,27 @@ _SELECT_ROWS, _SELECT_COLS = 32, 128
 _SUM_ROWS, _SUM_COLS = 64, 64
 _REDUCE_OUT = 8
 _MAX_SPLITS = 16
+_ANY = [
+    "images",
+    "H",
+    "W",
+    "OH",
+    "OW",
+    "KH",
+    "KW",
+    "stride_h",
+    "stride_w",
+    "pad_h",
+    "pad_w",
+    "dilation_h",
+    "dilation_w",
+    "step_y",
+    "step_x",
+    "rows",
+    "programs",
+    "capacity",
+]
+"""Numbers that change no instruction worth a compilation of its own."""
 
 
 class Config(NamedTuple):
@@ -255,7 +276,7 @@ def _conv_store(
     tl.store(y_ptr[:, None] + n[None, :], value, mask=row_mask[:, None] & (n < n_extent)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_ANY)
 def _conv(
     x_full_ptr,
     x_packed_ptr,
@@ -469,7 +490,7 @@ def _dw_tile(
     return acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_ANY)
 def _conv_dw(
     dy_full_ptr,
     dy_packed_ptr,
@@ -561,7 +582,7 @@ def _conv_dw(
                 tl.store(partial_ptr + line[:, None] * covered + i[None, :], acc)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_ANY)
 def _finish_dw(
     partial_ptr,
     dw_ptr,  # (N, K, taps) contiguous
@@ -664,7 +685,7 @@ def _channel_sums(
     HAS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """partial (programs of axis 1, C): sums of `share` rows each, of the open columns."""
-    _, n_open, _ = _extent(count_ptr, C, HAS)
+    extent, n_open, _ = _extent(count_ptr, C, HAS)  # zeros lie up to the extent, and copies stay wide
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     first = tl.program_id(1) * share
     last = tl.minimum(first + share, rows)
@@ -673,7 +694,7 @@ def _channel_sums(
         for row in range(first, last, BLOCK_R):
             r = row + tl.arange(0, BLOCK_R)
             at = ptr + r.to(tl.int64)[:, None] * stride_r + c.to(tl.int64)[None, :] * stride_c
-            mask = (r < last)[:, None] & (c < n_open)[None, :]
+            mask = (r < last)[:, None] & (c < extent)[None, :]
             acc += tl.load(at, mask=mask, other=0.0).to(tl.float32)
         tl.store(partial_ptr + tl.program_id(1) * C + c, tl.sum(acc, 0), mask=c < C)
 
@@ -778,26 +799,26 @@ def choose(N: int, K: int, gated: bool, dtype: torch.dtype, capability: int) -> 
         fast = precision(dtype) == "tf32"
         block_k = 32 if fast and K > 16 else 16
         if not fast or capability < 90:
-            return Config(64, 64, block_k, 2, 4, 3)
+            return Config(64, 64, block_k, 2, 8, 3)
         return Config(128, 128, block_k, 3, 8, 3) if N > 64 else Config(128, 64, block_k, 2, 4, 3)
     # A chunk that straddles the open channels multiplies zeros: narrower ones where few are expected.
     block_k = 16 if K <= 16 else 32 if K <= 32 or K % 64 or (gated and K < 512) else 64
     stages = 4 if block_k < 64 or capability < 90 else 3
     if capability < 90:
-        return Config(128, 128, 32 if K > 16 else 16, 3, 8, 3) if N > 64 else Config(64, 64, 16, 2, 4, 3)
+        return Config(128, 128, 32 if K > 16 else 16, 3, 8, 3) if N > 64 else Config(64, 32, 16, 1, 4, 3)
     if N > 128 and capability < 100:
         return Config(128, 256, block_k, 3, 8, stages)
     if N > 64 and capability < 100:
         return Config(128, 128, block_k, 3, 8, stages)
     if N > 32:
-        return Config(128, 64, block_k, 2, 4 if capability < 100 else 8, stages)
+        return Config(128 if capability < 100 else 64, 64, block_k, 2, 4, stages)
     return Config(128, 32, block_k, 1, 4, stages)
 
 
 def choose_dw(N: int, K: int, dtype: torch.dtype, capability: int) -> Config:
     """The tile of a weight gradient of N outputs and K inputs; BLOCK_K counts rows."""
     if dtype == torch.float32:
-        return Config(64, 64, 32, 2, 4, 3)
+        return Config(64, 64, 32 if precision(dtype) == "tf32" else 16, 2, 4, 3)
     if capability < 90:
         return Config(64, 64, 32, 2, 4, 3)
     if K > 128 and N > 64 and capability < 100:

@@ -26,6 +26,25 @@ from .sample import gate_grad
 
 _ROWS, _COLS, _WARPS = 16, 32, 4
 _SHARE = 256  # rows, at least, of a share of the weight gradient
+_ANY = [
+    "images",
+    "H",
+    "W",
+    "OH",
+    "OW",
+    "KH",
+    "KW",
+    "stride_h",
+    "stride_w",
+    "pad_h",
+    "pad_w",
+    "dilation_h",
+    "dilation_w",
+    "n_per",
+    "k_per",
+    "share",
+]
+"""Numbers that change no instruction worth a compilation of its own."""
 
 
 @triton.jit
@@ -55,7 +74,7 @@ def _gate_factor(z_ptr, unit, mask, MODE: tl.constexpr):
     return z
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_ANY)
 def _direct(
     x_ptr,
     w_ptr,
@@ -165,7 +184,7 @@ def _direct(
         tl.store(at, value, mask=(m < rows)[:, None] & (n < width)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_ANY)
 def _direct_dw(
     dy_ptr,
     x_ptr,
