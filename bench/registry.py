@@ -246,4 +246,5 @@ def chosen(
             sizes = tuple(int(size) for size in shape.split("x"))
             return [Work(op, sizes, device, dtype=dtype or "float32", passes=passes)]
         return listed[:1] if dtype is None else listed
+    full = full or dtype not in (None, "float32")
     return [w for w in works if (full or not w.full) and dtype in (None, w.dtype)]
