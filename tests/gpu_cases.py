@@ -33,6 +33,7 @@ REFUSED = {
         "geglu": "it does not serve 'geglu'; triton does",
         "masked_linear": "it does not serve masked_linear; the triton backend does",
         "block_linear": "it does not serve block_linear; the triton backend does",
+        "gated_conv2d": "it does not serve gated_conv2d; the triton backend does",
     }
 }
 """What a backend does not serve, and what it says of it."""

@@ -35,6 +35,11 @@ class Problem:
         self.wide, self.wide_b = leaf(2 * HIDDEN, IN, scale=0.1, dtype=dtype), leaf(2 * HIDDEN, dtype=dtype)
         self.w2, self.b2 = leaf(OUT, HIDDEN, scale=0.1, dtype=dtype), leaf(OUT, dtype=dtype)
         self.a_in, self.a_hidden = leaf(IN, scale=2.0), leaf(HIDDEN, scale=2.0)
+        self.image = leaf(8, IN, 6, 5, dtype=dtype)
+        self.kernel1 = leaf(HIDDEN, IN, 3, 3, scale=0.03, dtype=dtype)
+        self.kernel2 = leaf(OUT, HIDDEN, 3, 3, scale=0.03, dtype=dtype)
+        self.depthwise = leaf(IN, 1, 3, 3, scale=0.3, dtype=dtype)
+        self.norm_w, self.norm_b = leaf(HIDDEN), leaf(HIDDEN)
         self.a_weight, self.a_block = leaf(HIDDEN, IN), leaf(-(-HIDDEN // 32), -(-IN // 16))
         self.call, self.leaves = getattr(self, name)()
 
@@ -101,6 +106,34 @@ class Problem:
         gates = [self.a_in, self.a_hidden]
         return lambda s: l0.l0_penalty(gates, [HIDDEN, OUT], lam=[0.1, 0.2]), gates
 
+    def gated_conv2d(self):
+        def call(seed):
+            in_gates, out_gates = l0.sample_gates([self.a_in, self.a_hidden], seed=seed)
+            options = {"stride": 2, "padding": 1, "in_gates": in_gates, "out_gates": out_gates}
+            return l0.gated_conv2d(self.image, self.kernel1, self.b1, **options)
+
+        return call, [self.image, self.kernel1, self.b1, self.a_in, self.a_hidden]
+
+    def gated_conv2d_depthwise(self):
+        def call(seed):
+            gates = l0.sample_gates(self.a_in, seed=seed)
+            return l0.gated_conv2d(self.image, self.depthwise, padding=1, groups=IN, in_gates=gates)
+
+        return call, [self.image, self.depthwise, self.a_in]
+
+    def packed_convolutions(self):
+        """From a dense image to a dense one; between the convolutions only the open channels exist."""
+        mean, var = torch.zeros(HIDDEN, device=DEVICE), torch.ones(HIDDEN, device=DEVICE)
+
+        def call(seed):
+            gates = l0.sample_gates(self.a_hidden, seed=seed)
+            h = l0.packed_conv2d(self.image, self.kernel1, None, 1, 1, out_support=gates)
+            h = l0.gated_batch_norm(h, mean, var, self.norm_w, self.norm_b, True).map(torch.relu)
+            return l0.packed_conv2d(h, self.kernel2, self.b2, 1, 1, in_gates=gates)
+
+        leaves = [self.image, self.kernel1, self.norm_w, self.norm_b, self.kernel2, self.b2, self.a_hidden]
+        return call, leaves
+
     def linear_leaves(self, *gates):
         return [self.x, self.w1, self.b1, *gates]
 
@@ -116,6 +149,7 @@ OPS = (
         "l0_mlp",
     ),
     *("l0_mlp_swiglu", "masked_linear_weight", "masked_linear_block", "penalty"),
+    *("gated_conv2d", "gated_conv2d_depthwise", "packed_convolutions"),
 )
 
 
@@ -123,6 +157,9 @@ FEATURES = {
     "l0_mlp_swiglu": "swiglu",
     "masked_linear_weight": "masked_linear",
     "masked_linear_block": "block_linear",
+    "gated_conv2d": "gated_conv2d",
+    "gated_conv2d_depthwise": "gated_conv2d",
+    "packed_convolutions": "gated_conv2d",
     "ffn": "swiglu",
 }
 """What of a case a backend may not serve."""
