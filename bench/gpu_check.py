@@ -43,7 +43,8 @@ SPLIT = {
     "test_gpu_ops.py": (
         *(f"{op} and {dtype}" for op in _OPS for dtype in _DTYPES),
         f"not ({' or '.join(_OPS)})",
-    )
+    ),
+    "test_gpu_conv.py": _DTYPES,
 }
 """Files with many kernels to compile, as several processes of pytest -k."""
 
