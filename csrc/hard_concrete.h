@@ -7,22 +7,39 @@
 
 namespace l0 {
 
-// First output word of Philox4x32-10 (Salmon et al., SC 2011).
+// a * b, exactly. Left to itself nvcc adds 0 to the upper half of a product widened by hand.
+L0_HOST_DEVICE inline uint64_t multiply_wide(uint32_t a, uint32_t b) {
+#if defined(__CUDA_ARCH__)
+  uint64_t product;
+  asm("mul.wide.u32 %0, %1, %2;" : "=l"(product) : "r"(a), "r"(b));
+  return product;
+#else
+  return uint64_t(a) * b;
+#endif
+}
+
+// Philox4x32 (Salmon et al., SC 2011): a round on the counter, and what a round adds to the key.
+constexpr int kPhiloxRounds = 10;
+constexpr uint32_t kPhiloxKey0 = 0x9E3779B9u, kPhiloxKey1 = 0xBB67AE85u;
+L0_HOST_DEVICE inline void philox_round(uint32_t (&c)[4], uint32_t key0, uint32_t key1) {
+  const uint64_t p0 = multiply_wide(0xD2511F53u, c[0]);
+  const uint64_t p1 = multiply_wide(0xCD9E8D57u, c[2]);
+  c[0] = uint32_t(p1 >> 32) ^ c[1] ^ key0;
+  c[2] = uint32_t(p0 >> 32) ^ c[3] ^ key1;
+  c[1] = uint32_t(p1);
+  c[3] = uint32_t(p0);
+}
+
+// First output word of Philox4x32-10.
 L0_HOST_DEVICE inline uint32_t philox4x32_10(uint32_t key0, uint32_t key1, uint32_t c0, uint32_t c1,
                                              uint32_t c2, uint32_t c3) {
-  for (int round = 0; round < 10; ++round) {
-    const uint64_t p0 = uint64_t(0xD2511F53u) * c0;
-    const uint64_t p1 = uint64_t(0xCD9E8D57u) * c2;
-    const uint32_t n0 = uint32_t(p1 >> 32) ^ c1 ^ key0;
-    const uint32_t n2 = uint32_t(p0 >> 32) ^ c3 ^ key1;
-    c0 = n0;
-    c1 = uint32_t(p1);
-    c2 = n2;
-    c3 = uint32_t(p0);
-    key0 += 0x9E3779B9u;
-    key1 += 0xBB67AE85u;
+  uint32_t c[4] = {c0, c1, c2, c3};
+  for (int round = 0; round < kPhiloxRounds; ++round) {
+    philox_round(c, key0, key1);
+    key0 += kPhiloxKey0;
+    key1 += kPhiloxKey1;
   }
-  return c0;
+  return c[0];
 }
 
 // u in (0, 1) with 23 bits: u and 1 - u are exact in fp32 and never 0 or 1.

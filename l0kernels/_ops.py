@@ -129,6 +129,49 @@ def l0_penalty(
     return module(backend).l0_penalty(log_alpha, weights, _dist(beta, gamma, zeta))
 
 
+@_define(
+    "l2_penalty(Tensor weight, Tensor? out_log_alpha, Tensor? in_log_alpha, float decay, int groups,"
+    " float[] dist, str backend) -> Tensor[]",
+    lambda weight, out, in_, decay, groups, dist, backend: [
+        weight.new_empty((), dtype=torch.promote_types(weight.dtype, torch.float32)),
+        *(weight.new_empty(0) if a is None else a.new_empty(a.shape) for a in (out, in_)),
+    ],
+)
+def l2_penalty(
+    weight: Tensor,
+    out_log_alpha: Tensor | None,
+    in_log_alpha: Tensor | None,
+    decay: float,
+    groups: int,
+    dist: list[float],
+    backend: str,
+) -> list[Tensor]:
+    """The term, and its gradients of both log_alphas."""
+    args = (weight, decay, out_log_alpha, in_log_alpha, groups, _dist(*dist))
+    total, *grads = module(backend).l2_penalty(*args)
+    return [total, *_given(grads, weight)]
+
+
+@_define(
+    "l2_weight_grad(Tensor weight, Tensor? out_log_alpha, Tensor? in_log_alpha, Tensor factor, float decay,"
+    " int groups, float[] dist, str backend) -> Tensor",
+    lambda weight, *_: torch.empty_like(weight),
+)
+def l2_weight_grad(
+    weight: Tensor,
+    out_log_alpha: Tensor | None,
+    in_log_alpha: Tensor | None,
+    factor: Tensor,
+    decay: float,
+    groups: int,
+    dist: list[float],
+    backend: str,
+) -> Tensor:
+    """factor times the term's gradient of the weight: dense, for closed weights decay too."""
+    args = (weight, decay, out_log_alpha, in_log_alpha, groups, _dist(*dist), factor)
+    return module(backend).l2_weight_grad(*args)
+
+
 def _fake_gated_linear(
     x: Tensor,
     weight: Tensor,
@@ -336,6 +379,33 @@ def gated_mlp(
     args = (x, weights, biases, _gates(gates), activation, dtype)
     y, saved = module(backend).mlp_forward(*args, *([repack] if backend == "triton" else []))
     return [y, *saved]
+
+
+@_define(
+    "l0_mlp(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor?[] log_alphas, str activation, Tensor seed,"
+    " float[] dist, ScalarType dtype, str backend) -> Tensor[]",
+    lambda x, weights, biases, log_alphas, activation, seed, dist, dtype, backend: [
+        *_fake_sample([a for a in log_alphas if a is not None], seed),
+        *(x.new_empty(x.shape[0], w.shape[0], dtype=dtype) for w in (weights[-1], *weights[:-1])),
+    ],
+)
+def l0_mlp(
+    x: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor | None],
+    log_alphas: list[Tensor | None],
+    activation: str,
+    seed: Tensor,
+    dist: list[float],
+    dtype: torch.dtype,
+    backend: str,
+) -> list[Tensor]:
+    """z, index and count as of ``sample``, then what gated_mlp returns: the gates are drawn on the way."""
+    y, saved, gates = module(backend).l0_mlp_forward(
+        x, weights, biases, log_alphas, activation, seed, 0, _dist(*dist), dtype
+    )
+    given = [gate for gate in gates if gate is not None]
+    return [*(given[0] if len(given) == 1 else map(torch.cat, zip(*given, strict=True))), y, *saved]
 
 
 def _fake_gated_mlp_backward(

@@ -12,7 +12,7 @@ from . import _ops, _registry, reference
 from .gates import HardConcrete
 from .reference import _checks
 from .reference.gates import DEFAULT_DIST, check_dist
-from .reference.penalty import per_tensor
+from .reference.penalty import check_l2_penalty, per_tensor
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 
@@ -88,6 +88,39 @@ def l0_penalty(
     return _L0Penalty.apply(weights, (dist.beta, dist.gamma, dist.zeta, backend), *log_alphas)
 
 
+class _L2Penalty(torch.autograd.Function):
+    """Forward reads the weight once and keeps the gradients of the gates; backward writes the weight's."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        weight: Tensor,
+        out_log_alpha: Tensor | None,
+        in_log_alpha: Tensor | None,
+        decay: float,
+        groups: int,
+        dist: HardConcrete,
+        backend: str,
+    ) -> Tensor:
+        settings = (decay, groups, [dist.beta, dist.gamma, dist.zeta], backend)
+        total, d_out, d_in = _ops.l2_penalty(weight, out_log_alpha, in_log_alpha, *settings)
+        ctx.save_for_backward(weight, out_log_alpha, in_log_alpha, d_out, d_in)
+        ctx.settings = settings
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, dtotal: Tensor) -> tuple[Tensor | None, ...]:
+        _ops.refuse_second_derivative("l2_penalty")
+        weight, out_log_alpha, in_log_alpha, d_out, d_in = ctx.saved_tensors
+        need_weight, need_out, need_in = ctx.needs_input_grad[:3]
+        d_weight = (
+            _ops.l2_weight_grad(weight, out_log_alpha, in_log_alpha, dtotal, *ctx.settings)
+            if need_weight
+            else None
+        )
+        return d_weight, d_out * dtotal if need_out else None, d_in * dtotal if need_in else None, *[None] * 4
+
+
 def l2_penalty(
     weight: Tensor,
     weight_decay: float = 1.0,
@@ -100,8 +133,8 @@ def l2_penalty(
     """L2 norm of the open parameters: ``weight_decay / 2 * sum_oi p_o * p_i * theta_oi^2`` (arXiv 1712.01312,
     section 2.3).
 
-    p = P(z > 0), 1 on a side without gates. Its gradient is dense: a closed weight still decays. Plain torch
-    on every backend.
+    p = P(z > 0), 1 on a side without gates. Its gradient is dense: a closed weight still decays. The "cuda"
+    backend passes over the weight once, and once more for its gradient; the others are plain torch.
 
     Args:
         weight: (out, in / groups, ...) any float dtype.
@@ -117,7 +150,20 @@ def l2_penalty(
     Raises:
         TypeError: a wrong kind or dtype.
         ValueError: a wrong shape or device, or (on the CPU) a NaN in log_alpha.
+        RuntimeError: the requested backend cannot serve the call.
     """
-    return reference.l2_penalty(
-        weight, weight_decay, in_log_alpha=in_log_alpha, out_log_alpha=out_log_alpha, groups=groups, dist=dist
-    )
+    check_l2_penalty(weight, weight_decay, in_log_alpha, out_log_alpha, groups, dist)
+    backend = _registry.resolve(weight.device, weight.dtype, "l2_penalty")
+    # Gates of the other precision than the weight's are rare enough for the formula.
+    double = weight.dtype == torch.float64
+    fits = all(a is None or (a.dtype == torch.float64) == double for a in (in_log_alpha, out_log_alpha))
+    if backend not in ("torch", "cuda") or not fits:
+        return reference.l2_penalty(
+            weight,
+            weight_decay,
+            in_log_alpha=in_log_alpha,
+            out_log_alpha=out_log_alpha,
+            groups=groups,
+            dist=dist,
+        )
+    return _L2Penalty.apply(weight, out_log_alpha, in_log_alpha, float(weight_decay), groups, dist, backend)

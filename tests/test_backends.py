@@ -217,6 +217,7 @@ class TestTable:
             "sample": ("sample",),
             "gate_grad": ("gate_grad",),
             "l0_penalty": ("l0_penalty",),
+            "l2_penalty": ("l2_penalty", "l2_weight_grad"),
             "gated_linear": ("linear_forward", "linear_backward"),
             "gated_mlp": ("mlp_forward", "mlp_backward"),
             "gated_conv2d": ("conv2d_forward", "conv2d_backward"),
@@ -247,7 +248,11 @@ class TestTable:
             marks = ["yes" if l0.backends()[primitive][name] == "yes" else "-" for name in NAMES]
             assert row.split()[1:] == marks
         missing = [name for name in NAMES if _registry.why_not(name)]
-        assert rows[len(PRIMITIVES) :] == [f"{name}: {_registry.why_not(name)}" for name in missing]
+        reasons = [f"{name}: {_registry.why_not(name)}" for name in missing]
+        on_cuda = rows[len(PRIMITIVES) + len(missing) :]
+        assert rows[len(PRIMITIVES) : -len(on_cuda)] == [*reasons]
+        assert on_cuda[0] == "on CUDA tensors:"
+        assert tuple(row.split()[0] for row in on_cuda[1:]) == PRIMITIVES
 
     def test_command(self, capsys):
         runpy.run_module("l0kernels", run_name="__main__")

@@ -6,7 +6,8 @@ import pytest
 import torch
 from cuda_device import DEVICE, EMULATOR, RUNS
 
-from l0kernels import reference
+import l0kernels as l0
+from l0kernels import mlp, reference
 from l0kernels.impl import cuda
 from l0kernels.reference.gates import ALIGN, HardConcrete, compact, round_up
 from op_checks import make_z, sliced, transposed
@@ -67,7 +68,9 @@ def near(got, want, eps, scale):
 class TestSample:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
     @pytest.mark.parametrize(
-        "sizes", [[1], [127, 128, 129], [0, 5, 0], [784, 300, 100], [2049, 4500, 31], [17000]], ids=str
+        "sizes",
+        [[1], [127, 128, 129], [0, 5, 0], [784, 300, 100], [2049, 4500, 31], [17000], [300, 140_001]],
+        ids=str,
     )
     def test_equals_reference(self, sizes, dtype):
         log_alphas = [torch.randn(n, dtype=dtype) * 3 for n in sizes]
@@ -134,6 +137,8 @@ def pack_cases():
     )
     yield from itertools.product([(37, 300), (19, 700), (3, 100)], [None], ["few", "mixed", "open", "closed"])
     yield from [((300, 400), "few", "mixed"), ((150, 260), "mixed", "few"), ((150, 260), "open", "few")]
+    # Few rows, of several pieces; rows of whole 16 bytes, and not; spans that begin anywhere.
+    yield from [((3, 1300), "mixed", None), ((9, 1304), "few", None), ((40, 1304), None, "mixed")]
 
 
 class TestPack:
@@ -332,6 +337,72 @@ class TestPenalty:
                 )
         exact = torch.cat(torch.autograd.grad(l0, [t for t in leaves[1:] if t is not None]))
         near(grad, exact, 8 * EPS[gates], 2.0)
+
+
+def test_the_public_chain_draws_on_the_way(monkeypatch):
+    """A launch a layer, none for the gates, and the gradients of every log_alpha."""
+    monkeypatch.setattr(mlp, "_backend", lambda *_: "cuda")
+    sizes, seed = (37, 50, 20, 5), torch.tensor([3])
+    x = torch.randn(9, sizes[0])
+    weights = [torch.randn(b, a) for a, b in itertools.pairwise(sizes)]
+    log_alphas = [torch.randn(37), None, torch.randn(20)]
+    leaves = [t for t in (x, *weights, *log_alphas) if t is not None]
+    results = []
+    for namespace, dtype, place in ((l0, torch.float32, on_device), (reference, torch.float64, torch.clone)):
+        made = [place(t.to(dtype)).requires_grad_() for t in leaves]
+        gates = [made[4], None, made[5]]
+        # The noise of the reference is that of float32.
+        before = launches()
+        y = namespace.l0_mlp(made[0], made[1:4], [None] * 3, gates, "relu", seed=place(seed))
+        assert launches() - before in (0, 3)
+        results.append([y, *torch.autograd.grad(y.square().sum(), made)])
+    for got, want in zip(*results, strict=True):
+        near(got.detach(), want.detach(), 1e-4, want.abs().amax().item())
+
+
+class TestL2OfWeights:
+    """The operators behind the public l2_penalty: any rank, layout and number of groups."""
+
+    @pytest.mark.parametrize("sides", [(True, True), (True, False), (False, True), (False, False)])
+    @pytest.mark.parametrize(
+        ("shape", "groups", "layout"),
+        [
+            ((70, 37), 1, torch.clone),
+            ((150, 40, 3, 3), 1, torch.clone),
+            ((150, 40, 3, 3), 1, lambda t: t.contiguous(memory_format=torch.channels_last)),
+            ((20, 16, 1, 1), 1, torch.clone),
+            ((12, 130, 5), 1, lambda t: t.repeat_interleave(2, -1)[..., ::2]),
+            ((12, 5, 3, 3), 3, torch.clone),
+            ((6, 1, 3, 3), 6, torch.clone),
+            ((0, 4), 1, torch.clone),
+        ],
+        ids=str,
+    )
+    def test_equals_reference(self, shape, groups, layout, sides):
+        dtypes = (torch.float32, torch.bfloat16) if sides == (True, True) else (torch.float64,)
+        for dtype in dtypes:
+            gates = torch.float64 if dtype == torch.float64 else torch.float32
+            weight = torch.randn(shape).to(dtype)
+            out = torch.randn(shape[0], dtype=gates) if sides[0] else None
+            in_ = torch.randn(shape[1] * groups, dtype=gates) if sides[1] else None
+            leaves = [t if t is None else t.double().requires_grad_() for t in (weight, out, in_)]
+            exact = reference.l2_penalty(
+                leaves[0], 0.3, out_log_alpha=leaves[1], in_log_alpha=leaves[2], groups=groups
+            )
+            used = [t for t in leaves if t is not None]
+            wanted = iter(torch.autograd.grad(exact * 3, used))
+            args = (layout(on_device(weight)), 0.3, *(t if t is None else on_device(t) for t in (out, in_)))
+            total, *gate_grads = cuda.l2_penalty(*args, groups, DIST)
+            factor = on_device(torch.tensor(3.0, dtype=gates))
+            got = [cuda.l2_weight_grad(*args, groups, DIST, factor), *gate_grads]
+            near(total, exact.detach(), 64 * EPS[gates], 0.0)
+            assert got[0].dtype == dtype
+            scale = max(1.0, exact.item())
+            for i, (g, leaf) in enumerate(zip(got, leaves, strict=True)):
+                assert (g is None) == (leaf is None)
+                if g is not None:
+                    near(g * (3 if i else 1), next(wanted), 64 * EPS[gates] if i else 4 * EPS[dtype], scale)
+            assert all((words == 0).all() for words in cuda._tickets.of_stream.values())
 
 
 def bound(exact, dtype, depth):

@@ -108,6 +108,17 @@ class TestOpcheck:
             args = (dy, x, weight, bias, z, 3, 4, False, dtype, needs, backend)
             opcheck(OPS.block_linear_backward.default, args)
 
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+    def test_l2_penalty(self, dtype):
+        gates = torch.float64 if dtype == torch.float64 else torch.float32
+        for shape, groups in (((6, 5), 1), ((6, 5, 3, 2), 2)):
+            weight = torch.randn(shape).to(dtype)
+            out, in_ = torch.randn(6, dtype=gates), torch.randn(5 * groups, dtype=gates)
+            for sides in ((out, in_), (out, None), (None, in_), (None, None)):
+                opcheck(OPS.l2_penalty.default, (weight, *sides, 0.3, groups, DIST, "torch"))
+                factor = torch.ones((), dtype=gates)
+                opcheck(OPS.l2_weight_grad.default, (weight, *sides, factor, 0.3, groups, DIST, "torch"))
+
     def test_leaves_that_require_a_gradient_get_no_graph_from_an_operator(self, backend):
         x, weight, log_alpha = (torch.randn(*s, requires_grad=True) for s in ((6, 13), (9, 13), (13,)))
         outputs = [
@@ -131,7 +142,8 @@ class TestOpcheck:
             for name in torch._C._dispatch_get_all_op_names()
             if "l0kernels::" in name
         }
-        assert names - {"l0_linear"} == {  # the GPU backends' own: test_triton_ops.py
+        assert names - {"l0_linear", "l0_mlp"} == {  # the GPU backends' own: test_triton_ops.py
+            *("l2_penalty", "l2_weight_grad"),
             *("sample", "gate_grad", "l0_penalty", "gated_linear", "gated_linear_backward", "gated_mlp"),
             *("gated_conv2d", "gated_conv2d_backward"),
             *(

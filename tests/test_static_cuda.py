@@ -36,7 +36,10 @@ KERNELS = (
     "sample_kernel",
     "gate_grad_kernel",
     "pack_kernel",
+    "pack_rows_kernel",
     "unpack_kernel",
+    "unpack_rows_kernel",
+    "sum_kernel",
     "penalty_kernel",
     "small_kernel",
 )
@@ -100,7 +103,9 @@ def test_registers_leave_room(resources):
         assert use["REG"] <= 128, f"{name} on {arch}: {use['REG']} registers"
 
 
-@pytest.mark.parametrize("kernel", ["11pack_kernel", "13unpack_kernel"])
+@pytest.mark.parametrize(
+    "kernel", ["11pack_kernel", "13unpack_kernel", "16pack_rows_kernel", "18unpack_rows_kernel"]
+)
 def test_accesses_of_16_bytes(code, kernel):
     seen = [(key, text) for key, text in code.items() if kernel in key[1]]
     assert seen
@@ -109,7 +114,32 @@ def test_accesses_of_16_bytes(code, kernel):
         narrow = re.search(
             r"kernelINS_(4Half|8BFloat16)Ef", name
         )  # 16 bits to fp32: four elements are 8 bytes
-        assert narrow or "LDG.E.128" in text, f"{name} on {arch} loads no 16 bytes at a time"
+        copied = re.search(r"LDGSTS\S*\.128", text)  # to shared memory
+        assert narrow or copied or "LDG.E.128" in text, f"{name} on {arch} loads no 16 bytes at a time"
+
+
+@pytest.mark.parametrize(
+    ("kernel", "load", "at_once"),
+    [
+        ("16pack_rows_kernelINS_8BFloat16ES3_", "LDG.E.128", 4),
+        ("18unpack_rows_kernelINS_8BFloat16ES3_Lb0E", "LDG.E.128", 4),
+        ("18unpack_rows_kernelINS_8BFloat16ES3_Lb1E", "LDG.E.128", 8),
+        ("11pack_kernelINS_8BFloat16ES3_", "LDG.E.U16", 16),
+        ("13unpack_kernelINS_8BFloat16ES3_Lb1E", "LDG.E.128", 4),
+        ("14penalty_kernelIf", "LDG.E.128", 4),
+    ],
+)
+def test_loads_are_under_way_together(code, kernel, load, at_once):
+    """No store and no barrier between them: what keeps the memory busy."""
+    for (arch, name), text in code.items():
+        if kernel not in name:
+            continue
+        seen = re.findall(r"\b(LDG\S*|STG\S*|STS\S*|LDS\S*|WARPSYNC|BAR\S*|DEPBAR\S*)", text)
+        longest = run = 0
+        for instruction in seen:
+            run = run + (instruction == load) if instruction.startswith("LDG") else 0
+            longest = max(longest, run)
+        assert longest >= at_once, f"{name} on {arch}: {longest} of {load}"
 
 
 def test_penalty_reads_weights_16_bytes_at_a_time(code):
@@ -140,7 +170,7 @@ calls = [
     lambda: m.sample([0], [4], False, 0, 0, dist, 0.9, 0, 0, 0, 0, where),
     lambda: m.gate_grad(0, 0, 0, 4, False, dist, where),
     lambda: m.pack((0, 4, 1), 0, 0, 4, 4, 0, side, side, False, (1, 1, 1, 2), where),
-    lambda: m.unpack(0, 4, 0, 0, 4, 0, side, side, False, (0, 0, 0), 0, 0, 0, 0, 0, (1, 1, 1, 2), where),
+    lambda: m.unpack(0, 4, 0, 0, 4, 0, side, side, False, (0, 0, 0), 0, 0, 0, 0, (1, 1, 1, 2), where),
     lambda: m.penalty([(0, 0, 4, 1.0)], [], False, dist, 0, 0, 0, where),
     lambda: m.small_linear_forward(0, 4, 4, 4, (0, 4, 1), (0, 4, 1), 0, None, None, True, 0, None, where),
     lambda: m.small_linear_backward(0, 4, 4, 4, (0, 4, 1), (0, 4, 1), 0, None, None, True, False, False,

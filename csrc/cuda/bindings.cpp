@@ -51,22 +51,20 @@ void sample(const std::vector<Address>& log_alpha, const std::vector<int64_t>& s
   std::tie(p.beta, p.gamma, p.zeta) = dist;
   p.shift = shift(dist);
   p.tau = tau;
-  p.z = as<void>(z);
-  p.index = as<int32_t>(index);
-  int64_t z_at = 0, index_at = 0;
+  const int64_t bytes = is_double ? 8 : 4;
   for (size_t begin = 0; begin < sizes.size(); begin += cuda::kSampleVectors) {
     const int vectors = int(std::min<size_t>(cuda::kSampleVectors, sizes.size() - begin));
     int64_t largest = 0;
     for (int i = 0; i < vectors; ++i) {
       const int64_t size = sizes[begin + i];
-      p.vector[i] = {as<const void>(log_alpha[begin + i]), z_at, index_at, int32_t(size),
+      p.vector[i] = {as<const void>(log_alpha[begin + i]), as<void>(z), as<int32_t>(index), int32_t(size),
                      uint32_t(begin + i)};
-      z_at += size;
-      index_at += padded(size);
+      z += size * bytes;
+      index += padded(size) * sizeof(int32_t);
       largest = std::max(largest, size);
     }
     p.count = as<int32_t>(count) + 2 * begin;
-    p.expected = expected ? as<void>(expected + begin * (is_double ? 8 : 4)) : nullptr;
+    p.expected = expected ? as<void>(expected + begin * bytes) : nullptr;
     (is_double ? cuda::sample<double> : cuda::sample<float>)(p, vectors, int32_t(largest), to_stream(where));
   }
 }
@@ -111,24 +109,23 @@ void pack(const Matrix& full, int full_type, Address packed, int64_t packed_stri
 
 void unpack(Address packed, int64_t packed_stride, int packed_type, Address full, int64_t full_stride,
             int full_type, const Side& rows, const Side& cols, bool skip_plain, const Matrix& theta,
-            Address dz_row, Address dz_col, Address row_sums, Address col_sums, Address tickets,
-            const Grid& grid, const Where& where) {
+            Address dz_row, Address dz_col, Address row_sums, Address col_sums, const Grid& grid,
+            const Where& where) {
   const auto& [data, stride_row, stride_col] = theta;
-  cuda::unpack(
-      packed_type, full_type,
-      {as<const void>(packed), packed_stride, as<void>(full), full_stride, to_side(rows), to_side(cols),
-       skip_plain, as<const void>(data), stride_row, stride_col, as<void>(dz_row), as<void>(dz_col),
-       as<void>(row_sums), as<void>(col_sums), as<unsigned>(tickets), to_grid(grid)},
-      to_stream(where));
+  cuda::unpack(packed_type, full_type,
+               {as<const void>(packed), packed_stride, as<void>(full), full_stride, to_side(rows),
+                to_side(cols), skip_plain, as<const void>(data), stride_row, stride_col, as<void>(dz_row),
+                as<void>(dz_col), as<void>(row_sums), as<void>(col_sums), to_grid(grid)},
+               to_stream(where));
 }
 
 // log_alpha, gradient, size, weight
 using PenaltyVector = std::tuple<Address, Address, int64_t, double>;
-// theta, its row stride, type, rows, columns, decay; log_alpha of rows and columns; gradients of theta, of
-// both; scratch for sums of rows and of columns
-using PenaltyMatrix =
-    std::tuple<std::tuple<Address, int64_t, int, int64_t, int64_t, double>, std::tuple<Address, Address>,
-               std::tuple<Address, Address, Address>, std::tuple<Address, Address>>;
+// theta, its row stride, type, rows, columns, decay; run and number of the columns' gates; log_alpha of rows
+// and columns; gradients of theta, of both; scratch for sums of rows and of columns
+using PenaltyMatrix = std::tuple<std::tuple<Address, int64_t, int, int64_t, int64_t, double>,
+                                 std::tuple<int64_t, int64_t>, std::tuple<Address, Address>,
+                                 std::tuple<Address, Address, Address>, std::tuple<Address, Address>>;
 
 int64_t blocks_of(const PenaltyVector& v) { return ceil_div(std::get<2>(v), cuda::kPenaltyChunk); }
 
@@ -151,7 +148,7 @@ PenaltyPart penalty_part(const std::vector<PenaltyVector>& vectors,
   for (; m < part.matrices_end; ++m) {
     const auto [row_tiles, col_tiles] = tiles_of(matrices[m]);
     part.blocks += row_tiles * col_tiles;
-    part.tickets += row_tiles + col_tiles;
+    part.tickets += row_tiles + col_tiles + 1;
   }
   return part;
 }
@@ -172,12 +169,13 @@ std::pair<int64_t, int64_t> penalty_scratch(const std::vector<PenaltyVector>& ve
 
 void penalty(const std::vector<PenaltyVector>& vectors, const std::vector<PenaltyMatrix>& matrices,
              bool is_double, const Dist& dist, Address block_sums, Address tickets, Address total,
-             const Where& where) {
+             Address factor, const Where& where) {
   cuda::PenaltyParams p;
   p.shift = shift(dist);
   p.block_sums = as<void>(block_sums);
   p.ticket = as<unsigned>(tickets);
   p.total = as<void>(total);
+  p.factor = as<const void>(factor);
   p.accumulate = false;
   for (size_t v = 0, m = 0; v < vectors.size() || m < matrices.size();) {
     const PenaltyPart part = penalty_part(vectors, matrices, v, m);
@@ -192,7 +190,7 @@ void penalty(const std::vector<PenaltyVector>& vectors, const std::vector<Penalt
     p.matrices = int32_t(part.matrices_end - m);
     unsigned* ticket = p.ticket + 1;
     for (int i = 0; i < p.matrices; ++i, ++m) {
-      const auto& [source, log_alphas, grads, sums] = matrices[m];
+      const auto& [source, gates, log_alphas, grads, sums] = matrices[m];
       const auto& [theta, stride, type, rows, cols, decay] = source;
       const auto [row_tiles, col_tiles] = tiles_of(matrices[m]);
       p.matrix[i] = {as<const void>(theta),
@@ -201,6 +199,8 @@ void penalty(const std::vector<PenaltyVector>& vectors, const std::vector<Penalt
                      cols,
                      rows,
                      cols,
+                     std::get<0>(gates),
+                     std::get<1>(gates),
                      as<const void>(std::get<0>(log_alphas)),
                      as<const void>(std::get<1>(log_alphas)),
                      as<void>(std::get<1>(grads)),
@@ -211,7 +211,7 @@ void penalty(const std::vector<PenaltyVector>& vectors, const std::vector<Penalt
                      decay,
                      type,
                      block};
-      ticket += row_tiles + col_tiles;
+      ticket += row_tiles + col_tiles + 1;
       block += int32_t(row_tiles * col_tiles);
     }
     p.blocks = block;

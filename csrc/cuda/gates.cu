@@ -7,114 +7,124 @@
 namespace l0::cuda {
 namespace {
 
-constexpr int kThreads = 512;
-constexpr int kWarps = kThreads / kWarp;
-constexpr int kMaskRows = 2048;          // of 32 gates: their open bits stay in shared memory
-constexpr int kGatesPerBlock = 2048;     // a longer vector is shared by the blocks of a cluster
-constexpr unsigned kLargestCluster = 8;  // every device with clusters has these
+constexpr unsigned kThreads = 256, kMostThreads = 512;  // of a block
+constexpr int64_t kGatesPerThread = 8;                  // beyond it, more blocks or threads share a vector
+constexpr unsigned kLargestCluster = 8;                 // every device with clusters has these
 
 template <typename T>
 struct SampleShared {
-  uint32_t open_bits[kMaskRows];
-  int32_t open[kWarps];
-  T expected[kWarps];
-  int32_t block_open;
-  T block_expected;
+  int32_t open[kWarp];  // of each warp
+  T expected[kWarp];
+  ClusterBox box;
+  int32_t open_in[kLargestCluster];  // of each block of the cluster, sent by it
+  T expected_in[kLargestCluster];
 };
 
-// One vector per cluster. A warp owns consecutive rows of 32 gates, so that a ballot and the number of open
-// gates before the row give every gate its place.
-template <typename T>
-__global__ void __launch_bounds__(kThreads) sample_kernel(const __grid_constant__ SampleParams p) {
+// How a vector is divided: 2^log_parts blocks, a cluster if they are several, of 2^log_warps warps each.
+struct SampleShape {
+  int log_parts, log_warps;
+};
+
+// A warp owns consecutive rows of 32 gates, so that a ballot and the number of open gates before the row give
+// every gate its place, and a row's places lie side by side.
+template <typename T, bool kByRoot, bool kExpected>
+__global__ void __launch_bounds__(kMostThreads, 2)
+    sample_kernel(const __grid_constant__ SampleParams p, const Constants<T> c, const T shift,
+                  const SampleShape shape) {
   L0_SHARED(SampleShared<T>, s);
-  const unsigned parts = cluster_size(), part = cluster_rank();
-  const SampleVector& v = p.vector[blockIdx.x / parts];
+  const int parts = 1 << shape.log_parts, warps = 1 << shape.log_warps;
+  if (parts > 1)
+    cluster_open(s.box, unsigned(parts) * unsigned(sizeof(int32_t) + (kExpected ? sizeof(T) : 0)));
+  const int part = int(blockIdx.x) & (parts - 1), vector = int(blockIdx.x) >> shape.log_parts;
+  const SampleVector& v = p.vector[vector];
   const T* log_alpha = static_cast<const T*>(v.log_alpha);
-  T* z = static_cast<T*>(p.z) + v.z_at;
-  int32_t* index = p.index + v.index_at;
-  const int32_t size = v.size;
-  const uint64_t seed = uint64_t(*p.seed);
-  const Constants<T> c{T(p.beta), T(p.gamma), T(p.zeta)};
+  T* z = static_cast<T*>(v.z);
+  const uint32_t size = uint32_t(v.size), stream = v.stream;
   const int warp = warp_id(), lane = lane_id();
 
-  const int32_t rows = ceil_div(size, kWarp);
-  const int32_t rows_per_warp = ceil_div(rows, int32_t(parts) * kWarps);
-  const int32_t block_row = int32_t(part) * kWarps * rows_per_warp;
-  const int32_t first = block_row + warp * rows_per_warp;
-  const int32_t end = first + rows_per_warp < rows ? first + rows_per_warp : rows;
+  const int rows = int((size + kWarp - 1) / kWarp);
+  const int block_rows = (rows + parts - 1) >> shape.log_parts, block_row = part * block_rows;
+  const int block_end = min(block_row + block_rows, rows);
+  const int warp_rows = (block_rows + warps - 1) >> shape.log_warps;
+  const int first = min(block_row + warp * warp_rows, block_end), end = min(first + warp_rows, block_end);
 
+  uint32_t kept = 0;  // which gates of row first + lane are open
   int32_t open = 0;
   T expected = T(0);
+  bool next_inside = first < end && uint32_t(first) * kWarp + lane < size;
+  T next = next_inside ? log_alpha[uint32_t(first) * kWarp + lane] : T(0);  // under way while bits are made
+  const Noise noise(*p.seed);
 #pragma unroll 2
-  for (int32_t row = first; row < end; ++row) {
-    const int64_t gate = int64_t(row) * kWarp + lane;
-    T value = T(0);
-    if (gate < size) {
-      const T a = log_alpha[gate];
-      value = draw(a, noise(seed, gate, v.stream, p.rank), c);
-      z[gate] = value;
-      if (p.expected) expected += p_open(a, T(p.shift));
-    }
-    const uint32_t bits = __ballot_sync(kAllLanes, !(value == T(0)));
-    if (lane == 0 && row - block_row < kMaskRows) s.open_bits[row - block_row] = bits;
+  for (int row = first; row < end; ++row) {
+    const uint32_t gate = uint32_t(row) * kWarp + lane;
+    const bool inside = next_inside;
+    const T a = next;
+    next_inside = gate + kWarp < size;
+    next = next_inside ? log_alpha[gate + kWarp] : T(0);
+    const T value = draw(a, noise(gate, stream, p.rank), c, kByRoot);
+    if (inside) z[gate] = value;
+    if (kExpected) expected += inside ? p_open(a, shift) : T(0);
+    const uint32_t bits = __ballot_sync(kAllLanes, inside && !(value == T(0)));
+    if (row - first == lane) kept = bits;
     open += __popc(bits);
   }
-  if (p.expected) expected = warp_sum(expected);
+  if (kExpected) expected = warp_sum(expected);
   if (lane == 0) {
     s.open[warp] = open;
     s.expected[warp] = expected;
   }
   __syncthreads();
-  int32_t before = 0, block_open = 0;
-  for (int w = 0; w < kWarps; ++w) {
-    if (w < warp) before += s.open[w];
-    block_open += s.open[w];
+  if (parts > 1) cluster_wait();
+  const int32_t of_warp = lane < warps ? s.open[lane] : 0;
+  int32_t before = warp_sum(lane < warp ? of_warp : 0), all_open = warp_sum(of_warp);
+  T all_expected = T(0);
+  if (kExpected) {
+    all_expected = warp_sum(lane < warps ? s.expected[lane] : T(0));
   }
-  if (threadIdx.x == 0) {
-    s.block_open = block_open;
-    T sum = T(0);
-    for (int w = 0; w < kWarps; ++w) sum += s.expected[w];
-    s.block_expected = sum;
-  }
-  cluster_sync();
-  int32_t all_open = 0;
-  for (unsigned r = 0; r < parts; ++r) {
-    const int32_t other = cluster_read(s.block_open, r);
-    if (r < part) before += other;
-    all_open += other;
+  if (parts > 1) {
+    if (int(threadIdx.x) < parts) {
+      cluster_send(s.box, s.open_in[part], threadIdx.x, all_open);
+      if (kExpected) cluster_send(s.box, s.expected_in[part], threadIdx.x, all_expected);
+    }
+    cluster_receive(s.box);
+    const int32_t of_block = lane < parts ? s.open_in[lane] : 0;
+    before += warp_sum(lane < part ? of_block : 0);
+    all_open = warp_sum(of_block);
+    if (kExpected) all_expected = warp_sum(lane < parts ? s.expected_in[lane] : T(0));
   }
 
-  for (int32_t row = first; row < end; ++row) {
-    const int64_t gate = int64_t(row) * kWarp + lane;
-    uint32_t bits;
-    if (row - block_row < kMaskRows)
-      bits = s.open_bits[row - block_row];
-    else
-      bits = __ballot_sync(kAllLanes, gate < size && !(z[gate] == T(0)));
-    if (gate < size) {
-      const int32_t open_before = before + __popc(bits & ((1u << lane) - 1u));
-      const bool is_open = (bits >> lane) & 1u;
-      index[is_open ? int64_t(open_before) : all_open + gate - open_before] = int32_t(gate);
+  int32_t* index = v.index;
+  for (int some = first; some < end; some += kWarp) {
+    const int some_end = min(some + kWarp, end);
+    if (some > first)  // rows that nobody kept
+      for (int row = some; row < some_end; ++row) {
+        const uint32_t gate = uint32_t(row) * kWarp + lane;
+        const uint32_t bits = __ballot_sync(kAllLanes, gate < size && !(z[gate] == T(0)));
+        if (row - some == lane) kept = bits;
+      }
+#pragma unroll 2
+    for (int row = some; row < some_end; ++row) {
+      const uint32_t gate = uint32_t(row) * kWarp + lane;
+      const uint32_t bits = __shfl_sync(kAllLanes, kept, row - some);
+      const uint32_t open_before = uint32_t(before) + __popc(bits & ((1u << lane) - 1u));
+      const uint32_t place = (bits >> lane) & 1u ? open_before : uint32_t(all_open) + gate - open_before;
+      if (gate < size) index[place] = int32_t(gate);
+      before += __popc(bits);
     }
-    before += __popc(bits);
   }
 
   if (part == 0) {
-    const int64_t padded = round_up(int64_t(size), int64_t(kAlign));
-    for (int64_t i = size + int64_t(threadIdx.x); i < padded; i += kThreads) index[i] = 0;
+    const uint32_t tail = size + threadIdx.x;
+    static_assert(kThreads >= unsigned(kAlign));
+    if (tail < round_up(size, uint32_t(kAlign))) index[tail] = 0;
     if (threadIdx.x == 0) {
-      int32_t* count = p.count + 2 * (blockIdx.x / parts);
+      int32_t* count = p.count + 2 * vector;
       const bool plain = float(all_open) > p.tau * float(size);
       count[0] = all_open;
-      count[1] = round_up(plain ? size : all_open, kAlign);
-      if (p.expected) {
-        T sum = T(0);
-        for (unsigned r = 0; r < parts; ++r) sum += cluster_read(s.block_expected, r);
-        static_cast<T*>(p.expected)[blockIdx.x / parts] = sum;
-      }
+      count[1] = round_up(plain ? int32_t(size) : all_open, kAlign);
+      if (kExpected) static_cast<T*>(p.expected)[vector] = all_expected;
     }
   }
-  cluster_sync();  // nobody leaves while another block may read its shared memory
 }
 
 constexpr int kGradThreads = 256;
@@ -136,10 +146,19 @@ __global__ void __launch_bounds__(kGradThreads)
 template <typename T>
 void sample(const SampleParams& p, int vectors, int32_t largest, const Stream& stream) {
   if (vectors == 0) return;
-  unsigned cluster = 1;
-  while (cluster < kLargestCluster && int64_t(cluster) * kGatesPerBlock < largest) cluster *= 2;
-  if (cluster > 1 && !has_clusters(stream, "sample")) cluster = 1;
-  launch("sample", stream, {unsigned(vectors) * cluster, kThreads, 0, cluster}, sample_kernel<T>, p);
+  const unsigned largest_cluster =
+      largest > kThreads * kGatesPerThread && has_clusters(stream, "sample") ? kLargestCluster : 1;
+  SampleShape shape{0, 3};
+  const auto gates = [&] { return kGatesPerThread * kWarp << (shape.log_parts + shape.log_warps); };
+  while (1u << shape.log_parts < largest_cluster && gates() < largest) ++shape.log_parts;
+  while (kWarp << shape.log_warps < int(kMostThreads) && gates() < largest) ++shape.log_warps;
+  const Constants<T> c(p.beta, p.gamma, p.zeta);
+  const unsigned parts = 1u << shape.log_parts;
+  auto* kernel = p.expected ? sample_kernel<T, false, true> : sample_kernel<T, false, false>;
+  if constexpr (std::is_same_v<T, float>)
+    if (c.by_root) kernel = p.expected ? sample_kernel<T, true, true> : sample_kernel<T, true, false>;
+  launch("sample", stream, {unsigned(vectors) * parts, unsigned(kWarp) << shape.log_warps, 0, parts}, kernel,
+         p, c, T(p.shift), shape);
 }
 
 template <typename T>
@@ -148,7 +167,7 @@ void gate_grad(const T* dz, const T* z, T* dlog_alpha, int64_t n, double beta, d
   if (n == 0) return;
   const unsigned blocks = unsigned(std::min<int64_t>(ceil_div(n, int64_t(kGradThreads)), 4096));
   launch("gate_grad", stream, {blocks, kGradThreads}, gate_grad_kernel<T>, dz, z, dlog_alpha, n,
-         Constants<T>{T(beta), T(gamma), T(zeta)});
+         Constants<T>(beta, gamma, zeta));
 }
 
 template void sample<float>(const SampleParams&, int, int32_t, const Stream&);

@@ -8,8 +8,8 @@ constexpr int kSampleVectors = 96;  // what fits the 4 KB of a kernel's argument
 
 struct SampleVector {
   const void* log_alpha;  // (size,)
-  int64_t z_at;           // where its part of z begins
-  int64_t index_at;       // where its part of index begins
+  void* z;                // (size,) log_alpha's type
+  int32_t* index;         // (round_up(size),)
   int32_t size;
   uint32_t stream;
 };
@@ -22,8 +22,6 @@ struct SampleParams {
   double beta, gamma, zeta;
   double shift;    // of p_open
   float tau;       // open share above which the extent is that of the whole vector
-  void* z;         // (sum size,), log_alpha's type
-  int32_t* index;  // (sum round_up(size),)
   int32_t* count;  // (vectors, 2)
   void* expected;  // (vectors,), log_alpha's type: sum of p_open; null: not wanted
 };

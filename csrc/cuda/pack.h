@@ -16,12 +16,14 @@ struct PackSide {
   bool full_grad;        // a gradient for every open gate, not for fractional ones alone
 };
 
-// How the matrix is divided: a block has 8 warps, `warps_x` of them side by side, each of which takes
-// `rows_per_warp` rows of 32 * 16 bytes.
+// How the matrix is divided. A block has 8 warps, `warps_x` of them side by side, each of which takes
+// `rows_per_warp` rows of 32 * 16 bytes. warps_x = 0, for matrices whose columns are not gated: `blocks_x`
+// blocks whose warps take rows, or pieces of 4 * 32 * 16 bytes of them, in turn.
 struct PackGrid {
   int32_t warps_x, blocks_x, blocks_y, rows_per_warp;
+  bool by_rows() const { return warps_x == 0; }
+  unsigned blocks() const { return unsigned(blocks_x) * unsigned(blocks_y); }
 };
-constexpr int kMaxRowsPerWarp = 128;
 
 struct PackParams {
   const void* full;  // (rows.size, cols.size)
@@ -44,11 +46,10 @@ struct UnpackParams {
   bool skip_plain;    // leave full alone where every gate is plain
   const void* theta;  // (rows.size, cols.size), full's type; null without gate gradients
   int64_t theta_stride_row, theta_stride_col;
-  void* dz_row;      // (rows.size,) z's type; null: not wanted
-  void* dz_col;      // (cols.size,)
-  void* row_sums;    // (blocks_x, rows.size) scratch, for dz_row
-  void* col_sums;    // (blocks_y, cols.size) scratch, for dz_col
-  unsigned* ticket;  // (blocks_x + blocks_y,) zeros, left as zeros
+  void* dz_row;    // (rows.size,) z's type; null: not wanted
+  void* dz_col;    // (cols.size,)
+  void* row_sums;  // (tiles across, rows.size) scratch for dz_row; not by rows
+  void* col_sums;  // (rows.size / rows_per_warp, cols.size) scratch for dz_col
   PackGrid grid;
 };
 void unpack(int packed_type, int full_type, const UnpackParams& p, const Stream& stream);

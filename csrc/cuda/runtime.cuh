@@ -11,7 +11,6 @@
 #include "launch.h"
 
 #if defined(__CUDACC__)
-#include <cooperative_groups.h>
 #include <cuda_runtime.h>
 #else
 #include "cuda_emulator.h"
@@ -60,32 +59,82 @@ __device__ __forceinline__ T warp_sum(T x) {
   return x;
 }
 
-// Blocks of a cluster and their view of each other's shared memory; before sm_90 every block is alone.
+// Values that the blocks of a cluster send each other, before sm_90 every block is alone. Every block opens
+// its box for the bytes that will come and arrives; once it has waited every box is open; receive returns
+// when all bytes have come. No fence: what else a block has stored need not be there yet. All but
+// cluster_send are called by every thread.
+struct alignas(8) ClusterBox {
+  uint64_t barrier;
+};
 #if defined(__CUDACC__)
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-__device__ inline unsigned cluster_rank() { return cooperative_groups::this_cluster().block_rank(); }
-__device__ inline unsigned cluster_size() { return cooperative_groups::this_cluster().num_blocks(); }
-__device__ inline void cluster_sync() { cooperative_groups::this_cluster().sync(); }
+__device__ __forceinline__ uint32_t shared_address(const void* p) {
+  return uint32_t(__cvta_generic_to_shared(p));
+}
+__device__ __forceinline__ uint32_t cluster_address(const void* p, unsigned rank) {
+  uint32_t address;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(p)), "r"(rank));
+  return address;
+}
+__device__ __forceinline__ void cluster_open(ClusterBox& box, uint32_t bytes) {
+  if (threadIdx.x == 0) {
+    const uint32_t at = shared_address(&box);
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(at) : "memory");
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(at), "r"(bytes) : "memory");
+  }
+  __syncwarp();
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+}
+__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.aligned;" ::: "memory"); }
 template <typename T>
-__device__ inline T cluster_read(T& x, unsigned rank) {
-  return *cooperative_groups::this_cluster().map_shared_rank(&x, rank);
+__device__ __forceinline__ void cluster_send(ClusterBox& box, T& x, unsigned rank, T value) {
+  const uint32_t to = cluster_address(&x, rank), barrier = cluster_address(&box, rank);
+  if constexpr (sizeof(T) == 4) {
+    asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(to),
+                 "r"(reinterpret_cast<const uint32_t&>(value)), "r"(barrier)
+                 : "memory");
+  } else {
+    static_assert(sizeof(T) == 8);
+    asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b64 [%0], %1, [%2];" ::"r"(to),
+                 "l"(reinterpret_cast<const uint64_t&>(value)), "r"(barrier)
+                 : "memory");
+  }
+}
+__device__ __forceinline__ void cluster_receive(ClusterBox& box) {
+  const uint32_t at = shared_address(&box);
+  uint32_t done = 0;
+  while (!done)
+    asm volatile(
+        "{.reg .pred p; mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], 0; selp.u32 %0, 1, "
+        "0, p;}"
+        : "=r"(done)
+        : "r"(at)
+        : "memory");
+  __syncwarp();
 }
 #else
-__device__ inline unsigned cluster_rank() { return 0; }
-__device__ inline unsigned cluster_size() { return 1; }
-__device__ inline void cluster_sync() { __syncthreads(); }
+__device__ __forceinline__ void cluster_open(ClusterBox&, uint32_t) {}
+__device__ __forceinline__ void cluster_wait() {}
 template <typename T>
-__device__ inline T cluster_read(T& x, unsigned) {
-  return x;
+__device__ __forceinline__ void cluster_send(ClusterBox&, T& x, unsigned, T value) {
+  x = value;
 }
+__device__ __forceinline__ void cluster_receive(ClusterBox&) { __syncthreads(); }
 #endif
 #else
-inline unsigned cluster_rank() { return emulator::cluster_rank(); }
-inline unsigned cluster_size() { return emulator::cluster_size(); }
-inline void cluster_sync(int line = __builtin_LINE()) { emulator::barrier(emulator::Scope::kCluster, line); }
+inline void cluster_open(ClusterBox& box, uint32_t bytes) {
+  if (threadIdx.x == 0) box.barrier = bytes;
+}
+inline void cluster_wait(int line = __builtin_LINE()) { emulator::barrier(emulator::Scope::kCluster, line); }
 template <typename T>
-T cluster_read(T& x, unsigned rank) {
-  return *static_cast<T*>(emulator::in_block_of_cluster(&x, rank));
+void cluster_send(ClusterBox& box, T& x, unsigned rank, T value) {
+  *static_cast<T*>(emulator::in_block_of_cluster(&x, rank)) = value;
+  static_cast<ClusterBox*>(emulator::in_block_of_cluster(&box, rank))->barrier -= sizeof(T);
+}
+inline void cluster_receive(ClusterBox& box, int line = __builtin_LINE()) {
+  emulator::barrier(emulator::Scope::kCluster, line);
+  if (box.barrier != 0) emulator::fail("a block of the cluster got another number of bytes than it expected");
 }
 #endif
 
@@ -141,6 +190,22 @@ template <typename T>
 void store_vector(T* p, const Vector<T>& v) {
   *reinterpret_cast<Vector<T>*>(p) = v;
 }
+#endif
+
+// Copies 16 aligned bytes of global memory to shared memory, without a register on the way; they are there
+// for the thread itself after copy_wait.
+#if defined(__CUDACC__)
+__device__ __forceinline__ void copy_async(void* shared, const void* global) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(uint32_t(__cvta_generic_to_shared(shared))),
+               "l"(__cvta_generic_to_global(global))
+               : "memory");
+}
+__device__ __forceinline__ void copy_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+#else
+inline void copy_async(void* shared, const void* global) {
+  *static_cast<Vector<uint32_t>*>(shared) = *static_cast<const Vector<uint32_t>*>(global);
+}
+inline void copy_wait() {}
 #endif
 
 // --- Host side ---

@@ -69,15 +69,16 @@ __device__ C act_grad_of(int32_t act, C x) {
 // Draws a gate vector into the table; one block of the launch also writes it to memory.
 template <typename C>
 __device__ void draw_table(const SmallParams& p, const SmallGate& g, Table<C>& table, SmallShared<C>& s) {
-  const Constants<C> constants{C(p.beta), C(p.gamma), C(p.zeta)};
-  const uint64_t seed = uint64_t(*p.seed);
+  const Constants<C> c(p.beta, p.gamma, p.zeta);
+  const Noise noise(*p.seed);
   const int rows = ceil_div(g.size, kWarp), lane = lane_id();
   const bool writes = blockIdx.x == 0;
   for (int row = warp_id(); row < rows; row += kWarps) {
     const int gate = row * kWarp + lane;
     C z = C(0);
     if (gate < g.size) {
-      z = draw(static_cast<const C*>(g.log_alpha)[gate], noise(seed, gate, g.stream, p.rank), constants);
+      z = draw(static_cast<const C*>(g.log_alpha)[gate], noise(uint32_t(gate), g.stream, p.rank), c,
+               c.by_root);
       table.z[gate] = z;
       if (writes) static_cast<C*>(g.z)[gate] = z;
     }

@@ -7,6 +7,7 @@ that adds up across its blocks takes `tickets`, words that are 0 between launche
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 from importlib import import_module, util
@@ -18,7 +19,9 @@ from torch import Tensor
 from ..reference.gates import ALIGN, TAU, HardConcrete, round_up
 from .packed import Gate
 
-SERVES = frozenset({"sample", "gate_grad", "l0_penalty", "pack", "unpack", "gated_linear", "gated_mlp"})
+SERVES = frozenset(
+    {"sample", "gate_grad", "l0_penalty", "l2_penalty", "pack", "unpack", "gated_linear", "gated_mlp"}
+)
 """The primitives served here; large products are Triton's."""
 
 _TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
@@ -111,11 +114,11 @@ _tickets = _Tickets()
 
 
 @lru_cache
-def _blocks_wanted(device: torch.device) -> int:
-    """How many blocks of 256 threads keep a device busy; few on the emulator, which runs them one by one."""
+def _blocks(device: torch.device, each: int) -> int:
+    """``each`` blocks for every multiprocessor; few on the emulator, which runs them one by one."""
     if device.type != "cuda":
         return 6
-    return torch.cuda.get_device_properties(device).multi_processor_count * 6
+    return torch.cuda.get_device_properties(device).multi_processor_count * each
 
 
 def sample(
@@ -184,17 +187,42 @@ def l0_penalty(log_alphas: list[Tensor], weights: list[float], dist: HardConcret
 class CoupledMatrix(NamedTuple):
     """A term ``decay / 2 * sum_oi p_o * p_i * theta_oi^2``; an absent side has p = 1."""
 
-    theta: Tensor  # (out, in)
+    theta: Tensor  # (out, in, ...)
     decay: float
     out_log_alpha: Tensor | None
     in_log_alpha: Tensor | None
     need_theta: bool
 
 
+def _columns(theta: Tensor) -> tuple[Tensor, int]:
+    """theta as a matrix of one row per output, as it lies in memory, and the run of an input in it."""
+    n_out, _, *kernel = theta.shape
+    if theta.ndim == 2:
+        return theta if theta.stride(1) == 1 else theta.contiguous(), 1
+    if theta.ndim == 4 and theta.is_contiguous(memory_format=torch.channels_last):
+        return theta.permute(0, 2, 3, 1).reshape(n_out, -1), 1
+    return theta.contiguous().reshape(n_out, -1), math.prod(kernel)
+
+
+def _like(columns: Tensor, theta: Tensor, run: int) -> Tensor:
+    """What _columns made, in theta's shape again."""
+    n_out, n_in, *kernel = theta.shape
+    if theta.ndim == 2 or run > 1 or math.prod(kernel) == 1:
+        return columns.view(theta.shape)
+    return columns.view(n_out, *kernel, n_in).permute(0, 3, 1, 2)
+
+
 def coupled_penalty(
-    log_alphas: list[Tensor], weights: list[float], matrices: list[CoupledMatrix], dist: HardConcrete
+    log_alphas: list[Tensor],
+    weights: list[float],
+    matrices: list[CoupledMatrix],
+    dist: HardConcrete,
+    factor: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, list[tuple[Tensor | None, Tensor | None, Tensor | None]]]:
     """``sum_g weight * p_open_g`` over all vectors plus the L2 terms of all matrices, each read once.
+
+    Args:
+        factor: (), in the type of the gates; multiplies the gradients of the thetas.
 
     Returns:
         the total (), the gradients of the first sum, flat, and for every matrix those of its term: of theta
@@ -216,22 +244,28 @@ def coupled_penalty(
     rows, grads = [], []
     for m in matrices:
         _beside(m.theta, first, "theta")
-        theta = m.theta if m.theta.stride(1) == 1 else m.theta.contiguous()
+        theta, run = _columns(m.theta)
         if (theta.dtype == torch.float64) != (dtype == torch.float64):
             theta = theta.to(dtype)
-        n_out, n_in = theta.shape
+        n_out, n_cols = theta.shape
+        n_in = m.theta.shape[1]
         out, in_ = (None if a is None else a.contiguous() for a in (m.out_log_alpha, m.in_log_alpha))
-        d_theta = theta.new_empty(n_out, n_in) if m.need_theta else None
+        d_theta = theta.new_empty(n_out, n_cols) if m.need_theta else None
         d_out = None if out is None else torch.empty_like(out)
         d_in = None if in_ is None else torch.empty_like(in_)
+        if theta.numel() == 0:  # no block of the launch is theirs
+            for d in (d_out, d_in):
+                if d is not None:
+                    d.zero_()
         tile = _CUDA.penalty_column_bytes // theta.element_size()
-        row_sums = None if out is None else out.new_empty(-(-n_in // tile), n_out)
-        col_sums = None if in_ is None else in_.new_empty(-(-n_out // _CUDA.penalty_rows), n_in)
+        row_sums = None if out is None else out.new_empty(-(-n_cols // tile), n_out)
+        col_sums = None if in_ is None else in_.new_empty(-(-n_out // _CUDA.penalty_rows), n_cols)
         kept += [theta, out, in_, row_sums, col_sums]
-        grads.append((d_theta, d_out, d_in))
+        grads.append((None if d_theta is None else _like(d_theta, m.theta, run), d_out, d_in))
         rows.append(
             (
-                (theta.data_ptr(), theta.stride(0), _TYPES[theta.dtype], n_out, n_in, m.decay),
+                (theta.data_ptr(), theta.stride(0), _TYPES[theta.dtype], n_out, n_cols, m.decay),
+                (run, n_in),
                 (_address(out), _address(in_)),
                 (_address(d_theta), _address(d_out), _address(d_in)),
                 (_address(row_sums), _address(col_sums)),
@@ -251,9 +285,50 @@ def coupled_penalty(
         sums.data_ptr(),
         tickets.data_ptr(),
         total.data_ptr(),
+        _address(factor),
         where,
     )
     return total, grad, grads
+
+
+def _by_group(
+    weight: Tensor, decay: float, out: Tensor | None, in_: Tensor | None, groups: int, need_theta: bool
+) -> list[CoupledMatrix]:
+    """The matrices of a grouped convolution; without gates of the input it is one."""
+    if in_ is None or groups == 1:
+        return [CoupledMatrix(weight, decay, out, in_, need_theta)]
+    outs = [None] * groups if out is None else out.chunk(groups)
+    parts = zip(weight.chunk(groups), outs, in_.chunk(groups), strict=True)
+    return [CoupledMatrix(w, decay, o, i, need_theta) for w, o, i in parts]
+
+
+def l2_penalty(
+    weight: Tensor, decay: float, out: Tensor | None, in_: Tensor | None, groups: int, dist: HardConcrete
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The L2 term of a weight (out, in / groups, ...), read once, and the gradients of the gates."""
+    total, _, grads = coupled_penalty([], [], _by_group(weight, decay, out, in_, groups, False), dist)
+    return total, _joined([g[1] for g in grads]), _joined([g[2] for g in grads])
+
+
+def _joined(parts: list[Tensor | None]) -> Tensor | None:
+    given = [part for part in parts if part is not None]
+    return None if not given else given[0] if len(given) == 1 else torch.cat(given)
+
+
+def l2_weight_grad(
+    weight: Tensor,
+    decay: float,
+    out: Tensor | None,
+    in_: Tensor | None,
+    groups: int,
+    dist: HardConcrete,
+    factor: Tensor,
+) -> Tensor:
+    """factor * decay * p_o * p_i * weight, in weight's dtype."""
+    matrices = _by_group(weight, decay, out, in_, groups, True)
+    _, _, grads = coupled_penalty([], [], matrices, dist, factor)
+    grad = _joined([g[0] for g in grads])
+    return weight.new_empty(weight.shape) if grad is None else grad.to(weight.dtype)
 
 
 def _side(
@@ -266,15 +341,26 @@ def _side(
     return size, (z.data_ptr(), index.data_ptr(), count.data_ptr()), scale, full
 
 
-def _grid(n_rows: int, n_cols: int, itemsize: int, device: torch.device) -> tuple[int, int, int, int]:
-    """PackGrid of csrc/cuda/pack.h: enough blocks for the device, and as many rows each as that leaves."""
-    tile = 32 * 16 // itemsize
-    tiles = -(-n_cols // tile)
+_Grid = tuple[int, int, int, int]
+
+
+def _by_rows(n_blocks: int) -> _Grid:
+    return 0, n_blocks, 1, 0
+
+
+def _grid(n_rows: int, n_cols: int, itemsize: int, n_blocks: int) -> _Grid:
+    """PackGrid of csrc/cuda/pack.h: about n_blocks blocks, and as many rows each as that leaves."""
+    tiles = -(-n_cols // _tile(itemsize))
     warps_x = min(8, 1 << (tiles - 1).bit_length())
     blocks_x, warps_y = -(-tiles // warps_x), 8 // warps_x
-    rows_per_warp = -(-n_rows * blocks_x // (_blocks_wanted(device) * warps_y))
-    rows_per_warp = min(max(rows_per_warp + rows_per_warp % 2, 2), 128)
+    rows_per_warp = max(-(-n_rows * blocks_x // (n_blocks * warps_y)), 1)
+    rows_per_warp = -(-rows_per_warp // 4) * 4  # as many are under way together
     return warps_x, blocks_x, -(-n_rows // (warps_y * rows_per_warp)), rows_per_warp
+
+
+def _tile(itemsize: int) -> int:
+    """Columns of a warp."""
+    return 32 * 16 // itemsize
 
 
 def pack(
@@ -313,6 +399,11 @@ def pack(
     if not n_rows or not n_cols:
         return out
     scale_rows, scale_cols = scale_rows and rows is not None, scale_cols and cols is not None
+    # Multiples of what fits a multiprocessor, in csrc/cuda/pack.cu: 4 by rows, 3 else.
+    if cols is None and full.stride(1) == 1:
+        grid = _by_rows(_blocks(full.device, 4))
+    else:
+        grid = _grid(capacity_rows, capacity_cols, dtype.itemsize, _blocks(full.device, 6))
     _CUDA.pack(
         (full.data_ptr(), full.stride(0), full.stride(1)),
         _TYPES[full.dtype],
@@ -323,7 +414,7 @@ def pack(
         _side(full, "rows", n_rows, rows, scale_rows),
         _side(full, "cols", n_cols, cols, scale_cols),
         skip_plain and not scale_rows and not scale_cols and not (rows is None and cols is None),
-        _grid(capacity_rows, capacity_cols, dtype.itemsize, full.device),
+        grid,
         _where(full),
     )
     return out
@@ -375,12 +466,19 @@ def unpack(
     if not n_rows or not n_cols:
         return out, None if dz_row is None else dz_row.zero_(), None if dz_col is None else dz_col.zero_()
     where = _where(packed)
-    grid = _grid(n_rows, n_cols, dtype.itemsize, packed.device)
-    _, blocks_x, blocks_y, _ = grid
-    row_sums = None if dz_row is None else dz_row.new_empty(blocks_x, n_rows)
-    col_sums = None if dz_col is None else dz_col.new_empty(blocks_y, n_cols)
-    summed = dz_row is not None or dz_col is not None
-    tickets = _tickets.take(blocks_x + blocks_y, packed, where) if summed else None
+    row_sums = col_sums = None
+    # Multiples of what fits a multiprocessor: by rows 3 with sums, 4 without, one less if elements shrink; else
+    # 2 and 3.
+    if cols is None and (dz_row is None or n_rows >= _blocks(packed.device, 4)):
+        each = (4 if dz_row is None else 3) - (packed.dtype.itemsize > dtype.itemsize)
+        grid = _by_rows(_blocks(packed.device, each))
+    else:
+        summed = dz_row is not None or dz_col is not None
+        grid = _grid(n_rows, n_cols, dtype.itemsize, _blocks(packed.device, 4 if summed else 6))
+        if dz_row is not None:
+            row_sums = dz_row.new_empty(-(-n_cols // _tile(dtype.itemsize)), n_rows)
+        if dz_col is not None:
+            col_sums = dz_col.new_empty(-(-n_rows // grid[3]), n_cols)
     _CUDA.unpack(
         packed.data_ptr(),
         packed.stride(0),
@@ -396,7 +494,6 @@ def unpack(
         _address(dz_col),
         _address(row_sums),
         _address(col_sums),
-        _address(tickets),
         grid,
         where,
     )

@@ -51,6 +51,50 @@ def l0_penalty(log_alphas: list[Tensor], weights: list[float], dist: HardConcret
     return total, torch.cat([w * q * (1 - q) for w, q in zip(weights, p, strict=True)])
 
 
+def _squares(weight: Tensor, groups: int) -> Tensor:
+    """(groups, out, in) sums of squares over what an output and an input share."""
+    wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    return wide.square().reshape(groups, weight.shape[0] // groups, weight.shape[1], -1).sum(-1)
+
+
+def l2_penalty(
+    weight: Tensor, decay: float, out: Tensor | None, in_: Tensor | None, groups: int, dist: HardConcrete
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """decay / 2 * sum_oi p_o * p_i * theta_oi^2, and its gradients of the gates."""
+    squares = _squares(weight, groups)
+    ones = squares.new_ones(groups, 1, 1)
+    p_out = ones if out is None else dist.p_open(out).reshape(groups, -1, 1)
+    p_in = ones if in_ is None else dist.p_open(in_).reshape(groups, 1, -1)
+    rows = (squares * p_in).sum(2, keepdim=True)
+    half = 0.5 * decay
+    d_out = None if out is None else (half * p_out * (1 - p_out) * rows).reshape(out.shape)
+    d_in = None
+    if in_ is not None:
+        d_in = (half * p_in * (1 - p_in) * (squares * p_out).sum(1, keepdim=True)).reshape(in_.shape)
+    return half * (rows * p_out).sum(), d_out, d_in
+
+
+def l2_weight_grad(
+    weight: Tensor,
+    decay: float,
+    out: Tensor | None,
+    in_: Tensor | None,
+    groups: int,
+    dist: HardConcrete,
+    factor: Tensor,
+) -> Tensor:
+    """factor * decay * p_o * p_i * weight, in weight's dtype."""
+    scale = factor * decay
+    n_out, _, *kernel = weight.shape
+    if out is not None:
+        scale = scale * dist.p_open(out).reshape(groups, -1, 1)
+    if in_ is not None:
+        scale = scale * dist.p_open(in_).reshape(groups, 1, -1)
+    if scale.ndim:
+        scale = scale.expand(groups, n_out // groups, scale.shape[2]).reshape(n_out, -1, *[1] * len(kernel))
+    return torch.mul(weight, scale).to(weight.dtype, memory_format=torch.preserve_format)
+
+
 def _open(gate: Gate | None, size: int) -> Tensor | None:
     """The open indices, None where nothing is closed."""
     if gate is None:

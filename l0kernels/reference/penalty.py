@@ -67,6 +67,35 @@ def l0_penalty(
     return torch.stack(terms).sum()
 
 
+def check_l2_penalty(
+    weight: Tensor,
+    weight_decay: float,
+    in_log_alpha: Tensor | None,
+    out_log_alpha: Tensor | None,
+    groups: int,
+    dist: HardConcrete,
+) -> None:
+    """Checks of the arguments of l2_penalty."""
+    _checks.check_floating("weight", weight)
+    if weight.ndim < 2:
+        raise ValueError(f"weight must have shape (out, in, ...), got {tuple(weight.shape)}")
+    _checks.check_number("weight_decay", weight_decay)
+    _checks.check_count("groups", groups, 1, 2**31)
+    if weight.shape[0] % groups:
+        raise ValueError(f"groups must divide the {weight.shape[0]} rows of weight, got {groups}")
+    sides = (
+        ("in_log_alpha", in_log_alpha, weight.shape[1] * groups),
+        ("out_log_alpha", out_log_alpha, weight.shape[0]),
+    )
+    for name, log_alpha, size in sides:
+        if log_alpha is not None:
+            _checks.check_log_alpha(name, log_alpha)
+            _checks.check_shape(name, log_alpha, (size,), "one gate per channel of weight")
+            _checks.check_device(name, log_alpha, weight.device, "weight")
+            check_not_nan(name, log_alpha)
+    check_dist(dist)
+
+
 def l2_penalty(
     weight: Tensor,
     weight_decay: float = 1.0,
@@ -96,25 +125,7 @@ def l2_penalty(
         TypeError: a wrong kind or dtype.
         ValueError: a wrong shape or device, or a NaN in a log_alpha on the CPU.
     """
-    _checks.check_floating("weight", weight)
-    if weight.ndim < 2:
-        raise ValueError(f"weight must have shape (out, in, ...), got {tuple(weight.shape)}")
-    _checks.check_number("weight_decay", weight_decay)
-    _checks.check_count("groups", groups, 1, 2**31)
-    if weight.shape[0] % groups:
-        raise ValueError(f"groups must divide the {weight.shape[0]} rows of weight, got {groups}")
-    sides = (
-        ("in_log_alpha", in_log_alpha, weight.shape[1] * groups),
-        ("out_log_alpha", out_log_alpha, weight.shape[0]),
-    )
-    for name, log_alpha, size in sides:
-        if log_alpha is not None:
-            _checks.check_log_alpha(name, log_alpha)
-            _checks.check_shape(name, log_alpha, (size,), "one gate per channel of weight")
-            _checks.check_device(name, log_alpha, weight.device, "weight")
-            check_not_nan(name, log_alpha)
-    check_dist(dist)
-
+    check_l2_penalty(weight, weight_decay, in_log_alpha, out_log_alpha, groups, dist)
     n_out, n_in, *kernel = weight.shape
     squares = weight.to(torch.promote_types(weight.dtype, torch.float32)).square()
     squares = squares.reshape(groups, n_out // groups, n_in, math.prod(kernel)).sum(-1)

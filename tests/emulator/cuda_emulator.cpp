@@ -167,11 +167,15 @@ void enter() {
   }
 }
 
-// Does not return: the scheduler throws away the cluster.
+}  // namespace
+
+// The scheduler throws away the cluster.
 void fail(const std::string& what) {
   if (failure.empty()) failure = what;
   for (;;) suspend();
 }
+
+namespace {
 
 void wait(Barrier& b, int line) {
   Fiber& fiber = *current;
@@ -254,8 +258,6 @@ void run_cluster(unsigned first, unsigned size, size_t dynamic_bytes) {
 const Thread& self() { return *current; }
 void set_seed(uint64_t seed) { random_bits.seed(seed); }
 int64_t launches() { return launch_count; }
-unsigned cluster_rank() { return current->home->rank; }
-unsigned cluster_size() { return unsigned(blocks.size()); }
 
 void run(const char* name, dim3 grid, dim3 block, unsigned cluster, size_t dynamic_bytes,
          const std::function<void()>& kernel) {

@@ -4,6 +4,7 @@
 // after the other. A barrier that not every thread reaches, or that threads reach at different lines, is an
 // error.
 #pragma once
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -49,8 +50,7 @@ void* in_block_of_cluster(void* address, unsigned rank);
 
 enum class Scope { kWarp, kBlock, kCluster };
 void barrier(Scope scope, int line);
-unsigned cluster_rank();
-unsigned cluster_size();
+void fail(const std::string& what);  // ends the launch; does not return
 // Every lane's value; a lane's own is at its index.
 const uint64_t* exchange(unsigned mask, uint64_t value, int line);
 
@@ -76,6 +76,7 @@ inline unsigned lane() { return self().thread.x % 32; }
 #define blockDim (::l0::emulator::block_dim)
 #define gridDim (::l0::emulator::grid_dim)
 
+using std::min;
 inline void __syncthreads(int line = __builtin_LINE()) {
   l0::emulator::barrier(l0::emulator::Scope::kBlock, line);
 }
