@@ -121,31 +121,36 @@ def target_calls(device: str) -> Iterator[Call]:
         yield Call(f"penalty {name}", partial(cuda.l0_penalty, vectors, [1.0] * len(vectors), DEFAULT_DIST))
     rows, cols = 14336, 4096
     weight = torch.randn(rows, cols, device=device).to(torch.bfloat16)
+    size = weight.element_size()
     out = torch.empty_like(weight)
     yield Call("copy", partial(out.copy_, weight), 2 * weight.nbytes)
+    # The shapes of the Triton rows: 14336 gates of a linear layer's rows, and of the next one's columns.
     for keep in (1.0, 0.5, 0.1):
-        r, c = gate(rows, keep, device), gate(cols, keep, device)
-        n_r, n_c = int(r[2][0]), int(c[2][0])
-        size = weight.element_size()
-        gated: list[tuple[str, Any, Any, int]] = [
-            ("rows", r, None, n_r * cols),
-            ("columns", None, c, rows * n_c),
+        g = gate(rows, keep, device)
+        part = int(g[2][0]) * cols
+        gated: list[tuple[str, Tensor, Any, Any]] = [
+            ("rows", weight, g, None),
+            ("columns", weight.view(cols, rows), None, g),
         ]
-        for what, gr, gc, part in gated:
+        for what, full, gr, gc in gated:
             # Of a row that is open every sector is read, unless few columns are.
             read = part if what == "rows" else min(rows * cols, 16 * part)
-            buffer = cuda.pack(weight, gr, gc, weight.dtype, skip_plain=False)
-            pack = partial(cuda.pack, weight, gr, gc, weight.dtype, skip_plain=False, out=buffer)
+            buffer = cuda.pack(full, gr, gc, full.dtype, skip_plain=False)
+            pack = partial(cuda.pack, full, gr, gc, full.dtype, skip_plain=False, out=buffer)
             yield Call(f"pack {what} keep {keep}", pack, (read + part) * size)
-            into: dict[str, Any] = {"scale_rows": True, "scale_cols": True, "out": out}
-            unpack = partial(cuda.unpack, buffer, (rows, cols), gr, gc, weight.dtype, **into)
+            into: dict[str, Any] = {"scale_rows": True, "scale_cols": True, "out": out.view(full.shape)}
+            unpack = partial(cuda.unpack, buffer, (full.shape[0], full.shape[1]), gr, gc, full.dtype, **into)
             yield Call(f"unpack {what} keep {keep}", unpack, (part + rows * cols) * size)
-            unpack = partial(unpack, theta=weight, dz_rows=True, dz_cols=True)
-            yield Call(f"unpack {what} dz keep {keep}", unpack, (2 * part + rows * cols) * size)
+            unpack = partial(unpack, theta=full, dz_rows=True, dz_cols=True)
+            # Of theta, the fractional rows, half of the open ones; of gated columns every sector.
+            theta = part // 2 if what == "rows" else read
+            yield Call(f"unpack {what} dz keep {keep}", unpack, (part + theta + rows * cols) * size)
     a_out, a_in = torch.randn(rows, device=device), torch.randn(cols, device=device)
-    matrix = cuda.CoupledMatrix(weight, 0.1, a_out, a_in, True)
+    l2 = (weight, 0.1, a_out, a_in, 1, DEFAULT_DIST)
+    yield Call("l2 penalty", partial(cuda.l2_penalty, *l2), weight.nbytes)
+    one = torch.ones((), device=device)
     yield Call(
-        "coupled penalty", partial(cuda.coupled_penalty, [], [], [matrix], DEFAULT_DIST), 2 * weight.nbytes
+        "l2 penalty, gradient of the weight", partial(cuda.l2_weight_grad, *l2, one), 2 * weight.nbytes
     )
     for keep in (1.0, 0.9, 0.5, 0.25, 0.1):
         yield Call(

@@ -3,6 +3,7 @@
 import argparse
 import csv
 import io
+import re
 import shutil
 import subprocess
 import sys
@@ -21,6 +22,33 @@ METRICS = {
 SCALE = {"us": 1e-3, "read_mb": 1e-6, "written_mb": 1e-6}  # from ns and bytes
 
 
+def calls_of(output: str) -> list[str]:
+    """The call that each launch belongs to: cuda_cases.py names a call behind its launches."""
+    calls: list[str] = []
+    launches = 0
+    for line in output.splitlines():
+        if line.startswith("==PROF== Profiling"):
+            launches += 1
+        elif line.endswith(": launched"):
+            calls += [line.removesuffix(": launched")] * launches
+            launches = 0
+    return calls
+
+
+def kernel_of(demangled: str) -> str:
+    """The kernel and its template arguments, without namespaces and parameters."""
+    match = re.search(r"(\w+_kernel(<.*?>)?)\((?!bool)", demangled)
+    return match[1] if match else demangled
+
+
+def number(text: str | None, scale: float) -> str:
+    """A metric that this chip does not have is left empty."""
+    try:
+        return f"{float((text or '').replace(',', '')) * scale:.4g}"
+    except ValueError:
+        return ""
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
@@ -35,20 +63,34 @@ def main() -> int:
     command = [ncu, "--csv", "--page=raw", "--print-units=base", f"--metrics={','.join(METRICS)}"]
     command += ["--kernel-name-base=demangled", "--kernel-name=regex:l0::cuda", "--target-processes=all"]
     command += [sys.executable, cases, "target", "--once", f"--only={args.only}"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=args.limit_s, check=False)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=args.limit_s, check=False)
+    except subprocess.TimeoutExpired:
+        print(f"ncu: out of time after {args.limit_s:.0f} s; --only takes a part of the calls")
+        return 1
+    if "ERR_NVGPUCTRPERM" in done.stdout + done.stderr:
+        print(
+            "ncu may not read the performance counters here: ERR_NVGPUCTRPERM, they need CAP_SYS_ADMIN or the"
+        )
+        print("driver's option NVreg_RestrictProfilingToAdminUsers=0")
+        return 1
     lines = [line for line in done.stdout.splitlines() if line.startswith('"')]
-    if not lines:
+    rows = [
+        row for row in csv.DictReader(io.StringIO("\n".join(lines))) if row.get("ID")
+    ]  # not that of units
+    if not rows:
         print(f"ncu gave no figures, exit {done.returncode}:\n{done.stdout[-3000:]}\n{done.stderr[-2000:]}")
         return 1
+    calls = calls_of(done.stdout)
+    if len(calls) != len(rows):
+        calls = [""] * len(rows)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     with args.out.open("w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["kernel", *METRICS.values()])
-        for row in csv.DictReader(io.StringIO("\n".join(lines))):
-            if not row["ID"]:  # the line of units
-                continue
-            values = [float(row[m].replace(",", "")) * SCALE.get(name, 1.0) for m, name in METRICS.items()]
-            writer.writerow([row["Kernel Name"].split("(")[0], *(f"{v:.4g}" for v in values)])
+        writer.writerow(["call", "kernel", *METRICS.values()])
+        for call, row in zip(calls, rows, strict=True):
+            values = (number(row.get(metric), SCALE.get(name, 1.0)) for metric, name in METRICS.items())
+            writer.writerow([call, kernel_of(row["Kernel Name"]), *values])
     print(args.out.read_text())
     return 0
 
