@@ -171,7 +171,7 @@ calls = [
     lambda: m.gate_grad(0, 0, 0, 4, False, dist, where),
     lambda: m.pack((0, 4, 1), 0, 0, 4, 4, 0, side, side, False, (1, 1, 1, 2), where),
     lambda: m.unpack(0, 4, 0, 0, 4, 0, side, side, False, (0, 0, 0), 0, 0, 0, 0, (1, 1, 1, 2), where),
-    lambda: m.penalty([(0, 0, 4, 1.0)], [], False, dist, 0, 0, 0, where),
+    lambda: m.penalty([(0, 0, 4, 1.0)], [], False, dist, 0, 0, 0, 0, where),
     lambda: m.small_linear_forward(0, 4, 4, 4, (0, 4, 1), (0, 4, 1), 0, None, None, True, 0, None, where),
     lambda: m.small_linear_backward(0, 4, 4, 4, (0, 4, 1), (0, 4, 1), 0, None, None, True, False, False,
                                     (0, 4, 1), 1, 0, 0, 0, 0, 0, 0, 0, 0, None, where),
