@@ -7,9 +7,7 @@ the two convolutions and on the 800 and 500 inputs of the two linear layers.
     python examples/train_lenet5.py                        # scikit-learn's 8x8 digits, enlarged to 28x28
     python examples/train_lenet5.py --data DIR             # MNIST from its four idx .gz files
 
-The paper trains for 200 epochs. To see maps close and steps get cheaper in ten, at the price of some accuracy:
-
-    python examples/train_lenet5.py --data DIR --epochs 10 --lambdas 100 10 0.5 10
+The paper trains for 200 epochs. Larger --lambdas close more in fewer epochs and cost accuracy.
 
 Everything else is as in train_lenet300.py; the export is lenet5.pt.
 """
