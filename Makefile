@@ -7,11 +7,12 @@ PY     := $(VENV)/bin/python
 STAMP  := $(VENV)/.installed
 ARGS   ?=
 
-.PHONY: help train test static bench bench-cpu gpu-check venv clean
+.PHONY: help train train-lenet5 train-wrn test static bench bench-cpu gpu-check venv clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make train      train a LeNet-300-100 with L0 gates on handwritten digits (ARGS= for its options)"
+	@echo "make train-lenet5, train-wrn  the same with convolutions: LeNet-5-Caffe, a wide residual net"
 	@echo "make test       ruff, mypy, pytest (ARGS= for pytest's options)"
 	@echo "make bench-cpu  the CPU rows, tables and plots, under ten minutes; adds to bench/results (ARGS=--full: hours)"
 	@echo "make bench      pytest-benchmark of the core operations (ARGS=--benchmark-compare: beside the last run)"
@@ -22,6 +23,12 @@ help:
 
 train: $(STAMP)
 	$(PY) examples/train_lenet300.py $(ARGS)
+
+train-lenet5: $(STAMP)
+	$(PY) examples/train_lenet5.py $(ARGS)
+
+train-wrn: $(STAMP)
+	$(PY) examples/train_wrn.py $(ARGS)
 
 test: $(STAMP)
 	$(PY) -m ruff check .

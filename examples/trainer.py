@@ -42,6 +42,7 @@ class Recipe(NamedTuple):
     epochs: int
     lambdas: tuple[float, ...]  # one per gate vector
     threads: int | None  # None: torch's own choice
+    gates_lr: float | None = None  # of log_alpha; None: that of the weights
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,7 @@ class Config:
     sizes: tuple[int, ...]
     batch_size: int
     lr: float
+    gates_lr: float
     lambdas: tuple[float, ...]
     droprates: tuple[float, ...]
     ema_decay: float
@@ -98,7 +100,10 @@ class Learner:
     def __init__(self, model: torch.nn.Module, config: Config, penalty: Penalty | None = None) -> None:
         self.model = model
         self.penalty = penalty
-        self.optimizer = torch.optim.Adam(model.parameters(), lr=config.lr, fused=True)
+        groups = [{"params": nn.weight_parameters(model)}]
+        if penalty is not None:
+            groups.append({"params": nn.gate_parameters(model), "lr": config.gates_lr})
+        self.optimizer = torch.optim.Adam(groups, lr=config.lr, fused=True)
         self.average = copy.deepcopy(model).eval().requires_grad_(False)
         self.updates = 0
         self._decay = config.ema_decay
@@ -298,6 +303,7 @@ def parse_args(example: Example, argv: Sequence[str] | None) -> argparse.Namespa
     add("--epochs", type=whole(1), help="default: see below")
     add("--batch-size", type=whole(1), default=100, help="default %(default)s")
     add("--lr", type=positive, default=1e-3, help="Adam's learning rate, default %(default)s")
+    add("--gates-lr", type=positive, help="of log_alpha; default: see below, None that of the weights")
     many = len(example.units)
     add("--lambdas", type=positive, nargs=many, metavar="L", help="for each of them, to be divided by N")
     add("--seed", type=whole(0), default=0, help="default %(default)s")
@@ -349,6 +355,7 @@ def prepare(example: Example, args: argparse.Namespace) -> tuple[Run, int, Path]
         sizes=example.sizes(pixels),
         batch_size=args.batch_size,
         lr=args.lr,
+        gates_lr=args.gates_lr or recipe.gates_lr or args.lr,
         lambdas=tuple(args.lambdas or recipe.lambdas),
         droprates=example.droprates,
         ema_decay=EMA_DECAY,

@@ -134,6 +134,7 @@ def test_seeds_differ(finished, tmp_path):
     ("argv", "field"),
     [
         (["--lr", "2e-3"], "lr was 0.001 there, got 0.002"),
+        (["--gates-lr", "2e-3"], "gates_lr was 0.001 there, got 0.002"),
         (["--seed", "7"], "seed was 0 there, got 7"),
         (["--batch-size", "50"], "batch_size was 100 there, got 50"),
         (["--lambdas", "1", "1", "2"], r"lambdas was \(0.3, 0.03, 0.1\) there, got \(1.0, 1.0, 2.0\)"),
