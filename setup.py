@@ -2,15 +2,17 @@
 
 L0KERNELS_CPP=auto|0|1 (default auto): build l0kernels._C from csrc/ when a C++ compiler is there, never, or
 fail without one. L0KERNELS_CUDA=auto|0|1: the same for l0kernels._CUDA from csrc/cuda/ and nvcc; no GPU is
-needed, and TORCH_CUDA_ARCH_LIST ("8.0 9.0a 10.0+PTX") chooses what it is built for.
+needed, and TORCH_CUDA_ARCH_LIST ("8.0 9.0a 10.0+PTX") chooses what it is built for. MAX_JOBS compilers run at
+once, as many as there are processors unless set.
 """
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+import sysconfig
 from glob import glob
 from pathlib import Path
 from typing import Any
@@ -32,9 +34,22 @@ OPENMP = [] if sys.platform == "darwin" else ["-fopenmp"]
 
 HOST_FLAGS = "-fPIC,-fvisibility=hidden,-Wall,-Wextra"
 CUDA_FLAGS = ["-std=c++17", "-O3", "-Xcompiler", HOST_FLAGS]
-STRICT = ["-Werror", "all-warnings"]  # of kernels; the bindings are the host compiler's, whichever it is
+STRICT = "-Werror all-warnings"  # of kernels; the bindings are the host compiler's, whichever it is
 ARCHITECTURES = "8.0 9.0a 10.0+PTX"
-JOBS = int(os.environ.get("L0KERNELS_BUILD_JOBS", "0")) or os.cpu_count() or 1
+JOBS = int(os.environ.get("MAX_JOBS") or 0) or os.cpu_count() or 1
+
+# nvcc lists the headers that it reads: a touched one rebuilds only what includes it.
+NINJA = """\
+ninja_required_version = 1.5
+builddir = {folder}
+rule compile
+  command = {compile} $strict -MD -MF $out.d -c $in -o $out
+  depfile = $out.d
+  deps = gcc
+  description = $in
+rule link
+  command = {link} $in -o $out
+"""
 
 
 def find_nvcc() -> str | None:
@@ -69,6 +84,11 @@ def gencode(nvcc: str) -> list[str]:
     return flags
 
 
+def escaped(path: Path) -> str:
+    """A path as build.ninja spells it."""
+    return re.sub(r"([$ :])", r"$\1", str(path))
+
+
 class OptionalBuildExt(build_ext):
     """Leaves an extension out, with a warning, where it cannot be built and was not asked for."""
 
@@ -88,37 +108,43 @@ class OptionalBuildExt(build_ext):
             )
 
     def build_cuda(self, ext: Any) -> None:
-        """Objects by nvcc, the bindings by its host compiler; static cudart, and nothing of torch."""
+        """nvcc run by ninja, for the bindings too; static cudart, and nothing of torch."""
         nvcc = find_nvcc()
         if nvcc is None:
-            raise RuntimeError("no nvcc (L0KERNELS_CUDA=0 does without)")
+            raise RuntimeError("no nvcc: set CUDA_HOME (L0KERNELS_CUDA=0 does without)")
+        # The wheel's executable is beside this Python, which need not be in the PATH.
+        path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")])
+        ninja = shutil.which("ninja", path=path)
+        if ninja is None:
+            raise RuntimeError("no ninja (pip install ninja; L0KERNELS_CUDA=0 does without)")
         architectures = gencode(nvcc)
-        folder = Path(self.build_temp) / "cuda"
-        folder.mkdir(parents=True, exist_ok=True)
         include = [f"-I{path}" for path in (*ext.include_dirs, get_include(), *self.include_dirs)]
         names = ",".join(sorted({flag.rpartition("=")[2] for flag in architectures}))
         define = f'-DL0_ARCHITECTURES="{names}"'
+        folder, target = Path(self.build_temp) / "cuda", Path(self.get_ext_fullpath(ext.name))
 
-        def compile_one(source: str) -> str:
-            target = str(folder / f"{Path(source).stem}{Path(source).suffix[1:]}.o")
-            stamp = Path(target).with_suffix(".cmd")
-            flags = CUDA_FLAGS + (STRICT if source.endswith(".cu") else [])
-            command = [nvcc, *flags, *include, define, *architectures, "-c", source, "-o", target]
-            newest = max(Path(path).stat().st_mtime for path in [source, *ext.depends])
-            if stamp.exists() and stamp.stat().st_mtime > newest and stamp.read_text() == repr(command):
-                return target
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            if done.returncode:
-                raise RuntimeError(f"nvcc: {source}\n{done.stdout}{done.stderr}")
-            stamp.write_text(repr(command))
-            return target
+        def command(*words: str) -> str:
+            return shlex.join([nvcc, *words, *architectures]).replace("$", "$$")
 
-        with ThreadPoolExecutor(JOBS) as pool:
-            objects = list(pool.map(compile_one, ext.sources))
-        target = Path(self.get_ext_fullpath(ext.name))
+        rules = NINJA.format(
+            folder=escaped(folder),
+            compile=command(*CUDA_FLAGS, *include, define),
+            link=command("-shared", "-cudart", "static"),
+        )
+        objects = []
+        for source in ext.sources:
+            objects.append(escaped(folder / f"{Path(source).name}.o"))
+            rules += f"build {objects[-1]}: compile {source}\n"
+            rules += f"  strict = {STRICT}\n" if source.endswith(".cu") else ""
+        rules += f"build {escaped(target)}: link {' '.join(objects)}\n"
+        folder.mkdir(parents=True, exist_ok=True)
         target.parent.mkdir(parents=True, exist_ok=True)
-        link = [nvcc, "-shared", "-cudart", "static", *architectures, *objects, "-o", str(target)]
-        subprocess.run(link, check=True)
+        script = folder / "build.ninja"
+        script.write_text(rules)
+        build = [ninja, "-f", str(script), "-j", str(JOBS)]
+        done = subprocess.run(build, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise RuntimeError(f"ninja: {done.stdout}{done.stderr}")
 
 
 cpp = Pybind11Extension(
@@ -135,7 +161,6 @@ cuda = Extension(
     "l0kernels._CUDA",
     sorted(glob("csrc/cuda/*.c*[up]")),
     include_dirs=["csrc", "csrc/cuda"],
-    depends=sorted(glob("csrc/*.h") + glob("csrc/cuda/*.h") + glob("csrc/cuda/*.cuh")),
     optional=CHOICES["CUDA"] != "1",
 )
 
@@ -143,5 +168,5 @@ wanted = [cpp] if CHOICES["CPP"] != "0" else []
 if CHOICES["CUDA"] == "1" or (CHOICES["CUDA"] == "auto" and sys.platform == "linux" and find_nvcc()):
     wanted.append(cuda)
 
-ParallelCompile("L0KERNELS_BUILD_JOBS", default=0).install()
+ParallelCompile("MAX_JOBS", default=0).install()
 setup(ext_modules=wanted, cmdclass={"build_ext": OptionalBuildExt})

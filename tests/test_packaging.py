@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import textwrap
 import zipfile
 from pathlib import Path
 
@@ -125,6 +126,122 @@ def test_wheel_without_a_compiler_works(built, tmp_path):
     assert Path(package) == tmp_path / "site/l0kernels/__init__.py"
     assert Path(mapped) == tmp_path / "site/l0kernels/triton_kernels/__init__.py"
     assert shape == "(3, 4)"
+
+
+NVCC = """
+    import pathlib, subprocess, sys
+    words = sys.argv[1:]
+    if "--list-gpu-code" in words:
+        raise SystemExit(print("sm_80 sm_90 sm_100"))
+    output = pathlib.Path(words[words.index("-o") + 1])
+    if "-c" in words:
+        source, depfile = words[words.index("-c") + 1], words[words.index("-MF") + 1]
+        if "all-warnings" not in words and source.endswith(".cu"):
+            raise SystemExit("kernels are compiled without -Werror")
+        include = [word for word in words if word.startswith("-I")]
+        command = ["g++", "-DL0_EMULATED", "-I{emulator}", *include, "-std=c++17", "-x", "c++", source]
+        subprocess.run([*command, "-MM", "-MF", depfile, "-MT", str(output)], check=True)
+    output.write_text("".join(words))
+    with open("{log}", "a") as log:
+        log.write(output.name + "\\n")
+"""
+
+
+@pytest.mark.skipif(
+    not sys.platform.startswith("linux") or not shutil.which("g++"), reason="needs g++ on Linux"
+)
+class TestCudaBuild:
+    """What setup.py has ninja do; a script that only names the headers it would read stands for nvcc."""
+
+    KERNELS = ("gates", "pack", "penalty", "runtime", "small")
+
+    @pytest.fixture
+    def build(self, tmp_path):
+        """Runs build_ext in a copy of the sources; all output, and what was made, in order."""
+        root, log, nvcc = tmp_path / "a copy", tmp_path / "log", tmp_path / "nvcc"
+        shutil.copytree(ROOT / "csrc", root / "csrc")
+        for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+            shutil.copy(ROOT / name, root / name)
+        nvcc.write_text(
+            f"#!{sys.executable}\n" + textwrap.dedent(NVCC).format(emulator=ROOT / "tests/emulator", log=log)
+        )
+        nvcc.chmod(0o755)
+
+        def run(code="", *, succeeds=True, **environment):
+            log.write_text("")
+            given = {"L0KERNELS_CPP": "0", "L0KERNELS_CUDA": "1", "CUDACXX": str(nvcc), **environment}
+            arguments = [
+                "setup.py",
+                "-q",
+                "build_ext",
+                f"--build-lib={root / 'lib'}",
+                f"--build-temp={root / 'o'}",
+            ]
+            done = subprocess.run(
+                [
+                    sys.executable,
+                    "-c",
+                    f"import runpy, sys; sys.argv = {arguments}\n{code}\nrunpy.run_path('setup.py')",
+                ],
+                cwd=root,
+                env=clean_environment() | given,
+                capture_output=True,
+                text=True,
+                timeout=300,
+                check=False,
+            )
+            assert (done.returncode == 0) == succeeds, done.stdout + done.stderr
+            made = [name.split(".")[0] for name in log.read_text().splitlines()]
+            return done.stdout + done.stderr, made
+
+        run.root = root
+        return run
+
+    def test_only_what_includes_a_touched_header_is_built_again(self, build):
+        everything = sorted(("bindings", *self.KERNELS))
+        _, made = build()
+        assert sorted(made[:-1]) == everything
+        assert made[-1] == "_CUDA"
+        assert list((build.root / "lib/l0kernels").glob("_CUDA.*"))
+        assert build()[1] == []
+        for header, users in (("penalty.h", ["bindings", "penalty"]), ("draw.cuh", ["gates", "small"])):
+            os.utime(build.root / "csrc/cuda" / header)
+            _, made = build()
+            assert sorted(made[:-1]) == users
+            assert made[-1] == "_CUDA"
+        assert sorted(build(TORCH_CUDA_ARCH_LIST="9.0a", MAX_JOBS="1")[1][:-1]) == everything
+
+    HIDDEN = (
+        "import shutil; which = shutil.which;"
+        "shutil.which = lambda name, **kwargs: None if {} in name else which(name, **kwargs)"
+    )
+
+    @pytest.mark.parametrize("tool", ["ninja", "nvcc"])
+    def test_without_the_tools(self, build, tool):
+        hidden = self.HIDDEN.format(repr(tool))
+        output, _ = build(hidden, succeeds=False)
+        assert f"RuntimeError: no {tool}" in output
+        output, made = build(hidden, L0KERNELS_CUDA="auto")
+        assert made == []
+        assert ("warning: l0kernels is installed without l0kernels._CUDA: no ninja" in output) == (
+            tool == "ninja"
+        )
+        assert build(hidden, L0KERNELS_CUDA="0") == ("", [])
+
+    def test_an_error_of_the_compiler(self, build):
+        (build.root / "csrc/cuda/pack.h").write_text('#include "nowhere.h"\n')
+        output, _ = build(succeeds=False)
+        assert "nowhere.h" in output
+        output, _ = build(L0KERNELS_CUDA="auto")
+        assert "installed without l0kernels._CUDA" in output
+        assert "nowhere.h" in output
+
+    def test_choices(self, build):
+        assert (
+            "L0KERNELS_CUDA must be auto, 0 or 1, got 'yes'" in build(L0KERNELS_CUDA="yes", succeeds=False)[0]
+        )
+        output, _ = build(TORCH_CUDA_ARCH_LIST="Hopper", succeeds=False)
+        assert "TORCH_CUDA_ARCH_LIST: expected entries like 9.0a or 10.0+PTX, got 'Hopper'" in output
 
 
 def test_import_from_another_directory(tmp_path):

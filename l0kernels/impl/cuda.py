@@ -36,7 +36,7 @@ _CONVERTS = {
 def _load() -> tuple[Any, str | None]:
     """The extension module, or None and why."""
     if util.find_spec("l0kernels._CUDA") is None:
-        return None, "l0kernels._CUDA was not built (no nvcc at installation, or L0KERNELS_CUDA=0)"
+        return None, "l0kernels._CUDA was not built (no nvcc or no ninja at installation, or L0KERNELS_CUDA=0)"
     try:
         return import_module("l0kernels._CUDA"), None
     except ImportError as error:
