@@ -1,16 +1,18 @@
 """The CUDA kernels, value by value, against formulas in float64; on the GPU or on the emulator."""
 
+import copy
 import itertools
 
 import pytest
 import torch
 from cuda_device import DEVICE, EMULATOR, RUNS
+from torch.library import opcheck
 
 import l0kernels as l0
-from l0kernels import mlp, reference
+from l0kernels import _registry, nn, reference
 from l0kernels.impl import cuda
 from l0kernels.reference.gates import ALIGN, HardConcrete, compact, round_up
-from op_checks import make_z, sliced, transposed
+from op_checks import LAYOUTS, SEED, compare, make_z, sliced, transposed
 
 if not RUNS:
     pytest.skip("no GPU; test_cuda_emulated.py runs these on the CPU", allow_module_level=True)
@@ -27,6 +29,14 @@ def poison():
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def public(monkeypatch):
+    """The public functions use the kernels, for the emulator's tensors on the CPU as well."""
+    monkeypatch.setattr(_registry, "_why_not_serving", lambda *_: None)
+    with l0.use_backend("cuda"):
+        yield
 
 
 def launches():
@@ -339,9 +349,9 @@ class TestPenalty:
         near(grad, exact, 8 * EPS[gates], 2.0)
 
 
-def test_the_public_chain_draws_on_the_way(monkeypatch):
+@pytest.mark.usefixtures("public")
+def test_the_public_chain_draws_on_the_way():
     """A launch a layer, none for the gates, and the gradients of every log_alpha."""
-    monkeypatch.setattr(mlp, "_backend", lambda *_: "cuda")
     sizes, seed = (37, 50, 20, 5), torch.tensor([3])
     x = torch.randn(9, sizes[0])
     weights = [torch.randn(b, a) for a, b in itertools.pairwise(sizes)]
@@ -403,6 +413,138 @@ class TestL2OfWeights:
                 if g is not None:
                     near(g * (3 if i else 1), next(wanted), 64 * EPS[gates] if i else 4 * EPS[dtype], scale)
             assert all((words == 0).all() for words in cuda._tickets.of_stream.values())
+
+
+@pytest.mark.usefixtures("public")
+class TestPublicPenalty:
+    """l2_penalty and nn.penalty as a model calls them, through autograd."""
+
+    @pytest.mark.parametrize("sides", [(True, True), (True, False), (False, True), (False, False)])
+    @pytest.mark.parametrize(
+        ("shape", "groups", "layout"),
+        [
+            ((70, 37), 1, transposed),
+            ((70, 1), 1, torch.clone),  # a bias is a column
+            ((20, 16, 3, 3), 1, lambda t: t.contiguous(memory_format=torch.channels_last)),
+            ((12, 5, 3, 2), 3, torch.clone),
+            ((6, 1, 3, 3), 6, torch.clone),
+        ],
+        ids=str,
+    )
+    def test_l2(self, shape, groups, layout, sides):
+        for dtype in (torch.float32, torch.bfloat16) if all(sides) else (torch.float64,):
+            gates = torch.float64 if dtype == torch.float64 else torch.float32
+            tensors = {
+                "weight": layout(on_device(torch.randn(shape).to(dtype))),
+                "in_log_alpha": on_device(torch.randn(shape[1] * groups, dtype=gates)) if sides[0] else None,
+                "out_log_alpha": on_device(torch.randn(shape[0], dtype=gates)) if sides[1] else None,
+            }
+
+            def call(namespace, weight, groups=groups, **kwargs):
+                return namespace.l2_penalty(weight, 0.3, groups=groups, **kwargs)
+
+            before = launches()
+            y, grads = compare(call, tensors, dtype=dtype)
+            # One pass for the value and the gates, one for the weight; no formula in their place.
+            assert launches() - before in (0, 2)
+            assert y.dtype == gates
+            compare(call, tensors, dtype=dtype, needs=[name for name in grads if name != "weight"])
+
+    def test_gates_of_the_other_precision(self):
+        """The formula's: the kernels take all in one precision."""
+        leaves = [on_device(t).requires_grad_() for t in (torch.randn(7, 5), torch.randn(5).double())]
+        before = launches()
+        l0.l2_penalty(leaves[0], 0.3, in_log_alpha=leaves[1]).backward()
+        assert launches() == before
+        exact = [t.detach().double().requires_grad_() for t in leaves]
+        reference.l2_penalty(exact[0], 0.3, in_log_alpha=exact[1]).backward()
+        for got, want in zip(leaves, exact, strict=True):
+            near(got.grad, want.grad, 1e-6, 1.0)
+
+    def test_of_a_model(self):
+        shared = nn.L0Conv2d(3, 6, 3, gate="out").out_gate
+        model = nn.L0Sequential(
+            nn.L0Conv2d(3, 6, 3, gate="out"),
+            nn.L0Conv2d(6, 6, 3, groups=6, gate="both", in_gate=shared, out_gate=shared),
+            nn.L0Conv2d(6, 8, 3, groups=2, gate="both"),
+            nn.L0Linear(8, 13, gate="both"),
+            nn.L0Linear(13, 13, gate="in", bias=False),
+            nn.L0FeedForward(13, 20),
+        ).to(DEVICE)
+        for gate in nn.gate_modules(model):
+            torch.nn.init.normal_(gate.log_alpha, std=2.0)
+        double = copy.deepcopy(model).double()
+        before = launches()
+        total = nn.penalty(model, weight_decay=0.3)
+        total.backward()
+        # One for the gates; value and gradient of 7 weights and of 5 biases whose rows are gated.
+        assert launches() - before in (0, 1 + 2 * 12)
+        with l0.use_backend("reference"):
+            exact = nn.penalty(double, weight_decay=0.3)
+            exact.backward()
+        near(total.detach(), exact.detach(), 1e-6, 0.0)
+        for (name, got), want in zip(model.named_parameters(), double.parameters(), strict=True):
+            assert (got.grad is None) == (want.grad is None), name
+            if want.grad is not None:
+                near(got.grad, want.grad, 1e-5, want.grad.abs().max().item())
+
+
+class TestOpcheck:
+    """Schema and fake of every operator that the kernels serve; l0_mlp is theirs alone."""
+
+    # Without the comparison of values with AOTAutograd's: beyond the open units buffers hold anything.
+    UTILITIES = ("test_schema", "test_autograd_registration", "test_faketensor")
+    OPS = torch.ops.l0kernels
+    CONSTANTS = (DIST.beta, DIST.gamma, DIST.zeta)
+
+    def check(self, name, *args):
+        opcheck(getattr(self.OPS, name).default, (*args, "cuda"), test_utils=self.UTILITIES)
+
+    def test_gates(self):
+        a, other = on_device(torch.randn(140)), on_device(torch.randn(7))
+        self.check("sample", [a, other], on_device(SEED), 3, *self.CONSTANTS)
+        self.check("gate_grad", a, on_device(make_z("mixed", 140)), *self.CONSTANTS)
+        self.check("l0_penalty", [a, other], [1.0, 2.5], *self.CONSTANTS)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("layout", list(LAYOUTS))
+    def test_layers(self, layout, dtype):
+        sizes, dist = ((6, 13), (9, 13), (5, 9), (6, 9), (6, 5)), list(self.CONSTANTS)
+        x, w, w2, dy, dy2 = (LAYOUTS[layout](on_device(torch.randn(s).to(dtype))) for s in sizes)
+        bias, hidden = on_device(torch.randn(9).to(dtype)), gate_of(make_z("mixed", 9))
+        gates = [*gate_of(make_z("mixed", 13)), *hidden]
+        self.check("gated_linear", x, w, bias, gates[:3], hidden, True, dtype)
+        settings = (True, False, True, dtype, [True] * 5, dist)
+        self.check("gated_linear_backward", dy, x, w, bias, gates[:3], hidden, [], *settings)
+        weights, biases = [w, w2], [bias, None]
+        self.check("gated_mlp", x, weights, biases, gates, "relu", dtype, False)
+        _, *saved = self.OPS.gated_mlp(x, weights, biases, gates, "relu", dtype, False, "cuda")
+        settings = ("relu", dtype, [False] * 2, [True, True, True, True, False, True, True], dist)
+        self.check("gated_mlp_backward", dy2, x, weights, biases, gates, saved, *settings)
+        a, a2 = on_device(torch.randn(13)), on_device(torch.randn(9))
+        for log_alphas in ([a, a2], [None, a2], [a, None]):
+            args = (x, weights, biases, log_alphas, "relu", on_device(SEED), dist, dtype)
+            self.check("l0_mlp", *args)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+    def test_l2(self, dtype):
+        gates = torch.float64 if dtype == torch.float64 else torch.float32
+        channels_last = torch.randn(6, 5, 3, 2).contiguous(memory_format=torch.channels_last)
+        for weight, groups in (
+            (torch.randn(6, 5), 1),
+            (transposed(torch.randn(6, 5)), 1),
+            (sliced(torch.randn(6, 5)), 1),
+            (torch.randn(6, 5, 3, 2), 2),
+            (channels_last, 1),
+            (channels_last, 2),
+        ):
+            weight = on_device(weight.to(dtype))
+            out, in_ = (on_device(torch.randn(n, dtype=gates)) for n in (6, 5 * groups))
+            factor = on_device(torch.ones((), dtype=gates))
+            for sides in ((out, in_), (out, None), (None, in_), (None, None)):
+                settings = (0.3, groups, list(self.CONSTANTS))
+                self.check("l2_penalty", weight, *sides, *settings)
+                self.check("l2_weight_grad", weight, *sides, factor, *settings)
 
 
 def bound(exact, dtype, depth):

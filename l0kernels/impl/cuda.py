@@ -36,7 +36,10 @@ _CONVERTS = {
 def _load() -> tuple[Any, str | None]:
     """The extension module, or None and why."""
     if util.find_spec("l0kernels._CUDA") is None:
-        return None, "l0kernels._CUDA was not built (no nvcc or no ninja at installation, or L0KERNELS_CUDA=0)"
+        return (
+            None,
+            "l0kernels._CUDA was not built (no nvcc or no ninja at installation, or L0KERNELS_CUDA=0)",
+        )
     try:
         return import_module("l0kernels._CUDA"), None
     except ImportError as error:
@@ -328,7 +331,10 @@ def l2_weight_grad(
     matrices = _by_group(weight, decay, out, in_, groups, True)
     _, _, grads = coupled_penalty([], [], matrices, dist, factor)
     grad = _joined([g[0] for g in grads])
-    return weight.new_empty(weight.shape) if grad is None else grad.to(weight.dtype)
+    if grad is not None and grad.stride() == weight.stride():
+        return grad.to(weight.dtype)
+    like = torch.empty_like(weight)  # of the strides that the operator's fake promises
+    return like if grad is None else like.copy_(grad)
 
 
 def _side(
@@ -467,8 +473,8 @@ def unpack(
         return out, None if dz_row is None else dz_row.zero_(), None if dz_col is None else dz_col.zero_()
     where = _where(packed)
     row_sums = col_sums = None
-    # Multiples of what fits a multiprocessor: by rows 3 with sums, 4 without, one less if elements shrink; else
-    # 2 and 3.
+    # Multiples of what fits a multiprocessor: by rows 3 with sums, 4 without, one less if elements shrink;
+    # else 2 and 3.
     if cols is None and (dz_row is None or n_rows >= _blocks(packed.device, 4)):
         each = (4 if dz_row is None else 3) - (packed.dtype.itemsize > dtype.itemsize)
         grid = _by_rows(_blocks(packed.device, each))
