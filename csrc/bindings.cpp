@@ -51,8 +51,8 @@ int64_t checked_open(const T* z, Address index_address, Address count_address, i
   int32_t not_zero = 0;  // fewer than `open` is no error: float64 gates may vanish in float32
   for (int64_t i = 0; i < size; ++i) not_zero += z[i] != T(0);
   if (not_zero > open)
-    throw std::invalid_argument("gates.count[0] must count the gates that are not 0, " + std::to_string(not_zero) +
-                                ", got " + std::to_string(open));
+    throw std::invalid_argument("gates.count[0] must count the gates that are not 0, " +
+                                std::to_string(not_zero) + ", got " + std::to_string(open));
   return open;
 }
 
@@ -114,6 +114,29 @@ void gate_grad(Address dz, Address z, Address dlog_alpha, int64_t n, bool is_dou
   dispatch(is_double, [&](auto zero) {
     using T = decltype(zero);
     l0::gate_grad(as<const T>(dz), as<const T>(z), as<T>(dlog_alpha), n, T(beta), T(gamma), T(zeta));
+  });
+}
+
+// A weight as (rows, columns, rows of a group, address), then the addresses of p_row and p_col.
+using Squares = std::tuple<int64_t, int64_t, int64_t, Address, Address, Address>;
+
+template <typename T>
+l0::SquaresParams<T> squares_params(const Squares& s) {
+  const auto& [n_rows, n_cols, group_rows, w, p_row, p_col] = s;
+  return {n_rows, n_cols, group_rows, as<const T>(w), as<const T>(p_row), as<const T>(p_col)};
+}
+
+void squares(bool is_double, const Squares& s, Address row_sums, Address col_sums, int num_threads) {
+  dispatch(is_double, [&](auto zero) {
+    using T = decltype(zero);
+    l0::kernels<T>().squares(squares_params<T>(s), as<T>(row_sums), as<T>(col_sums), num_threads);
+  });
+}
+
+void squares_grad(bool is_double, const Squares& s, Address grad, int num_threads) {
+  dispatch(is_double, [&](auto zero) {
+    using T = decltype(zero);
+    l0::kernels<T>().squares_grad(squares_params<T>(s), as<T>(grad), num_threads);
   });
 }
 
@@ -319,11 +342,11 @@ void pack(const Matrix& full, int full_type, int64_t rows, int64_t cols, Address
           int num_threads) {
   py::gil_scoped_release nogil;
   const auto& [data, stride_row, stride_col] = full;
-  l0::pack(
-      {as<const void>(data), static_cast<l0::DType>(full_type), stride_row, stride_col, as<void>(packed),
-       static_cast<l0::DType>(packed_type), packed_cols, pack_axis(row_gate, rows, packed_rows, scale_rows, z_is_double),
-       pack_axis(col_gate, cols, packed_cols, scale_cols, z_is_double), z_is_double},
-      num_threads);
+  l0::pack({as<const void>(data), static_cast<l0::DType>(full_type), stride_row, stride_col, as<void>(packed),
+            static_cast<l0::DType>(packed_type), packed_cols,
+            pack_axis(row_gate, rows, packed_rows, scale_rows, z_is_double),
+            pack_axis(col_gate, cols, packed_cols, scale_cols, z_is_double), z_is_double},
+           num_threads);
 }
 
 void unpack(const Matrix& packed, int packed_type, Address full, int full_type, int64_t rows, int64_t cols,
@@ -337,11 +360,12 @@ void unpack(const Matrix& packed, int packed_type, Address full, int full_type, 
   if ((dz_row && !(row_gate && scale_rows)) || (dz_col && !(col_gate && scale_cols)))
     throw std::invalid_argument("a gate gradient needs the side's gate, and the gate to scale");
   const auto& [theta_data, theta_row, theta_col] = theta;
-  l0::unpack({as<const void>(data), static_cast<l0::DType>(packed_type), stride_row, as<void>(full),
-              static_cast<l0::DType>(full_type), pack_axis(row_gate, rows, rows, scale_rows, z_is_double),
-              pack_axis(col_gate, cols, cols, scale_cols, z_is_double), z_is_double, as<const void>(theta_data),
-              static_cast<l0::DType>(theta_type), theta_row, theta_col, as<void>(dz_row), as<void>(dz_col)},
-             num_threads);
+  l0::unpack(
+      {as<const void>(data), static_cast<l0::DType>(packed_type), stride_row, as<void>(full),
+       static_cast<l0::DType>(full_type), pack_axis(row_gate, rows, rows, scale_rows, z_is_double),
+       pack_axis(col_gate, cols, cols, scale_cols, z_is_double), z_is_double, as<const void>(theta_data),
+       static_cast<l0::DType>(theta_type), theta_row, theta_col, as<void>(dz_row), as<void>(dz_col)},
+      num_threads);
 }
 
 std::string compiler() {
@@ -372,6 +396,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("compact", &compact);
   m.def("gate_grad", &gate_grad);
   m.def("penalty", &penalty);
+  m.def("squares", &squares);
+  m.def("squares_grad", &squares_grad);
+  m.attr("square_rows") = l0::kSquareRows;
   m.def("linear_forward", &linear_forward);
   m.def("linear_backward", &linear_backward);
   m.def("mlp_forward", &mlp_forward);

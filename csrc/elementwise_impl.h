@@ -164,8 +164,59 @@ void column_sum(const ColumnSumParams<T>& p, int num_threads) {
 }
 
 template <typename T>
+void squares(const SquaresParams<T>& p, T* row_sums, T* col_sums, int num_threads) {
+  constexpr int64_t kChunk = 1024;  // columns summed in T before the sum moves to double
+  if (p.n_rows == 0) return;
+  const int64_t parts = (p.group_rows + kSquareRows - 1) / kSquareRows;
+  const int64_t tasks = p.n_rows / p.group_rows * parts;
+#pragma omp parallel for schedule(static) \
+    num_threads(num_threads) if (num_threads > 1 && p.n_rows * p.n_cols > 65536)
+  for (int64_t t = 0; t < tasks; ++t) {
+    const int64_t group = t / parts, end = (group + 1) * p.group_rows;
+    const int64_t first = group * p.group_rows + t % parts * kSquareRows;
+    const int64_t last = first + kSquareRows < end ? first + kSquareRows : end;
+    const T* p_col = p.p_col + group * p.n_cols;
+    T* col_sum = col_sums + t * p.n_cols;
+    for (int64_t j = 0; j < p.n_cols; ++j) col_sum[j] = T(0);
+    for (int64_t o = first; o < last; ++o) {
+      const T p_row = p.p_row[o];
+      double total = 0.0;
+      for (int64_t j0 = 0; j0 < p.n_cols; j0 += kChunk) {
+        const int n = int(p.n_cols - j0 < kChunk ? p.n_cols - j0 : kChunk);
+        const T* __restrict w = p.w + o * p.n_cols + j0;
+        const T* __restrict by_col = p_col + j0;
+        T* __restrict sums = col_sum + j0;
+        T sum = T(0);
+#pragma omp simd reduction(+ : sum)
+        for (int j = 0; j < n; ++j) {
+          const T square = w[j] * w[j];
+          sum += square * by_col[j];
+          sums[j] += square * p_row;
+        }
+        total += double(sum);
+      }
+      row_sums[o] = T(total);
+    }
+  }
+}
+
+template <typename T>
+void squares_grad(const SquaresParams<T>& p, T* grad, int num_threads) {
+#pragma omp parallel for schedule(static) \
+    num_threads(num_threads) if (num_threads > 1 && p.n_rows * p.n_cols > 65536)
+  for (int64_t o = 0; o < p.n_rows; ++o) {
+    const T p_row = p.p_row[o];
+    const T* __restrict w = p.w + o * p.n_cols;
+    const T* __restrict p_col = p.p_col + o / p.group_rows * p.n_cols;
+    T* __restrict out = grad + o * p.n_cols;
+#pragma omp simd
+    for (int64_t j = 0; j < p.n_cols; ++j) out[j] = w[j] * (p_row * p_col[j]);
+  }
+}
+
+template <typename T>
 Kernels<T> kernels() {
-  return {gemm<T>, sample<T>, activation_grad<T>, column_dot<T>, column_sum<T>};
+  return {gemm<T>, sample<T>, activation_grad<T>, column_dot<T>, column_sum<T>, squares<T>, squares_grad<T>};
 }
 template Kernels<float> kernels<float>();
 template Kernels<double> kernels<double>();

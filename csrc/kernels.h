@@ -73,6 +73,17 @@ struct ColumnSumParams {
   T* out;
 };
 
+// The L2 norm of a weight under the probabilities of its gates. Rows come in groups, each with its own p_col;
+// every kSquareRows rows of a group have their own partial column sums: one order, however many threads.
+constexpr int64_t kSquareRows = 64;
+template <typename T>
+struct SquaresParams {
+  int64_t n_rows, n_cols, group_rows;
+  const T* w;      // (n_rows, n_cols)
+  const T* p_row;  // (n_rows)
+  const T* p_col;  // (groups, n_cols)
+};
+
 template <typename T>
 struct Kernels {
   void (*gemm)(const GemmParams<T>&, int num_threads);
@@ -80,6 +91,10 @@ struct Kernels {
   void (*activation_grad)(const ActivationGradParams<T>&, int num_threads);
   void (*column_dot)(const ColumnDotParams<T>&, int num_threads);
   void (*column_sum)(const ColumnSumParams<T>&, int num_threads);
+  // row_sums[o] = sum_j p_col[j] w[o, j]^2; col_sums[t, j] = sum_o p_row[o] w[o, j]^2 over part t's rows.
+  void (*squares)(const SquaresParams<T>&, T* row_sums, T* col_sums, int num_threads);
+  // grad[o, j] = p_row[o] p_col[j] w[o, j]
+  void (*squares_grad)(const SquaresParams<T>&, T* grad, int num_threads);
 };
 
 template <typename T>

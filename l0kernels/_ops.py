@@ -18,7 +18,8 @@ from .reference.gates import HardConcrete, round_up
 
 _LIBRARY = torch.library.Library("l0kernels", "DEF")
 _PLAIN = (Tensor, torch.nn.Parameter)
-_MADE_OF_TORCH = ("gated_conv2d", "gated_conv2d_backward")  # on every backend of the CPU
+# In part at least on every backend of the CPU.
+_MADE_OF_TORCH = ("gated_conv2d", "gated_conv2d_backward", "l2_penalty", "l2_weight_grad")
 
 
 def _define(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

@@ -99,8 +99,7 @@ def _interpreted() -> bool:
 
 _LACKS = {
     "reference": {"pack", "unpack"},
-    "cpp": {"l2_penalty"},  # the formula in plain torch serves it
-    "triton": {"l2_penalty"},
+    "triton": {"l2_penalty"},  # the formula in plain torch serves it
 }
 
 

@@ -133,8 +133,8 @@ def l2_penalty(
     """L2 norm of the open parameters: ``weight_decay / 2 * sum_oi p_o * p_i * theta_oi^2`` (arXiv 1712.01312,
     section 2.3).
 
-    p = P(z > 0), 1 on a side without gates. Its gradient is dense: a closed weight still decays. The "cuda"
-    backend passes over the weight once, and once more for its gradient; the others are plain torch.
+    p = P(z > 0), 1 on a side without gates. Its gradient is dense: a closed weight still decays. Backends
+    "cpp" and "cuda" pass over the weight once, and once more for its gradient; the others are plain torch.
 
     Args:
         weight: (out, in / groups, ...) any float dtype.
@@ -157,7 +157,7 @@ def l2_penalty(
     # Gates of the other precision than the weight's are rare enough for the formula.
     double = weight.dtype == torch.float64
     fits = all(a is None or (a.dtype == torch.float64) == double for a in (in_log_alpha, out_log_alpha))
-    if backend not in ("torch", "cuda") or not fits:
+    if backend in ("reference", "triton") or not fits:
         return reference.l2_penalty(
             weight,
             weight_decay,

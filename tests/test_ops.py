@@ -109,15 +109,19 @@ class TestOpcheck:
             opcheck(OPS.block_linear_backward.default, args)
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-    def test_l2_penalty(self, dtype):
+    def test_l2_penalty(self, backend, dtype):
         gates = torch.float64 if dtype == torch.float64 else torch.float32
-        for shape, groups in (((6, 5), 1), ((6, 5, 3, 2), 2)):
-            weight = torch.randn(shape).to(dtype)
+        for shape, groups, layout in (
+            ((6, 5), 1, torch.clone),
+            ((5, 6), 1, torch.t),
+            ((6, 5, 3, 2), 2, torch.clone),
+        ):
+            weight = layout(torch.randn(shape).to(dtype))
             out, in_ = torch.randn(6, dtype=gates), torch.randn(5 * groups, dtype=gates)
             for sides in ((out, in_), (out, None), (None, in_), (None, None)):
-                opcheck(OPS.l2_penalty.default, (weight, *sides, 0.3, groups, DIST, "torch"))
+                opcheck(OPS.l2_penalty.default, (weight, *sides, 0.3, groups, DIST, backend))
                 factor = torch.ones((), dtype=gates)
-                opcheck(OPS.l2_weight_grad.default, (weight, *sides, factor, 0.3, groups, DIST, "torch"))
+                opcheck(OPS.l2_weight_grad.default, (weight, *sides, factor, 0.3, groups, DIST, backend))
 
     def test_leaves_that_require_a_gradient_get_no_graph_from_an_operator(self, backend):
         x, weight, log_alpha = (torch.randn(*s, requires_grad=True) for s in ((6, 13), (9, 13), (13,)))

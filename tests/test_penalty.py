@@ -1,12 +1,14 @@
 """l0_penalty and l2_penalty on every backend against the formula in float64."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch.autograd import gradcheck
 
 import l0kernels as l0
 from l0kernels import HardConcrete, reference
-from op_checks import compare, strided, transposed
+from op_checks import compare, sliced, strided, transposed
 
 pytestmark = pytest.mark.usefixtures("poison")
 
@@ -93,10 +95,7 @@ def test_gradcheck(backend):
     assert gradcheck(lambda *a: l0.l0_penalty(list(a), [2.0, 3.0], lam=[0.5, 0.1]), leaves)
     weight = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
 
-    def l2(weight, a, b):
-        return l0.l2_penalty(weight, 0.3, in_log_alpha=a, out_log_alpha=b)
-
-    assert gradcheck(l2, (weight, *leaves))
+    assert gradcheck(lambda w, a, b: l2(l0, w, in_log_alpha=a, out_log_alpha=b), (weight, *leaves))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -126,20 +125,75 @@ def test_a_long_sum_keeps_its_digits(backend):
     assert l0.l0_penalty(log_alpha).item() == pytest.approx(exact, rel=3e-7)
 
 
+def l2(namespace, weight, groups=1, **log_alphas):
+    return namespace.l2_penalty(weight, 0.3, groups=groups, **log_alphas)
+
+
+def l2_tensors(shape, groups, has, dtype, layout=torch.clone):
+    gates = torch.float64 if dtype == torch.float64 else torch.float32
+    return {
+        "weight": layout(torch.randn(shape).to(dtype)),
+        "in_log_alpha": torch.randn(shape[1] * groups, dtype=gates) if has[0] else None,
+        "out_log_alpha": torch.randn(shape[0], dtype=gates) if has[1] else None,
+    }
+
+
+SIDES = [(True, True), (True, False), (False, True), (False, False)]
+SHAPES = [
+    ((4, 6), 1),
+    ((129, 1100), 1),  # several parts of rows and chunks of columns
+    ((300, 1), 1),  # a bias is a column
+    ((4, 6, 3, 2), 1),
+    ((130, 3, 3, 2), 2),
+    ((6, 1, 3), 6),
+    ((0, 4), 1),
+    ((4, 0), 1),
+]
+
+
 class TestL2:
-    @pytest.mark.parametrize("has", [(True, True), (True, False), (False, True), (False, False)])
-    @pytest.mark.parametrize("shape", [(4, 6), (4, 6, 3, 2)])
-    def test_equals_the_formula(self, backend, shape, has):
-        tensors = {
-            "weight": torch.randn(shape),
-            "in_log_alpha": torch.randn(6) if has[0] else None,
-            "out_log_alpha": torch.randn(4) if has[1] else None,
-        }
+    @pytest.mark.parametrize("has", SIDES)
+    @pytest.mark.parametrize(("shape", "groups"), SHAPES, ids=str)
+    def test_equals_the_formula(self, backend, shape, groups, has):
+        for dtype in (torch.float32, torch.float64, torch.bfloat16):
+            compare(partial(l2, groups=groups), l2_tensors(shape, groups, has, dtype), dtype=dtype)
 
-        def call(namespace, weight, **kwargs):
-            return namespace.l2_penalty(weight, 0.3, **kwargs)
+    @pytest.mark.parametrize(("shape", "groups"), SHAPES[:5], ids=str)
+    def test_instruction_sets(self, isa, shape, groups):
+        for dtype in (torch.float32, torch.float64):
+            compare(partial(l2, groups=groups), l2_tensors(shape, groups, (True, True), dtype), dtype=dtype)
 
-        compare(call, tensors, dtype=torch.float32)
+    def test_layouts(self, backend):
+        for shape, layout in (
+            ((7, 13), transposed),
+            ((7, 13), sliced),
+            ((6, 5, 3, 3), lambda t: t.contiguous(memory_format=torch.channels_last)),
+        ):
+            tensors = l2_tensors(shape, 1, (True, True), torch.float32, layout)
+            tensors["in_log_alpha"] = strided(tensors["in_log_alpha"])
+            _, grads = compare(l2, tensors, dtype=torch.float32)
+            assert grads["weight"].stride() == torch.empty_like(tensors["weight"]).stride()
+
+    def test_each_gradient_alone(self, backend):
+        tensors = l2_tensors((70, 37), 1, (True, True), torch.float32)
+        for name in tensors:
+            compare(l2, tensors, dtype=torch.float32, needs=[name])
+
+    def test_the_same_for_any_number_of_threads(self, isa, threads):
+        tensors = l2_tensors((400, 300), 1, (True, True), torch.float32)
+        leaves = {name: t.requires_grad_() for name, t in tensors.items()}
+        results = []
+        for n in (1, 2, 3):
+            threads(n)
+            y = l2(l0, **leaves)
+            results.append([y, *torch.autograd.grad(y, leaves.values())])
+        for other in results[1:]:
+            assert all(map(torch.equal, results[0], other))
+
+    def test_a_long_sum_keeps_its_digits(self, backend):
+        tensors = l2_tensors((3000, 700), 1, (True, True), torch.float32)
+        exact = l2(reference, **{name: t.double() for name, t in tensors.items()}).item()
+        assert l2(l0, **tensors).item() == pytest.approx(exact, rel=1e-6)
 
 
 class TestErrors:

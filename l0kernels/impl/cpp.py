@@ -109,6 +109,68 @@ def l0_penalty(log_alphas: list[Tensor], weights: list[float], dist: HardConcret
     return total, grad
 
 
+def _squares(
+    weight: Tensor, out: Tensor | None, in_: Tensor | None, groups: int, dist: HardConcrete
+) -> tuple[Tensor, Tensor, tuple[int, int, int]]:
+    """p by row and by column of every group of the weight as a matrix; its rows, columns and group's rows."""
+    n_out, n_cols = weight.shape[0], math.prod(weight.shape[1:])
+    p_row = weight.new_ones(n_out) if out is None else dist.p_open(out)
+    if in_ is None:
+        p_col = weight.new_ones(groups * n_cols)
+    else:
+        p_col = dist.p_open(in_).repeat_interleave(math.prod(weight.shape[2:]))
+    return p_row, p_col, (n_out, n_cols, n_out // groups)
+
+
+def l2_penalty(
+    weight: Tensor, decay: float, out: Tensor | None, in_: Tensor | None, groups: int, dist: HardConcrete
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """decay / 2 * sum_oi p_o * p_i * theta_oi^2, and its gradients of the gates, in one pass over theta."""
+    if weight.dtype not in _FUSED or not weight.is_contiguous():
+        return portable.l2_penalty(weight, decay, out, in_, groups, dist)
+    p_row, p_col, (n_out, n_cols, group) = _squares(weight, out, in_, groups, dist)
+    row_sums = weight.new_empty(n_out)
+    col_sums = weight.new_empty(groups, -(-group // _C.square_rows), n_cols)
+    _C.squares(
+        weight.dtype == torch.float64,
+        (n_out, n_cols, group, weight.data_ptr(), p_row.data_ptr(), p_col.data_ptr()),
+        row_sums.data_ptr(),
+        col_sums.data_ptr(),
+        torch.get_num_threads(),
+    )
+    half = 0.5 * decay
+    total = half * torch.dot(row_sums, p_row)
+    d_out = None if out is None else half * p_row * (1 - p_row) * row_sums
+    if in_ is None:
+        return total, d_out, None
+    p_in, by_input = dist.p_open(in_), col_sums.sum(1).reshape(len(in_), math.prod(weight.shape[2:])).sum(1)
+    return total, d_out, half * p_in * (1 - p_in) * by_input
+
+
+def l2_weight_grad(
+    weight: Tensor,
+    decay: float,
+    out: Tensor | None,
+    in_: Tensor | None,
+    groups: int,
+    dist: HardConcrete,
+    factor: Tensor,
+) -> Tensor:
+    """factor * decay * p_o * p_i * weight."""
+    if weight.dtype not in _FUSED or not weight.is_contiguous():
+        return portable.l2_weight_grad(weight, decay, out, in_, groups, dist, factor)
+    p_row, p_col, sizes = _squares(weight, out, in_, groups, dist)
+    p_row = p_row * (factor * decay)
+    grad = empty_grad(weight)
+    _C.squares_grad(
+        weight.dtype == torch.float64,
+        (*sizes, weight.data_ptr(), p_row.data_ptr(), p_col.data_ptr()),
+        grad.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return grad
+
+
 def _in_double(dtype: torch.dtype, rows: Gate | None, cols: Gate | None) -> bool:
     """Whether pack and unpack compute in float64: if the gates are; without gates, if the matrix is."""
     gate = cols if rows is None else rows

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 from typing import Any
 
@@ -54,7 +55,8 @@ def l0_penalty(log_alphas: list[Tensor], weights: list[float], dist: HardConcret
 def _squares(weight: Tensor, groups: int) -> Tensor:
     """(groups, out, in) sums of squares over what an output and an input share."""
     wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
-    return wide.square().reshape(groups, weight.shape[0] // groups, weight.shape[1], -1).sum(-1)
+    n_out, n_in, *kernel = weight.shape
+    return wide.square().reshape(groups, n_out // groups, n_in, math.prod(kernel)).sum(-1)
 
 
 def l2_penalty(
@@ -91,7 +93,8 @@ def l2_weight_grad(
     if in_ is not None:
         scale = scale * dist.p_open(in_).reshape(groups, 1, -1)
     if scale.ndim:
-        scale = scale.expand(groups, n_out // groups, scale.shape[2]).reshape(n_out, -1, *[1] * len(kernel))
+        n_scales = scale.shape[2]
+        scale = scale.expand(groups, n_out // groups, n_scales).reshape(n_out, n_scales, *[1] * len(kernel))
     return torch.mul(weight, scale).to(weight.dtype, memory_format=torch.preserve_format)
 
 
