@@ -28,7 +28,7 @@ train-lenet5: $(STAMP)
 	$(PY) examples/train_lenet5.py $(ARGS)
 
 train-wrn: $(STAMP)
-	$(PY) examples/train_wrn.py $(ARGS)
+	$(PY) examples/train_wrn.py $(or $(ARGS),--steps 20 --depth 10 --width 2)
 
 test: $(STAMP)
 	$(PY) -m ruff check .

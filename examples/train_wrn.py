@@ -4,9 +4,8 @@ WRN-28-10 as Louizos, Welling & Kingma (ICLR 2018, section 4.2) gate it: Nestero
 falling by 5 at .3, .6 and .8 of the run, weight decay 5e-4, droprate_init .3, lambda / N = .001 / N for each
 weight.
 
-    python examples/train_wrn.py --steps 20 --depth 10 --width 2    # random images: whether and how fast it
-    runs python examples/train_wrn.py --data DIR                         # CIFAR-10, DIR has its python
-    pickles
+    python examples/train_wrn.py --steps 20 --depth 10 --width 2   # random images: does it run, and how fast
+    python examples/train_wrn.py --data DIR                        # CIFAR-10 from its python pickles
 
 Two orders. By default conv -> norm -> ReLU -> z * conv: the gate multiplies the inputs of the second
 convolution, the first one computes what it leaves open, and the norm between sees the open channels only.
