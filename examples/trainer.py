@@ -100,7 +100,7 @@ class Learner:
     def __init__(self, model: torch.nn.Module, config: Config, penalty: Penalty | None = None) -> None:
         self.model = model
         self.penalty = penalty
-        groups = [{"params": nn.weight_parameters(model)}]
+        groups: list[dict[str, Any]] = [{"params": nn.weight_parameters(model)}]
         if penalty is not None:
             groups.append({"params": nn.gate_parameters(model), "lr": config.gates_lr})
         self.optimizer = torch.optim.Adam(groups, lr=config.lr, fused=True)
