@@ -30,11 +30,13 @@ TICK_S = 1 / os.sysconf("SC_CLK_TCK")
 
 @dataclass
 class Timed:
-    """A step, the context of its blocks, what comes untimed before each call, and what was measured in ms."""
+    """A step, the context of its blocks, what comes untimed before each call, for how long the step is called
+    before it is timed, and what was measured in ms."""
 
     step: Step
     context: Callable[[], AbstractContextManager[object]] = nullcontext
     setup: Step | None = None
+    warm_s: float = 0.0
     ms: list[float] = field(default_factory=list)
     faults: list[float] = field(default_factory=list)
     blocks: int = 0
@@ -192,6 +194,9 @@ def interleave(
     round_ms = 0.0
     for name, timed in steps.items():
         trial = Timed(timed.step, timed.context, timed.setup)
+        warm = time.monotonic() + timed.warm_s
+        while time.monotonic() < warm:
+            run_block(trial, 1, 0, 1, clock)
         (ms,) = run_block(trial, 1, 0, 1, clock)
         if ms < LONG_MS:
             ms = min(run_block(trial, WARM_UP, 0, 1, clock))
