@@ -48,7 +48,7 @@ gpu-check:
 bench-cpu: $(STAMP)
 	@# What fails fails the whole, but takes nothing else with it.
 	failed=0; \
-	$(PY) bench/run.py --device cpu --budget-s 445 $(ARGS) || failed=1; \
+	$(PY) bench/run.py --device cpu --budget-s 390 $(ARGS) || failed=1; \
 	$(PY) bench/micro.py --device cpu --budget-s 30 || failed=1; \
 	$(PY) bench/training.py digits || failed=1; \
 	$(PY) bench/plot.py && $(PY) bench/table.py || failed=1; \

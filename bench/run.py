@@ -48,8 +48,8 @@ GROUP_S = {"cpu": 2.0, "cuda": 2.0}
 LARGE_S = 6.0
 LARGE_FLOPS = 1e10
 QUICK_S = 0.02
-WARM_S = 2.0  # of convolutions with drawn gates on a CPU
-CONVOLUTIONS = ("conv", "lenet5", "block")
+WARM_S = 1.0  # of small convolutions with drawn gates on a CPU
+CONVOLUTIONS = ("conv", "lenet5")
 BROKEN = 3  # exit code: the GPU's context is lost, the provider named last lost it
 
 
