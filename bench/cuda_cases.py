@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from l0kernels.gates import split
 from l0kernels.impl import cuda
 from l0kernels.reference.gates import DEFAULT_DIST, compact, round_up
 
@@ -81,7 +82,8 @@ def layer(
     x: Tensor, w: Tensor, b: Tensor, a_in: Tensor, a_out: Tensor, seed: Tensor, dy: Tensor
 ) -> list[Tensor | None]:
     """Forward and backward of a layer that draws its gates."""
-    _, in_gate, out_gate = cuda.l0_linear_forward(x, w, b, a_in, a_out, seed, 0, DEFAULT_DIST, x.dtype)
+    _, *drawn = cuda.l0_linear_forward(x, w, b, a_in, a_out, seed, 0, DEFAULT_DIST, x.dtype)
+    in_gate, out_gate = (list(gate[:3]) for gate in split([a_in, a_out], *drawn))
     options = (True, False, False, x.dtype, [True] * 5, DEFAULT_DIST)
     return cuda.linear_backward(dy, x, w, b, in_gate, out_gate, *options)
 

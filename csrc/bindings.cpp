@@ -81,25 +81,39 @@ void dispatch(bool is_double, F f) {
     f(float{});
 }
 
-int sample(const std::vector<Address>& log_alpha, const std::vector<int64_t>& sizes, bool is_double,
-           Address seed, uint32_t rank, double beta, double gamma, double zeta, Address z, Address index,
-           Address count, int num_threads) {
+std::vector<Gate> given(const std::vector<std::optional<Gate>>& gates) {
+  std::vector<Gate> there;
+  for (const auto& gate : gates)
+    if (gate) there.push_back(*gate);
+  return there;
+}
+
+using Dist = std::tuple<double, double, double>;  // beta, gamma, zeta
+// Where gates are drawn from: seed, rank, constants, log_alpha of each.
+using Draw = std::tuple<Address, uint32_t, Dist, std::vector<Address>>;
+
+// Draws the gates, the position of each its stream; returns that of the first with a NaN in log_alpha, or -1.
+template <typename T>
+int draw_gates(const Draw& draw, const std::vector<Gate>& gates, int num_threads) {
+  const auto& [seed, rank, dist, log_alpha] = draw;
+  const auto& [beta, gamma, zeta] = dist;
   int nan_at = -1;
-  dispatch(is_double, [&](auto zero) {
-    using T = decltype(zero);
-    T* z_out = as<T>(z);
-    int32_t* index_out = as<int32_t>(index);
-    for (size_t i = 0; i < sizes.size(); ++i) {
-      const T* values = as<const T>(log_alpha[i]);
-      if (nan_at < 0 && l0::any_nan(values, sizes[i])) nan_at = int(i);
-      l0::kernels<T>().sample({values, 0, sizes[i], *as<const uint64_t>(seed), uint32_t(i), rank, T(beta),
-                               T(gamma), T(zeta), z_out},
-                              num_threads);
-      l0::compact(z_out, sizes[i], index_out, as<int32_t>(count) + 2 * i);
-      z_out += sizes[i];
-      index_out += (sizes[i] + l0::kAlign - 1) / l0::kAlign * l0::kAlign;
-    }
-  });
+  for (size_t i = 0; i < gates.size(); ++i) {
+    const auto& [z, index, count, size, full_grad] = gates[i];
+    const T* values = as<const T>(log_alpha[i]);
+    if (nan_at < 0 && l0::any_nan(values, size)) nan_at = int(i);
+    l0::kernels<T>().sample({values, 0, size, *as<const uint64_t>(seed), uint32_t(i), rank, T(beta), T(gamma),
+                             T(zeta), as<T>(z)},
+                            num_threads);
+    l0::compact(as<const T>(z), size, as<int32_t>(index), as<int32_t>(count));
+  }
+  return nan_at;
+}
+
+int sample(bool is_double, const Draw& draw, const std::vector<Gate>& gates, int num_threads) {
+  int nan_at = -1;
+  dispatch(is_double,
+           [&](auto zero) { nan_at = draw_gates<decltype(zero)>(draw, gates, num_threads); });
   return nan_at;
 }
 
@@ -109,12 +123,20 @@ void compact(Address z, int64_t size, bool is_double, Address index, Address cou
   });
 }
 
-void gate_grad(Address dz, Address z, Address dlog_alpha, int64_t n, bool is_double, double beta,
-               double gamma, double zeta) {
+void gate_grad(Address dz, Address z, Address dlog_alpha, int64_t n, bool is_double, const Dist& dist) {
+  const auto& [beta, gamma, zeta] = dist;
   dispatch(is_double, [&](auto zero) {
     using T = decltype(zero);
     l0::gate_grad(as<const T>(dz), as<const T>(z), as<T>(dlog_alpha), n, T(beta), T(gamma), T(zeta));
   });
+}
+
+// The gradient of z in place to that of log_alpha; neither need be there.
+template <typename T>
+void to_log_alpha(const std::optional<Dist>& dist, const l0::GateView<T>* gate, T* dz) {
+  if (!dist || !gate || !dz) return;
+  const auto& [beta, gamma, zeta] = *dist;
+  l0::gate_grad(dz, gate->z, dz, gate->size, T(beta), T(gamma), T(zeta));
 }
 
 // A weight as (rows, columns, rows of a group, address), then the addresses of p_row and p_col.
@@ -176,21 +198,27 @@ l0::LinearParams<T> linear_params(int64_t M, int64_t in, int64_t out, const Matr
           scale_out};
 }
 
-void linear_forward(bool is_double, int64_t M, int64_t in, int64_t out, const Matrix& x, const Matrix& weight,
-                    Address bias, const std::optional<Gate>& in_gate, const std::optional<Gate>& out_gate,
-                    bool scale_out, Address y, int num_threads) {
+// The gates there are; with a draw they are drawn first, and what draw_gates says of NaN is returned.
+int linear_forward(bool is_double, int64_t M, int64_t in, int64_t out, const Matrix& x, const Matrix& weight,
+                   Address bias, const std::optional<Gate>& in_gate, const std::optional<Gate>& out_gate,
+                   bool scale_out, const std::optional<Draw>& draw, Address y, int num_threads) {
+  int nan_at = -1;
   dispatch(is_double, [&](auto zero) {
     using T = decltype(zero);
+    if (draw) nan_at = draw_gates<T>(*draw, given({in_gate, out_gate}), num_threads);
+    if (nan_at >= 0) return;
     const GateArg<T> gi(in_gate), go(out_gate);
     l0::linear_forward(linear_params<T>(M, in, out, x, weight, bias, gi, go, scale_out), as<T>(y),
                        num_threads);
   });
+  return nan_at;
 }
 
 void linear_backward(bool is_double, int64_t M, int64_t in, int64_t out, const Matrix& x,
                      const Matrix& weight, Address bias, const std::optional<Gate>& in_gate,
                      const std::optional<Gate>& out_gate, bool scale_out, const Matrix& dy, Address dx,
-                     Address dw, Address db, Address dz_in, Address dz_out, int num_threads) {
+                     Address dw, Address db, Address dz_in, Address dz_out,
+                     const std::optional<Dist>& dist, int num_threads) {
   dispatch(is_double, [&](auto zero) {
     using T = decltype(zero);
     const GateArg<T> gi(in_gate), go(out_gate);
@@ -199,6 +227,8 @@ void linear_backward(bool is_double, int64_t M, int64_t in, int64_t out, const M
                         {as<const T>(dy_data), dy_stride_m, dy_stride_n, as<T>(dx), as<T>(dw), as<T>(db),
                          as<T>(dz_in), as<T>(dz_out)},
                         num_threads);
+    to_log_alpha(dist, gi.get(), as<T>(dz_in));
+    to_log_alpha(dist, go.get(), as<T>(dz_out));
   });
 }
 
@@ -223,22 +253,32 @@ void with_mlp(int64_t M, const Matrix& x, int activation, const std::vector<Laye
   f(p);
 }
 
-void mlp_forward(bool is_double, int64_t M, const Matrix& x, int activation, const std::vector<Layer>& layers,
-                 Address y, int num_threads) {
+int mlp_forward(bool is_double, int64_t M, const Matrix& x, int activation, const std::vector<Layer>& layers,
+                const std::optional<Draw>& draw, Address y, int num_threads) {
+  int nan_at = -1;
   dispatch(is_double, [&](auto zero) {
     using T = decltype(zero);
+    if (draw) {
+      std::vector<std::optional<Gate>> gates;
+      for (const Layer& layer : layers) gates.push_back(std::get<4>(layer));
+      nan_at = draw_gates<T>(*draw, given(gates), num_threads);
+    }
+    if (nan_at >= 0) return;
     with_mlp<T>(M, x, activation, layers,
                 [&](const l0::MlpParams<T>& p) { l0::mlp_forward(p, as<T>(y), num_threads); });
   });
+  return nan_at;
 }
 
 void mlp_backward(bool is_double, int64_t M, const Matrix& x, int activation,
-                  const std::vector<Layer>& layers, const Matrix& dy, Address dx, int num_threads) {
+                  const std::vector<Layer>& layers, const Matrix& dy, Address dx,
+                  const std::optional<Dist>& dist, int num_threads) {
   dispatch(is_double, [&](auto zero) {
     using T = decltype(zero);
     with_mlp<T>(M, x, activation, layers, [&](const l0::MlpParams<T>& p) {
       l0::mlp_backward(p, as<const T>(std::get<0>(dy)), std::get<1>(dy), std::get<2>(dy), as<T>(dx),
                        num_threads);
+      for (const l0::MlpLayer<T>& layer : p.layers) to_log_alpha(dist, layer.in_gate, layer.dz);
     });
   });
 }

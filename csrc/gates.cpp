@@ -27,6 +27,7 @@ bool any_nan(const T* x, int64_t n) {
 
 template <typename T>
 void gate_grad(const T* dz, const T* z, T* dlog_alpha, int64_t n, T beta, T gamma, T zeta) {
+#pragma omp simd  // dlog_alpha may be dz
   for (int64_t i = 0; i < n; ++i)
     dlog_alpha[i] = z[i] > T(0) && z[i] < T(1) ? dz[i] * hard_concrete_grad(z[i], beta, gamma, zeta) : T(0);
 }

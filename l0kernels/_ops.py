@@ -74,19 +74,6 @@ def _given(grads: list[Tensor | None], like: Tensor) -> list[Tensor]:
     return [like.new_empty(0) if g is None else g for g in grads]
 
 
-_FUSED_GATE_GRAD = ("triton", "cuda")
-"""Backends whose backward products end in the gradient of log_alpha; others take a step more for it."""
-
-
-def _log_alpha_grads(
-    grads: list[Tensor | None], gates: list[Tensor | None], dist: list[float], backend: str
-) -> list[Tensor | None]:
-    return [
-        None if dz is None or z is None else module(backend).gate_grad(dz, z, _dist(*dist))
-        for dz, z in zip(grads, gates, strict=True)
-    ]
-
-
 def _fake_sample(log_alpha: list[Tensor], seed: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     first = log_alpha[0]
     sizes = [a.shape[0] for a in log_alpha]
@@ -240,22 +227,28 @@ def l0_linear(
     dtype: torch.dtype,
     backend: str,
 ) -> list[Tensor]:
-    """y, and z, index and count as of ``sample``: the backends that draw within the product."""
+    """y, and z, index and count as of ``sample``, drawn on the way."""
     args = (x, weight, bias, in_log_alpha, out_log_alpha, seed)
-    if backend == "triton":
-        return [*module(backend).l0_linear(*args, _dist(*dist), dtype)]
-    y, *gates = module(backend).l0_linear_forward(*args, 0, _dist(*dist), dtype)
-    given = [gate for gate in gates if gate is not None]
-    return [y, *given[0]] if len(given) == 1 else [y, *map(torch.cat, zip(*given, strict=True))]
+    return [*module(backend).l0_linear_forward(*args, 0, _dist(*dist), dtype)]
 
 
 def draws_within(
-    x: Tensor, weight: Tensor, log_alphas: list[Tensor], dtype: torch.dtype, backend: str
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    log_alphas: Sequence[Tensor],
+    dtype: torch.dtype,
+    backend: str,
+    activation: str = "identity",
 ) -> bool:
-    """Whether the backend has l0_linear for this layer."""
+    """Whether the backend has l0_linear, for several layers l0_mlp, for these tensors."""
     if backend == "cuda":
         return log_alphas[0].dtype == torch.float32
-    return backend == "triton" and module(backend).draws_within(x, weight, log_alphas, dtype)
+    if backend == "cpp":
+        return module(backend).draws_within([x, *weights, *biases, *log_alphas], dtype, activation)
+    if backend == "triton" and len(weights) == 1:
+        return module(backend).draws_within(x, *weights, log_alphas, dtype)
+    return False
 
 
 def _fake_gated_linear_backward(
@@ -310,11 +303,7 @@ def gated_linear_backward(
     gates = (_gate(in_gate), _gate(out_gate))
     kept = (saved,) if backend == "triton" else ()
     args = (dy, x, weight, bias, *gates, *kept, scale_out, full_in, full_out, dtype, needs)
-    if not dist or backend in _FUSED_GATE_GRAD:
-        return _given(module(backend).linear_backward(*args, *([_dist(*dist)] if dist else [])), x)
-    grads = module(backend).linear_backward(*args)
-    z = [gate[0] if gate else None for gate in gates]
-    return _given([*grads[:3], *_log_alpha_grads(grads[3:], z, dist, backend)], x)
+    return _given(module(backend).linear_backward(*args, _dist(*dist) if dist else None), x)
 
 
 def _gates(tensors: list[Tensor | None]) -> list[list[Tensor] | None]:
@@ -387,7 +376,7 @@ def gated_mlp(
     " float[] dist, ScalarType dtype, str backend) -> Tensor[]",
     lambda x, weights, biases, log_alphas, activation, seed, dist, dtype, backend: [
         *_fake_sample([a for a in log_alphas if a is not None], seed),
-        *(x.new_empty(x.shape[0], w.shape[0], dtype=dtype) for w in (weights[-1], *weights[:-1])),
+        *_fake_gated_mlp(x, weights, biases, [], activation, dtype, False, backend),
     ],
 )
 def l0_mlp(
@@ -401,12 +390,11 @@ def l0_mlp(
     dtype: torch.dtype,
     backend: str,
 ) -> list[Tensor]:
-    """z, index and count as of ``sample``, then what gated_mlp returns: the gates are drawn on the way."""
+    """z, index and count as of ``sample``, drawn on the way, then what gated_mlp returns."""
     y, saved, gates = module(backend).l0_mlp_forward(
         x, weights, biases, log_alphas, activation, seed, 0, _dist(*dist), dtype
     )
-    given = [gate for gate in gates if gate is not None]
-    return [*(given[0] if len(given) == 1 else map(torch.cat, zip(*given, strict=True))), y, *saved]
+    return [*gates, y, *saved]
 
 
 def _fake_gated_mlp_backward(
@@ -451,11 +439,55 @@ def gated_mlp_backward(
 ) -> list[Tensor]:
     """With ``dist`` (beta, gamma, zeta) the gates' gradients are those of log_alpha, else those of z."""
     args = (dy, x, weights, biases, _gates(gates), saved, activation, dtype, full, needs)
-    if not dist or backend in _FUSED_GATE_GRAD:
-        return _given(module(backend).mlp_backward(*args, *([_dist(*dist)] if dist else [])), x)
-    grads = module(backend).mlp_backward(*args)
-    n = 1 + 2 * len(weights)
-    return _given([*grads[:n], *_log_alpha_grads(grads[n:], gates[::3], dist, backend)], x)
+    return _given(module(backend).mlp_backward(*args, _dist(*dist) if dist else None), x)
+
+
+def _fake_l0_mlp_backward(
+    dy: Tensor,
+    x: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor | None],
+    gated: list[bool],
+    z: Tensor,
+    index: Tensor,
+    count: Tensor,
+    saved: list[Tensor],
+    activation: str,
+    dtype: torch.dtype,
+    needs: list[bool],
+    dist: list[float],
+    backend: str,
+) -> list[Tensor]:
+    dz = [z.new_empty(w.shape[1]) if has_gate else None for w, has_gate in zip(weights, gated, strict=True)]
+    shapes = [*(None if t is None else t.new_empty(t.shape) for t in (x, *weights, *biases)), *dz]
+    return _given([t if n else None for t, n in zip(shapes, needs, strict=True)], x)
+
+
+@_define(
+    "l0_mlp_backward(Tensor dy, Tensor x, Tensor[] weights, Tensor?[] biases, bool[] gated, Tensor z,"
+    " Tensor index, Tensor count, Tensor[] saved, str activation, ScalarType dtype, bool[] needs,"
+    " float[] dist, str backend) -> Tensor[]",
+    _fake_l0_mlp_backward,
+)
+def l0_mlp_backward(
+    dy: Tensor,
+    x: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor | None],
+    gated: list[bool],
+    z: Tensor,
+    index: Tensor,
+    count: Tensor,
+    saved: list[Tensor],
+    activation: str,
+    dtype: torch.dtype,
+    needs: list[bool],
+    dist: list[float],
+    backend: str,
+) -> list[Tensor]:
+    """Gradients of x, weights, biases and log_alphas from what l0_mlp returned."""
+    args = (dy, x, weights, biases, gated, z, index, count, saved, activation, dtype, needs)
+    return _given(module(backend).l0_mlp_backward(*args, _dist(*dist)), x)
 
 
 @_define(
@@ -685,13 +717,13 @@ def gated_conv2d_backward(
     backend: str,
 ) -> list[Tensor]:
     """With ``dist`` (beta, gamma, zeta) the gates' gradients are those of log_alpha, else those of z."""
-    gates = (_gate(in_gate), _gate(out_gate))
     grads = module(backend).conv2d_backward(
         dy,
         x,
         weight,
         bias,
-        *gates,
+        _gate(in_gate),
+        _gate(out_gate),
         saved,
         scale_in,
         scale_out,
@@ -702,9 +734,6 @@ def gated_conv2d_backward(
         (stride, padding, dilation, groups),
         dtype,
         needs,
-        _dist(*dist) if dist and backend in _FUSED_GATE_GRAD else None,
+        _dist(*dist) if dist else None,
     )
-    if dist and backend not in _FUSED_GATE_GRAD:
-        z = [gate[0] if gate else None for gate in gates]
-        grads = [*grads[:3], *_log_alpha_grads(grads[3:], z, dist, backend)]
     return _given(grads, x)

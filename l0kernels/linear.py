@@ -277,7 +277,7 @@ def _l0_linear(
             x, weight, bias, in_log_alpha=in_log_alpha, out_log_alpha=out_log_alpha, seed=seed, dist=dist
         )
     dtype = compute_dtype(x)
-    if drawn is None and _ops.draws_within(x, weight, given, dtype, backend):
+    if drawn is None and _ops.draws_within(x, (weight,), (bias,), given, dtype, backend):
         seed = check_draw(given, seed, dist)
         return _L0Linear.apply(x, weight, bias, in_log_alpha, out_log_alpha, seed, dist, dtype, backend)
     gates = iter(draw(given, seed, dist, backend) if drawn is None else drawn)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import _ops, _registry, reference
-from .gates import Gates, HardConcrete, attach, check_draw, check_log_alphas, draw, split
+from .gates import Gates, HardConcrete, attach, check_draw, check_log_alphas, draw
 from .linear import _NO_TENSORS, as_rows, compute_dtype, constants, gate_tensors, like_rows
 from .reference import _checks
 from .reference.gates import DEFAULT_DIST
@@ -34,23 +34,14 @@ class _GatedMlp(torch.autograd.Function):
         dist: HardConcrete | None,
         repack: bool,
         backend: str,
-        seed: Tensor | None,
         *tensors: Tensor | None,
     ) -> Tensor:
         depth = len(full)
         weights, biases, gates = tensors[:depth], tensors[depth : 2 * depth], list(tensors[3 * depth :])
-        sources = tensors[2 * depth : 3 * depth]
-        if seed is not None:  # drawn on the way
-            z, index, count, y, *saved = _ops.l0_mlp(
-                as_rows(x), weights, biases, sources, activation, seed, constants(dist), dtype, backend
-            )
-            drawn = iter(split([a for a in sources if a is not None], z, index, count))
-            gates = [t for a in sources for t in (_NO_TENSORS if a is None else next(drawn)[:3])]
-        else:
-            for i, source in enumerate(sources):
-                if gates[3 * i] is None:
-                    gates[3 * i] = source
-            y, *saved = _ops.gated_mlp(as_rows(x), weights, biases, gates, activation, dtype, repack, backend)
+        for i, source in enumerate(tensors[2 * depth : 3 * depth]):
+            if gates[3 * i] is None:
+                gates[3 * i] = source
+        y, *saved = _ops.gated_mlp(as_rows(x), weights, biases, gates, activation, dtype, repack, backend)
         ctx.save_for_backward(x, *weights, *biases, *gates, *saved)
         ctx.settings = (activation, full, dtype, dist, backend)
         return like_rows(y, x)
@@ -63,25 +54,58 @@ class _GatedMlp(torch.autograd.Function):
         x, *tensors = ctx.saved_tensors
         weights, biases, gates = tensors[:depth], tensors[depth : 2 * depth], tensors[2 * depth : 5 * depth]
         wanted = ctx.needs_input_grad
-        needs = [wanted[0], *wanted[8 : 8 + 3 * depth]]
-        saved = tensors[5 * depth :]
-        grads = _ops.gated_mlp_backward(
-            as_rows(dy),
-            as_rows(x),
-            weights,
-            biases,
-            gates,
-            saved,
-            activation,
-            dtype,
-            full,
-            needs,
-            constants(dist),
-            backend,
+        needs = [wanted[0], *wanted[7 : 7 + 3 * depth]]
+        args = (weights, biases, gates, tensors[5 * depth :], activation, dtype, full, needs, constants(dist))
+        grads = _ops.gated_mlp_backward(as_rows(dy), as_rows(x), *args, backend)
+        dx, rest = _wanted(grads, needs, x)
+        return (dx, *[None] * 6, *rest, *[None] * (3 * depth))
+
+
+class _L0Mlp(torch.autograd.Function):
+    """The same where the backend draws on the way; ``tensors``: L weights, biases and log_alphas."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        activation: str,
+        dtype: torch.dtype,
+        dist: HardConcrete,
+        backend: str,
+        seed: Tensor,
+        *tensors: Tensor | None,
+    ) -> Tensor:
+        depth = len(tensors) // 3
+        weights, biases, log_alphas = tensors[:depth], tensors[depth : 2 * depth], tensors[2 * depth :]
+        z, index, count, y, *saved = _ops.l0_mlp(
+            as_rows(x), weights, biases, log_alphas, activation, seed, constants(dist), dtype, backend
         )
-        dx, *rest = (g if n else None for g, n in zip(grads, needs, strict=True))
-        dx = dx if dx is None or x.ndim == 2 else dx.view(x.shape)
-        return (dx, *[None] * 7, *rest, *[None] * (3 * depth))
+        ctx.save_for_backward(x, *weights, *biases, z, index, count, *saved)
+        ctx.settings = (activation, [a is not None for a in log_alphas], dtype, dist, backend)
+        return like_rows(y, x)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        _ops.refuse_second_derivative("gated_mlp")
+        activation, gated, dtype, dist, backend = ctx.settings
+        depth = len(gated)
+        x, *tensors = ctx.saved_tensors
+        weights, biases = tensors[:depth], tensors[depth : 2 * depth]
+        z, index, count, *saved = tensors[2 * depth :]
+        wanted = ctx.needs_input_grad
+        needs = [wanted[0], *wanted[6:]]
+        args = (weights, biases, gated, z, index, count, saved, activation, dtype, needs, constants(dist))
+        grads = _ops.l0_mlp_backward(as_rows(dy), as_rows(x), *args, backend)
+        dx, rest = _wanted(grads, needs, x)
+        return (dx, *[None] * 5, *rest)
+
+
+def _wanted(
+    grads: Sequence[Tensor], needs: Sequence[bool], x: Tensor
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """dx in the shape of x, and the others, None where not needed."""
+    dx, *rest = (g if n else None for g, n in zip(grads, needs, strict=True))
+    return dx if dx is None or x.ndim == 2 else dx.view(x.shape), rest
 
 
 def _backend(x: Tensor, weights: Sequence[Tensor], activation: str) -> str:
@@ -143,7 +167,6 @@ def gated_mlp(
         None,
         repack_in_backward,
         backend,
-        None,
         *weights,
         *biases,
         *(part[0] for part in parts),
@@ -226,10 +249,10 @@ def _l0_mlp(
             x, weights, biases, [None] * len(weights), activation, repack_in_backward=repack_in_backward
         )
     dtype = compute_dtype(x)
-    drawn_by_chain = gates is None and backend == "cuda" and given[0].dtype == torch.float32
-    if drawn_by_chain:
-        seed, gates = check_draw(given, seed, dist), [None] * len(weights)
-    elif gates is None:
+    if gates is None:
+        if _ops.draws_within(x, weights, biases, given, dtype, backend, activation):
+            seed = check_draw(given, seed, dist)
+            return _L0Mlp.apply(x, activation, dtype, dist, backend, seed, *weights, *biases, *log_alphas)
         fresh = iter(draw(given, seed, dist, backend))
         gates = [None if a is None else next(fresh) for a in log_alphas]
     parts = [_NO_TENSORS if gate is None else gate_tensors(gate, dtype) for gate in gates]
@@ -241,7 +264,6 @@ def _l0_mlp(
         dist,
         repack_in_backward,
         backend,
-        seed if drawn_by_chain else None,
         *weights,
         *biases,
         *log_alphas,

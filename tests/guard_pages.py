@@ -15,6 +15,7 @@ from l0kernels._registry import native
 
 PAGE = mmap.PAGESIZE
 KEPT = []
+CONSTANTS = (2 / 3, -0.1, 1.1)
 
 
 def guarded(t, at_end):
@@ -75,9 +76,9 @@ def layer(m, n_in, n_out, dtype, z_in, z_out, transposed, at_end, threads):
     y, dx, dw, db = empty(m, n_out), empty(m, n_in), empty(n_out, n_in), empty(n_out)
     dz_in = None if z_in is None else empty(n_in)
     dz_out = None if z_out is None else empty(n_out)
-    native.linear_forward(*head, address(y), threads)
+    native.linear_forward(*head, None, address(y), threads)
     grads = map(address, (dx, dw, db, dz_in, dz_out))
-    native.linear_backward(*head, matrix(dy, transposed), *grads, threads)
+    native.linear_backward(*head, matrix(dy, transposed), *grads, CONSTANTS, threads)
     for t in (y, dx, dw, db, dz_in, dz_out):
         assert t is None or not t.isnan().any(), "a result was not written whole"
     KEPT.clear()
@@ -101,8 +102,8 @@ def chain(m, sizes, dtype, zs, activation, at_end, threads):
         results += [dw, db, dz]
         KEPT.extend((w, b, h, pre))
     head = (dtype == torch.float64, m, matrix(x, False), activation, layers)
-    native.mlp_forward(*head, address(y), threads)
-    native.mlp_backward(*head, matrix(dy, False), address(dx), threads)
+    native.mlp_forward(*head, None, address(y), threads)
+    native.mlp_backward(*head, matrix(dy, False), address(dx), CONSTANTS, threads)
     for t in results:
         assert t is None or not t.isnan().any(), "a result was not written whole"
     KEPT.clear()
@@ -132,13 +133,11 @@ def sampling(n, dtype, at_end):
     z, seed = guarded(torch.empty(n, dtype=dtype), at_end), guarded(torch.tensor([5]), at_end)
     index = guarded(torch.empty(-(-n // 128) * 128, dtype=torch.int32), at_end)
     count = guarded(torch.empty(2, dtype=torch.int32), at_end)
-    constants = (2 / 3, -0.1, 1.1)
-    addresses = (address(z), address(index), address(count))
-    native.sample(
-        [address(log_alpha)], [n], dtype == torch.float64, address(seed), 0, *constants, *addresses, 1
-    )
+    double = dtype == torch.float64
+    gate = (address(z), address(index), address(count), n, False)
+    native.sample(double, (address(seed), 0, CONSTANTS, [address(log_alpha)]), [gate], 1)
     grad = guarded(torch.empty(n, dtype=dtype), at_end)
-    native.gate_grad(address(log_alpha), address(z), address(grad), n, dtype == torch.float64, *constants)
+    native.gate_grad(address(log_alpha), address(z), address(grad), n, double, CONSTANTS)
     KEPT.clear()
 
 

@@ -10,6 +10,7 @@ from torch.library import opcheck
 
 import l0kernels as l0
 from l0kernels import _registry, nn, reference
+from l0kernels.gates import split
 from l0kernels.impl import cuda
 from l0kernels.reference.gates import ALIGN, HardConcrete, compact, round_up
 from op_checks import LAYOUTS, SEED, compare, make_z, sliced, transposed
@@ -525,6 +526,11 @@ class TestOpcheck:
         for log_alphas in ([a, a2], [None, a2], [a, None]):
             args = (x, weights, biases, log_alphas, "relu", on_device(SEED), dist, dtype)
             self.check("l0_mlp", *args)
+            z, index, count, _, *saved = self.OPS.l0_mlp(*args, "cuda")
+            gated = [log_alpha is not None for log_alpha in log_alphas]
+            needs = [True, True, True, True, False, *gated]
+            joined = (gated, z, index, count, saved)
+            self.check("l0_mlp_backward", dy2, x, weights, biases, *joined, "relu", dtype, needs, dist)
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
     def test_l2(self, dtype):
@@ -655,11 +661,12 @@ class TestSmallLinear:
         seed = on_device(torch.tensor([77]))
         given = [a for a in (a_in, a_out) if a is not None]
         z, index, count = cuda.sample(given, seed, 3, DIST)
-        y, in_gate, out_gate = cuda.l0_linear_forward(x, w, b, a_in, a_out, seed, 3, DIST, torch.float32)
-        drawn = [g for g in (in_gate, out_gate) if g is not None]
-        for k, whole in enumerate((z, index, count)):
-            assert torch.equal(torch.cat([g[k] for g in drawn]), whole)
-        assert torch.equal(y, cuda.linear_forward(x, w, b, in_gate, out_gate, True, torch.float32))
+        y, *drawn = cuda.l0_linear_forward(x, w, b, a_in, a_out, seed, 3, DIST, torch.float32)
+        for got, whole in zip(drawn, (z, index, count), strict=True):
+            assert torch.equal(got, whole)
+        gates = iter([list(gate[:3]) for gate in split(given, *drawn)])
+        sides = [None if a is None else next(gates) for a in (a_in, a_out)]
+        assert torch.equal(y, cuda.linear_forward(x, w, b, *sides, True, torch.float32))
 
     def test_to_log_alpha_is_gate_grad(self):
         m, n_in, n_out = 20, 100, 50
@@ -739,13 +746,23 @@ class TestSmallMlp:
         log_alphas = [on_device(torch.randn(40)), None, on_device(torch.randn(35))]
         seed = on_device(torch.tensor([78]))
         z, index, count = cuda.sample([log_alphas[0], log_alphas[2]], seed, 1, DIST)
-        y, _, gates = cuda.l0_mlp_forward(
-            x, weights, [None] * 3, log_alphas, "relu", seed, 1, DIST, torch.float32
+        biases = [None] * 3
+        y, saved, drawn = cuda.l0_mlp_forward(
+            x, weights, biases, log_alphas, "relu", seed, 1, DIST, torch.float32
         )
-        assert gates[1] is None
-        for k, whole in enumerate((z, index, count)):
-            assert torch.equal(torch.cat([gates[0][k], gates[2][k]]), whole)
-        assert torch.equal(y, cuda.mlp_forward(x, weights, [None] * 3, gates, "relu", torch.float32)[0])
+        for got, whole in zip(drawn, (z, index, count), strict=True):
+            assert torch.equal(got, whole)
+        first, last = (list(gate[:3]) for gate in split([log_alphas[0], log_alphas[2]], *drawn))
+        gates = [first, None, last]
+        assert torch.equal(y, cuda.mlp_forward(x, weights, biases, gates, "relu", torch.float32)[0])
+        dy = on_device(torch.randn(19, 10))
+        needs = [True, *[True] * 3, *[False] * 3, True, False, True]
+        args = (dy, x, weights, biases)
+        rest = ("relu", torch.float32, needs, DIST)
+        grads = cuda.l0_mlp_backward(*args, [True, False, True], *drawn, saved, *rest)
+        known = cuda.mlp_backward(*args, gates, saved, *rest[:2], [False] * 3, *rest[2:])
+        for got, want in zip(grads, known, strict=True):
+            assert (got is None and want is None) or torch.equal(got, want)
 
     def test_mixed_dtypes_are_cast(self):
         """Under autocast the parameters are float32 and the product is not; gradients have their types."""

@@ -87,9 +87,10 @@ def test_forward_with_known_gates():
     torch.testing.assert_close(block(x, gates), expected)
 
 
-def test_one_draw_and_one_product_per_forward(monkeypatch):
+@pytest.mark.parametrize("activation", ["relu", "swiglu"])
+def test_one_draw_and_one_product_per_forward(monkeypatch, backend, activation):
     calls = []
-    for name in ("sample", "gated_mlp", "gated_mlp_backward"):
+    for name in ("sample", "gated_mlp", "gated_mlp_backward", "l0_mlp", "l0_mlp_backward"):
         operator = getattr(nn.bank.sample_gates.__globals__["_ops"], name)
 
         def counted(*args, name=name, operator=operator):
@@ -97,8 +98,11 @@ def test_one_draw_and_one_product_per_forward(monkeypatch):
             return operator(*args)
 
         monkeypatch.setattr(f"l0kernels._ops.{name}", counted)
-    make()(torch.randn(4, D)).sum().backward()
-    assert calls == ["sample", "gated_mlp", "gated_mlp_backward"]
+    make(activation)(torch.randn(4, D)).sum().backward()
+    within = backend == "cpp" and activation == "relu"
+    assert calls == (
+        ["l0_mlp", "l0_mlp_backward"] if within else ["sample", "gated_mlp", "gated_mlp_backward"]
+    )
 
 
 def test_names_shapes_and_initialisation():

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import l0kernels as l0
-from l0kernels import Gates, reference
+from l0kernels import Gates, _ops, reference
 from l0kernels.reference.mlp import GLU, ROWS
 from op_checks import BACKENDS, LAYOUTS, SEED, compare, make_z, strided, to_list, wanted
 
@@ -52,6 +52,29 @@ class TestOpcheck:
         for needs, dist in (([True] * 5, []), ([False, False, True, True, False], list(DIST))):
             args = (dy, x, weight, bias, g_in, g_out, [], True, False, True, dtype, needs, dist, backend)
             opcheck(OPS.gated_linear_backward.default, args)
+
+    @pytest.mark.parametrize("layout", list(LAYOUTS))
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    def test_drawn_within(self, backend, layout, dtype):
+        """Where a backend draws on the way; Triton and CUDA: test_triton_layers.py, test_cuda_kernels.py."""
+        x, w, w2, dy = (LAYOUTS[layout](torch.randn(s).to(dtype)) for s in ((6, 13), (9, 13), (5, 9), (6, 5)))
+        bias, a, a2 = (torch.randn(n).to(dtype) for n in (9, 13, 9))
+        weights, biases, dist = [w, w2], [bias, None], list(DIST)
+        if not _ops.draws_within(x, weights, biases, [a, a2], dtype, backend):
+            assert backend == "torch"
+            return
+        for sides in ((a, a2), (a, None), (None, a2)):
+            opcheck(OPS.l0_linear.default, (x, w, bias, *sides, SEED, dist, dtype, backend))
+        for activation in ("relu", "gelu"):
+            for log_alphas in ([a, a2], [None, a2], [a, None]):
+                args = (x, weights, biases, log_alphas, activation, SEED, dist, dtype, backend)
+                # Beyond the open units packed activations hold anything.
+                opcheck(OPS.l0_mlp.default, args, test_utils=UTILITIES[:-1])
+                z, index, count, _, *saved = OPS.l0_mlp(*args)
+                gated = [log_alpha is not None for log_alpha in log_alphas]
+                needs = [True, True, True, True, False, *gated]
+                rest = (gated, z, index, count, saved, activation, dtype, needs, dist, backend)
+                opcheck(OPS.l0_mlp_backward.default, (dy, x, weights, biases, *rest))
 
     @pytest.mark.parametrize(("layout", "dtype"), CASES)
     @pytest.mark.parametrize("activation", ["relu", "gelu", "swiglu"])
@@ -146,8 +169,8 @@ class TestOpcheck:
             for name in torch._C._dispatch_get_all_op_names()
             if "l0kernels::" in name
         }
-        # l0_linear is Triton's own, l0_mlp CUDA's: test_triton_layers.py and test_cuda_kernels.py check them.
-        assert names - {"l0_linear", "l0_mlp"} == {
+        assert names == {
+            *("l0_linear", "l0_mlp", "l0_mlp_backward"),
             *("l2_penalty", "l2_weight_grad"),
             *("sample", "gate_grad", "l0_penalty", "gated_linear", "gated_linear_backward", "gated_mlp"),
             *("gated_conv2d", "gated_conv2d_backward"),
@@ -186,7 +209,9 @@ class TestOpcheck:
 
         with Spy():
             expected = call(x, weight, log_alpha)
-        assert {"l0kernels::sample", "l0kernels::gated_linear"} <= set(seen)
+        within = _ops.draws_within(x, [weight], [None], [log_alpha], torch.float32, backend)
+        names = {"l0_linear"} if within else {"sample", "gated_linear"}
+        assert {f"l0kernels::{name}" for name in names} <= set(seen)
         graph = make_fx(call)(x, weight, log_alpha)
         again = torch.randn(6, 13)
         assert torch.equal(graph(x, weight, log_alpha), expected)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..reference.gates import HardConcrete, round_up
+from ..reference.gates import round_up
 from .packed import Gate, PackUnpack, extent
 from .recycle import empty_grad
 
@@ -426,7 +426,6 @@ def conv2d_backward(
     conv: Conv,
     dtype: torch.dtype,
     needs: list[bool],
-    dist: HardConcrete | None,
 ) -> list[Tensor | None]:
     """dx, dweight, dbias, dz_in, dz_out, each None where ``needs`` says so."""
     need_x, need_w, need_b, need_in, need_out = needs

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from .._registry import native as _C
-from ..reference.gates import HardConcrete, round_up
+from ..reference.gates import HardConcrete
 from ..reference.mlp import GLU
-from . import conv2d, packed
+from . import conv2d, joined, packed
 from . import torch as portable
 from .packed import Gate, extent
 from .recycle import empty_grad
@@ -41,33 +41,36 @@ def _address(t: Tensor | None) -> int:
     return 0 if t is None else t.data_ptr()
 
 
+def _draw(log_alphas: list[Tensor], seed: Tensor, rank: int, dist: HardConcrete) -> tuple[Any, ...]:
+    """Where gates are drawn from; the log_alphas are contiguous and bound to a name by the caller."""
+    return seed.data_ptr(), rank, _constants(dist), [a.data_ptr() for a in log_alphas]
+
+
+def _constants(dist: HardConcrete) -> tuple[float, float, float]:
+    return dist.beta, dist.gamma, dist.zeta
+
+
+def _joined_gates(
+    z: Tensor, index: Tensor, count: Tensor, sizes: list[int | None]
+) -> list[tuple[int, int, int, int, bool] | None]:
+    return [None if gate is None else (*gate, False) for gate in joined.addresses(z, index, count, sizes)]
+
+
 def sample(
     log_alphas: list[Tensor], seed: Tensor, rank: int, dist: HardConcrete
 ) -> tuple[Tensor, Tensor, Tensor]:
     """z, index and count of every gate vector, one after the other, in one call."""
     log_alphas = [a.contiguous() for a in log_alphas]
-    first = log_alphas[0]
-    sizes = [a.shape[0] for a in log_alphas]
-    z = first.new_empty(sum(sizes))
-    index = torch.empty(sum(map(round_up, sizes)), dtype=torch.int32)
-    count = torch.empty(2 * len(sizes), dtype=torch.int32)
+    gates = joined.empty(log_alphas)
     nan_at = _C.sample(
-        [a.data_ptr() for a in log_alphas],
-        sizes,
-        first.dtype == torch.float64,
-        seed.data_ptr(),
-        rank,
-        dist.beta,
-        dist.gamma,
-        dist.zeta,
-        z.data_ptr(),
-        index.data_ptr(),
-        count.data_ptr(),
+        log_alphas[0].dtype == torch.float64,
+        _draw(log_alphas, seed, rank, dist),
+        _joined_gates(*gates, [a.shape[0] for a in log_alphas]),
         torch.get_num_threads(),
     )
     if nan_at >= 0:
-        portable.raise_nan(nan_at, len(sizes))
-    return z, index, count
+        portable.raise_nan(nan_at, len(log_alphas))
+    return gates
 
 
 def gate_grad(dz: Tensor, z: Tensor, dist: HardConcrete) -> Tensor:
@@ -75,14 +78,7 @@ def gate_grad(dz: Tensor, z: Tensor, dist: HardConcrete) -> Tensor:
     dz, z = dz.contiguous(), z.contiguous()
     out = torch.empty_like(z)
     _C.gate_grad(
-        dz.data_ptr(),
-        z.data_ptr(),
-        out.data_ptr(),
-        z.numel(),
-        z.dtype == torch.float64,
-        dist.beta,
-        dist.gamma,
-        dist.zeta,
+        dz.data_ptr(), z.data_ptr(), out.data_ptr(), z.numel(), z.dtype == torch.float64, _constants(dist)
     )
     return out
 
@@ -271,22 +267,54 @@ def linear_forward(
 ) -> Tensor:
     if not _fused(dtype, x, weight, bias):
         return packed.linear_forward(_PACK, x, weight, bias, in_gate, out_gate, scale_out, dtype)
+    return _linear_forward(x, weight, bias, [_gate(in_gate), _gate(out_gate)], scale_out, None)
+
+
+def l0_linear_forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    in_log_alpha: Tensor | None,
+    out_log_alpha: Tensor | None,
+    seed: Tensor,
+    rank: int,
+    dist: HardConcrete,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """sample and linear_forward in one call: y, and the gates joined."""
+    log_alphas = [None if a is None else a.contiguous() for a in (in_log_alpha, out_log_alpha)]
+    given = [a for a in log_alphas if a is not None]
+    gates = joined.empty(given)
+    sides = _joined_gates(*gates, [None if a is None else a.shape[0] for a in log_alphas])
+    return _linear_forward(x, weight, bias, sides, True, _draw(given, seed, rank, dist)), *gates
+
+
+def _linear_forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    sides: list[Any],
+    scale_out: bool,
+    draw: tuple[Any, ...] | None,
+) -> Tensor:
     y = x.new_empty(x.shape[0], weight.shape[0])
     bias = None if bias is None else bias.contiguous()
-    _C.linear_forward(
-        dtype == torch.float64,
+    nan_at = _C.linear_forward(
+        x.dtype == torch.float64,
         x.shape[0],
         weight.shape[1],
         weight.shape[0],
         _matrix(x),
         _matrix(weight),
         _address(bias),
-        _gate(in_gate),
-        _gate(out_gate),
+        *sides,
         scale_out,
+        draw,
         y.data_ptr(),
         torch.get_num_threads(),
     )
+    if nan_at >= 0:
+        portable.raise_nan(nan_at, 2 - sides.count(None))
     return y
 
 
@@ -302,11 +330,15 @@ def linear_backward(
     full_out: bool,
     dtype: torch.dtype,
     needs: list[bool],
+    to_log_alpha: HardConcrete | None = None,
 ) -> list[Tensor | None]:
+    """dx, dweight, dbias, dz_in, dz_out, None where ``needs`` says so; with ``to_log_alpha`` the last two are
+    the gradients of the log_alphas that the gates were drawn from."""
     if not _fused(dtype, dy, x, weight, bias):
-        return packed.linear_backward(
+        grads = packed.linear_backward(
             _PACK, dy, x, weight, bias, in_gate, out_gate, scale_out, full_in, full_out, dtype, needs
         )
+        return packed.to_log_alpha(gate_grad, grads, 3, [in_gate, out_gate], to_log_alpha)
     need_x, need_w, need_b, need_in, need_out = needs
     M, (n_out, n_in) = x.shape[0], weight.shape
     dx = x.new_empty(M, n_in) if need_x else None
@@ -333,34 +365,38 @@ def linear_backward(
         _address(db),
         _address(dz_in),
         _address(dz_out),
+        None if to_log_alpha is None else _constants(to_log_alpha),
         torch.get_num_threads(),
     )
     return [dx, dw if need_w else None, db if need_b else None, dz_in, dz_out]
 
 
+def draws_within(tensors: list[Tensor | None], dtype: torch.dtype, activation: str) -> bool:
+    """Whether a layer or chain of these tensors, log_alphas among them, is one call that can draw."""
+    return activation not in GLU and _fused(dtype, *tensors)
+
+
 def _layers(
     weights: list[Tensor],
     biases: list[Tensor | None],
-    gates: list[Gate | None],
+    gates: list[Any],
     saved: list[Tensor],
     grads: list[list[Tensor | None]] | None = None,
-    full: list[bool] | None = None,
 ) -> list[tuple[Any, ...]]:
     depth = len(weights)
     layers = []
     for i, (weight, bias, gate) in enumerate(zip(weights, biases, gates, strict=True)):
         dw, db, dz = (None, None, None) if grads is None else (group[i] for group in grads)
-        h = saved[i - 1].data_ptr() if i else 0
-        pre = saved[depth - 2 + i].data_ptr() if i and len(saved) > depth - 1 else 0
+        n_out, n_in = weight.shape
         layers.append(
             (
-                weight.shape[1],
-                weight.shape[0],
+                n_in,
+                n_out,
                 _matrix(weight),
                 _address(bias),
-                _gate(gate, full is not None and full[i]),
-                h,
-                pre,
+                gate,
+                saved[i - 1].data_ptr() if i else 0,
+                saved[depth - 2 + i].data_ptr() if i and len(saved) > depth - 1 else 0,
                 _address(dw),
                 _address(db),
                 _address(dz),
@@ -381,21 +417,54 @@ def mlp_forward(
     activations their arguments. Gated products are composed: native pack and unpack around torch.mm."""
     if activation in GLU or not _fused(dtype, x, *weights, *biases):
         return packed.mlp_forward(_PACK, x, weights, biases, gates, activation, dtype)
+    return _mlp_forward(x, weights, biases, [_gate(gate) for gate in gates], activation, None)
+
+
+def l0_mlp_forward(
+    x: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor | None],
+    log_alphas: list[Tensor | None],
+    activation: str,
+    seed: Tensor,
+    rank: int,
+    dist: HardConcrete,
+    dtype: torch.dtype,
+) -> tuple[Tensor, list[Tensor], tuple[Tensor, Tensor, Tensor]]:
+    """sample and mlp_forward in one call: y, what backward needs, and the gates joined."""
+    given = [a.contiguous() for a in log_alphas if a is not None]
+    gates = joined.empty(given)
+    layers = _joined_gates(*gates, [None if a is None else a.shape[0] for a in log_alphas])
+    draw = _draw(given, seed, rank, dist)
+    return *_mlp_forward(x, weights, biases, layers, activation, draw), gates
+
+
+def _mlp_forward(
+    x: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor | None],
+    gates: list[Any],
+    activation: str,
+    draw: tuple[Any, ...] | None,
+) -> tuple[Tensor, list[Tensor]]:
     M = x.shape[0]
     saved = [x.new_empty(M, w.shape[1]) for w in weights[1:]]
     if activation in ("gelu", "silu"):
         saved += [torch.empty_like(h) for h in saved]
     y = x.new_empty(M, weights[-1].shape[0])
     biases = [None if b is None else b.contiguous() for b in biases]
-    _C.mlp_forward(
-        dtype == torch.float64,
+    nan_at = _C.mlp_forward(
+        x.dtype == torch.float64,
         M,
         _matrix(x),
         _ACTIVATIONS[activation],
         _layers(weights, biases, gates, saved),
+        draw,
         y.data_ptr(),
         torch.get_num_threads(),
     )
+    if nan_at >= 0:
+        portable.raise_nan(nan_at, len(gates) - gates.count(None))
     return y, saved
 
 
@@ -410,22 +479,58 @@ def mlp_backward(
     dtype: torch.dtype,
     full: list[bool],
     needs: list[bool],
+    to_log_alpha: HardConcrete | None = None,
 ) -> list[Tensor | None]:
+    """dx, then dweight, dbias and dz of every layer, None where ``needs`` says so; with ``to_log_alpha`` the
+    last are the gradients of the log_alphas that the gates were drawn from."""
     if activation in GLU or not _fused(dtype, dy, x, *weights, *biases):
-        return packed.mlp_backward(
+        grads = packed.mlp_backward(
             _PACK, dy, x, weights, biases, gates, saved, activation, dtype, full, needs
         )
+        return packed.to_log_alpha(gate_grad, grads, 1 + 2 * len(weights), gates, to_log_alpha)
+    given = [_gate(gate, f) for gate, f in zip(gates, full, strict=True)]
+    return _mlp_backward(dy, x, weights, biases, given, saved, activation, needs, to_log_alpha)
+
+
+def l0_mlp_backward(
+    dy: Tensor,
+    x: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor | None],
+    gated: list[bool],
+    z: Tensor,
+    index: Tensor,
+    count: Tensor,
+    saved: list[Tensor],
+    activation: str,
+    dtype: torch.dtype,
+    needs: list[bool],
+    dist: HardConcrete,
+) -> list[Tensor | None]:
+    """mlp_backward of l0_mlp_forward, with its gates as it returned them."""
+    sizes = [w.shape[1] if has_gate else None for w, has_gate in zip(weights, gated, strict=True)]
+    gates = _joined_gates(z, index, count, sizes)
+    dy = dy if dy.dtype == dtype else dy.to(dtype)
+    return _mlp_backward(dy, x, weights, biases, gates, saved, activation, needs, dist)
+
+
+def _mlp_backward(
+    dy: Tensor,
+    x: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor | None],
+    gates: list[Any],
+    saved: list[Tensor],
+    activation: str,
+    needs: list[bool],
+    to_log_alpha: HardConcrete | None,
+) -> list[Tensor | None]:
     depth = len(weights)
-    need_x, need_w, need_b, need_z = (
-        needs[0],
-        needs[1 : 1 + depth],
-        needs[1 + depth : 1 + 2 * depth],
-        needs[1 + 2 * depth :],
-    )
-    dx = x.new_empty(x.shape) if need_x else None
+    need_w, need_b, need_z = needs[1 : 1 + depth], needs[1 + depth : 1 + 2 * depth], needs[1 + 2 * depth :]
+    dx = x.new_empty(x.shape) if needs[0] else None
     # the first dz is read off dx or dW
     dw = [
-        empty_grad(w) if n or (i == 0 and need_z[0] and not need_x) else None
+        empty_grad(w) if n or (i == 0 and need_z[0] and not needs[0]) else None
         for i, (w, n) in enumerate(zip(weights, need_w, strict=True))
     ]
     db = [
@@ -434,13 +539,14 @@ def mlp_backward(
     ]
     dz = [x.new_empty(w.shape[1]) if n else None for w, n in zip(weights, need_z, strict=True)]
     _C.mlp_backward(
-        dtype == torch.float64,
+        x.dtype == torch.float64,
         x.shape[0],
         _matrix(x),
         _ACTIVATIONS[activation],
-        _layers(weights, biases, gates, saved, [dw, db, dz], full),
+        _layers(weights, biases, gates, saved, [dw, db, dz]),
         _matrix(dy),
         _address(dx),
+        None if to_log_alpha is None else _constants(to_log_alpha),
         torch.get_num_threads(),
     )
     return [dx, *(w if n else None for w, n in zip(dw, need_w, strict=True)), *db, *dz]
@@ -571,4 +677,5 @@ def conv2d_forward(*args: Any) -> tuple[Tensor, list[Tensor]]:
 
 
 def conv2d_backward(*args: Any) -> list[Tensor | None]:
-    return conv2d.conv2d_backward(_PACK, *args)
+    *given, dist = args
+    return packed.to_log_alpha(gate_grad, conv2d.conv2d_backward(_PACK, *given), 3, given[4:6], dist)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..reference.gates import ALIGN, TAU, HardConcrete, round_up
+from . import joined
 from .packed import Gate
 
 SERVES = frozenset(
@@ -144,13 +145,10 @@ def _sample(
 ) -> tuple[Tensor, Tensor, Tensor]:
     log_alphas = [a.contiguous() for a in log_alphas]
     first = log_alphas[0]
-    sizes = [a.shape[0] for a in log_alphas]
-    z = first.new_empty(sum(sizes))
-    index = torch.empty(sum(map(round_up, sizes)), dtype=torch.int32, device=first.device)
-    count = torch.empty(2 * len(sizes), dtype=torch.int32, device=first.device)
+    z, index, count = joined.empty(log_alphas)
     _CUDA.sample(
         [a.data_ptr() for a in log_alphas],
-        sizes,
+        [a.shape[0] for a in log_alphas],
         first.dtype == torch.float64,
         seed.data_ptr(),
         rank,
@@ -532,21 +530,40 @@ def _matrix(t: Tensor) -> tuple[int, int, int]:
     return t.data_ptr(), t.stride(0), t.stride(1)
 
 
-def _small_gate(
-    x: Tensor, name: str, gate: Gate | None, log_alpha: Tensor | None = None, stream: int = 0
-) -> tuple[int, ...] | None:
-    """As the kernels take it; with a log_alpha it is drawn there."""
+_SmallGate = tuple[int, int, int, int, int, int]
+"""size, addresses of z, index and count, address of the log_alpha that is drawn from or 0, stream."""
+
+
+def _small_gate(x: Tensor, name: str, gate: Gate | None) -> _SmallGate | None:
     if gate is None:
         return None
     z, index, count = gate
     _beside(z, x, name)
-    return z.shape[0], z.data_ptr(), index.data_ptr(), count.data_ptr(), _address(log_alpha), stream
+    return z.shape[0], z.data_ptr(), index.data_ptr(), count.data_ptr(), 0, 0
 
 
-def _empty_gate(log_alpha: Tensor) -> Gate:
-    n = log_alpha.shape[0]
-    index = torch.empty(round_up(n), dtype=torch.int32, device=log_alpha.device)
-    return [torch.empty_like(log_alpha), index, index.new_empty(2)]
+def _joined_gates(
+    x: Tensor,
+    gates: tuple[Tensor, Tensor, Tensor],
+    sizes: Sequence[int | None],
+    log_alphas: Sequence[Tensor] | None = None,
+) -> list[_SmallGate | None]:
+    """Where ``sizes`` has one, a gate; with log_alphas, one for each of these, they are drawn."""
+    _beside(gates[0], x, "log_alpha")
+    found: list[_SmallGate | None] = []
+    stream = 0
+    for place in joined.addresses(*gates, sizes):
+        if place is None:
+            found.append(None)
+            continue
+        z, index, count, size = place
+        found.append((size, z, index, count, _address(log_alphas[stream]) if log_alphas else 0, stream))
+        stream += 1
+    return found
+
+
+def _draw(seed: Tensor, rank: int, dist: HardConcrete) -> tuple[Any, ...]:
+    return seed.data_ptr(), rank, _constants(dist), TAU
 
 
 def _cast(dtype: torch.dtype, *tensors: Tensor | None) -> list[Any]:
@@ -586,26 +603,23 @@ def l0_linear_forward(
     rank: int,
     dist: HardConcrete,
     dtype: torch.dtype,
-) -> tuple[Tensor, Gate | None, Gate | None]:
-    """sample and linear_forward in one launch: y, and the gates. Input gates are stream 0."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """sample and linear_forward in one launch: y, and the gates joined. Input gates are stream 0."""
     log_alphas = [None if a is None else a.contiguous() for a in (in_log_alpha, out_log_alpha)]
-    gates = [None if a is None else _empty_gate(a) for a in log_alphas]
-    streams = (0, 0 if log_alphas[0] is None else 1)
-    names = ("in_log_alpha", "out_log_alpha")
-    in_, out = (
-        _small_gate(x, name, g, a, s) for name, g, a, s in zip(names, gates, log_alphas, streams, strict=True)
-    )
-    draw = (seed.data_ptr(), rank, _constants(dist), TAU)
-    y = _linear_forward(x, weight, bias, in_, out, True, dtype, draw)
-    return y, gates[0], gates[1]
+    given = [a for a in log_alphas if a is not None]
+    gates = joined.empty(given)
+    sizes = [None if a is None else a.shape[0] for a in log_alphas]
+    in_gate, out_gate = _joined_gates(x, gates, sizes, given)
+    draw = _draw(seed, rank, dist)
+    return _linear_forward(x, weight, bias, in_gate, out_gate, True, dtype, draw), *gates
 
 
 def _linear_forward(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    in_gate: tuple[int, ...] | None,
-    out_gate: tuple[int, ...] | None,
+    in_gate: _SmallGate | None,
+    out_gate: _SmallGate | None,
     scale_out: bool,
     dtype: torch.dtype,
     draw: tuple[Any, ...] | None,
@@ -739,23 +753,20 @@ def l0_mlp_forward(
     rank: int,
     dist: HardConcrete,
     dtype: torch.dtype,
-) -> tuple[Tensor, list[Tensor], list[Gate | None]]:
-    """sample and mlp_forward in one launch a layer; the gates present are streams 0, 1, ... in order."""
-    log_alphas = [None if a is None else a.contiguous() for a in log_alphas]
-    gates = [None if a is None else _empty_gate(a) for a in log_alphas]
-    streams = itertools.accumulate([0, *(a is not None for a in log_alphas)])
-    drawn = [
-        _small_gate(x, "log_alphas", g, a, s) for g, a, s in zip(gates, log_alphas, streams, strict=False)
-    ]
-    draw = (seed.data_ptr(), rank, _constants(dist), TAU)
-    return *_mlp_forward(x, weights, biases, drawn, activation, dtype, draw), gates
+) -> tuple[Tensor, list[Tensor], tuple[Tensor, Tensor, Tensor]]:
+    """sample and mlp_forward in one launch a layer; the gates, joined, are streams 0, 1, ... in order."""
+    given = [a.contiguous() for a in log_alphas if a is not None]
+    gates = joined.empty(given)
+    layers = _joined_gates(x, gates, [None if a is None else a.shape[0] for a in log_alphas], given)
+    draw = _draw(seed, rank, dist)
+    return *_mlp_forward(x, weights, biases, layers, activation, dtype, draw), gates
 
 
 def _mlp_forward(
     x: Tensor,
     weights: list[Tensor],
     biases: list[Tensor | None],
-    gates: list[tuple[int, ...] | None],
+    gates: list[_SmallGate | None],
     activation: str,
     dtype: torch.dtype,
     draw: tuple[Any, ...] | None,
@@ -791,6 +802,45 @@ def mlp_backward(
     to_log_alpha: HardConcrete | None = None,
 ) -> list[Tensor | None]:
     """dx, then dweight, dbias and dz of every layer; ``needs`` has that order. A launch a layer."""
+    given = [_small_gate(x, "gates", gate) for gate in gates]
+    return _mlp_backward(dy, x, weights, biases, given, saved, activation, dtype, full, needs, to_log_alpha)
+
+
+def l0_mlp_backward(
+    dy: Tensor,
+    x: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor | None],
+    gated: list[bool],
+    z: Tensor,
+    index: Tensor,
+    count: Tensor,
+    saved: list[Tensor],
+    activation: str,
+    dtype: torch.dtype,
+    needs: list[bool],
+    dist: HardConcrete,
+) -> list[Tensor | None]:
+    """mlp_backward of l0_mlp_forward, with its gates as it returned them."""
+    sizes = [w.shape[1] if has_gate else None for w, has_gate in zip(weights, gated, strict=True)]
+    gates = _joined_gates(x, (z, index, count), sizes)
+    full = [False] * len(weights)
+    return _mlp_backward(dy, x, weights, biases, gates, saved, activation, dtype, full, needs, dist)
+
+
+def _mlp_backward(
+    dy: Tensor,
+    x: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor | None],
+    gates: list[_SmallGate | None],
+    saved: list[Tensor],
+    activation: str,
+    dtype: torch.dtype,
+    full: list[bool],
+    needs: list[bool],
+    to_log_alpha: HardConcrete | None,
+) -> list[Tensor | None]:
     depth = len(weights)
     types = [t if t is None else t.dtype for t in (x, *weights, *biases)]
     x, weights, biases = _mlp_tensors(x, weights, biases, dtype)
@@ -815,7 +865,7 @@ def mlp_backward(
         M,
         _matrix(x),
         _ACTIVATIONS[activation],
-        _small_layers(weights, biases, [_small_gate(x, "gates", g) for g in gates], saved),
+        _small_layers(weights, biases, gates, saved),
         [
             (_address(dw[i]), _address(db[i]), _address(dz[i]), da[i % 2].data_ptr(), _address(sums[i]))
             for i in range(depth)

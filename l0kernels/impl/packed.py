@@ -6,13 +6,14 @@ alone.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..reference.gates import round_up
+from ..reference.gates import HardConcrete, round_up
 from ..reference.mlp import GLU, ROWS
 
 Gate = list[Tensor]
@@ -67,6 +68,25 @@ def extent(gate: Gate | None, size: int, dtype: torch.dtype) -> int:
 
 def _padded(n_open: int, size: int, dtype: torch.dtype) -> int:
     return n_open if dtype.itemsize > 2 else min(round_up(n_open, 32), size)
+
+
+def to_log_alpha(
+    gate_grad: Callable[[Tensor, Tensor, HardConcrete], Tensor],
+    grads: list[Tensor | None],
+    first: int,
+    gates: list[Gate | None],
+    dist: HardConcrete | None,
+) -> list[Tensor | None]:
+    """With a ``dist``, those from ``first`` on, of z, become gradients of the log_alphas z was drawn from."""
+    if dist is None:
+        return grads
+    return [
+        *grads[:first],
+        *(
+            None if dz is None or gate is None else gate_grad(dz, gate[0], dist)
+            for dz, gate in zip(grads[first:], gates, strict=True)
+        ),
+    ]
 
 
 def linear_forward(

@@ -205,7 +205,8 @@ def linear_forward(*args: Any) -> Tensor:
 
 
 def linear_backward(*args: Any) -> list[Tensor | None]:
-    return packed.linear_backward(_PACK, *args)
+    *given, dist = args
+    return packed.to_log_alpha(gate_grad, packed.linear_backward(_PACK, *given), 3, given[4:6], dist)
 
 
 def mlp_forward(*args: Any) -> tuple[Tensor, list[Tensor]]:
@@ -213,7 +214,9 @@ def mlp_forward(*args: Any) -> tuple[Tensor, list[Tensor]]:
 
 
 def mlp_backward(*args: Any) -> list[Tensor | None]:
-    return packed.mlp_backward(_PACK, *args)
+    *given, dist = args
+    grads = packed.mlp_backward(_PACK, *given)
+    return packed.to_log_alpha(gate_grad, grads, 1 + 2 * len(given[2]), given[4], dist)
 
 
 def masked_weight(weight: Tensor, log_alpha: Tensor, seed: Tensor, dist: HardConcrete) -> Tensor:
@@ -245,4 +248,5 @@ def conv2d_forward(*args: Any) -> tuple[Tensor, list[Tensor]]:
 
 
 def conv2d_backward(*args: Any) -> list[Tensor | None]:
-    return conv2d.conv2d_backward(_PACK, *args)
+    *given, dist = args
+    return packed.to_log_alpha(gate_grad, conv2d.conv2d_backward(_PACK, *given), 3, given[4:6], dist)

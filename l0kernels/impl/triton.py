@@ -61,16 +61,17 @@ def draws_within(x: Tensor, weight: Tensor, log_alphas: list[Tensor], dtype: tor
 
 
 @_on_its_device
-def l0_linear(
+def l0_linear_forward(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     in_log_alpha: Tensor | None,
     out_log_alpha: Tensor | None,
     seed: Tensor,
+    rank: int,
     dist: HardConcrete,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Draw and product in one launch."""
     given = [None if a is None else a.contiguous() for a in (in_log_alpha, out_log_alpha)]
-    return gather.l0_linear_forward(x, weight, bias, *given, seed, 0, dist, sampling.TAU, dtype)
+    return gather.l0_linear_forward(x, weight, bias, *given, seed, rank, dist, sampling.TAU, dtype)

@@ -1,0 +1,38 @@
+"""The gates of a call as sample returns them: z, index and count of all vectors, one after the other.
+
+Kernels take them apart by address; a view per vector would cost the host more than the kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..reference.gates import round_up
+
+
+def empty(log_alphas: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Uninitialised z, index and count for gates of these log_alphas."""
+    first, sizes = log_alphas[0], [a.shape[0] for a in log_alphas]
+    return (
+        first.new_empty(sum(sizes)),
+        torch.empty(sum(map(round_up, sizes)), dtype=torch.int32, device=first.device),
+        torch.empty(2 * len(sizes), dtype=torch.int32, device=first.device),
+    )
+
+
+def addresses(
+    z: Tensor, index: Tensor, count: Tensor, sizes: Sequence[int | None]
+) -> list[tuple[int, int, int, int] | None]:
+    """Of z, index and count of each vector, and its size; None where ``sizes`` has none."""
+    at_z, at_index, at_count, itemsize = z.data_ptr(), index.data_ptr(), count.data_ptr(), z.element_size()
+    found: list[tuple[int, int, int, int] | None] = []
+    for n in sizes:
+        if n is None:
+            found.append(None)
+            continue
+        found.append((at_z, at_index, at_count, n))
+        at_z, at_index, at_count = at_z + itemsize * n, at_index + 4 * round_up(n), at_count + 8
+    return found
