@@ -1,19 +1,22 @@
 """Interleaved timing: blocks of calls of every step in turn, on a CPU or in a GPU's stream.
 
-On a CPU blocks in which other processes ran are dropped and page faults are counted. On a GPU the marks are
-events in its stream; steps are launched one by one or replayed from a CUDA graph.
+On a CPU blocks in which other processes ran are dropped, page faults are counted, and blocks with the cores
+near each other are not mixed with those while they were apart. On a GPU the marks are events in its stream;
+steps are launched one by one or replayed from a CUDA graph.
 """
 
 import gc
 import os
 import resource
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from rows import APART
 
 Step = Callable[[int], object]
 
@@ -28,19 +31,34 @@ GROUP = 10
 TICK_S = 1 / os.sysconf("SC_CLK_TCK")
 
 
+class Block(NamedTuple):
+    """Of calls: ms of each, page faults per call, and how long our cores took to exchange data."""
+
+    ms: list[float]
+    faults: float
+    exchange_us: float
+
+
 @dataclass
 class Timed:
     """A step, the context of its blocks, what comes untimed before each call, for how long the step is called
-    before it is timed, and what was measured in ms."""
+    before it is timed, and what was measured."""
 
     step: Step
     context: Callable[[], AbstractContextManager[object]] = nullcontext
     setup: Step | None = None
     warm_s: float = 0.0
-    ms: list[float] = field(default_factory=list)
-    faults: list[float] = field(default_factory=list)
+    kept: list[Block] = field(default_factory=list)
     blocks: int = 0
     rejected: int = 0
+
+    @property
+    def ms(self) -> list[float]:
+        return [ms for block in self.kept for ms in block.ms]
+
+    @property
+    def exchange_us(self) -> float:
+        return statistics.median(block.exchange_us for block in self.kept)
 
     def quantile(self, q: float) -> float:
         ordered = sorted(self.ms)
@@ -73,6 +91,32 @@ def minor_faults() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 
+class Exchange:
+    """How far apart our cores are: us in which two threads read 80 KB each, half of it written by the other.
+
+    A hypervisor may move virtual cores to where they share no cache, for minutes; small products and what two
+    threads hand to each other then take up to twice as long, and neither load nor /proc/stat shows why.
+    """
+
+    def __init__(self) -> None:
+        first, second = torch.zeros(3, 20_000), torch.zeros(3, 20_000)
+        # A thread takes a row of both, the next one of what it reads.
+        self._ways = ((first[1:], second[:2]), (second[1:], first[:2]))
+
+    def us(self) -> float:
+        """The shortest of some; 0 with one thread."""
+        if torch.get_num_threads() == 1:
+            return 0.0
+        shortest = float("inf")
+        for _ in range(10):
+            start = time.perf_counter()
+            for _ in range(5):
+                for source, target in self._ways:
+                    torch.neg(source, out=target)
+            shortest = min(shortest, time.perf_counter() - start)
+        return 1e5 * shortest
+
+
 class HostClock:
     """Marks for a device that computes within the call; disturbed blocks are told, where that can be."""
 
@@ -84,6 +128,7 @@ class HostClock:
 
     def __init__(self, quick: bool = False) -> None:
         self._undisturbed = not quick
+        self._exchange = Exchange()
         if quick:
             self.block_ms, self.min_rounds = 2.0, 1
         self._start: tuple[float | None, float, float, int] = (None, 0.0, 0.0, 0)
@@ -99,6 +144,9 @@ class HostClock:
 
     def begin(self) -> None:
         self._start = busy_seconds(), own_seconds(), time.perf_counter(), minor_faults()
+
+    def exchange_us(self) -> float:
+        return self._exchange.us()
 
     def end(self) -> tuple[bool, int]:
         """Since begin: whether others ran, and page faults."""
@@ -133,6 +181,9 @@ class EventClock(HostClock):
 
     def begin(self) -> None:
         pass
+
+    def exchange_us(self) -> float:
+        return 0.0
 
     def end(self) -> tuple[bool, int]:
         return False, 0
@@ -177,9 +228,20 @@ def run_block(timed: Timed, calls: int, drop: int, group: int, clock: HostClock)
     if disturbed:
         timed.rejected += 1
     else:
-        timed.ms += ms
-        timed.faults.append(faults / (calls * group))
+        timed.kept.append(Block(ms, faults / (calls * group), clock.exchange_us()))
     return ms
+
+
+def keep_one_place(steps: dict[str, Timed]) -> None:
+    """Of all steps the blocks with the cores near each other or, if one has none of these, those without."""
+    nearest = min(block.exchange_us for timed in steps.values() for block in timed.kept)
+    for near in (True, False):
+        kept = [[b for b in t.kept if (b.exchange_us <= APART * nearest) == near] for t in steps.values()]
+        if all(kept):
+            for timed, blocks in zip(steps.values(), kept, strict=True):
+                timed.rejected += len(timed.kept) - len(blocks)
+                timed.kept = blocks
+            return
 
 
 def interleave(
@@ -212,13 +274,14 @@ def interleave(
                 run_block(timed, *plan[name], clock)
     deadline = time.monotonic() + (PATIENCE_S if patience_s is None else patience_s)
     for name, timed in steps.items():
-        while not timed.ms and time.monotonic() < deadline:
+        while not timed.kept and time.monotonic() < deadline:
             time.sleep(RETRY_PAUSE_S)
             run_block(timed, *plan[name], clock)
-        if not timed.ms:
+        if not timed.kept:
             raise RuntimeError(
                 f"other processes ran during all {timed.blocks} blocks of {name}: leave the machine alone"
             )
+    keep_one_place(steps)
 
 
 def captured(step: Step) -> Step:

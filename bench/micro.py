@@ -388,6 +388,7 @@ def measure(part: Part, device: torch.device, quick: bool, log: Callable[..., No
                 "ms_p20": f"{result.quantile(0.2):.4g}",
                 "ms_p80": f"{result.quantile(0.8):.4g}",
                 "calls": str(len(result.ms)),
+                "exchange_us": f"{result.exchange_us:.3g}" if device.type == "cpu" else "",
                 "tflops": f"{part.flops / ms / 1e9:.4g}" if part.flops else "",
                 "gbps": f"{part.bytes / ms / 1e6:.4g}" if part.bytes else "",
                 "error": errors.get(name, ""),

@@ -13,13 +13,27 @@ RESULTS = Path(__file__).resolve().parent / "results"
 FIELDS = (
     *("date", "commit", "device", "cores", "threads", "python", "torch", "l0kernels", "environment"),
     *("op", "shape", "dtype", "keep", "pass", "mode", "provider", "ms", "ms_p20", "ms_p80", "calls"),
-    *("blocks", "rejected", "faults", "tflops", "of_dense", "gbps", "peak_mb", "launches", "error"),
+    *(
+        "blocks",
+        "rejected",
+        "faults",
+        "exchange_us",
+        "tflops",
+        "of_dense",
+        "gbps",
+        "peak_mb",
+        "launches",
+        "error",
+    ),
     *("stock", "fair", "target_stock", "target_fair"),
 )
 """ms per call: median, p20 and p80. blocks and rejected: of calls, on a CPU; faults: pages mapped per call.
+exchange_us: that our cores took to exchange data meanwhile, see Exchange in measure.py.
 tflops: of the open work; of_dense: its share of the same run's dense rate; gbps: of what must move.
 peak_mb: allocated by torch within a call. launches: kernels and copies of a call on the GPU. error: the
 largest relative one against fp64. stock, fair: time over that of `dense`, and of the fastest ungated one."""
+APART = 1.6
+"""By how much an exchange takes longer once the cores share no cache: figures of both are not mixed."""
 KEY = ("op", "shape", "dtype", "keep", "pass", "mode", "provider")
 Row = dict[str, str]
 
@@ -118,9 +132,27 @@ def append(path: Path, rows: Iterable[Row], fields: Sequence[str] = FIELDS) -> N
         writer.writerows(rows)
 
 
+def apart(rows: Iterable[Row]) -> list[Row]:
+    """Those measured while the cores were farther apart than during others."""
+    rows = list(rows)
+    us = [float(row["exchange_us"] or 0) for row in rows]
+    nearest = min(filter(None, us), default=0.0)
+    return [row for row, value in zip(rows, us, strict=True) if value > APART * nearest]
+
+
 def latest(rows: Iterable[Row]) -> list[Row]:
-    """The last measured row of each op, shape, dtype, density, pass, mode and provider."""
-    return list({tuple(row[name] for name in KEY): row for row in rows}.values())
+    """The last measured row of each op, shape, dtype, density, pass, mode and provider; of one commit rather
+    one with the cores near each other."""
+    rows = list(rows)
+    far = {id(row) for row in apart(rows)}
+    found: dict[tuple[str, ...], Row] = {}
+    for row in rows:
+        key = tuple(row[name] for name in KEY)
+        known = found.get(key)
+        if known and known["commit"] == row["commit"] and id(row) in far and id(known) not in far:
+            continue
+        found[key] = row
+    return list(found.values())
 
 
 def machine(rows: Sequence[Row]) -> str:

@@ -6,6 +6,7 @@ measured (with --quick only to --csv); table.py renders them, plot.py draws them
 """
 
 import argparse
+import itertools
 import os
 import sys
 import time
@@ -14,13 +15,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
 from check import Checker, context, precision
 from conv_ops import ALL_OPS
 from cost import cost
-from measure import PATIENCE_S, Step, Timed, captured, clock_of, interleave, launches, peak_mb
+from measure import PATIENCE_S, Exchange, Step, Timed, captured, clock_of, interleave, launches, peak_mb
 from ops import Case, Provider, usable_backend
 from registry import (
     AT_FEW_KEEPS,
@@ -40,7 +42,7 @@ from registry import (
     chosen,
     keep_name,
 )
-from rows import Row, append, common_fields, results_of
+from rows import APART, Row, apart, append, common_fields, results_of
 from table import summary
 
 # Of timing, for a density, pass and mode; the smallest number of rounds may take longer.
@@ -222,7 +224,8 @@ class Bench:
                 "calls": str(len(result.ms)),
                 "blocks": str(result.blocks) if on_cpu else "",
                 "rejected": str(result.rejected) if on_cpu else "",
-                "faults": f"{sum(result.faults) / len(result.faults):.3g}" if on_cpu else "",
+                "faults": f"{mean(block.faults for block in result.kept):.3g}" if on_cpu else "",
+                "exchange_us": f"{result.exchange_us:.3g}" if on_cpu else "",
                 "tflops": f"{tflops:.4g}",
                 "of_dense": f"{tflops / (rates['dense'].flops / stock / 1e9):.3f}" if stock else "",
                 "gbps": f"{rates[name].bytes / ms[name] / 1e6:.4g}",
@@ -285,8 +288,24 @@ def line_of(row: Row) -> str:
     )
 
 
+Plan = list[tuple[Work, Sequence[Keep]]]
+
+
+def measured_apart(works: Sequence[Work], rows: Sequence[Row]) -> Plan:
+    """What was timed while the cores were farther apart than during other rows."""
+    far = {(row["op"], row["shape"], row["dtype"], row["keep"]) for row in apart(rows)}
+    plan: Plan = []
+    for work in works:
+        known: tuple[Keep, ...] = (*ORDER, *work.own_keeps)
+        keeps = [k for k in known if (work.op, work.shape_name, work.dtype, keep_name(k)) in far]
+        if keeps:
+            plan.append((work, keeps))
+    return plan
+
+
 def run(works: Sequence[Work], args: argparse.Namespace, deadline: float) -> tuple[bool, list[Row]]:
-    """Every work at the densities of the tables, then at the others, as far as the time goes.
+    """Every work at the densities of the tables, those measured with the cores apart once more if they are
+    near each other now, then the other densities, as far as the time goes.
 
     Returns:
         whether every provider that runs here was right, and the rows.
@@ -294,15 +313,25 @@ def run(works: Sequence[Work], args: argparse.Namespace, deadline: float) -> tup
     table = [keep for keep in ORDER if keep in args.keep and keep in TABLE_KEEPS]
     others = [keep for keep in ORDER if keep in args.keep and keep not in TABLE_KEEPS]
     whole = args.keep == list(KEEPS)
-    plan: list[tuple[Work, Sequence[Keep]]] = [
-        *((work, (*table, *work.own_keeps) if whole else table) for work in works),
-        *((work, others) for work in sorted(works, key=dense_flops)),  # the longest may be dropped
-    ]
-    plan = [(work, keeps) for work, keeps in plan if keeps]
-    bar = Bar(sum(len(keeps) for _, keeps in plan))
+    first: Plan = [(work, (*table, *work.own_keeps) if whole else table) for work in works]
+    rest: Plan = [(work, others) for work in sorted(works, key=dense_flops)]  # the longest may be dropped
+    bar = Bar(sum(len(keeps) for _, keeps in first + rest))
     right, rows = True, list[Row]()
     bench: Bench | None = None
-    for work, keeps in plan:
+
+    def again() -> Iterator[tuple[Work, Sequence[Keep]]]:
+        plan = measured_apart(works, rows)
+        if not plan or args.quick:
+            return
+        limit = APART * min(float(row["exchange_us"]) for row in rows)
+        bar.log("measured with the cores apart: " + ", ".join(work.label for work, _ in plan))
+        for work, keeps in plan:
+            if Exchange().us() <= limit:
+                yield work, keeps
+
+    for work, keeps in itertools.chain(first, again(), rest):
+        if not keeps:
+            continue
         if time.monotonic() > deadline:
             bar.log(f"{work.label} keep {', '.join(map(keep_name, keeps))}: dropped, time is up")
             continue
@@ -336,7 +365,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--modes", nargs="+", choices=MODES, default=list(MODES))
     add("--provider", nargs="+", choices=list(PROVIDERS), help="only these")
     add("--without", nargs="*", default=[], help="providers to leave out")
-    add("--full", action="store_true", help="every work, every provider at every density: hours")
+    add("--full", action="store_true", help="every work, pass, and provider at every density: hours")
     add("--quick", action="store_true", help="tiny shapes, saves nothing: does it run, is it right?")
     add("--warm", action="store_true", help="only call every provider once, for its compiler")
     add("--budget-s", type=float, help="what is not begun by then is dropped; default: none")
@@ -344,6 +373,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.shape and not args.op:
         parser.error("--shape: expected an --op with it")
+    if args.full and args.passes is None:
+        args.passes = list(PASSES)
     args.works = chosen(args.device, args.op, args.shape, args.dtype, args.full)
     if args.quick:
         dtype = args.dtype or "float32"

@@ -151,6 +151,9 @@ class CountingClock(measure.HostClock):
     def end(self):
         return False, 7
 
+    def exchange_us(self):
+        return 5.0
+
 
 def test_interleave_rotates_groups_and_keeps_every_sample():
     clock, calls, entered = CountingClock(), {"a": [], "b": []}, []
@@ -171,7 +174,8 @@ def test_interleave_rotates_groups_and_keeps_every_sample():
         assert timed.blocks == measure.MIN_ROUNDS
     assert len(entered) == 2 * (2 + measure.MIN_ROUNDS)
     assert measure.run_block(measure.Timed(calls["a"].append), 2, 0, 10, clock) == pytest.approx([0.1, 0.1])
-    timed = measure.Timed(calls["a"].append, ms=[float(i) for i in range(11)])
+    block = measure.Block([float(i) for i in range(11)], 0.0, 5.0)
+    timed = measure.Timed(calls["a"].append, kept=[block])
     assert [timed.quantile(q) for q in (0.2, 0.5, 0.8)] == [2, 5, 8]
 
 
@@ -195,6 +199,59 @@ def test_disturbed_blocks_are_rejected(monkeypatch):
     assert (timed.blocks, timed.rejected, len(timed.ms)) == (2, 1, 3)
     with pytest.raises(RuntimeError, match="blocks of idle"):
         measure.interleave({"idle": measure.Timed(lambda i: None)}, measure.HostClock(), budget_s=0.0)
+
+
+def test_blocks_with_the_cores_apart_are_not_mixed_with_others():
+    def timed(*exchanges):
+        blocks = [measure.Block([float(us)], 0.0, us) for us in exchanges]
+        return measure.Timed(print, kept=blocks)
+
+    steps = {"a": timed(5.0, 6.0, 20.0), "b": timed(20.0, 7.0)}
+    measure.keep_one_place(steps)
+    assert [step.ms for step in steps.values()] == [[5.0, 6.0], [7.0]]
+    assert [step.rejected for step in steps.values()] == [1, 1]
+    steps = {"a": timed(5.0, 20.0, 21.0), "b": timed(20.0, 19.0)}  # b was never timed with the cores near
+    measure.keep_one_place(steps)
+    assert [step.ms for step in steps.values()] == [[20.0, 21.0], [20.0, 19.0]]
+    steps = {"a": timed(0.0), "b": timed(0.0, 0.0)}  # a GPU, or one thread
+    measure.keep_one_place(steps)
+    assert [len(step.ms) for step in steps.values()] == [1, 2]
+
+
+def test_exchange_takes_time_between_two_threads_alone(threads):
+    threads(2)
+    assert measure.Exchange().us() > 0
+    threads(1)
+    assert measure.Exchange().us() == 0
+
+
+def exchanged(us, commit="a", keep="1"):
+    row = dict.fromkeys(rows.FIELDS, "")
+    return row | {"op": "linear", "keep": keep, "commit": commit, "exchange_us": us, "ms": us}
+
+
+def test_rows_with_the_cores_near_come_before_later_ones_of_their_commit():
+    near, far, newer = exchanged("5"), exchanged("20"), exchanged("21", "b")
+    assert rows.apart([near, far, exchanged("")]) == [far]
+    assert rows.latest([far, near]) == rows.latest([near, far]) == [near]
+    assert rows.latest([near, exchanged("7")]) == [exchanged("7")]
+    assert rows.latest([near, newer]) == [newer]
+    assert rows.latest([exchanged(""), exchanged("", "b")]) == [exchanged("", "b")]
+
+
+def test_what_was_measured_with_the_cores_apart_is_measured_again(monkeypatch, tmp_path):
+    us = iter([50.0, 5.0])
+    calls = []
+
+    def measured(self, keep, deadline):
+        calls.append(keep)
+        return [exchanged(f"{next(us, 5.0)}", keep=f"{keep:g}") | {"shape": "32x64x48", "dtype": "float32"}]
+
+    monkeypatch.setattr(run.Bench, "measure", measured)
+    monkeypatch.setattr(run.Exchange, "us", lambda self: 5.5)
+    args = run.parse(["--op", "linear", "--shape", "32x64x48", "--keep", "0.5", "0.1", "--provider", "dense"])
+    right, found = run.run(args.works, args, float("inf"))
+    assert (right, calls, len(found)) == (True, [0.5, 0.1, 0.5], 3)
 
 
 def test_passes_are_what_they_say():
@@ -289,6 +346,8 @@ def test_time_that_is_up_drops_by_name(tmp_path, capsys):
 
 def test_works_are_chosen_by_device_op_shape_and_dtype():
     default, full = registry.chosen("cpu"), registry.chosen("cpu", full=True)
+    assert run.parse(["--full"]).passes == list(registry.PASSES)
+    assert run.parse(["--full", "--pass", "fwd"]).passes == ["fwd"]
     assert set(default) < set(full)
     assert {w.dtype for w in default} == {"float32"}
     (bf16,) = registry.chosen("cpu", "linear", "512x4096x4096", "bfloat16")
