@@ -9,13 +9,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
 from triton import knobs
 from triton.runtime.interpreter import InterpretedFunction
 
 _INTERPRETED = knobs.runtime.interpret
 _LIMIT = 4096
 _UNALIGNED = object()
+_NUMBERS = frozenset((int, float, bool, type(None)))  # isinstance(arg, Tensor) is half of a launch's cost
 _HOOKS = (
     knobs.runtime.launch_enter_hook,
     knobs.runtime.launch_exit_hook,
@@ -43,24 +43,18 @@ def launch(
         kernel[grid](*args, num_warps=num_warps, num_stages=num_stages, **constants)
         return
     device = torch.cuda.current_device()
-    values: list[Any] = []
-    key = [id(kernel), device, num_warps, num_stages, *constants.values()]
-    for arg in args:
-        if isinstance(arg, Tensor):
-            address = arg.data_ptr()
-            values.append(address)
-            key.append(arg.dtype)
-            if address & 15:
-                key.append(_UNALIGNED)
-        else:
-            values.append(arg)
-            key.append(arg)
-    compiled = _compiled.get(tuple(key))
+    values = [arg if type(arg) in _NUMBERS else arg.data_ptr() for arg in args]
+    kinds = [
+        arg if type(arg) in _NUMBERS else arg.dtype if not value & 15 else (arg.dtype, _UNALIGNED)
+        for arg, value in zip(args, values, strict=True)
+    ]
+    key = (id(kernel), device, num_warps, num_stages, *constants.values(), *kinds)
+    compiled = _compiled.get(key)
     if compiled is None or _HOOKS[0].calls or _HOOKS[1].calls:
         _check(kernel, args, constants)
         if len(_compiled) >= _LIMIT:
             _compiled.clear()
-        _compiled[tuple(key)] = kernel[grid](*args, num_warps=num_warps, num_stages=num_stages, **constants)
+        _compiled[key] = kernel[grid](*args, num_warps=num_warps, num_stages=num_stages, **constants)
         return
     x, y, z = (*grid, 1, 1)[:3]
     stream = torch._C._cuda_getCurrentRawStream(device)

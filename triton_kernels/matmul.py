@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import launch
+from ._launch import cdiv, launch
 from ._variants import Variant
 from .activation import act, act_grad
 
@@ -536,11 +536,12 @@ def choose(
 
 
 def _tma_ready(*tensors: Tensor | None) -> bool:
-    return all(
-        t is None
-        or (t.stride(1) == 1 and t.stride(0) * t.element_size() % 16 == 0 and t.data_ptr() % 16 == 0)
-        for t in tensors
-    )
+    for t in tensors:
+        if t is not None:
+            stride_row, stride_col = t.stride()
+            if stride_col != 1 or stride_row * t.itemsize % 16 or t.data_ptr() % 16:
+                return False
+    return True
 
 
 def _stride(t: Tensor | None) -> int:
@@ -624,8 +625,8 @@ def matmul(
     has_hidden = hidden.full is not None or hidden.packed is not None
     if tma:
         ensure_allocator()
-    cap_m = triton.cdiv(M, config.BLOCK_M)
-    cap_n = triton.cdiv(N, config.BLOCK_N)
+    cap_m = cdiv(M, config.BLOCK_M)
+    cap_n = cdiv(N, config.BLOCK_N)
     run(
         _matmul,
         (min(sms * config.CTAS, cap_m * cap_n),),
@@ -656,7 +657,7 @@ def matmul(
 def row_tiles(M: int, N: int, dtype: torch.dtype, epilogue: str, device: torch.device) -> int:
     """Tiles over M that ``matmul`` will use: the size of ``partial``."""
     capability, _ = _device(device.index if device.type == "cuda" else None)
-    return triton.cdiv(M, choose(M, N, dtype, epilogue, capability).BLOCK_M)
+    return cdiv(M, choose(M, N, dtype, epilogue, capability).BLOCK_M)
 
 
 _NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32"}
