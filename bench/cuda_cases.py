@@ -63,14 +63,12 @@ def small_calls(device: str) -> Iterator[Call]:
             yield Call("pack", partial(cuda.pack, full, r, c, dtype, **scale))
             grads: dict[str, Any] = {**scale, "theta": full, "dz_rows": True, "dz_cols": True}
             yield Call("unpack", partial(cuda.unpack, packed, shape, r, c, dtype, **grads))
-        matrix = cuda.CoupledMatrix(
-            full,
-            0.1,
-            torch.randn(70, dtype=z_dtype).to(device),
-            torch.randn(300, dtype=z_dtype).to(device),
-            True,
-        )
-        yield Call("coupled", partial(cuda.coupled_penalty, [], [], [matrix], DEFAULT_DIST))
+        gates = [torch.randn(n, dtype=z_dtype).to(device) for n in shape]
+        terms = [(full, 0, 1, 1)]
+        yield Call("coupled", partial(cuda.coupled_penalty, terms, gates, [1.0] * 2, 0.1, DEFAULT_DIST))
+        one = torch.ones((), dtype=z_dtype).to(device)
+        gradient = partial(cuda.coupled_penalty_grad, terms, gates, one, 0.1, DEFAULT_DIST)
+        yield Call("coupled, gradient", gradient)
         x, dy = torch.randn(33, 300, dtype=dtype).to(device), torch.randn(33, 70, dtype=dtype).to(device)
         bias = torch.randn(70, dtype=dtype).to(device)
         a_in, a_out = (torch.randn(n, dtype=z_dtype).to(device) for n in (300, 70))
@@ -147,13 +145,12 @@ def target_calls(device: str) -> Iterator[Call]:
             # Of theta, the fractional rows, half of the open ones; of gated columns every sector.
             theta = part // 2 if what == "rows" else read
             yield Call(f"unpack {what} dz keep {keep}", unpack, (part + theta + rows * cols) * size)
-    a_out, a_in = torch.randn(rows, device=device), torch.randn(cols, device=device)
-    l2 = (weight, 0.1, a_out, a_in, 1, DEFAULT_DIST)
-    yield Call("l2 penalty", partial(cuda.l2_penalty, *l2), weight.nbytes)
+    terms, gates = [(weight, 0, 1, 1)], [torch.randn(n, device=device) for n in (rows, cols)]
+    coupled = partial(cuda.coupled_penalty, terms, gates, [0.0] * 2, 0.1, DEFAULT_DIST)
+    yield Call("l2 penalty", coupled, weight.nbytes)
     one = torch.ones((), device=device)
-    yield Call(
-        "l2 penalty, gradient of the weight", partial(cuda.l2_weight_grad, *l2, one), 2 * weight.nbytes
-    )
+    gradient = partial(cuda.coupled_penalty_grad, terms, gates, one, 0.1, DEFAULT_DIST)
+    yield Call("l2 penalty, gradient of the weight", gradient, 2 * weight.nbytes)
     for keep in (1.0, 0.9, 0.5, 0.25, 0.1):
         yield Call(
             f"784-300-100-10 forward and backward keep {keep}",

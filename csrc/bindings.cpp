@@ -16,6 +16,7 @@
 #include "masked_linear.h"
 #include "mlp.h"
 #include "pack.h"
+#include "penalty.h"
 
 #ifdef _OPENMP
 #include <omp.h>
@@ -139,29 +140,6 @@ void to_log_alpha(const std::optional<Dist>& dist, const l0::GateView<T>* gate, 
   l0::gate_grad(dz, gate->z, dz, gate->size, T(beta), T(gamma), T(zeta));
 }
 
-// A weight as (rows, columns, rows of a group, address), then the addresses of p_row and p_col.
-using Squares = std::tuple<int64_t, int64_t, int64_t, Address, Address, Address>;
-
-template <typename T>
-l0::SquaresParams<T> squares_params(const Squares& s) {
-  const auto& [n_rows, n_cols, group_rows, w, p_row, p_col] = s;
-  return {n_rows, n_cols, group_rows, as<const T>(w), as<const T>(p_row), as<const T>(p_col)};
-}
-
-void squares(bool is_double, const Squares& s, Address row_sums, Address col_sums, int num_threads) {
-  dispatch(is_double, [&](auto zero) {
-    using T = decltype(zero);
-    l0::kernels<T>().squares(squares_params<T>(s), as<T>(row_sums), as<T>(col_sums), num_threads);
-  });
-}
-
-void squares_grad(bool is_double, const Squares& s, Address grad, int num_threads) {
-  dispatch(is_double, [&](auto zero) {
-    using T = decltype(zero);
-    l0::kernels<T>().squares_grad(squares_params<T>(s), as<T>(grad), num_threads);
-  });
-}
-
 // Writes the penalty to `total` and its gradient, vector after vector, to `grad`; true if it is NaN, as with
 // a NaN in log_alpha.
 bool penalty(const std::vector<Address>& log_alpha, const std::vector<int64_t>& sizes,
@@ -177,6 +155,48 @@ bool penalty(const std::vector<Address>& log_alpha, const std::vector<int64_t>& 
     *as<T>(total) = T(sum);
   });
   return sum != sum;
+}
+
+using PenaltyGates = std::tuple<Address, int64_t, double>;  // log_alpha, size, weight
+// theta, its rows, columns, groups and columns of an input; numbers of the output's and the input's gates or
+// -1
+using PenaltyTerm = std::tuple<Address, int64_t, int64_t, int64_t, int64_t, int, int>;
+
+template <typename T>
+l0::PenaltyParams<T> penalty_params(const std::vector<PenaltyGates>& gates,
+                                    const std::vector<PenaltyTerm>& terms, double decay, double shift) {
+  l0::PenaltyParams<T> p{{}, {}, decay, T(shift)};
+  for (const auto& [log_alpha, size, weight] : gates)
+    p.gates.push_back({as<const T>(log_alpha), size, weight});
+  for (const auto& [theta, rows, cols, groups, run, out, in] : terms)
+    p.terms.push_back({as<const T>(theta), rows, cols, groups, run, out, in});
+  return p;
+}
+
+// As penalty, with the L2 terms of weights.
+bool coupled_penalty(bool is_double, const std::vector<PenaltyGates>& gates,
+                     const std::vector<PenaltyTerm>& terms, double decay, double shift, Address total,
+                     Address grad, int num_threads) {
+  double sum = 0.0;
+  dispatch(is_double, [&](auto zero) {
+    using T = decltype(zero);
+    sum = l0::coupled_penalty(penalty_params<T>(gates, terms, decay, shift), as<T>(grad), num_threads);
+    *as<T>(total) = T(sum);
+  });
+  return sum != sum;
+}
+
+// The gradients of the weights, times what `factor` points to.
+void coupled_penalty_grad(bool is_double, const std::vector<PenaltyGates>& gates,
+                          const std::vector<PenaltyTerm>& terms, double decay, double shift, Address factor,
+                          const std::vector<Address>& dtheta, int num_threads) {
+  dispatch(is_double, [&](auto zero) {
+    using T = decltype(zero);
+    std::vector<T*> out;
+    for (Address address : dtheta) out.push_back(as<T>(address));
+    l0::coupled_penalty_grad(penalty_params<T>(gates, terms, decay, shift), *as<const T>(factor), out,
+                             num_threads);
+  });
 }
 
 template <typename T>
@@ -436,9 +456,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("compact", &compact);
   m.def("gate_grad", &gate_grad);
   m.def("penalty", &penalty);
-  m.def("squares", &squares);
-  m.def("squares_grad", &squares_grad);
-  m.attr("square_rows") = l0::kSquareRows;
+  m.def("coupled_penalty", &coupled_penalty);
+  m.def("coupled_penalty_grad", &coupled_penalty_grad);
   m.def("linear_forward", &linear_forward);
   m.def("linear_backward", &linear_backward);
   m.def("mlp_forward", &mlp_forward);

@@ -176,8 +176,8 @@ void squares(const SquaresParams<T>& p, T* row_sums, T* col_sums, int num_thread
     const int64_t first = group * p.group_rows + t % parts * kSquareRows;
     const int64_t last = first + kSquareRows < end ? first + kSquareRows : end;
     const T* p_col = p.p_col + group * p.n_cols;
-    T* col_sum = col_sums + t * p.n_cols;
-    for (int64_t j = 0; j < p.n_cols; ++j) col_sum[j] = T(0);
+    T* col_sum = col_sums ? col_sums + t * p.n_cols : nullptr;
+    for (int64_t j = 0; col_sum && j < p.n_cols; ++j) col_sum[j] = T(0);
     for (int64_t o = first; o < last; ++o) {
       const T p_row = p.p_row[o];
       double total = 0.0;
@@ -185,13 +185,18 @@ void squares(const SquaresParams<T>& p, T* row_sums, T* col_sums, int num_thread
         const int n = int(p.n_cols - j0 < kChunk ? p.n_cols - j0 : kChunk);
         const T* __restrict w = p.w + o * p.n_cols + j0;
         const T* __restrict by_col = p_col + j0;
-        T* __restrict sums = col_sum + j0;
         T sum = T(0);
+        if (col_sum) {
+          T* __restrict sums = col_sum + j0;
 #pragma omp simd reduction(+ : sum)
-        for (int j = 0; j < n; ++j) {
-          const T square = w[j] * w[j];
-          sum += square * by_col[j];
-          sums[j] += square * p_row;
+          for (int j = 0; j < n; ++j) {
+            const T square = w[j] * w[j];
+            sum += square * by_col[j];
+            sums[j] += square * p_row;
+          }
+        } else {
+#pragma omp simd reduction(+ : sum)
+          for (int j = 0; j < n; ++j) sum += w[j] * w[j] * by_col[j];
         }
         total += double(sum);
       }

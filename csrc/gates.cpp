@@ -32,29 +32,10 @@ void gate_grad(const T* dz, const T* z, T* dlog_alpha, int64_t n, T beta, T gamm
     dlog_alpha[i] = z[i] > T(0) && z[i] < T(1) ? dz[i] * hard_concrete_grad(z[i], beta, gamma, zeta) : T(0);
 }
 
-template <typename T>
-double penalty(const T* log_alpha, int64_t n, double weight, T shift, T* grad) {
-  double total = 0.0;
-  const T w = T(weight);
-  for (int64_t i0 = 0; i0 < n; i0 += 256) {
-    T sum[256];
-    const int m = int(n - i0 < 256 ? n - i0 : 256);
-#pragma omp simd
-    for (int i = 0; i < m; ++i) {
-      const T p = p_open(log_alpha[i0 + i], shift);
-      sum[i] = p;
-      grad[i0 + i] = w * p * (T(1) - p);
-    }
-    for (int i = 0; i < m; ++i) total += double(sum[i]);
-  }
-  return total * weight;
-}
-
-#define L0_INSTANTIATE(T)                                               \
-  template void compact<T>(const T*, int64_t, int32_t*, int32_t*);      \
-  template bool any_nan<T>(const T*, int64_t);                          \
-  template void gate_grad<T>(const T*, const T*, T*, int64_t, T, T, T); \
-  template double penalty<T>(const T*, int64_t, double, T, T*);
+#define L0_INSTANTIATE(T)                                          \
+  template void compact<T>(const T*, int64_t, int32_t*, int32_t*); \
+  template bool any_nan<T>(const T*, int64_t);                     \
+  template void gate_grad<T>(const T*, const T*, T*, int64_t, T, T, T);
 L0_INSTANTIATE(float)
 L0_INSTANTIATE(double)
 

@@ -1,4 +1,4 @@
-// Gate vectors: sampling, the order of open and closed gates, the gate's derivative and the L0 penalty.
+// Gate vectors: sampling, the order of open and closed gates, and the gate's derivative.
 #pragma once
 #include "kernels.h"
 
@@ -17,9 +17,5 @@ bool any_nan(const T* x, int64_t n);
 // dlog_alpha = dz * dz/dlog_alpha, from z alone.
 template <typename T>
 void gate_grad(const T* dz, const T* z, T* dlog_alpha, int64_t n, T beta, T gamma, T zeta);
-
-// Returns sum_g weight * p_open_g and writes grad_g = weight * p_open_g * (1 - p_open_g).
-template <typename T>
-double penalty(const T* log_alpha, int64_t n, double weight, T shift, T* grad);
 
 }  // namespace l0

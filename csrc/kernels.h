@@ -91,7 +91,8 @@ struct Kernels {
   void (*activation_grad)(const ActivationGradParams<T>&, int num_threads);
   void (*column_dot)(const ColumnDotParams<T>&, int num_threads);
   void (*column_sum)(const ColumnSumParams<T>&, int num_threads);
-  // row_sums[o] = sum_j p_col[j] w[o, j]^2; col_sums[t, j] = sum_o p_row[o] w[o, j]^2 over part t's rows.
+  // row_sums[o] = sum_j p_col[j] w[o, j]^2; col_sums[t, j] = sum_o p_row[o] w[o, j]^2 over part t's rows,
+  // null: not wanted.
   void (*squares)(const SquaresParams<T>&, T* row_sums, T* col_sums, int num_threads);
   // grad[o, j] = p_row[o] p_col[j] w[o, j]
   void (*squares_grad)(const SquaresParams<T>&, T* grad, int num_threads);

@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from .impl import conv2d, module
+from .impl.packed import Term
 from .reference.gates import HardConcrete, round_up
 
 _LIBRARY = torch.library.Library("l0kernels", "DEF")
 _PLAIN = (Tensor, torch.nn.Parameter)
 # In part at least on every backend of the CPU.
-_MADE_OF_TORCH = ("gated_conv2d", "gated_conv2d_backward", "l2_penalty", "l2_weight_grad")
+_MADE_OF_TORCH = ("gated_conv2d", "gated_conv2d_backward", "coupled_penalty", "coupled_penalty_grad")
 
 
 def _define(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -117,47 +118,53 @@ def l0_penalty(
     return module(backend).l0_penalty(log_alpha, weights, _dist(beta, gamma, zeta))
 
 
+def _terms(thetas: list[Tensor], layout: list[int]) -> list[Term]:
+    """``layout`` holds what follows the weight, term by term."""
+    return [*zip(thetas, layout[::3], layout[1::3], layout[2::3], strict=True)]
+
+
+def _fake_coupled_penalty(thetas: list[Tensor], gates: list[Tensor], *_: Any) -> tuple[Tensor, Tensor]:
+    dtype = torch.promote_types(thetas[0].dtype, torch.float32)
+    sizes = (), sum(a.numel() for a in gates)
+    total, grad = (thetas[0].new_empty(size, dtype=dtype) for size in sizes)
+    return total, grad
+
+
 @_define(
-    "l2_penalty(Tensor weight, Tensor? out_log_alpha, Tensor? in_log_alpha, float decay, int groups,"
-    " float[] dist, str backend) -> Tensor[]",
-    lambda weight, out, in_, decay, groups, dist, backend: [
-        weight.new_empty((), dtype=torch.promote_types(weight.dtype, torch.float32)),
-        *(weight.new_empty(0) if a is None else a.new_empty(a.shape) for a in (out, in_)),
-    ],
+    "coupled_penalty(Tensor[] thetas, Tensor[] gates, float[] weights, int[] layout, float decay,"
+    " float[] dist, str backend) -> (Tensor, Tensor)",
+    _fake_coupled_penalty,
 )
-def l2_penalty(
-    weight: Tensor,
-    out_log_alpha: Tensor | None,
-    in_log_alpha: Tensor | None,
+def coupled_penalty(
+    thetas: list[Tensor],
+    gates: list[Tensor],
+    weights: list[float],
+    layout: list[int],
     decay: float,
-    groups: int,
+    dist: list[float],
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """``l0_penalty`` of the gates plus the L2 terms, and its gradient of the gates, flat."""
+    return module(backend).coupled_penalty(_terms(thetas, layout), gates, weights, decay, _dist(*dist))
+
+
+@_define(
+    "coupled_penalty_grad(Tensor[] thetas, Tensor[] gates, int[] layout, Tensor factor, float decay,"
+    " float[] dist, str backend) -> Tensor[]",
+    lambda thetas, *_: [torch.empty_like(theta) for theta in thetas],
+)
+def coupled_penalty_grad(
+    thetas: list[Tensor],
+    gates: list[Tensor],
+    layout: list[int],
+    factor: Tensor,
+    decay: float,
     dist: list[float],
     backend: str,
 ) -> list[Tensor]:
-    """The term, and its gradients of both log_alphas."""
-    args = (weight, decay, out_log_alpha, in_log_alpha, groups, _dist(*dist))
-    total, *grads = module(backend).l2_penalty(*args)
-    return [total, *_given(grads, weight)]
-
-
-@_define(
-    "l2_weight_grad(Tensor weight, Tensor? out_log_alpha, Tensor? in_log_alpha, Tensor factor, float decay,"
-    " int groups, float[] dist, str backend) -> Tensor",
-    lambda weight, *_: torch.empty_like(weight),
-)
-def l2_weight_grad(
-    weight: Tensor,
-    out_log_alpha: Tensor | None,
-    in_log_alpha: Tensor | None,
-    factor: Tensor,
-    decay: float,
-    groups: int,
-    dist: list[float],
-    backend: str,
-) -> Tensor:
-    """factor times the term's gradient of the weight: dense, for closed weights decay too."""
-    args = (weight, decay, out_log_alpha, in_log_alpha, groups, _dist(*dist), factor)
-    return module(backend).l2_weight_grad(*args)
+    """factor times the gradient of every theta: dense, for closed weights decay too."""
+    terms = _terms(thetas, layout)
+    return module(backend).coupled_penalty_grad(terms, gates, factor, decay, _dist(*dist))
 
 
 def _fake_gated_linear(

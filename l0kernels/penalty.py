@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,6 +37,26 @@ class _L0Penalty(torch.autograd.Function):
         return None, None, *shaped
 
 
+def _check_log_alphas(log_alphas: Sequence[Tensor], dist: HardConcrete) -> None:
+    if not log_alphas:
+        raise ValueError("log_alpha must hold at least one tensor, got none")
+    first = log_alphas[0]
+    for i, a in enumerate(log_alphas):
+        if (
+            type(a) in _PLAIN
+            and a.dtype is torch.float32
+            and first.dtype is a.dtype
+            and a.device == first.device
+        ):
+            continue
+        name = "log_alpha" if len(log_alphas) == 1 else f"log_alpha[{i}]"
+        _checks.check_log_alpha(name, a)
+        _checks.check_device(name, a, first.device, "log_alpha[0]")
+        if a.dtype != first.dtype:
+            raise TypeError(f"{name} must have the dtype of log_alpha[0], {first.dtype}, got {a.dtype}")
+    check_dist(dist)
+
+
 def l0_penalty(
     log_alpha: Tensor | Sequence[Tensor],
     group_size: float | Sequence[float] = 1,
@@ -62,23 +83,7 @@ def l0_penalty(
         ValueError: no tensor, different devices, lists of another length, or (on the CPU) a NaN in log_alpha.
     """
     log_alphas = [log_alpha] if isinstance(log_alpha, Tensor) else list(log_alpha)
-    if not log_alphas:
-        raise ValueError("log_alpha must hold at least one tensor, got none")
-    first = log_alphas[0]
-    for i, a in enumerate(log_alphas):
-        if (
-            type(a) in _PLAIN
-            and a.dtype is torch.float32
-            and first.dtype is a.dtype
-            and a.device == first.device
-        ):
-            continue
-        name = "log_alpha" if len(log_alphas) == 1 else f"log_alpha[{i}]"
-        _checks.check_log_alpha(name, a)
-        _checks.check_device(name, a, first.device, "log_alpha[0]")
-        if a.dtype != first.dtype:
-            raise TypeError(f"{name} must have the dtype of log_alpha[0], {first.dtype}, got {a.dtype}")
-    check_dist(dist)
+    _check_log_alphas(log_alphas, dist)
     sizes = per_tensor("group_size", group_size, len(log_alphas))
     lams = per_tensor("lam", lam, len(log_alphas))
     backend = _registry.resolve(log_alphas[0].device, log_alphas[0].dtype, "l0_penalty")
@@ -88,37 +93,128 @@ def l0_penalty(
     return _L0Penalty.apply(weights, (dist.beta, dist.gamma, dist.zeta, backend), *log_alphas)
 
 
-class _L2Penalty(torch.autograd.Function):
-    """Forward reads the weight once and keeps the gradients of the gates; backward writes the weight's."""
+class L2Term(NamedTuple):
+    """``weight_decay / 2 * sum_oi p_o * p_i * theta_oi^2``, p = 1 on a side without gates."""
+
+    weight: Tensor  # (out, in / groups, ...) or, as a bias, (out,)
+    out_log_alpha: Tensor | None
+    in_log_alpha: Tensor | None
+    groups: int = 1
+
+
+class _CoupledPenalty(torch.autograd.Function):
+    """Forward reads every weight once and keeps the gradient of the gates; backward writes the weights'."""
 
     @staticmethod
     def forward(
         ctx: Any,
-        weight: Tensor,
-        out_log_alpha: Tensor | None,
-        in_log_alpha: Tensor | None,
-        decay: float,
-        groups: int,
-        dist: HardConcrete,
-        backend: str,
+        weights: list[float],
+        layout: list[int],
+        settings: tuple[float, list[float], str],
+        *tensors: Tensor,
     ) -> Tensor:
-        settings = (decay, groups, [dist.beta, dist.gamma, dist.zeta], backend)
-        total, d_out, d_in = _ops.l2_penalty(weight, out_log_alpha, in_log_alpha, *settings)
-        ctx.save_for_backward(weight, out_log_alpha, in_log_alpha, d_out, d_in)
-        ctx.settings = settings
+        n = len(weights)
+        total, grad = _ops.coupled_penalty(tensors[n:], tensors[:n], weights, layout, *settings)
+        ctx.save_for_backward(grad, *tensors)
+        ctx.n_gates, ctx.layout, ctx.settings = n, layout, settings
         return total
 
     @staticmethod
     def backward(ctx: Any, dtotal: Tensor) -> tuple[Tensor | None, ...]:
         _ops.refuse_second_derivative("l2_penalty")
-        weight, out_log_alpha, in_log_alpha, d_out, d_in = ctx.saved_tensors
-        need_weight, need_out, need_in = ctx.needs_input_grad[:3]
-        d_weight = (
-            _ops.l2_weight_grad(weight, out_log_alpha, in_log_alpha, dtotal, *ctx.settings)
-            if need_weight
-            else None
+        grad, *tensors = ctx.saved_tensors
+        n, needs = ctx.n_gates, ctx.needs_input_grad[3:]
+        gates, thetas = tensors[:n], tensors[n:]
+        grads: list[Tensor | None] = [None] * len(tensors)
+        if any(needs[:n]):
+            parts = (grad * dtotal).split_with_sizes([a.numel() for a in gates])
+            grads[:n] = [p if a.ndim == 1 else p.view(a.shape) for p, a in zip(parts, gates, strict=True)]
+        wanted = [i for i, need in enumerate(needs[n:]) if need]
+        if wanted:
+            layout = [entry for i in wanted for entry in ctx.layout[3 * i : 3 * i + 3]]
+            of = [thetas[i] for i in wanted]
+            d_thetas = _ops.coupled_penalty_grad(of, gates, layout, dtotal, *ctx.settings)
+            for i, d_theta in zip(wanted, d_thetas, strict=True):
+                grads[n + i] = d_theta
+        return None, None, None, *grads
+
+
+def coupled_penalty(
+    log_alphas: Sequence[Tensor],
+    group_sizes: Sequence[float],
+    lams: Sequence[float],
+    terms: Sequence[L2Term],
+    weight_decay: float,
+    dist: HardConcrete,
+) -> Tensor:
+    """:func:`l0_penalty` of all log_alphas, of which there may be none, plus all terms: one autograd node.
+
+    A term of another precision than log_alphas, or than the first weight, takes the formula.
+    """
+    if log_alphas:
+        _check_log_alphas(log_alphas, dist)
+    sizes = per_tensor("group_size", group_sizes, len(log_alphas))
+    lams = per_tensor("lam", lams, len(log_alphas))
+    for term in terms:
+        if not _is_sound(term):
+            weight, out, in_, groups = term
+            check_l2_penalty(_as_matrix(weight), weight_decay, in_, out, groups, dist)
+    weight = terms[0].weight
+    double = (log_alphas[0] if log_alphas else weight).dtype == torch.float64
+    backend = _registry.resolve(weight.device, weight.dtype, "l2_penalty")
+    fused: list[L2Term] = []
+    rest: list[L2Term] = []
+    for term in terms:
+        one_precision = all(t is None or (t.dtype == torch.float64) == double for t in term[:3])
+        (fused if one_precision and backend not in ("reference", "triton") else rest).append(term)
+    totals = []
+    if fused:
+        # A gate that several terms share is one input: its gradients need not be added up afterwards.
+        gates: dict[Tensor, float] = {}
+        for log_alpha, size, lam in zip(log_alphas, sizes, lams, strict=True):
+            gates[log_alpha] = gates.get(log_alpha, 0.0) + float(size) * float(lam)
+        for term in fused:
+            for side in term[1:3]:
+                if side is not None:
+                    gates.setdefault(side, 0.0)
+        number: dict[Tensor | None, int] = {log_alpha: i for i, log_alpha in enumerate(gates)}
+        number[None] = -1
+        layout = [entry for _, out, in_, groups in fused for entry in (number[out], number[in_], groups)]
+        settings = (float(weight_decay), [dist.beta, dist.gamma, dist.zeta], backend)
+        thetas = [term.weight for term in fused]
+        totals.append(_CoupledPenalty.apply(list(gates.values()), layout, settings, *gates, *thetas))
+    elif log_alphas:
+        totals.append(l0_penalty(log_alphas, sizes, lam=lams, dist=dist))
+    for weight, out, in_, groups in rest:
+        totals.append(
+            reference.l2_penalty(
+                _as_matrix(weight),
+                weight_decay,
+                in_log_alpha=in_,
+                out_log_alpha=out,
+                groups=groups,
+                dist=dist,
+            )
         )
-        return d_weight, d_out * dtotal if need_out else None, d_in * dtotal if need_in else None, *[None] * 4
+    return functools.reduce(torch.add, totals)
+
+
+def _is_sound(term: L2Term) -> bool:
+    """Whether dtypes, shapes and devices are right, for less than the checks that say what is wrong."""
+    weight, out, in_, groups = term
+    shape, device = weight.shape, weight.device
+    if not weight.dtype.is_floating_point or shape[0] % groups:
+        return False
+    for side, size in ((out, shape[0]), (in_, shape[1:2].numel() * groups)):
+        if side is not None and not (
+            side.shape == (size,) and side.dtype in _checks.GATE_DTYPES and side.device == device
+        ):
+            return False
+    return True
+
+
+def _as_matrix(weight: Tensor) -> Tensor:
+    return weight[:, None] if weight.ndim == 1 else weight
 
 
 def l2_penalty(
@@ -153,17 +249,5 @@ def l2_penalty(
         RuntimeError: the requested backend cannot serve the call.
     """
     check_l2_penalty(weight, weight_decay, in_log_alpha, out_log_alpha, groups, dist)
-    backend = _registry.resolve(weight.device, weight.dtype, "l2_penalty")
-    # Gates of the other precision than the weight's are rare enough for the formula.
-    double = weight.dtype == torch.float64
-    fits = all(a is None or (a.dtype == torch.float64) == double for a in (in_log_alpha, out_log_alpha))
-    if backend in ("reference", "triton") or not fits:
-        return reference.l2_penalty(
-            weight,
-            weight_decay,
-            in_log_alpha=in_log_alpha,
-            out_log_alpha=out_log_alpha,
-            groups=groups,
-            dist=dist,
-        )
-    return _L2Penalty.apply(weight, out_log_alpha, in_log_alpha, float(weight_decay), groups, dist, backend)
+    term = L2Term(weight, out_log_alpha, in_log_alpha, groups)
+    return coupled_penalty([], [], [], [term], weight_decay, dist)

@@ -141,6 +141,30 @@ def sampling(n, dtype, at_end):
     KEPT.clear()
 
 
+def penalty(n_out, n_in, run, groups, dtype, at_end):
+    """Both sides of a weight gated, and the outputs of its bias."""
+    gates = [guarded(torch.randn(n, dtype=dtype), at_end) for n in (groups * n_out, groups * n_in)]
+    thetas = [guarded(torch.randn(groups * n_out, n, dtype=dtype), at_end) for n in (n_in * run, 1)]
+    total, factor = (guarded(torch.ones(1, dtype=dtype), at_end) for _ in range(2))
+    sizes = [len(g) for g in gates]
+    grad = guarded(torch.full((sum(sizes),), float("nan"), dtype=dtype), at_end)
+    grads = [guarded(torch.full(t.shape, float("nan"), dtype=dtype), at_end) for t in thetas]
+    head = (
+        dtype == torch.float64,
+        [(address(g), len(g), 1.0) for g in gates],
+        [
+            (address(thetas[0]), groups * n_out, n_in * run, groups, run, 0, 1),
+            (address(thetas[1]), groups * n_out, 1, 1, 1, 0, -1),
+        ],
+        *(0.1, -1.6),
+    )
+    native.coupled_penalty(*head, address(total), address(grad), 1)
+    native.coupled_penalty_grad(*head, address(factor), [*map(address, grads)], 1)
+    for t in (grad, *grads):
+        assert not t.isnan().any(), "a result was not written whole"
+    KEPT.clear()
+
+
 def main():
     torch.manual_seed(0)
     sizes = [
@@ -177,6 +201,11 @@ def main():
             (1, 7, 128, 1025), (torch.float32, torch.float64), (False, True)
         ):
             sampling(n, dtype, at_end)
+        for (m, n_in, n_out), dtype, at_end in itertools.product(
+            sizes, (torch.float32, torch.float64), (False, True)
+        ):
+            penalty(n_out, n_in, 1, 1, dtype, at_end)
+            penalty(m, n_in, 3, 1 + m % 3, dtype, at_end)
         print(name, "ok")
 
 

@@ -217,7 +217,7 @@ class TestTable:
             "sample": ("sample",),
             "gate_grad": ("gate_grad",),
             "l0_penalty": ("l0_penalty",),
-            "l2_penalty": ("l2_penalty", "l2_weight_grad"),
+            "l2_penalty": ("coupled_penalty", "coupled_penalty_grad"),
             "gated_linear": ("linear_forward", "linear_backward"),
             "gated_mlp": ("mlp_forward", "mlp_backward"),
             "gated_conv2d": ("conv2d_forward", "conv2d_backward"),

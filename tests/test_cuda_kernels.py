@@ -303,51 +303,61 @@ class TestPenalty:
     @pytest.mark.parametrize("shape", [(1, 1), (70, 300), (129, 1100)])
     @pytest.mark.parametrize("sides", ["both", "out", "in"])
     def test_coupled(self, shape, sides, dtype):
-        gates = torch.float64 if dtype == torch.float64 else torch.float32
+        """Two weights under the same gates, the second one's bias, and gates without a weight."""
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
         layout = sliced if shape == (70, 300) and sides == "out" else torch.clone
-        theta = torch.randn(shape, dtype=dtype)
-        out = torch.randn(shape[0], dtype=gates) if sides != "in" else None
-        in_ = torch.randn(shape[1], dtype=gates) if sides != "out" else None
-        given = [a for a in (out, in_) if a is not None]
-        matrix = cuda.CoupledMatrix(
-            layout(on_device(theta)),
-            0.3,
-            None if out is None else on_device(out),
-            None if in_ is None else on_device(in_),
-            True,
-        )
-        other = matrix._replace(decay=0.1, need_theta=False)
-        before = launches()
-        total, grad, grads = cuda.coupled_penalty(
-            [on_device(a) for a in given], [2.0] * len(given), [matrix, other], DIST
-        )
-        assert launches() - before in (0, 1)
-
-        leaves = [t if t is None else t.double().requires_grad_() for t in (theta, out, in_)]
-        want = [
-            reference.l2_penalty(leaves[0], decay, out_log_alpha=leaves[1], in_log_alpha=leaves[2])
-            for decay in (0.3, 0.1)
+        thetas = [torch.randn(s, dtype=dtype) for s in (shape, shape, shape[:1])]
+        gates = [torch.randn(n, dtype=wide) for n in (*shape, 7)]
+        out, in_ = (-1 if sides == "in" else 0), (-1 if sides == "out" else 1)
+        numbers, weights = [(out, in_), (out, in_), (out, -1)], [2.0, 0.0, 1.0]
+        terms = [
+            (layout(on_device(t)) if t.ndim == 2 else on_device(t), *n, 1)
+            for t, n in zip(thetas, numbers, strict=True)
         ]
-        l0 = reference.l0_penalty([t for t in leaves[1:] if t is not None], 2.0)
-        eps = max(EPS[gates], EPS[dtype] / 4)
-        near(total, (l0 + want[0] + want[1]).detach(), 32 * eps, 0.0)
-        used = [t for t in leaves if t is not None]
-        for decay, term, got in ((0.3, want[0], grads[0]), (0.1, want[1], grads[1])):
-            exact = iter(torch.autograd.grad(term, used, retain_graph=True))
-            for g, leaf in zip(got, leaves, strict=True):
-                if leaf is None:
-                    assert g is None
-                    continue
-                e = next(exact)
-                if g is None:
-                    assert decay == 0.1
-                    assert leaf is leaves[0]
-                    continue
-                near(
-                    g, e, 4 * EPS[g.dtype] if g.ndim == 2 else 64 * EPS[g.dtype], 0.3 if g.ndim == 2 else 1.0
-                )
-        exact = torch.cat(torch.autograd.grad(l0, [t for t in leaves[1:] if t is not None]))
-        near(grad, exact, 8 * EPS[gates], 2.0)
+        places = [on_device(a) for a in gates]
+        before = launches()
+        total, grad = cuda.coupled_penalty(terms, places, weights, 0.3, DIST)
+        assert launches() - before in (0, 1)
+        factor = on_device(torch.tensor(3.0, dtype=wide))
+        grads = cuda.coupled_penalty_grad(terms, places, factor, 0.3, DIST)
+        assert launches() - before in (0, 2)
+
+        leaves = [t.double().requires_grad_() for t in (*thetas, *gates)]
+        exact = [w * reference.l0_penalty(a) for a, w in zip(leaves[3:], weights, strict=True)]
+        for theta, (o, i) in zip(leaves[:3], numbers, strict=True):
+            given = {"out_log_alpha": None if o < 0 else leaves[3 + o]}
+            given |= {"in_log_alpha": None if i < 0 else leaves[3 + i]}
+            exact.append(reference.l2_penalty(theta[:, None] if theta.ndim == 1 else theta, 0.3, **given))
+        want = torch.stack(exact).sum()
+        wanted = torch.autograd.grad(want, leaves)
+        eps = max(EPS[wide], EPS[dtype] / 4)
+        near(total, want.detach(), 32 * eps, 0.0)
+        near(grad, torch.cat(wanted[3:]), 64 * EPS[wide], 2.0)
+        for got, exact_grad, theta in zip(grads, wanted, thetas, strict=False):
+            assert got.dtype == theta.dtype
+            near(got, 3 * exact_grad, 4 * EPS[dtype], 0.9)
+        assert all((words == 0).all() for words in cuda._tickets.of_stream.values())
+
+    def test_more_than_a_launch_holds(self):
+        """Weights of two dtypes."""
+        gates = [torch.randn(5) for _ in range(60)]
+        thetas = [torch.randn(5, 3).to(torch.bfloat16 if i % 2 else torch.float32) for i in range(40)]
+        terms = [(on_device(theta), i, -1, 1) for i, theta in enumerate(thetas)]
+        places = [on_device(a) for a in gates]
+        before = launches()
+        total, grad = cuda.coupled_penalty(terms, places, [1.0] * 60, 0.3, DIST)
+        grads = cuda.coupled_penalty_grad(terms, places, on_device(torch.tensor(2.0)), 0.3, DIST)
+        assert launches() - before in (0, 3 + 3)
+        leaves = [t.double().requires_grad_() for t in (*gates, *thetas)]
+        want = reference.l0_penalty(leaves[:60])
+        for theta, a in zip(leaves[60:], leaves, strict=False):
+            want = want + reference.l2_penalty(theta, 0.3, out_log_alpha=a)
+        wanted = torch.autograd.grad(want, leaves)
+        near(total, want.detach(), 1e-5, 0.0)
+        near(grad, torch.cat(wanted[:60]), 1e-5, 1.0)
+        for got, exact, theta in zip(grads, wanted[60:], thetas, strict=True):
+            assert got.dtype == theta.dtype
+            near(got, 2 * exact, 4 * EPS[theta.dtype], 1.0)
 
 
 @pytest.mark.usefixtures("public")
@@ -372,7 +382,7 @@ def test_the_public_chain_draws_on_the_way():
 
 
 class TestL2OfWeights:
-    """The operators behind the public l2_penalty: any rank, layout and number of groups."""
+    """One term: any rank, layout and number of groups."""
 
     @pytest.mark.parametrize("sides", [(True, True), (True, False), (False, True), (False, False)])
     @pytest.mark.parametrize(
@@ -402,10 +412,14 @@ class TestL2OfWeights:
             )
             used = [t for t in leaves if t is not None]
             wanted = iter(torch.autograd.grad(exact * 3, used))
-            args = (layout(on_device(weight)), 0.3, *(t if t is None else on_device(t) for t in (out, in_)))
-            total, *gate_grads = cuda.l2_penalty(*args, groups, DIST)
+            given = [on_device(a) for a in (out, in_) if a is not None]
+            numbers = (-1 if out is None else 0, -1 if in_ is None else len(given) - 1)
+            terms = [(layout(on_device(weight)), *numbers, groups)]
+            total, grad = cuda.coupled_penalty(terms, given, [0.0] * len(given), 0.3, DIST)
+            parts = iter(grad.split([len(a) for a in given]))
             factor = on_device(torch.tensor(3.0, dtype=gates))
-            got = [cuda.l2_weight_grad(*args, groups, DIST, factor), *gate_grads]
+            got = cuda.coupled_penalty_grad(terms, given, factor, 0.3, DIST)
+            got += [None if a is None else next(parts) for a in (out, in_)]
             near(total, exact.detach(), 64 * EPS[gates], 0.0)
             assert got[0].dtype == dtype
             scale = max(1.0, exact.item())
@@ -466,7 +480,7 @@ class TestPublicPenalty:
         shared = nn.L0Conv2d(3, 6, 3, gate="out").out_gate
         model = nn.L0Sequential(
             nn.L0Conv2d(3, 6, 3, gate="out"),
-            nn.L0Conv2d(6, 6, 3, groups=6, gate="both", in_gate=shared, out_gate=shared),
+            nn.L0Conv2d(6, 6, 3, groups=3, gate="both", in_gate=shared, out_gate=shared),
             nn.L0Conv2d(6, 8, 3, groups=2, gate="both"),
             nn.L0Linear(8, 13, gate="both"),
             nn.L0Linear(13, 13, gate="in", bias=False),
@@ -477,9 +491,10 @@ class TestPublicPenalty:
         double = copy.deepcopy(model).double()
         before = launches()
         total = nn.penalty(model, weight_decay=0.3)
+        # For all gates, 7 weights, two of them in groups, and 5 biases whose rows are gated.
+        assert launches() - before in (0, 1)
         total.backward()
-        # One for the gates; value and gradient of 7 weights and of 5 biases whose rows are gated.
-        assert launches() - before in (0, 1 + 2 * 12)
+        assert launches() - before in (0, 2)
         with l0.use_backend("reference"):
             exact = nn.penalty(double, weight_decay=0.3)
             exact.backward()
@@ -546,11 +561,12 @@ class TestOpcheck:
         ):
             weight = on_device(weight.to(dtype))
             out, in_ = (on_device(torch.randn(n, dtype=gates)) for n in (6, 5 * groups))
-            factor = on_device(torch.ones((), dtype=gates))
-            for sides in ((out, in_), (out, None), (None, in_), (None, None)):
-                settings = (0.3, groups, list(self.CONSTANTS))
-                self.check("l2_penalty", weight, *sides, *settings)
-                self.check("l2_weight_grad", weight, *sides, factor, *settings)
+            bias, factor = on_device(torch.randn(6).to(dtype)), on_device(torch.ones((), dtype=gates))
+            thetas, given, settings = [weight, bias], [out, in_], (0.3, list(self.CONSTANTS))
+            for sides in ((0, 1), (0, -1), (-1, 1), (-1, -1)):
+                layout = [*sides, groups, 0, -1, 1]
+                self.check("coupled_penalty", thetas, given, [1.0, 0.0], layout, *settings)
+                self.check("coupled_penalty_grad", thetas, given, layout, factor, *settings)
 
 
 def bound(exact, dtype, depth):
@@ -800,12 +816,7 @@ class TestOtherDevices:
         with pytest.raises(RuntimeError, match=refusal("theta")):
             cuda.unpack(matrix, (300, 300), gate, None, torch.float32, theta=theta, dz_rows=True)
         with pytest.raises(RuntimeError, match=refusal("theta")):
-            cuda.coupled_penalty(
-                [on_device(torch.randn(300))],
-                [1.0],
-                [cuda.CoupledMatrix(theta, 0.1, on_device(torch.randn(300)), None, True)],
-                DIST,
-            )
+            cuda.coupled_penalty([(theta, 0, -1, 1)], [on_device(torch.randn(300))], [1.0], 0.1, DIST)
 
     @pytest.mark.parametrize("name", ["in_gate", "out_gate", "weight"])
     def test_layer(self, name):

@@ -132,19 +132,21 @@ class TestOpcheck:
             opcheck(OPS.block_linear_backward.default, args)
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-    def test_l2_penalty(self, backend, dtype):
+    def test_coupled_penalty(self, backend, dtype):
         gates = torch.float64 if dtype == torch.float64 else torch.float32
         for shape, groups, layout in (
             ((6, 5), 1, torch.clone),
             ((5, 6), 1, torch.t),
             ((6, 5, 3, 2), 2, torch.clone),
         ):
-            weight = layout(torch.randn(shape).to(dtype))
-            out, in_ = torch.randn(6, dtype=gates), torch.randn(5 * groups, dtype=gates)
-            for sides in ((out, in_), (out, None), (None, in_), (None, None)):
-                opcheck(OPS.l2_penalty.default, (weight, *sides, 0.3, groups, DIST, backend))
-                factor = torch.ones((), dtype=gates)
-                opcheck(OPS.l2_weight_grad.default, (weight, *sides, factor, 0.3, groups, DIST, backend))
+            thetas = [layout(torch.randn(shape).to(dtype)), torch.randn(6).to(dtype)]
+            log_alphas = [torch.randn(n, dtype=gates) for n in (6, 5 * groups)]
+            factor = torch.ones((), dtype=gates)
+            for sides in ((0, 1), (0, -1), (-1, 1), (-1, -1)):
+                numbers, rest = [*sides, groups, 0, -1, 1], (0.3, list(DIST), backend)
+                opcheck(OPS.coupled_penalty.default, (thetas, log_alphas, [1.0, 0.0], numbers, *rest))
+                opcheck(OPS.coupled_penalty_grad.default, (thetas, log_alphas, numbers, factor, *rest))
+        opcheck(OPS.coupled_penalty.default, (thetas, [], [], [-1, -1, 1] * 2, *rest))
 
     def test_leaves_that_require_a_gradient_get_no_graph_from_an_operator(self, backend):
         x, weight, log_alpha = (torch.randn(*s, requires_grad=True) for s in ((6, 13), (9, 13), (13,)))
@@ -171,7 +173,7 @@ class TestOpcheck:
         }
         assert names == {
             *("l0_linear", "l0_mlp", "l0_mlp_backward"),
-            *("l2_penalty", "l2_weight_grad"),
+            *("coupled_penalty", "coupled_penalty_grad"),
             *("sample", "gate_grad", "l0_penalty", "gated_linear", "gated_linear_backward", "gated_mlp"),
             *("gated_conv2d", "gated_conv2d_backward"),
             *(
@@ -270,6 +272,7 @@ CALLS = {
         groups=13,
     ),
     "l0_penalty": lambda a_in, a_out, **_: l0.l0_penalty([a_in, a_out], [2.0, 3.0], lam=0.1),
+    "l2_penalty": lambda w, a_in, a_out, **_: l0.l2_penalty(w, 0.3, in_log_alpha=a_in, out_log_alpha=a_out),
 }
 
 

@@ -6,6 +6,7 @@ Every tensor whose address is taken is bound to a name until the call returns.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,7 +18,7 @@ from ..reference.gates import HardConcrete
 from ..reference.mlp import GLU
 from . import conv2d, joined, packed
 from . import torch as portable
-from .packed import Gate, extent
+from .packed import Gate, Term, extent
 from .recycle import empty_grad
 
 # 16-bit products go through packed.py to torch.mm, which uses the hardware's 16-bit instructions.
@@ -99,72 +100,69 @@ def l0_penalty(log_alphas: list[Tensor], weights: list[float], dist: HardConcret
         grad.data_ptr(),
     )
     if nan:
-        for i, a in enumerate(log_alphas):
-            if torch.isnan(a).any():
-                portable.raise_nan(i, len(log_alphas))
+        portable.check_not_nan(log_alphas)
     return total, grad
 
 
-def _squares(
-    weight: Tensor, out: Tensor | None, in_: Tensor | None, groups: int, dist: HardConcrete
-) -> tuple[Tensor, Tensor, tuple[int, int, int]]:
-    """p by row and by column of every group of the weight as a matrix; its rows, columns and group's rows."""
-    n_out, n_cols = weight.shape[0], math.prod(weight.shape[1:])
-    p_row = weight.new_ones(n_out) if out is None else dist.p_open(out)
-    if in_ is None:
-        p_col = weight.new_ones(groups * n_cols)
-    else:
-        p_col = dist.p_open(in_).repeat_interleave(math.prod(weight.shape[2:]))
-    return p_row, p_col, (n_out, n_cols, n_out // groups)
+def _is_native(theta: Tensor) -> bool:
+    return theta.dtype in _FUSED and theta.is_contiguous()
 
 
-def l2_penalty(
-    weight: Tensor, decay: float, out: Tensor | None, in_: Tensor | None, groups: int, dist: HardConcrete
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """decay / 2 * sum_oi p_o * p_i * theta_oi^2, and its gradients of the gates, in one pass over theta."""
-    if weight.dtype not in _FUSED or not weight.is_contiguous():
-        return portable.l2_penalty(weight, decay, out, in_, groups, dist)
-    p_row, p_col, (n_out, n_cols, group) = _squares(weight, out, in_, groups, dist)
-    row_sums = weight.new_empty(n_out)
-    col_sums = weight.new_empty(groups, -(-group // _C.square_rows), n_cols)
-    _C.squares(
-        weight.dtype == torch.float64,
-        (n_out, n_cols, group, weight.data_ptr(), p_row.data_ptr(), p_col.data_ptr()),
-        row_sums.data_ptr(),
-        col_sums.data_ptr(),
-        torch.get_num_threads(),
-    )
-    half = 0.5 * decay
-    total = half * torch.dot(row_sums, p_row)
-    d_out = None if out is None else half * p_row * (1 - p_row) * row_sums
-    if in_ is None:
-        return total, d_out, None
-    p_in, by_input = dist.p_open(in_), col_sums.sum(1).reshape(len(in_), math.prod(weight.shape[2:])).sum(1)
-    return total, d_out, half * p_in * (1 - p_in) * by_input
-
-
-def l2_weight_grad(
-    weight: Tensor,
+def _coupled(
+    call: Callable[..., Any],
+    terms: list[Term],
+    gates: list[Tensor],
+    weights: list[float],
     decay: float,
-    out: Tensor | None,
-    in_: Tensor | None,
-    groups: int,
     dist: HardConcrete,
-    factor: Tensor,
-) -> Tensor:
-    """factor * decay * p_o * p_i * weight."""
-    if weight.dtype not in _FUSED or not weight.is_contiguous():
-        return portable.l2_weight_grad(weight, decay, out, in_, groups, dist, factor)
-    p_row, p_col, sizes = _squares(weight, out, in_, groups, dist)
-    p_row = p_row * (factor * decay)
-    grad = empty_grad(weight)
-    _C.squares_grad(
-        weight.dtype == torch.float64,
-        (*sizes, weight.data_ptr(), p_row.data_ptr(), p_col.data_ptr()),
-        grad.data_ptr(),
+    like: Tensor,
+    *results: Any,
+) -> Any:
+    return call(
+        like.dtype == torch.float64,
+        [(a.data_ptr(), a.numel(), weight) for a, weight in zip(gates, weights, strict=True)],
+        [
+            (t.data_ptr(), t.shape[0], t.shape[1:].numel(), groups, t.shape[2:].numel(), out, in_)
+            for t, out, in_, groups in terms
+        ],
+        decay,
+        dist.beta * math.log(-dist.gamma / dist.zeta),
+        like.data_ptr(),
+        *results,
         torch.get_num_threads(),
     )
-    return grad
+
+
+def coupled_penalty(
+    terms: list[Term], gates: list[Tensor], weights: list[float], decay: float, dist: HardConcrete
+) -> tuple[Tensor, Tensor]:
+    """l0_penalty of the gates plus the L2 terms, and its gradient of the gates, flat, in one call."""
+    first = terms[0][0]
+    total = first.new_empty((), dtype=torch.promote_types(first.dtype, torch.float32))
+    grad = total.new_empty(sum(a.numel() for a in gates))
+    gates = [a.contiguous() for a in gates]
+    native = [term for term in terms if _is_native(term[0])]
+    if _coupled(_C.coupled_penalty, native, gates, weights, decay, dist, total, grad.data_ptr()):
+        portable.check_not_nan(gates)
+    if len(native) < len(terms):
+        others = [term for term in terms if not _is_native(term[0])]
+        portable.add_l2_terms(total, grad, others, gates, decay, dist)
+    return total, grad
+
+
+def coupled_penalty_grad(
+    terms: list[Term], gates: list[Tensor], factor: Tensor, decay: float, dist: HardConcrete
+) -> list[Tensor]:
+    """factor * decay * p_o * p_i * theta of every term, in one call."""
+    gates = [a.contiguous() for a in gates]
+    grads = [empty_grad(theta) if _is_native(theta) else None for theta, *_ in terms]
+    native = [term for term, grad in zip(terms, grads, strict=True) if grad is not None]
+    addresses = [grad.data_ptr() for grad in grads if grad is not None]
+    _coupled(_C.coupled_penalty_grad, native, gates, [0.0] * len(gates), decay, dist, factor, addresses)
+    return [
+        portable.coupled_penalty_grad([term], gates, factor, decay, dist)[0] if grad is None else grad
+        for term, grad in zip(terms, grads, strict=True)
+    ]
 
 
 def _in_double(dtype: torch.dtype, rows: Gate | None, cols: Gate | None) -> bool:

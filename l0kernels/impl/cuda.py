@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..reference.gates import ALIGN, TAU, HardConcrete, round_up
 from . import joined
-from .packed import Gate
+from .packed import Gate, Term
 
 SERVES = frozenset(
     {"sample", "gate_grad", "l0_penalty", "l2_penalty", "pack", "unpack", "gated_linear", "gated_mlp"}
@@ -181,23 +181,27 @@ def gate_grad(dz: Tensor, z: Tensor, dist: HardConcrete) -> Tensor:
 
 def l0_penalty(log_alphas: list[Tensor], weights: list[float], dist: HardConcrete) -> tuple[Tensor, Tensor]:
     """sum_g weight * p_open_g over all vectors, and its gradient, flat, in one launch."""
-    total, grad, _ = coupled_penalty(log_alphas, weights, [], dist)
-    return total, grad
+    return _penalty(log_alphas, weights, [], dist, log_alphas[0])
 
 
-class CoupledMatrix(NamedTuple):
+class _Matrix(NamedTuple):
     """A term ``decay / 2 * sum_oi p_o * p_i * theta_oi^2``; an absent side has p = 1."""
 
-    theta: Tensor  # (out, in, ...)
-    decay: float
-    out_log_alpha: Tensor | None
-    in_log_alpha: Tensor | None
-    need_theta: bool
+    run: int  # of columns with one input
+    n_in: int
+    theta: Tensor  # (out, columns) as they lie in memory
+    out: Tensor | None
+    in_: Tensor | None
+    d_out: Tensor | None = None  # what is None is not written
+    d_in: Tensor | None = None
+    d_theta: Tensor | None = None  # contiguous
 
 
 def _columns(theta: Tensor) -> tuple[Tensor, int]:
     """theta as a matrix of one row per output, as it lies in memory, and the run of an input in it."""
-    n_out, _, *kernel = theta.shape
+    n_out, *kernel = theta.shape[0], *theta.shape[2:]
+    if theta.ndim == 1:
+        return theta[:, None].contiguous(), 1
     if theta.ndim == 2:
         return theta if theta.stride(1) == 1 else theta.contiguous(), 1
     if theta.ndim == 4 and theta.is_contiguous(memory_format=torch.channels_last):
@@ -207,77 +211,68 @@ def _columns(theta: Tensor) -> tuple[Tensor, int]:
 
 def _like(columns: Tensor, theta: Tensor, run: int) -> Tensor:
     """What _columns made, in theta's shape again."""
-    n_out, n_in, *kernel = theta.shape
-    if theta.ndim == 2 or run > 1 or math.prod(kernel) == 1:
+    if theta.ndim <= 2 or run > 1 or math.prod(theta.shape[2:]) == 1:
         return columns.view(theta.shape)
+    n_out, n_in, *kernel = theta.shape
     return columns.view(n_out, *kernel, n_in).permute(0, 3, 1, 2)
 
 
-def coupled_penalty(
-    log_alphas: list[Tensor],
-    weights: list[float],
-    matrices: list[CoupledMatrix],
+def _penalty(
+    log_alphas: Sequence[Tensor],
+    weights: Sequence[float],
+    matrices: list[_Matrix],
     dist: HardConcrete,
+    like: Tensor,
+    decay: float = 0.0,
     factor: Tensor | None = None,
-) -> tuple[Tensor, Tensor, list[tuple[Tensor | None, Tensor | None, Tensor | None]]]:
-    """``sum_g weight * p_open_g`` over all vectors plus the L2 terms of all matrices, each read once.
+) -> tuple[Tensor, Tensor]:
+    """``sum_g weight * p_open_g`` over all vectors plus the terms, each matrix read once.
 
     Args:
+        like: on the device, of the precision.
         factor: (), in the type of the gates; multiplies the gradients of the thetas.
 
     Returns:
-        the total (), the gradients of the first sum, flat, and for every matrix those of its term: of theta
-        (if need_theta), of out_log_alpha and of in_log_alpha, None for an absent side.
+        the total () and the gradients of the first sum, flat; those of the terms are in the matrices.
     """
     log_alphas = [a.contiguous() for a in log_alphas]
-    theirs = [a for m in matrices for a in (m.out_log_alpha, m.in_log_alpha) if a is not None]
-    first = (log_alphas + theirs + [m.theta for m in matrices])[0]
-    dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
-    total = first.new_empty((), dtype=dtype)
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    total = like.new_empty((), dtype=dtype)
     sizes = [a.numel() for a in log_alphas]
-    grad = first.new_empty(sum(sizes), dtype=dtype)
+    grad = like.new_empty(sum(sizes), dtype=dtype)
     starts = itertools.accumulate([0, *sizes])
     vectors = [
         (a.data_ptr(), grad.data_ptr() + start * grad.element_size(), a.numel(), w)
         for a, w, start in zip(log_alphas, weights, starts, strict=False)
     ]
     kept: list[Any] = []  # whatever is handed over by address alone
-    rows, grads = [], []
+    rows = []
     for m in matrices:
-        _beside(m.theta, first, "theta")
-        theta, run = _columns(m.theta)
-        if (theta.dtype == torch.float64) != (dtype == torch.float64):
-            theta = theta.to(dtype)
-        n_out, n_cols = theta.shape
-        n_in = m.theta.shape[1]
-        out, in_ = (None if a is None else a.contiguous() for a in (m.out_log_alpha, m.in_log_alpha))
-        d_theta = theta.new_empty(n_out, n_cols) if m.need_theta else None
-        d_out = None if out is None else torch.empty_like(out)
-        d_in = None if in_ is None else torch.empty_like(in_)
-        if theta.numel() == 0:  # no block of the launch is theirs
-            for d in (d_out, d_in):
+        n_out, n_cols = m.theta.shape
+        out, in_ = (None if a is None else a.contiguous() for a in (m.out, m.in_))
+        if m.theta.numel() == 0:  # no block of the launch is theirs
+            for d in (m.d_out, m.d_in):
                 if d is not None:
                     d.zero_()
-        tile = _CUDA.penalty_column_bytes // theta.element_size()
-        row_sums = None if out is None else out.new_empty(-(-n_cols // tile), n_out)
-        col_sums = None if in_ is None else in_.new_empty(-(-n_out // _CUDA.penalty_rows), n_cols)
-        kept += [theta, out, in_, row_sums, col_sums]
-        grads.append((None if d_theta is None else _like(d_theta, m.theta, run), d_out, d_in))
+        tile = _CUDA.penalty_column_bytes // m.theta.element_size()
+        row_sums = None if m.d_out is None else total.new_empty(-(-n_cols // tile), n_out)
+        col_sums = None if m.d_in is None else total.new_empty(-(-n_out // _CUDA.penalty_rows), n_cols)
+        kept += [out, in_, row_sums, col_sums]
         rows.append(
             (
-                (theta.data_ptr(), theta.stride(0), _TYPES[theta.dtype], n_out, n_cols, m.decay),
-                (run, n_in),
+                (m.theta.data_ptr(), m.theta.stride(0), _TYPES[m.theta.dtype], n_out, n_cols, decay),
+                (m.run, m.n_in),
                 (_address(out), _address(in_)),
-                (_address(d_theta), _address(d_out), _address(d_in)),
+                (_address(m.d_theta), _address(m.d_out), _address(m.d_in)),
                 (_address(row_sums), _address(col_sums)),
             )
         )
     n_blocks, n_tickets = _CUDA.penalty_scratch(vectors, rows)
     if n_blocks == 0:
-        return total.zero_(), grad, grads
-    where = _where(first)
-    sums = first.new_empty(n_blocks, dtype=torch.float64)
-    tickets = _tickets.take(n_tickets, first, where)
+        return total.zero_(), grad
+    where = _where(like)
+    sums = like.new_empty(n_blocks, dtype=torch.float64)
+    tickets = _tickets.take(n_tickets, like, where)
     _CUDA.penalty(
         vectors,
         rows,
@@ -289,50 +284,68 @@ def coupled_penalty(
         _address(factor),
         where,
     )
-    return total, grad, grads
+    return total, grad
 
 
-def _by_group(
-    weight: Tensor, decay: float, out: Tensor | None, in_: Tensor | None, groups: int, need_theta: bool
-) -> list[CoupledMatrix]:
-    """The matrices of a grouped convolution; without gates of the input it is one."""
-    if in_ is None or groups == 1:
-        return [CoupledMatrix(weight, decay, out, in_, need_theta)]
-    outs = [None] * groups if out is None else out.chunk(groups)
-    parts = zip(weight.chunk(groups), outs, in_.chunk(groups), strict=True)
-    return [CoupledMatrix(w, decay, o, i, need_theta) for w, o, i in parts]
+def _matrices(
+    columns: Tensor,
+    run: int,
+    term: Term,
+    gates: list[Tensor],
+    d_out: Tensor | None = None,
+    d_in: Tensor | None = None,
+    d_theta: Tensor | None = None,
+) -> list[_Matrix]:
+    """Of a grouped convolution one for every group; without gates of the input it is one."""
+    theta, out, in_, groups = term
+    n_in, sides = math.prod(theta.shape[1:2]), (None if i < 0 else gates[i] for i in (out, in_))
+    tensors: tuple[Any, ...] = (columns, *sides, d_out, d_in, d_theta)
+    if in_ < 0 or groups == 1:
+        return [_Matrix(run, n_in, *tensors)]
+    parts = [[None] * groups if t is None else t.tensor_split(groups) for t in tensors]
+    return [_Matrix(run, n_in, *of_group) for of_group in zip(*parts, strict=True)]
 
 
-def l2_penalty(
-    weight: Tensor, decay: float, out: Tensor | None, in_: Tensor | None, groups: int, dist: HardConcrete
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The L2 term of a weight (out, in / groups, ...), read once, and the gradients of the gates."""
-    total, _, grads = coupled_penalty([], [], _by_group(weight, decay, out, in_, groups, False), dist)
-    return total, _joined([g[1] for g in grads]), _joined([g[2] for g in grads])
+def coupled_penalty(
+    terms: list[Term], gates: list[Tensor], weights: list[float], decay: float, dist: HardConcrete
+) -> tuple[Tensor, Tensor]:
+    """l0_penalty of the gates plus the L2 terms, and its gradient of the gates, flat, in one launch."""
+    first = gates[0] if gates else terms[0][0]
+    numbers = [i for _, out, in_, _ in terms for i in (out, in_) if i >= 0]
+    sizes = [gates[i].numel() for i in numbers]
+    parts = first.new_empty(sum(sizes)).split_with_sizes(sizes)
+    rest, matrices = iter(parts), []
+    for term in terms:
+        theta, out, in_, _ = term
+        _beside(theta, first, "theta")
+        d_out, d_in = (None if i < 0 else next(rest) for i in (out, in_))
+        matrices += _matrices(*_columns(theta), term, gates, d_out, d_in)
+    total, grad = _penalty(gates, weights, matrices, dist, first, decay)
+    of_gate: list[list[Tensor]] = [[] for _ in gates]
+    for i, part in zip(numbers, parts, strict=True):
+        of_gate[i].append(part)
+    grads = grad.split_with_sizes([a.numel() for a in gates])
+    for addends in itertools.zip_longest(*of_gate):  # once for the first term of every gate, and so on
+        pairs = [(g, part) for g, part in zip(grads, addends, strict=True) if part is not None]
+        torch._foreach_add_([g for g, _ in pairs], [part for _, part in pairs])
+    return total, grad
 
 
-def _joined(parts: list[Tensor | None]) -> Tensor | None:
-    given = [part for part in parts if part is not None]
-    return None if not given else given[0] if len(given) == 1 else torch.cat(given)
-
-
-def l2_weight_grad(
-    weight: Tensor,
-    decay: float,
-    out: Tensor | None,
-    in_: Tensor | None,
-    groups: int,
-    dist: HardConcrete,
-    factor: Tensor,
-) -> Tensor:
-    """factor * decay * p_o * p_i * weight, in weight's dtype."""
-    matrices = _by_group(weight, decay, out, in_, groups, True)
-    _, _, grads = coupled_penalty([], [], matrices, dist, factor)
-    grad = _joined([g[0] for g in grads])
-    if grad is not None and grad.stride() == weight.stride():
-        return grad.to(weight.dtype)
-    like = torch.empty_like(weight)  # of the strides that the operator's fake promises
-    return like if grad is None else like.copy_(grad)
+def coupled_penalty_grad(
+    terms: list[Term], gates: list[Tensor], factor: Tensor, decay: float, dist: HardConcrete
+) -> list[Tensor]:
+    """factor * decay * p_o * p_i * theta of every term, in theta's dtype, in one launch."""
+    matrices, grads = [], []
+    for term in terms:
+        theta = term[0]
+        columns, run = _columns(theta)
+        d_theta = columns.new_empty(columns.shape)
+        matrices += _matrices(columns, run, term, gates, d_theta=d_theta)
+        grads.append(_like(d_theta, theta, run))
+    _penalty([], [], matrices, dist, factor, decay, factor)
+    # Of the strides that the operator's fake promises.
+    like = [torch.empty_like(theta) for theta, *_ in terms]
+    return [g if g.stride() == to.stride() else to.copy_(g) for g, to in zip(grads, like, strict=True)]
 
 
 def _side(

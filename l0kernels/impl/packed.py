@@ -17,6 +17,7 @@ from ..reference.gates import HardConcrete, round_up
 from ..reference.mlp import GLU, ROWS
 
 Gate = list[Tensor]
+Term = tuple[Tensor, int, int, int]  # weight, numbers of its output's and input's gates or -1, groups
 
 
 class PackUnpack(Protocol):

@@ -12,20 +12,20 @@ from torch.nn import functional as F
 
 from ..reference.gates import HardConcrete, compact, sample_z, sample_zs
 from . import conv2d, packed
-from .packed import Gate, extent
+from .packed import Gate, Term, extent
 
 
 def sample(
     log_alphas: list[Tensor], seed: Tensor, rank: int, dist: HardConcrete
 ) -> tuple[Tensor, Tensor, Tensor]:
     """z, index and count of every gate vector, one after the other."""
-    _check_not_nan(log_alphas)
+    check_not_nan(log_alphas)
     z = sample_zs(log_alphas, seed, rank, dist)
     order = [compact(values) for values in z]
     return torch.cat(z), torch.cat([index for index, _ in order]), torch.cat([count for _, count in order])
 
 
-def _check_not_nan(log_alphas: list[Tensor]) -> None:
+def check_not_nan(log_alphas: list[Tensor]) -> None:
     """On a GPU looking would stall the device; there a NaN shows in z."""
     for i, log_alpha in enumerate(log_alphas):
         if log_alpha.device.type == "cpu" and torch.isnan(log_alpha).any():
@@ -46,56 +46,74 @@ def gate_grad(dz: Tensor, z: Tensor, dist: HardConcrete) -> Tensor:
 
 def l0_penalty(log_alphas: list[Tensor], weights: list[float], dist: HardConcrete) -> tuple[Tensor, Tensor]:
     """sum_g weight * p_open_g over all vectors, and its gradient, flat."""
-    _check_not_nan(log_alphas)
+    check_not_nan(log_alphas)
     p = [dist.p_open(log_alpha.flatten()) for log_alpha in log_alphas]
     total = torch.stack([w * q.sum() for w, q in zip(weights, p, strict=True)]).sum()
     return total, torch.cat([w * q * (1 - q) for w, q in zip(weights, p, strict=True)])
 
 
-def _squares(weight: Tensor, groups: int) -> Tensor:
+def coupled_penalty(
+    terms: list[Term], gates: list[Tensor], weights: list[float], decay: float, dist: HardConcrete
+) -> tuple[Tensor, Tensor]:
+    """l0_penalty of the gates plus the L2 terms, and its gradient of the gates, flat."""
+    if gates:
+        total, grad = l0_penalty(gates, weights, dist)
+    else:
+        total = terms[0][0].new_zeros((), dtype=torch.promote_types(terms[0][0].dtype, torch.float32))
+        grad = total.new_empty(0)
+    add_l2_terms(total, grad, terms, gates, decay, dist)
+    return total, grad
+
+
+def add_l2_terms(
+    total: Tensor, grad: Tensor, terms: list[Term], gates: list[Tensor], decay: float, dist: HardConcrete
+) -> None:
+    """Adds decay / 2 * sum_oi p_o * p_i * theta_oi^2 of every term to total, its gradients to grad."""
+    grads = grad.split([a.numel() for a in gates])
+    for theta, out, in_, groups in terms:
+        squares = _squares(theta, groups)
+        p_out, p_in = _p_open(gates, out, in_, groups, dist)
+        half = 0.5 * decay
+        rows = squares.sum(2, True) if p_in is None else (squares * p_in).sum(2, True)
+        total += half * (rows if p_out is None else rows * p_out).sum()
+        if p_out is not None:
+            grads[out].add_((half * p_out * (1 - p_out) * rows).flatten())
+        if p_in is not None:
+            cols = (squares if p_out is None else squares * p_out).sum(1, True)
+            grads[in_].add_((half * p_in * (1 - p_in) * cols).flatten())
+
+
+def _squares(theta: Tensor, groups: int) -> Tensor:
     """(groups, out, in) sums of squares over what an output and an input share."""
-    wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
-    n_out, n_in, *kernel = weight.shape
-    return wide.square().reshape(groups, n_out // groups, n_in, math.prod(kernel)).sum(-1)
+    wide = theta.to(torch.promote_types(theta.dtype, torch.float32))
+    n_in = math.prod(theta.shape[1:2])
+    return wide.square().reshape(groups, theta.shape[0] // groups, n_in, math.prod(theta.shape[2:])).sum(-1)
 
 
-def l2_penalty(
-    weight: Tensor, decay: float, out: Tensor | None, in_: Tensor | None, groups: int, dist: HardConcrete
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """decay / 2 * sum_oi p_o * p_i * theta_oi^2, and its gradients of the gates."""
-    squares = _squares(weight, groups)
-    ones = squares.new_ones(groups, 1, 1)
-    p_out = ones if out is None else dist.p_open(out).reshape(groups, -1, 1)
-    p_in = ones if in_ is None else dist.p_open(in_).reshape(groups, 1, -1)
-    rows = (squares * p_in).sum(2, keepdim=True)
-    half = 0.5 * decay
-    d_out = None if out is None else (half * p_out * (1 - p_out) * rows).reshape(out.shape)
-    d_in = None
-    if in_ is not None:
-        d_in = (half * p_in * (1 - p_in) * (squares * p_out).sum(1, keepdim=True)).reshape(in_.shape)
-    return half * (rows * p_out).sum(), d_out, d_in
+def _p_open(
+    gates: list[Tensor], out: int, in_: int, groups: int, dist: HardConcrete
+) -> tuple[Tensor | None, Tensor | None]:
+    """p of the outputs (groups, out, 1) and of the inputs (groups, 1, in), None on a side without gates."""
+    p_out = None if out < 0 else dist.p_open(gates[out]).reshape(groups, -1, 1)
+    return p_out, None if in_ < 0 else dist.p_open(gates[in_]).reshape(groups, 1, -1)
 
 
-def l2_weight_grad(
-    weight: Tensor,
-    decay: float,
-    out: Tensor | None,
-    in_: Tensor | None,
-    groups: int,
-    dist: HardConcrete,
-    factor: Tensor,
-) -> Tensor:
-    """factor * decay * p_o * p_i * weight, in weight's dtype."""
-    scale = factor * decay
-    n_out, _, *kernel = weight.shape
-    if out is not None:
-        scale = scale * dist.p_open(out).reshape(groups, -1, 1)
-    if in_ is not None:
-        scale = scale * dist.p_open(in_).reshape(groups, 1, -1)
-    if scale.ndim:
-        n_scales = scale.shape[2]
-        scale = scale.expand(groups, n_out // groups, n_scales).reshape(n_out, n_scales, *[1] * len(kernel))
-    return torch.mul(weight, scale).to(weight.dtype, memory_format=torch.preserve_format)
+def coupled_penalty_grad(
+    terms: list[Term], gates: list[Tensor], factor: Tensor, decay: float, dist: HardConcrete
+) -> list[Tensor]:
+    """factor * decay * p_o * p_i * theta of every term, in theta's dtype."""
+    grads = []
+    for theta, out, in_, groups in terms:
+        scale = factor * decay
+        for p in _p_open(gates, out, in_, groups, dist):
+            scale = scale if p is None else scale * p
+        if scale.ndim:
+            n_out, n_scales = theta.shape[0], scale.shape[2]
+            scale = scale.expand(groups, n_out // groups, n_scales).reshape(n_out, n_scales)
+            scale = scale.view((n_out, n_scales, *[1] * (theta.ndim - 2))[: theta.ndim])
+        grad = torch.mul(theta, scale)
+        grads.append(grad.to(theta.dtype, memory_format=torch.preserve_format))
+    return grads
 
 
 def _open(gate: Gate | None, size: int) -> Tensor | None:
@@ -221,7 +239,7 @@ def mlp_backward(*args: Any) -> list[Tensor | None]:
 
 def masked_weight(weight: Tensor, log_alpha: Tensor, seed: Tensor, dist: HardConcrete) -> Tensor:
     """W * z, z drawn from the seed."""
-    _check_not_nan([log_alpha])
+    check_not_nan([log_alpha])
     return (weight * sample_z(log_alpha, seed, 0, 0, dist)).to(weight.dtype)
 
 

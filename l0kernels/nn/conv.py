@@ -10,9 +10,9 @@ from torch.nn.modules.conv import _ConvNd
 
 from ..conv2d import gated_conv2d
 from ..gates import Gates, HardConcrete
-from ..penalty import l2_penalty
+from ..penalty import L2Term
 from .gate import DEFAULT_DIST, GatedLayer, HardConcreteGate, draw
-from .linear import check_given, check_one_dist, copy_parameters_, squares
+from .linear import check_given, check_one_dist, copy_parameters_, squares, two_sided_terms
 
 GATINGS = ("in", "out", "both", None)
 Self = TypeVar("Self", bound="_GatedConv")
@@ -94,28 +94,18 @@ class _GatedConv(GatedLayer, _ConvNd):
                 weights // self.out_channels + (self.bias is not None),
             )
 
-    def l2_penalty(self, weight_decay: float) -> Tensor:
-        """The L2 term of :func:`penalty`; the bias takes part if an output gate closes it."""
-        gate = self.in_gate or self.out_gate
-        if gate is None:
-            return self.weight.new_zeros(())
-        out_log_alpha = None if self.out_gate is None else self.out_gate.log_alpha
-        total = l2_penalty(
-            self.weight,
-            weight_decay,
-            in_log_alpha=None if self.in_gate is None else self.in_gate.log_alpha,
-            out_log_alpha=out_log_alpha,
-            groups=self.groups,
-            dist=gate.dist,
-        )
-        if self.in_gate is self.out_gate:
-            p_open = gate.dist.p_open(gate.log_alpha)  # p, not p^2, where a gate meets itself
-            meeting = squares(self.own_channel(self.weight)).flatten(1).sum(1)
-            total = total + weight_decay / 2 * ((p_open - p_open**2) * meeting).sum()
-        if out_log_alpha is not None and self.bias is not None:
-            bias = self.bias[:, None]
-            total = total + l2_penalty(bias, weight_decay, out_log_alpha=out_log_alpha, dist=gate.dist)
-        return total
+    def l2_terms(self) -> Iterator[tuple[HardConcrete, L2Term]]:
+        """Weight, and the bias if an output gate closes it."""
+        return two_sided_terms(self.in_gate, self.out_gate, self.weight, self.bias, self.groups)
+
+    def l2_rest(self, weight_decay: float) -> Tensor | None:
+        """p - p^2 of the weights where a gate meets itself."""
+        gate = self.in_gate
+        if gate is None or gate is not self.out_gate:
+            return None
+        p_open = gate.dist.p_open(gate.log_alpha)
+        meeting = squares(self.own_channel(self.weight)).flatten(1).sum(1)
+        return weight_decay / 2 * ((p_open - p_open**2) * meeting).sum()
 
     def own_channel(self, weight: Tensor) -> Tensor:
         """(n, *kernel) of a weight (n, n / groups, *kernel): what leads from each channel to its namesake."""

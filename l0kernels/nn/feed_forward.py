@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..gates import Gates, HardConcrete
 from ..mlp import drawn_mlp, gated_mlp, l0_mlp
-from ..penalty import l2_penalty
+from ..penalty import L2Term
 from ..reference.mlp import GLU, ROWS
 from .gate import DEFAULT_DIST, GatedLayer, HardConcreteGate
 from .linear import copy_parameters_
@@ -199,16 +199,14 @@ class L0FeedForward(GatedLayer, nn.Module):
         size = rows * (self.d_model + (self.up.bias is not None)) + self.d_model
         yield self.hidden_gate, self.hidden_gate.log_alpha, size
 
-    def l2_penalty(self, weight_decay: float) -> Tensor:
-        """The L2 term of :func:`penalty`; down's bias is ungated and takes no part."""
-        gate = self.hidden_gate
-        rows = gate.log_alpha.repeat(ROWS[self.activation])
-        total = l2_penalty(self.down.weight, weight_decay, in_log_alpha=gate.log_alpha, dist=gate.dist)
-        total = total + l2_penalty(self.up.weight, weight_decay, out_log_alpha=rows, dist=gate.dist)
+    def l2_terms(self) -> Iterator[tuple[HardConcrete, L2Term]]:
+        """Both weights and up's bias; down's is ungated and takes no part."""
+        dist, log_alpha, rows = self.hidden_gate.dist, self.hidden_gate.log_alpha, ROWS[self.activation]
+        of_up = log_alpha if rows == 1 else log_alpha.repeat(rows)
+        yield dist, L2Term(self.down.weight, None, log_alpha)
+        yield dist, L2Term(self.up.weight, of_up, None)
         if self.up.bias is not None:
-            bias = self.up.bias[:, None]
-            total = total + l2_penalty(bias, weight_decay, out_log_alpha=rows, dist=gate.dist)
-        return total
+            yield dist, L2Term(self.up.bias, of_up, None)
 
     def activation_module(self) -> nn.Module:
         """What stands between `up` and `down`, as a plain module."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..gates import Gates, HardConcrete, attach, eval_gates, sample_gates
+from ..penalty import L2Term
 
 EVAL_MODES = ("paper", "median", "topk")
 DEFAULT_DIST = HardConcrete()
@@ -144,9 +145,13 @@ class GatedLayer:
         """(gate, log_alpha or a part of it, |g|: the parameters that one gate of that part closes)."""
         raise NotImplementedError
 
-    def l2_penalty(self, weight_decay: float) -> Tensor:
-        """weight_decay/2 * sum over the gated parameters of P(open) * theta^2."""
+    def l2_terms(self) -> Iterator[tuple[HardConcrete, L2Term]]:
+        """The gated parameters with their gates, and the distribution of those."""
         raise NotImplementedError
+
+    def l2_rest(self, weight_decay: float) -> Tensor | None:
+        """What the terms miss of weight_decay/2 * sum over the gated parameters of P(open) * theta^2."""
+        return None
 
 
 def draw(gates: Sequence[HardConcreteGate | None]) -> list[Gates | None]:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ..gates import Gates, HardConcrete
 from ..linear import drawn_linear, gated_linear, l0_linear
 from ..masked_linear import block_linear, masked_linear
-from ..penalty import l2_penalty
+from ..penalty import L2Term
 from .gate import DEFAULT_DIST, GatedLayer, HardConcreteGate, draw
 
 Gating = str | tuple[int, int] | None
@@ -198,29 +198,20 @@ class L0Linear(GatedLayer, nn.Linear):
             for log_alpha, area in self._blocks(weight_gate.log_alpha):
                 yield weight_gate, log_alpha, area
 
-    def l2_penalty(self, weight_decay: float) -> Tensor:
-        """The L2 term of :func:`penalty`; the bias takes part if an output gate closes it."""
+    def l2_terms(self) -> Iterator[tuple[HardConcrete, L2Term]]:
+        """Weight, and the bias if an output gate closes it."""
+        return two_sided_terms(self.in_gate, self.out_gate, self.weight, self.bias)
+
+    def l2_rest(self, weight_decay: float) -> Tensor | None:
+        """All of a layer with weight gates; p - p^2 of the weights where a gate meets itself."""
         if self.weight_gate is not None:
             p_open = self.spread(self.weight_gate.dist.p_open(self.weight_gate.log_alpha))
             return weight_decay / 2 * (p_open * squares(self.weight)).sum()
-        gate = self.in_gate or self.out_gate
-        if gate is None:
-            return self.weight.new_zeros(())
-        out_log_alpha = None if self.out_gate is None else self.out_gate.log_alpha
-        total = l2_penalty(
-            self.weight,
-            weight_decay,
-            in_log_alpha=None if self.in_gate is None else self.in_gate.log_alpha,
-            out_log_alpha=out_log_alpha,
-            dist=gate.dist,
-        )
-        if self.in_gate is self.out_gate:
-            p_open = gate.dist.p_open(gate.log_alpha)  # p, not p^2, where a gate meets itself
-            total = total + weight_decay / 2 * ((p_open - p_open**2) * squares(self.weight.diagonal())).sum()
-        if out_log_alpha is not None and self.bias is not None:
-            bias = self.bias[:, None]
-            total = total + l2_penalty(bias, weight_decay, out_log_alpha=out_log_alpha, dist=gate.dist)
-        return total
+        gate = self.in_gate
+        if gate is None or gate is not self.out_gate:
+            return None
+        p_open = gate.dist.p_open(gate.log_alpha)
+        return weight_decay / 2 * ((p_open - p_open**2) * squares(self.weight.diagonal())).sum()
 
     def _blocks(self, log_alpha: Tensor) -> Iterator[tuple[Tensor, int]]:
         """log_alpha split by the area of its blocks: those at the lower and right edge may be cropped."""
@@ -257,6 +248,23 @@ def copy_parameters_(target: nn.Module, source: nn.Module) -> None:
             if to is not None:
                 to.copy_(of)
                 to.requires_grad_(of.requires_grad)
+
+
+def two_sided_terms(
+    in_gate: HardConcreteGate | None,
+    out_gate: HardConcreteGate | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    groups: int = 1,
+) -> Iterator[tuple[HardConcrete, L2Term]]:
+    """The L2 terms of a layer with gates on its inputs, its outputs, or both."""
+    gate = in_gate or out_gate
+    if gate is None:
+        return
+    out = None if out_gate is None else out_gate.log_alpha
+    yield gate.dist, L2Term(weight, out, None if in_gate is None else in_gate.log_alpha, groups)
+    if out is not None and bias is not None:
+        yield gate.dist, L2Term(bias, out, None)
 
 
 def squares(parameter: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..gates import HardConcrete
-from ..penalty import l0_penalty
+from ..penalty import L2Term, coupled_penalty, l0_penalty
 from .gate import GatedLayer, HardConcreteGate, gate_modules
 
 LIMIT = math.log(100)
@@ -24,6 +24,9 @@ def penalty(model: nn.Module, *, weight_decay: float = 0.0) -> Tensor:
     weight_decay/2 * sum_oi p_o p_i theta_oi^2. Ungated parameters, and the bias of a layer without output
     gates, are left to the optimiser. Add ``penalty(model) / N`` to a mean loss, N the size of the training
     set (Louizos, Welling, Kingma, ICLR 2018, eq. 9, 12 and appendix A).
+
+    One autograd node for the whole model (one per distribution), which reads every weight once; weight and
+    block gates, and a gate on both sides of one layer, take a few operations of torch more for their weights.
 
     Args:
         model: any module with gates in it.
@@ -51,26 +54,33 @@ def penalty(model: nn.Module, *, weight_decay: float = 0.0) -> Tensor:
     owned = {gate for gate, _, _ in groups}
     groups += [(gate, gate.log_alpha, 1) for gate in gates if gate not in owned]
 
-    total = _l0(groups, groups[0][0].dist)
-    if weight_decay:
-        for layer in layers:
-            total = total + layer.l2_penalty(weight_decay)
+    terms = [term for layer in layers for term in layer.l2_terms()] if weight_decay else []
+    total = _by_dist(groups, terms, weight_decay, groups[0][0].dist)
+    for layer in layers if weight_decay else []:
+        rest = layer.l2_rest(weight_decay)
+        total = total if rest is None else total + rest
     return total
 
 
-def _l0(groups: list[tuple[HardConcreteGate, Tensor, int]], dist: HardConcrete) -> Tensor:
-    """One `l0_penalty` call, and one more for each further distribution."""
+def _by_dist(
+    groups: list[tuple[HardConcreteGate, Tensor, int]],
+    terms: list[tuple[HardConcrete, L2Term]],
+    weight_decay: float,
+    dist: HardConcrete,
+) -> Tensor:
+    """One call for the gates and terms of `dist`, and one more for each further distribution."""
     own = [group for group in groups if group[0].dist is dist or group[0].dist == dist]
-    total = l0_penalty(
-        [log_alpha for _, log_alpha, _ in own],
-        [size for _, _, size in own],
-        lam=[gate.lam for gate, _, _ in own],
-        dist=dist,
-    )
+    log_alphas = [log_alpha for _, log_alpha, _ in own]
+    sizes, lams = [size for _, _, size in own], [gate.lam for gate, _, _ in own]
+    own_terms = [term for of, term in terms if of is dist or of == dist]
+    if own_terms:
+        total = coupled_penalty(log_alphas, sizes, lams, own_terms, weight_decay, dist)
+    else:
+        total = l0_penalty(log_alphas, sizes, lam=lams, dist=dist)
     if len(own) == len(groups):
         return total
     others = [group for group in groups if group[0].dist != dist]
-    return total + _l0(others, others[0][0].dist)
+    return total + _by_dist(others, terms, weight_decay, others[0][0].dist)
 
 
 def clamp_gates_(model: nn.Module, limit: float = LIMIT) -> None:
