@@ -7,7 +7,9 @@ import math
 import pytest
 import torch
 
-from l0kernels import nn, reference
+import l0kernels as l0
+from l0kernels import _ops, nn, reference
+from l0kernels._registry import native
 
 L = math.log(0.1 / 1.1)
 penalty_module = importlib.import_module("l0kernels.nn.penalty")
@@ -315,3 +317,216 @@ def test_an_ungated_convolution_has_no_penalty():
 def test_weight_decay_reaches_the_weights_of_a_convolution():
     layer = spread(nn.L0Conv2d(3, 4, 2, gate="both")).double()
     assert torch.autograd.gradcheck(lambda *_: nn.penalty(layer, weight_decay=0.3), tuple(layer.parameters()))
+
+
+def chain():
+    return nn.L0MLP((9, 8, 7, 6), lam=(0.5, 2.0, 1.0))
+
+
+def mixed():
+    return torch.nn.Sequential(
+        nn.L0Linear(9, 8, gate="both"),
+        nn.L0Linear(8, 7, gate="weight"),
+        nn.L0Linear(7, 6, gate=(2, 4)),
+        nn.L0Linear(6, 6, gate=None),
+        nn.L0Linear(6, 5, gate="out", bias=False),
+    )
+
+
+def shared():
+    gate = nn.HardConcreteGate(6, lam=0.1)
+    return torch.nn.ModuleList(
+        [
+            nn.L0Linear(8, 6, gate="out", out_gate=gate),
+            nn.L0Linear(6, 6, gate="both", in_gate=gate, out_gate=gate),
+            nn.L0Linear(6, 3, in_gate=gate),
+            nn.L0Conv2d(6, 6, 2, groups=6, gate="both", in_gate=gate, out_gate=gate),
+        ]
+    )
+
+
+def convolutions():
+    return nn.L0Sequential(
+        nn.L0Conv2d(3, 6, 3, gate="out"),
+        torch.nn.ReLU(),
+        nn.L0Conv2d(6, 8, (2, 3), groups=2, gate="both"),
+        torch.nn.ReLU(),
+        nn.L0Conv2d(8, 4, 3, gate="in"),
+    )
+
+
+def feed_forward():
+    return torch.nn.Sequential(
+        nn.L0FeedForward(6, 9, "gelu"), nn.L0FeedForward(6, 7, "swiglu"), nn.L0FeedForward(6, 5, bias=False)
+    )
+
+
+def half():
+    """bfloat16 weights beside float32 ones."""
+    return torch.nn.Sequential(nn.L0Linear(9, 8, gate="both").bfloat16(), nn.L0Linear(8, 7, gate="out"))
+
+
+def channels_last():
+    model = torch.nn.Sequential(nn.L0Conv2d(4, 6, 3, gate="both"), nn.L0Conv2d(6, 4, 3, gate="in"))
+    return model.to(memory_format=torch.channels_last)
+
+
+def distributions():
+    dist = reference.HardConcrete(0.5, -0.3, 1.2)
+    return torch.nn.ModuleList(
+        [nn.L0Linear(4, 5), nn.L0Linear(3, 2, gate="both", dist=dist), nn.L0Linear(2, 2, gate="out")]
+    )
+
+
+def of_two_precisions():
+    """Float32 gates of a float64 weight."""
+    model = chain()
+    model.layers[1].weight.data = model.layers[1].weight.data.double()
+    return model
+
+
+MODELS = [
+    *(chain, mixed, shared, convolutions, feed_forward, half, channels_last, distributions),
+    of_two_precisions,
+]
+WD = 0.7
+
+
+def value_and_grads(model, factor=1.0):
+    value = nn.penalty(model, weight_decay=WD)
+    wanted = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    grads = torch.autograd.grad(factor * value, list(wanted.values()), allow_unused=True)
+    return value.detach(), dict(zip(wanted, grads, strict=True))
+
+
+def assert_equals_the_reference(model, factor=1.0):
+    value, grads = value_and_grads(model, factor)
+    eps = torch.finfo(nn.gate_parameters(model)[0].dtype).eps
+    with l0.use_backend("reference"):
+        exact, exact_grads = value_and_grads(copy.deepcopy(model).double(), factor)
+    assert value.item() == pytest.approx(exact.item(), rel=1e-6)
+    for name, want in exact_grads.items():
+        got = grads[name]
+        assert (got is None) == (want is None), name
+        if want is None:
+            continue
+        parameter = model.get_parameter(name)
+        assert (got.dtype, got.shape) == (parameter.dtype, parameter.shape)
+        error = (got.double() - want).abs().max().item()
+        assert error <= 8 * max(eps, torch.finfo(got.dtype).eps) * want.abs().max().item(), name
+
+
+@pytest.mark.parametrize("make", MODELS)
+class TestCoupled:
+    def test_equals_the_reference(self, backend, make):
+        model = spread(make())
+        assert_equals_the_reference(model)
+        if make not in (half, of_two_precisions):
+            assert_equals_the_reference(model.double())
+
+    def test_of_a_scaled_loss(self, backend, make):
+        assert_equals_the_reference(spread(make()), factor=-0.25)
+
+    @pytest.mark.parametrize("frozen", ["weights", "gates", "first"])
+    def test_frozen_parameters(self, backend, make, frozen):
+        model = spread(make())
+        of = {"weights": nn.weight_parameters, "gates": nn.gate_parameters}
+        for parameter in of[frozen](model) if frozen in of else [next(model.parameters())]:
+            parameter.requires_grad_(False)
+        assert_equals_the_reference(model)
+
+    def test_backward_twice(self, backend, make):
+        model = spread(make())
+        _, grads = value_and_grads(model)
+        value = nn.penalty(model, weight_decay=WD)
+        value.backward(retain_graph=True)
+        value.backward()
+        for name, parameter in model.named_parameters():
+            assert (parameter.grad is None) == (grads[name] is None)
+            if parameter.grad is not None:
+                torch.testing.assert_close(parameter.grad, 2 * grads[name])
+
+    def test_all_open_and_all_closed(self, backend, make):
+        model = make()
+        for gate in nn.gate_modules(model):
+            torch.nn.init.constant_(gate.log_alpha, math.inf)
+        assert_equals_the_reference(model)
+        for gate in nn.gate_modules(model):
+            torch.nn.init.constant_(gate.log_alpha, -math.inf)
+        value, grads = value_and_grads(model)
+        assert abs(value.item()) < 1e-30
+        assert all(g is None or g.abs().max() < 1e-30 for g in grads.values())
+
+    def test_whole_graph(self, backend, make):
+        torch._dynamo.reset()
+        model = spread(make())
+        compiled = torch.compile(
+            lambda: nn.penalty(model, weight_decay=WD), fullgraph=True, backend="aot_eager"
+        )
+        value = compiled()
+        assert value.item() == pytest.approx(nn.penalty(model, weight_decay=WD).item(), rel=1e-6)
+        value.backward()
+        for name, grad in value_and_grads(model)[1].items():
+            assert (grad is None) == (model.get_parameter(name).grad is None)
+            if grad is not None:
+                torch.testing.assert_close(model.get_parameter(name).grad, grad)
+        torch._dynamo.reset()
+
+
+class Counted:
+    """A module whose calls are counted by name."""
+
+    def __init__(self, module):
+        self.module, self.calls = module, []
+
+    def __getattr__(self, name):
+        self.calls.append(name)
+        return getattr(self.module, name)
+
+
+@pytest.mark.skipif(native is None, reason="counts the calls of the native kernels")
+@pytest.mark.parametrize("make", [chain, convolutions, feed_forward, shared])
+def test_one_native_call_forward_and_one_backward(monkeypatch, make):
+    counted = Counted(native)
+    monkeypatch.setattr(_ops.module("cpp"), "_C", counted)
+    model = make()
+    with l0.use_backend("cpp"):
+        value = nn.penalty(model, weight_decay=WD)
+        assert counted.calls == ["coupled_penalty"]
+        value.backward()
+        assert counted.calls == ["coupled_penalty", "coupled_penalty_grad"]
+        for weight in nn.weight_parameters(model):
+            weight.requires_grad_(False)
+        nn.penalty(model, weight_decay=WD).backward()
+        assert counted.calls[2:] == ["coupled_penalty"]
+
+
+def test_nan_is_an_error_in_a_gate_and_a_value_in_a_weight(backend):
+    model = chain()
+    with torch.no_grad():
+        model.layers[1].weight[2, 3] = math.nan
+    assert nn.penalty(model, weight_decay=WD).isnan()
+    with torch.no_grad():
+        model.layers[1].in_gate.log_alpha[3] = math.nan
+    with pytest.raises(ValueError, match=r"log_alpha\[1\] must not hold NaN"):
+        nn.penalty(model, weight_decay=WD)
+
+
+def test_a_weight_that_does_not_fit_its_gates(backend):
+    layer = nn.L0Linear(6, 4, gate="both")
+    layer.weight = torch.nn.Parameter(torch.zeros(4, 7))
+    with pytest.raises(ValueError, match=r"in_log_alpha must have shape \(7,\) .*, got \(6,\)"):
+        nn.penalty(layer, weight_decay=WD)
+    layer.weight = torch.nn.Parameter(torch.zeros(4, 6))
+    layer.bias = torch.nn.Parameter(torch.zeros(5))
+    with pytest.raises(ValueError, match=r"out_log_alpha must have shape \(5,\) .*, got \(4,\)"):
+        nn.penalty(layer, weight_decay=WD)
+
+
+def test_a_weight_changed_in_place_before_backward(backend):
+    model = chain()
+    value = nn.penalty(model, weight_decay=WD)
+    with torch.no_grad():
+        model.layers[1].weight.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        value.backward()
