@@ -161,7 +161,9 @@ def machine(rows: Sequence[Row]) -> str:
     commits = ", ".join(dict.fromkeys(row["commit"] for row in rows))
     dates = sorted({row["date"] for row in rows})
     cores = f"{row['cores']} cores, {row['threads']} threads, " if row["cores"] else ""
+    far = len(apart(rows)) if "exchange_us" in row else 0
+    places = f", {far} of {len(rows)} figures with the cores apart" if far else ""
     return (
         f"{row['device']}, {cores}torch {row['torch']}, {row['environment']}, Python {row['python']}, "
-        f"commit {commits}, {' to '.join(dict.fromkeys((dates[0], dates[-1])))}"
+        f"commit {commits}, {' to '.join(dict.fromkeys((dates[0], dates[-1])))}{places}"
     ).replace(", ,", ",")

@@ -233,6 +233,8 @@ def exchanged(us, commit="a", keep="1"):
 def test_rows_with_the_cores_near_come_before_later_ones_of_their_commit():
     near, far, newer = exchanged("5"), exchanged("20"), exchanged("21", "b")
     assert rows.apart([near, far, exchanged("")]) == [far]
+    assert "1 of 2 figures with the cores apart" in rows.machine([near, far])
+    assert "apart" not in rows.machine([near])
     assert rows.latest([far, near]) == rows.latest([near, far]) == [near]
     assert rows.latest([near, exchanged("7")]) == [exchanged("7")]
     assert rows.latest([near, newer]) == [newer]
