@@ -135,7 +135,7 @@ def append(path: Path, rows: Iterable[Row], fields: Sequence[str] = FIELDS) -> N
 def apart(rows: Iterable[Row]) -> list[Row]:
     """Those measured while the cores were farther apart than during others."""
     rows = list(rows)
-    us = [float(row["exchange_us"] or 0) for row in rows]
+    us = [float(row.get("exchange_us") or 0) for row in rows]  # columns of before had none
     nearest = min(filter(None, us), default=0.0)
     return [row for row, value in zip(rows, us, strict=True) if value > APART * nearest]
 
@@ -161,7 +161,7 @@ def machine(rows: Sequence[Row]) -> str:
     commits = ", ".join(dict.fromkeys(row["commit"] for row in rows))
     dates = sorted({row["date"] for row in rows})
     cores = f"{row['cores']} cores, {row['threads']} threads, " if row["cores"] else ""
-    far = len(apart(rows)) if "exchange_us" in row else 0
+    far = len(apart(rows))
     places = f", {far} of {len(rows)} figures with the cores apart" if far else ""
     return (
         f"{row['device']}, {cores}torch {row['torch']}, {row['environment']}, Python {row['python']}, "
