@@ -31,6 +31,12 @@ void sample(const SampleParams<T>& p, int num_threads) {
   }
 }
 
+template <typename T>
+void p_open(const T* __restrict log_alpha, int64_t n, T shift, T* __restrict p) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) p[i] = l0::p_open(log_alpha[i], shift);
+}
+
 template <typename T, Activation act>
 void activation_grad_columns(const ActivationGradParams<T>& p, int64_t n0, int n) {
   T z[kColumns], inv_z[kColumns];
@@ -221,7 +227,8 @@ void squares_grad(const SquaresParams<T>& p, T* grad, int num_threads) {
 
 template <typename T>
 Kernels<T> kernels() {
-  return {gemm<T>, sample<T>, activation_grad<T>, column_dot<T>, column_sum<T>, squares<T>, squares_grad<T>};
+  return {gemm<T>,       sample<T>,     p_open<T>,  activation_grad<T>,
+          column_dot<T>, column_sum<T>, squares<T>, squares_grad<T>};
 }
 template Kernels<float> kernels<float>();
 template Kernels<double> kernels<double>();

@@ -88,6 +88,7 @@ template <typename T>
 struct Kernels {
   void (*gemm)(const GemmParams<T>&, int num_threads);
   void (*sample)(const SampleParams<T>&, int num_threads);
+  void (*p_open)(const T* log_alpha, int64_t n, T shift, T* p);  // hard_concrete.h
   void (*activation_grad)(const ActivationGradParams<T>&, int num_threads);
   void (*column_dot)(const ColumnDotParams<T>&, int num_threads);
   void (*column_sum)(const ColumnSumParams<T>&, int num_threads);

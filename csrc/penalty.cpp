@@ -2,7 +2,6 @@
 
 #include <algorithm>
 
-#include "hard_concrete.h"
 #include "workspace.h"
 
 namespace l0 {
@@ -27,8 +26,7 @@ struct Shares {
     T* at = static_cast<T*>(workspace.get(sizeof(T) * (gates + longest + rows + cols + sums)));
     for (const auto& g : p.gates) {
       open.push_back(at);
-#pragma omp simd
-      for (int64_t i = 0; i < g.size; ++i) at[i] = p_open(g.log_alpha[i], p.shift);
+      kernels<T>().p_open(g.log_alpha, g.size, p.shift, at);
       at += g.size;
     }
     ones = at;
@@ -51,6 +49,7 @@ struct Shares {
 template <typename T>
 double sum(const T* x, int64_t n) {
   double total = 0.0;
+#pragma omp simd reduction(+ : total)
   for (int64_t i = 0; i < n; ++i) total += double(x[i]);
   return total;
 }
@@ -59,19 +58,10 @@ double sum(const T* x, int64_t n) {
 
 template <typename T>
 double penalty(const T* log_alpha, int64_t n, double weight, T shift, T* grad) {
-  double total = 0.0;
   const T w = T(weight);
-  for (int64_t i0 = 0; i0 < n; i0 += 256) {
-    T sum[256];
-    const int m = int(n - i0 < 256 ? n - i0 : 256);
-#pragma omp simd
-    for (int i = 0; i < m; ++i) {
-      const T p = p_open(log_alpha[i0 + i], shift);
-      sum[i] = p;
-      grad[i0 + i] = w * p * (T(1) - p);
-    }
-    for (int i = 0; i < m; ++i) total += double(sum[i]);
-  }
+  kernels<T>().p_open(log_alpha, n, shift, grad);
+  const double total = sum(grad, n);
+  for (int64_t i = 0; i < n; ++i) grad[i] = w * grad[i] * (T(1) - grad[i]);
   return total * weight;
 }
 
