@@ -46,7 +46,8 @@ def small_calls(device: str) -> Iterator[Call]:
     seed = torch.tensor([5]).to(device)
     for dtype in (torch.float32, torch.float64):
         log_alphas = [torch.randn(n, dtype=dtype).to(device) for n in (1, 300, 4500)]
-        yield Call("sample", partial(cuda.sample_with_expected, log_alphas, seed, 0, DEFAULT_DIST))
+        expected = torch.empty(3, dtype=dtype).to(device)
+        yield Call("sample", partial(cuda.sample, log_alphas, seed, 0, DEFAULT_DIST, expected))
         yield Call("penalty", partial(cuda.l0_penalty, log_alphas, [1.0] * 3, DEFAULT_DIST))
         z = torch.rand(1000, dtype=dtype).to(device)
         yield Call("gate_grad", partial(cuda.gate_grad, z, z, DEFAULT_DIST))

@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cmath>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -94,8 +95,9 @@ using Dist = std::tuple<double, double, double>;  // beta, gamma, zeta
 using Draw = std::tuple<Address, uint32_t, Dist, std::vector<Address>>;
 
 // Draws the gates, the position of each its stream; returns that of the first with a NaN in log_alpha, or -1.
+// expected: (gates,), gets the expected number of open gates of each; null: not wanted.
 template <typename T>
-int draw_gates(const Draw& draw, const std::vector<Gate>& gates, int num_threads) {
+int draw_gates(const Draw& draw, const std::vector<Gate>& gates, int num_threads, T* expected = nullptr) {
   const auto& [seed, rank, dist, log_alpha] = draw;
   const auto& [beta, gamma, zeta] = dist;
   int nan_at = -1;
@@ -107,14 +109,18 @@ int draw_gates(const Draw& draw, const std::vector<Gate>& gates, int num_threads
                              T(zeta), as<T>(z)},
                             num_threads);
     l0::compact(as<const T>(z), size, as<int32_t>(index), as<int32_t>(count));
+    if (expected) expected[i] = T(l0::expected_open(values, size, T(beta * std::log(-gamma / zeta))));
   }
   return nan_at;
 }
 
-int sample(bool is_double, const Draw& draw, const std::vector<Gate>& gates, int num_threads) {
+int sample(bool is_double, const Draw& draw, const std::vector<Gate>& gates, Address expected,
+           int num_threads) {
   int nan_at = -1;
-  dispatch(is_double,
-           [&](auto zero) { nan_at = draw_gates<decltype(zero)>(draw, gates, num_threads); });
+  dispatch(is_double, [&](auto zero) {
+    using T = decltype(zero);
+    nan_at = draw_gates<T>(draw, gates, num_threads, as<T>(expected));
+  });
   return nan_at;
 }
 

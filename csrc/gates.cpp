@@ -26,6 +26,14 @@ bool any_nan(const T* x, int64_t n) {
 }
 
 template <typename T>
+double expected_open(const T* log_alpha, int64_t n, T shift) {
+  double total = 0.0;
+#pragma omp simd reduction(+ : total)
+  for (int64_t i = 0; i < n; ++i) total += double(p_open(log_alpha[i], shift));
+  return total;
+}
+
+template <typename T>
 void gate_grad(const T* dz, const T* z, T* dlog_alpha, int64_t n, T beta, T gamma, T zeta) {
 #pragma omp simd  // dlog_alpha may be dz
   for (int64_t i = 0; i < n; ++i)
@@ -35,6 +43,7 @@ void gate_grad(const T* dz, const T* z, T* dlog_alpha, int64_t n, T beta, T gamm
 #define L0_INSTANTIATE(T)                                          \
   template void compact<T>(const T*, int64_t, int32_t*, int32_t*); \
   template bool any_nan<T>(const T*, int64_t);                     \
+  template double expected_open<T>(const T*, int64_t, T);          \
   template void gate_grad<T>(const T*, const T*, T*, int64_t, T, T, T);
 L0_INSTANTIATE(float)
 L0_INSTANTIATE(double)

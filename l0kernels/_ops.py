@@ -97,6 +97,20 @@ def sample(
 
 
 @_define(
+    "sample_expected(Tensor[] log_alpha, Tensor seed, int rank, float beta, float gamma, float zeta,"
+    " str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    lambda log_alpha, seed, *_: (*_fake_sample(log_alpha, seed), log_alpha[0].new_empty(len(log_alpha))),
+)
+def sample_expected(
+    log_alpha: list[Tensor], seed: Tensor, rank: int, beta: float, gamma: float, zeta: float, backend: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """z, index and count as of ``sample``, and sum_g p_open_g of every vector from the same pass."""
+    expected = log_alpha[0].new_empty(len(log_alpha))
+    drawn = module(backend).sample(log_alpha, seed, rank, _dist(beta, gamma, zeta), expected)
+    return *drawn, expected
+
+
+@_define(
     "gate_grad(Tensor dz, Tensor z, float beta, float gamma, float zeta, str backend) -> Tensor",
     lambda dz, z, *_: z.new_empty(z.shape),
 )

@@ -158,6 +158,20 @@ def draw(
     return split(log_alphas, z, index, count)
 
 
+def sample_with_expected(
+    log_alphas: list[Tensor], seed: Tensor, dist: HardConcrete
+) -> tuple[list[Gates], Sequence[Tensor]]:
+    """What sample_gates draws under no_grad, and sum_g P(z_g > 0) of each vector, ()."""
+    check_log_alphas(log_alphas)
+    backend = _registry.resolve(log_alphas[0].device, log_alphas[0].dtype, "sample")
+    if backend == "reference":
+        gates = reference.sample_gates(log_alphas, seed=seed, dist=dist)
+        return gates, [dist.p_open(log_alpha).sum() for log_alpha in log_alphas]
+    seed, constants = check_draw(log_alphas, seed, dist), (dist.beta, dist.gamma, dist.zeta)
+    *drawn, expected = _ops.sample_expected(log_alphas, seed, 0, *constants, backend)
+    return split(log_alphas, *drawn), expected.unbind()
+
+
 def check_draw(
     log_alphas: list[Tensor],
     seed: Tensor | None,

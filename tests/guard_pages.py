@@ -135,7 +135,9 @@ def sampling(n, dtype, at_end):
     count = guarded(torch.empty(2, dtype=torch.int32), at_end)
     double = dtype == torch.float64
     gate = (address(z), address(index), address(count), n, False)
-    native.sample(double, (address(seed), 0, CONSTANTS, [address(log_alpha)]), [gate], 1)
+    expected = guarded(torch.full((1,), float("nan"), dtype=dtype), at_end)
+    native.sample(double, (address(seed), 0, CONSTANTS, [address(log_alpha)]), [gate], address(expected), 1)
+    assert not expected.isnan()
     grad = guarded(torch.empty(n, dtype=dtype), at_end)
     native.gate_grad(address(log_alpha), address(z), address(grad), n, double, CONSTANTS)
     KEPT.clear()

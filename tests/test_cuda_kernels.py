@@ -87,10 +87,12 @@ class TestSample:
         log_alphas = [torch.randn(n, dtype=dtype) * 3 for n in sizes]
         seed = torch.randint(2**62, (1,))
         before = launches()
-        z, index, count, expected = cuda.sample_with_expected(
-            [on_device(a) for a in log_alphas], on_device(seed), 5, DIST
-        )
+        expected = on_device(torch.empty(len(sizes), dtype=dtype))
+        args = [on_device(a) for a in log_alphas], on_device(seed), 5, DIST
+        z, index, count = cuda.sample(*args, expected)
         assert launches() - before in (0, 1)
+        for with_sums, without in zip((z, index, count), cuda.sample(*args), strict=True):
+            assert torch.equal(with_sums, without)
         index, count = index.cpu().split([round_up(n) for n in sizes]), count.cpu().view(-1, 2)
         for i, (values, a) in enumerate(zip(z.cpu().split(sizes), log_alphas, strict=True)):
             exact = reference.gates.sample_z(a.double(), seed, i, 5, DIST)
@@ -129,6 +131,17 @@ class TestSample:
         want = torch.cat(reference.gates.sample_zs(a, seed, 0, DIST))
         near(z, want, 8 * EPS[torch.float32], 1.0)
         assert count.view(-1, 2)[:, 0].tolist() == [int((v != 0).sum()) for v in want.split(sizes)]
+
+    def test_expected_of_a_bank(self, public):
+        gates = [nn.HardConcreteGate(n, dtype=t) for n in (31, 4500) for t in (torch.float32, torch.float64)]
+        bank = nn.GateBank(torch.nn.ModuleList(gates).to(DEVICE))
+        before = launches()
+        expected = bank.draw(expected=True).expected
+        assert launches() - before in (0, 2)
+        for gate in gates:
+            a = gate.log_alpha.detach()
+            assert expected[gate].dtype == a.dtype
+            near(expected[gate], DIST.p_open(a.double()).sum(), 16 * EPS[a.dtype], len(a))
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
     def test_gate_grad(self, dtype):
@@ -519,6 +532,7 @@ class TestOpcheck:
     def test_gates(self):
         a, other = on_device(torch.randn(140)), on_device(torch.randn(7))
         self.check("sample", [a, other], on_device(SEED), 3, *self.CONSTANTS)
+        self.check("sample_expected", [a, other], on_device(SEED), 3, *self.CONSTANTS)
         self.check("gate_grad", a, on_device(make_z("mixed", 140)), *self.CONSTANTS)
         self.check("l0_penalty", [a, other], [1.0, 2.5], *self.CONSTANTS)
 

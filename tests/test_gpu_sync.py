@@ -237,6 +237,21 @@ def test_no_sync_in_a_training_step(kind):
     assert all(loss.isfinite() for loss in losses)
 
 
+def test_no_sync_in_a_draw_with_its_expected_counts():
+    model = torch.nn.Sequential(net("mlp"), l0.nn.L0Linear(OUT, OUT, gate="weight", device=DEVICE))
+    bank = l0.nn.GateBank(model)
+    with no_sync():
+        draws = [bank.draw(expected=True) for _ in range(3)]
+    assert_expected(draws[-1], l0.nn.gate_modules(model))
+
+
+def assert_expected(draw, gates):
+    assert set(draw.expected) == set(gates)
+    for gate, value in draw.expected.items():
+        exact = gate.dist.p_open(gate.log_alpha.detach().double()).sum()
+        torch.testing.assert_close(value, exact.to(value.dtype), rtol=1e-5, atol=0)
+
+
 def capture(call):
     """(graph, what call returned), after a warm-up in a stream of its own."""
     stream = torch.cuda.Stream()
@@ -314,13 +329,17 @@ def test_graph_of_a_bank():
     x = torch.randn(M, IN, device=DEVICE)
 
     def call():
-        bank.draw()
+        draw = bank.draw(expected=True)
         y = model(x)
-        return y.detach(), torch.autograd.grad(y.square().mean(), list(model.parameters()))
+        return draw, y.detach(), torch.autograd.grad(y.square().mean(), list(model.parameters()))
 
-    graph, (y, grads) = capture(call)
+    graph, (draw, y, grads) = capture(call)
     graph.replay()
     first = y.clone()
+    with torch.no_grad():
+        for gate in l0.nn.gate_modules(model):
+            gate.log_alpha.add_(1.0)
     graph.replay()
     assert not torch.equal(first, y)
     assert all(grad.isfinite().all() for grad in grads)
+    assert_expected(draw, l0.nn.gate_modules(model))

@@ -72,7 +72,8 @@ def all_equal(left, right):
 def counter(monkeypatch):
     """The names of the operators called."""
     calls = []
-    for name in ("sample", "gate_grad", "gated_mlp", "gated_linear", "masked_weight", "block_linear"):
+    names = ("sample", "sample_expected", "gate_grad", "gated_mlp", "gated_linear", "masked_weight")
+    for name in (*names, "block_linear"):
         operator = getattr(l0._ops, name)
 
         def counted(*args, name=name, operator=operator):
@@ -118,6 +119,9 @@ def test_one_sample_call_for_the_whole_model(monkeypatch, backend):
     model = make()
     bank = nn.GateBank(model)
     calls = counter(monkeypatch)
+    bank.draw(expected=True)
+    assert calls == ["sample_expected"]
+    calls.clear()
     bank.draw()
     assert calls == ["sample"]
     calls.clear()
@@ -439,6 +443,59 @@ def test_gates_of_other_kinds_have_a_call_of_their_own(other):
     torch.testing.assert_close(gates[1].log_alpha.grad, expected)
 
 
+def assert_expected(expected, gates):
+    assert list(expected) == gates
+    for gate, value in expected.items():
+        a = gate.log_alpha.detach()
+        assert (value.dtype, value.device, value.shape) == (a.dtype, a.device, ())
+        assert not value.requires_grad
+        exact = gate.dist.p_open(a.double()).sum().item()
+        assert abs(value.item() - exact) <= 16 * torch.finfo(a.dtype).eps * gate.n
+
+
+def test_expected_of_every_kind_of_layer():
+    model = make()
+    bank = nn.GateBank(model, seed=4)
+    assert bank.draw().expected is None
+    bank.step.zero_()
+    bank.draw()
+    plain = [part for gate in bank._vectors for part in gate.drawn[:3]], bank._weights[0].seed
+    bank.step.zero_()
+    draw = bank.draw(expected=True)
+    assert all_equal((part for gate in bank._vectors for part in gate.drawn[:3]), plain[0])
+    assert torch.equal(bank._weights[0].seed, plain[1])
+    assert_expected(draw.expected, [*bank._vectors, *bank._weights])
+    values = [value.clone() for value in draw.expected.values()]
+    with torch.no_grad():
+        model.own.log_alpha.add_(1)
+    bank.draw(expected=True)
+    assert all_equal(draw.expected.values(), values), "it is that of the draw"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("sizes", [[1], [31], [784], [4099], [1, 31, 784, 4099]], ids=str)
+def test_expected_of_every_length(sizes, dtype):
+    torch.manual_seed(0)
+    dist = reference.HardConcrete(0.5, -0.2, 1.3)
+    gates = [nn.HardConcreteGate(n, dtype=dtype) for n in sizes] + [nn.HardConcreteGate(50, dist=dist)]
+    model = torch.nn.ModuleList(gates)
+    with torch.no_grad():
+        for gate in gates:
+            gate.log_alpha.normal_(0, 3)
+    assert_expected(nn.GateBank(model).draw(expected=True).expected, gates)
+
+
+def test_expected_holds_the_gates_that_are_drawn():
+    model = make()
+    bank = nn.GateBank(model)
+    model.own.eval()
+    model.weight.weight_gate.eval()
+    model.both.in_gate.log_alpha.requires_grad_(False)
+    expected = bank.draw(expected=True).expected
+    assert_expected(expected, [gate for gate in bank._vectors if gate is not model.own])
+    assert nn.GateBank(model.eval()).draw(expected=True).expected == {}
+
+
 def test_without_gradients():
     model = make()
     nn.GateBank(model).draw()
@@ -511,5 +568,6 @@ def test_nan_is_an_error():
     model = make()
     with torch.no_grad():
         model.own.log_alpha[0] = float("nan")
-    with pytest.raises(ValueError, match="NaN"):
-        nn.GateBank(model).draw()
+    for expected in (False, True):
+        with pytest.raises(ValueError, match="NaN"):
+            nn.GateBank(model).draw(expected=expected)

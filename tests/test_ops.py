@@ -38,6 +38,7 @@ class TestOpcheck:
     def test_gates(self, backend, layout):
         log_alpha, other = layout(torch.randn(140)), layout(torch.randn(7))
         opcheck(OPS.sample.default, ([log_alpha, other], SEED, 3, *DIST, backend))
+        opcheck(OPS.sample_expected.default, ([log_alpha, other], SEED, 3, *DIST, backend))
         opcheck(
             OPS.gate_grad.default, (layout(torch.randn(140)), layout(make_z("mixed", 140)), *DIST, backend)
         )
@@ -158,6 +159,7 @@ class TestOpcheck:
                 *([1, 1], [0, 0], [1, 1], 1, torch.float32, backend),
             ),
             *OPS.sample([log_alpha], SEED, 0, *DIST, backend),
+            *OPS.sample_expected([log_alpha], SEED, 0, *DIST, backend),
             OPS.l0_penalty([log_alpha], [1.0], *DIST, backend)[0],
             OPS.masked_weight(weight, weight, SEED, *DIST, backend),
         ]
@@ -174,7 +176,8 @@ class TestOpcheck:
         assert names == {
             *("l0_linear", "l0_mlp", "l0_mlp_backward"),
             *("coupled_penalty", "coupled_penalty_grad"),
-            *("sample", "gate_grad", "l0_penalty", "gated_linear", "gated_linear_backward", "gated_mlp"),
+            *("sample", "sample_expected", "gate_grad", "l0_penalty"),
+            *("gated_linear", "gated_linear_backward", "gated_mlp"),
             *("gated_conv2d", "gated_conv2d_backward"),
             *(
                 "gated_mlp_backward",

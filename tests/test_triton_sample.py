@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from l0kernels import HardConcrete, reference
+import l0kernels as l0
+from l0kernels import HardConcrete, nn, reference
 from l0kernels.reference.gates import ALIGN, round_up
 from l0kernels.triton_kernels import _table
 from l0kernels.triton_kernels import sample as kernels
@@ -81,10 +82,45 @@ def test_long():
     assert_order(*got)
 
 
+def assert_expected(log_alphas, dist=DIST):
+    args = on_device(log_alphas), SEED.to(DEVICE), 0, dist
+    expected = torch.full((len(log_alphas),), float("nan"), device=DEVICE)
+    for with_sums, without in zip(kernels.sample(*args, expected), kernels.sample(*args), strict=True):
+        assert torch.equal(with_sums, without)
+    eager = torch.stack([dist.p_open(a).sum() for a in log_alphas])
+    exact = torch.stack([dist.p_open(a.double()).sum() for a in log_alphas])
+    assert_near(expected.cpu(), eager, exact, torch.float32, "expected")
+
+
 def test_more_chunks_than_one_step_counts(monkeypatch):
     monkeypatch.setattr(kernels, "_CHUNK", 128)
     monkeypatch.setattr(kernels, "ONE_PASS", 128)
-    assert_sampled([torch.randn(n) for n in (128 * 130 + 5, 200)])
+    log_alphas = [torch.randn(n) for n in (128 * 130 + 5, 200)]
+    assert_sampled(log_alphas)
+    assert_expected(log_alphas)
+
+
+@pytest.mark.parametrize("dist", DISTS)
+@pytest.mark.parametrize(
+    "sizes", [[0], [1], [31], [784], [4096], [4097], [1, 31, 784], [4999, 0, 1, 1024, 3000]], ids=str
+)
+def test_expected(sizes, dist):
+    assert_expected([torch.randn(n) * 3 for n in sizes], dist)
+
+
+def test_expected_of_a_bank():
+    gates = [nn.HardConcreteGate(n, device=DEVICE) for n in (31, 5000)]
+    with l0.use_backend("triton"):
+        expected = nn.GateBank(torch.nn.ModuleList(gates)).draw(expected=True).expected
+    for gate in gates:
+        exact = DIST.p_open(gate.log_alpha.detach().double()).sum()
+        torch.testing.assert_close(expected[gate], exact.float(), rtol=1e-6, atol=0)
+
+
+def test_opcheck():
+    log_alphas = on_device([torch.randn(140), torch.randn(7)])
+    args = (log_alphas, SEED.to(DEVICE), 3, DIST.beta, DIST.gamma, DIST.zeta, "triton")
+    torch.library.opcheck(torch.ops.l0kernels.sample_expected.default, args)
 
 
 @pytest.mark.parametrize("seed", [0, 1, -1, 2**32, 2**63 - 1, -(2**63)])
@@ -158,9 +194,10 @@ def test_writes_nothing_else(monkeypatch):
         return buffers[-1][0][256 : 256 + n]
 
     log_alphas = on_device([torch.randn(n) for n in (1, 130, 5000, 0)])
+    expected = empty(len(log_alphas), torch.float32, DEVICE)
     with monkeypatch.context() as patch:
         patch.setattr(kernels.torch, "empty", empty)
-        kernels.sample(log_alphas, SEED.to(DEVICE), 0, DIST)
+        kernels.sample(log_alphas, SEED.to(DEVICE), 0, DIST, expected)
     for buffer, n in buffers:
         untouched = torch.cat([buffer[:256], buffer[256 + n :]])
         assert (untouched.isnan() if buffer.is_floating_point() else untouched == -7).all()

@@ -6,7 +6,9 @@ instructions a gate, 1 to 2 clocks) while the others idle: one launch draws its 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import triton
@@ -74,6 +76,7 @@ def _draw_kernel(
     index_ptr,  # (sum round_up(n),) int32
     count_ptr,  # (vectors, 2) int32
     chunk_open_ptr,  # (programs,) int32, unless WHOLE
+    chunk_expected_ptr,  # (programs,), None unless EXPECTED
     n,
     rank,
     inv_beta,
@@ -82,9 +85,13 @@ def _draw_kernel(
     tau,
     SINGLE: tl.constexpr,
     WHOLE: tl.constexpr,  # vectors of one chunk each
+    EXPECTED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """z of a chunk, and its order if it is the whole vector, else how many of it are open."""
+    """z of a chunk, and its order if it is the whole vector, else how many of it are open.
+
+    With EXPECTED also how many of it are expected to be.
+    """
     log_alpha_ptr, n, z_offset, index_offset, vector, chunk, _ = _program(
         log_alpha_ptr, table_ptr, n, BLOCK, SINGLE
     )
@@ -101,6 +108,9 @@ def _draw_kernel(
         _finish(index_ptr + index_offset, count_ptr + 2 * vector, n, n_open, tau)
     else:
         tl.store(chunk_open_ptr + tl.program_id(0), n_open)
+    if EXPECTED:
+        p_open = 1.0 / (1.0 + tl.exp(tl.log(-gamma / zeta) / inv_beta - log_alpha))
+        tl.store(chunk_expected_ptr + tl.program_id(0), tl.sum(tl.where(mask, p_open, 0.0), 0))
 
 
 @triton.jit(do_not_specialize=["n"])
@@ -110,9 +120,12 @@ def _order_kernel(
     index_ptr,
     count_ptr,
     chunk_open_ptr,
+    chunk_expected_ptr,
+    expected_ptr,  # (vectors,), None unless EXPECTED
     n,
     tau,
     SINGLE: tl.constexpr,
+    EXPECTED: tl.constexpr,
     BLOCK: tl.constexpr,
     CHUNKS: tl.constexpr,
 ):
@@ -122,16 +135,23 @@ def _order_kernel(
     mask = offs < n
     z = tl.load(z_ptr + z_offset + offs, mask=mask, other=0.0)
     chunk_open_ptr += tl.program_id(0) - chunk
+    if EXPECTED:
+        chunk_expected_ptr += tl.program_id(0) - chunk
     n_open = chunk * 0
     open_before = chunk * 0
+    expected = 0.0
     for start in range(0, chunks, CHUNKS):
         other = start + tl.arange(0, CHUNKS)
         counts = tl.load(chunk_open_ptr + other, mask=other < chunks, other=0)
         n_open += tl.sum(counts, 0)
         open_before += tl.sum(tl.where(other < chunk, counts, 0), 0)
+        if EXPECTED:
+            expected += tl.sum(tl.load(chunk_expected_ptr + other, mask=other < chunks, other=0.0), 0)
     order(index_ptr + index_offset, offs, mask, z != 0.0, open_before, n_open)
     if chunk == 0:
         _finish(index_ptr + index_offset, count_ptr + 2 * vector, n, n_open, tau)
+        if EXPECTED:
+            tl.store(expected_ptr + vector, expected)
 
 
 @triton.jit
@@ -169,7 +189,7 @@ def _table_rows(sizes: list[int], addresses: list[int], block: int) -> list[int]
 
 
 def sample(
-    log_alphas: list[Tensor], seed: Tensor, rank: int, dist: HardConcrete
+    log_alphas: list[Tensor], seed: Tensor, rank: int, dist: HardConcrete, expected: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """z, index and count of every gate vector, concatenated; stream = position.
 
@@ -178,6 +198,7 @@ def sample(
         seed: (1,) int64.
         rank: in [0, 2**32).
         dist: the distribution's constants.
+        expected: (vectors,) float32, gets the expected number of open gates of each; the same sum every time.
 
     Returns:
         z (sum n,) float32, index (sum round_up(n),) int32 and count (2 * vectors,) int32, [open, extent] of
@@ -201,6 +222,9 @@ def sample(
         table = device_table(key, device, lambda: _table_rows(sizes, addresses, block))
         programs = table.shape[0] // _COLUMNS
     chunk_open = count if whole else torch.empty(programs, dtype=torch.int32, device=device)
+    chunk_expected = expected
+    if expected is not None and not whole:
+        chunk_expected = torch.empty(programs, dtype=torch.float32, device=device)
     launch(
         _draw_kernel,
         (programs,),
@@ -211,6 +235,7 @@ def sample(
         index,
         count,
         chunk_open,
+        chunk_expected,
         longest,
         rank,
         1.0 / dist.beta,
@@ -219,6 +244,7 @@ def sample(
         TAU,
         SINGLE=single,
         WHOLE=whole,
+        EXPECTED=expected is not None,
         BLOCK=block,
         num_warps=_warps(block),
     )
@@ -231,9 +257,12 @@ def sample(
             index,
             count,
             chunk_open,
+            chunk_expected,
+            expected,
             longest,
             TAU,
             SINGLE=single,
+            EXPECTED=expected is not None,
             BLOCK=_CHUNK,
             CHUNKS=_CHUNK,
             num_warps=_warps(_CHUNK),
@@ -264,6 +293,14 @@ def gate_grad(dz: Tensor, z: Tensor, dist: HardConcrete) -> Tensor:
     return grad
 
 
+def _sums(kernel: Any, expected: bool) -> tuple[dict[str, str], dict[str, Any]]:
+    """The signature of a kernel's sums and the constants that belong to it: what is not wanted is None."""
+    names = [name for name in kernel.arg_names if name.endswith("expected_ptr")]
+    if expected:
+        return dict.fromkeys(names, "*fp32:16"), {"EXPECTED": True}
+    return {}, {"EXPECTED": False, **dict.fromkeys(names)}
+
+
 def variants() -> Iterator[Variant]:
     """Every configuration that the launchers above use."""
     scalars = {"n": "i32", "rank": "i32", "inv_beta": "fp32", "gamma": "fp32", "zeta": "fp32", "tau": "fp32"}
@@ -278,20 +315,24 @@ def variants() -> Iterator[Variant]:
         **scalars,
     }
     order = {name: draw[name] for name in _order_kernel.arg_names if name in draw}
-    for single in (False, True):
-        name = "single" if single else "table"
+    for single, expected in itertools.product((False, True), repeat=2):
+        name = f"{'single' if single else 'table'}{'_expected' if expected else ''}"
         sizes = [128 << i for i in range(7)]
+        sums, constants = _sums(_draw_kernel, expected)
+        constants["SINGLE"] = single
         for block, whole in [*((b, True) for b in sizes if b <= _block(ONE_PASS)), (_CHUNK, False)]:
-            constants = {"SINGLE": single, "WHOLE": whole, "BLOCK": block}
             yield Variant(
                 f"sample/draw_{name}_{block if whole else 'chunk'}",
                 _draw_kernel,
-                draw,
-                constants,
+                draw | sums,
+                constants | {"WHOLE": whole, "BLOCK": block},
                 num_warps=_warps(block),
             )
-        constants = {"SINGLE": single, "BLOCK": _CHUNK, "CHUNKS": _CHUNK}
-        yield Variant(f"sample/order_{name}", _order_kernel, order, constants, num_warps=_warps(_CHUNK))
+        sums, constants = _sums(_order_kernel, expected)
+        constants |= {"SINGLE": single, "BLOCK": _CHUNK, "CHUNKS": _CHUNK}
+        yield Variant(
+            f"sample/order_{name}", _order_kernel, order | sums, constants, num_warps=_warps(_CHUNK)
+        )
     constants = {"BLOCK": _GRAD_BLOCK}
     for name, n, expects in (("any", "i32", ()), ("aligned", "i32:16", ("wide_load",))):
         grad = {"dz_ptr": "*fp32:16", "z_ptr": "*fp32:16", "out_ptr": "*fp32:16", "n": n}

@@ -58,15 +58,19 @@ def _joined_gates(
 
 
 def sample(
-    log_alphas: list[Tensor], seed: Tensor, rank: int, dist: HardConcrete
+    log_alphas: list[Tensor], seed: Tensor, rank: int, dist: HardConcrete, expected: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """z, index and count of every gate vector, one after the other, in one call."""
+    """z, index and count of every gate vector, one after the other, in one call.
+
+    ``expected``: (vectors,), gets the expected number of open gates of each.
+    """
     log_alphas = [a.contiguous() for a in log_alphas]
     gates = joined.empty(log_alphas)
     nan_at = _C.sample(
         log_alphas[0].dtype == torch.float64,
         _draw(log_alphas, seed, rank, dist),
         _joined_gates(*gates, [a.shape[0] for a in log_alphas]),
+        _address(expected),
         torch.get_num_threads(),
     )
     if nan_at >= 0:

@@ -126,23 +126,12 @@ def _blocks(device: torch.device, each: int) -> int:
 
 
 def sample(
-    log_alphas: list[Tensor], seed: Tensor, rank: int, dist: HardConcrete
+    log_alphas: list[Tensor], seed: Tensor, rank: int, dist: HardConcrete, expected: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """z, index and count of every gate vector, one after the other, in one launch."""
-    return _sample(log_alphas, seed, rank, dist, None)
+    """z, index and count of every gate vector, one after the other, in one launch.
 
-
-def sample_with_expected(
-    log_alphas: list[Tensor], seed: Tensor, rank: int, dist: HardConcrete
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What sample returns, and the expected number of open gates of every vector, in the same launch."""
-    expected = log_alphas[0].new_empty(len(log_alphas))
-    return *_sample(log_alphas, seed, rank, dist, expected), expected
-
-
-def _sample(
-    log_alphas: list[Tensor], seed: Tensor, rank: int, dist: HardConcrete, expected: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
+    ``expected``: (vectors,), gets the expected number of open gates of each.
+    """
     log_alphas = [a.contiguous() for a in log_alphas]
     first = log_alphas[0]
     z, index, count = joined.empty(log_alphas)
@@ -157,7 +146,7 @@ def _sample(
         z.data_ptr(),
         index.data_ptr(),
         count.data_ptr(),
-        0 if expected is None else expected.data_ptr(),
+        _address(expected),
         _where(first),
     )
     return z, index, count

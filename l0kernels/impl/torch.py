@@ -16,10 +16,15 @@ from .packed import Gate, Term, extent
 
 
 def sample(
-    log_alphas: list[Tensor], seed: Tensor, rank: int, dist: HardConcrete
+    log_alphas: list[Tensor], seed: Tensor, rank: int, dist: HardConcrete, expected: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """z, index and count of every gate vector, one after the other."""
+    """z, index and count of every gate vector, one after the other.
+
+    ``expected``: (vectors,), gets the expected number of open gates of each.
+    """
     check_not_nan(log_alphas)
+    if expected is not None:
+        torch.stack([dist.p_open(a).sum() for a in log_alphas], out=expected)
     z = sample_zs(log_alphas, seed, rank, dist)
     order = [compact(values) for values in z]
     return torch.cat(z), torch.cat([index for index, _ in order]), torch.cat([count for _, count in order])

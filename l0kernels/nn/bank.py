@@ -6,7 +6,7 @@ from types import TracebackType
 import torch
 from torch import Tensor, nn
 
-from ..gates import Gates, sample_gates
+from ..gates import Gates, sample_gates, sample_with_expected
 from ..reference import _checks
 from .gate import HardConcreteGate, gate_modules, set_drawn
 from .linear import L0Linear
@@ -26,9 +26,17 @@ class Draw:
                 return layers(x)
 
         y = checkpoint(run, bank.draw(), x, use_reentrant=False)
+
+    Attributes:
+        expected: gate -> sum_g P(z_g > 0), a 0-d tensor, of a draw with ``expected=True``; else None.
     """
 
-    def __init__(self, drawn: Mapping[HardConcreteGate, Gates | Tensor | None]) -> None:
+    def __init__(
+        self,
+        drawn: Mapping[HardConcreteGate, Gates | Tensor | None],
+        expected: dict[HardConcreteGate, Tensor] | None = None,
+    ) -> None:
+        self.expected = expected
         self._drawn = drawn
         self._before: list[list[Gates | Tensor | None]] = []
 
@@ -103,8 +111,14 @@ class GateBank(nn.Module):
         self._vectors = tuple(gate for gate in gates if gate not in per_weight)
         self._weights = tuple(gate for gate in gates if gate in per_weight)
 
-    def draw(self) -> Draw:
+    def draw(self, *, expected: bool = False) -> Draw:
         """Draws every gate in train(), in one call of sample_gates (one per device, dtype and distribution).
+
+        Args:
+            expected: whether the draw shall hold, for monitoring and schedules, the expected number of open
+                gates, ``sum_g sigmoid(log_alpha_g - beta * log(-gamma / zeta))`` (arXiv 1712.01312, eq. 12),
+                of each gate in train(), from the same pass. On its device, in the dtype of log_alpha, and of
+                the log_alpha of the draw; it carries no gradient: that is :func:`penalty`'s.
 
         Returns:
             The draw, which is in force already; :class:`Draw` says what else it is good for.
@@ -120,15 +134,23 @@ class GateBank(nn.Module):
                 alike.setdefault(kind, {})[gate] = log_alpha
         seeded = [gate for gate in self._weights if gate.training]
         drawn: dict[HardConcreteGate, Gates | Tensor | None] = dict.fromkeys(self._gates)
+        sums: dict[HardConcreteGate, Tensor] = {}
         with torch.no_grad():
             keys = iter(self._keys(len(alike) + len(seeded)))
             for group in alike.values():
                 log_alphas = [a if a.ndim == 1 else a.flatten() for a in group.values()]
                 key, dist = next(keys).to(log_alphas[0].device), next(iter(group)).dist
-                drawn.update(zip(group, sample_gates(log_alphas, seed=key, dist=dist), strict=True))
+                if expected:
+                    gates, of_group = sample_with_expected(log_alphas, key, dist)
+                    sums.update(zip(group, of_group, strict=True))
+                else:
+                    gates = sample_gates(log_alphas, seed=key, dist=dist)
+                drawn.update(zip(group, gates, strict=True))
             for gate in seeded:
                 drawn[gate] = next(keys).to(gate.log_alpha.device)
-        result = Draw(drawn)
+                if expected:
+                    sums[gate] = gate.dist.p_open(gate.log_alpha).sum()
+        result = Draw(drawn, sums if expected else None)
         result._set(drawn.values())
         return result
 
