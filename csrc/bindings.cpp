@@ -105,9 +105,9 @@ int draw_gates(const Draw& draw, const std::vector<Gate>& gates, int num_threads
     const auto& [z, index, count, size, full_grad] = gates[i];
     const T* values = as<const T>(log_alpha[i]);
     if (nan_at < 0 && l0::any_nan(values, size)) nan_at = int(i);
-    l0::kernels<T>().sample({values, 0, size, *as<const uint64_t>(seed), uint32_t(i), rank, T(beta), T(gamma),
-                             T(zeta), as<T>(z)},
-                            num_threads);
+    l0::kernels<T>().sample(
+        {values, 0, size, *as<const uint64_t>(seed), uint32_t(i), rank, T(beta), T(gamma), T(zeta), as<T>(z)},
+        num_threads);
     l0::compact(as<const T>(z), size, as<int32_t>(index), as<int32_t>(count));
     if (expected) expected[i] = T(l0::expected_open(values, size, T(beta * std::log(-gamma / zeta))));
   }
@@ -243,8 +243,8 @@ int linear_forward(bool is_double, int64_t M, int64_t in, int64_t out, const Mat
 void linear_backward(bool is_double, int64_t M, int64_t in, int64_t out, const Matrix& x,
                      const Matrix& weight, Address bias, const std::optional<Gate>& in_gate,
                      const std::optional<Gate>& out_gate, bool scale_out, const Matrix& dy, Address dx,
-                     Address dw, Address db, Address dz_in, Address dz_out,
-                     const std::optional<Dist>& dist, int num_threads) {
+                     Address dw, Address db, Address dz_in, Address dz_out, const std::optional<Dist>& dist,
+                     int num_threads) {
   dispatch(is_double, [&](auto zero) {
     using T = decltype(zero);
     const GateArg<T> gi(in_gate), go(out_gate);
