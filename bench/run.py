@@ -292,10 +292,10 @@ Plan = list[tuple[Work, Sequence[Keep]]]
 
 
 def measured_apart(works: Sequence[Work], rows: Sequence[Row]) -> Plan:
-    """What was timed while the cores were farther apart than during other rows."""
+    """What was timed while the cores were farther apart than during other rows; the shortest first."""
     far = {(row["op"], row["shape"], row["dtype"], row["keep"]) for row in apart(rows)}
     plan: Plan = []
-    for work in works:
+    for work in sorted(works, key=dense_flops):
         known: tuple[Keep, ...] = (*ORDER, *work.own_keeps)
         keeps = [k for k in known if (work.op, work.shape_name, work.dtype, keep_name(k)) in far]
         if keeps:

@@ -278,8 +278,14 @@ def summary(works: Sequence[Work], rows: Sequence[Row]) -> str:
 def readme(rows: Sequence[Row]) -> str:
     """Exactly the README's tables."""
     found, works = Found(rows), titled(kind_of(rows))
+    # What they show, or interpolate between: ours at every density, the others at few.
+    few = {keep_name(keep) for keep in FEW_KEEPS}
     used = [
-        row for row in found.rows if any(row["op"] == w.op and row["shape"] == w.shape_name for w in works)
+        row
+        for row in found.rows
+        for work in works
+        if (row["op"], row["shape"], row["dtype"]) == (work.op, work.shape_name, work.dtype)
+        and (row["provider"] in own_providers(work) or (row["provider"] in OTHERS and row["keep"] in few))
     ]
     return "\n\n".join([machine(used or rows), ratios(works, found), times(works, found)])
 
