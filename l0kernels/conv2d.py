@@ -475,9 +475,9 @@ def _exact(
     shape = impl.output_shape(data, weight, conv)
     if plan.opened is not None:
         shape[1] = len(plan.opened)
+    fmt = impl.fastest_format(data)
     if plan.empty:
-        return _Without.apply(impl.constant(data, shape, b, dtype, torch.channels_last), data, w, b)
-    fmt = impl.fastest_format(w, shape)
+        return _Without.apply(impl.constant(data, shape, b, dtype, fmt), data, w, b)
     x = impl.in_format(_inputs(data, held, plan).to(dtype), fmt)
     y = F.conv2d(x, w, None if b is None else impl.bias_of(plan, b), stride, padding, dilation, plan.groups)
     if not plan.computes_all:

@@ -250,6 +250,18 @@ class TestMeaning:
                 (dx,) = torch.autograd.grad(y.sum(), x, allow_unused=True)
                 assert dx.stride() == x.stride()
 
+    @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+    @pytest.mark.parametrize("channels", [1, 6])
+    def test_packed_channels_lie_as_x_does(self, backend, layout, channels):
+        """No turn of a large x or of its gradient; a single channel, which lies both ways, starts last."""
+        x = LAYOUTS[layout](torch.randn(2, channels, 9, 8))
+        gates = Gates.from_z(torch.tensor([0.5, 0, 1, 1, 0]))
+        h = l0.packed_conv2d(x, torch.randn(5, channels, 3, 3), out_gates=gates)
+        y = l0.packed_conv2d(h, torch.randn(4, 5, 3, 3), in_gates=gates)
+        last = layout == "channels_last" or channels == 1
+        for t in (h.data, y):
+            assert t.is_contiguous(memory_format=CL if last else torch.contiguous_format)
+
     def test_all_open_is_torch(self, backend):
         for name in GEOMETRIES:
             tensors, options, _ = case(name, kinds=("open", "open"))

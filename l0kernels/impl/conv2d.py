@@ -29,11 +29,10 @@ def memory_format(x: Tensor, weight: Tensor) -> torch.memory_format:
     return torch.contiguous_format
 
 
-def fastest_format(weight: Tensor, shape: list[int]) -> torch.memory_format:
-    """Where the caller has no say: oneDNN, pooling and the rest are faster with channels last, but for many
-    channels (of the packed weight) of small maps (of y)."""
-    small = shape[2] * shape[3] <= 64 and min(weight.shape[:2]) >= 128
-    return torch.contiguous_format if small else torch.channels_last
+def fastest_format(x: Tensor) -> torch.memory_format:
+    """Where the caller has no say that of x: to turn it and its gradient costs more than a format gains. Of a
+    single channel, which has both, channels last: oneDNN, pooling and the rest are faster with it."""
+    return torch.channels_last if x.shape[1] == 1 else memory_format(x, x)
 
 
 def in_format(x: Tensor, fmt: torch.memory_format) -> Tensor:
