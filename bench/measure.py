@@ -8,7 +8,6 @@ steps are launched one by one or replayed from a CUDA graph.
 import gc
 import os
 import resource
-import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -58,7 +57,8 @@ class Timed:
 
     @property
     def exchange_us(self) -> float:
-        return statistics.median(block.exchange_us for block in self.kept)
+        """The longest: where blocks of both states had to be mixed, all count as apart."""
+        return max(block.exchange_us for block in self.kept)
 
     def quantile(self, q: float) -> float:
         ordered = sorted(self.ms)
@@ -146,7 +146,7 @@ class HostClock:
         self._start = busy_seconds(), own_seconds(), time.perf_counter(), minor_faults()
 
     def exchange_us(self) -> float:
-        return self._exchange.us()
+        return self._exchange.us() if self._undisturbed else 0.0
 
     def end(self) -> tuple[bool, int]:
         """Since begin: whether others ran, and page faults."""
@@ -233,7 +233,8 @@ def run_block(timed: Timed, calls: int, drop: int, group: int, clock: HostClock)
 
 
 def keep_one_place(steps: dict[str, Timed]) -> None:
-    """Of all steps the blocks with the cores near each other or, if one has none of these, those without."""
+    """Of all steps the blocks with the cores near each other, if each has such, or those with them apart; all
+    of them, if some have none of the one and some none of the other."""
     nearest = min(block.exchange_us for timed in steps.values() for block in timed.kept)
     for near in (True, False):
         kept = [[b for b in t.kept if (b.exchange_us <= APART * nearest) == near] for t in steps.values()]

@@ -13,19 +13,8 @@ RESULTS = Path(__file__).resolve().parent / "results"
 FIELDS = (
     *("date", "commit", "device", "cores", "threads", "python", "torch", "l0kernels", "environment"),
     *("op", "shape", "dtype", "keep", "pass", "mode", "provider", "ms", "ms_p20", "ms_p80", "calls"),
-    *(
-        "blocks",
-        "rejected",
-        "faults",
-        "exchange_us",
-        "tflops",
-        "of_dense",
-        "gbps",
-        "peak_mb",
-        "launches",
-        "error",
-    ),
-    *("stock", "fair", "target_stock", "target_fair"),
+    *("blocks", "rejected", "faults", "exchange_us", "tflops", "of_dense", "gbps", "peak_mb", "launches"),
+    *("error", "stock", "fair", "target_stock", "target_fair"),
 )
 """ms per call: median, p20 and p80. blocks and rejected: of calls, on a CPU; faults: pages mapped per call.
 exchange_us: that our cores took to exchange data meanwhile, see Exchange in measure.py.

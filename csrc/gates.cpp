@@ -27,9 +27,15 @@ bool any_nan(const T* x, int64_t n) {
 
 template <typename T>
 double expected_open(const T* log_alpha, int64_t n, T shift) {
+  constexpr int64_t kChunk = 512;
+  T p[kChunk];
   double total = 0.0;
+  for (int64_t first = 0; first < n; first += kChunk) {
+    const int64_t m = n - first < kChunk ? n - first : kChunk;
+    kernels<T>().p_open(log_alpha + first, m, shift, p);
 #pragma omp simd reduction(+ : total)
-  for (int64_t i = 0; i < n; ++i) total += double(p_open(log_alpha[i], shift));
+    for (int64_t i = 0; i < m; ++i) total += double(p[i]);
+  }
   return total;
 }
 

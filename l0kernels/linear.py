@@ -139,6 +139,11 @@ def _backward(ctx: Any, dy: Tensor) -> list[Tensor | None]:
         constants(dist),
         backend,
     )
+    return wanted(grads, needs, x)
+
+
+def wanted(grads: Sequence[Tensor], needs: Sequence[bool], x: Tensor) -> list[Tensor | None]:
+    """dx in the shape of x and the other gradients, None where not needed."""
     dx, *rest = (grad if needed else None for grad, needed in zip(grads, needs, strict=True))
     return [dx if dx is None or x.ndim == 2 else dx.view(x.shape), *rest]
 

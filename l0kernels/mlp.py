@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import _ops, _registry, reference
 from .gates import Gates, HardConcrete, attach, check_draw, check_log_alphas, draw
-from .linear import _NO_TENSORS, as_rows, compute_dtype, constants, gate_tensors, like_rows
+from .linear import _NO_TENSORS, as_rows, compute_dtype, constants, gate_tensors, like_rows, wanted
 from .reference import _checks
 from .reference.gates import DEFAULT_DIST
 from .reference.mlp import GLU, ROWS, check_mlp
@@ -53,11 +53,10 @@ class _GatedMlp(torch.autograd.Function):
         depth = len(full)
         x, *tensors = ctx.saved_tensors
         weights, biases, gates = tensors[:depth], tensors[depth : 2 * depth], tensors[2 * depth : 5 * depth]
-        wanted = ctx.needs_input_grad
-        needs = [wanted[0], *wanted[7 : 7 + 3 * depth]]
+        needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[7 : 7 + 3 * depth]]
         args = (weights, biases, gates, tensors[5 * depth :], activation, dtype, full, needs, constants(dist))
         grads = _ops.gated_mlp_backward(as_rows(dy), as_rows(x), *args, backend)
-        dx, rest = _wanted(grads, needs, x)
+        dx, *rest = wanted(grads, needs, x)
         return (dx, *[None] * 6, *rest, *[None] * (3 * depth))
 
 
@@ -92,20 +91,11 @@ class _L0Mlp(torch.autograd.Function):
         x, *tensors = ctx.saved_tensors
         weights, biases = tensors[:depth], tensors[depth : 2 * depth]
         z, index, count, *saved = tensors[2 * depth :]
-        wanted = ctx.needs_input_grad
-        needs = [wanted[0], *wanted[6:]]
+        needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[6:]]
         args = (weights, biases, gated, z, index, count, saved, activation, dtype, needs, constants(dist))
         grads = _ops.l0_mlp_backward(as_rows(dy), as_rows(x), *args, backend)
-        dx, rest = _wanted(grads, needs, x)
+        dx, *rest = wanted(grads, needs, x)
         return (dx, *[None] * 5, *rest)
-
-
-def _wanted(
-    grads: Sequence[Tensor], needs: Sequence[bool], x: Tensor
-) -> tuple[Tensor | None, list[Tensor | None]]:
-    """dx in the shape of x, and the others, None where not needed."""
-    dx, *rest = (g if n else None for g, n in zip(grads, needs, strict=True))
-    return dx if dx is None or x.ndim == 2 else dx.view(x.shape), rest
 
 
 def _backend(x: Tensor, weights: Sequence[Tensor], activation: str) -> str:

@@ -213,6 +213,10 @@ def test_blocks_with_the_cores_apart_are_not_mixed_with_others():
     steps = {"a": timed(5.0, 20.0, 21.0), "b": timed(20.0, 19.0)}  # b was never timed with the cores near
     measure.keep_one_place(steps)
     assert [step.ms for step in steps.values()] == [[20.0, 21.0], [20.0, 19.0]]
+    steps = {"a": timed(5.0, 6.0), "b": timed(20.0, 21.0)}  # nothing in common: both count as apart
+    measure.keep_one_place(steps)
+    assert [step.ms for step in steps.values()] == [[5.0, 6.0], [20.0, 21.0]]
+    assert timed(5.0, 6.0, 20.0).exchange_us == 20.0
     steps = {"a": timed(0.0), "b": timed(0.0, 0.0)}  # a GPU, or one thread
     measure.keep_one_place(steps)
     assert [len(step.ms) for step in steps.values()] == [1, 2]
@@ -221,6 +225,7 @@ def test_blocks_with_the_cores_apart_are_not_mixed_with_others():
 def test_exchange_takes_time_between_two_threads_alone(threads):
     threads(2)
     assert measure.Exchange().us() > 0
+    assert measure.HostClock(quick=True).exchange_us() == 0
     threads(1)
     assert measure.Exchange().us() == 0
 
