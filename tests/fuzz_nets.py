@@ -63,10 +63,10 @@ class _Maker:
     def __init__(self, seed, batched):
         self.random = random.Random(seed)
         self.gates = []
-        self.batched = batched if batched is not None else self.random.random() < 0.85
+        self.batched = batched if batched is not None else self.random.random() < 0.75
         self.batch = self.random.choice((1, 1, 2, 3, 5)) if self.random.random() < 0.97 else 0
         self.width = self.random.choice((3, 4, 6))
-        self.sizes = (1, 2, 4, 6, 8, self.width)  # features and channels are often as many as columns
+        self.sizes = (1, 2, 5, 8, self.width, self.width)  # features and channels are often as many as columns
 
     def chance(self, p):
         return self.random.random() < p
@@ -152,6 +152,8 @@ class _Maker:
 
     def step(self, kind, shape, depth, behind):
         """A module that takes an input of the shape, and where the units of its output lie, or None."""
+        if kind > 1 and shape[-kind] == shape[-1] and self.chance(0.25):
+            return self.linear(shape), 0  # over the columns: as many features as there are channels
         choice = self.random.random()
         if choice < 0.24:
             return self.activation(behind), kind
@@ -164,7 +166,7 @@ class _Maker:
                 return None
             module, _ = self.residual(kind, shape, body, got, depth)
             return None if module is None else (module, kind)
-        if choice < 0.36:
+        if choice < 0.4:
             return self.odd(kind, shape)
         if kind == 3:
             return self.image_step(shape)
@@ -224,6 +226,8 @@ class _Maker:
 
     def conv(self, plain, gated, dims, shape, out=None, size=None):
         n_in, n_out = shape[-dims - 1], self.size() if out is None else out
+        if out is None and self.chance(0.2):
+            n_out = shape[-1]
         groups = 1
         if self.chance(0.3):
             groups = self.random.choice([g for g in range(1, n_in + 1) if not n_in % g and not n_out % g])

@@ -22,13 +22,14 @@ from .gate import HardConcreteGate
 from .mlp import ACTIVATIONS, L0MLP
 from .sequential import Step, Value, follow, is_sequential, steps_of
 from .steps import (
-    CHANNELS,
+    behind_flatten,
     is_conv,
     is_flatten,
     is_linear,
     is_norm,
     own_gate,
     treats_units,
+    unit_dim,
     units_in,
     units_out,
 )
@@ -108,7 +109,7 @@ def link(steps: Sequence[Step], value: Value = NOTHING) -> list[Product]:
     for at, (step, before) in enumerate(zip(steps, follow(steps, value), strict=False)):
         module = step.module
         if is_product(module) or is_norm(module):
-            follows = bool(products) and border < products[-1].step
+            follows = bool(products) and border < products[-1].step and before.dim == unit_dim(module)
             if follows:
                 behind = products[-1].step + 1
                 flat = any(is_flatten(other.module) for other in steps[behind:at])
@@ -120,7 +121,9 @@ def link(steps: Sequence[Step], value: Value = NOTHING) -> list[Product]:
             products.append(
                 Product(module, at, in_gates, own_gates(module, "out_gate"), follows=follows, leads=False)
             )
-        elif not treats_units(module, before.kind) and not (is_flatten(module) and before.kind == CHANNELS):
+        elif is_flatten(module):
+            border = at if behind_flatten(before.dim, before.ndim) is None else border
+        elif not treats_units(module, before.dim):
             border = at
     # Backwards: what a layer does not read, the one before need not write.
     for i in range(len(products) - 1, -1, -1):
