@@ -272,7 +272,7 @@ def pack_channels(x: Tensor, gates: Gates) -> Packed:
     if x.ndim != 4:
         raise ValueError(f"x must have shape (N, channels, H, W), got {tuple(x.shape)}")
     check_gates("gates", gates, x.shape[1], x.device, "channel of x")
-    support = gates._replace(z=gates.z.detach())
+    support = gates.detached()
     backend = _packing_backend(x)
     whole = is_exact(backend) and open_order(support) is None
     return Packed(x if whole else _PackChannels.apply(x, support, backend), support, x.shape[1], backend)
@@ -450,7 +450,7 @@ def packed_conv2d(
         y = _exact(data, held, weight, bias, support, gates, (scale_in, scale_out), conv, dtype, backend)
     if gates is None:
         return y
-    return Packed(y, gates._replace(z=gates.z.detach()), n_out, backend)
+    return Packed(y, gates.detached(), n_out, backend)
 
 
 def _unpacks(x: Tensor | Packed, in_gates: Gates | None, groups: int) -> bool:
