@@ -70,7 +70,14 @@ class _Maker:
         self.batched = batched if batched is not None else self.random.random() < 0.75
         self.batch = self.random.choice((1, 1, 2, 3, 5)) if self.random.random() < 0.97 else 0
         self.width = self.random.choice((3, 4, 6))
-        self.sizes = (1, 2, 5, 8, self.width, self.width)  # features and channels are often as many as columns
+        self.sizes = (
+            1,
+            2,
+            5,
+            8,
+            self.width,
+            self.width,
+        )  # features and channels are often as many as columns
 
     def chance(self, p):
         return self.random.random() < p
@@ -78,12 +85,13 @@ class _Maker:
     def size(self):
         return self.random.choice(self.sizes)
 
-    def gate(self, n):
-        """None for a gate of the layer's own, or one that other layers have, too."""
-        fitting = [gate for gate in self.gates if gate.n == n]
+    def gate(self, n, dist):
+        """A new gate, or one that other layers have, too."""
+        fitting = [gate for gate in self.gates if gate.n == n and gate.dist == dist]
         if fitting and self.chance(0.35):
             return self.random.choice(fitting)
-        gate = nn.HardConcreteGate(n)
+        mode = self.random.choice(("paper", "paper", "median", "topk"))
+        gate = nn.HardConcreteGate(n, dist=dist, eval_mode=mode)
         if self.chance(0.3):
             self.gates.append(gate)
         return gate
@@ -91,10 +99,11 @@ class _Maker:
     def sides(self, kinds, n_in, n_out):
         kind = self.random.choice(kinds)
         options = {"gate": kind}
+        dist = l0.HardConcrete(0.5, -0.3, 1.2) if self.chance(0.1) else l0.HardConcrete()
         if kind in ("in", "both"):
-            options["in_gate"] = self.gate(n_in)
+            options["in_gate"] = self.gate(n_in, dist)
         if kind in ("out", "both"):
-            options["out_gate"] = self.gate(n_out)
+            options["out_gate"] = self.gate(n_out, dist)
         return options
 
     def net(self):
@@ -112,7 +121,7 @@ class _Maker:
         if self.chance(0.08):
             body, (_, got) = self.branch(kind, shape, 1)
             return self.residual(kind, shape, body, got, 1)[0], shape
-        modules, _ = self.chain(kind, shape, self.random.randint(2, 7), 0)
+        modules, _ = self.chain(kind, shape, self.random.randint(2, 9), 0)
         return nn.L0Sequential(*modules), shape
 
     def branch(self, kind, shape, depth):
@@ -129,6 +138,9 @@ class _Maker:
         if kind == 3 and len(got) == len(shape):
             out = self.random.choice((got[-3], got[-3], 1))
             layer = self.conv2d(shape, out=out, size=1)
+            if self.chance(0.2):  # one value per channel, for all positions
+                layer = self.conv2d((*shape[:-2], 1, 1), out=out, size=1)
+                return nn.L0Residual(body, nn.L0Sequential(T.AdaptiveAvgPool2d(1), layer)), got
             if out_shape(layer, shape)[-2:] == got[-2:]:
                 return nn.L0Residual(body, layer), got
         if kind == 1:
@@ -143,6 +155,8 @@ class _Maker:
         for _ in range(length):
             for _ in range(20):
                 found = self.step(kind, shape, depth, bool(modules))
+                if modules and self.chance(0.04):
+                    found = self.random.choice(modules), kind  # a second time
                 if found is None:
                     continue
                 module, new_kind = found
@@ -180,6 +194,8 @@ class _Maker:
 
     def activation(self, behind):
         kind, options = self.random.choice(MOVES_ZERO if self.chance(0.3) else KEEPS_ZERO)
+        if self.chance(0.03):
+            return self.random.choice((T.Sequential, nn.L0Sequential))()
         return kind(**options)
 
     def odd(self, kind, shape):
@@ -281,7 +297,7 @@ class _Maker:
                 T.ZeroPad2d((1, 0, 0, 2)),
                 T.ReflectionPad2d(1),
                 T.ReplicationPad2d((0, 1, 1, 0)),
-                T.Dropout2d(0.0),
+                T.Dropout2d(0.0) if len(shape) == 4 else T.Dropout(0.0),
                 T.AvgPool1d(2) if len(shape) == 3 else T.AvgPool2d((1, 2)),
             )
             return self.random.choice(pools), 3
@@ -334,8 +350,8 @@ def random_net(seed, *, batched=None):
     """A random container (L0Sequential, sometimes L0Residual) and an input for it.
 
     Both are float32 or float64, the module in train(); equal seeds give equal nets. Parameters, running
-    statistics and log_alpha are drawn, some gates all closed or all open, some parameters are frozen; x may be
-    of one image, of none, channels last, and a leaf that wants its gradient or not.
+    statistics and log_alpha are drawn, some gates all closed or all open, some parameters are frozen; x may
+    be of one image, of none, channels last, and a leaf that wants its gradient or not.
 
     Args:
         seed: an int.
@@ -362,6 +378,8 @@ def random_net(seed, *, batched=None):
                 gate.log_alpha.normal_(0, maker.random.choice((0.5, 3)))
                 if maker.chance(0.12):
                     gate.log_alpha.fill_(maker.random.choice((-30, -30, 30)))
+                if maker.chance(0.05):
+                    gate.float()  # gates of float32 in front of weights of float64
             for parameter in net.parameters():
                 parameter.requires_grad_(not maker.chance(0.08))
         x = torch.randn(shape, dtype=dtype)
@@ -604,10 +622,28 @@ def leaf(x):
     return torch.empty_like(x.detach()).copy_(x.detach()).requires_grad_(x.requires_grad)
 
 
-def in_container(net, x, drawn, dy, given):
-    """The container itself; gates from a bank, or handed over."""
+def in_container(net, x, drawn, dy, given, hooked=None, again=None):
+    """The container itself; gates from a bank, or handed over.
+
+    Args:
+        hooked: the number of a module that somebody watches.
+        again: gates of another forward between this one and its backward; its statistics stay, too.
+    """
     net, drawn = twin_of(net, drawn)
     x = leaf(x)
+    if hooked is not None:
+        watched = [module for module in net.modules() if type(module).__module__.startswith("torch.nn")]
+        if watched:
+            watched[hooked % len(watched)].register_forward_hook(lambda *_: None)
+    if again is not None:
+        gates = zip(drawn, again.values(), strict=True)
+        with set_draw(drawn):
+            y = net(x)
+        before = {name: b.clone() for name, b in net.named_buffers()}
+        with set_draw(dict(gates)):
+            net(x)
+        found = results(net, x, y, dy)
+        return found | {name: value for name, value in before.items() if name in found}
     with set_draw(drawn):
         if given:
             y = net(x, {gate: gates for gate, gates in drawn.items() if isinstance(gates, l0.Gates)})
@@ -627,7 +663,7 @@ def one_by_one(net, x, drawn, dy):
 
 
 def masked(net, x, drawn, dy, dtype, jitter=None):
-    """The formula: dense products, masks multiplied, and dlog_alpha from dz; operands shaken by ``jitter``."""
+    """The formula: dense products times masks, dlog_alpha from dz; operands shaken by ``jitter``."""
     net, drawn = twin_of(net, drawn)
     z = {}
     for gate in nn.gate_modules(net):
@@ -667,6 +703,14 @@ def check_net(seed, *, batched=None, backends=(*BACKENDS, "reference"), net=None
         Whether the net is well conditioned: shaken by a few roundings, the formula stays where it is.
     """
     net, x = random_net(seed, batched=batched) if net is None else net
+    with warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", message="Using padding='same'"
+        )  # torch's convolutions, of even kernels
+        return _check(seed, net, x, backends)
+
+
+def _check(seed, net, x, backends):
     smooth = True
     for training in (True, False):
         net.train(training)
@@ -675,15 +719,15 @@ def check_net(seed, *, batched=None, backends=(*BACKENDS, "reference"), net=None
         dy = torch.randn(shape, dtype=x.dtype, generator=torch.Generator().manual_seed(seed))
         exact = masked(net, x, drawn, (dy, x.requires_grad), torch.float64)
         shaken = [
-            masked(
-                net, x, drawn, (dy, x.requires_grad), x.dtype, torch.Generator().manual_seed(seed + i)
-            )
+            masked(net, x, drawn, (dy, x.requires_grad), x.dtype, torch.Generator().manual_seed(seed + i))
             for i in range(2)
         ]
         runs = {}
         for i, backend in enumerate(backends):
             with l0.use_backend(backend):
-                runs[f"packed, {backend}"] = in_container(net, x, drawn, dy, given=(seed + i) % 2)
+                hooked = seed if (seed + i) % 5 == 0 else None
+                again = draw(net, seed + 1) if drawn and (seed + i) % 6 == 0 else None
+                runs[f"packed, {backend}"] = in_container(net, x, drawn, dy, (seed + i) % 2, hooked, again)
                 if (seed + i) % len(backends) == 0:
                     runs[f"one by one, {backend}"] = one_by_one(net, x, drawn, dy)
         for how, got in runs.items():
@@ -704,7 +748,8 @@ def compare(what, got, exact, shaken, dtype):
         return True
     exact, scale = exact.double(), max(1.0, exact.double().abs().max().item())
     noise = max((run.double() - exact).abs().max().item() for run in shaken)
-    limit = 8 * noise + ROUNDINGS * torch.finfo(dtype).eps * scale
+    eps = max(torch.finfo(t).eps for t in (dtype, got.dtype) if t.is_floating_point)  # gates may have less
+    limit = 8 * noise + ROUNDINGS * eps * scale
     error = (got.double() - exact).abs().max().item()
     assert error <= limit, f"{what}: error {error:.3g} above {limit:.3g}"
     return noise < 1e-3 * scale

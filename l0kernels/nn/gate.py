@@ -155,7 +155,8 @@ class GatedLayer:
 
 
 def draw(gates: Sequence[HardConcreteGate | None]) -> list[Gates | None]:
-    """Draws each distinct gate once, those that draw in one `sample_gates` call (one per distribution).
+    """Draws each distinct gate once, those that draw in one `sample_gates` call (one per kind of gate: its
+    distribution and dtype).
 
     Args:
         gates: None stands for "ungated" and stays None. The stream of a gate is its position among the
@@ -169,7 +170,8 @@ def draw(gates: Sequence[HardConcreteGate | None]) -> list[Gates | None]:
     while pending:
         first = pending[0]
         if first.draws:
-            group = [gate for gate in pending if gate.draws and gate.dist == first.dist]
+            dtype = first.log_alpha.dtype
+            group = [g for g in pending if g.draws and g.dist == first.dist and g.log_alpha.dtype == dtype]
             samples = sample_gates([gate.log_alpha for gate in group], dist=first.dist)
         else:
             group, samples = [first], [first.forward()]

@@ -22,7 +22,6 @@ from .gate import HardConcreteGate, draw
 from .linear import L0Linear
 from .mlp import L0MLP
 from .steps import (
-    FEATURES,
     UNKNOWN,
     activation_name,
     behind_flatten,
@@ -240,9 +239,7 @@ class _Op:
                 yield from op.own_gates()
 
 
-def _plan(
-    steps: Sequence[Step], value: Value, wanted: _Wanted | None
-) -> tuple[list[_Op], _Wanted | None]:
+def _plan(steps: Sequence[Step], value: Value, wanted: _Wanted | None) -> tuple[list[_Op], _Wanted | None]:
     """The ops of the steps; `wanted`: all that is read behind them, and all that they read."""
     values = follow(steps, value)
     ops: list[_Op] = []
@@ -457,8 +454,8 @@ class _Forward:
             first: Gates | None = x.within(self.gates(own[0]))
         else:
             present = [gate for gate in own if gate is not None]
-            one_dist = len({gate.dist for gate in present}) == 1
-            if one_dist and all(gate.training and gate in self._drawn for gate in present):
+            alike = len({(gate.dist, gate.log_alpha.dtype) for gate in present}) == 1
+            if alike and all(gate.training and gate in self._drawn for gate in present):
                 log_alphas = [None if gate is None else gate.log_alpha for gate in own]
                 drawn = [None if gate is None else self._drawn[gate] for gate in own]
                 dist, rows = present[0].dist, _dense(x)

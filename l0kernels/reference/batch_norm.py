@@ -76,9 +76,7 @@ def batch_norm(
         # A view of one image may have any stride there. torch's backward takes it for what tells channels
         # last from channels first, and then mixes up the channels of x and of dy.
         x = x.contiguous()
-    return torch.nn.functional.batch_norm(
-        x, running_mean, running_var, weight, bias, training, momentum, eps
-    )
+    return torch.nn.functional.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
 
 
 def select(is_open: Tensor, value: Tensor | None, other: float) -> Tensor | None:
