@@ -130,8 +130,11 @@ def sample_gates(
 def attach(log_alpha: Tensor, gate: Gates, dist: HardConcrete) -> Gates:
     """Gates drawn earlier and detached, with a gradient to log_alpha of their own."""
     backend = _registry.resolve(log_alpha.device, log_alpha.dtype, "gate_grad")
-    # The reference draws and differentiates in one; what is drawn already gets its gradient from z anywhere.
-    return _attach(log_alpha, gate, dist, "torch" if backend == "reference" else backend)
+    if backend != "reference":
+        return _attach(log_alpha, gate, dist, backend)
+    if not (log_alpha.requires_grad and torch.is_grad_enabled()):
+        return gate
+    return gate.of(reference.gates.joined(log_alpha, gate.z, dist))
 
 
 def _attach(log_alpha: Tensor, gate: Gates, dist: HardConcrete, backend: str) -> Gates:
