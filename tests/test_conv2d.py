@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from torch.autograd import gradcheck
+from torch.autograd import gradcheck, gradgradcheck
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -425,6 +425,30 @@ class TestChains:
         plain = run(lambda region, *args: region(*args))
         for a, b in zip(run(partial(checkpoint, use_reentrant=use_reentrant)), plain, strict=True):
             torch.testing.assert_close(a, b)
+
+    def test_packing_has_second_derivatives(self, backend):
+        gates = Gates.from_z(torch.tensor([0.0, 1.0, 0.4, 0.0, 1.0], dtype=torch.float64))
+        x = torch.randn(2, 5, 3, 2, dtype=torch.float64, requires_grad=True)
+
+        def call(x):
+            return l0.unpack_channels(l0.pack_channels(x, gates).map(torch.tanh))
+
+        assert gradcheck(call, x)
+        assert gradgradcheck(call, x)
+
+    def test_a_chain_of_the_reference_has_second_derivatives(self):
+        first = Gates.from_z(torch.tensor([0.0, 1.0, 0.4], dtype=torch.float64))
+        hidden = Gates.from_z(torch.tensor([0.7, 0.0, 1.0, 0.0], dtype=torch.float64))
+        leaves = [
+            torch.randn(*shape, dtype=torch.float64) for shape in ((2, 3, 3, 3), (4, 3, 2, 2), (2, 4, 1, 1))
+        ]
+
+        def call(x, w, w2):
+            h = l0.packed_conv2d(x, w, in_gates=first, out_support=hidden).map(torch.tanh)
+            return l0.packed_conv2d(h, w2, in_gates=hidden)
+
+        with l0.use_backend("reference"):
+            assert gradgradcheck(call, [leaf.requires_grad_() for leaf in leaves])
 
     def test_second_derivatives_are_refused(self, backend):
         tensors, options, _ = case("plain")

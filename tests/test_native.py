@@ -288,6 +288,21 @@ class TestMaths:
         assert ((y.detach() - exact.detach()).abs() <= 4 * EPS[torch.float32] * size).all()
         assert ((grad - exact_grad).abs() <= 8 * EPS[torch.float32] * size).all()
 
+    @pytest.mark.parametrize("activation", ["gelu", "silu"])
+    def test_activations_of_any_size(self, isa, activation):
+        """Far out they are 0 or x, their derivatives 0 or 1: what exp leaves at its end must not be seen."""
+        x = torch.logspace(0, 38.5, 2000)
+        x = torch.cat([x, -x])[:, None].requires_grad_()
+        one = torch.ones(1, 1)
+        y = l0.gated_mlp(x, [one, one], [None, None], [None, None], activation)
+        (grad,) = torch.autograd.grad(y.sum(), x)
+        exact_x = x.detach().double().requires_grad_()
+        exact = getattr(torch.nn.functional, activation)(exact_x)
+        (exact_grad,) = torch.autograd.grad(exact.sum(), exact_x)
+        size = 1 + exact.detach().abs()
+        assert ((y.detach() - exact.detach()).abs() <= 8 * EPS[torch.float32] * size).all()
+        assert ((grad - exact_grad).abs() <= 64 * EPS[torch.float32]).all()
+
     def test_gates_at_the_ends_of_the_noise(self, isa):
         log_alpha = torch.linspace(-12, 12, 200_001)
         z = l0.sample_gates(log_alpha, seed=SEED).z

@@ -1,7 +1,6 @@
 """L0BatchNorm2d: torch's batch norm of the open channels, exactly zero in the others."""
 
 import copy
-import inspect
 
 import pytest
 import torch
@@ -298,11 +297,8 @@ def test_what_a_closed_channel_holds_stays_out(training):
 
 
 def test_a_norm_without_bias():
-    if "bias" not in inspect.signature(torch.nn.BatchNorm2d).parameters:  # new in torch 2.13
-        theirs = torch.nn.BatchNorm2d(3)
-        theirs.register_parameter("bias", None)
-    else:
-        theirs = torch.nn.BatchNorm2d(3, bias=False)
+    theirs = torch.nn.BatchNorm2d(3)
+    theirs.register_parameter("bias", None)
     ours = nn.L0BatchNorm2d.from_dense(theirs)
     assert ours.bias is None
     x = torch.randn(4, 3, 2, 2)

@@ -43,11 +43,11 @@ class L0BatchNorm2d(nn.BatchNorm2d):
             raise TypeError(f"norm must be a torch.nn.BatchNorm2d, got {type(norm).__name__}")
         like = norm.weight if norm.affine else norm.running_mean
         options: dict[str, Any] = {} if like is None else {"device": like.device, "dtype": like.dtype}
-        if norm.affine and norm.bias is None:
-            options["bias"] = False
         layer = cls(
             norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats, **options
         )
+        if norm.bias is None:
+            layer.register_parameter("bias", None)
         copy_parameters_(layer, norm)
         for name, value in norm.named_buffers(recurse=False):
             if name == "batches_open":
