@@ -426,6 +426,28 @@ class TestChains:
         for a, b in zip(run(partial(checkpoint, use_reentrant=use_reentrant)), plain, strict=True):
             torch.testing.assert_close(a, b)
 
+    @pytest.mark.parametrize("fmt", [torch.channels_last, torch.contiguous_format])
+    @pytest.mark.parametrize("n", [1, 2])
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_outputs_may_be_changed_in_place(self, backend, kind, n, fmt):
+        """As those of torch's convolution: what a Function returns must be no view."""
+        gates = Gates.from_z(make_z(kind, 6), full_grad=False)
+        w = torch.randn(6, 6, 2, 2, requires_grad=True)
+        values = torch.randn(n, 6, 4, 4).contiguous(memory_format=fmt)
+        calls = {
+            "dense": lambda x: l0.gated_conv2d(x, w, out_gates=gates),
+            "grouped": lambda x: l0.gated_conv2d(x, w[:, :2], groups=3, in_gates=gates, out_gates=gates),
+            "pack": lambda x: l0.pack_channels(x * 1, gates).data,
+            "unpack": lambda x: l0.unpack_channels(l0.pack_channels(x * 1, gates)),
+            "packed": lambda x: l0.packed_conv2d(x, w, out_support=gates).data,
+            "between": lambda x: l0.packed_conv2d(l0.pack_channels(x * 1, gates), w, in_gates=gates),
+        }
+        for name, call in calls.items():
+            x = values.detach().requires_grad_()
+            expected = torch.autograd.grad(call(x).relu().sum(), x)[0]
+            got = torch.autograd.grad(call(x).relu_().sum(), x)[0]
+            assert torch.equal(got, expected), name
+
     def test_packing_has_second_derivatives(self, backend):
         gates = Gates.from_z(torch.tensor([0.0, 1.0, 0.4, 0.0, 1.0], dtype=torch.float64))
         x = torch.randn(2, 5, 3, 2, dtype=torch.float64, requires_grad=True)

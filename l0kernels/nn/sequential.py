@@ -179,7 +179,7 @@ def _behind(step: Step, value: Value) -> Value:
         gate = own_gate(module, "out_gate")
         return Value(() if gate is None else (gate,), unit_dim(module), ndim)
     if is_norm(module):
-        return Value(closed if step.keeps_closed else (), unit_dim(module), ndim and 4)
+        return Value(closed if step.keeps_closed else (), unit_dim(module), None if ndim is None else 4)
     if is_residual(module):
         body = follow(steps_of(module.body, True), value)[-1]
         shortcut = follow(steps_of(module.shortcut, True), value)[-1]
