@@ -123,9 +123,10 @@ def _dense(
     else:
         w = select(is_open, weight, 0)
     y = batch_norm(x, mean, var, w, select(is_open, bias, 0), training, momentum, eps)
-    if training and running_mean is not None and running_var is not None:
-        running_mean.copy_(torch.where(is_open, mean, running_mean))
-        running_var.copy_(torch.where(is_open, var, running_var))
+    if training:
+        for running, value in ((running_mean, mean), (running_var, var)):
+            if running is not None and value is not None:
+                running.copy_(torch.where(is_open, value, running))
     return y
 
 

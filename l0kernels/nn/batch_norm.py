@@ -46,7 +46,7 @@ class L0BatchNorm2d(nn.BatchNorm2d):
         layer = cls(
             norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats, **options
         )
-        if norm.bias is None:
+        if norm.affine and norm._parameters["bias"] is None:
             layer.register_parameter("bias", None)
         copy_parameters_(layer, norm)
         for name, value in norm.named_buffers(recurse=False):

@@ -133,7 +133,7 @@ def _replace(self: Gates, **changes: Any) -> Gates:
 
 
 # A NamedTuple lets no class body define these: another z in front of the old order would skip what is open.
-Gates._replace = _replace  # type: ignore[method-assign]
+Gates._replace = _replace  # type: ignore[method-assign, assignment]
 Gates.__replace__ = _replace  # type: ignore[attr-defined]
 
 
