@@ -12,7 +12,7 @@ from . import _ops, _registry, reference
 from .conv2d import Packed, is_exact, open_order
 from .gates import Gates
 from .impl import module
-from .reference.batch_norm import affine, batch_norm, check_batch_norm, select
+from .reference.batch_norm import batch_norm, check_batch_norm, select
 from .reference.gates import check_gates
 
 
@@ -159,8 +159,6 @@ def _packed(
     mean, var, w, b = (
         None if t is None else t.index_select(0, index) for t in (running_mean, running_var, weight, bias)
     )
-    if len(index) == 0:
-        return affine(x.data, w, b)
     y = batch_norm(x.data, mean, var, w, b, training, momentum, eps)
     if (
         training
