@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from ..reference.gates import round_up
 from .packed import Gate, PackUnpack, extent
-from .recycle import empty_grad
+from .memory import empty_grad
 
 Conv = tuple[list[int], list[int], list[int], int]
 
