@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .impl import conv2d, module
-from .impl.memory import PLAIN, NotPlain
+from .impl.memory import PLAIN, NotPlain, plain
 from .impl.packed import Term
 from .reference.gates import HardConcrete, round_up
 
@@ -68,20 +68,26 @@ def _define(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., An
             if is_plain(args):
                 try:
                     return opaque(*args)
-                except NotPlain:  # a negated view, a transform's tensor ...: the dispatcher makes them plain
-                    return operator(*args)
+                except NotPlain:  # negated views are made plain here, a transform's tensors by the dispatcher
+                    return operator(*map(_made_plain, args))
             for i in (*singles, *lists):
                 for t in (args[i],) if i in singles else args[i]:
                     if _is_dtensor(t):
                         raise TypeError(
-                            f"{parameters[i].name} of l0kernels.{name} must be a plain tensor, got a DTensor: "
-                            "give its full_tensor() or to_local(), or shard the module as l0kernels.nn documents"
+                            f"{parameters[i].name} of l0kernels.{name} must be a plain tensor, got a DTensor: give "
+                            "its full_tensor() or to_local(), or shard the module as l0kernels.nn documents"
                         )
             return operator(*args)
 
         return call
 
     return register
+
+
+def _made_plain(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return plain(value)
+    return [_made_plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _is_dtensor(t: Any) -> bool:

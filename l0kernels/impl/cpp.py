@@ -202,9 +202,7 @@ def coupled_penalty_grad(
     at_factor = vector(factor, "the gradient", factor.dtype, 1)
     addresses = [fresh(grad) for grad in grads if grad is not None]
     unused = [0.0] * len(gates)
-    _coupled(
-        _C.coupled_penalty_grad, native, gates, unused, decay, dist, factor.dtype, at_factor, addresses
-    )
+    _coupled(_C.coupled_penalty_grad, native, gates, unused, decay, dist, factor.dtype, at_factor, addresses)
     return [
         portable.coupled_penalty_grad([term], gates, factor, decay, dist)[0] if grad is None else grad
         for term, grad in zip(terms, grads, strict=True)

@@ -36,8 +36,10 @@ def vector(t: Tensor, name: str, dtype: torch.dtype, n: int, device: torch.devic
         RuntimeError: the tensor's memory was given back.
     """
     if t.numel() != n or not t.is_contiguous():
-        raise ValueError(f"{name} must be {n} contiguous elements, got {tuple(t.shape)}, strides {t.stride()}")
-    return _address(t, name, dtype, t.storage_offset() + n, device) if n else 0
+        raise ValueError(
+            f"{name} must be {n} contiguous elements, got {tuple(t.shape)}, strides {t.stride()}"
+        )
+    return _address(t, name, dtype, int(t.storage_offset()) + n, device) if n else 0
 
 
 def matrix(
@@ -50,11 +52,13 @@ def matrix(
     by_row, by_col = t.stride()
     if not rows or not cols:
         return 0, by_row, by_col
-    end = t.storage_offset() + (rows - 1) * by_row + (cols - 1) * by_col + 1
+    end = int(t.storage_offset()) + (rows - 1) * by_row + (cols - 1) * by_col + 1
     return _address(t, name, dtype, end, device), by_row, by_col
 
 
-def optional(t: Tensor | None, name: str, dtype: torch.dtype, n: int, device: torch.device | None = None) -> int:
+def optional(
+    t: Tensor | None, name: str, dtype: torch.dtype, n: int, device: torch.device | None = None
+) -> int:
     """`vector`, or 0 for None."""
     return 0 if t is None else vector(t, name, dtype, n, device)
 
@@ -78,8 +82,8 @@ def _address(t: Tensor, name: str, dtype: torch.dtype, end: int, device: torch.d
         raise ValueError(f"{name} must be on {device or 'the CPU'}, got {t.device}")
     if held < end * t.element_size():
         raise RuntimeError(
-            f"{name} must have memory for its {tuple(t.shape)} elements, but its storage was resized to {held} "
-            "bytes, as sharding and offloading do: bring it back before the call"
+            f"{name} must have memory for its {tuple(t.shape)} elements, but its storage was resized to "
+            f"{held} bytes, as sharding and offloading do: bring it back before the call"
         )
     address = t.data_ptr()
     if not address:  # zeros that torch keeps without memory
@@ -98,11 +102,12 @@ def _kind(t: Tensor) -> str:
 def plain(t: Tensor) -> Tensor:
     """t, or its values in memory of their own where it is lazily negated or zeros without memory.
 
-    For compositions of torch's operations, which see the values: an operator gets such tensors plain.
+    The dispatcher does the same, but not in lists with absent tensors; and compositions of torch's
+    operations meet such tensors without it.
     """
     if t.is_neg():
         return t.resolve_neg()
-    return t if not t.numel() or t.data_ptr() else torch.zeros_like(t)
+    return torch.zeros(t.shape, dtype=t.dtype, device=t.device) if t._is_zerotensor() else t
 
 
 def empty_grad(weight: Tensor) -> Tensor:
