@@ -74,8 +74,9 @@ def _define(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., An
                 for t in (args[i],) if i in singles else args[i]:
                     if _is_dtensor(t):
                         raise TypeError(
-                            f"{parameters[i].name} of l0kernels.{name} must be a plain tensor, got a DTensor: give "
-                            "its full_tensor() or to_local(), or shard the module as l0kernels.nn documents"
+                            f"{parameters[i].name} of l0kernels.{name} must be a plain tensor, got a "
+                            "DTensor: give its full_tensor() or to_local(), or shard the module as "
+                            "l0kernels.nn documents"
                         )
             return operator(*args)
 

@@ -197,6 +197,39 @@ class TestEveryOperatorEveryArgument:
         assert refused >= {"other dtype": 60, "shortened": 60, "sparse": 60, "meta": 70}.get(kind, 100)
 
 
+LAZY = {  # a tensor, and what it means, in memory of its own
+    "negated": (lambda t: torch._neg_view(-t), lambda t: t),
+    "imaginary part": (lambda t: torch.complex(torch.zeros_like(t), -t).conj().imag, lambda t: t),
+    "zeros": (lambda t: torch._efficientzerotensor(t.shape), torch.zeros_like),
+    "expanded": (
+        lambda t: t.flatten()[:1].reshape([1] * t.ndim).expand(t.shape),
+        lambda t: torch.full_like(t, t.flatten()[0].item()),
+    ),
+}
+MODULES = {
+    "input gates": (lambda: l0.nn.L0Linear(8, 5), (4, 8)),
+    "output gates": (lambda: l0.nn.L0Linear(8, 5, gate="out"), (2, 3, 8)),
+    "both": (lambda: l0.nn.L0Linear(8, 5, gate="both"), (4, 8)),
+    "a gate per weight": (lambda: l0.nn.L0Linear(8, 5, gate="weight"), (4, 8)),
+    "a gate per block": (lambda: l0.nn.L0Linear(8, 5, gate=(2, 3)), (4, 8)),
+    "chain": (lambda: l0.nn.L0MLP([8, 7, 5], "gelu"), (4, 8)),
+    "gated product": (lambda: l0.nn.L0FeedForward(8, 6, "swiglu"), (4, 8)),
+    "convolution": (lambda: l0.nn.L0Conv2d(4, 6, 3, gate="both"), (2, 4, 6, 6)),
+    "grouped convolution": (lambda: l0.nn.L0Conv2d(4, 6, 3, gate="both", groups=2), (2, 4, 6, 6)),
+    "packed channels": (
+        lambda: l0.nn.L0Sequential(
+            torch.nn.Conv2d(4, 8, 3, padding=1),
+            l0.nn.L0BatchNorm2d(8),
+            torch.nn.ReLU(),
+            l0.nn.L0Conv2d(8, 6, 3, gate="in"),
+            torch.nn.Flatten(),
+            l0.nn.L0Linear(6 * 16, 5),
+        ),
+        (2, 4, 6, 6),
+    ),
+}
+
+
 class TestModules:
     """The same seen from a layer: what users do to parameters between two steps."""
 
@@ -251,25 +284,33 @@ class TestModules:
                     assert parameter.grad is None or (parameter.grad == 0).all()
                 assert all(g.log_alpha.grad is not None for g in l0.nn.gate_modules(module))
 
-    @pytest.mark.parametrize("gate", ["in", "out", "both"])
-    def test_gradients_that_are_no_plain_memory(self, backend, gate):
-        layer = l0.nn.L0Linear(8, 5, gate=gate)
-        x = torch.randn(4, 8)
+    @pytest.mark.parametrize("name", MODULES)
+    @pytest.mark.parametrize("kind", LAZY)
+    def test_values_count_not_memory(self, backend, name, kind):
+        """Inputs, incoming gradients and parameters whose memory is not their values, or not all of them."""
+        make, shape = MODULES[name]
+        module, (lazy, plain) = make(), LAZY[kind]
 
-        def grads(dy):
-            torch.manual_seed(3)
-            layer.zero_grad()
-            layer(x).backward(dy)
-            return [p.grad.clone() for p in layer.parameters()]
+        def step(x, dy):
+            torch.manual_seed(1)
+            module.zero_grad()
+            x = x if kind == "zeros" else x.detach().requires_grad_()
+            y = module(x)
+            y.backward(dy)
+            grads = [p.grad for p in module.parameters() if p.grad is not None]
+            return [y.detach(), *([] if kind == "zeros" else [x.grad]), *grads]
 
-        dy = torch.randn(4, 5)
-        lazy = torch.complex(torch.zeros(4, 5), -dy).conj().imag
-        for a, b in zip(grads(lazy), grads(dy), strict=True):
-            assert torch.equal(a, b)
-        for a in grads(torch._efficientzerotensor((4, 5))):
-            assert (a == 0).all()
-        for a, b in zip(grads(torch.ones(1, 1).expand(4, 5)), grads(torch.ones(4, 5)), strict=True):
-            assert torch.allclose(a, b, atol=1e-6)
+        x = torch.randn(shape)
+        dy = torch.randn(module(x).shape)
+        expected = step(plain(x), plain(dy))
+        for a, b in zip(step(lazy(x), lazy(dy)), expected, strict=True):
+            torch.testing.assert_close(a, b)
+        if kind == "negated":
+            for owner in list(module.modules()):
+                for leaf, parameter in list(owner.named_parameters(recurse=False)):
+                    setattr(owner, leaf, torch.nn.Parameter(lazy(parameter.detach())))
+            for a, b in zip(step(x, dy), expected, strict=True):
+                torch.testing.assert_close(a, b)
 
     def test_gates_of_another_size(self, backend):
         """A bank's draw, and the caller's gates."""
