@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .impl import conv2d, module
-from .impl.memory import PLAIN, NotPlain, plain
+from .impl.memory import PLAIN, NotPlain, check_memory, plain
 from .impl.packed import Term
 from .reference.gates import HardConcrete, round_up
 
@@ -30,23 +30,31 @@ def _define(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., An
     def register(implementation: Callable[..., Any]) -> Callable[..., Any]:
         name = schema.partition("(")[0]
 
+        _LIBRARY.define(schema, tags=(torch.Tag.needs_fixed_stride_order,))
+        operator = getattr(torch.ops.l0kernels, name).default
+        kinds = [str(p.type) for p in operator._schema.arguments]
+        names = [p.name for p in operator._schema.arguments]
+        singles = [i for i, kind in enumerate(kinds) if kind in ("Tensor", "Optional[Tensor]")]
+        lists = [i for i, kind in enumerate(kinds) if kind in ("List[Tensor]", "List[Optional[Tensor]]")]
+
         def opaque(*args: Any) -> Any:
+            backend = args[-1]
+            of_torch = backend != "cpp" or name in _MADE_OF_TORCH
+            if of_torch:  # cpp asks for every address
+                for i in singles:
+                    check_memory(args[i], names[i], backend)
+                for i in lists:
+                    for t in args[i]:
+                        check_memory(t, names[i], backend)
             # Autograd falls through: a backend made of torch's operations must not record a graph of its own.
-            if not torch.is_grad_enabled() or (args[-1] == "cpp" and name not in _MADE_OF_TORCH):
+            if not of_torch or not torch.is_grad_enabled():
                 return implementation(*args)
             with torch.no_grad():
                 return implementation(*args)
 
-        _LIBRARY.define(schema, tags=(torch.Tag.needs_fixed_stride_order,))
         _LIBRARY.impl(name, opaque, "CompositeExplicitAutograd")
         _LIBRARY.impl(name, torch.library.fallthrough_kernel, "Autograd")
         torch.library.register_fake(f"l0kernels::{name}", fake, lib=_LIBRARY)
-        operator = getattr(torch.ops.l0kernels, name).default
-        parameters = operator._schema.arguments
-        singles = [i for i, p in enumerate(parameters) if str(p.type) in ("Tensor", "Optional[Tensor]")]
-        lists = [
-            i for i, p in enumerate(parameters) if str(p.type) in ("List[Tensor]", "List[Optional[Tensor]]")
-        ]
         first_is_list = 0 in lists
 
         def is_plain(args: tuple[Any, ...]) -> bool:
@@ -74,7 +82,7 @@ def _define(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., An
                 for t in (args[i],) if i in singles else args[i]:
                     if _is_dtensor(t):
                         raise TypeError(
-                            f"{parameters[i].name} of l0kernels.{name} must be a plain tensor, got a "
+                            f"{names[i]} of l0kernels.{name} must be a plain tensor, got a "
                             "DTensor: give its full_tensor() or to_local(), or shard the module as "
                             "l0kernels.nn documents"
                         )

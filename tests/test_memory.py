@@ -268,6 +268,18 @@ class TestModules:
         with pytest.raises(RuntimeError, match=r"weight must have memory for its \(5, 20\) elements"):
             y.backward()
 
+    @pytest.mark.parametrize("name", MODULES)
+    @pytest.mark.parametrize("training", [True, False])
+    def test_parameters_given_back(self, backend, name, training):
+        make, shape = MODULES[name]
+        names = [n for n, _ in make().named_parameters()]
+        for parameter in names:
+            module = make().train(training)
+            module.get_parameter(parameter).untyped_storage().resize_(0)
+            ours_or_torchs = "must have memory for its|out of bounds for storage of size 0"
+            with pytest.raises(RuntimeError, match=ours_or_torchs):
+                module(torch.randn(shape))
+
     def test_rows_and_frozen_weights_that_are_not_there(self, backend):
         """No rows: every gradient is zero, whoever is frozen."""
         for frozen in (True, False):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .._registry import native
+from ..reference._checks import is_freed
 
 PLAIN = frozenset({Tensor, torch.nn.Parameter})
 """The types whose memory is what their numbers say; a subclass may have none, or mean something else."""
@@ -72,23 +73,50 @@ def _address(t: Tensor, name: str, dtype: torch.dtype, end: int, device: torch.d
     """`end`: one past the last element, counted from the start of the storage."""
     if t.dtype is not dtype:
         raise TypeError(f"{name} must have dtype {dtype}, got {t.dtype}")
-    if type(t) not in PLAIN or t.is_neg():
-        raise NotPlain(f"{name} must be a plain tensor, got {_kind(t)}")
-    try:
-        held = t.untyped_storage().nbytes()
-    except (NotImplementedError, RuntimeError):  # of a transform, or sparse
-        raise NotPlain(f"{name} must be a plain tensor with memory of its own, got {_kind(t)}") from None
+    held = _held(t, name)
     if not (t.is_cpu if device is None else t.device == device):
         raise ValueError(f"{name} must be on {device or 'the CPU'}, got {t.device}")
     if held < end * t.element_size():
-        raise RuntimeError(
-            f"{name} must have memory for its {tuple(t.shape)} elements, but its storage was resized to "
-            f"{held} bytes, as sharding and offloading do: bring it back before the call"
-        )
+        raise _freed(t, name, held)
     address = t.data_ptr()
     if not address:  # zeros that torch keeps without memory
         raise NotPlain(f"{name} must be a plain tensor with memory of its own, got {_kind(t)}")
     return address
+
+
+def _held(t: Tensor, name: str) -> int:
+    """Bytes of the storage of a tensor whose memory is its values."""
+    if type(t) not in PLAIN or t.is_neg():
+        raise NotPlain(f"{name} must be a plain tensor, got {_kind(t)}")
+    try:
+        return t.untyped_storage().nbytes()
+    except (NotImplementedError, RuntimeError):  # of a transform, or sparse
+        raise NotPlain(f"{name} must be a plain tensor with memory of its own, got {_kind(t)}") from None
+
+
+def _freed(t: Tensor, name: str, held: int) -> RuntimeError:
+    return RuntimeError(
+        f"{name} must have memory for its {tuple(t.shape)} elements, but its storage was resized to {held} "
+        "bytes, as sharding and offloading do: bring it back before the call"
+    )
+
+
+def check_memory(t: Tensor | None, name: str, backend: str) -> None:
+    """The same for backends that take tensors: torch's operations read freed memory, kernels anything.
+
+    Raises:
+        NotPlain, RuntimeError: as `vector`; the former where values matter to torch's operations alone.
+    """
+    if t is None or not t.numel():
+        return
+    if backend in ("triton", "cuda"):
+        held = _held(t, name)
+        if held and not t.data_ptr():
+            raise NotPlain(f"{name} must be a plain tensor with memory of its own, got {_kind(t)}")
+    else:
+        held = 0 if is_freed(t) else 1
+    if not held:
+        raise _freed(t, name, 0)
 
 
 def _kind(t: Tensor) -> str:
