@@ -13,6 +13,7 @@ from ..gates import Gates, HardConcrete
 from ..penalty import L2Term
 from .gate import DEFAULT_DIST, GatedLayer, HardConcreteGate, draw
 from .linear import check_given, check_one_dist, copy_parameters_, squares, two_sided_terms
+from .ranks import released
 
 GATINGS = ("in", "out", "both", None)
 Self = TypeVar("Self", bound="_GatedConv")
@@ -68,6 +69,7 @@ class _GatedConv(GatedLayer, _ConvNd):
     def _gates(
         self, in_gates: Gates | None, out_gates: Gates | None, out_support: Gates | None
     ) -> dict[str, Any]:
+        in_gates, out_gates, out_support = released(in_gates), released(out_gates), released(out_support)
         if out_support is not None and self.out_gate is not None:
             raise ValueError("out_support must be None for a layer whose outputs are gated, got gates")
         own_in, own_out = draw(

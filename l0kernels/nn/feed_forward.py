@@ -6,13 +6,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..gates import Gates, HardConcrete
+from ..gates import Gates, HardConcrete, attach
 from ..mlp import drawn_mlp, gated_mlp, l0_mlp
 from ..penalty import L2Term
 from ..reference.mlp import GLU, ROWS
 from .gate import DEFAULT_DIST, GatedLayer, HardConcreteGate
 from .linear import copy_parameters_
 from .mlp import ACTIVATIONS, _activation_name, _per_item
+from .ranks import Shards, is_called_alone, is_sharded, local, released
 
 
 class GatedProduct(nn.Module):
@@ -48,7 +49,12 @@ class L0FeedForward(GatedLayer, nn.Module):
 
     down.weight = D (d_model, d_hidden), hidden_gate.log_alpha (d_hidden,). [G; U] is the order of the fused
     gate_up_proj that LLaMA-style models have; :meth:`from_dense` takes the layers singly, too. `up` and
-    `down` are computed together: hooks on them do not fire.
+    `down` are computed together, so that hooks on them do not fire; one by one, which gives up the packing,
+    where FSDP shards them one by one. Shard the block as one.
+
+    Tensor parallelism: ``parallelize_module(block, mesh, {"up": ColwiseParallel(), "down":
+    RowwiseParallel()})``. Each rank computes its hidden units, of which it skips the closed ones; the ranks of
+    the mesh draw the same gates, all of them, and x and y are whole on each.
 
     In :func:`penalty` a gate stands for all that it closes: its rows of `up` with their biases and its
     column of `down`.
@@ -161,6 +167,11 @@ class L0FeedForward(GatedLayer, nn.Module):
             (..., d_model).
         """
         up, down, gate = self.up, self.down, self.hidden_gate
+        gates = released(gates)
+        if is_called_alone(up) or is_called_alone(down):
+            return self._one_by_one(x, gate() if gates is None else gates)
+        if is_sharded(up.weight) or is_sharded(down.weight):
+            return self._tensor_parallel(x, gates)
         weights, biases = [up.weight, down.weight], [up.bias, down.bias]
         if gates is None and gate.training:  # one autograd node for gates and products
             log_alphas, drawn = [None, gate.log_alpha], gate.drawn
@@ -181,6 +192,7 @@ class L0FeedForward(GatedLayer, nn.Module):
                 biases,
                 log_alphas,
                 self.activation,
+                seed=gate.fresh_seed(),
                 dist=gate.dist,
                 repack_in_backward=self.repack_in_backward,
             )
@@ -192,6 +204,45 @@ class L0FeedForward(GatedLayer, nn.Module):
             self.activation,
             repack_in_backward=self.repack_in_backward,
         )
+
+    def _one_by_one(self, x: Tensor, gates: Gates) -> Tensor:
+        """The same, each layer called by itself: FSDP gathers the parameters of each for the time of its call."""
+        hidden = self.activation_module()(self.up(x))
+        return self.down((hidden * gates.z).to(hidden.dtype))
+
+    def _tensor_parallel(self, x: Tensor, gates: Gates | None) -> Tensor:
+        """The units that this rank holds, and the sum over the ranks of what they make of x."""
+        if self.activation in GLU:
+            raise ValueError(
+                f"up.weight must be whole with activation={self.activation!r}, got a DTensor: its rows are "
+                "[G; U], and a shard of them holds no whole unit. Shard the block with fully_shard, or an "
+                f"activation without a gated product, one of {tuple(a for a in ROWS if a not in GLU)}"
+            )
+        up, down, gate = self.up, self.down, self.hidden_gate
+        shards = Shards.of(
+            x,
+            {
+                "up.weight": (up.weight, 0),
+                "up.bias": (up.bias, 0),
+                "down.weight": (down.weight, 1),
+                "down.bias": (down.bias, None),
+            },
+        )
+        if gates is None:
+            with torch.no_grad():
+                drawn = Gates.from_z(shards.slice(gate().z), full_grad=False)
+            z = attach(shards.slice(gate.log_alpha), drawn, gate.dist).z
+        else:
+            z = shards.slice(gates.z)
+        y = gated_mlp(
+            shards.enter(x),
+            [local(up.weight), local(down.weight)],
+            [local(up.bias), None],
+            [None, Gates.from_z(z, full_grad=gates is not None and gates.full_grad)],
+            self.activation,
+            repack_in_backward=self.repack_in_backward,
+        )
+        return shards.leave(y, local(down.bias))
 
     def gate_groups(self) -> Iterator[tuple[HardConcreteGate, Tensor, int]]:
         """|g| = the unit's rows of up with their biases, and its column of down."""

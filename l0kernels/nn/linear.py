@@ -11,6 +11,7 @@ from ..linear import drawn_linear, gated_linear, l0_linear
 from ..masked_linear import block_linear, masked_linear
 from ..penalty import L2Term
 from .gate import DEFAULT_DIST, GatedLayer, HardConcreteGate, draw
+from .ranks import released
 
 Gating = str | tuple[int, int] | None
 
@@ -150,8 +151,10 @@ class L0Linear(GatedLayer, nn.Linear):
                 self.bias,
                 in_log_alpha=None if in_gate is None else in_gate.log_alpha,
                 out_log_alpha=None if out_gate is None else out_gate.log_alpha,
+                seed=gate.fresh_seed(),
                 dist=gate.dist,
             )
+        in_gates, out_gates = released(in_gates), released(out_gates)
         drawn = _drawn(in_gate, out_gate) if in_gates is None and out_gates is None else None
         if gate is not None and drawn is not None:
             in_log_alpha = None if in_gate is None else in_gate.log_alpha
@@ -182,7 +185,7 @@ class L0Linear(GatedLayer, nn.Linear):
             self.bias,
             gate.log_alpha,
             block=self.block,
-            seed=gate.seed if gate.training else None,
+            seed=gate.fresh_seed() if gate.training else None,
             mode=None if gate.training else gate.eval_mode,
             dist=gate.dist,
         )
@@ -290,6 +293,7 @@ def _fusible(in_gate: HardConcreteGate | None, out_gate: HardConcreteGate | None
         in_gate is not out_gate
         and (in_gate is None or in_gate.draws)
         and (out_gate is None or out_gate.draws)
+        and (in_gate is None or out_gate is None or in_gate.independent == out_gate.independent)
     )
 
 
