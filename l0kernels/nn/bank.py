@@ -120,11 +120,12 @@ class GateBank(nn.Module):
         device = gates[0].log_alpha.device
         if device.type == "meta":  # which would forget them; a draw brings them to where the gates are then
             device = torch.device("cpu")
-        value = _agreed() if seed is None else torch.tensor([seed], device="cpu")
-        if value is None:
-            value = torch.randint(2**63 - 1, (1,), device="cpu")
-            self._alone = True
-        self.register_buffer("seed", value.to(device))
+        if seed is None:
+            seed = ranks.bank_seed()
+        self._alone = seed is None
+        if seed is None:
+            seed = int(torch.randint(2**63 - 1, (1,), device="cpu"))
+        self.register_buffer("seed", torch.tensor([seed], device=device))
         self.register_buffer("step", torch.zeros(1, dtype=torch.int64, device=device))
         self.rank = rank
         # In tuples they stay the model's modules.
@@ -192,8 +193,8 @@ class GateBank(nn.Module):
         device = self._gates[0].log_alpha.device
         if device.type == "meta":
             raise RuntimeError(
-                "the gates are on the meta device and hold no values to draw from: model.to_empty(device=...), "
-                "then reset_parameters() of every module, or load_state_dict"
+                "the gates are on the meta device and hold no values: model.to_empty(device=...), then "
+                "load_state_dict or reset_parameters()"
             )
         if torch.compiler.is_compiling():
             if self._alone and ranks.are_several():
@@ -204,9 +205,9 @@ class GateBank(nn.Module):
             return self._next_keys(n, device)
         with ranks.lock:
             if self._alone:
-                seed = _agreed()
+                seed = ranks.bank_seed()
                 if seed is not None:
-                    self.seed.copy_(seed)
+                    self.seed.fill_(seed)
                     self._alone = False
             return self._next_keys(n, device)
 
@@ -245,9 +246,3 @@ class GateBank(nn.Module):
     def extra_repr(self) -> str:
         rank = f", rank={self.rank}" if self.rank else ""
         return f"{len(self._gates)} gate(s), {sum(gate.n for gate in self._gates)} in all{rank}"
-
-
-def _agreed() -> Tensor | None:
-    """A seed in [0, 2**63) that the ranks of a process group have in common; None without a group."""
-    key = ranks.fresh_seed(torch.device("cpu"))
-    return None if key is None else key & (2**63 - 1)

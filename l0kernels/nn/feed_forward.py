@@ -13,7 +13,7 @@ from ..reference.mlp import GLU, ROWS
 from .gate import DEFAULT_DIST, GatedLayer, HardConcreteGate
 from .linear import copy_parameters_
 from .mlp import ACTIVATIONS, _activation_name, _per_item
-from .ranks import Shards, is_called_alone, is_sharded, local, released
+from .ranks import Shards, check_not_flat, is_called_alone, is_sharded, local, released
 
 
 class GatedProduct(nn.Module):
@@ -53,8 +53,8 @@ class L0FeedForward(GatedLayer, nn.Module):
     where FSDP shards them one by one. Shard the block as one.
 
     Tensor parallelism: ``parallelize_module(block, mesh, {"up": ColwiseParallel(), "down":
-    RowwiseParallel()})``. Each rank computes its hidden units, of which it skips the closed ones; the ranks of
-    the mesh draw the same gates, all of them, and x and y are whole on each.
+    RowwiseParallel()})``. Each rank computes its hidden units, of which it skips the closed ones; x and y are
+    whole on each.
 
     In :func:`penalty` a gate stands for all that it closes: its rows of `up` with their biases and its
     column of `down`.
@@ -206,7 +206,7 @@ class L0FeedForward(GatedLayer, nn.Module):
         )
 
     def _one_by_one(self, x: Tensor, gates: Gates) -> Tensor:
-        """The same, each layer called by itself: FSDP gathers the parameters of each for the time of its call."""
+        """The same, each layer called by itself, for which FSDP gathers its parameters."""
         hidden = self.activation_module()(self.up(x))
         return self.down((hidden * gates.z).to(hidden.dtype))
 
@@ -231,7 +231,7 @@ class L0FeedForward(GatedLayer, nn.Module):
         if gates is None:
             with torch.no_grad():
                 drawn = Gates.from_z(shards.slice(gate().z), full_grad=False)
-            z = attach(shards.slice(gate.log_alpha), drawn, gate.dist).z
+            z = attach(shards.slice(gate.log_alpha), drawn, gate.dist).z if gate.training else drawn.z
         else:
             z = shards.slice(gates.z)
         y = gated_mlp(
@@ -248,11 +248,13 @@ class L0FeedForward(GatedLayer, nn.Module):
         """|g| = the unit's rows of up with their biases, and its column of down."""
         rows = ROWS[self.activation]
         size = rows * (self.d_model + (self.up.bias is not None)) + self.d_model
-        yield self.hidden_gate, self.hidden_gate.log_alpha, size
+        yield self.hidden_gate, self.hidden_gate.whole(), size
 
     def l2_terms(self) -> Iterator[tuple[HardConcrete, L2Term]]:
         """Both weights and up's bias; down's is ungated and takes no part."""
-        dist, log_alpha, rows = self.hidden_gate.dist, self.hidden_gate.log_alpha, ROWS[self.activation]
+        dist, log_alpha, rows = self.hidden_gate.dist, self.hidden_gate.whole(), ROWS[self.activation]
+        check_not_flat(self.up.weight)
+        check_not_flat(self.down.weight)
         of_up = log_alpha if rows == 1 else log_alpha.repeat(rows)
         yield dist, L2Term(self.down.weight, None, log_alpha)
         yield dist, L2Term(self.up.weight, of_up, None)

@@ -143,14 +143,16 @@ class HardConcreteGate(nn.Module):
     def whole(self) -> Tensor:
         """log_alpha as a plain tensor of all gates, outside a forward: gathered from the ranks if sharded.
 
+        The gradient is that of a value which all ranks compute alike.
+
         Raises:
             RuntimeError: it is a shard of FullyShardedDataParallel, which only a forward gathers.
         """
         log_alpha = ranks.whole(self.log_alpha)
-        if log_alpha.numel() != self.n:
+        if log_alpha.numel() != self.n or ranks.is_released(log_alpha):
             raise RuntimeError(
-                f"log_alpha must hold {self.n} gates, got {log_alpha.numel()}: FullyShardedDataParallel has "
-                "flattened and sharded it, and gathers it within a forward only. Keep gates whole: "
+                f"log_alpha must hold {self.n} gates, got a shard: FullyShardedDataParallel has flattened "
+                "and sharded it, and gathers it within a forward only. Keep gates whole: "
                 "FullyShardedDataParallel(model, use_orig_params=True, "
                 "ignored_states=l0kernels.nn.keep_gates_whole(model))"
             )

@@ -185,10 +185,11 @@ class L0MLP(nn.Module):
         )
 
     def _one_by_one(self, x: Tensor, gates: Sequence[Gates | None] | None) -> Tensor:
-        """The same, each layer called by itself: FSDP gathers the parameters of each for the time of its call."""
+        """The same, each layer called by itself, for which FSDP gathers its parameters."""
         activation = ACTIVATIONS[self.activation]()
+        gates = self.draw() if gates is None else gates
         for l, layer in enumerate(self.layers):
-            x = layer(activation(x) if l else x, None if gates is None else held(layer, gates[l]))
+            x = layer(activation(x) if l else x, held(layer, gates[l]))
         return x
 
     def extra_repr(self) -> str:

@@ -4,12 +4,14 @@ import os
 import threading
 import warnings
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
+
+from .. import reference
 
 KEY_STEP = 0x9E3779B97F4A7C15 - 2**64
 """Odd, so that 2**64 consecutive draws have 2**64 different keys; the golden ratio spreads them."""
@@ -17,8 +19,8 @@ KEY_STEP = 0x9E3779B97F4A7C15 - 2**64
 REMEMBERED = 2**16
 """Draws whose recomputation is known again; 100 bytes each."""
 
-_CAPTURED = 2**62
-"""Where the draws of captured graphs begin, far from those that are counted on the host."""
+_CAPTURED, _BANKS = 2**62, 2**61
+"""Where the draws of captured graphs and the seeds of banks begin, far from the draws counted on the host."""
 
 _LIBRARY = torch.library.Library("l0kernels", "FRAGMENT")
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -34,6 +36,10 @@ def _after_fork() -> None:
 os.register_at_fork(after_in_child=_after_fork)
 
 
+_captured_keys: dict[torch.device, Tensor] = {}
+"""The next key of captured draws on each device; graphs hold its address, so it stays."""
+
+
 class _Agreement:
     """The seed that the ranks of a group have in common, and how many draws of it this one has made.
 
@@ -45,8 +51,10 @@ class _Agreement:
     def __init__(self, seed: int) -> None:
         self.seed = seed
         self.draws = 0
+        self.banks = 0
         self.recent: dict[int, int | Tensor] = {}
-        self.captured: dict[torch.device, Tensor] = {}
+        for device, key in _captured_keys.items():
+            key.copy_(_seed_tensor(self.at(_CAPTURED), device))
 
     def key(self, tag: int, device: torch.device) -> Tensor:
         with lock:
@@ -62,35 +70,38 @@ class _Agreement:
             elif capturing:
                 found = self._captured(device)
             else:
-                found = self.draws
+                found = self.at(self.draws)
                 self.draws += 1
-                if device.type == "cuda" and device not in self.captured:
-                    self.captured[device] = self._at(_CAPTURED, device)
+                if device.type == "cuda" and device not in _captured_keys:
+                    _captured_keys[device] = _seed_tensor(self.at(_CAPTURED), device)
             self.recent[tag] = found
             if len(self.recent) > REMEMBERED:
                 del self.recent[next(iter(self.recent))]
-            return found if isinstance(found, Tensor) else self._at(found, device)
+            return found if isinstance(found, Tensor) else _seed_tensor(found, device)
 
     def _captured(self, device: torch.device) -> Tensor:
         """A key that each replay of the graph finds advanced: there the device counts."""
-        if device not in self.captured:
+        if device not in _captured_keys:
             raise RuntimeError(
                 "gates are drawn on several ranks for the first time while a CUDA graph is captured: "
                 "run the forward once before the capture"
             )
-        key = self.captured[device].clone()
-        self.captured[device].add_(KEY_STEP)
+        key = _captured_keys[device].clone()
+        _captured_keys[device].add_(KEY_STEP)
         return key
 
-    def _at(self, position: int, device: torch.device) -> Tensor:
-        value = signed(self.seed + KEY_STEP * position)
-        with torch.inference_mode(False):
-            return torch.full((1,), value, dtype=torch.int64, device=device)
+    def at(self, position: int) -> int:
+        return signed(self.seed + KEY_STEP * position)
 
 
 def signed(value: int) -> int:
     """`value` modulo 2**64 as an int64 has it."""
     return (value + 2**63) % 2**64 - 2**63
+
+
+def _seed_tensor(value: int, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.full((1,), value, dtype=torch.int64, device=device)
 
 
 _agreements: Any = WeakIdKeyDictionary()
@@ -107,6 +118,18 @@ def fresh_seed(device: torch.device, independent: bool = False) -> Tensor | None
         return None
     tag = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device="cpu")
     return torch.ops.l0kernels.agreed_seed.default(tag, device)
+
+
+def bank_seed() -> int | None:
+    """The seed of a new GateBank, in [0, 2**63), the n-th on each rank the same; None as of fresh_seed."""
+    if not are_several():
+        return None
+    agreement = _agreement(int(torch.randint(2**63 - 1, (1,), device="cpu")))
+    if agreement is None:
+        return None
+    with lock:
+        agreement.banks += 1
+        return agreement.at(_BANKS + agreement.banks) % 2**63
 
 
 def _agreed_seed(tag: Tensor, device: torch.device) -> Tensor:
@@ -130,8 +153,14 @@ def _agreement(proposal: int) -> _Agreement | None:
         return _agreements[group]
 
 
-def agree(proposal: int) -> None:
-    """Starts an _Agreement on rank 0's proposal, by the group's store: no collective that could cross another."""
+def agree(proposal: int, given: bool = False) -> None:
+    """Starts an _Agreement on rank 0's proposal, by the group's store: a collective might cross another one.
+
+    given: whether all ranks propose the same.
+    """
+    if given:
+        _agreements[dist.group.WORLD] = _Agreement(proposal)
+        return
     store = None if dist.get_backend() == "fake" else dist.distributed_c10d._get_default_store()
     if store is None:
         warnings.warn(
@@ -153,7 +182,7 @@ def agree(proposal: int) -> None:
             proposal = int(store.get(key))
         except RuntimeError as error:
             raise RuntimeError(
-                f"rank {rank} draws gates and has waited {store.timeout} for rank 0, which has drawn none "
+                f"rank {rank} draws gates and has waited in vain for rank 0, which has drawn none "
                 "and so given no seed: call l0kernels.nn.agree_on_gates() on all ranks after "
                 "init_process_group, or l0kernels.nn.independent_gates_(model) on this one"
             ) from error
@@ -218,7 +247,7 @@ class Shards(NamedTuple):
                 f"as of ColwiseParallel for up and RowwiseParallel for down, got {got}"
             )
         if is_sharded(x):
-            raise TypeError("x must be a plain tensor, whole on each rank of the mesh, got a DTensor: x.full_tensor()")
+            raise TypeError("x must be a plain tensor, whole on each rank of the mesh, got a DTensor")
         return cls(mesh)
 
     def slice(self, values: Tensor) -> Tensor:
@@ -250,8 +279,103 @@ def is_called_alone(layer: Any) -> bool:
     return hasattr(kind, "unshard") or hasattr(kind, "summon_full_params")
 
 
+def l2_of_shards(
+    weight: Any,
+    weight_decay: float,
+    out_log_alpha: Tensor | None,
+    in_log_alpha: Tensor | None,
+    groups: int,
+    dist: Any,
+) -> Tensor:
+    """reference.l2_penalty of a DTensor: each rank sums over what it holds, and one scalar is reduced."""
+    from torch.distributed.tensor import DTensor, Replicate
+
+    mesh = weight.device_mesh
+
+    def everywhere(log_alpha: Tensor | None) -> Any:
+        if log_alpha is None:
+            return None
+        return DTensor.from_local(log_alpha, mesh, [Replicate()] * mesh.ndim, run_check=False)
+
+    weight = weight[:, None] if weight.ndim == 1 else weight
+    total = reference.l2_penalty(
+        weight,
+        weight_decay,
+        in_log_alpha=everywhere(in_log_alpha),
+        out_log_alpha=everywhere(out_log_alpha),
+        groups=groups,
+        dist=dist,
+    )
+    return whole(total)
+
+
+def is_released(parameter: Tensor) -> bool:
+    """Whether it is a view that FullyShardedDataParallel has left without memory until the next forward."""
+    if type(parameter) is not Tensor or torch.compiler.is_compiling():
+        return False
+    try:
+        return parameter.numel() > 0 and parameter.untyped_storage().size() == 0
+    except NotImplementedError:  # torch.func's tensors have none
+        return False
+
+
+def check_none_flat(model: nn.Module) -> None:
+    """RuntimeError if FullyShardedDataParallel holds parameters of the model, whose sizes are then a shard's."""
+    if any(hasattr(type(module), "summon_full_params") for module in model.modules()):
+        raise RuntimeError(
+            "the model is sharded by FullyShardedDataParallel, which keeps the parameters of several layers "
+            "in one: load a full state_dict of it into a model of one process, or shard with fully_shard"
+        )
+
+
+def check_not_flat(weight: Tensor) -> None:
+    """RuntimeError if FullyShardedDataParallel has made a flat shard of a weight."""
+    if weight.ndim < 2 or is_released(weight):
+        raise RuntimeError(
+            f"weight must be whole, got {tuple(weight.shape)}: FullyShardedDataParallel has flattened and "
+            "sharded it, and gathers it within a forward only. Leave weight_decay to the optimiser, or shard "
+            "with fully_shard"
+        )
+
+
+def gathered(model: nn.Module) -> nn.Module:
+    """The model with whole parameters and without the hooks that gather them; itself if none is sharded.
+
+    All ranks call it alike. Buffers and what is not sharded are shared with the model.
+    """
+    check_none_flat(model)
+    alone = any(map(is_called_alone, model.modules()))
+    return _gathered(model, {}, {}) if alone or any(map(is_sharded, model.parameters())) else model
+
+
+def _gathered(
+    module: nn.Module, modules: dict[nn.Module, nn.Module], parameters: dict[Any, Any]
+) -> nn.Module:
+    if module in modules:
+        return modules[module]
+    kind: Any = type(module)
+    own = [parameter for parameter in module._parameters.values() if is_sharded(parameter)]
+    for parameter in own:
+        if parameter not in parameters:
+            full = whole(cast(Tensor, parameter).detach())
+            parameters[parameter] = nn.Parameter(full, cast(Tensor, parameter).requires_grad)
+    derived = hasattr(kind, "unshard")  # by fully_shard, from a class of its own and the module's
+    kind = kind.__mro__[2] if derived else kind
+    copied: Any = kind.__new__(kind)
+    modules[module] = copied
+    copied.__dict__.update(module.__dict__)
+    copied._parameters = {name: parameters.get(p, p) for name, p in module._parameters.items()}
+    copied._modules = {
+        name: None if child is None else _gathered(child, modules, parameters)
+        for name, child in module._modules.items()
+    }
+    if own or derived:
+        copied.__dict__.update((n, value) for n, value in nn.Module().__dict__.items() if "_hooks" in n)
+    return copied
+
+
 class Held:
-    """Gates on their way through the hooks of FSDP, whose mixed precision would round every tensor it sees."""
+    """Gates on their way through the hooks of FSDP, whose mixed precision rounds every tensor it sees."""
 
     def __init__(self, gates: Any) -> None:
         self.gates = gates
@@ -292,7 +416,7 @@ class Reducer:
         task = torch._C._current_graph_task_id()
         if self.queued != task:
             self.queued = task
-            torch.autograd.Variable._execution_engine.queue_callback(self._reduce)  # type: ignore[attr-defined]
+            torch.autograd.Variable._execution_engine.queue_callback(self._reduce)
 
     def _reduce(self) -> None:
         wanted = [parameter for parameter in self.parameters() if parameter.requires_grad]
