@@ -363,7 +363,8 @@ def _gathered(
     kind = kind.__mro__[2] if derived else kind
     copied: Any = kind.__new__(kind)
     modules[module] = copied
-    copied.__dict__.update(module.__dict__)
+    left_out = ("__composable_api", "_is_fsdp", "_fsdp", "_distribute_module")  # the state of the sharding
+    copied.__dict__.update((n, value) for n, value in module.__dict__.items() if not n.startswith(left_out))
     copied._parameters = {name: parameters.get(p, p) for name, p in module._parameters.items()}
     copied._modules = {
         name: None if child is None else _gathered(child, modules, parameters)
