@@ -219,7 +219,7 @@ def _rows(model: nn.Module, input_shape: Sequence[int] | None) -> tuple[Counter[
         dense += y.numel() * (2 * layer.weight[0].numel() + (layer.bias is not None))
 
     mlps = [module for module in modules if isinstance(module, L0MLP) and is_container(module)]
-    mlps = [mlp for mlp in mlps if not any(map(is_called_alone, mlp.layers))]
+    mlps = [mlp for mlp in mlps if not any(is_called_alone(m) for m in mlp.modules() if m is not mlp)]
     hooks = [module.register_forward_hook(see_product) for module in products]
     hooks += [module.register_forward_hook(see_mlp) for module in mlps]
     blocks = [module for module in modules if is_feed_forward(module)]

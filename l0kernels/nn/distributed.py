@@ -69,9 +69,11 @@ def keep_gates_whole(model: nn.Module, group: "dist.ProcessGroup | None" = None)
 
     FSDP does not reduce the gradients of what it ignores. From here on each backward ends with one all-reduce
     of all gates' gradients, to their mean, as FSDP's own; a gate without one gets zeros, since another rank
-    may have one. The gates of rank 0 of the group are copied to all, also where ``reset_parameters`` fills
-    gates of the meta device later. Sharded gates cannot be drawn from outside FSDP's own forward, nor keep
-    fp32 under its mixed precision.
+    may have one. The gates of the group's first rank are copied to all, also where ``reset_parameters`` fills
+    gates of the meta device later. Sharded gates lose fp32 under FSDP's mixed precision, which is refused.
+
+    torch takes no lists of sharded and whole tensors: clip the gradients of :func:`weight_parameters` and of
+    :func:`gate_parameters` apart, and give the optimiser the groups of :func:`parameter_groups`.
 
     Under DistributedDataParallel, gates are parameters like others: leave this out.
 
@@ -83,7 +85,7 @@ def keep_gates_whole(model: nn.Module, group: "dist.ProcessGroup | None" = None)
         What :func:`gate_parameters` lists, as a set.
 
     Raises:
-        ValueError: no gate in the model, or gates that are sharded already.
+        ValueError: no gate in the model, or gates that are sharded already or kept whole in another group.
         RuntimeError: there is no process group.
     """
     gates = gate_modules(model)
@@ -96,6 +98,10 @@ def keep_gates_whole(model: nn.Module, group: "dist.ProcessGroup | None" = None)
     for gate in gates:
         if ranks.is_sharded(gate.log_alpha) or gate.log_alpha.numel() != gate.n:
             raise ValueError(f"model must not be sharded yet, got a shard of the log_alpha of {gate}")
+        if gate._reducer is not None and gate._reducer.group is not group:
+            raise ValueError(
+                f"group must be that in which gates are kept whole already, got another for {gate}"
+            )
     reducer = ranks.Reducer(lambda: [gate.log_alpha for gate in gates], group)
     for gate in gates:
         if gate._reducer is None:

@@ -168,7 +168,8 @@ class L0FeedForward(GatedLayer, nn.Module):
         """
         up, down, gate = self.up, self.down, self.hidden_gate
         gates = released(gates)
-        if is_called_alone(up) or is_called_alone(down):
+        plain = type(up) is nn.Linear and type(down) is nn.Linear
+        if not plain and (is_called_alone(up) or is_called_alone(down)):
             return self._one_by_one(x, gate() if gates is None else gates)
         if is_sharded(up.weight) or is_sharded(down.weight):
             return self._tensor_parallel(x, gates)

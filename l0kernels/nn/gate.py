@@ -129,8 +129,12 @@ class HardConcreteGate(nn.Module):
 
     def fresh_seed(self) -> Tensor | None:
         """The seed of a draw: a GateBank's, else the ranks', else None for torch's default generator."""
-        drawn = self.seed
-        return ranks.fresh_seed(self.log_alpha.device, self.independent) if drawn is None else drawn
+        drawn = self._held
+        if isinstance(drawn, Tensor):
+            return drawn
+        if self.independent or not ranks.are_several():
+            return None
+        return ranks.fresh_seed(self.log_alpha.device)
 
     def draws_as(self, other: "HardConcreteGate") -> bool:
         """Whether both may be drawn in one call: of one distribution, and alike or not on all ranks."""
@@ -148,7 +152,10 @@ class HardConcreteGate(nn.Module):
         Raises:
             RuntimeError: it is a shard of FullyShardedDataParallel, which only a forward gathers.
         """
-        log_alpha = ranks.whole(self.log_alpha)
+        log_alpha: Tensor = self.log_alpha
+        if type(log_alpha) is nn.Parameter and log_alpha.numel() == self.n:
+            return log_alpha
+        log_alpha = ranks.whole(log_alpha)
         if log_alpha.numel() != self.n or ranks.is_released(log_alpha):
             raise RuntimeError(
                 f"log_alpha must hold {self.n} gates, got a shard: FullyShardedDataParallel has flattened "

@@ -147,9 +147,9 @@ class L0MLP(nn.Module):
         Returns:
             (..., sizes[-1]).
         """
-        layers = self.layers
+        layers = [*self.layers]
         gates = None if gates is None else [*map(released, gates)]
-        if any(map(is_called_alone, layers)):
+        if any(type(layer) is not L0Linear and is_called_alone(layer) for layer in layers):
             return self._one_by_one(x, gates)
         weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
         if gates is None:

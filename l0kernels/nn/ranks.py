@@ -108,20 +108,14 @@ _agreements: Any = WeakIdKeyDictionary()
 """Process group -> _Agreement, or None where there can be none."""
 
 
-def fresh_seed(device: torch.device, independent: bool = False) -> Tensor | None:
-    """A seed for one draw, (1,) int64 on `device`, the same on all ranks of the default process group.
-
-    None where torch's default generator shall draw the seed: without a process group, in a group of one
-    process, and for `independent` gates.
-    """
-    if independent or not are_several():
-        return None
+def fresh_seed(device: torch.device) -> Tensor:
+    """A seed for one draw where are_several, (1,) int64 on `device`: the same on all ranks."""
     tag = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device="cpu")
     return torch.ops.l0kernels.agreed_seed.default(tag, device)
 
 
 def bank_seed() -> int | None:
-    """The seed of a new GateBank, in [0, 2**63), the n-th on each rank the same; None as of fresh_seed."""
+    """The seed of a new GateBank, in [0, 2**63), the n-th on each rank the same; None without a group."""
     if not are_several():
         return None
     agreement = _agreement(int(torch.randint(2**63 - 1, (1,), device="cpu")))
@@ -190,7 +184,11 @@ def agree(proposal: int, given: bool = False) -> None:
 
 
 def are_several() -> bool:
-    """Whether this is one of several processes that may agree on a seed."""
+    """Whether this is one of several processes that shall agree on a seed.
+
+    Otherwise torch's default generator draws: without a process group, and for a single process that nobody
+    has asked to agree.
+    """
     if not dist.is_available() or not dist.is_initialized():
         return False
     if dist.get_world_size() > 1:
@@ -320,7 +318,7 @@ def is_released(parameter: Tensor) -> bool:
 
 
 def check_none_flat(model: nn.Module) -> None:
-    """RuntimeError if FullyShardedDataParallel holds parameters of the model, whose sizes are then a shard's."""
+    """RuntimeError if FullyShardedDataParallel shards the model: sizes of its parameters are then a shard's."""
     if any(hasattr(type(module), "summon_full_params") for module in model.modules()):
         raise RuntimeError(
             "the model is sharded by FullyShardedDataParallel, which keeps the parameters of several layers "
