@@ -460,6 +460,55 @@ def hidden_units_over_the_ranks(rank: int) -> None:
 
 
 @check
+def sharded_gates_are_drawn_where_they_are_gathered(rank: int) -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    def sharded_layers(model: nn.Module) -> nn.Module:
+        for layer in list(model.modules()):
+            if isinstance(layer, l0.nn.L0Linear | nn.Conv2d):
+                fully_shard(layer, mesh=MESH[0])
+        return fully_shard(model, mesh=MESH[0])
+
+    x = of_seed(1, lambda: torch.randn(5, 6))
+    model = sharded_layers(of_seed(0, mlp))
+    first = model(x)
+    assert are_equal(first)
+    assert not torch.equal(first, model(x))
+    first.sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+    torch.testing.assert_close(model.eval()(x), of_seed(0, mlp).eval()(x))
+    model = sharded_layers(of_seed(0, images))
+    with pytest.raises(RuntimeError, match=r"log_alpha of .* must be whole.*keep_gates_whole"):
+        model(of_seed(1, lambda: torch.randn(2, 3, 6, 6)))
+
+
+@check
+def meshes_of_two_dimensions(rank: int) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    for shape in ((1, 2), (2, 1)):
+        mesh = init_device_mesh("cpu", shape, mesh_dim_names=("outer", "inner"))
+        for spread in (False, True):
+            alone, x = of_seed(0, MODELS["feed_forward"][0]), of_seed(1, lambda: torch.randn(5, 6))
+            sharded = copy.deepcopy(alone)
+            gates = l0.nn.keep_gates_whole(sharded)
+            if spread:
+                plan = {"up": ColwiseParallel(), "down": RowwiseParallel()}
+                parallelize_module(sharded, mesh["inner"], plan)
+            fully_shard(sharded, mesh=mesh["outer"] if spread else mesh, ignored_params=gates)
+            grads = []
+            for model in (alone, sharded):
+                l0.nn.agree_on_gates(3)
+                (model(x).square().mean() + l0.nn.penalty(model, weight_decay=0.3)).backward()
+                grads.append([p.grad for p in model.parameters()])
+            for want, got in zip(*grads, strict=True):
+                torch.testing.assert_close(whole(got), want)
+            torch.testing.assert_close(l0.nn.export(sharded)(x), alone.eval()(x))
+
+
+@check
 def what_tensor_parallelism_is_refused(rank: int) -> None:
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
@@ -574,6 +623,7 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
     return {name: [(directory / f"{name}.{rank}").read_text() for rank in range(WORLD)] for name in CHECKS}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CHECKS)
 def test_on_two_ranks(name: str, reports: dict[str, list[str]]) -> None:
     assert reports[name] == ["", ""], "\n".join(reports[name])
@@ -632,6 +682,24 @@ def test_the_kth_draw_has_the_key_of_its_number():
 
 
 @pytest.mark.usefixtures("group")
+def test_a_captured_draw_finds_its_key_advanced_at_each_replay(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(ranks, "_captured_keys", {})
+    cpu = torch.device("cpu")
+    l0.nn.agree_on_gates(3)
+    agreement = ranks._agreements[dist.group.WORLD]
+    with pytest.raises(RuntimeError, match="once before the capture"):
+        agreement._captured(cpu)
+    counter = ranks._captured_keys[cpu] = torch.zeros(1, dtype=torch.int64)
+    for round in range(2):  # the second in the same memory, which a graph would read
+        l0.nn.agree_on_gates(3 + round)
+        agreement = ranks._agreements[dist.group.WORLD]
+        keys = [agreement._captured(cpu).item() for _ in range(2)]
+        start = 3 + round + ranks.KEY_STEP * ranks._CAPTURED
+        assert keys == [ranks.signed(start), ranks.signed(start + ranks.KEY_STEP)]
+        assert ranks._captured_keys[cpu] is counter
+
+
+@pytest.mark.usefixtures("group")
 def test_recomputation_is_known_again_among_a_bounded_number_of_draws(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(ranks, "REMEMBERED", 4)
     layer, x = l0.nn.L0Linear(8, 4), torch.ones(2, 8, requires_grad=True)
@@ -640,6 +708,20 @@ def test_recomputation_is_known_again_among_a_bounded_number_of_draws(monkeypatc
     outputs[1].sum().backward()
     with pytest.raises(RuntimeError, match="within a backward that no forward has drawn"):
         outputs[0].sum().backward()
+
+
+def test_a_rank_says_that_it_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(ranks, "PATIENCE", datetime.timedelta(milliseconds=10))
+    store = dist.FileStore(f"{tmp_path}/store", 2)
+    store.set_timeout(datetime.timedelta(seconds=1))
+    monkeypatch.setattr(dist, "get_rank", lambda *_: 1)
+    monkeypatch.setattr(dist, "get_backend", lambda *_: "gloo")
+    monkeypatch.setattr(dist.distributed_c10d, "_get_default_store", lambda: store)
+    with (
+        pytest.warns(UserWarning, match="rank 1 waits for rank 0"),
+        pytest.raises(RuntimeError, match=r"has waited in vain for rank 0.*agree_on_gates"),
+    ):
+        ranks.agree(5)
 
 
 def test_ranks_without_a_store_say_that_their_gates_differ():

@@ -102,8 +102,8 @@ class HardConcreteGate(nn.Module):
             return self.eval_gates()
         drawn = self._held
         if isinstance(drawn, Gates):
-            return attach(self.log_alpha.flatten(), drawn, self.dist)
-        return sample_gates(self.log_alpha.flatten(), seed=self.fresh_seed(), dist=self.dist)
+            return attach(self.gathered().flatten(), drawn, self.dist)
+        return sample_gates(self.gathered().flatten(), seed=self.fresh_seed(), dist=self.dist)
 
     @property
     def _held(self) -> Gates | Tensor | None:
@@ -143,6 +143,21 @@ class HardConcreteGate(nn.Module):
     def eval_gates(self) -> Gates:
         """The evaluation gate, whatever the mode of the module; detached."""
         return eval_gates(self.whole().detach().flatten(), self.eval_mode, dist=self.dist)
+
+    def gathered(self) -> Tensor:
+        """log_alpha as a forward that trains it reads it: this rank has all of it.
+
+        Raises:
+            RuntimeError: it is sharded, and nobody has gathered it for this forward.
+        """
+        log_alpha: Tensor = self.log_alpha
+        if ranks.is_sharded(log_alpha):
+            raise RuntimeError(
+                f"log_alpha of {self} must be whole where it is drawn, got a sharded DTensor: shard the "
+                "container that draws it as one, or keep gates whole: "
+                "fully_shard(model, ignored_params=l0kernels.nn.keep_gates_whole(model))"
+            )
+        return self.whole()
 
     def whole(self) -> Tensor:
         """log_alpha as a plain tensor of all gates, outside a forward: gathered from the ranks if sharded.
@@ -306,7 +321,7 @@ def draw(gates: Sequence[HardConcreteGate | None]) -> list[Gates | None]:
         if first.draws:
             group = [gate for gate in pending if gate.draws and gate.draws_as(first)]
             samples = sample_gates(
-                [gate.log_alpha for gate in group], seed=first.fresh_seed(), dist=first.dist
+                [gate.gathered() for gate in group], seed=first.fresh_seed(), dist=first.dist
             )
         else:
             group, samples = [first], [first.forward()]

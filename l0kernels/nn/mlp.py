@@ -11,7 +11,7 @@ from ..gates import Gates, HardConcrete
 from ..mlp import drawn_mlp, gated_mlp, l0_mlp
 from .gate import DEFAULT_DIST, draw
 from .linear import L0Linear, copy_parameters_
-from .ranks import held, is_called_alone, released
+from .ranks import held, is_called_alone, is_sharded, released
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {
     "relu": nn.ReLU,
@@ -187,6 +187,9 @@ class L0MLP(nn.Module):
     def _one_by_one(self, x: Tensor, gates: Sequence[Gates | None] | None) -> Tensor:
         """The same, each layer called by itself, for which FSDP gathers its parameters."""
         activation = ACTIVATIONS[self.activation]()
+        sources = [layer.in_gate for layer in self.layers]
+        if gates is None and any(gate is not None and is_sharded(gate.log_alpha) for gate in sources):
+            gates = [None] * len(sources)  # within its call each layer draws for itself
         gates = self.draw() if gates is None else gates
         for l, layer in enumerate(self.layers):
             x = layer(activation(x) if l else x, held(layer, gates[l]))

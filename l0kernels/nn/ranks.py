@@ -1,5 +1,6 @@
 """What several processes agree on: the seeds of their draws, and which part of a parameter each one holds."""
 
+import datetime
 import os
 import threading
 import warnings
@@ -21,6 +22,9 @@ REMEMBERED = 2**16
 
 _CAPTURED, _BANKS = 2**62, 2**61
 """Where the draws of captured graphs and the seeds of banks begin, far from the draws counted on the host."""
+
+PATIENCE = datetime.timedelta(minutes=1)
+"""How long a rank waits for rank 0 before it says so."""
 
 _LIBRARY = torch.library.Library("l0kernels", "FRAGMENT")
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -173,6 +177,15 @@ def agree(proposal: int, given: bool = False) -> None:
         store.set(key, str(proposal))
     else:
         try:
+            try:
+                store.wait([key], PATIENCE)
+            except RuntimeError:
+                warnings.warn(
+                    f"rank {rank} waits for rank 0 to draw gates, and will draw the same. If it has none: "
+                    "l0kernels.nn.agree_on_gates() on all ranks, or independent_gates_(model)",
+                    UserWarning,
+                    stacklevel=2,
+                )
             proposal = int(store.get(key))
         except RuntimeError as error:
             raise RuntimeError(
@@ -318,7 +331,7 @@ def is_released(parameter: Tensor) -> bool:
 
 
 def check_none_flat(model: nn.Module) -> None:
-    """RuntimeError if FullyShardedDataParallel shards the model: sizes of its parameters are then a shard's."""
+    """RuntimeError if FullyShardedDataParallel shards the model: its parameters have a shard's sizes."""
     if any(hasattr(type(module), "summon_full_params") for module in model.modules()):
         raise RuntimeError(
             "the model is sharded by FullyShardedDataParallel, which keeps the parameters of several layers "
