@@ -414,8 +414,9 @@ def layers_sharded_one_by_one_are_called_one_by_one(rank: int) -> None:
             if layer is not sharded:
                 fully_shard(layer, mesh=MESH[0], ignored_params=gates)
         fully_shard(sharded, mesh=MESH[0], ignored_params=gates)
-        want = trained(alone, alone, halves[0] if name == "sequential" else halves.flatten(0, 1))
-        got = trained(sharded, sharded, halves[rank])
+        whole_batch = halves[0] if name == "sequential" else halves.flatten(0, 1)
+        want = trained(alone, alone, whole_batch, weight_decay=0.3)
+        got = trained(sharded, sharded, halves[rank], weight_decay=0.3)
         for a, b in zip(got, want, strict=True):
             torch.testing.assert_close(a, b, msg=lambda m, name=name: f"{name}: {m}")
         x = halves[0]

@@ -93,8 +93,8 @@ class GateBank(nn.Module):
 
     Args:
         model: any module; the bank serves the gates that it has now.
-        seed: in [0, 2**63), or None for one from torch's default generator; on the ranks of a process group,
-            rank 0's.
+        seed: in [0, 2**63), or None for one from torch's default generator; on the ranks of a process group
+            the n-th bank without a seed has the same on each.
         rank: in [0, 2**23).
 
     Raises:

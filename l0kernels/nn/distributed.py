@@ -78,7 +78,7 @@ def keep_gates_whole(model: nn.Module, group: "dist.ProcessGroup | None" = None)
     Under DistributedDataParallel, gates are parameters like others: leave this out.
 
     Args:
-        model: any module with gates, before it is sharded.
+        model: any module with gates, on its device (FSDP does not move what it ignores) and not yet sharded.
         group: the ranks that share the gates; None: all.
 
     Returns:

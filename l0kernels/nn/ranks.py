@@ -37,7 +37,8 @@ def _after_fork() -> None:
     lock = threading.RLock()  # a thread that the child does not have may hold the parent's
 
 
-os.register_at_fork(after_in_child=_after_fork)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 _captured_keys: dict[torch.device, Tensor] = {}
