@@ -510,6 +510,36 @@ def meshes_of_two_dimensions(rank: int) -> None:
 
 
 @check
+def hidden_units_over_the_ranks_between_parts_of_the_rows(rank: int) -> None:
+    from torch.distributed.tensor import DTensor, Shard
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    alone = of_seed(0, MODELS["feed_forward"][0])
+    halves = of_seed(1, lambda: torch.randn(WORLD, 5, 6))
+    for local in (True, False):
+        plan = {
+            "up": ColwiseParallel(input_layouts=Shard(0)),
+            "down": RowwiseParallel(output_layouts=Shard(0), use_local_output=local),
+        }
+        spread = parallelize_module(copy.deepcopy(alone), MESH[0], plan)
+        results = []
+        for model, x in ((alone, halves.flatten(0, 1)), (spread, halves[rank])):
+            x = x.clone().requires_grad_()
+            model.zero_grad()
+            l0.nn.agree_on_gates(9)
+            y = model(x)
+            assert isinstance(y, DTensor) == (model is spread and not local)
+            whole(y.square()).sum().backward()
+            y = whole(y.detach())
+            if model is spread:
+                y = torch.cat(others(y)) if local else y
+                x.grad = torch.cat(others(x.grad))
+            results.append([y, x.grad, *(whole(p.grad) for p in model.parameters())])
+        for want, got in zip(*results, strict=True):
+            torch.testing.assert_close(got, want)
+
+
+@check
 def what_tensor_parallelism_is_refused(rank: int) -> None:
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 

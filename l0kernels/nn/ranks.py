@@ -240,7 +240,7 @@ class Shards(NamedTuple):
     mesh: Any
 
     @classmethod
-    def of(cls, x: Tensor, parameters: dict[str, tuple[Any, int | None]]) -> "Shards":
+    def of(cls, parameters: dict[str, tuple[Any, int | None]]) -> "Shards":
         """name -> (parameter, the dimension that holds the units; None: whole on each rank, plain or not)."""
         from torch.distributed.tensor import DTensor, Replicate, Shard
 
@@ -258,8 +258,6 @@ class Shards(NamedTuple):
                 f"{name} must be a DTensor with placements {(expected,)} on the mesh of the others, {mesh}, "
                 f"as of ColwiseParallel for up and RowwiseParallel for down, got {got}"
             )
-        if is_sharded(x):
-            raise TypeError("x must be a plain tensor, whole on each rank of the mesh, got a DTensor")
         return cls(mesh)
 
     def slice(self, values: Tensor) -> Tensor:
@@ -269,20 +267,41 @@ class Shards(NamedTuple):
         whole = DTensor.from_local(values, self.mesh, [Replicate()], run_check=False)
         return whole.redistribute(placements=[Shard(0)]).to_local()
 
-    def enter(self, x: Tensor) -> Tensor:
-        """x as each rank reads it: its gradient is the sum over the ranks."""
+    def enter(self, x: Any, layer: nn.Module) -> Tensor:
+        """x as each rank reads it, whole: its gradient is the sum over the ranks.
+
+        The hooks of `layer` bring it there from the layout that its parallel style was given.
+        """
         from torch.distributed.tensor import DTensor, Partial, Replicate
 
-        whole = DTensor.from_local(x, self.mesh, [Replicate()], run_check=False)
-        return whole.to_local(grad_placements=[Partial()])
+        for hook in layer._forward_pre_hooks.values():
+            entered = cast(Any, hook)(layer, (x,))
+            x = x if entered is None else entered[0] if isinstance(entered, tuple) else entered
+        if not isinstance(x, DTensor):
+            x = DTensor.from_local(x, self.mesh, [Replicate()], run_check=False)
+        if x.device_mesh != self.mesh or x.placements != (Replicate(),):
+            raise ValueError(
+                f"x must be whole on each rank of {self.mesh}, got a DTensor with placements {x.placements} "
+                f"on {x.device_mesh}: say what it is with ColwiseParallel(input_layouts=...)"
+            )
+        x = x.to_local(grad_placements=[Partial()])
+        return x if type(x) in _PLAIN else x.clone()  # what a collective is still filling has no memory
 
-    def leave(self, y: Tensor, bias: Tensor | None) -> Tensor:
-        """The sum of y over the ranks, plus what is added once."""
+    def leave(self, y: Tensor, bias: Any, layer: nn.Module) -> Any:
+        """The sum of y over the ranks, and the bias once, laid out as the hooks of `layer` ask for."""
         from torch.distributed.tensor import DTensor, Partial, Replicate
 
-        summed = DTensor.from_local(y, self.mesh, [Partial()], run_check=False)
-        total = summed.redistribute(placements=[Replicate()]).to_local()
-        return total if bias is None else total + bias
+        total: Any = DTensor.from_local(y, self.mesh, [Partial()], run_check=False)
+        total = total.redistribute(placements=[Replicate()])
+        if bias is not None:
+            whole = [Replicate()]
+            total = total + (
+                bias if is_sharded(bias) else DTensor.from_local(bias, self.mesh, whole, run_check=False)
+            )
+        for hook in layer._forward_hooks.values():
+            left = cast(Any, hook)(layer, (), total)
+            total = total if left is None else left
+        return total if layer._forward_hooks else total.to_local()
 
 
 def is_called_alone(layer: Any) -> bool:
