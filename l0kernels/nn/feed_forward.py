@@ -211,8 +211,8 @@ class L0FeedForward(GatedLayer, nn.Module):
         hidden = self.activation_module()(self.up(x))
         if hidden.shape[-1] != self.d_hidden:
             raise ValueError(
-                f"up must give {self.d_hidden} hidden units, got {hidden.shape[-1]}: shard the block as one with "
-                "fully_shard, not its layers, where tensor parallelism spreads the units"
+                f"up must give {self.d_hidden} hidden units, got {hidden.shape[-1]}: shard the block as one "
+                "with fully_shard, not its layers, where tensor parallelism spreads the units"
             )
         return self.down((hidden * gates.z).to(hidden.dtype))
 
