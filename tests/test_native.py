@@ -24,7 +24,7 @@ pytestmark = [
 ]
 
 if native is not None:
-    from l0kernels.impl import cpp, recycle
+    from l0kernels.impl import cpp, memory
     from l0kernels.impl import torch as portable
 
 TESTS = Path(__file__).resolve().parent
@@ -412,9 +412,9 @@ class TestMemory:
         assert "base ok" in done.stdout
 
     @pytest.mark.parametrize("what", ["gated_linear", "gated_mlp", "masked_linear"])
-    def test_recycled_gradients_are_never_shared(self, on_cpp, monkeypatch, what):
-        """Gradients in recycled memory: what anybody still holds stays as it was."""
-        monkeypatch.setattr(recycle, "SMALLEST", 0)
+    def test_large_gradients_are_never_shared(self, on_cpp, monkeypatch, what):
+        """Gradients on huge pages: what anybody still holds stays as it was."""
+        monkeypatch.setattr(memory, "HUGE", 0)
         weight = torch.randn(19, 23, requires_grad=True)
         other = torch.randn(5, 19, requires_grad=True)
         x, log_alpha = torch.randn(7, 23), torch.randn(19, 23)
@@ -445,8 +445,8 @@ class TestMemory:
         for g, want in zip(again, expected[1:], strict=True):
             torch.testing.assert_close(g, want, rtol=1e-4, atol=1e-4)
 
-    def test_recycled_gradients_accumulate_and_train(self, on_cpp, monkeypatch):
-        monkeypatch.setattr(recycle, "SMALLEST", 0)
+    def test_large_gradients_accumulate_and_train(self, on_cpp, monkeypatch):
+        monkeypatch.setattr(memory, "HUGE", 0)
         x, log_alpha = torch.randn(7, 23), torch.randn(23)
         results = []
         for name in ("cpp", "torch"):
@@ -462,17 +462,6 @@ class TestMemory:
                     optimiser.step()
                 results.append(weight.detach())
         torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
-
-    def test_recycled_memory_goes_with_its_weight(self, on_cpp, monkeypatch):
-        monkeypatch.setattr(recycle, "SMALLEST", 0)
-        gc.collect()
-        before = len(recycle._buffers)
-        weight = torch.randn(19, 23, requires_grad=True)
-        l0.gated_linear(torch.randn(7, 23), weight).sum().backward()
-        assert len(recycle._buffers) == before + 1
-        del weight
-        gc.collect()
-        assert len(recycle._buffers) == before
 
     def test_inputs_are_left_alone(self, on_cpp):
         x, w, b = torch.randn(9, 23), torch.randn(19, 23), torch.randn(19)

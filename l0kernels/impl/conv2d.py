@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..reference.gates import round_up
+from .memory import empty_grad
 from .packed import Gate, PackUnpack, extent
-from .recycle import empty_grad
 
 Conv = tuple[list[int], list[int], list[int], int]
 

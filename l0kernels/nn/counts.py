@@ -22,6 +22,7 @@ from .gate import HardConcreteGate, gate_modules
 from .linear import L0Linear
 from .mlp import L0MLP
 from .penalty import weight_parameters
+from .ranks import check_none_flat, is_called_alone
 from .sequential import Value, follow, is_residual
 from .steps import is_linear, is_norm, units_in, units_out
 
@@ -88,7 +89,7 @@ def eval_flops(model: nn.Module, input_shape: Sequence[int] | None = None) -> in
 
 
 def _p_open(gate: HardConcreteGate) -> Tensor:
-    return gate.dist.p_open(gate.log_alpha).double()
+    return gate.dist.p_open(gate.whole()).double()
 
 
 def _is_open(gate: HardConcreteGate) -> Tensor:
@@ -96,6 +97,7 @@ def _is_open(gate: HardConcreteGate) -> Tensor:
 
 
 def _l0(model: nn.Module, openness: Openness) -> Tensor:
+    check_none_flat(model)
     products = _products(model)
     counted = {part for layer in products for part in layer.modules()}
     counts = [_count(product, openness) for product in products.values()]
@@ -109,6 +111,7 @@ def _l0(model: nn.Module, openness: Openness) -> Tensor:
 
 
 def _flops(model: nn.Module, input_shape: Sequence[int] | None, openness: Openness) -> Tensor:
+    check_none_flat(model)
     products = _products(model)
     rows, dense = _rows(model, input_shape)
     counts = []
@@ -148,7 +151,7 @@ def _count(product: Product, openness: Openness) -> tuple[Tensor, Tensor]:
     if is_norm(layer):
         return rows.sum() * (layer.weight is not None), rows.sum() * (layer.bias is not None)
     own = None
-    groups, taps = (1, 1) if is_linear(layer) else (layer.groups, layer.weight[0, 0].numel())
+    groups, taps = (1, 1) if is_linear(layer) else (layer.groups, layer.weight.shape[2:].numel())
     if isinstance(layer, L0Linear) and layer.weight_gate is not None:
         own = layer.spread(openness(layer.weight_gate))
         weights = rows @ own @ cols
@@ -216,9 +219,11 @@ def _rows(model: nn.Module, input_shape: Sequence[int] | None) -> tuple[Counter[
         dense += y.numel() * (2 * layer.weight[0].numel() + (layer.bias is not None))
 
     mlps = [module for module in modules if isinstance(module, L0MLP) and is_container(module)]
+    mlps = [mlp for mlp in mlps if not any(is_called_alone(m) for m in mlp.modules() if m is not mlp)]
     hooks = [module.register_forward_hook(see_product) for module in products]
     hooks += [module.register_forward_hook(see_mlp) for module in mlps]
     blocks = [module for module in modules if is_feed_forward(module)]
+    blocks = [block for block in blocks if not any(map(is_called_alone, (block.up, block.down)))]
     hooks += [module.register_forward_hook(see_feed_forward) for module in blocks]
     others = [module for module in convolutions if not is_product(module)]
     hooks += [module.register_forward_hook(see_convolution) for module in others]

@@ -20,6 +20,7 @@ from .chain import (
 from .feed_forward import L0FeedForward
 from .gate import HardConcreteGate
 from .linear import L0Linear
+from .ranks import gathered
 from .sequential import L0Residual, Step, Value, follow, is_residual
 from .steps import is_conv, is_linear, is_norm, own_gate, units_in, units_out
 
@@ -114,6 +115,8 @@ def export(model: nn.Module) -> nn.Module:
     groups vanish. Weight and block gates leave a dense weight with zeros. Any other module is copied, its
     children exported one by one.
 
+    Sharded parameters (DTensor) are gathered: all ranks export, and have the same model.
+
     Args:
         model: any module; it is not changed, and nothing is shared with it.
 
@@ -126,7 +129,7 @@ def export(model: nn.Module) -> nn.Module:
             known.
     """
     with torch.no_grad():
-        return _export(model, {}).eval()
+        return _export(gathered(model), {}).eval()
 
 
 def _export(

@@ -21,6 +21,7 @@ from .conv import L0Conv1d, L0Conv2d
 from .gate import HardConcreteGate, draw
 from .linear import L0Linear
 from .mlp import L0MLP
+from .ranks import held, is_called_alone
 from .steps import (
     UNKNOWN,
     activation_name,
@@ -397,7 +398,7 @@ class _Forward:
         if not is_conv2d(layer) or is_hooked(layer) or not _packs(x):
             x = _dense(x)
             if isinstance(layer, L0Conv1d | L0Conv2d):
-                return layer(x, in_gates, out_gates, support)
+                return layer(x, held(layer, in_gates), held(layer, out_gates), held(layer, support))
             return layer(x)
         padding: Any = layer.padding
         if layer.padding_mode != "zeros":
@@ -440,7 +441,7 @@ class _Forward:
         weight_gated = gated is not None and gated.weight_gate is not None
         if not isinstance(x, _Flat) or is_hooked(layer) or weight_gated:
             x = _dense(x)
-            return layer(x) if gated is None else gated(x, in_gates, out_gates)
+            return layer(x) if gated is None else gated(x, held(gated, in_gates), held(gated, out_gates))
         weight, bias = layer.weight, layer.bias
         return gated_linear(x.data, weight, bias, in_gates=x.within(in_gates), out_gates=out_gates)
 
@@ -448,8 +449,8 @@ class _Forward:
         weights: list[Tensor] = [layer.weight for layer in op.layers]
         biases: list[Tensor | None] = [layer.bias for layer in op.layers]
         own: list[HardConcreteGate | None] = [own_gate(layer, "in_gate") for layer in op.layers]
-        if is_hooked(op.module):
-            return op.module(_dense(x), [*map(self.gates, own)])
+        if is_hooked(op.module) or any(map(is_called_alone, op.layers)):
+            return op.module(_dense(x), [held(op.module, gates) for gates in map(self.gates, own)])
         if isinstance(x, _Flat):
             first: Gates | None = x.within(self.gates(own[0]))
         else:
