@@ -9,9 +9,11 @@ from torch import Tensor, nn
 from ..gates import Gates, HardConcrete
 from ..mlp import drawn_mlp, gated_mlp, l0_mlp
 from ..penalty import L2Term
+from ..reference.gates import check_gates
+from ..reference.linear import scale
 from ..reference.mlp import GLU, ROWS
 from .gate import DEFAULT_DIST, GatedLayer, HardConcreteGate
-from .linear import copy_parameters_
+from .linear import copy_parameters_, is_only_weight
 from .mlp import ACTIVATIONS, _activation_name, _per_item
 
 
@@ -48,7 +50,8 @@ class L0FeedForward(GatedLayer, nn.Module):
 
     down.weight = D (d_model, d_hidden), hidden_gate.log_alpha (d_hidden,). [G; U] is the order of the fused
     gate_up_proj that LLaMA-style models have; :meth:`from_dense` takes the layers singly, too. `up` and
-    `down` are computed together: hooks on them do not fire.
+    `down` are computed together. Where one of them has hooks (``prune`` and the old ``weight_norm`` of
+    torch.nn.utils are hooks) or is another module, they are called instead, with all hidden units.
 
     In :func:`penalty` a gate stands for all that it closes: its rows of `up` with their biases and its
     column of `down`.
@@ -161,6 +164,10 @@ class L0FeedForward(GatedLayer, nn.Module):
             (..., d_model).
         """
         up, down, gate = self.up, self.down, self.hidden_gate
+        if not (is_only_weight(up) and is_only_weight(down)):
+            drawn = gate.forward() if gates is None else gates
+            check_gates("gates", drawn, gate.n, x.device, "hidden unit")
+            return down(scale(self.activation_module()(up(x)), drawn.z))
         weights, biases = [up.weight, down.weight], [up.bias, down.bias]
         if gates is None and gate.training:  # one autograd node for gates and products
             log_alphas, drawn = [None, gate.log_alpha], gate.drawn
@@ -188,7 +195,7 @@ class L0FeedForward(GatedLayer, nn.Module):
             x,
             weights,
             biases,
-            [None, gate() if gates is None else gates],
+            [None, gate.forward() if gates is None else gates],
             self.activation,
             repack_in_backward=self.repack_in_backward,
         )

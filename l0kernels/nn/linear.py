@@ -129,7 +129,7 @@ class L0Linear(GatedLayer, nn.Linear):
         """The gated product.
 
         Args:
-            x: (..., in_features).
+            x: (..., in_features), also nested.
             in_gates, out_gates: gates drawn beforehand, used instead of the layer's own; a side without a
                 gate takes them too.
 
@@ -139,6 +139,8 @@ class L0Linear(GatedLayer, nn.Linear):
         Raises:
             ValueError: gates are given to a layer with weight or block gates.
         """
+        if isinstance(x, Tensor) and x.is_nested:
+            return self._nested(x, in_gates, out_gates)
         if self.weight_gate is not None:
             return self._weight_gated(x, in_gates, out_gates)
         in_gate, out_gate = self.in_gate, self.out_gate
@@ -167,6 +169,17 @@ class L0Linear(GatedLayer, nn.Linear):
             in_gates=own_in if in_gates is None else in_gates,
             out_gates=own_out if out_gates is None else out_gates,
         )
+
+    def _nested(self, x: Tensor, in_gates: Gates | None, out_gates: Gates | None) -> Tensor:
+        """The rows of a nested tensor, which nn.TransformerEncoder makes of a padded batch, in one draw."""
+        if x.layout == torch.jagged:
+            rows = self.forward(x.values(), in_gates, out_gates)
+            return torch.nested.nested_tensor_from_jagged(rows, x.offsets(), x.lengths())
+        sizes = [part.shape[:-1] for part in x.unbind()]
+        rows = torch.cat([part.reshape(-1, part.shape[-1]) for part in x.unbind()])
+        parts = self.forward(rows, in_gates, out_gates).split([size.numel() for size in sizes])
+        shaped = [part.view(*size, -1) for part, size in zip(parts, sizes, strict=True)]
+        return torch.nested.as_nested_tensor(shaped)
 
     def _weight_gated(self, x: Tensor, in_gates: Gates | None, out_gates: Gates | None) -> Tensor:
         gate = self.weight_gate
@@ -238,6 +251,22 @@ class L0Linear(GatedLayer, nn.Linear):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, gate={self.gate!r}"
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether somebody watches or changes the calls of `module`: with hooks, or a forward of its own."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
+
+
+def is_only_weight(module: nn.Module) -> bool:
+    """Whether a call of `module` is the product with its weight and gates, which others may compute, then."""
+    return type(module).forward in _PRODUCTS and not is_hooked(module)
 
 
 def copy_parameters_(target: nn.Module, source: nn.Module) -> None:
@@ -317,6 +346,9 @@ def check_given(
             shape = tuple(given.log_alpha.shape)
             raise ValueError(f"{name} must have log_alpha of shape ({size},), got {shape}")
     return True
+
+
+_PRODUCTS = (L0Linear.forward, nn.Linear.forward)
 
 
 def _check_gating(gate: Gating) -> Gating:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..gates import Gates, HardConcrete
 from ..mlp import drawn_mlp, gated_mlp, l0_mlp
 from .gate import DEFAULT_DIST, draw
-from .linear import L0Linear, copy_parameters_
+from .linear import L0Linear, copy_parameters_, is_only_weight
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {
     "relu": nn.ReLU,
@@ -28,7 +28,8 @@ class L0MLP(nn.Module):
 
     The torch equivalent is ``nn.Sequential(nn.Linear(..), act, .., nn.Linear(..))`` with multiplications by
     z in between; the products here run over open x open units only. The layers are `layers[0]`,
-    `layers[1]`, ... (:class:`L0Linear`, called together, never one by one: hooks on them do not fire).
+    `layers[1]`, ... (:class:`L0Linear`), computed together. Where one of them has hooks (``prune`` and the
+    old ``weight_norm`` of torch.nn.utils are hooks) or is another module, they are called one by one.
 
     Args:
         sizes: features from input to output, at least two.
@@ -133,7 +134,7 @@ class L0MLP(nn.Module):
 
     def draw(self) -> list[Gates | None]:
         """The gates of one forward, one entry per layer: drawn in train(), evaluation gates in eval()."""
-        return draw([layer.in_gate for layer in self.layers])
+        return draw([getattr(layer, "in_gate", None) for layer in self.layers])
 
     def forward(self, x: Tensor, gates: Sequence[Gates | None] | None = None) -> Tensor:
         """The gated chain.
@@ -146,6 +147,8 @@ class L0MLP(nn.Module):
             (..., sizes[-1]).
         """
         layers = self.layers
+        if not all(map(is_only_weight, layers)):
+            return self._one_by_one(x, self.draw() if gates is None else gates)
         weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
         if gates is None:
             sources = [layer.in_gate for layer in layers]
@@ -177,6 +180,13 @@ class L0MLP(nn.Module):
             self.activation,
             repack_in_backward=self.repack_in_backward,
         )
+
+    def _one_by_one(self, x: Tensor, gates: Sequence[Gates | None]) -> Tensor:
+        activation = ACTIVATIONS[self.activation]()
+        for i, (layer, drawn) in enumerate(zip(self.layers, gates, strict=True)):
+            x = activation(x) if i else x
+            x = layer(x) if drawn is None else layer(x, drawn)
+        return x
 
     def extra_repr(self) -> str:
         return f"activation={self.activation!r}"

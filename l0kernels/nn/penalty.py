@@ -9,7 +9,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..gates import HardConcrete
 from ..penalty import L2Term, coupled_penalty, l0_penalty
-from .gate import GatedLayer, HardConcreteGate, gate_modules
+from .gate import GatedLayer, HardConcreteGate, gate_modules, is_frozen, refuse_bypassed
 
 LIMIT = math.log(100)
 
@@ -36,7 +36,8 @@ def penalty(model: nn.Module, *, weight_decay: float = 0.0) -> Tensor:
         A differentiable scalar in the dtype of the gates.
 
     Raises:
-        ValueError: no gate in the model, or weight_decay out of range.
+        ValueError: no gate in the model, weight_decay out of range, or a gated layer as out_proj of a
+            ``torch.nn.MultiheadAttention``, which would not call it.
     """
     if not 0 <= weight_decay < math.inf:
         raise ValueError(f"weight_decay must be finite and >= 0, got {weight_decay!r}")
@@ -45,12 +46,16 @@ def penalty(model: nn.Module, *, weight_decay: float = 0.0) -> Tensor:
     gates: list[HardConcreteGate] = []
     for module in model.modules():
         if isinstance(module, HardConcreteGate):
-            gates.append(module)
+            if not module.frozen:
+                gates.append(module)
         elif isinstance(module, GatedLayer):
-            layers.append(module)
+            if not is_frozen(module):
+                layers.append(module)
+        elif isinstance(module, nn.MultiheadAttention):
+            refuse_bypassed(module)
     if not gates:
         raise ValueError(f"model must contain gates, got a {type(model).__name__} without any")
-    groups = [group for layer in layers for group in layer.gate_groups()]
+    groups = [group for layer in layers for group in layer.gate_groups() if not group[0].frozen]
     owned = {gate for gate, _, _ in groups}
     groups += [(gate, gate.log_alpha, 1) for gate in gates if gate not in owned]
 

@@ -19,7 +19,7 @@ from ..mlp import drawn_mlp, gated_mlp
 from .batch_norm import L0BatchNorm2d
 from .conv import L0Conv1d, L0Conv2d
 from .gate import HardConcreteGate, draw
-from .linear import L0Linear
+from .linear import L0Linear, is_hooked, is_only_weight
 from .mlp import L0MLP
 from .steps import (
     CHANNELS,
@@ -28,7 +28,6 @@ from .steps import (
     is_conv,
     is_conv2d,
     is_flatten,
-    is_hooked,
     is_linear,
     is_norm,
     keeps_zero,
@@ -415,7 +414,7 @@ class _Forward:
         weights: list[Tensor] = [layer.weight for layer in op.layers]
         biases: list[Tensor | None] = [layer.bias for layer in op.layers]
         own: list[HardConcreteGate | None] = [own_gate(layer, "in_gate") for layer in op.layers]
-        if is_hooked(op.module):
+        if is_hooked(op.module) or not all(map(is_only_weight, op.layers)):
             return op.module(_dense(x), [*map(self.gates, own)])
         if isinstance(x, _Flat):
             first: Gates | None = x.within(self.gates(own[0]))

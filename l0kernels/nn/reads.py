@@ -1,0 +1,155 @@
+"""What the forwards of other people's modules do with the layers in them, other than calling them.
+
+A forward that only calls its layers is served by any module with the same outputs. One that reads weights, or
+hands gates around, needs the layers themselves. Which it is stands in its bytecode.
+"""
+
+import dis
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from types import CodeType, FunctionType, MethodType, ModuleType
+from typing import Any
+
+from torch import nn
+
+KIND = {"device", "dtype", "is_cuda", "requires_grad"}
+"""Of a weight: the same in a layer of fewer units."""
+WEIGHTS = {"weight", "bias"}
+ALL_WEIGHTS = {"_parameters", "get_parameter", "named_parameters", "parameters", "state_dict"}
+GATES = {"Gates", "eval_gates", "from_z", "hidden_gate", "in_gate", "log_alpha", "out_gate", "sample_gates"}
+GATES |= {"in_gates", "out_gates", "out_support", "drawn", "weight_gate"}
+ANY_MODULE = {"__dict__", "_modules", "children", "get_submodule", "getattr", "modules", "named_children"}
+ANY_MODULE |= {"named_modules", "vars"}
+KINDS = {"GatedLayer", "HardConcreteGate", "L0BatchNorm2d", "L0Conv1d", "L0Conv2d", "L0FeedForward"}
+KINDS |= {"L0Linear", "L0MLP", "L0Residual", "L0Sequential"}
+SILENT = {"EXTENDED_ARG", "NOP", "PRECALL"}
+METHOD_BIT = sys.version_info >= (3, 12)
+"""Whether LOAD_ATTR tells by a bit of its argument that the attribute is called."""
+
+
+@dataclass
+class Reads:
+    """What is read in some forwards.
+
+    Attributes:
+        names: attributes that are loaded otherwise than to be called.
+        called: attributes that are called.
+        weights: whether the values of weights may be read.
+        gates: whether gates, or which kinds of modules of this package there are, are of interest.
+        opens: whether modules are taken out of one that is held in a variable.
+        any_module: whether modules are looked up under names that do not stand in the code.
+    """
+
+    names: set[str] = field(default_factory=set)
+    called: set[str] = field(default_factory=set)
+    weights: bool = False
+    gates: bool = False
+    opens: bool = False
+    any_module: bool = False
+
+    def add(self, other: "Reads") -> None:
+        self.names |= other.names
+        self.called |= other.called
+        self.weights |= other.weights
+        self.gates |= other.gates
+        self.opens |= other.opens
+        self.any_module |= other.any_module
+
+
+def is_foreign(kind: type) -> bool:
+    """Whether a class is neither of torch nor of this package."""
+    return kind.__module__.partition(".")[0] not in ("torch", "l0kernels")
+
+
+def reads_of(module: nn.Module) -> Reads:
+    """What the forward of `module` reads, functions included that it calls and hooks of the module."""
+    reads = Reads()
+    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    for function in (getattr(module, "forward", None), *hooks):
+        for code in _codes(function, type(module), set()):
+            _read(code, reads)
+    return reads
+
+
+def _codes(function: Any, owner: type, seen: set[CodeType]) -> Iterator[CodeType]:
+    """The code of a function and of the Python functions that it names, those of torch left out."""
+    if isinstance(function, property):
+        function = function.fget
+    function = getattr(function, "__func__", function)  # of methods, class and static ones included
+    function = getattr(function, "__wrapped__", function)
+    if not isinstance(function, FunctionType | MethodType | Callable):
+        return
+    code = getattr(function, "__code__", None)
+    package = (getattr(function, "__module__", None) or "").partition(".")[0]
+    if code is None or code in seen or package in ("torch", "l0kernels"):
+        return
+    yield from _with_inner(code, seen)
+    names = {name for inner in [*seen] for name in inner.co_names}
+    known = getattr(function, "__globals__", {})
+    found = [known.get(name) for name in names]
+    spaces = [value for value in found if isinstance(value, ModuleType)]
+    for name in names:
+        for value in (getattr(owner, name, None), known.get(name), *(getattr(m, name, None) for m in spaces)):
+            if isinstance(value, FunctionType | MethodType | property):
+                yield from _codes(value, owner, seen)
+
+
+def _with_inner(code: CodeType, seen: set[CodeType]) -> Iterator[CodeType]:
+    seen.add(code)
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _with_inner(constant, seen)
+
+
+def _read(code: CodeType, reads: Reads) -> None:
+    names = {*code.co_names, *code.co_freevars}
+    words = {word for value in code.co_consts for word in (value if isinstance(value, tuple) else (value,))}
+    words = {word for word in words if isinstance(word, str)}
+    reads.gates |= bool((names | words) & (GATES | KINDS))
+    reads.any_module |= bool(names & ANY_MODULE)
+    if "getattr" in names:
+        reads.names |= words
+        reads.weights |= bool(words & WEIGHTS)
+    steps = [step for step in dis.get_instructions(code) if step.opname not in SILENT]
+    for at, step in enumerate(steps):
+        name, before, behind = step.argval, steps[at - 1] if at else step, steps[at + 1 : at + 3]
+        if step.opname in ("LOAD_ATTR", "LOAD_METHOD"):
+            called = step.opname == "LOAD_METHOD" or (METHOD_BIT and bool((step.arg or 0) & 1))
+            (reads.called if called else reads.names).add(name)
+            if name in WEIGHTS and not called:
+                reads.weights |= not _is_harmless(steps, at, behind)
+            elif name in ALL_WEIGHTS:
+                reads.weights |= not _is_first(steps, at)
+        elif step.opname in ("GET_ITER", "BINARY_SUBSCR", "BINARY_SLICE") or step.argrepr == "[]":
+            # Of what `self.blocks[i]` and `for block in self.blocks` take apart the name is known.
+            opened = steps[at - 1 if step.opname == "GET_ITER" else at - 2] if at > 1 else before
+            reads.opens |= not opened.opname.startswith("LOAD_ATTR")
+
+
+def _is_harmless(steps: list[dis.Instruction], at: int, behind: list[dis.Instruction]) -> bool:
+    """Whether of a weight only its kind is read, or whether there is one."""
+    if behind and behind[0].opname in ("LOAD_ATTR", "LOAD_METHOD"):
+        return behind[0].argval in KIND
+    if behind and behind[0].opname.startswith("POP_JUMP") and "NONE" in behind[0].opname:
+        return True
+    if len(behind) > 1 and behind[0].argval is None and behind[1].opname == "IS_OP":
+        return True
+    return _argument_of(steps, at, "isinstance")
+
+
+def _is_first(steps: list[dis.Instruction], at: int) -> bool:
+    """Whether it is next(....parameters()), by which people ask for a device or dtype."""
+    return _argument_of(steps, at, "next")
+
+
+def _argument_of(steps: list[dis.Instruction], at: int, function: str) -> bool:
+    """Whether the attribute loaded at `at` is the first argument of `function`."""
+    at -= 1
+    while at > 0 and steps[at].opname in ("LOAD_ATTR", "LOAD_METHOD"):
+        at -= 1
+    at -= 1
+    while at > 0 and steps[at].opname == "PUSH_NULL":
+        at -= 1
+    return at >= 0 and steps[at].opname == "LOAD_GLOBAL" and steps[at].argval == function
