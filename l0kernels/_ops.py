@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._flops import tell_counters
 from .impl import conv2d, module
 from .impl.packed import Term
 from .reference.gates import HardConcrete, round_up
@@ -45,7 +46,10 @@ def _define(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., An
         def call(*args: Any) -> Any:
             # The dispatcher costs 6 to 10 us, as much as a small layer; eager tensors do without,
             # unless a mode (make_fx, say) wants to see the operators.
-            if not torch.compiler.is_compiling() and not torch._C._len_torch_dispatch_stack():
+            if not torch.compiler.is_compiling():
+                if torch._C._len_torch_dispatch_stack():
+                    tell_counters()
+                    return operator(*args)
                 first = args[0] if isinstance(args[0], Tensor) else args[0][0]
                 if type(first) in _PLAIN and first.device.type in ("cpu", "cuda"):
                     return opaque(*args)

@@ -4,7 +4,7 @@ from .bank import Draw, GateBank
 from .batch_norm import L0BatchNorm2d
 from .conv import L0Conv1d, L0Conv2d
 from .counts import eval_flops, eval_l0, expected_flops, expected_l0, open_units
-from .export import Residual, ScatterOutputs, SelectInputs, export
+from .export import Residual, ScatterOutputs, SelectInputs, SlicedConv1d, SlicedConv2d, SlicedLinear, export
 from .feed_forward import GatedProduct, L0FeedForward
 from .gate import GatedLayer, HardConcreteGate, gate_modules
 from .linear import L0Linear
@@ -29,6 +29,9 @@ __all__ = [
     "Residual",
     "ScatterOutputs",
     "SelectInputs",
+    "SlicedConv1d",
+    "SlicedConv2d",
+    "SlicedLinear",
     "clamp_after_step",
     "clamp_gates_",
     "eval_flops",

@@ -99,7 +99,12 @@ class Product:
 
 def is_container(module: nn.Module) -> TypeGuard[nn.Sequential | L0MLP]:
     """Whether the data flow through `module` is known: its flattened steps, one after the other."""
-    return is_sequential(module) or type(module).forward is L0MLP.forward
+    return is_sequential(module) or is_mlp(module)
+
+
+def is_mlp(module: nn.Module) -> TypeGuard[L0MLP]:
+    """Whether `module` computes as an L0MLP of linear layers."""
+    return type(module).forward is L0MLP.forward and all(map(is_linear, cast(L0MLP, module).layers))
 
 
 def is_product(module: nn.Module) -> TypeGuard[Layer]:
@@ -108,8 +113,11 @@ def is_product(module: nn.Module) -> TypeGuard[Layer]:
 
 
 def is_feed_forward(module: nn.Module) -> TypeGuard[L0FeedForward]:
-    """Whether `module` computes as L0FeedForward."""
-    return type(module).forward is L0FeedForward.forward
+    """Whether `module` computes as an L0FeedForward of linear layers."""
+    if type(module).forward is not L0FeedForward.forward:
+        return False
+    block = cast(L0FeedForward, module)
+    return is_linear(block.up) and is_linear(block.down)
 
 
 def inside(block: L0FeedForward) -> list[Product]:
@@ -125,10 +133,9 @@ def flatten(module: nn.Module | None, scope: object | None = None) -> list[Part]
     """The parts of a container, containers in it flattened; any other module is one part."""
     if module is None:
         return []
-    if type(module).forward is L0MLP.forward:
-        mlp = cast(L0MLP, module)
-        activation = ACTIVATIONS[mlp.activation]
-        return [Part(part, scope) for layer in mlp.layers for part in (layer, activation())][:-1]
+    if is_mlp(module):
+        activation = ACTIVATIONS[module.activation]
+        return [Part(part, scope) for layer in module.layers for part in (layer, activation())][:-1]
     if scope is None and (is_residual(module) or type(module).forward is L0Sequential.forward):
         scope = object()
     if not is_sequential(module):
