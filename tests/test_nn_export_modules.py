@@ -583,16 +583,17 @@ def gates(model):
     return [(name, part) for name, part in model.named_modules() if isinstance(part, nn.HardConcreteGate)]
 
 
+class Adapter(T.Module):
+    def __init__(self, layer):
+        super().__init__()
+        self.layer, self.weight, self.bias = layer, layer.weight, layer.bias
+
+    def forward(self, x, *args):
+        return 2 * self.layer(x, *args)
+
+
 def test_layers_of_chains_that_are_other_modules():
     """An adapter around a layer is called, not bypassed."""
-
-    class Adapter(T.Module):
-        def __init__(self, layer):
-            super().__init__()
-            self.layer, self.weight, self.bias = layer, layer.weight, layer.bias
-
-        def forward(self, x, *args):
-            return 2 * self.layer(x, *args)
 
     block, mlp, x = spread(nn.L0FeedForward(6, 8)), spread(nn.L0MLP((6, 8, 6))), torch.randn(5, 6)
     block.eval(), mlp.eval()

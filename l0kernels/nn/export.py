@@ -120,8 +120,6 @@ class _Sliced:
         parts: SelectInputs, the smaller layer, ScatterOutputs; of those around it only what is needed.
     """
 
-    parts: nn.Sequential
-
     def __init__(self, layer: Any, parts: list[nn.Module]) -> None:
         nn.Module.__init__(cast(nn.Module, self))
         for name in (*layer.__constants__, "transposed", "_reversed_padding_repeated_twice"):
