@@ -47,6 +47,19 @@ L0_HOST_DEVICE inline float exp(float x) {
   return y * from_bits((to_bits(shifted) + 127u) << 23);
 }
 
+// e^x for x <= 0 and the logistic function, exactly 0 where exp stops at its smallest: times an x of 1e38 even
+// that would be seen.
+L0_HOST_DEVICE inline double decay(double x) { return exp(x); }
+L0_HOST_DEVICE inline float decay(float x) {
+  const float y = exp(x);
+  return x < -87.0f ? 0.0f : y;
+}
+L0_HOST_DEVICE inline double sigmoid(double x) { return 1.0 / (1.0 + exp(-x)); }
+L0_HOST_DEVICE inline float sigmoid(float x) {
+  const float y = 1.0f / (1.0f + exp(-x));
+  return x < -87.0f ? 0.0f : y;
+}
+
 // For x > 0 normal. x = m * 2^e with m in [sqrt(1/2), sqrt(2)).
 L0_HOST_DEVICE inline float log(float x) {
   const uint32_t bits = to_bits(x) + (0x3f800000u - 0x3f3504f3u);

@@ -7,13 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from . import _ops, _registry, reference
 from .conv2d import Packed, is_exact, open_order
 from .gates import Gates
 from .impl import module
-from .reference.batch_norm import affine, check_batch_norm
+from .reference.batch_norm import affine, batch_norm, check_batch_norm, select
 from .reference.gates import check_gates
 
 
@@ -95,7 +94,7 @@ def gated_batch_norm(
     channels = x.shape[1] if isinstance(x, Tensor) and x.ndim > 1 else 0
     check_batch_norm(x, channels, *statistics)
     if gates is None:
-        return F.batch_norm(x, *statistics)
+        return batch_norm(x, *statistics)
     check_gates("gates", gates, channels, x.device, "channel of x")
     if _registry.resolve(x.device, x.dtype, "gated_batch_norm") == "reference":
         return reference.gated_batch_norm(x, *statistics, gates=gates)
@@ -113,17 +112,20 @@ def _dense(
     momentum: float,
     eps: float,
 ) -> Tensor:
-    """Channels are independent: all are normalised, in static shapes, and the closed ones scaled by 0."""
-    x = x.masked_fill(~is_open.view(-1, *[1] * (x.ndim - 2)), 0)  # whatever a closed channel holds
-    dtype = x.dtype if weight is None else weight.dtype
-    w = is_open.to(dtype) if weight is None else weight * is_open
-    b = None if bias is None else bias * is_open
-    if not training or running_mean is None or running_var is None:
-        return F.batch_norm(x, running_mean, running_var, w, b, training, momentum, eps)
-    mean, var = running_mean.clone(), running_var.clone()
-    y = F.batch_norm(x, mean, var, w, b, training, momentum, eps)
-    running_mean.copy_(torch.where(is_open, mean, running_mean))
-    running_var.copy_(torch.where(is_open, var, running_var))
+    """Channels are independent: all are normalised, in static shapes, and the closed ones scaled by 0.
+
+    Whatever a closed channel holds, in x or in the vectors, stays out.
+    """
+    x = x.masked_fill(~is_open.view(-1, *[1] * (x.ndim - 2)), 0)
+    mean, var = select(is_open, running_mean, 0), select(is_open, running_var, 1)
+    if weight is None:
+        w: Tensor | None = is_open.to(x.dtype if mean is None else mean.dtype)
+    else:
+        w = select(is_open, weight, 0)
+    y = batch_norm(x, mean, var, w, select(is_open, bias, 0), training, momentum, eps)
+    if training and running_mean is not None and running_var is not None:
+        running_mean.copy_(torch.where(is_open, mean, running_mean))
+        running_var.copy_(torch.where(is_open, var, running_var))
     return y
 
 
@@ -152,13 +154,13 @@ def _packed(
         )
     index = open_order(x.gates)
     if index is None:
-        return F.batch_norm(x.data, running_mean, running_var, weight, bias, training, momentum, eps)
+        return batch_norm(x.data, running_mean, running_var, weight, bias, training, momentum, eps)
     mean, var, w, b = (
         None if t is None else t.index_select(0, index) for t in (running_mean, running_var, weight, bias)
     )
     if len(index) == 0:
         return affine(x.data, w, b)
-    y = F.batch_norm(x.data, mean, var, w, b, training, momentum, eps)
+    y = batch_norm(x.data, mean, var, w, b, training, momentum, eps)
     if (
         training
         and running_mean is not None

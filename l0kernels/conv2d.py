@@ -272,7 +272,7 @@ def pack_channels(x: Tensor, gates: Gates) -> Packed:
     if x.ndim != 4:
         raise ValueError(f"x must have shape (N, channels, H, W), got {tuple(x.shape)}")
     check_gates("gates", gates, x.shape[1], x.device, "channel of x")
-    support = gates._replace(z=gates.z.detach())
+    support = gates.detached()
     backend = _packing_backend(x)
     whole = is_exact(backend) and open_order(support) is None
     return Packed(x if whole else _PackChannels.apply(x, support, backend), support, x.shape[1], backend)
@@ -347,20 +347,31 @@ def _with_z(
 
 
 class _Without(torch.autograd.Function):
-    """y (N, C, H, W), of which every channel is its bias: x and the weight get zeros, as from a product."""
+    """(N, C, H, W), of which every channel is its bias: x and the weight get zeros, as from a product.
+
+    Made here: a tensor that a Function returns as it came is a view, of one image with strides of its own.
+    """
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        shape: list[int],
+        dtype: torch.dtype,
+        fmt: torch.memory_format,
+    ) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return y
+        return impl.constant(x, shape, bias, dtype, fmt)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         _ops.refuse_second_derivative("packed_conv2d")
-        _, *inputs, need_b = ctx.needs_input_grad
+        *inputs, need_b = ctx.needs_input_grad[:3]
         grads = zip(ctx.saved_tensors, inputs, strict=True)
         dx, dw = (torch.zeros_like(t) if needed else None for t, needed in grads)
-        return None, dx, dw, dy.sum((0, 2, 3)) if need_b else None
+        return dx, dw, dy.sum((0, 2, 3)) if need_b else None, None, None, None
 
 
 def _combined(support: Gates, gates: Gates | None) -> tuple[Gates, bool]:
@@ -439,7 +450,7 @@ def packed_conv2d(
         y = _exact(data, held, weight, bias, support, gates, (scale_in, scale_out), conv, dtype, backend)
     if gates is None:
         return y
-    return Packed(y, gates._replace(z=gates.z.detach()), n_out, backend)
+    return Packed(y, gates.detached(), n_out, backend)
 
 
 def _unpacks(x: Tensor | Packed, in_gates: Gates | None, groups: int) -> bool:
@@ -477,7 +488,7 @@ def _exact(
         shape[1] = len(plan.opened)
     fmt = impl.fastest_format(data)
     if plan.empty:
-        return _Without.apply(impl.constant(data, shape, b, dtype, fmt), data, w, b)
+        return _Without.apply(data, w, b, shape, dtype, fmt)
     x = impl.in_format(_inputs(data, held, plan).to(dtype), fmt)
     y = F.conv2d(x, w, None if b is None else impl.bias_of(plan, b), stride, padding, dilation, plan.groups)
     if not plan.computes_all:

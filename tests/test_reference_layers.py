@@ -55,10 +55,11 @@ SIDES = [
 
 
 def sides(n_in, n_out, side):
-    """Keyword arguments of a layer from the two z; and the number of z that are used."""
+    """Keyword arguments of a layer from the two z, and such z; whose zeros stay zero, whatever is added."""
+    open_in, open_out = mixed_z(n_in) != 0, mixed_z(n_out) != 0
 
     def build(z_in, z_out):
-        kwargs = {}
+        kwargs, z_in, z_out = {}, z_in * open_in, z_out * open_out
         if side[0]:
             kwargs["in_gates"] = Gates.from_z(z_in)
         if side[1] is not None:
@@ -187,6 +188,37 @@ class TestGatedLinear:
         assert grad.dtype == torch.float32
         assert torch.equal(grad != 0, (z > 0) & (z < 1))
         assert (grad - expected).norm() < 0.03 * expected.norm()
+
+    @pytest.mark.parametrize("full", [True, False])
+    @pytest.mark.parametrize("function", [gated_linear, gated_conv2d])
+    def test_where_a_gate_gets_a_gradient(self, function, full):
+        z = torch.tensor([0.0, 0.4, 1.0, -0.5, 2.0], requires_grad=True)
+        held = z.detach()
+        x, weight = torch.randn(3, 5), torch.randn(5, 5)
+        if function is gated_conv2d:
+            x, weight = x[..., None, None], weight[..., None, None]
+        expected = (held != 0) if full else (held > 0) & (held < 1)
+        for side in ("in_gates", "out_gates"):
+            y = function(x, weight, **{side: Gates.from_z(z, full_grad=full)})
+            (dz,) = torch.autograd.grad(y.square().sum(), z)
+            assert torch.equal(dz != 0, expected)
+
+    @pytest.mark.parametrize("bad", [math.inf, math.nan])
+    @pytest.mark.parametrize("function", [gated_linear, gated_conv2d])
+    def test_closed_units_may_hold_anything(self, function, bad):
+        z = torch.tensor([0.0, 0.4, 1.0, 0.0], requires_grad=True)
+        closed = z.detach() == 0
+        x, weight, bias = torch.randn(3, 4), torch.randn(4, 4), torch.randn(4)
+        x[:, closed] = weight[:, closed] = weight[closed] = bias[closed] = bad
+        leaves = [t.requires_grad_() for t in (x, weight, bias)]
+        if function is gated_conv2d:
+            x, weight = x[..., None, None], weight[..., None, None]
+        gates = Gates.from_z(z)
+        for sides in ({"in_gates": gates, "out_gates": gates}, {"in_gates": gates, "out_support": gates}):
+            y = function(x, weight, bias, **sides)
+            assert y.isfinite().all()
+            grads = torch.autograd.grad(y.sum(), [*leaves, z])
+            assert all(grad.isfinite().all() for grad in grads)
 
 
 class TestL0Linear:

@@ -83,8 +83,8 @@ def test_gated_linear(sides, plain, keep, route):
                 x.to(w.dtype) if x_leaf is None else x_leaf,
                 w,
                 b,
-                in_gates=None if z_in is None else g_in._replace(z=z_in),
-                out_gates=None if z_out is None else g_out._replace(z=z_out),
+                in_gates=None if z_in is None else l0.Gates(z_in, *g_in[1:]),
+                out_gates=None if z_out is None else l0.Gates(z_out, *g_out[1:]),
                 out_support=support,
             )
 
@@ -105,7 +105,7 @@ def test_gated_mlp(activation, keep, route):
         gates = [gates_of(n, keep, plain) if which >> i & 1 else None for i, n in enumerate(sizes[:-1])]
 
         def call(x, w0, w1, w2, b0, b1, b2, *z, gates=gates, repack=repack):
-            given = [g if g is None else g._replace(z=v) for g, v in zip(gates, z, strict=True)]
+            given = [g if g is None else l0.Gates(v, *g[1:]) for g, v in zip(gates, z, strict=True)]
             options = {"repack_in_backward": repack}
             return l0.gated_mlp(x, [w0, w1, w2], [b0, b1, b2], given, activation, **options)
 

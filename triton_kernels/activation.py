@@ -28,8 +28,10 @@ def _normal(a):
 
 @triton.jit
 def _sigmoid(a):
-    # Beyond 2^120 its square no longer matters, and a power of two that overflows would make NaN of 0 * inf.
-    return _reciprocal(1.0 + tl.exp2(tl.minimum(a * -1.4426950408889634, 120.0)))
+    # A power of two that overflows would make NaN of 0 * inf; what is left of it beyond, times an a of -1e38,
+    # would be seen.
+    s = _reciprocal(1.0 + tl.exp2(tl.minimum(a * -1.4426950408889634, 120.0)))
+    return tl.where(a < -83.0, 0.0, s)
 
 
 @triton.jit

@@ -2,9 +2,11 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..batch_norm import gated_batch_norm
+from ..conv2d import Packed
 from ..gates import Gates
 from .linear import copy_parameters_
 
@@ -20,7 +22,14 @@ class L0BatchNorm2d(nn.BatchNorm2d):
     In an :class:`L0Sequential` the gates are found: those that close its input, or those of the next layer
     that needs only what they leave open. Behind an ungated channel an ``nn.BatchNorm2d`` would make of zeros
     the constant ``bias``: there the chain of packed channels ends.
+
+    With ``momentum=None`` (``torch.optim.swa_utils.update_bn`` sets it for a while) the statistics of a
+    channel are its average over the batches in which it was open. How many those were is not in the
+    state_dict, which is ``torch.nn.BatchNorm2d``'s: after loading, every channel counts ``num_batches_tracked``.
     """
+
+    batches_open: Tensor
+    """(channels,) int64, a buffer once momentum was None."""
 
     @classmethod
     def from_dense(cls, norm: nn.BatchNorm2d) -> "L0BatchNorm2d":
@@ -33,12 +42,17 @@ class L0BatchNorm2d(nn.BatchNorm2d):
             raise TypeError(f"norm must be a torch.nn.BatchNorm2d, got {type(norm).__name__}")
         like = norm.weight if norm.affine else norm.running_mean
         options: dict[str, Any] = {} if like is None else {"device": like.device, "dtype": like.dtype}
+        if norm.affine and norm.bias is None:
+            options["bias"] = False
         layer = cls(
             norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats, **options
         )
         copy_parameters_(layer, norm)
         for name, value in norm.named_buffers(recurse=False):
-            layer.get_buffer(name).copy_(value)
+            if name == "batches_open":
+                layer.register_buffer(name, value.clone(), persistent=False)
+            else:
+                layer.get_buffer(name).copy_(value)
         return layer.train(norm.training)
 
     def forward(self, x: Any, gates: Gates | None = None) -> Any:
@@ -53,22 +67,64 @@ class L0BatchNorm2d(nn.BatchNorm2d):
         """
         if isinstance(x, Tensor):
             self._check_input_dim(x)
-            if gates is None:
-                return super().forward(x)
-        momentum = 0.0 if self.momentum is None else self.momentum
         if self.training and self.track_running_stats and self.num_batches_tracked is not None:
+            if self.momentum is None:
+                return self._averaged(x, gates)
+            self._buffers.pop("batches_open", None)
             self.num_batches_tracked.add_(1)
-            if self.momentum is None:  # the cumulative average
-                momentum = 1.0 / float(self.num_batches_tracked)
+        momentum = 0.0 if self.momentum is None else self.momentum
         use_running = not self.training or self.track_running_stats
-        return gated_batch_norm(
+        return self._norm(
             x,
+            gates,
             self.running_mean if use_running else None,
             self.running_var if use_running else None,
+            momentum,
+        )
+
+    def _norm(
+        self,
+        x: Any,
+        gates: Gates | None,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        momentum: float,
+    ) -> Any:
+        training = self.training or (self.running_mean is None and self.running_var is None)
+        return gated_batch_norm(
+            x,
+            running_mean,
+            running_var,
             self.weight,
             self.bias,
-            self.training or (self.running_mean is None and self.running_var is None),
+            training,
             momentum,
             self.eps,
             gates=gates,
         )
+
+    def _averaged(self, x: Any, gates: Gates | None) -> Any:
+        """A training step with the cumulative average as statistics; the device alone knows the counts."""
+        mean, var, tracked = self.running_mean, self.running_var, self.num_batches_tracked
+        assert mean is not None and var is not None and tracked is not None
+        seen = self._buffers.get("batches_open")
+        # Somebody may have set num_batches_tracked back.
+        seen = tracked.expand(len(mean)) if seen is None else torch.minimum(seen, tracked)
+        found = x.gates if isinstance(x, Packed) else gates
+        seen = seen + (1 if found is None else (found.z.detach() != 0).to(seen.dtype))
+        of_batch = mean.clone(), var.clone()
+        y = self._norm(x, gates, *of_batch, 1.0)
+        tracked.add_(1)
+        for running, value in zip((mean, var), of_batch, strict=True):
+            running.add_((value - running) / seen.clamp(min=1))  # a closed channel's value is as it was
+        self.register_buffer("batches_open", seen, persistent=False)
+        return y
+
+    def reset_running_stats(self) -> None:
+        """As torch's; the next cumulative average starts anew, too."""
+        super().reset_running_stats()
+        self._buffers.pop("batches_open", None)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._buffers.pop("batches_open", None)

@@ -24,14 +24,14 @@ from .gate import HardConcreteGate
 from .mlp import ACTIVATIONS, L0MLP
 from .sequential import L0Sequential, Step, Value, follow, is_residual, is_sequential
 from .steps import (
-    CHANNELS,
-    FEATURES,
+    behind_flatten,
     is_conv,
     is_flatten,
     is_linear,
     is_norm,
     own_gate,
     treats_units,
+    unit_dim,
     units_in,
     units_out,
 )
@@ -146,16 +146,11 @@ def flatten(module: nn.Module | None, scope: object | None = None) -> list[Part]
 
 def known_before(parts: Sequence[Part], known: Known = NOTHING) -> list[Known]:
     """What is known in front of each part, for an input of which `known` is."""
-    found, scope, dims = [], parts[0].scope if parts else None, 0
+    found, scope = [], parts[0].scope if parts else None
     for part in parts:
         value, told = known
         if part.scope is not scope:
             scope, told = part.scope, Value()
-        own = _dims(part.module)
-        if own > dims > 0:  # an image of one channel: what was channels are its rows
-            value, told = Value(), Value()
-        if is_conv(part.module):
-            dims = own
         found.append(Known(value, told))
         told = follow([part.step], told)[-1]
         # Norms and sums know, of what is zero, what their container tells them.
@@ -171,7 +166,7 @@ def link(parts: Sequence[Part], known: Known = NOTHING) -> list[Product]:
     for at, (part, before) in enumerate(zip(parts, known_before(parts, known), strict=True)):
         module, (value, told) = part.module, before
         if is_product(module) or is_norm(module):
-            follows = bool(products) and border < products[-1].step
+            follows = bool(products) and border < products[-1].step and value.dim == unit_dim(module)
             if follows:
                 behind = products[-1].step + 1
                 flat = any(is_flatten(other.module) for other in parts[behind:at])
@@ -180,7 +175,7 @@ def link(parts: Sequence[Part], known: Known = NOTHING) -> list[Product]:
                 products[-1] = replace(products[-1], leads=True)
             zeros: Gates = ()
             if not is_norm(module):
-                closed = value.closed if value.kind == (FEATURES if is_linear(module) else CHANNELS) else ()
+                closed = value.closed if value.dim == unit_dim(module) else ()
                 closed = tuple(gate for gate in closed if units_in(module) % gate.n == 0)
             else:
                 closed = told.closed[:1] if part.step.keeps_closed else ()
@@ -188,7 +183,9 @@ def link(parts: Sequence[Part], known: Known = NOTHING) -> list[Product]:
             in_gates = union(closed, own_gates(module, "in_gate"))
             out_gates = own_gates(module, "out_gate")
             products.append(Product(module, at, in_gates, out_gates, follows, leads=False, zeros=zeros))
-        elif not treats_units(module, value.kind) and not (is_flatten(module) and value.kind == CHANNELS):
+        elif is_flatten(module):
+            border = at if behind_flatten(value.dim, value.ndim) is None else border
+        elif not treats_units(module, value.dim):
             border = at
     # Backwards: what a layer does not read, the one before need not write.
     for i in range(len(products) - 1, -1, -1):
@@ -203,14 +200,6 @@ def link(parts: Sequence[Part], known: Known = NOTHING) -> list[Product]:
     return products
 
 
-def _dims(module: nn.Module) -> int:
-    """How many dimensions the positions have for a convolution, norm, pooling or padding."""
-    if is_conv(module) or is_norm(module):
-        return 1 if isinstance(module, nn.Conv1d) else 2
-    name = type(module).__name__
-    return 1 if name.endswith("1d") else 2 if name.endswith("2d") else 0
-
-
 def _fits(before: nn.Module, layer: nn.Module, flat: bool) -> bool:
     """Whether the units that `before` writes are those that `layer` reads, behind nn.Flatten where `flat`."""
     n, size = units_out(before), units_in(layer)
@@ -218,7 +207,7 @@ def _fits(before: nn.Module, layer: nn.Module, flat: bool) -> bool:
         return is_linear(layer) and not flat and n == size
     if flat:
         return is_linear(layer) and size % n == 0
-    return n == size and _dims(before) == _dims(layer)
+    return not is_linear(layer) and n == size
 
 
 def own_gates(layer: nn.Module, side: str) -> Gates:

@@ -30,7 +30,7 @@ from .linear import L0Linear
 from .mlp import L0MLP
 from .reads import Reads, is_foreign, reads_of
 from .sequential import L0Residual, L0Sequential, is_residual, is_sequential
-from .steps import is_conv, is_linear, is_norm, own_gate, units_in, units_out
+from .steps import is_conv, is_linear, is_norm, own_gate, unit_dim, units_in, units_out
 
 LISTS = (nn.ModuleList, nn.ModuleDict)
 CONTENTS = {
@@ -362,11 +362,11 @@ class _Export:
             layer: Any = product.layer
             if product.follows and held is not None:
                 held = _spread(held, units_out(products[place - 2].layer), units_in(layer))
-            exported += _select(held, own.read, units_in(layer), _dim_of(layer))
+            exported += _select(held, own.read, units_in(layer), unit_dim(layer))
             exported.append(self._copy(layer) if own.is_whole else own.sliced())
             held = own.write
             if held is not None and not product.leads:
-                exported.append(ScatterOutputs(held, units_out(layer), _dim_of(layer)))
+                exported.append(ScatterOutputs(held, units_out(layer), unit_dim(layer)))
                 held = None
         return exported
 
@@ -391,18 +391,13 @@ def _has_more(layer: nn.Module) -> bool:
     else:
         plain = nn.Conv2d(1, 1, 1) if is_conv(layer) else nn.Linear(1, 1)
     known = {*vars(plain), *plain._parameters, *plain._buffers}
-    known |= {"gate", "in_gate", "out_gate", "weight_gate", "parametrizations"}
+    known |= {"batches_open", "gate", "in_gate", "out_gate", "weight_gate", "parametrizations"}
     has = {*vars(layer), *layer._parameters, *layer._buffers, *layer._modules}
     return not has <= known or (is_foreign(type(layer)) and not hasattr(layer, "parametrizations"))
 
 
 def _is_plain(layer: nn.Module) -> bool:
     return type(layer).__module__.partition(".")[0] == "torch"
-
-
-def _dim_of(layer: nn.Module) -> int:
-    """Where the units of a layer's input and output lie, counted from the end."""
-    return -1 if is_linear(layer) else -2 if isinstance(layer, nn.Conv1d) else -3
 
 
 def _select(held: Tensor | None, read: Tensor | None, n: int, dim: int) -> list[nn.Module]:
@@ -592,11 +587,16 @@ def _sliced_norm(
         layer.track_running_stats,
         device="meta",
     )
-    for name, buffer in layer.named_buffers(recurse=False):
-        setattr(norm, name, buffer[read.to(buffer.device)] if buffer.ndim else buffer.clone())
+    for name in norm._buffers:
+        buffer = layer._buffers[name]
+        if buffer is not None:
+            setattr(norm, name, buffer[read.to(buffer.device)] if buffer.ndim else buffer.clone())
     for name, value in (("weight", layer.weight), ("bias", layer.bias)):
         if value is not None:
             value, trains = value[read.to(value.device)], value.requires_grad
+        elif layer.affine:  # a norm without bias
+            setattr(norm, name, None)
+            continue
         elif norm.affine:
             like = layer.running_mean
             value, trains = torch.full((len(read),), float(name == "weight"), device=read.device), False

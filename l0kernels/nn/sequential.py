@@ -22,9 +22,9 @@ from .gate import HardConcreteGate, draw
 from .linear import L0Linear, is_hooked, is_only_weight
 from .mlp import L0MLP
 from .steps import (
-    CHANNELS,
-    FEATURES,
+    UNKNOWN,
     activation_name,
+    behind_flatten,
     is_conv,
     is_conv2d,
     is_flatten,
@@ -33,6 +33,7 @@ from .steps import (
     keeps_zero,
     own_gate,
     treats_units,
+    unit_dim,
 )
 
 Drawn = Mapping[HardConcreteGate, Gates]
@@ -89,7 +90,7 @@ class L0Sequential(nn.Sequential):
         Returns:
             What the last module returns, all channels in it.
         """
-        return _forward(self, x, drawn)
+        return _forward(_as_kind(self, L0Sequential), x, drawn)
 
 
 class L0Residual(nn.Module):
@@ -113,7 +114,7 @@ class L0Residual(nn.Module):
 
     def forward(self, x: Tensor, drawn: Drawn | None = None) -> Tensor:
         """x -> shortcut(x) + body(x); `drawn` as in :meth:`L0Sequential.forward`."""
-        return _forward(self, x, drawn)
+        return _forward(_as_kind(self, L0Residual), x, drawn)
 
 
 class Step(NamedTuple):
@@ -129,10 +130,17 @@ class Step(NamedTuple):
 
 
 class Value(NamedTuple):
-    """What is known of an activation: the gates whose closed units are exactly zero in it, and its kind."""
+    """What is known of an activation.
+
+    Attributes:
+        closed: the gates whose closed units are exactly zero in it.
+        dim: where its units lie, counted from its end; None: not known.
+        ndim: how many dimensions it has, or UNKNOWN; None: it is a batch, where there is no tensor to ask.
+    """
 
     closed: tuple[HardConcreteGate, ...] = ()
-    kind: str | None = None
+    dim: int | None = None
+    ndim: int | None = None
 
 
 def is_sequential(module: nn.Module) -> bool:
@@ -165,22 +173,38 @@ def follow(steps: Sequence[Step], value: Value) -> list[Value]:
 
 
 def _behind(step: Step, value: Value) -> Value:
-    module, (closed, kind) = step.module, value
+    module, (closed, dim, ndim) = step.module, value
     if is_linear(module) or is_conv(module):
         gate = own_gate(module, "out_gate")
-        return Value(() if gate is None else (gate,), FEATURES if is_linear(module) else CHANNELS)
+        return Value(() if gate is None else (gate,), unit_dim(module), ndim)
     if is_norm(module):
-        return Value(closed if step.keeps_closed else (), CHANNELS)
+        return Value(closed if step.keeps_closed else (), unit_dim(module), ndim and 4)
     if is_residual(module):
         body = follow(steps_of(module.body, True), value)[-1]
         shortcut = follow(steps_of(module.shortcut, True), value)[-1]
-        both = tuple(gate for gate in body.closed if gate in shortcut.closed)
-        return Value(both, body.kind) if body.kind == shortcut.kind else Value()
-    if is_flatten(module) and kind == CHANNELS:
-        return Value(closed, FEATURES)
-    if treats_units(module, kind):
-        return Value(closed if keeps_zero(module, kind) else (), kind)
-    return Value()
+        if ndim is not None:  # branches broadcast
+            ndim = max(body.ndim or 0, shortcut.ndim or 0) if body.ndim and shortcut.ndim else UNKNOWN
+        if body.dim != shortcut.dim:
+            return Value(ndim=ndim)
+        return Value(tuple(gate for gate in body.closed if gate in shortcut.closed), body.dim, ndim)
+    if is_flatten(module):
+        dim = behind_flatten(dim, ndim)
+        return Value(() if dim is None else closed, dim, ndim and 2)
+    if treats_units(module, dim):
+        return Value(closed if keeps_zero(module, dim) else (), dim, ndim)
+    return Value(ndim=None if ndim is None else UNKNOWN)
+
+
+class _Wanted(NamedTuple):
+    """All that is read of an activation: the units that a gate leaves open, at a dimension from its end."""
+
+    gate: HardConcreteGate
+    dim: int
+
+    @staticmethod
+    def of(gate: HardConcreteGate | None, layer: nn.Module) -> "_Wanted | None":
+        """What the layer reads through the gate on its inputs."""
+        return None if gate is None else _Wanted(gate, unit_dim(layer))
 
 
 @dataclass(frozen=True)
@@ -215,9 +239,9 @@ class _Op:
 
 
 def _plan(
-    steps: Sequence[Step], value: Value, wanted: HardConcreteGate | None
-) -> tuple[list[_Op], HardConcreteGate | None]:
-    """The ops of the steps; `wanted`: the gate of all that is read behind, and of what they read."""
+    steps: Sequence[Step], value: Value, wanted: _Wanted | None
+) -> tuple[list[_Op], _Wanted | None]:
+    """The ops of the steps; `wanted`: all that is read behind them, and all that they read."""
     values = follow(steps, value)
     ops: list[_Op] = []
     i = len(steps)
@@ -229,7 +253,7 @@ def _plan(
             ops.append(
                 _Op("stretch", module, (), layers, module.activation, repack=module.repack_in_backward)
             )
-            wanted = own_gate(layers[0], "in_gate")
+            wanted = _Wanted.of(own_gate(layers[0], "in_gate"), layers[0])
         elif is_linear(module):
             start = _stretch_start(steps, i)
             own = own_gate(steps[start].module, "in_gate")
@@ -240,31 +264,42 @@ def _plan(
                 i = start
             else:
                 ops.append(_Op("linear", module, (own, own_gate(module, "out_gate"))))
-            wanted = own
+            wanted = _Wanted.of(own, module)
         elif is_conv(module):
             own, out_gate = own_gate(module, "in_gate"), own_gate(module, "out_gate")
-            fits = out_gate is None and wanted is not None and wanted.n == module.out_channels
-            ops.append(_Op("conv", module, (own, out_gate, wanted if fits else None)))
-            wanted = own
+            support = _gate_at(wanted, unit_dim(module), module.out_channels) if out_gate is None else None
+            ops.append(_Op("conv", module, (own, out_gate, support)))
+            wanted = _Wanted.of(own, module)
         elif is_norm(module) and steps[i].keeps_closed:
-            gate = before.closed[0] if before.closed else wanted
-            gate = gate if gate is None or gate.n == module.num_features else None
+            if before.closed and before.dim == unit_dim(module):
+                gate = before.closed[0] if before.closed[0].n == module.num_features else None
+            else:
+                gate = _gate_at(wanted, unit_dim(module), module.num_features)
             ops.append(_Op("norm", module, (gate,)))
+            wanted = wanted if wanted is not None and wanted.dim == unit_dim(module) else None
         elif is_residual(module):
             body, first = _plan(steps_of(module.body, True), before, wanted)
             shortcut, second = None, None
             if module.shortcut is not None:
                 shortcut, second = _plan(steps_of(module.shortcut, True), before, wanted)
             ops.append(_Op("residual", module, branches=(body, shortcut)))
-            wanted = first if first is second else None
-        elif is_flatten(module) and before.kind == CHANNELS:
+            wanted = first if first == second else None
+        elif is_flatten(module):
             ops.append(_Op("flatten", module))
-        elif treats_units(module, before.kind):
-            ops.append(_Op("keep" if keeps_zero(module, before.kind) else "other", module))
+            dim = behind_flatten(before.dim, before.ndim)
+            if wanted is not None and before.dim is not None and wanted.dim == dim:
+                wanted = _Wanted(wanted.gate, before.dim)
+            else:
+                wanted = None
         else:
-            ops.append(_Op("other", module))
-            wanted = None
+            ops.append(_Op("keep" if keeps_zero(module, before.dim) else "other", module))
+            wanted = wanted if wanted is not None and treats_units(module, wanted.dim) else None
     return ops[::-1], wanted
+
+
+def _gate_at(wanted: _Wanted | None, dim: int, n: int) -> HardConcreteGate | None:
+    """The gate that is all that is read of n units at `dim`."""
+    return wanted.gate if wanted is not None and wanted.dim == dim and wanted.gate.n == n else None
 
 
 def _stretch_start(steps: Sequence[Step], end: int) -> int:
@@ -315,8 +350,17 @@ class _Flat(NamedTuple):
 Activation = Tensor | Packed | _Flat
 
 
+def _as_kind(module: nn.Module, kind: type[nn.Module]) -> nn.Module:
+    """`module`, or the container that a subclass with a forward of its own means by super().forward."""
+    if type(module).forward is kind.forward:
+        return module
+    plain = kind.__new__(kind)
+    plain.__dict__ = module.__dict__
+    return plain
+
+
 def _forward(module: nn.Module, x: Tensor, given: Drawn | None) -> Tensor:
-    ops, _ = _plan(steps_of(module), Value(), None)
+    ops, _ = _plan(steps_of(module), Value(ndim=x.ndim if isinstance(x, Tensor) else UNKNOWN), None)
     gates = list(dict.fromkeys(gate for op in ops for gate in op.own_gates() if gate is not None))
     given = given or {}
     missing = [gate for gate in gates if gate not in given]
@@ -328,9 +372,9 @@ def _forward(module: nn.Module, x: Tensor, given: Drawn | None) -> Tensor:
 
 
 def _dense(x: Activation) -> Tensor:
-    if isinstance(x, Tensor):
-        return x
-    return x.data if isinstance(x, _Flat) else unpack_channels(x)
+    if isinstance(x, Packed):
+        return unpack_channels(x)
+    return x.data if isinstance(x, _Flat) else x  # whatever the modules return: pooling has indices, too
 
 
 class _Forward:
@@ -420,7 +464,7 @@ class _Forward:
             first: Gates | None = x.within(self.gates(own[0]))
         else:
             present = [gate for gate in own if gate is not None]
-            one_dist = all(gate.dist == present[0].dist for gate in present)
+            one_dist = len({gate.dist for gate in present}) == 1
             if one_dist and all(gate.training and gate in self._drawn for gate in present):
                 log_alphas = [None if gate is None else gate.log_alpha for gate in own]
                 drawn = [None if gate is None else self._drawn[gate] for gate in own]

@@ -31,27 +31,30 @@ ZERO_KEEPING = {
 }
 POINTWISE = ZERO_KEEPING | {nn.Hardsigmoid, nn.Hardtanh, nn.LogSigmoid, nn.Sigmoid, nn.Softplus, nn.Threshold}
 CHANNELWISE = {
-    nn.AdaptiveAvgPool1d,
-    nn.AdaptiveAvgPool2d,
-    nn.AdaptiveMaxPool1d,
-    nn.AdaptiveMaxPool2d,
-    nn.AvgPool1d,
-    nn.AvgPool2d,
-    nn.Dropout1d,
-    nn.Dropout2d,
-    nn.MaxPool1d,
-    nn.MaxPool2d,
-    nn.ReflectionPad1d,
-    nn.ReflectionPad2d,
-    nn.ReplicationPad1d,
-    nn.ReplicationPad2d,
-    nn.ZeroPad1d,
-    nn.ZeroPad2d,
+    nn.AdaptiveAvgPool1d: 1,
+    nn.AdaptiveAvgPool2d: 2,
+    nn.AdaptiveMaxPool1d: 1,
+    nn.AdaptiveMaxPool2d: 2,
+    nn.AvgPool1d: 1,
+    nn.AvgPool2d: 2,
+    nn.Dropout1d: 1,
+    nn.Dropout2d: 2,
+    nn.MaxPool1d: 1,
+    nn.MaxPool2d: 2,
+    nn.ReflectionPad1d: 1,
+    nn.ReflectionPad2d: 2,
+    nn.ReplicationPad1d: 1,
+    nn.ReplicationPad2d: 2,
+    nn.ZeroPad1d: 1,
+    nn.ZeroPad2d: 2,
 }
-"""Of each channel by itself, and zero where that is zero."""
+"""Of each channel by itself, and zero where that is zero: how many dimensions they work on, the last ones."""
 
-FEATURES, CHANNELS = "features", "channels"
-"""Where the units of a value lie: in its last dimension, or in the one behind the batch."""
+FEATURES = -1
+"""Where the units of a value lie, as a dimension from its end: features in the last one."""
+
+UNKNOWN = 0
+"""A number of dimensions that no tensor has: that of what an unknown module returns."""
 
 
 def is_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
@@ -80,19 +83,47 @@ def is_flatten(module: nn.Module) -> bool:
     return type(module) is nn.Flatten and (module.start_dim, module.end_dim) == (1, -1)
 
 
-def treats_units(module: nn.Module, kind: str | None) -> bool:
-    """Whether `module` treats each unit of a value of this kind by itself; unknown kinds are features."""
-    return type(module) in POINTWISE or (kind == CHANNELS and is_channelwise(module))
+def unit_dim(layer: nn.Module) -> int:
+    """Where a linear layer, a convolution or a batch norm reads and writes its units, from the end."""
+    if is_linear(layer):
+        return FEATURES
+    return -2 if isinstance(layer, nn.Conv1d) else -3
 
 
-def keeps_zero(module: nn.Module, kind: str | None) -> bool:
+def treats_units(module: nn.Module, dim: int | None) -> bool:
+    """Whether `module` treats each unit of a value by itself that has them at `dim`; None: nobody knows."""
+    return type(module) in POINTWISE or is_channelwise(module, dim)
+
+
+def keeps_zero(module: nn.Module, dim: int | None) -> bool:
     """Whether it does, and leaves a unit of zeros zero."""
-    return type(module) in ZERO_KEEPING or (kind == CHANNELS and is_channelwise(module))
+    return type(module) in ZERO_KEEPING or is_channelwise(module, dim)
 
 
-def is_channelwise(module: nn.Module) -> bool:
-    """Whether `module` is a pooling, padding or dropout of channels."""
-    return type(module) in CHANNELWISE and not getattr(module, "return_indices", False)
+def is_channelwise(module: nn.Module, dim: int | None) -> bool:
+    """Whether `module` is a pooling, padding or dropout of the units at `dim`."""
+    spatial = CHANNELWISE.get(type(module))
+    if spatial is None or dim is None or getattr(module, "return_indices", False):
+        return False
+    return dim < -spatial
+
+
+def behind_flatten(dim: int | None, ndim: int | None) -> int | None:
+    """Where the units at `dim` lie behind :func:`is_flatten`'s module; None where they are no units any more.
+
+    A channel of a batch becomes several features. Of a single image the channels lie in the dimension that
+    is left alone.
+
+    Args:
+        ndim: of the value; None: it is a batch of what has its units first.
+    """
+    if dim is None or ndim == UNKNOWN:
+        return None
+    if ndim is None:
+        return None if dim == FEATURES else FEATURES
+    if ndim <= 2:
+        return dim
+    return {0: -2, 1: FEATURES}.get(ndim + dim)
 
 
 def units_in(layer: Any) -> int:

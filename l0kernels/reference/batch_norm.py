@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -40,7 +42,7 @@ def check_batch_norm(
         raise ValueError("running_mean must be given where training is False, got None")
     _checks.check_number("momentum", momentum)
     _checks.check_number("eps", eps)
-    if training and x.shape[1] and x.numel() == x.shape[1]:
+    if training and math.prod(x.shape[:1] + x.shape[2:]) == 1:
         raise ValueError(
             f"x must hold more than one value per channel where training is True, got {tuple(x.shape)}"
         )
@@ -51,6 +53,37 @@ def affine(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     for t in (weight, bias):
         x = x if t is None else (x * t.view(-1, *[1] * (x.ndim - 2))).to(x.dtype)
     return x
+
+
+def batch_norm(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+) -> Tensor:
+    """torch's batch_norm for any number of forwards before a backward, and for one image in any layout."""
+    if running_mean is not None and running_var is not None and not torch.compiler.is_compiling():
+        if training:
+            # Autograd keeps them though backward does not read them, and another forward changes them.
+            running_mean, running_var = running_mean.data, running_var.data
+        elif torch.is_grad_enabled():  # here backward reads them
+            running_mean, running_var = running_mean.clone(), running_var.clone()
+    if x.shape[0] == 1 and x.stride(0) != x.numel():
+        # A view of one image may have any stride there. torch's backward takes it for what tells channels
+        # last from channels first, and then mixes up the channels of x and of dy.
+        x = x.contiguous()
+    return torch.nn.functional.batch_norm(
+        x, running_mean, running_var, weight, bias, training, momentum, eps
+    )
+
+
+def select(is_open: Tensor, value: Tensor | None, other: float) -> Tensor | None:
+    """`value` of the open channels, `other` in the closed ones: whatever those hold."""
+    return None if value is None else torch.where(is_open, value, other)
 
 
 def gated_batch_norm(
@@ -88,9 +121,7 @@ def gated_batch_norm(
     channels = x.shape[1] if isinstance(x, Tensor) and x.ndim > 1 else 0
     check_batch_norm(x, channels, running_mean, running_var, weight, bias, training, momentum, eps)
     if gates is None:
-        return torch.nn.functional.batch_norm(
-            x, running_mean, running_var, weight, bias, training, momentum, eps
-        )
+        return batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
     check_gates("gates", gates, channels, x.device, "channel of x")
     opened = (gates.z.detach() != 0).nonzero()[:, 0]
     mean, var, w, b = (
@@ -98,7 +129,7 @@ def gated_batch_norm(
     )
     some = x.index_select(1, opened)
     if len(opened):
-        y = torch.nn.functional.batch_norm(some, mean, var, w, b, training, momentum, eps)
+        y = batch_norm(some, mean, var, w, b, training, momentum, eps)
     else:
         y = affine(some, w, b)
     if (

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import _checks
 from .gates import Gates
-from .linear import check_layer_gates, gate_output, scale
+from .linear import check_layer_gates, gate_input, gate_output, open_weight
 
 
 def check_conv2d(
@@ -121,8 +121,9 @@ def gated_conv2d(
     check_layer_gates(n_in, n_out, weight.device, in_gates, out_gates, out_support)
     strides, paddings, dilations, behind = conv_options(x, weight, stride, padding, dilation)
     if in_gates is not None:
-        x = scale(x, in_gates.z[:, None, None])
+        x = gate_input(x, in_gates, trailing=2)
     if any(behind):  # as torch does, with a warning
         x = torch.nn.functional.pad(x, (0, behind[1], 0, behind[0]))
+    weight = open_weight(weight, in_gates, out_gates or out_support, groups)
     y = torch.nn.functional.conv2d(x, weight, bias, strides, paddings, dilations, groups)
     return gate_output(y, out_gates, out_support, trailing=2)

@@ -104,6 +104,34 @@ class Gates(NamedTuple):
             raise ValueError(f"z must have shape (G,), got {tuple(z.shape)}")
         return cls(z, *compact(z), full_grad)
 
+    def detached(self) -> Gates:
+        """The same gates, which multiply and select, without a way back to z."""
+        return Gates(self.z.detach(), self.index, self.count, self.full_grad)
+
+
+def _replace(self: Gates, **changes: Any) -> Gates:
+    """These gates with other fields; of another z, index and count are found anew unless both are given.
+
+    Raises:
+        TypeError: z is no tensor; an unknown field.
+        ValueError: z is not 1-D.
+    """
+    fields = {**self._asdict(), **changes}
+    if fields.keys() != set(Gates._fields):
+        raise TypeError(f"a field of Gates is one of {Gates._fields}, got {sorted(set(changes))}")
+    if "z" in changes and not {"index", "count"} <= changes.keys():
+        _checks.check_tensor("z", fields["z"])
+        if fields["z"].ndim != 1:
+            raise ValueError(f"z must have shape (G,), got {tuple(fields['z'].shape)}")
+        index, count = compact(fields["z"])
+        fields = {**fields, "index": index, "count": count, **changes}
+    return Gates(**fields)
+
+
+# A NamedTuple lets no class body define these: another z in front of the old order would skip what is open.
+Gates._replace = _replace  # type: ignore[method-assign]
+Gates.__replace__ = _replace  # type: ignore[attr-defined]
+
 
 def round_up(n: int, multiple: int = ALIGN) -> int:
     """The smallest multiple of ``multiple`` that is not below ``n``."""

@@ -14,13 +14,45 @@ def scale(x: Tensor, z: Tensor) -> Tensor:
     return (x * z).to(x.dtype)
 
 
+def multiplier(gates: Gates) -> Tensor:
+    """z, with a gradient where a gate passes one on: open, and without ``full_grad`` not at 1 (or beyond)."""
+    z = gates.z
+    held = z.detach()
+    stays = held == 0 if gates.full_grad else (held <= 0) | (held >= 1)
+    return torch.where(stays, held, z)
+
+
+def closed(gates: Gates) -> Tensor:
+    """Where the gates are closed; what stands there is left out, whatever it holds: infinity times 0 is NaN."""
+    return gates.z.detach() == 0
+
+
+def gate_input(x: Tensor, in_gates: Gates, trailing: int = 0) -> Tensor:
+    """``x * z_in``; the gated dimension is followed by ``trailing`` others."""
+    shape = (-1, *[1] * trailing)
+    x = scale(x, multiplier(in_gates).reshape(shape))
+    return x.masked_fill(closed(in_gates).reshape(shape), 0.0)
+
+
 def gate_output(y: Tensor, out_gates: Gates | None, out_support: Gates | None, trailing: int = 0) -> Tensor:
     """``y * z_out`` or ``y * 1[z_g != 0]``; the gated dimension is followed by ``trailing`` others."""
+    gates, shape = out_gates or out_support, (-1, *[1] * trailing)
+    if gates is None:
+        return y
     if out_gates is not None:
-        return scale(y, out_gates.z.reshape(-1, *[1] * trailing))
-    if out_support is not None:
-        return y.masked_fill((out_support.z == 0).reshape(-1, *[1] * trailing), 0.0)
-    return y
+        y = scale(y, multiplier(out_gates).reshape(shape))
+    return y.masked_fill(closed(gates).reshape(shape), 0.0)
+
+
+def open_weight(weight: Tensor, in_gates: Gates | None, out_gates: Gates | None, groups: int = 1) -> Tensor:
+    """The weight (out, in / groups, ...) without its closed rows and columns."""
+    if in_gates is not None:
+        columns = closed(in_gates).view(groups, 1, -1).expand(-1, weight.shape[0] // groups, -1)
+        columns = columns.reshape(*weight.shape[:2], *[1] * (weight.ndim - 2))
+        weight = weight.masked_fill(columns, 0.0)
+    if out_gates is not None:
+        weight = weight.masked_fill(closed(out_gates).view(-1, *[1] * (weight.ndim - 1)), 0.0)
+    return weight
 
 
 def check_layer_gates(
@@ -53,8 +85,8 @@ def gated_linear(
 ) -> Tensor:
     """Linear layer with gated inputs and outputs: ``y = z_out * ((x * z_in) W^T + b)``.
 
-    torch: ``F.linear(x * z_in, weight, bias) * z_out``. An output gate closes the unit together with its
-    bias. With ``out_support=g``: ``y = 1[z_g != 0] * ((x * z_in) W^T + b)``, unscaled; every consumer must
+    torch: ``F.linear(x * z_in, weight, bias) * z_out``, of open units, whatever closed ones hold. An output
+    gate closes the unit together with its bias. With ``out_support=g``: ``y = 1[z_g != 0] * ((x * z_in) W^T + b)``, unscaled; every consumer must
     be gated by g.
 
     Args:
@@ -75,7 +107,8 @@ def gated_linear(
     _checks.check_linear(x, weight, bias)
     check_layer_gates(weight.shape[1], weight.shape[0], weight.device, in_gates, out_gates, out_support)
     if in_gates is not None:
-        x = scale(x, in_gates.z)
+        x = gate_input(x, in_gates)
+    weight = open_weight(weight, in_gates, out_gates or out_support)
     y = torch.nn.functional.linear(x, weight, bias)
     return gate_output(y, out_gates, out_support)
 

@@ -99,4 +99,5 @@ def masked_linear(
         z = sample_z(log_alpha, draw_seed(log_alpha.device) if seed is None else seed, 0, 0, dist)
     if block is not None:
         z = expand_blocks(z, block, (weight.shape[0], weight.shape[1]))
+        weight = weight.masked_fill(z.detach() == 0, 0.0)  # a closed block is left out, whatever it holds
     return torch.nn.functional.linear(x, scale(weight, z), bias)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import _checks
 from .gates import DEFAULT_DIST, Gates, HardConcrete, check_gates, sample_gates
-from .linear import scale
+from .linear import gate_input, open_weight
 
 
 def _identity(x: Tensor) -> Tensor:
@@ -109,8 +109,8 @@ def gated_mlp(
         if i:
             x = _activate(activation, x)
         if gate is not None:
-            x = scale(x, gate.z)
-        x = torch.nn.functional.linear(x, weight, bias)
+            x = gate_input(x, gate)
+        x = torch.nn.functional.linear(x, open_weight(weight, gate, None), bias)
     return x
 
 
