@@ -35,10 +35,11 @@ def _mlp(x: Shape, weights: list[Shape], *_: Any, out_shape: Any = None) -> int:
 
 def _mlp_backward(dy: Shape, x: Shape, weights: list[Shape], *rest: Any, out_shape: Any = None) -> int:
     n, needs = len(weights), rest[-3]
-    return sum(
-        2 * x[0] * prod(weight) * (needs[1 + l] + (l > 0 or needs[0] or needs[1 + 2 * n + l]))
-        for l, weight in enumerate(weights)
-    )
+    products = 0
+    for l, weight in enumerate(weights):
+        dx, dw, gate = l > 0 or needs[0], needs[1 + l], needs[1 + 2 * n + l]
+        products += prod(weight) * (dx + (dw or gate))
+    return 2 * x[0] * products
 
 
 def _conv2d(x: Shape, weight: Shape, *_: Any, out_shape: Any = None) -> int:

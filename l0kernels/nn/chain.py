@@ -150,7 +150,7 @@ def known_before(parts: Sequence[Part], known: Known = NOTHING) -> list[Known]:
     for part in parts:
         value, told = known
         if part.scope is not scope:
-            scope, told = part.scope, Value()
+            scope, told = part.scope, Value(ndim=value.ndim)
         found.append(Known(value, told))
         told = follow([part.step], told)[-1]
         # Norms and sums know, of what is zero, what their container tells them.

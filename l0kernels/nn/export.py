@@ -11,7 +11,6 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from .batch_norm import L0BatchNorm2d
 from .chain import (
-    NOTHING,
     Gates,
     Known,
     Part,
@@ -29,8 +28,8 @@ from .gate import GatedLayer, HardConcreteGate, gate_modules, leaves_no_fast_pat
 from .linear import L0Linear
 from .mlp import L0MLP
 from .reads import Reads, is_foreign, reads_of
-from .sequential import L0Residual, L0Sequential, is_residual, is_sequential
-from .steps import is_conv, is_linear, is_norm, own_gate, unit_dim, units_in, units_out
+from .sequential import L0Residual, L0Sequential, Value, is_residual, is_sequential
+from .steps import UNKNOWN, is_conv, is_linear, is_norm, own_gate, unit_dim, units_in, units_out
 
 LISTS = (nn.ModuleList, nn.ModuleDict)
 CONTENTS = {
@@ -164,7 +163,7 @@ def _dim(dim: int) -> str:
     return "" if dim == -1 else f", dim={dim}"
 
 
-def export(model: nn.Module) -> nn.Module:
+def export(model: nn.Module, *, batched: bool = True) -> nn.Module:
     """A smaller model of plain torch modules with the outputs of ``model.eval()``, itself in eval mode.
 
     Every L0Linear becomes an ``nn.Linear`` and every L0Conv2d an ``nn.Conv2d`` of its open units, every
@@ -191,8 +190,10 @@ def export(model: nn.Module) -> nn.Module:
     their buffers. A weight that two such layers share becomes one for each.
 
     Args:
-        model: any module; it is not changed, and nothing is shared with it. Where convolutions lead into
-            ``nn.Flatten``, inputs are batches.
+        model: any module; it is not changed, and nothing is shared with it.
+        batched: whether images come in batches. Single ones are another matter for ``nn.Flatten``, which
+            makes rows of their channels: with False channels are all there in front of it. With True an
+            exported model that has lost channels there fails on a single image.
 
     Returns:
         The exported model. It pickles, and its parameters can be trained on. Where nothing is kept it scripts
@@ -205,7 +206,7 @@ def export(model: nn.Module) -> nn.Module:
     gate_modules(model)  # refuses what torch would not call
     with torch.no_grad():
         model = _at_rest(model)
-        return _Export(model).alone(model).eval()
+        return _Export(model, batched).alone(model).eval()
 
 
 def _at_rest(model: nn.Module) -> nn.Module:
@@ -244,8 +245,10 @@ def _is_watched(module: nn.Module) -> bool:
 class _Export:
     """The export of one model, which is at rest, and ours to take apart."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, batched: bool) -> None:
         self._model = model
+        nothing = Value() if batched else Value(ndim=UNKNOWN)
+        self._nothing = Known(nothing, nothing)
         # Memos of deepcopy: what is in them appears in later copies, so that sharing survives.
         self._kept: dict[int, Any] = {}
         self._around: dict[nn.Module, list[tuple[nn.Module, str]]] = {}
@@ -280,9 +283,9 @@ class _Export:
         if isinstance(module, torch.jit.ScriptModule) or self._is_kept(module):
             return copy.deepcopy(module, self._kept)
         if is_residual(module):
-            return self._chain(flatten(module))[0]
+            return self._chain(flatten(module), self._nothing)[0]
         if is_container(module) and self._is_only_called(module):
-            return nn.Sequential(*self._chain(flatten(module)))
+            return nn.Sequential(*self._chain(flatten(module), self._nothing))
         if is_product(module):
             return self._layer(module)
         if is_norm(module):
@@ -333,7 +336,7 @@ class _Export:
         if any(not (_is_foreign(parent) or isinstance(parent, (*LISTS, nn.Sequential))) for parent in around):
             # Modules of torch.nn may multiply by the weight themselves: it is whole, with the gates in it.
             return self._copy(layer) if _is_plain(layer) else _sliced(layer, None, None)
-        parts = self._chain([Part(layer, None)])
+        parts = self._chain([Part(layer, None)], self._nothing)
         if len(parts) == 1:
             return parts[0]
         if layer is self._model:
@@ -341,7 +344,7 @@ class _Export:
         kind = SlicedLinear if is_linear(layer) else SlicedConv2d
         return (SlicedConv1d if isinstance(layer, nn.Conv1d) else kind)(layer, parts)
 
-    def _chain(self, parts: list[Part], known: Known = NOTHING) -> list[nn.Module]:
+    def _chain(self, parts: list[Part], known: Known) -> list[nn.Module]:
         products = link(parts, known)
         units = [_Units(product) for product in products]
         for at in range(len(units) - 2, -1, -1):

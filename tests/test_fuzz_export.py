@@ -1,0 +1,96 @@
+"""Random nets, exported: the function is that of eval(), in whatever the net is wrapped.
+
+L0KERNELS_FUZZ_NETS says how many nets there are (see tests/fuzz_nets.py).
+"""
+
+import copy
+import random
+import warnings
+
+import pytest
+import torch
+from fuzz_nets import NETS, random_net
+
+from l0kernels import nn
+
+T = torch.nn
+
+
+class Caller(T.Module):
+    """Calls what is in it."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x):
+        return self.net(x)
+
+
+class Walker(T.Module):
+    """Calls the modules of its container one by one, and does between them what nobody knows of."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.steps = net
+
+    def forward(self, x):
+        for step in self.steps:
+            x = step(x).add(0.1)
+        return x
+
+
+class Hooked(Caller):
+    """A module of the net is changed from outside."""
+
+    def __init__(self, net):
+        super().__init__(net)
+        inner = [part for part in net.modules() if not isinstance(part, nn.HardConcreteGate)]
+        random.Random(len(inner)).choice(inner).register_forward_hook(add_one)
+
+
+def add_one(module, args, y):
+    return y + 1
+
+
+def plain(net):
+    """The modules of the net in torch's container, whose norms know no gates."""
+    return T.Sequential(*net) if isinstance(net, T.Sequential) else T.Sequential(net)
+
+
+def within(net):
+    """The net in a plain container, behind what it does not know of, and in front of itself."""
+    return T.Sequential(T.Identity(), net)
+
+
+def walked(net):
+    return Walker(net) if isinstance(net, T.Sequential) else Caller(net)
+
+
+WRAPS = (lambda net: net, plain, within, Caller, walked, Hooked, lambda net: Caller(plain(net)))
+
+
+def check(seed):
+    batched = seed % 6 != 5
+    net, x = random_net(seed, batched=batched)
+    with warnings.catch_warnings():
+        # Of gates before norms, and of what Dropout2d makes of three dimensions.
+        warnings.simplefilter("ignore", UserWarning)
+        model = WRAPS[seed % len(WRAPS)](net)
+        for gate in nn.gate_modules(model):
+            gate.eval_mode = ("paper", "median", "topk")[seed // len(WRAPS) % 3]
+        small = nn.export(model.train(bool(seed % 2)), batched=batched)
+        assert not nn.gate_modules(small)
+        with torch.no_grad():
+            expected, got = copy.deepcopy(model).eval()(x), small(x)
+    assert got.shape == expected.shape
+    tolerance = 1e-10 if x.dtype == torch.float64 else 1e-4
+    scale = max(1.0, expected.abs().max().item()) if expected.numel() else 1.0
+    torch.testing.assert_close(got, expected, rtol=0, atol=tolerance * scale, equal_nan=True)
+    mine = {p.untyped_storage().data_ptr() for p in (*model.parameters(), *model.buffers()) if p.numel()}
+    assert not mine & {p.untyped_storage().data_ptr() for p in small.parameters() if p.numel()}
+
+
+@pytest.mark.parametrize("seed", range(NETS))
+def test_exports_compute_what_eval_does(seed):
+    check(seed)
