@@ -127,12 +127,12 @@ class _Sliced:
         self.parts = nn.Sequential(*parts)
 
     @property
-    def weight(self) -> Tensor:
+    def weight(self) -> Any:
         """Of the smaller layer."""
         return self._smaller.weight
 
     @property
-    def bias(self) -> Tensor | None:
+    def bias(self) -> Any:
         """Of the smaller layer."""
         return self._smaller.bias
 
@@ -147,15 +147,15 @@ class _Sliced:
     __jit_unused_properties__: ClassVar = ["weight", "bias", "_smaller"]
 
 
-class SlicedLinear(_Sliced, nn.Linear):
+class SlicedLinear(_Sliced, nn.Linear):  # type: ignore[override]
     """An exported :class:`L0Linear` in a module that calls it: an ``nn.Linear`` of open units within."""
 
 
-class SlicedConv1d(_Sliced, nn.Conv1d):
+class SlicedConv1d(_Sliced, nn.Conv1d):  # type: ignore[override]
     """An exported :class:`L0Conv1d` in a module that calls it: an ``nn.Conv1d`` of open channels within."""
 
 
-class SlicedConv2d(_Sliced, nn.Conv2d):
+class SlicedConv2d(_Sliced, nn.Conv2d):  # type: ignore[override]
     """An exported :class:`L0Conv2d` in a module that calls it: an ``nn.Conv2d`` of open channels within."""
 
 
@@ -425,6 +425,7 @@ class _Units:
         self.layer: Any = product.layer
         layer = self.layer
         self._zeros = _open_units(product.zeros, units_in(layer))
+        self._like = product.zeros[0].log_alpha if product.zeros else None
         self.read = self._one_at_least(_open_units(product.in_gates, units_in(layer)))
         self.write = self._one_at_least(_open_units(own_gates(layer, "out_gate"), units_out(layer)))
         if is_norm(layer):
@@ -468,7 +469,7 @@ class _Units:
 
     def sliced(self) -> nn.Module:
         if is_norm(self.layer):
-            return _sliced_norm(self.layer, self.read, self._zeros)
+            return _sliced_norm(self.layer, self.read, self._zeros, self._like)
         if is_conv(self.layer):
             return _sliced_conv(self.layer, self.read, self.write)
         return _sliced(self.layer, self.read, self.write)
@@ -575,9 +576,15 @@ def _sliced_conv(layer: Any, read: Tensor | None, write: Tensor | None) -> nn.Mo
 
 
 def _sliced_norm(
-    layer: nn.BatchNorm2d, read: Tensor | None = None, is_open: Tensor | None = None
+    layer: nn.BatchNorm2d,
+    read: Tensor | None = None,
+    is_open: Tensor | None = None,
+    like: Tensor | None = None,
 ) -> nn.BatchNorm2d:
-    """The norm of the channels `read`; of these it makes zeros but for those that are open."""
+    """The norm of the channels `read`; of these it makes zeros but for those that are open.
+
+    like: tells the dtype and device of a norm without tensors.
+    """
     n = layer.num_features
     read = torch.arange(n, device=None if is_open is None else is_open.device) if read is None else read
     zeros = torch.ones(n, dtype=torch.bool, device=read.device)
@@ -594,20 +601,18 @@ def _sliced_norm(
         buffer = layer._buffers[name]
         if buffer is not None:
             setattr(norm, name, buffer[read.to(buffer.device)] if buffer.ndim else buffer.clone())
-    for name, value in (("weight", layer.weight), ("bias", layer.bias)):
-        if value is not None:
-            value, trains = value[read.to(value.device)], value.requires_grad
-        elif layer.affine:  # a norm without bias
+    like = like if layer.running_mean is None else layer.running_mean
+    for name in ("weight", "bias") if norm.affine else ():
+        own: Tensor | None = getattr(layer, name)
+        if own is None and layer.affine:  # a norm without bias
             setattr(norm, name, None)
             continue
-        elif norm.affine:
-            like = layer.running_mean
-            value, trains = torch.full((len(read),), float(name == "weight"), device=read.device), False
-            value = value if like is None else value.to(like)
-        else:
-            continue
+        value = torch.full((n,), float(name == "weight")) if own is None else own
+        value = value if own is not None or like is None else value.to(like)
+        value = value[read.to(value.device)]
         if zeros.numel():
             value = value.masked_fill(zeros.to(value.device), 0)
+        trains = own is not None and own.requires_grad
         setattr(norm, name, nn.Parameter(value.detach().clone(), requires_grad=trains))
     return norm
 

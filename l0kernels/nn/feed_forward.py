@@ -165,9 +165,9 @@ class L0FeedForward(GatedLayer, nn.Module):
         """
         up, down, gate = self.up, self.down, self.hidden_gate
         if not (is_only_weight(up) and is_only_weight(down)):
-            drawn = gate.forward() if gates is None else gates
-            check_gates("gates", drawn, gate.n, x.device, "hidden unit")
-            return down(scale(self.activation_module()(up(x)), drawn.z))
+            gates = gate.forward() if gates is None else gates
+            check_gates("gates", gates, gate.n, x.device, "hidden unit")
+            return down(scale(self.activation_module()(up(x)), gates.z))
         weights, biases = [up.weight, down.weight], [up.bias, down.bias]
         if gates is None and gate.training:  # one autograd node for gates and products
             log_alphas, drawn = [None, gate.log_alpha], gate.drawn

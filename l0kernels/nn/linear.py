@@ -174,7 +174,8 @@ class L0Linear(GatedLayer, nn.Linear):
         """The rows of a nested tensor, which nn.TransformerEncoder makes of a padded batch, in one draw."""
         if x.layout == torch.jagged:
             rows = self.forward(x.values(), in_gates, out_gates)
-            return torch.nested.nested_tensor_from_jagged(rows, x.offsets(), x.lengths())
+            ragged: Any = x
+            return torch.nested.nested_tensor_from_jagged(rows, ragged.offsets(), ragged.lengths())
         sizes = [part.shape[:-1] for part in x.unbind()]
         rows = torch.cat([part.reshape(-1, part.shape[-1]) for part in x.unbind()])
         parts = self.forward(rows, in_gates, out_gates).split([size.numel() for size in sizes])
@@ -255,12 +256,13 @@ class L0Linear(GatedLayer, nn.Linear):
 
 def is_hooked(module: nn.Module) -> bool:
     """Whether somebody watches or changes the calls of `module`: with hooks, or a forward of its own."""
+    state = module.__dict__
     return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
+        state["_forward_hooks"]
+        or state["_forward_pre_hooks"]
+        or state["_backward_hooks"]
+        or state["_backward_pre_hooks"]
+        or "forward" in state
     )
 
 
