@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+import threading
 
 import pytest
 import torch
@@ -571,3 +572,164 @@ def test_nan_is_an_error():
     for expected in (False, True):
         with pytest.raises(ValueError, match="NaN"):
             nn.GateBank(model).draw(expected=expected)
+
+
+def in_threads(fn, n=6):
+    """What `fn(i, barrier)` returns in n threads at once."""
+    barrier, results = threading.Barrier(n), [None] * n
+
+    def run(i):
+        try:
+            results[i] = fn(i, barrier)
+        except BaseException as error:
+            barrier.abort()
+            results[i] = error
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(n)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for result in results:
+        if isinstance(result, BaseException):
+            raise result
+    return results
+
+
+def threaded_model():
+    torch.manual_seed(0)
+    return torch.nn.Sequential(
+        l0.nn.L0MLP([20, 16, 12]), l0.nn.L0Linear(12, 30), l0.nn.L0Linear(30, 8, gate="weight")
+    )
+
+
+def drawn_step(model, x):
+    """Output and gradients of a forward with the gates drawn."""
+    y = model(x)
+    return [y.detach(), *torch.autograd.grad(y.square().sum(), list(model.parameters()))]
+
+
+def test_threads_draw_from_one_bank_what_one_thread_draws_in_turn():
+    x = torch.randn(4, 20)
+    model = threaded_model()
+    bank = l0.nn.GateBank(model, seed=1)
+    expected = []
+    for _ in range(6):
+        bank.draw()
+        expected.append(drawn_step(model, x))
+    assert len({step[0].numpy().tobytes() for step in expected}) == 6
+
+    model = threaded_model()
+    bank = l0.nn.GateBank(model, seed=1)
+
+    def in_thread(_, barrier):
+        barrier.wait()
+        bank.draw()
+        first = drawn_step(model, x)
+        barrier.wait()  # all have drawn: each goes by its own draw
+        second = drawn_step(model, x)
+        for a, b in zip(first, second, strict=True):
+            assert torch.equal(a, b)
+        return first
+
+    found = in_threads(in_thread)
+    assert int(bank.step) == 12
+    found.sort(key=lambda step: step[0].numpy().tobytes())
+    expected.sort(key=lambda step: step[0].numpy().tobytes())
+    for got, want in zip(found, expected, strict=True):
+        for a, b in zip(got, want, strict=True):
+            assert torch.equal(a, b)
+
+
+def test_threads_share_the_draw_of_another():
+    x = torch.randn(4, 20)
+    model = threaded_model()
+    bank = l0.nn.GateBank(model, seed=1)
+    bank.draw()
+    expected = drawn_step(model, x)
+    for got in in_threads(lambda *_: drawn_step(model, x)):
+        for a, b in zip(got, expected, strict=True):
+            assert torch.equal(a, b)
+
+
+def test_a_draw_as_a_context_is_of_its_thread():
+    gate = l0.nn.HardConcreteGate(50)
+    bank = l0.nn.GateBank(gate, seed=1)
+    draws = [bank.draw() for _ in range(7)]
+    zs = [draw._drawn[gate].z for draw in draws]
+
+    def in_thread(i, barrier):
+        with draws[i]:
+            barrier.wait()
+            assert torch.equal(gate.drawn.z, zs[i])
+            with draws[(i + 1) % 6]:
+                barrier.wait()
+                assert torch.equal(gate.drawn.z, zs[(i + 1) % 6])
+            barrier.wait()
+            assert torch.equal(gate.drawn.z, zs[i])
+        barrier.wait()
+        assert torch.equal(gate.drawn.z, zs[6])
+
+    in_threads(in_thread)
+    assert torch.equal(gate.drawn.z, zs[6])
+    assert gate._threads is None
+
+
+def test_a_thread_keeps_its_draw_when_another_draws_and_clears():
+    gate = l0.nn.HardConcreteGate(50)
+    bank = l0.nn.GateBank(gate, seed=1)
+    bank.draw()
+    z = gate.drawn.z
+
+    def other():
+        bank.draw()
+        assert not torch.equal(gate.drawn.z, z)
+        bank.clear()
+        assert gate.drawn is None
+
+    in_threads(lambda *_: other(), 1)
+    assert torch.equal(gate.drawn.z, z)
+    gate.to(torch.float64)
+    assert gate.drawn is None
+
+
+def test_threads_draw_other_gates_without_a_bank():
+    gate = l0.nn.HardConcreteGate(200)
+    torch.manual_seed(3)
+    expected = sorted(gate().z.detach().numpy().tobytes() for _ in range(6))
+    torch.manual_seed(3)
+    assert sorted(in_threads(lambda *_: gate().z.detach().numpy().tobytes())) == expected
+
+
+def test_a_bank_made_under_the_meta_device_keeps_its_seed():
+    with torch.device("meta"):
+        model = torch.nn.ModuleList([l0.nn.HardConcreteGate(30)])
+        model.append(l0.nn.GateBank(model, seed=5))
+    bank = model[1]
+    with pytest.raises(RuntimeError, match=r"meta device.*to_empty"):
+        bank.draw()
+    model.to_empty(device="cpu")
+    model[0].reset_parameters()
+    assert bank.seed.item() == 5
+    bank.draw()
+    plain = l0.nn.GateBank(copy.deepcopy(model[0]), seed=5)
+    plain.draw()
+    assert torch.equal(model[0]().z, plain._gates[0]().z)
+
+
+@pytest.mark.parametrize("seed", [None, 3])
+def test_a_bank_of_gates_that_exist_may_be_made_under_the_meta_device(seed):
+    gate = l0.nn.HardConcreteGate(30)
+    with torch.device("meta"):
+        bank = l0.nn.GateBank(gate, seed=seed)
+    assert bank.seed.device.type == bank.step.device.type == "cpu"
+    with torch.device("meta"):
+        bank.draw()
+    assert gate().z.shape == (30,)
+
+
+def test_moving_a_bank_to_the_meta_device_and_back_keeps_its_count():
+    bank = l0.nn.GateBank(l0.nn.HardConcreteGate(30), seed=5)
+    bank.draw()
+    bank.to("meta").to_empty(device="cpu")
+    assert (bank.seed.item(), bank.step.item()) == (5, 1)

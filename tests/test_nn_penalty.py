@@ -530,3 +530,60 @@ def test_a_weight_changed_in_place_before_backward(backend):
         model.layers[1].weight.mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         value.backward()
+
+
+def grouped_model():
+    shared = l0.nn.HardConcreteGate(6)
+    return torch.nn.ModuleDict(
+        {
+            "first": l0.nn.L0Linear(4, 6, gate="both", out_gate=shared),
+            "norm": torch.nn.LayerNorm(6),
+            "second": l0.nn.L0Linear(6, 3, in_gate=shared),
+        }
+    )
+
+
+def names_of(model, group):
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return [names[id(parameter)] for parameter in group["params"]]
+
+
+def test_parameter_groups_spare_gates_the_decay():
+    model = grouped_model()
+    model["second"].weight.requires_grad_(False)
+    weights, gates = l0.nn.parameter_groups(model, gate_lr=0.5, weight_decay=0.1)
+    assert names_of(model, weights) == [
+        "first.weight", "first.bias", "norm.weight", "norm.bias", "second.weight", "second.bias"
+    ]  # fmt: skip
+    assert names_of(model, gates) == ["first.in_gate.log_alpha", "first.out_gate.log_alpha"]
+    del weights["params"], gates["params"]
+    assert weights == {"weight_decay": 0.1, "name": "weights"}
+    assert gates == {"weight_decay": 0.0, "lr": 0.5, "name": "gates"}
+
+
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD])
+def test_an_optimizer_of_parameter_groups_decays_weights_alone(kind):
+    model = grouped_model()
+    before = copy.deepcopy(model)
+    groups = l0.nn.parameter_groups(model, no_decay=lambda _, p: p.ndim < 2)
+    optimizer = kind(groups, lr=0.1, weight_decay=0.5)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    for (name, parameter), old in zip(model.named_parameters(), before.parameters(), strict=True):
+        factor = 0.95 if name in ("first.weight", "second.weight") else 1.0
+        torch.testing.assert_close(parameter, factor * old)
+
+
+def test_parameter_groups_leave_out_what_is_not_there():
+    assert [group["name"] for group in l0.nn.parameter_groups(torch.nn.Linear(2, 2))] == ["weights"]
+    assert [group["name"] for group in l0.nn.parameter_groups(l0.nn.HardConcreteGate(2))] == ["gates"]
+    (weights,) = l0.nn.parameter_groups(torch.nn.Linear(2, 2))
+    assert set(weights) == {"params", "name"}
+
+
+@pytest.mark.parametrize("name", ["gate_lr", "weight_decay"])
+@pytest.mark.parametrize("value", [-1.0, math.inf, math.nan])
+def test_parameter_groups_check_their_rates(name, value):
+    with pytest.raises(ValueError, match=f"{name} must be finite and >= 0"):
+        l0.nn.parameter_groups(grouped_model(), **{name: value})

@@ -4,12 +4,20 @@ from .bank import Draw, GateBank
 from .batch_norm import L0BatchNorm2d
 from .conv import L0Conv1d, L0Conv2d
 from .counts import eval_flops, eval_l0, expected_flops, expected_l0, open_units
+from .distributed import agree_on_gates, independent_gates_, keep_gates_whole
 from .export import Residual, ScatterOutputs, SelectInputs, SlicedConv1d, SlicedConv2d, SlicedLinear, export
 from .feed_forward import GatedProduct, L0FeedForward
 from .gate import GatedLayer, HardConcreteGate, gate_modules
 from .linear import L0Linear
 from .mlp import L0MLP
-from .penalty import clamp_after_step, clamp_gates_, gate_parameters, penalty, weight_parameters
+from .penalty import (
+    clamp_after_step,
+    clamp_gates_,
+    gate_parameters,
+    parameter_groups,
+    penalty,
+    weight_parameters,
+)
 from .sequential import L0Residual, L0Sequential
 
 __all__ = [
@@ -32,6 +40,7 @@ __all__ = [
     "SlicedConv1d",
     "SlicedConv2d",
     "SlicedLinear",
+    "agree_on_gates",
     "clamp_after_step",
     "clamp_gates_",
     "eval_flops",
@@ -41,7 +50,10 @@ __all__ = [
     "export",
     "gate_modules",
     "gate_parameters",
+    "independent_gates_",
+    "keep_gates_whole",
     "open_units",
+    "parameter_groups",
     "penalty",
     "weight_parameters",
 ]

@@ -1,22 +1,24 @@
 """Every gate of a model drawn in one call, before the forward."""
 
-from collections.abc import Iterable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..gates import Gates, sample_gates, sample_with_expected
 from ..reference import _checks
-from .gate import HardConcreteGate, gate_modules, set_drawn
+from . import ranks
+from .gate import HardConcreteGate, enter, gate_modules, leave, set_drawn
 from .linear import L0Linear
-
-KEY_STEP = 0x9E3779B97F4A7C15 - 2**64
-"""Odd, so that 2**64 consecutive draws have 2**64 different keys; the golden ratio spreads them."""
+from .ranks import KEY_STEP
 
 
 class Draw:
-    """One draw of a :class:`GateBank`; as a context, the gates of its model are those of this draw again.
+    """One draw of a :class:`GateBank`; as a context, the gates of its model are those of this draw again, for
+    the thread that enters it.
 
     A checkpointed forward needs it if the next draw comes before its backward: recomputation asks the gates
     anew, and would get those of the later draw::
@@ -38,21 +40,26 @@ class Draw:
     ) -> None:
         self.expected = expected
         self._drawn = drawn
-        self._before: list[list[Gates | Tensor | None]] = []
+        self._before: dict[int, list[list[list[Gates | Tensor | None]]]] = {}
 
     def __enter__(self) -> "Draw":
-        self._before.append([gate._drawn for gate in self._drawn])
-        self._set(self._drawn.values())
+        held = [enter(gate, drawn) for gate, drawn in self._drawn.items()]
+        self._before.setdefault(_thread_number(), []).append(held)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._set(self._before.pop())
+        for gate, held in zip(self._drawn, self._before[_thread_number()].pop(), strict=True):
+            leave(gate, held)
 
-    def _set(self, drawn: Iterable[Gates | Tensor | None]) -> None:
-        for gate, value in zip(self._drawn, drawn, strict=True):
+    def _set(self) -> None:
+        for gate, value in self._drawn.items():
             set_drawn(gate, value)
+
+
+def _thread_number() -> int:
+    return 0 if torch.compiler.is_compiling() else threading.get_ident()
 
 
 class GateBank(nn.Module):
@@ -76,12 +83,18 @@ class GateBank(nn.Module):
 
     The seed of draw t is ``seed + KEY_STEP * t`` modulo 2**64 with t = step + rank * 2**40; each call of
     sample_gates and each layer with gates per weight is one draw. The state_dict holds seed and step; with
-    them the draws continue where they were. Processes with the same seed, step and rank draw the same gates:
-    under DistributedDataParallel give all of them one seed, and ranks only if their gates shall differ.
+    them the draws continue where they were. Processes with the same seed, step and rank draw the same gates,
+    however often each of them has drawn elsewhere: without a seed of their own the ranks of a process group
+    agree on one. Give ``rank=torch.distributed.get_rank()`` if all gates shall differ from rank to rank;
+    those of :func:`independent_gates_` do anyway.
+
+    Several threads may draw from one bank: each goes by its own last draw, and a thread that has drawn
+    nothing, as those of autograd, by the latest of all.
 
     Args:
         model: any module; the bank serves the gates that it has now.
-        seed: in [0, 2**63), or None for one from torch's default generator.
+        seed: in [0, 2**63), or None for one from torch's default generator; on the ranks of a process group
+            the n-th bank without a seed has the same on each.
         rank: in [0, 2**23).
 
     Raises:
@@ -91,6 +104,8 @@ class GateBank(nn.Module):
 
     seed: Tensor
     step: Tensor
+    _alone: bool = False
+    """Whether the seed was drawn before there was a process group to agree on it."""
 
     def __init__(self, model: nn.Module, *, seed: int | None = None, rank: int = 0) -> None:
         super().__init__()
@@ -103,8 +118,14 @@ class GateBank(nn.Module):
             _checks.check_count("seed", seed, 0, 2**63)
         _checks.check_count("rank", rank, 0, 2**23)
         device = gates[0].log_alpha.device
-        value = torch.randint(2**63 - 1, (1,)) if seed is None else torch.tensor([seed])
-        self.register_buffer("seed", value.to(device))
+        if device.type == "meta":  # which would forget them; a draw brings them to where the gates are then
+            device = torch.device("cpu")
+        if seed is None:
+            seed = ranks.bank_seed()
+        self._alone = seed is None
+        if seed is None:
+            seed = int(torch.randint(2**63 - 1, (1,), device="cpu"))
+        self.register_buffer("seed", torch.tensor([seed], device=device))
         self.register_buffer("step", torch.zeros(1, dtype=torch.int64, device=device))
         self.rank = rank
         # In tuples they stay the model's modules.
@@ -125,12 +146,13 @@ class GateBank(nn.Module):
 
         Raises:
             ValueError: a NaN in a log_alpha, on the CPU.
+            RuntimeError: the gates are on the meta device, or sharded by FullyShardedDataParallel.
         """
         alike: dict[object, dict[HardConcreteGate, Tensor]] = {}
         for gate in self._vectors:
             if gate.training:
-                log_alpha = gate.log_alpha
-                kind = (log_alpha.device, log_alpha.dtype, gate.dist)
+                log_alpha = gate.whole()
+                kind = (log_alpha.device, log_alpha.dtype, gate.dist, gate.independent)
                 alike.setdefault(kind, {})[gate] = log_alpha
         seeded = [gate for gate in self._weights if gate.training]
         drawn: dict[HardConcreteGate, Gates | Tensor | None] = dict.fromkeys(self._gates)
@@ -139,7 +161,8 @@ class GateBank(nn.Module):
             keys = iter(self._keys(len(alike) + len(seeded)))
             for group in alike.values():
                 log_alphas = [a if a.ndim == 1 else a.flatten() for a in group.values()]
-                key, dist = next(keys).to(log_alphas[0].device), next(iter(group)).dist
+                first = next(iter(group))
+                key, dist = self._key_of(first, next(keys)), first.dist
                 if expected:
                     gates, of_group = sample_with_expected(log_alphas, key, dist)
                     sums.update(zip(group, of_group, strict=True))
@@ -147,11 +170,11 @@ class GateBank(nn.Module):
                     gates = sample_gates(log_alphas, seed=key, dist=dist)
                 drawn.update(zip(group, gates, strict=True))
             for gate in seeded:
-                drawn[gate] = next(keys).to(gate.log_alpha.device)
+                drawn[gate] = self._key_of(gate, next(keys))
                 if expected:
-                    sums[gate] = gate.dist.p_open(gate.log_alpha).sum()
+                    sums[gate] = gate.dist.p_open(gate.whole()).sum()
         result = Draw(drawn, sums if expected else None)
-        result._set(drawn.values())
+        result._set()
         return result
 
     @property
@@ -168,6 +191,34 @@ class GateBank(nn.Module):
         if not n:
             return ()
         device = self._gates[0].log_alpha.device
+        if device.type == "meta":
+            raise RuntimeError(
+                "the gates are on the meta device and hold no values: model.to_empty(device=...), then "
+                "load_state_dict or reset_parameters()"
+            )
+        if torch.compiler.is_compiling():
+            if self._alone and ranks.are_several():
+                raise RuntimeError(
+                    "the bank is older than the process group, and its seed this rank's alone: make it after "
+                    "init_process_group, give it a seed, or draw once before compiling"
+                )
+            return self._next_keys(n, device)
+        with ranks.lock:
+            if self._alone:
+                seed = ranks.bank_seed()
+                if seed is not None:
+                    self.seed.fill_(seed)
+                    self._alone = False
+            return self._next_keys(n, device)
+
+    def _key_of(self, gate: HardConcreteGate, key: Tensor) -> Tensor:
+        """`key` for the draw of `gate`, on its device."""
+        key = key.to(gate.log_alpha.device)
+        if not gate.independent or self.rank:
+            return key
+        return key + ranks.signed(KEY_STEP * (ranks.rank() << 40))
+
+    def _next_keys(self, n: int, device: torch.device) -> Sequence[Tensor]:
         if self.step.device != device:  # once: the model has moved since
             self.to(device)
         step, first = self.step, self.rank << 40
@@ -178,6 +229,19 @@ class GateBank(nn.Module):
         keys = torch.add(self.seed, step, alpha=KEY_STEP)
         self.step.add_(n)
         return keys.split(1)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "GateBank":
+        before = {"seed": self.seed, "step": self.step}
+        super()._apply(fn, recurse)
+        for name, value in before.items():  # to_empty and the meta device would lose them
+            now = getattr(self, name)
+            setattr(self, name, value if now.device.type == "meta" else value.to(now.device))
+        return self
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if f"{prefix}seed" in state_dict:
+            self._alone = False  # the ranks have loaded one
 
     def extra_repr(self) -> str:
         rank = f", rank={self.rank}" if self.rank else ""

@@ -13,6 +13,7 @@ from ..gates import Gates, HardConcrete
 from ..penalty import L2Term
 from .gate import DEFAULT_DIST, GatedLayer, HardConcreteGate, draw
 from .linear import check_given, check_one_dist, copy_parameters_, squares, two_sided_terms
+from .ranks import released, whole
 
 GATINGS = ("in", "out", "both", None)
 Self = TypeVar("Self", bound="_GatedConv")
@@ -68,6 +69,7 @@ class _GatedConv(GatedLayer, _ConvNd):
     def _gates(
         self, in_gates: Gates | None, out_gates: Gates | None, out_support: Gates | None
     ) -> dict[str, Any]:
+        in_gates, out_gates, out_support = released(in_gates), released(out_gates), released(out_support)
         if out_support is not None and self.out_gate is not None:
             raise ValueError("out_support must be None for a layer whose outputs are gated, got gates")
         own_in, own_out = draw(
@@ -86,11 +88,11 @@ class _GatedConv(GatedLayer, _ConvNd):
         """|g| = the channel's weights: out / groups * k (input gate), in / groups * k + 1 (output gate)."""
         weights = self.weight.numel()
         if self.in_gate is not None:
-            yield self.in_gate, self.in_gate.log_alpha, weights // self.in_channels
+            yield self.in_gate, self.in_gate.whole(), weights // self.in_channels
         if self.out_gate is not None:
             yield (
                 self.out_gate,
-                self.out_gate.log_alpha,
+                self.out_gate.whole(),
                 weights // self.out_channels + (self.bias is not None),
             )
 
@@ -103,8 +105,8 @@ class _GatedConv(GatedLayer, _ConvNd):
         gate = self.in_gate
         if gate is None or gate is not self.out_gate:
             return None
-        p_open = gate.dist.p_open(gate.log_alpha)
-        meeting = squares(self.own_channel(self.weight)).flatten(1).sum(1)
+        p_open = gate.dist.p_open(gate.whole())
+        meeting = squares(self.own_channel(whole(self.weight))).flatten(1).sum(1)
         return weight_decay / 2 * ((p_open - p_open**2) * meeting).sum()
 
     def own_channel(self, weight: Tensor) -> Tensor:

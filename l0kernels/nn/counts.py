@@ -11,6 +11,7 @@ from .chain import Known, Part, Product, flatten, inside, is_feed_forward, is_pr
 from .gate import HardConcreteGate, gate_modules
 from .linear import L0Linear
 from .penalty import weight_parameters
+from .ranks import check_none_flat
 from .sequential import is_residual
 from .steps import is_linear, is_norm, units_in, units_out
 
@@ -88,7 +89,7 @@ def eval_flops(model: nn.Module, input_shape: Sequence[int] | Tensor | None = No
 def _p_open(gate: HardConcreteGate) -> Tensor:
     if gate.frozen:
         return _is_open(gate)
-    return gate.dist.p_open(gate.log_alpha).double()
+    return gate.dist.p_open(gate.whole()).double()
 
 
 def _is_open(gate: HardConcreteGate) -> Tensor:
@@ -97,6 +98,7 @@ def _is_open(gate: HardConcreteGate) -> Tensor:
 
 def _l0(model: nn.Module, openness: Openness) -> Tensor:
     gate_modules(model)  # refuses what torch would not call
+    check_none_flat(model)
     products = _products(model)
     counted = {part for layer in products for part in layer.modules()}
     counts = [_count(product, openness) for product in products.values()]
@@ -111,6 +113,7 @@ def _l0(model: nn.Module, openness: Openness) -> Tensor:
 
 def _flops(model: nn.Module, input_shape: Sequence[int] | Tensor | None, openness: Openness) -> Tensor:
     gate_modules(model)  # refuses what torch would not call
+    check_none_flat(model)
     products = _products(model)
     rows, dense = _rows(model, input_shape)
     counts = []
@@ -152,7 +155,7 @@ def _count(product: Product, openness: Openness) -> tuple[Tensor, Tensor]:
     if is_norm(layer):
         return rows.sum() * (layer.weight is not None), rows.sum() * (layer.bias is not None)
     own = None
-    groups, taps = (1, 1) if is_linear(layer) else (layer.groups, layer.weight[0, 0].numel())
+    groups, taps = (1, 1) if is_linear(layer) else (layer.groups, layer.weight.shape[2:].numel())
     if isinstance(layer, L0Linear) and layer.weight_gate is not None:
         own = layer.spread(openness(layer.weight_gate))
         weights = rows @ own @ cols

@@ -28,6 +28,7 @@ from .gate import GatedLayer, HardConcreteGate, gate_modules, leaves_no_fast_pat
 from .linear import L0Linear
 from .mlp import L0MLP
 from .reads import Reads, is_foreign, reads_of
+from .ranks import gathered
 from .sequential import L0Residual, L0Sequential, Value, is_residual, is_sequential
 from .steps import UNKNOWN, is_conv, is_linear, is_norm, own_gate, unit_dim, units_in, units_out
 
@@ -189,6 +190,8 @@ def export(model: nn.Module, *, batched: bool = True) -> nn.Module:
     ``parametrize``, ``prune``, ``weight_norm`` and ``spectral_norm``, computed in eval() without a step of
     their buffers. A weight that two such layers share becomes one for each.
 
+    Sharded parameters (DTensor) are gathered: all ranks export, and have the same model.
+
     Args:
         model: any module; it is not changed, and nothing is shared with it.
         batched: whether images come in batches. Single ones are another matter for ``nn.Flatten``, which
@@ -205,7 +208,7 @@ def export(model: nn.Module, *, batched: bool = True) -> nn.Module:
     """
     gate_modules(model)  # refuses what torch would not call
     with torch.no_grad():
-        model = _at_rest(model)
+        model = _at_rest(gathered(model))
         return _Export(model, batched).alone(model).eval()
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..gates import Gates, HardConcrete
+from ..gates import Gates, HardConcrete, attach
 from ..mlp import drawn_mlp, gated_mlp, l0_mlp
 from ..penalty import L2Term
 from ..reference.gates import check_gates
@@ -15,6 +15,7 @@ from ..reference.mlp import GLU, ROWS
 from .gate import DEFAULT_DIST, GatedLayer, HardConcreteGate
 from .linear import copy_parameters_, is_only_weight
 from .mlp import ACTIVATIONS, _activation_name, _per_item
+from .ranks import Shards, check_not_flat, is_called_alone, is_sharded, local, released
 
 
 class GatedProduct(nn.Module):
@@ -51,7 +52,12 @@ class L0FeedForward(GatedLayer, nn.Module):
     down.weight = D (d_model, d_hidden), hidden_gate.log_alpha (d_hidden,). [G; U] is the order of the fused
     gate_up_proj that LLaMA-style models have; :meth:`from_dense` takes the layers singly, too. `up` and
     `down` are computed together. Where one of them has hooks (``prune`` and the old ``weight_norm`` of
-    torch.nn.utils are hooks) or is another module, they are called instead, with all hidden units.
+    torch.nn.utils are hooks), is another module, or is sharded by FSDP, both are called, with all hidden
+    units. Shard the block as one.
+
+    Tensor parallelism: ``parallelize_module(block, mesh, {"up": ColwiseParallel(), "down":
+    RowwiseParallel()})``. Each rank computes its hidden units, of which it skips the closed ones; x and y are
+    whole on each.
 
     In :func:`penalty` a gate stands for all that it closes: its rows of `up` with their biases and its
     column of `down`.
@@ -164,10 +170,13 @@ class L0FeedForward(GatedLayer, nn.Module):
             (..., d_model).
         """
         up, down, gate = self.up, self.down, self.hidden_gate
+        gates = released(gates)
+        sharded = is_sharded(up.weight) or is_sharded(down.weight)
         if not (is_only_weight(up) and is_only_weight(down)):
-            gates = gate.forward() if gates is None else gates
-            check_gates("gates", gates, gate.n, x.device, "hidden unit")
-            return down(scale(self.activation_module()(up(x)), gates.z))
+            if not sharded or is_called_alone(up) or is_called_alone(down):
+                return self._one_by_one(x, gates)
+        if sharded:
+            return self._tensor_parallel(x, gates)
         weights, biases = [up.weight, down.weight], [up.bias, down.bias]
         if gates is None and gate.training:  # one autograd node for gates and products
             log_alphas, drawn = [None, gate.log_alpha], gate.drawn
@@ -188,6 +197,7 @@ class L0FeedForward(GatedLayer, nn.Module):
                 biases,
                 log_alphas,
                 self.activation,
+                seed=gate.fresh_seed(),
                 dist=gate.dist,
                 repack_in_backward=self.repack_in_backward,
             )
@@ -200,15 +210,57 @@ class L0FeedForward(GatedLayer, nn.Module):
             repack_in_backward=self.repack_in_backward,
         )
 
+    def _one_by_one(self, x: Tensor, gates: Gates | None) -> Tensor:
+        """The same, each layer called by itself: for its hooks, or for FSDP to gather its parameters."""
+        gates = self.hidden_gate.forward() if gates is None else gates
+        check_gates("gates", gates, self.d_hidden, x.device, "hidden unit")
+        return self.down(scale(self.activation_module()(self.up(x)), gates.z))
+
+    def _tensor_parallel(self, x: Tensor, gates: Gates | None) -> Tensor:
+        """The units that this rank holds, and the sum over the ranks of what they make of x."""
+        if self.activation in GLU:
+            raise ValueError(
+                f"up.weight must be whole with activation={self.activation!r}, got a DTensor: its rows are "
+                "[G; U], and a shard of them holds no whole unit. Shard the block with fully_shard, or an "
+                f"activation without a gated product, one of {tuple(a for a in ROWS if a not in GLU)}"
+            )
+        up, down, gate = self.up, self.down, self.hidden_gate
+        shards = Shards.of(
+            x,
+            {
+                "up.weight": (up.weight, 0),
+                "up.bias": (up.bias, 0),
+                "down.weight": (down.weight, 1),
+                "down.bias": (down.bias, None),
+            },
+        )
+        if gates is None:
+            with torch.no_grad():
+                drawn = Gates.from_z(shards.slice(gate().z), full_grad=False)
+            z = attach(shards.slice(gate.log_alpha), drawn, gate.dist).z if gate.training else drawn.z
+        else:
+            z = shards.slice(gates.z)
+        y = gated_mlp(
+            shards.enter(x),
+            [local(up.weight), local(down.weight)],
+            [local(up.bias), None],
+            [None, Gates.from_z(z, full_grad=gates is not None and gates.full_grad)],
+            self.activation,
+            repack_in_backward=self.repack_in_backward,
+        )
+        return shards.leave(y, local(down.bias))
+
     def gate_groups(self) -> Iterator[tuple[HardConcreteGate, Tensor, int]]:
         """|g| = the unit's rows of up with their biases, and its column of down."""
         rows = ROWS[self.activation]
         size = rows * (self.d_model + (self.up.bias is not None)) + self.d_model
-        yield self.hidden_gate, self.hidden_gate.log_alpha, size
+        yield self.hidden_gate, self.hidden_gate.whole(), size
 
     def l2_terms(self) -> Iterator[tuple[HardConcrete, L2Term]]:
         """Both weights and up's bias; down's is ungated and takes no part."""
-        dist, log_alpha, rows = self.hidden_gate.dist, self.hidden_gate.log_alpha, ROWS[self.activation]
+        dist, log_alpha, rows = self.hidden_gate.dist, self.hidden_gate.whole(), ROWS[self.activation]
+        check_not_flat(self.up.weight)
+        check_not_flat(self.down.weight)
         of_up = log_alpha if rows == 1 else log_alpha.repeat(rows)
         yield dist, L2Term(self.down.weight, None, log_alpha)
         yield dist, L2Term(self.up.weight, of_up, None)

@@ -1,6 +1,8 @@
 """The module that owns log_alpha: draws while training, gives the evaluation gate otherwise."""
 
 import math
+import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -11,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..gates import Gates, HardConcrete, attach, eval_gates, sample_gates
 from ..penalty import L2Term
+from . import ranks
 
 EVAL_MODES = ("paper", "median", "topk")
 DEFAULT_DIST = HardConcrete()
@@ -26,6 +29,9 @@ class HardConcreteGate(nn.Module):
         y = second(first(x, out_gates=gates), in_gates=gates)
 
     unless a :class:`GateBank` has drawn them: then every call returns its draw.
+
+    On the ranks of a process group a gate draws alike, from a seed that they agree on at the first draw;
+    :func:`independent_gates_` asks for draws of each rank's own. :func:`agree_on_gates` says more.
 
     log_alpha stays fp32 under ``.half()`` and ``.to(torch.bfloat16)``, whose rounding would swallow its
     updates; ``.double()`` is obeyed.
@@ -47,8 +53,14 @@ class HardConcreteGate(nn.Module):
     n: int
     frozen: bool = False
     """Whether it gives the evaluation gate in train(), too, as in exported models; see :meth:`freeze_`."""
+    independent: bool = False
+    """Whether each rank of a process group draws for itself; a plain attribute."""
     _drawn: Gates | Tensor | None = None
     """Of a GateBank: the detached gates or, where they are not kept, their seed; never copied or saved."""
+    _threads: "_Threads | None" = None
+    """The draws of each thread, once they differ."""
+    _reducer: ranks.Reducer | None = None
+    """What :func:`keep_gates_whole` has set up."""
 
     def __init__(
         self,
@@ -108,34 +120,92 @@ class HardConcreteGate(nn.Module):
     def reset_parameters(self) -> None:
         """log_alpha ~ N(log(1 - d) - log d, 0.01)."""
         nn.init.normal_(self.log_alpha, math.log(1 - self.droprate_init) - math.log(self.droprate_init), 0.01)
+        if self._reducer is not None:
+            self._reducer.share_(self.log_alpha)
 
     def forward(self) -> Gates:
         """Gates with z of shape (n,): drawn with the gradient to log_alpha in train(), detached in eval()."""
         if not self.training:
             return self.eval_gates()
-        drawn = self._drawn
+        drawn = self._held
         if isinstance(drawn, Gates):
-            return attach(self.log_alpha.flatten(), drawn, self.dist)
-        return sample_gates(self.log_alpha.flatten(), seed=drawn, dist=self.dist)
+            return attach(self.gathered().flatten(), drawn, self.dist)
+        return sample_gates(self.gathered().flatten(), seed=self.fresh_seed(), dist=self.dist)
+
+    @property
+    def _held(self) -> Gates | Tensor | None:
+        """What a GateBank has drawn, in this thread if it has drawn in several."""
+        return self._drawn if self._threads is None else self._threads.find(self._drawn)
 
     @property
     def seed(self) -> Tensor | None:
         """(1,) int64: what a GateBank has drawn for a gate per weight, which keeps no z."""
-        return self._drawn if isinstance(self._drawn, Tensor) else None
+        drawn = self._held
+        return drawn if isinstance(drawn, Tensor) else None
 
     @property
     def drawn(self) -> Gates | None:
         """The gates that a GateBank has drawn, detached; a call of the module connects them to log_alpha."""
-        return self._drawn if isinstance(self._drawn, Gates) else None
+        drawn = self._held
+        return drawn if isinstance(drawn, Gates) else None
 
     @property
     def draws(self) -> bool:
         """Whether a forward draws anew: in train(), and no GateBank has drawn."""
-        return self.training and self._drawn is None
+        return self.training and self._held is None
+
+    def fresh_seed(self) -> Tensor | None:
+        """The seed of a draw: a GateBank's, else the ranks', else None for torch's default generator."""
+        drawn = self._held
+        if isinstance(drawn, Tensor):
+            return drawn
+        if self.independent or not ranks.are_several():
+            return None
+        return ranks.fresh_seed(self.log_alpha.device)
+
+    def draws_as(self, other: "HardConcreteGate") -> bool:
+        """Whether both may be drawn in one call: of one distribution, and alike or not on all ranks."""
+        return self.dist == other.dist and self.independent == other.independent
 
     def eval_gates(self) -> Gates:
         """The evaluation gate, whatever the mode of the module; detached."""
-        return eval_gates(self.log_alpha.flatten(), self.eval_mode, dist=self.dist)
+        return eval_gates(self.whole().detach().flatten(), self.eval_mode, dist=self.dist)
+
+    def gathered(self) -> Tensor:
+        """log_alpha as a forward that trains it reads it: this rank has all of it.
+
+        Raises:
+            RuntimeError: it is sharded, and nobody has gathered it for this forward.
+        """
+        log_alpha: Tensor = self.log_alpha
+        if ranks.is_sharded(log_alpha):
+            raise RuntimeError(
+                f"log_alpha of {self} must be whole where it is drawn, got a sharded DTensor: shard the "
+                "container that draws it as one, or keep gates whole: "
+                "fully_shard(model, ignored_params=l0kernels.nn.keep_gates_whole(model))"
+            )
+        return self.whole()
+
+    def whole(self) -> Tensor:
+        """log_alpha as a plain tensor of all gates, outside a forward: gathered from the ranks if sharded.
+
+        The gradient is that of a value which all ranks compute alike.
+
+        Raises:
+            RuntimeError: it is a shard of FullyShardedDataParallel, which only a forward gathers.
+        """
+        log_alpha: Tensor = self.log_alpha
+        if type(log_alpha) is nn.Parameter and log_alpha.numel() == self.n:
+            return log_alpha
+        log_alpha = ranks.whole(log_alpha)
+        if log_alpha.numel() != self.n or ranks.is_released(log_alpha):
+            raise RuntimeError(
+                f"log_alpha must hold {self.n} gates, got a shard: FullyShardedDataParallel has flattened "
+                "and sharded it, and gathers it within a forward only. Keep gates whole: "
+                "FullyShardedDataParallel(model, use_orig_params=True, "
+                "ignored_states=l0kernels.nn.keep_gates_whole(model))"
+            )
+        return log_alpha
 
     def extra_repr(self) -> str:
         shape = tuple(self.log_alpha.shape)
@@ -152,12 +222,50 @@ class HardConcreteGate(nn.Module):
                 return applied
             return tensor.to(applied.device, torch.float32)  # from the source: `applied` is rounded already
 
+        before = self.log_alpha
         super()._apply(keep_precision, recurse)
-        set_drawn(self, None)  # it may be on another device
+        if self._reducer is not None and self.log_alpha is not before:
+            self._reducer.watch(self.log_alpha)
+        for name in OF_A_DRAW:  # it may be on another device
+            self.__dict__.pop(name, None)
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_drawn"}
+        left_out = (*OF_A_DRAW, "_reducer")
+        return {name: value for name, value in self.__dict__.items() if name not in left_out}
+
+
+OF_A_DRAW = ("_drawn", "_drawer", "_threads")
+
+
+class _Thread:
+    """Stands for a thread, and lives as long."""
+
+
+_this = threading.local()
+
+
+def _thread() -> _Thread:
+    try:
+        return _this.thread
+    except AttributeError:
+        _this.thread = _Thread()
+        return _this.thread
+
+
+class _Threads:
+    """What a gate holds in each thread: within a Draw as a context that one's, else what it drew last.
+
+    Threads that have drawn nothing, autograd's own among them, go by the latest draw of all.
+    """
+
+    def __init__(self) -> None:
+        self.within: weakref.WeakKeyDictionary[_Thread, Gates | Tensor | None] = weakref.WeakKeyDictionary()
+        self.drew: weakref.WeakKeyDictionary[_Thread, Gates | Tensor | None] = weakref.WeakKeyDictionary()
+
+    def find(self, latest: Gates | Tensor | None) -> Gates | Tensor | None:
+        thread = _thread()
+        return self.within.get(thread, self.drew.get(thread, latest))
 
 
 def leaves_no_fast_path(gate: nn.Module, args: Any) -> None:
@@ -170,7 +278,49 @@ def leaves_no_fast_path(gate: nn.Module, args: Any) -> None:
 
 def set_drawn(gate: HardConcreteGate, drawn: Gates | Tensor | None) -> None:
     """What a GateBank has drawn, or None; not through Module.__setattr__, which looks into five tables."""
-    gate.__dict__["_drawn"] = drawn
+    state = gate.__dict__
+    if torch.compiler.is_compiling():
+        state["_drawn"] = drawn
+        return
+    thread = _thread()
+    with ranks.lock:
+        threads, drawer = state.get("_threads"), state.get("_drawer", thread)
+        if threads is not None or drawer is not thread:
+            threads = _Threads() if threads is None else threads
+            threads.drew.setdefault(drawer, state.get("_drawn"))
+            threads.drew[thread] = drawn
+            state["_threads"] = threads
+        state["_drawer"], state["_drawn"] = thread, drawn
+
+
+def enter(gate: HardConcreteGate, drawn: Gates | Tensor | None) -> list[Gates | Tensor | None]:
+    """Has `gate` hold `drawn` in this thread; returns what :func:`leave` needs."""
+    if torch.compiler.is_compiling():
+        before = [gate._drawn]
+        gate.__dict__["_drawn"] = drawn
+        return before
+    with ranks.lock:
+        threads = gate.__dict__.setdefault("_threads", _Threads())
+        before = [threads.within[_thread()]] if _thread() in threads.within else []
+        threads.within[_thread()] = drawn
+    return before
+
+
+def leave(gate: HardConcreteGate, before: list[Gates | Tensor | None]) -> None:
+    """Has `gate` hold what it held before :func:`enter`."""
+    if torch.compiler.is_compiling():
+        gate.__dict__["_drawn"] = before[0]
+        return
+    with ranks.lock:
+        threads = gate._threads
+        if threads is None:  # the gate has moved meanwhile
+            return
+        if before:
+            threads.within[_thread()] = before[0]
+        else:
+            threads.within.pop(_thread(), None)
+            if not threads.within and not threads.drew:
+                del gate.__dict__["_threads"]
 
 
 class GatedLayer:
@@ -220,7 +370,7 @@ def watch_attention() -> None:
 
 
 def draw(gates: Sequence[HardConcreteGate | None]) -> list[Gates | None]:
-    """Draws each distinct gate once, those that draw in one `sample_gates` call (one per distribution).
+    """Draws each distinct gate once, those that draw in one `sample_gates` call (one per kind of draw).
 
     Args:
         gates: None stands for "ungated" and stays None. The stream of a gate is its position among the
@@ -234,8 +384,10 @@ def draw(gates: Sequence[HardConcreteGate | None]) -> list[Gates | None]:
     while pending:
         first = pending[0]
         if first.draws:
-            group = [gate for gate in pending if gate.draws and gate.dist == first.dist]
-            samples = sample_gates([gate.log_alpha for gate in group], dist=first.dist)
+            group = [gate for gate in pending if gate.draws and gate.draws_as(first)]
+            samples = sample_gates(
+                [gate.gathered() for gate in group], seed=first.fresh_seed(), dist=first.dist
+            )
         else:
             group, samples = [first], [first.forward()]
         if len(group) == len(gates):

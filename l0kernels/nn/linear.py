@@ -11,6 +11,7 @@ from ..linear import drawn_linear, gated_linear, l0_linear
 from ..masked_linear import block_linear, masked_linear
 from ..penalty import L2Term
 from .gate import DEFAULT_DIST, GatedLayer, HardConcreteGate, draw
+from .ranks import check_not_flat, released, whole
 
 Gating = str | tuple[int, int] | None
 
@@ -152,8 +153,10 @@ class L0Linear(GatedLayer, nn.Linear):
                 self.bias,
                 in_log_alpha=None if in_gate is None else in_gate.log_alpha,
                 out_log_alpha=None if out_gate is None else out_gate.log_alpha,
+                seed=gate.fresh_seed(),
                 dist=gate.dist,
             )
+        in_gates, out_gates = released(in_gates), released(out_gates)
         drawn = _drawn(in_gate, out_gate) if in_gates is None and out_gates is None else None
         if gate is not None and drawn is not None:
             in_log_alpha = None if in_gate is None else in_gate.log_alpha
@@ -196,7 +199,7 @@ class L0Linear(GatedLayer, nn.Linear):
             self.bias,
             gate.log_alpha,
             block=self.block,
-            seed=gate.seed if gate.training else None,
+            seed=gate.fresh_seed() if gate.training else None,
             mode=None if gate.training else gate.eval_mode,
             dist=gate.dist,
         )
@@ -205,11 +208,11 @@ class L0Linear(GatedLayer, nn.Linear):
         """|g| = out_features (input gate), in_features + 1 for a bias (output gate), or the block's area."""
         in_gate, out_gate, weight_gate = self.in_gate, self.out_gate, self.weight_gate
         if in_gate is not None:
-            yield in_gate, in_gate.log_alpha, self.out_features
+            yield in_gate, in_gate.whole(), self.out_features
         if out_gate is not None:
-            yield out_gate, out_gate.log_alpha, self.in_features + (self.bias is not None)
+            yield out_gate, out_gate.whole(), self.in_features + (self.bias is not None)
         if weight_gate is not None:
-            for log_alpha, area in self._blocks(weight_gate.log_alpha):
+            for log_alpha, area in self._blocks(weight_gate.whole()):
                 yield weight_gate, log_alpha, area
 
     def l2_terms(self) -> Iterator[tuple[HardConcrete, L2Term]]:
@@ -219,13 +222,14 @@ class L0Linear(GatedLayer, nn.Linear):
     def l2_rest(self, weight_decay: float) -> Tensor | None:
         """All of a layer with weight gates; p - p^2 of the weights where a gate meets itself."""
         if self.weight_gate is not None:
-            p_open = self.spread(self.weight_gate.dist.p_open(self.weight_gate.log_alpha))
-            return weight_decay / 2 * (p_open * squares(self.weight)).sum()
+            check_not_flat(self.weight)
+            p_open = self.spread(self.weight_gate.dist.p_open(self.weight_gate.whole()))
+            return weight_decay / 2 * (p_open * squares(whole(self.weight))).sum()
         gate = self.in_gate
         if gate is None or gate is not self.out_gate:
             return None
-        p_open = gate.dist.p_open(gate.log_alpha)
-        return weight_decay / 2 * ((p_open - p_open**2) * squares(self.weight.diagonal())).sum()
+        p_open = gate.dist.p_open(gate.whole())
+        return weight_decay / 2 * ((p_open - p_open**2) * squares(whole(self.weight).diagonal())).sum()
 
     def _blocks(self, log_alpha: Tensor) -> Iterator[tuple[Tensor, int]]:
         """log_alpha split by the area of its blocks: those at the lower and right edge may be cropped."""
@@ -292,8 +296,9 @@ def two_sided_terms(
     gate = in_gate or out_gate
     if gate is None:
         return
-    out = None if out_gate is None else out_gate.log_alpha
-    yield gate.dist, L2Term(weight, out, None if in_gate is None else in_gate.log_alpha, groups)
+    check_not_flat(weight)
+    out = None if out_gate is None else out_gate.whole()
+    yield gate.dist, L2Term(weight, out, None if in_gate is None else in_gate.whole(), groups)
     if out is not None and bias is not None:
         yield gate.dist, L2Term(bias, out, None)
 
@@ -321,6 +326,7 @@ def _fusible(in_gate: HardConcreteGate | None, out_gate: HardConcreteGate | None
         in_gate is not out_gate
         and (in_gate is None or in_gate.draws)
         and (out_gate is None or out_gate.draws)
+        and (in_gate is None or out_gate is None or in_gate.independent == out_gate.independent)
     )
 
 

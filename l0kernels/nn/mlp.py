@@ -11,6 +11,7 @@ from ..gates import Gates, HardConcrete
 from ..mlp import drawn_mlp, gated_mlp, l0_mlp
 from .gate import DEFAULT_DIST, draw
 from .linear import L0Linear, copy_parameters_, is_only_weight
+from .ranks import held, is_sharded, released
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {
     "relu": nn.ReLU,
@@ -29,7 +30,8 @@ class L0MLP(nn.Module):
     The torch equivalent is ``nn.Sequential(nn.Linear(..), act, .., nn.Linear(..))`` with multiplications by
     z in between; the products here run over open x open units only. The layers are `layers[0]`,
     `layers[1]`, ... (:class:`L0Linear`), computed together. Where one of them has hooks (``prune`` and the
-    old ``weight_norm`` of torch.nn.utils are hooks) or is another module, they are called one by one.
+    old ``weight_norm`` of torch.nn.utils are hooks), is another module, or is sharded by FSDP, they are
+    called one by one, which gives up the packing. Shard the L0MLP as one.
 
     Args:
         sizes: features from input to output, at least two.
@@ -146,14 +148,15 @@ class L0MLP(nn.Module):
         Returns:
             (..., sizes[-1]).
         """
-        layers = self.layers
+        layers = [*self.layers]
+        gates = None if gates is None else [*map(released, gates)]
         if not all(map(is_only_weight, layers)):
-            return self._one_by_one(x, self.draw() if gates is None else gates)
+            return self._one_by_one(x, gates)
         weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
         if gates is None:
             sources = [layer.in_gate for layer in layers]
             present = [gate for gate in sources if gate is not None]
-            if present and all(gate.training and gate.dist == present[0].dist for gate in present):
+            if present and all(gate.training and gate.draws_as(present[0]) for gate in present):
                 # One autograd node for gates and products.
                 log_alphas = [None if gate is None else gate.log_alpha for gate in sources]
                 drawn = [None if gate is None else gate.drawn for gate in sources]
@@ -169,6 +172,7 @@ class L0MLP(nn.Module):
                         biases,
                         log_alphas,
                         self.activation,
+                        seed=present[0].fresh_seed(),
                         dist=dist,
                         repack_in_backward=self.repack_in_backward,
                     )
@@ -181,11 +185,16 @@ class L0MLP(nn.Module):
             repack_in_backward=self.repack_in_backward,
         )
 
-    def _one_by_one(self, x: Tensor, gates: Sequence[Gates | None]) -> Tensor:
+    def _one_by_one(self, x: Tensor, gates: Sequence[Gates | None] | None) -> Tensor:
+        """The same, each layer called by itself: for its hooks, or for FSDP to gather its parameters."""
         activation = ACTIVATIONS[self.activation]()
-        for i, (layer, drawn) in enumerate(zip(self.layers, gates, strict=True)):
-            x = activation(x) if i else x
-            x = layer(x) if drawn is None else layer(x, drawn)
+        sources = [getattr(layer, "in_gate", None) for layer in self.layers]
+        if gates is None and any(gate is not None and is_sharded(gate.log_alpha) for gate in sources):
+            gates = [None] * len(sources)  # within its call each layer draws for itself
+        gates = self.draw() if gates is None else gates
+        for l, (layer, drawn) in enumerate(zip(self.layers, gates, strict=True)):
+            x = activation(x) if l else x
+            x = layer(x) if drawn is None else layer(x, held(layer, drawn))
         return x
 
     def extra_repr(self) -> str:

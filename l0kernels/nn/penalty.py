@@ -1,6 +1,7 @@
 """The penalty of a whole model, the clamp of its gates, and its parameters in optimiser groups."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch.utils.hooks import RemovableHandle
 from ..gates import HardConcrete
 from ..penalty import L2Term, coupled_penalty, l0_penalty
 from .gate import GatedLayer, HardConcreteGate, gate_modules, is_frozen, refuse_bypassed
+from .ranks import is_sharded, l2_of_shards
 
 LIMIT = math.log(100)
 
@@ -27,6 +29,8 @@ def penalty(model: nn.Module, *, weight_decay: float = 0.0) -> Tensor:
 
     One autograd node for the whole model (one per distribution), which reads every weight once; weight and
     block gates, and a gate on both sides of one layer, take a few operations of torch more for their weights.
+    Of sharded parameters (DTensor) log_alpha is gathered, and each rank sums over what it holds of a weight:
+    all ranks call this alike, and have the same value. FullyShardedDataParallel's flat shards are refused.
 
     Args:
         model: any module with gates in it.
@@ -38,6 +42,8 @@ def penalty(model: nn.Module, *, weight_decay: float = 0.0) -> Tensor:
     Raises:
         ValueError: no gate in the model, weight_decay out of range, or a gated layer as out_proj of a
             ``torch.nn.MultiheadAttention``, which would not call it.
+        RuntimeError: FullyShardedDataParallel has sharded a gate or, with weight_decay, a weight; see
+            :func:`keep_gates_whole`.
     """
     if not 0 <= weight_decay < math.inf:
         raise ValueError(f"weight_decay must be finite and >= 0, got {weight_decay!r}")
@@ -57,10 +63,15 @@ def penalty(model: nn.Module, *, weight_decay: float = 0.0) -> Tensor:
         raise ValueError(f"model must contain gates, got a {type(model).__name__} without any")
     groups = [group for layer in layers for group in layer.gate_groups() if not group[0].frozen]
     owned = {gate for gate, _, _ in groups}
-    groups += [(gate, gate.log_alpha, 1) for gate in gates if gate not in owned]
+    groups += [(gate, gate.whole(), 1) for gate in gates if gate not in owned]
 
     terms = [term for layer in layers for term in layer.l2_terms()] if weight_decay else []
+    sharded = [term for term in terms if is_sharded(term[1].weight)]
+    if sharded:
+        terms = [term for term in terms if not is_sharded(term[1].weight)]
     total = _by_dist(groups, terms, weight_decay, groups[0][0].dist)
+    for dist, (weight, out, in_, n_groups) in sharded:
+        total = total + l2_of_shards(weight, weight_decay, out, in_, n_groups, dist)
     for layer in layers if weight_decay else []:
         rest = layer.l2_rest(weight_decay)
         total = total if rest is None else total + rest
@@ -134,7 +145,7 @@ def clamp_after_step(
 
 
 def gate_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """The log_alpha of every gate, once each: an optimiser group of their own, without weight decay."""
+    """The log_alpha of every gate, once each; :func:`parameter_groups` makes an optimiser group of them."""
     return [gate.log_alpha for gate in gate_modules(model)]
 
 
@@ -144,14 +155,66 @@ def weight_parameters(model: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in model.parameters() if id(parameter) not in gates]
 
 
+def parameter_groups(
+    model: nn.Module,
+    *,
+    gate_lr: float | None = None,
+    weight_decay: float | None = None,
+    no_decay: Callable[[str, nn.Parameter], bool] | None = None,
+) -> list[dict[str, Any]]:
+    """Optimiser groups of a model: its weights, and its gates without weight decay and with their own rate.
+
+    ::
+
+        optimizer = torch.optim.AdamW(parameter_groups(model, gate_lr=1e-2, weight_decay=0.1), lr=1e-3)
+
+    Decay of log_alpha pulls every gate towards P(z > 0) = .83, against the penalty. An optimiser over
+    ``model.parameters()`` does that, and so does the Trainer of transformers, which spares biases and norms
+    only. Give it an optimiser, ``Trainer(..., optimizers=(optimizer, None))``, or override its
+    ``create_optimizer``.
+
+    Args:
+        model: any module.
+        gate_lr: the learning rate of the gates; None: the optimiser's.
+        weight_decay: of the weights; None: the optimiser's. That of the gates is 0.
+        no_decay: (name, parameter) -> whether a weight is not to decay either, ``lambda name, p: p.ndim < 2``
+            for biases and norms.
+
+    Returns:
+        Up to three groups, in this order, each only if it has parameters: weights, weights without decay,
+        gates. Every parameter of the model is in one of them, once, in the order of ``model.parameters()``,
+        frozen ones included. "name" of each group says which it is: "weights", "no_decay", "gates".
+
+    Raises:
+        ValueError: gate_lr or weight_decay is negative or not finite.
+    """
+    for name, value in (("gate_lr", gate_lr), ("weight_decay", weight_decay)):
+        if value is not None and not 0 <= value < math.inf:
+            raise ValueError(f"{name} must be finite and >= 0, got {value!r}")
+    gates = {id(log_alpha) for log_alpha in gate_parameters(model)}
+    groups: dict[str, dict[str, Any]] = {
+        "weights": {} if weight_decay is None else {"weight_decay": weight_decay},
+        "no_decay": {"weight_decay": 0.0},
+        "gates": {"weight_decay": 0.0} if gate_lr is None else {"weight_decay": 0.0, "lr": gate_lr},
+    }
+    for name, parameter in model.named_parameters():
+        if id(parameter) in gates:
+            kind = "gates"
+        else:
+            kind = "no_decay" if no_decay is not None and no_decay(name, parameter) else "weights"
+        groups[kind].setdefault("params", []).append(parameter)
+    return [group | {"name": kind} for kind, group in groups.items() if "params" in group]
+
+
 def _check_limit(limit: float) -> None:
     if not limit > 0:
         raise ValueError(f"limit must be > 0, got {limit!r}")
 
 
 def _clamp(gates: list[HardConcreteGate], limit: float) -> None:
-    log_alphas: list[Tensor] = [gate.log_alpha for gate in gates]
-    if log_alphas:
-        with torch.no_grad():
-            torch._foreach_clamp_min_(log_alphas, -limit)  # two calls for the whole model, not one a gate
-            torch._foreach_clamp_max_(log_alphas, limit)
+    for sharded in (False, True):  # torch takes no lists with both
+        log_alphas: list[Tensor] = [gate.log_alpha for gate in gates if is_sharded(gate.log_alpha) == sharded]
+        if log_alphas:
+            with torch.no_grad():
+                torch._foreach_clamp_min_(log_alphas, -limit)  # two calls for the whole model, not one a gate
+                torch._foreach_clamp_max_(log_alphas, limit)

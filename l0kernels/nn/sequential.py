@@ -21,6 +21,7 @@ from .conv import L0Conv1d, L0Conv2d
 from .gate import HardConcreteGate, draw
 from .linear import L0Linear, is_hooked, is_only_weight
 from .mlp import L0MLP
+from .ranks import held
 from .steps import (
     UNKNOWN,
     activation_name,
@@ -407,7 +408,7 @@ class _Forward:
         if not is_conv2d(layer) or is_hooked(layer) or not _packs(x):
             x = _dense(x)
             if isinstance(layer, L0Conv1d | L0Conv2d):
-                return layer(x, in_gates, out_gates, support)
+                return layer(x, held(layer, in_gates), held(layer, out_gates), held(layer, support))
             return layer(x)
         padding: Any = layer.padding
         if layer.padding_mode != "zeros":
@@ -450,7 +451,7 @@ class _Forward:
         weight_gated = gated is not None and gated.weight_gate is not None
         if not isinstance(x, _Flat) or is_hooked(layer) or weight_gated:
             x = _dense(x)
-            return layer(x) if gated is None else gated(x, in_gates, out_gates)
+            return layer(x) if gated is None else gated(x, held(gated, in_gates), held(gated, out_gates))
         weight, bias = layer.weight, layer.bias
         return gated_linear(x.data, weight, bias, in_gates=x.within(in_gates), out_gates=out_gates)
 
@@ -459,7 +460,7 @@ class _Forward:
         biases: list[Tensor | None] = [layer.bias for layer in op.layers]
         own: list[HardConcreteGate | None] = [own_gate(layer, "in_gate") for layer in op.layers]
         if is_hooked(op.module) or not all(map(is_only_weight, op.layers)):
-            return op.module(_dense(x), [*map(self.gates, own)])
+            return op.module(_dense(x), [held(op.module, gates) for gates in map(self.gates, own)])
         if isinstance(x, _Flat):
             first: Gates | None = x.within(self.gates(own[0]))
         else:

@@ -79,7 +79,8 @@ def check_log_alpha(name: str, value: Any, ndim: int | None = None) -> None:
     if value.dtype not in GATE_DTYPES:
         raise TypeError(
             f"{name} must be float32 or float64, got {value.dtype}: gate parameters lose their updates in "
-            "lower precision, so they stay float32 in a model of any dtype"
+            "lower precision, so they stay float32 in a model of any dtype (under FSDP's mixed precision: "
+            "l0kernels.nn.keep_gates_whole)"
         )
     if ndim is not None and value.ndim != ndim:
         raise ValueError(f"{name} must have {ndim} dimension(s), got shape {tuple(value.shape)}")
