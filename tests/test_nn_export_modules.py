@@ -342,6 +342,84 @@ class LambdaForward(Base):
         return self.b(self.a(x)) * (lambda layer: layer.weight.sum())(self.a)
 
 
+class Helper(T.Module):
+    def forward(self, layer, x):
+        return F.linear(x, layer.weight)
+
+
+class HandsALayer(Base):
+    """Another module multiplies by the weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.helper = Helper()
+
+    def forward(self, x):
+        return self.b(self.helper(self.a, x))
+
+
+class Scale(T.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = T.Parameter(torch.rand(6))
+
+    def forward(self, x):
+        return x * self.weight
+
+
+class Encoder(T.Module):
+    """As in transformers: a parameter of its own, blocks in a list, the first row at the end."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = Scale()
+        self.blocks = T.ModuleList([nn.L0FeedForward(6, 9), nn.L0MLP((6, 7, 6)), Calls()])
+        self.head = nn.L0Linear(6, 6, gate="both")
+
+    def forward(self, x):
+        x = self.norm(x)[:, None].expand(-1, 3, -1)
+        for block in self.blocks:
+            x = x + block(x).to(self.head.weight.dtype)
+        return self.head(x[:, 0])
+
+
+class DrawsByItself(Base):
+    def __init__(self):
+        super().__init__()
+        self.bank = nn.GateBank(self)
+
+    def forward(self, x):
+        self.bank.draw()
+        return self.b(self.a(x))
+
+
+class HandsADraw(Owner):
+    def forward(self, x):
+        return self.chain(x, self.chain.draw()) + self.packed(x, {})
+
+
+class HoldsAFunction(Base):
+    def __init__(self):
+        super().__init__()
+        self.product = product
+
+    def forward(self, x):
+        return self.b(self.product(x, self.a))
+
+
+def twice(forward):
+    def run(self, x):
+        return 2 * forward(self, x)
+
+    return run
+
+
+class Decorated(Base):
+    @twice
+    def forward(self, x):
+        return F.linear(self.a(x), self.b.weight)
+
+
 class Keywords(Owner):
     def forward(self, x):
         return self.a_call(x=x)
@@ -366,6 +444,8 @@ SMALLER = [
     InAPythonList,
     OfChanged,
     Keywords,
+    Encoder,
+    DrawsByItself,
 ]
 SAME = [
     ReadsShape,
@@ -385,8 +465,11 @@ SAME = [
     SupportsConvolution,
     ReadsMore,
     LambdaForward,
+    HandsADraw,
+    HoldsAFunction,
+    Decorated,
 ]
-EITHER = [InAListOfLists]
+EITHER = [InAListOfLists, HandsALayer]
 
 
 @pytest.mark.parametrize("kind", SMALLER + SAME + EITHER)

@@ -9,6 +9,7 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
+from .bank import GateBank
 from .batch_norm import L0BatchNorm2d
 from .chain import (
     Gates,
@@ -27,8 +28,8 @@ from .feed_forward import L0FeedForward
 from .gate import GatedLayer, HardConcreteGate, gate_modules, leaves_no_fast_path
 from .linear import L0Linear
 from .mlp import L0MLP
-from .reads import Reads, is_foreign, reads_of
 from .ranks import gathered
+from .reads import Reads, is_foreign, reads_of
 from .sequential import L0Residual, L0Sequential, Value, is_residual, is_sequential
 from .steps import UNKNOWN, is_conv, is_linear, is_norm, own_gate, unit_dim, units_in, units_out
 
@@ -255,7 +256,8 @@ class _Export:
         # Memos of deepcopy: what is in them appears in later copies, so that sharing survives.
         self._kept: dict[int, Any] = {}
         self._around: dict[nn.Module, list[tuple[nn.Module, str]]] = {}
-        self._reads: dict[nn.Module, Reads] = {}
+        self._reads: dict[nn.Module, Reads] = {}  # of the forwards around each module
+        self._all_reads = Reads()
         for part in model.modules():
             for value in (*part._parameters.values(), *part._buffers.values()):
                 if value is not None:
@@ -265,7 +267,10 @@ class _Export:
                     self._around.setdefault(child, []).append((part, name))
             if _is_foreign(part):
                 reads = reads_of(part)
-                reads.gates |= any(isinstance(child, HardConcreteGate) for child in part.children())
+                kinds = {type(child) for child in part.children()}
+                reads.gates |= any(issubclass(kind, HardConcreteGate) for kind in kinds)
+                reads.gates |= "draw" in reads.called and GateBank not in kinds
+                self._all_reads.add(reads)
                 for inner in part.modules():
                     self._reads.setdefault(inner, Reads()).add(reads)
         for part in model.modules():
@@ -313,7 +318,14 @@ class _Export:
             if not (is_product(module) or is_norm(module)):
                 return True
             reads = self._reads.get(module)
-            return reads is not None and (reads.gates or reads.weights or _has_more(module))
+            if reads is None:
+                return False
+            if any(
+                name in reads.names or isinstance(parent, (*LISTS, nn.Sequential))
+                for parent, name in self._around[module]
+            ):  # it may be handed to somebody else
+                reads = self._all_reads
+            return reads.gates or reads.weights or _has_more(module)
         return not self._is_only_called(module)
 
     def _is_only_called(self, module: nn.Module) -> bool:
@@ -324,7 +336,8 @@ class _Export:
         if reads.gates or reads.any_module:
             return False
         contents = next((names for kind, names in CONTENTS.items() if isinstance(module, kind)), set())
-        untouched = not contents & (reads.names | reads.called) and not reads.opens
+        untouched = not contents & (reads.names | reads.called)
+        untouched = untouched and not (is_sequential(module) and reads.opens)
         for parent, name in self._around.get(module, ()):
             if _is_foreign(parent) and name in reads.names:
                 return False

@@ -343,7 +343,8 @@ def refuse_bypassed(attention: nn.Module, args: Any = None) -> None:
     """ValueError if torch's attention has a gated out_proj, whose weight it reads without calling it."""
     layer = attention._modules.get("out_proj")
     forward = type(attention).forward
-    calls = forward is not nn.MultiheadAttention.forward and "out_proj" in forward.__code__.co_names
+    code = getattr(forward, "__code__", None)
+    calls = forward is not nn.MultiheadAttention.forward and code is not None and "out_proj" in code.co_names
     if calls or layer is None or not any(isinstance(part, HardConcreteGate) for part in layer.modules()):
         return
     raise ValueError(

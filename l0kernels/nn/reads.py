@@ -6,9 +6,9 @@ hands gates around, needs the layers themselves. Which it is stands in its bytec
 
 import dis
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from types import CodeType, FunctionType, MethodType, ModuleType
+from types import CellType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 from torch import nn
@@ -18,7 +18,7 @@ KIND = {"device", "dtype", "is_cuda", "requires_grad"}
 WEIGHTS = {"weight", "bias"}
 ALL_WEIGHTS = {"_parameters", "get_parameter", "named_parameters", "parameters", "state_dict"}
 GATES = {"Gates", "eval_gates", "from_z", "hidden_gate", "in_gate", "log_alpha", "out_gate", "sample_gates"}
-GATES |= {"in_gates", "out_gates", "out_support", "drawn", "weight_gate"}
+GATES |= {"gates", "in_gates", "out_gates", "out_support", "drawn", "weight_gate"}
 ANY_MODULE = {"__dict__", "_modules", "children", "get_submodule", "getattr", "modules", "named_children"}
 ANY_MODULE |= {"named_modules", "vars"}
 KINDS = {"GatedLayer", "HardConcreteGate", "L0BatchNorm2d", "L0Conv1d", "L0Conv2d", "L0FeedForward"}
@@ -67,32 +67,39 @@ def reads_of(module: nn.Module) -> Reads:
     reads = Reads()
     hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
     for function in (getattr(module, "forward", None), *hooks):
-        for code in _codes(function, type(module), set()):
+        for code in _codes(function, module, set()):
             _read(code, reads)
     return reads
 
 
-def _codes(function: Any, owner: type, seen: set[CodeType]) -> Iterator[CodeType]:
+def _codes(function: Any, owner: nn.Module, seen: set[CodeType]) -> Iterator[CodeType]:
     """The code of a function and of the Python functions that it names, those of torch left out."""
     if isinstance(function, property):
         function = function.fget
     function = getattr(function, "__func__", function)  # of methods, class and static ones included
     function = getattr(function, "__wrapped__", function)
-    if not isinstance(function, FunctionType | MethodType | Callable):
-        return
     code = getattr(function, "__code__", None)
     package = (getattr(function, "__module__", None) or "").partition(".")[0]
     if code is None or code in seen or package in ("torch", "l0kernels"):
         return
-    yield from _with_inner(code, seen)
-    names = {name for inner in [*seen] for name in inner.co_names}
-    known = getattr(function, "__globals__", {})
-    found = [known.get(name) for name in names]
-    spaces = [value for value in found if isinstance(value, ModuleType)]
-    for name in names:
-        for value in (getattr(owner, name, None), known.get(name), *(getattr(m, name, None) for m in spaces)):
-            if isinstance(value, FunctionType | MethodType | property):
-                yield from _codes(value, owner, seen)
+    own = [*_with_inner(code, seen)]
+    yield from own
+    names = {name for inner in own for name in inner.co_names}
+    spaces = [getattr(function, "__globals__", {}), vars(owner)]
+    spaces += [vars(value) for name in names if isinstance(value := spaces[0].get(name), ModuleType)]
+    found = [getattr(type(owner), name, None) for name in names]
+    found += [space.get(name) for space in spaces for name in names]
+    found += [cell.cell_contents for cell in getattr(function, "__closure__", None) or () if _is_filled(cell)]
+    for value in found:
+        if isinstance(value, FunctionType | MethodType | property):
+            yield from _codes(value, owner, seen)
+
+
+def _is_filled(cell: CellType) -> bool:
+    try:
+        return cell.cell_contents is not None
+    except ValueError:
+        return False
 
 
 def _with_inner(code: CodeType, seen: set[CodeType]) -> Iterator[CodeType]:
@@ -114,18 +121,22 @@ def _read(code: CodeType, reads: Reads) -> None:
         reads.weights |= bool(words & WEIGHTS)
     steps = [step for step in dis.get_instructions(code) if step.opname not in SILENT]
     for at, step in enumerate(steps):
-        name, before, behind = step.argval, steps[at - 1] if at else step, steps[at + 1 : at + 3]
+        name, behind = step.argval, steps[at + 1 : at + 3]
         if step.opname in ("LOAD_ATTR", "LOAD_METHOD"):
             called = step.opname == "LOAD_METHOD" or (METHOD_BIT and bool((step.arg or 0) & 1))
             (reads.called if called else reads.names).add(name)
             if name in WEIGHTS and not called:
-                reads.weights |= not _is_harmless(steps, at, behind)
+                reads.weights |= not (_is_harmless(steps, at, behind) or _is_own(steps[at - 1]))
             elif name in ALL_WEIGHTS:
                 reads.weights |= not _is_first(steps, at)
         elif step.opname in ("GET_ITER", "BINARY_SUBSCR", "BINARY_SLICE") or step.argrepr == "[]":
+            if _is_tuple(steps[at - 1]):  # an index of tensors only
+                continue
+            back = at - 1 if step.opname == "GET_ITER" else at - 2
+            while back > 0 and steps[back].opname.startswith("CALL"):  # enumerate(self.blocks)
+                back -= 1
             # Of what `self.blocks[i]` and `for block in self.blocks` take apart the name is known.
-            opened = steps[at - 1 if step.opname == "GET_ITER" else at - 2] if at > 1 else before
-            reads.opens |= not opened.opname.startswith("LOAD_ATTR")
+            reads.opens |= steps[max(back, 0)].opname not in ("LOAD_ATTR", "LOAD_CONST")
 
 
 def _is_harmless(steps: list[dis.Instruction], at: int, behind: list[dis.Instruction]) -> bool:
@@ -137,6 +148,15 @@ def _is_harmless(steps: list[dis.Instruction], at: int, behind: list[dis.Instruc
     if len(behind) > 1 and behind[0].argval is None and behind[1].opname == "IS_OP":
         return True
     return _argument_of(steps, at, "isinstance")
+
+
+def _is_own(step: dis.Instruction) -> bool:
+    """Whether the attribute loaded next is the module's own, and of no layer in it."""
+    return step.opname.startswith("LOAD_FAST") and step.argval == "self"
+
+
+def _is_tuple(step: dis.Instruction) -> bool:
+    return step.opname == "BUILD_TUPLE" or isinstance(step.argval, tuple)
 
 
 def _is_first(steps: list[dis.Instruction], at: int) -> bool:
