@@ -136,7 +136,8 @@ def _read(code: CodeType, reads: Reads) -> None:
             while back > 0 and steps[back].opname.startswith("CALL"):  # enumerate(self.blocks)
                 back -= 1
             # Of what `self.blocks[i]` and `for block in self.blocks` take apart the name is known.
-            reads.opens |= steps[max(back, 0)].opname not in ("LOAD_ATTR", "LOAD_CONST")
+            known = steps[max(back, 0)].opname in ("LOAD_ATTR", "LOAD_CONST")
+            reads.opens |= not known or _is_pair(steps[at - 1])
 
 
 def _is_harmless(steps: list[dis.Instruction], at: int, behind: list[dis.Instruction]) -> bool:
@@ -152,11 +153,17 @@ def _is_harmless(steps: list[dis.Instruction], at: int, behind: list[dis.Instruc
 
 def _is_own(step: dis.Instruction) -> bool:
     """Whether the attribute loaded next is the module's own, and of no layer in it."""
-    return step.opname.startswith("LOAD_FAST") and step.argval == "self"
+    last = step.argval[-1] if _is_pair(step) else step.argval
+    return step.opname.startswith("LOAD_FAST") and last == "self"
+
+
+def _is_pair(step: dis.Instruction) -> bool:
+    """Whether it loads two variables at once, as Python 3.13 does."""
+    return step.opname.startswith("LOAD_FAST") and isinstance(step.argval, tuple)
 
 
 def _is_tuple(step: dis.Instruction) -> bool:
-    return step.opname == "BUILD_TUPLE" or isinstance(step.argval, tuple)
+    return step.opname == "BUILD_TUPLE" or (step.opname == "LOAD_CONST" and isinstance(step.argval, tuple))
 
 
 def _is_first(steps: list[dis.Instruction], at: int) -> bool:
