@@ -720,6 +720,30 @@ def test_parametrized_models():
     assert parametrize.is_parametrized(small.c)  # without gates it goes on
 
 
+def test_parametrized_layers_of_chains():
+    for make, name in ((lambda: nn.L0MLP((6, 8, 6)), "layers.1"), (lambda: nn.L0FeedForward(6, 8), "up")):
+        model, twin, x = spread(make()), make(), torch.randn(5, 6)
+        twin.load_state_dict(model.state_dict())
+        parametrizations.weight_norm(model.get_submodule(name))
+        with torch.no_grad():
+            model.get_submodule(name).parametrizations.weight.original0.mul_(2)
+            twin.get_submodule(name).weight.mul_(2)
+        torch.manual_seed(1)
+        y = model(x)
+        torch.manual_seed(1)
+        torch.testing.assert_close(y, twin(x))
+        torch.testing.assert_close(nn.export(model)(x), twin.eval()(x))
+
+
+@pytest.mark.filterwarnings("ignore:torch", "ignore:.*deprecat")
+def test_a_quantized_layer_of_a_block_is_called():
+    block, x = spread(nn.L0FeedForward(6, 8, "swiglu")).eval(), torch.randn(5, 6)
+    quantized = torch.ao.quantization.quantize_dynamic(copy.deepcopy(block), {T.Linear})
+    assert type(quantized.up) is not T.Linear
+    expected = block(x)
+    torch.testing.assert_close(quantized(x), expected, rtol=0, atol=0.05 * expected.abs().max().item())
+
+
 def test_hooks():
     seen = []
     names = "body.0", "chain.layers.1", "block.up", "packed"

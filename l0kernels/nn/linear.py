@@ -35,6 +35,10 @@ class L0Linear(GatedLayer, nn.Linear):
     arguments, weight, bias and their initialisation are those of ``torch.nn.Linear``; its state_dict loads
     with ``strict=False``, and :meth:`from_dense` copies a trained layer.
 
+    The gates act where the layer is called. ``torch.nn.TransformerEncoderLayer`` does so, and for that leaves
+    aside its fused kernel of eval(); ``torch.nn.MultiheadAttention`` reads the weight of out_proj and calls
+    nothing: there a gated layer is a ValueError at the first forward.
+
     Args:
         in_features, out_features, bias, device, dtype: as in ``torch.nn.Linear``.
         gate: what is gated, see the table.
