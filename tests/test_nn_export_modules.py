@@ -420,6 +420,11 @@ class Decorated(Base):
         return F.linear(self.a(x), self.b.weight)
 
 
+class NamesItsInput(Owner):
+    def forward(self, x):
+        return self.chain(x=x) + self.block(x=x)
+
+
 class Keywords(Owner):
     def forward(self, x):
         return self.a_call(x=x)
@@ -443,7 +448,6 @@ SMALLER = [
     UsedTwice,
     InAPythonList,
     OfChanged,
-    Keywords,
     Encoder,
     DrawsByItself,
 ]
@@ -466,6 +470,8 @@ SAME = [
     ReadsMore,
     LambdaForward,
     HandsADraw,
+    NamesItsInput,
+    Keywords,
     HoldsAFunction,
     Decorated,
 ]
@@ -742,6 +748,16 @@ def test_a_quantized_layer_of_a_block_is_called():
     assert type(quantized.up) is not T.Linear
     expected = block(x)
     torch.testing.assert_close(quantized(x), expected, rtol=0, atol=0.05 * expected.abs().max().item())
+
+
+def test_where_there_is_no_gradient_or_no_value():
+    model, x = spread(Calls()), torch.randn(5, 6)
+    with torch.inference_mode():
+        small = nn.export(model)
+    small(x).sum().backward()
+    assert all(p.grad is not None for p in small.parameters())
+    with pytest.raises(ValueError, match="model must hold values, got gates on the meta device"):
+        nn.export(model.to("meta"))
 
 
 def test_hooks():

@@ -204,11 +204,13 @@ def export(model: nn.Module, *, batched: bool = True) -> nn.Module:
         and goes through ``torch.export`` if the modules of other kinds in it do.
 
     Raises:
-        ValueError: a NaN in a log_alpha, or a gated layer as out_proj of a ``torch.nn.MultiheadAttention``,
-            which would not call it.
+        ValueError: a NaN in a log_alpha, gates on the meta device, or a gated layer as out_proj of a
+            ``torch.nn.MultiheadAttention``, which would not call it.
     """
-    gate_modules(model)  # refuses what torch would not call
-    with torch.no_grad():
+    gates = gate_modules(model)  # refuses what torch would not call
+    if any(gate.log_alpha.is_meta for gate in gates):
+        raise ValueError("model must hold values, got gates on the meta device")
+    with torch.inference_mode(False), torch.no_grad():
         model = _at_rest(gathered(model))
         return _Export(model, batched).alone(model).eval()
 

@@ -36,7 +36,8 @@ class Reads:
         names: attributes that are loaded otherwise than to be called.
         called: attributes that are called.
         weights: whether the values of weights may be read.
-        gates: whether gates, or which kinds of modules of this package there are, are of interest.
+        gates: whether it matters that modules are of this package: gates are handed over or asked for, kinds
+            are asked for, or x is handed over by that name, which torch's own layers do not know.
         opens: whether modules are taken out of one that is held in a variable.
         any_module: whether modules are looked up under names that do not stand in the code.
     """
@@ -114,7 +115,8 @@ def _read(code: CodeType, reads: Reads) -> None:
     names = {*code.co_names, *code.co_freevars}
     words = {word for value in code.co_consts for word in (value if isinstance(value, tuple) else (value,))}
     words = {word for word in words if isinstance(word, str)}
-    reads.gates |= bool((names | words) & (GATES | KINDS))
+    keywords = {word for value in code.co_consts if isinstance(value, tuple) for word in value}
+    reads.gates |= bool((names | words) & (GATES | KINDS)) or "x" in keywords
     reads.any_module |= bool(names & ANY_MODULE)
     if "getattr" in names:
         reads.names |= words
