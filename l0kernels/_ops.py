@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._flops import tell_counters
 from .impl import conv2d, module
 from .impl.memory import PLAIN, NotPlain, check_memory, plain
 from .impl.packed import Term
@@ -71,7 +72,10 @@ def _define(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., An
         def call(*args: Any) -> Any:
             # The dispatcher costs 6 to 10 us, as much as a small layer; eager tensors do without,
             # unless a mode (make_fx, say) wants to see the operators.
-            if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+            if torch.compiler.is_compiling():
+                return operator(*args)
+            if torch._C._len_torch_dispatch_stack():
+                tell_counters()
                 return operator(*args)
             if is_plain(args):
                 try:

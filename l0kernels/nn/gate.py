@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_module_registration_hook
+from torch.utils.hooks import RemovableHandle
 
 from ..gates import Gates, HardConcrete, attach, eval_gates, sample_gates
 from ..penalty import L2Term
@@ -49,6 +51,8 @@ class HardConcreteGate(nn.Module):
     """
 
     n: int
+    frozen: bool = False
+    """Whether it gives the evaluation gate in train(), too, as in exported models; see :meth:`freeze_`."""
     independent: bool = False
     """Whether each rank of a process group draws for itself; a plain attribute."""
     _drawn: Gates | Tensor | None = None
@@ -89,6 +93,29 @@ class HardConcreteGate(nn.Module):
         dtype = torch.get_default_dtype() if dtype is None else dtype
         self.log_alpha = nn.Parameter(torch.empty(shape, device=device, dtype=_gate_dtype(dtype)))
         self.reset_parameters()
+        self._stand_in_the_way()
+
+    def freeze_(self) -> "HardConcreteGate":
+        """Makes it its evaluation gate for good: log_alpha becomes a buffer, and train() changes nothing."""
+        self.frozen = True
+        log_alpha = self._parameters.pop("log_alpha", None)
+        if log_alpha is not None:
+            self.register_buffer("log_alpha", log_alpha.detach())
+        return self.requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> "HardConcreteGate":
+        """As of every module, but a frozen gate stays in eval()."""
+        return super().train(mode and not self.frozen)
+
+    def _stand_in_the_way(self) -> None:
+        """Of modules of torch that read a layer's weight instead of calling it."""
+        if leaves_no_fast_path not in self._forward_pre_hooks.values():
+            self.register_forward_pre_hook(leaves_no_fast_path)
+        watch_attention()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._stand_in_the_way()
 
     def reset_parameters(self) -> None:
         """log_alpha ~ N(log(1 - d) - log d, 0.01)."""
@@ -242,6 +269,14 @@ class _Threads:
         return self.within.get(thread, self.drew.get(thread, latest))
 
 
+def leaves_no_fast_path(gate: nn.Module, args: Any) -> None:
+    """Does nothing, as a hook of each gate.
+
+    In eval() without gradients torch.nn.TransformerEncoderLayer hands the weights of its layers to one fused
+    kernel, and calls no layer, unless a module in it has hooks: with this one, the gates in it act.
+    """
+
+
 def set_drawn(gate: HardConcreteGate, drawn: Gates | Tensor | None) -> None:
     """What a GateBank has drawn, or None; not through Module.__setattr__, which looks into five tables."""
     state = gate.__dict__
@@ -305,6 +340,37 @@ class GatedLayer:
         return None
 
 
+def refuse_bypassed(attention: nn.Module, args: Any = None) -> None:
+    """ValueError if torch's attention has a gated out_proj, whose weight it reads without calling it."""
+    layer = attention._modules.get("out_proj")
+    forward = type(attention).forward
+    code = getattr(forward, "__code__", None)
+    calls = forward is not nn.MultiheadAttention.forward and code is not None and "out_proj" in code.co_names
+    if calls or layer is None or not any(isinstance(part, HardConcreteGate) for part in layer.modules()):
+        return
+    raise ValueError(
+        f"out_proj of {type(attention).__name__} must be a plain torch.nn.Linear, got {layer}: torch's "
+        "attention reads the weight of out_proj and never calls the layer, so its gates would not act. Gate "
+        "the layers behind it, or write the attention with F.scaled_dot_product_attention"
+    )
+
+
+def _watch_attention(module: nn.Module, name: str, child: nn.Module | None) -> None:
+    """Has an attention that is given a gated out_proj refuse it at the first forward."""
+    gated = isinstance(module, nn.MultiheadAttention) and isinstance(child, GatedLayer)
+    if gated and refuse_bypassed not in module._forward_pre_hooks.values():
+        module.register_forward_pre_hook(refuse_bypassed)
+
+
+_watching: list[RemovableHandle] = []
+
+
+def watch_attention() -> None:
+    """From the first gate on, looks at each assignment of a module: nothing else sees where a layer goes."""
+    if not _watching:
+        _watching.append(register_module_module_registration_hook(_watch_attention))
+
+
 def draw(gates: Sequence[HardConcreteGate | None]) -> list[Gates | None]:
     """Draws each distinct gate once, those that draw in one `sample_gates` call (one per kind of draw).
 
@@ -333,9 +399,26 @@ def draw(gates: Sequence[HardConcreteGate | None]) -> list[Gates | None]:
     return [None if gate is None else drawn[gate] for gate in gates]
 
 
+def is_frozen(layer: nn.Module) -> bool:
+    """Whether a layer has gates of its own, all of them frozen."""
+    gates = [part for part in layer._modules.values() if isinstance(part, HardConcreteGate)]
+    return bool(gates) and all(gate.frozen for gate in gates)
+
+
 def gate_modules(model: nn.Module) -> list[HardConcreteGate]:
-    """Every gate of the model once, in the order of ``model.modules()``."""
-    return [module for module in model.modules() if isinstance(module, HardConcreteGate)]
+    """Every gate of the model once, in the order of ``model.modules()``; frozen ones are left out.
+
+    Raises:
+        ValueError: a gated layer is where torch reads its weight instead of calling it.
+    """
+    gates = []
+    for module in model.modules():
+        if isinstance(module, HardConcreteGate):
+            if not module.frozen:
+                gates.append(module)
+        elif isinstance(module, nn.MultiheadAttention):
+            refuse_bypassed(module)
+    return gates
 
 
 def _gate_dtype(dtype: torch.dtype) -> torch.dtype:

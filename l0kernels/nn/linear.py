@@ -35,6 +35,10 @@ class L0Linear(GatedLayer, nn.Linear):
     arguments, weight, bias and their initialisation are those of ``torch.nn.Linear``; its state_dict loads
     with ``strict=False``, and :meth:`from_dense` copies a trained layer.
 
+    The gates act where the layer is called. ``torch.nn.TransformerEncoderLayer`` does so, and for that leaves
+    aside its fused kernel of eval(); ``torch.nn.MultiheadAttention`` reads the weight of out_proj and calls
+    nothing: there a gated layer is a ValueError at the first forward.
+
     Args:
         in_features, out_features, bias, device, dtype: as in ``torch.nn.Linear``.
         gate: what is gated, see the table.
@@ -130,7 +134,7 @@ class L0Linear(GatedLayer, nn.Linear):
         """The gated product.
 
         Args:
-            x: (..., in_features).
+            x: (..., in_features), also nested.
             in_gates, out_gates: gates drawn beforehand, used instead of the layer's own; a side without a
                 gate takes them too.
 
@@ -140,6 +144,8 @@ class L0Linear(GatedLayer, nn.Linear):
         Raises:
             ValueError: gates are given to a layer with weight or block gates.
         """
+        if isinstance(x, Tensor) and x.is_nested:
+            return self._nested(x, in_gates, out_gates)
         if self.weight_gate is not None:
             return self._weight_gated(x, in_gates, out_gates)
         in_gate, out_gate = self.in_gate, self.out_gate
@@ -170,6 +176,18 @@ class L0Linear(GatedLayer, nn.Linear):
             in_gates=own_in if in_gates is None else in_gates,
             out_gates=own_out if out_gates is None else out_gates,
         )
+
+    def _nested(self, x: Tensor, in_gates: Gates | None, out_gates: Gates | None) -> Tensor:
+        """The rows of a nested tensor, which nn.TransformerEncoder makes of a padded batch, in one draw."""
+        if x.layout == torch.jagged:
+            rows = self.forward(x.values(), in_gates, out_gates)
+            ragged: Any = x
+            return torch.nested.nested_tensor_from_jagged(rows, ragged.offsets(), ragged.lengths())
+        sizes = [part.shape[:-1] for part in x.unbind()]
+        rows = torch.cat([part.reshape(-1, part.shape[-1]) for part in x.unbind()])
+        parts = self.forward(rows, in_gates, out_gates).split([size.numel() for size in sizes])
+        shaped = [part.view(*size, -1) for part, size in zip(parts, sizes, strict=True)]
+        return torch.nested.as_nested_tensor(shaped)
 
     def _weight_gated(self, x: Tensor, in_gates: Gates | None, out_gates: Gates | None) -> Tensor:
         gate = self.weight_gate
@@ -242,6 +260,23 @@ class L0Linear(GatedLayer, nn.Linear):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, gate={self.gate!r}"
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether somebody watches or changes the calls of `module`: with hooks, or a forward of its own."""
+    state = module.__dict__
+    return bool(
+        state["_forward_hooks"]
+        or state["_forward_pre_hooks"]
+        or state["_backward_hooks"]
+        or state["_backward_pre_hooks"]
+        or "forward" in state
+    )
+
+
+def is_only_weight(module: nn.Module) -> bool:
+    """Whether a call of `module` is the product with its weight and gates, which others may compute, then."""
+    return type(module).forward in _PRODUCTS and not is_hooked(module)
 
 
 def copy_parameters_(target: nn.Module, source: nn.Module) -> None:
@@ -323,6 +358,9 @@ def check_given(
             shape = tuple(given.log_alpha.shape)
             raise ValueError(f"{name} must have log_alpha of shape ({size},), got {shape}")
     return True
+
+
+_PRODUCTS = (L0Linear.forward, nn.Linear.forward)
 
 
 def _check_gating(gate: Gating) -> Gating:

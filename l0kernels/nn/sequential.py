@@ -19,9 +19,9 @@ from ..mlp import drawn_mlp, gated_mlp
 from .batch_norm import L0BatchNorm2d
 from .conv import L0Conv1d, L0Conv2d
 from .gate import HardConcreteGate, draw
-from .linear import L0Linear
+from .linear import L0Linear, is_hooked, is_only_weight
 from .mlp import L0MLP
-from .ranks import held, is_called_alone
+from .ranks import held
 from .steps import (
     UNKNOWN,
     activation_name,
@@ -29,7 +29,6 @@ from .steps import (
     is_conv,
     is_conv2d,
     is_flatten,
-    is_hooked,
     is_linear,
     is_norm,
     keeps_zero,
@@ -92,7 +91,7 @@ class L0Sequential(nn.Sequential):
         Returns:
             What the last module returns, all channels in it.
         """
-        return _forward(self, x, drawn)
+        return _forward(_as_kind(self, L0Sequential), x, drawn)
 
 
 class L0Residual(nn.Module):
@@ -116,7 +115,7 @@ class L0Residual(nn.Module):
 
     def forward(self, x: Tensor, drawn: Drawn | None = None) -> Tensor:
         """x -> shortcut(x) + body(x); `drawn` as in :meth:`L0Sequential.forward`."""
-        return _forward(self, x, drawn)
+        return _forward(_as_kind(self, L0Residual), x, drawn)
 
 
 class Step(NamedTuple):
@@ -350,6 +349,15 @@ class _Flat(NamedTuple):
 Activation = Tensor | Packed | _Flat
 
 
+def _as_kind(module: nn.Module, kind: type[nn.Module]) -> nn.Module:
+    """`module`, or the container that a subclass with a forward of its own means by super().forward."""
+    if type(module).forward is kind.forward:
+        return module
+    plain = kind.__new__(kind)
+    plain.__dict__ = module.__dict__
+    return plain
+
+
 def _forward(module: nn.Module, x: Tensor, given: Drawn | None) -> Tensor:
     ops, _ = _plan(steps_of(module), Value(ndim=x.ndim if isinstance(x, Tensor) else UNKNOWN), None)
     gates = list(dict.fromkeys(gate for op in ops for gate in op.own_gates() if gate is not None))
@@ -449,7 +457,7 @@ class _Forward:
         weights: list[Tensor] = [layer.weight for layer in op.layers]
         biases: list[Tensor | None] = [layer.bias for layer in op.layers]
         own: list[HardConcreteGate | None] = [own_gate(layer, "in_gate") for layer in op.layers]
-        if is_hooked(op.module) or any(map(is_called_alone, op.layers)):
+        if is_hooked(op.module) or not all(map(is_only_weight, op.layers)):
             return op.module(_dense(x), [held(op.module, gates) for gates in map(self.gates, own)])
         if isinstance(x, _Flat):
             first: Gates | None = x.within(self.gates(own[0]))
