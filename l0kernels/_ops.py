@@ -11,7 +11,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.fx.traceback
 from torch import Tensor
+from torch.utils.checkpoint import CheckpointPolicy
 
 from .impl import conv2d, module
 from .impl.packed import Term
@@ -758,3 +760,36 @@ def gated_conv2d_backward(
         _dist(*dist) if dist else None,
     )
     return _given(grads, x)
+
+
+
+@_define("copied_seed(Tensor seed) -> Tensor", torch.empty_like)
+def copied_seed(seed: Tensor) -> Tensor:
+    return seed.clone()
+
+
+def _kept_seed(seed: Tensor) -> Tensor:
+    """copied_seed, told to AOTAutograd to be saved for backward."""
+    meta = torch.fx.traceback.current_meta
+    before = meta.get("recompute")
+    meta["recompute"] = CheckpointPolicy.MUST_SAVE
+    try:
+        return copied_seed(seed)
+    finally:
+        if before is None:
+            del meta["recompute"]
+        else:
+            meta["recompute"] = before
+
+
+_LIBRARY.define("kept_seed(Tensor seed) -> Tensor")
+_LIBRARY.impl("kept_seed", _kept_seed, "CompositeImplicitAutograd")
+
+
+def kept_seed(seed: Tensor) -> Tensor:
+    """The seed of a draw. In a compiled graph it goes from forward to backward through an opaque operator.
+
+    Left to themselves, compilers may compute it again in backward, from a generator or a counted step that has
+    moved on since: then backward would have other gates, silently.
+    """
+    return torch.ops.l0kernels.kept_seed.default(seed) if torch.compiler.is_compiling() else seed

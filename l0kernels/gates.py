@@ -181,9 +181,10 @@ def check_draw(
     """The seed of a draw: the checked one that was given, or a fresh one."""
     check_dist(dist)
     if seed is None:
-        return draw_seed(log_alphas[0].device, generator)
-    _checks.check_seed(seed, log_alphas[0].device)
-    return seed
+        seed = draw_seed(log_alphas[0].device, generator)
+    else:
+        _checks.check_seed(seed, log_alphas[0].device)
+    return _ops.kept_seed(seed)
 
 
 def split(log_alphas: list[Tensor], z: Tensor, index: Tensor, count: Tensor) -> list[Gates]:

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from . import _ops, _registry, reference
-from .gates import HardConcrete, eval_weight_gates, sample_gates
+from .gates import HardConcrete, check_draw, eval_weight_gates, sample_gates
 from .linear import as_rows, compute_dtype, gated_linear, like_rows
-from .reference.gates import DEFAULT_DIST, draw_seed
+from .reference.gates import DEFAULT_DIST
 from .reference.linear import scale
 from .reference.masked_linear import check_masked, expand_blocks
 
@@ -160,8 +160,8 @@ def masked_linear(
         return reference.masked_linear(
             x, weight, bias, log_alpha, block=block, seed=seed, mode=mode, dist=dist
         )
-    if seed is None and mode is None:
-        seed = draw_seed(log_alpha.device)
+    if mode is None:
+        seed = check_draw([log_alpha], seed, dist)
     if block is None:
         if mode is not None:
             return gated_linear(x, scale(weight, eval_weight_gates(log_alpha, mode, dist)), bias)
