@@ -793,3 +793,26 @@ def kept_seed(seed: Tensor) -> Tensor:
     moved on since: then backward would have other gates, silently.
     """
     return torch.ops.l0kernels.kept_seed.default(seed) if torch.compiler.is_compiling() else seed
+
+
+@_define(
+    "weighted_penalty(Tensor[] log_alpha, Tensor weights, float beta, float gamma, float zeta, str backend)"
+    " -> (Tensor, Tensor)",
+    lambda log_alpha, weights, *_: (
+        log_alpha[0].new_empty(()),
+        log_alpha[0].new_empty(sum(a.numel() for a in log_alpha)),
+    ),
+)
+def weighted_penalty(
+    log_alpha: list[Tensor], weights: Tensor, beta: float, gamma: float, zeta: float, backend: str
+) -> tuple[Tensor, Tensor]:
+    """``l0_penalty`` with a tensor of weights: a compiled graph has no guard on their values."""
+    dist = _dist(beta, gamma, zeta)
+    if weights.device.type == "cpu":
+        return module(backend).l0_penalty(log_alpha, weights.tolist(), dist)
+    # On a GPU the weights stay there.
+    flat = torch.cat([a.flatten() for a in log_alpha])
+    each = zip(weights.to(flat.dtype).unbind(), log_alpha, strict=True)
+    spread = torch.cat([weight.expand(a.numel()) for weight, a in each])
+    p_open = dist.p_open(flat)
+    return (spread * p_open).sum(), spread * p_open * (1 - p_open)

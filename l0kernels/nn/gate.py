@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..gates import Gates, HardConcrete, attach, eval_gates, sample_gates
 from ..penalty import L2Term
+from ..reference import _checks
 
 EVAL_MODES = ("paper", "median", "topk")
 DEFAULT_DIST = HardConcrete()
@@ -32,7 +33,8 @@ class HardConcreteGate(nn.Module):
         n: number of gates, or a shape (weight and block gates keep log_alpha in the shape of what they gate).
         droprate_init: d in (0, 1); log_alpha ~ N(log(1 - d) - log d, 0.01). It is *not* P(z = 0), which is
             .168 at .5.
-        lam: weight of these gates in :func:`penalty`, >= 0; a plain attribute, so a schedule may assign it.
+        lam: weight of these gates in :func:`penalty`, >= 0; an attribute that a schedule may assign, also
+            between the calls of a compiled step, which takes it without compiling anew.
         eval_mode: "paper", "median" or "topk", see :func:`l0kernels.eval_gates`.
         dist: the constants of the distribution.
         device, dtype: of log_alpha; a dtype below fp32 means fp32.
@@ -43,6 +45,9 @@ class HardConcreteGate(nn.Module):
     """
 
     n: int
+    lam_tensor: Tensor
+    """lam as a new tensor, (), float64, on the device of log_alpha: an input of a compiled graph, no constant."""
+
     _drawn: Gates | Tensor | None = None
     """Of a GateBank: the detached gates or, where they are not kept, their seed; never copied or saved."""
 
@@ -71,11 +76,11 @@ class HardConcreteGate(nn.Module):
             raise ValueError(f"eval_mode must be one of {EVAL_MODES}, got {eval_mode!r}")
         self.n = math.prod(shape)
         self.droprate_init = droprate_init
-        self.lam = lam
         self.eval_mode = eval_mode
         self.dist = dist
         dtype = torch.get_default_dtype() if dtype is None else dtype
         self.log_alpha = nn.Parameter(torch.empty(shape, device=device, dtype=_gate_dtype(dtype)))
+        self.lam = lam
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -90,6 +95,16 @@ class HardConcreteGate(nn.Module):
         if isinstance(drawn, Gates):
             return attach(self.log_alpha.flatten(), drawn, self.dist)
         return sample_gates(self.log_alpha.flatten(), seed=drawn, dist=self.dist)
+
+    @property
+    def lam(self) -> float:
+        """The weight of these gates in :func:`penalty`."""
+        return self.__dict__["lam"]
+
+    @lam.setter
+    def lam(self, value: float) -> None:
+        self.__dict__["lam"] = value
+        self.__dict__["lam_tensor"] = _as_tensor(value, self.log_alpha.device)
 
     @property
     def seed(self) -> Tensor | None:
@@ -127,6 +142,7 @@ class HardConcreteGate(nn.Module):
 
         super()._apply(keep_precision, recurse)
         set_drawn(self, None)  # it may be on another device
+        self.lam = self.lam
         return self
 
     def __getstate__(self) -> dict[str, Any]:
@@ -183,6 +199,11 @@ def draw(gates: Sequence[HardConcreteGate | None]) -> list[Gates | None]:
 def gate_modules(model: nn.Module) -> list[HardConcreteGate]:
     """Every gate of the model once, in the order of ``model.modules()``."""
     return [module for module in model.modules() if isinstance(module, HardConcreteGate)]
+
+
+def _as_tensor(value: float, device: torch.device) -> Tensor:
+    _checks.check_number("lam", value)
+    return torch.full((), float(value), dtype=torch.float64, device=device)
 
 
 def _gate_dtype(dtype: torch.dtype) -> torch.dtype:
