@@ -49,7 +49,9 @@ def _define(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., An
             # unless a mode (make_fx, say) wants to see the operators.
             if not torch.compiler.is_compiling() and not torch._C._len_torch_dispatch_stack():
                 first = args[0] if isinstance(args[0], Tensor) else args[0][0]
-                if type(first) in _PLAIN and first.device.type in ("cpu", "cuda"):
+                if torch._C._are_functorch_transforms_active():
+                    register_batching()
+                elif type(first) in _PLAIN and first.device.type in ("cpu", "cuda"):
                     return opaque(*args)
             return operator(*args)
 
@@ -61,9 +63,10 @@ def _define(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., An
 def refuse_second_derivative(function: str) -> None:
     """RuntimeError in a backward that autograd records: the operators would enter it as constants."""
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        raise RuntimeError(
-            f'{function} has no second derivative, got create_graph=True; use_backend("reference") has one'
-        )
+        raise RuntimeError(NO_SECOND.format(function, "create_graph=True"))
+
+
+NO_SECOND = '{} has no second derivative, got {}; use_backend("reference") has one'
 
 
 _dist = functools.lru_cache(HardConcrete)
@@ -762,7 +765,6 @@ def gated_conv2d_backward(
     return _given(grads, x)
 
 
-
 @_define("copied_seed(Tensor seed) -> Tensor", torch.empty_like)
 def copied_seed(seed: Tensor) -> Tensor:
     return seed.clone()
@@ -789,8 +791,8 @@ _LIBRARY.impl("kept_seed", _kept_seed, "CompositeImplicitAutograd")
 def kept_seed(seed: Tensor) -> Tensor:
     """The seed of a draw. In a compiled graph it goes from forward to backward through an opaque operator.
 
-    Left to themselves, compilers may compute it again in backward, from a generator or a counted step that has
-    moved on since: then backward would have other gates, silently.
+    Left to themselves, compilers may compute it again in backward, from a generator or a counted step that
+    has moved on since: then backward would have other gates, silently.
     """
     return torch.ops.l0kernels.kept_seed.default(seed) if torch.compiler.is_compiling() else seed
 
@@ -816,3 +818,29 @@ def weighted_penalty(
     spread = torch.cat([weight.expand(a.numel()) for weight, a in each])
     p_open = dist.p_open(flat)
     return (spread * p_open).sum(), spread * p_open * (1 - p_open)
+
+
+@functools.cache
+def register_batching() -> None:
+    """Has torch.vmap run the operators example by example; once, at the first transform."""
+    for name in torch._C._dispatch_get_all_op_names():
+        if name.startswith("l0kernels::") and not name.startswith("l0kernels::kept_seed"):
+            operator = getattr(torch.ops.l0kernels, name.split("::")[1].split(".")[0]).default
+            torch.library.register_vmap(operator, functools.partial(_one_by_one, operator), lib=_LIBRARY)
+
+
+def _one_by_one(operator: Any, info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+    def example(arg: Any, dim: Any, i: int) -> Any:
+        if isinstance(arg, (list, tuple)) and isinstance(dim, (list, tuple)):
+            return [example(a, d, i) for a, d in zip(arg, dim, strict=True)]
+        return arg if dim is None else arg.select(dim, i).contiguous()
+
+    results = [
+        operator(*(example(arg, dim, i) for arg, dim in zip(args, in_dims, strict=True)))
+        for i in range(info.batch_size)
+    ]
+    if isinstance(results[0], Tensor):
+        return torch.stack(results), 0
+    stacked = [torch.stack(each) for each in zip(*results, strict=True)]
+    kind = type(results[0])
+    return kind(stacked), kind([0] * len(stacked))

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import _ops, _registry, reference
+from ._autograd import apply
 from .conv2d import Packed, is_exact, open_order
 from .gates import Gates
 from .impl import module
@@ -138,7 +139,8 @@ def _packed(
     eps: float,
 ) -> Tensor:
     if not is_exact(x.backend):
-        return _BatchNorm.apply(
+        return apply(
+            _BatchNorm,
             x.data,
             weight,
             bias,

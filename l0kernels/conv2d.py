@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import _ops, _registry, reference
+from ._autograd import apply
 from .gates import Gates
 from .impl import conv2d as impl
 from .impl import module
@@ -85,8 +86,8 @@ def _apply(
         in_gates is not None and in_gates.full_grad,
         out_gates is not None and out_gates.full_grad,
     )
-    return _GatedConv2d.apply(
-        x, weight, bias, in_z, out_z, *in_order, *out_order, flags, full, conv, dtype, backend
+    return apply(
+        _GatedConv2d, x, weight, bias, in_z, out_z, *in_order, *out_order, flags, full, conv, dtype, backend
     )
 
 
@@ -275,14 +276,14 @@ def pack_channels(x: Tensor, gates: Gates) -> Packed:
     support = gates._replace(z=gates.z.detach())
     backend = _packing_backend(x)
     whole = is_exact(backend) and open_order(support) is None
-    return Packed(x if whole else _PackChannels.apply(x, support, backend), support, x.shape[1], backend)
+    return Packed(x if whole else apply(_PackChannels, x, support, backend), support, x.shape[1], backend)
 
 
 def unpack_channels(packed: Packed) -> Tensor:
     """All channels of packed activations, (N, channels, H, W); zeros in the closed ones."""
     if is_exact(packed.backend) and open_order(packed.gates) is None:
         return packed.data
-    return _UnpackChannels.apply(packed.data, packed.gates, packed.backend)
+    return apply(_UnpackChannels, packed.data, packed.gates, packed.backend)
 
 
 class _PackWeight(torch.autograd.Function):
@@ -471,13 +472,13 @@ def _exact(
     gates = _with_z(in_z, out_z, orders)
     plan = impl.plan(weight, groups, *gates)
     full = (in_gates is not None and in_gates.full_grad, out_gates is not None and out_gates.full_grad)
-    w, b = _PackWeight.apply(weight, bias, in_z, out_z, plan, orders, scales, full, dtype, backend)
+    w, b = apply(_PackWeight, weight, bias, in_z, out_z, plan, orders, scales, full, dtype, backend)
     shape = impl.output_shape(data, weight, conv)
     if plan.opened is not None:
         shape[1] = len(plan.opened)
     fmt = impl.fastest_format(data)
     if plan.empty:
-        return _Without.apply(impl.constant(data, shape, b, dtype, fmt), data, w, b)
+        return apply(_Without, impl.constant(data, shape, b, dtype, fmt), data, w, b)
     x = impl.in_format(_inputs(data, held, plan).to(dtype), fmt)
     y = F.conv2d(x, w, None if b is None else impl.bias_of(plan, b), stride, padding, dilation, plan.groups)
     if not plan.computes_all:
@@ -496,4 +497,4 @@ def _inputs(data: Tensor, held: Packed | None, plan: impl.Plan) -> Tensor:
         index = torch.searchsorted(order, index)
     if index is None:
         return data
-    return _Take.apply(data, index, plan.in_valid)
+    return apply(_Take, data, index, plan.in_valid)

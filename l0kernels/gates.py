@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import _ops, _registry, reference
+from ._autograd import apply, differentiates
 from .reference import _checks
 from .reference.gates import (
     ALIGN,
@@ -135,9 +136,9 @@ def attach(log_alpha: Tensor, gate: Gates, dist: HardConcrete) -> Gates:
 
 
 def _attach(log_alpha: Tensor, gate: Gates, dist: HardConcrete, backend: str) -> Gates:
-    if not (log_alpha.requires_grad and torch.is_grad_enabled()):
+    if not differentiates(log_alpha):
         return gate
-    z = _HardConcreteGrad.apply(log_alpha, gate.z, dist.beta, dist.gamma, dist.zeta, backend)
+    z = apply(_HardConcreteGrad, log_alpha, gate.z, dist.beta, dist.gamma, dist.zeta, backend)
     return Gates(z, gate.index, gate.count)
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from . import _ops, _registry, reference
+from ._autograd import apply
 from .gates import HardConcrete
 from .reference import _checks
 from .reference.gates import DEFAULT_DIST, check_dist
@@ -125,7 +126,7 @@ def l0_penalty(
     if backend == "reference":
         each = [reference.l0_penalty(a, dist=dist) for a in log_alphas]
         return torch.stack(each).mul(weights).sum().to(log_alphas[0].dtype)
-    return _L0Penalty.apply(weights, (dist.beta, dist.gamma, dist.zeta, backend), *log_alphas)
+    return apply(_L0Penalty, weights, (dist.beta, dist.gamma, dist.zeta, backend), *log_alphas)
 
 
 class L2Term(NamedTuple):
@@ -222,7 +223,7 @@ def coupled_penalty(
         layout = [entry for _, out, in_, groups in fused for entry in (number[out], number[in_], groups)]
         settings = (float(weight_decay), [dist.beta, dist.gamma, dist.zeta], backend)
         thetas = [term.weight for term in fused]
-        totals.append(_CoupledPenalty.apply(list(gates.values()), layout, settings, *gates, *thetas))
+        totals.append(apply(_CoupledPenalty, list(gates.values()), layout, settings, *gates, *thetas))
     elif log_alphas:
         totals.append(l0_penalty(log_alphas, sizes, lam=lams, dist=dist))
     for weight, out, in_, groups in rest:

@@ -46,7 +46,7 @@ class HardConcreteGate(nn.Module):
 
     n: int
     lam_tensor: Tensor
-    """lam as a new tensor, (), float64, on the device of log_alpha: an input of a compiled graph, no constant."""
+    """lam, (), float64, on the device of log_alpha: an input of compiled graphs; numbers are their constants."""
 
     _drawn: Gates | Tensor | None = None
     """Of a GateBank: the detached gates or, where they are not kept, their seed; never copied or saved."""
