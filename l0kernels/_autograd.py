@@ -38,6 +38,12 @@ def _refuse_duals(args: Iterable[Any]) -> None:
             _refuse_dual()
 
 
+def break_graph(why: str) -> None:
+    """Has Dynamo go on in eager mode from here; with fullgraph=True its error says why."""
+    if torch.compiler.is_compiling():
+        torch._dynamo.graph_break(msg=f"l0kernels: {why}")
+
+
 def differentiates(*tensors: Tensor) -> bool:
     """Whether somebody wants a derivative of these tensors, reverse or forward."""
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):

@@ -62,8 +62,18 @@ def _define(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., An
 
 def refuse_second_derivative(function: str) -> None:
     """RuntimeError in a backward that autograd records: the operators would enter it as constants."""
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
+        return
+    if torch.is_grad_enabled():
         raise RuntimeError(NO_SECOND.format(function, "create_graph=True"))
+    if torch._C._dispatch_tls_is_dispatch_key_included(_BATCHED):
+        raise RuntimeError(
+            f"{function} takes one gradient at a time, got is_grads_batched=True or vectorize=True; "
+            "torch.func.jacrev and torch.func.vmap batch them"
+        )
+
+
+_BATCHED = torch._C._parse_dispatch_key("VmapMode")  # of torch.autograd, not of torch.func
 
 
 NO_SECOND = '{} has no second derivative, got {}; use_backend("reference") has one'

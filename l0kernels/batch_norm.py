@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from . import _ops, _registry, reference
 from ._autograd import apply
-from .conv2d import Packed, is_exact, open_order
+from .conv2d import STATIC, Packed, is_exact, open_order
 from .gates import Gates
 from .impl import module
 from .reference.batch_norm import affine, check_batch_norm
@@ -138,6 +138,9 @@ def _packed(
     momentum: float,
     eps: float,
 ) -> Tensor:
+    if x.backend == STATIC:
+        is_open = x.gates.z != 0
+        return _dense(x.data, is_open, running_mean, running_var, weight, bias, training, momentum, eps)
     if not is_exact(x.backend):
         return apply(
             _BatchNorm,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import _ops, _registry, reference
-from ._autograd import apply, differentiates
+from ._autograd import apply, break_graph, differentiates
 from .reference import _checks
 from .reference.gates import (
     ALIGN,
@@ -182,6 +182,8 @@ def check_draw(
     """The seed of a draw: the checked one that was given, or a fresh one."""
     check_dist(dist)
     if seed is None:
+        if generator is not None:
+            break_graph("a compiled graph holds no generator; draw a seed from it outside, and give that")
         seed = draw_seed(log_alphas[0].device, generator)
     else:
         _checks.check_seed(seed, log_alphas[0].device)

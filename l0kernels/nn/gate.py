@@ -92,6 +92,8 @@ class HardConcreteGate(nn.Module):
         if not self.training:
             return self.eval_gates()
         drawn = self._drawn
+        if drawn is not None:
+            _checks.refuse_traced_draw()
         if isinstance(drawn, Gates):
             return attach(self.log_alpha.flatten(), drawn, self.dist)
         return sample_gates(self.log_alpha.flatten(), seed=drawn, dist=self.dist)
@@ -109,12 +111,18 @@ class HardConcreteGate(nn.Module):
     @property
     def seed(self) -> Tensor | None:
         """(1,) int64: what a GateBank has drawn for a gate per weight, which keeps no z."""
-        return self._drawn if isinstance(self._drawn, Tensor) else None
+        if not isinstance(self._drawn, Tensor):
+            return None
+        _checks.refuse_traced_draw()
+        return self._drawn
 
     @property
     def drawn(self) -> Gates | None:
         """The gates that a GateBank has drawn, detached; a call of the module connects them to log_alpha."""
-        return self._drawn if isinstance(self._drawn, Gates) else None
+        if not isinstance(self._drawn, Gates):
+            return None
+        _checks.refuse_traced_draw()
+        return self._drawn
 
     @property
     def draws(self) -> bool:

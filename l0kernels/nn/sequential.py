@@ -447,8 +447,7 @@ class _Forward:
 def _packs(x: Activation) -> bool:
     """Whether a convolution of x may return packed channels."""
     if isinstance(x, Tensor):
-        eager = type(x) in (Tensor, nn.Parameter) and not torch.compiler.is_compiling()
-        if not eager or x.ndim != 4 or x.device.type == "meta":
+        if type(x) not in (Tensor, nn.Parameter) or x.ndim != 4 or x.device.type == "meta":
             return False
         return _registry.resolve(x.device, x.dtype, "gated_conv2d") != "reference"
     return isinstance(x, Packed)

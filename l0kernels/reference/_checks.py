@@ -14,6 +14,31 @@ from torch import Tensor
 GATE_DTYPES = (torch.float32, torch.float64)
 
 
+def readable() -> bool:
+    """Whether tensors have values that Python may look at: nobody compiles, traces or transforms."""
+    return not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or is_traced())
+
+
+def refuse_traced_draw() -> None:
+    """RuntimeError under torch.jit.trace, whose graph would have the gates of this one draw for ever."""
+    if torch._C._get_tracing_state() is not None:
+        raise RuntimeError(
+            "torch.jit.trace would freeze gates drawn in train() into its graph; call eval() on the model "
+            "before, or give the draw a seed that is an input of the graph"
+        )
+
+
+def is_traced() -> bool:
+    """Whether torch.jit.trace or make_fx records what is called."""
+    if torch._C._get_tracing_state() is not None:
+        return True
+    if not torch._C._len_torch_dispatch_stack():
+        return False
+    from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+    return get_proxy_mode() is not None
+
+
 def check_tensor(name: str, value: Any) -> None:
     """TypeError unless ``value`` is a tensor."""
     if not isinstance(value, Tensor):
