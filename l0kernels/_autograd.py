@@ -16,6 +16,9 @@ from . import _ops
 def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
     """``function.apply(*args)`` in the form that the surroundings take."""
     if torch.compiler.is_compiling():
+        if torch._C._are_functorch_transforms_active() and torch.is_grad_enabled():
+            # Dynamo would take the derivative of the forward, which has none, for that of the Function.
+            break_graph("no derivative of torch.func is taken inside of a compiled graph; call it outside")
         return function.apply(*_distinct(args))
     if forward_ad._current_level >= 0:
         _refuse_duals(args)

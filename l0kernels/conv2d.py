@@ -170,10 +170,11 @@ class Packed:
     """Activations of which only the open channels exist.
 
     Attributes:
-        data: compiled, traced or under torch.func, where no shape may depend on the gates, (N, channels, H, W),
-            the closed ones zero; else on a CPU (N, n, H, W), the n open channels ascending; on a GPU (N, channels, H, W)
-            channels_last, of which [0, open) are the open ones ascending, [open, extent) zeros and the rest
-            unwritten, or, where count[1] >= channels, all of them in order, the closed ones zero.
+        data: compiled, traced or under torch.func, where no shape may depend on the gates, (N, channels, H,
+            W), the closed ones zero; else on a CPU (N, n, H, W), the n open channels ascending; on a GPU
+            (N, channels, H, W) channels_last, of which [0, open) are the open ones ascending, [open, extent)
+            zeros and the rest unwritten, or, where count[1] >= channels, all of them in order, the closed
+            ones zero.
         gates: which channels exist; z is detached and multiplies nothing.
         channels: the number of all channels.
         backend: whose layout data has.

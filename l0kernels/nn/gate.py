@@ -15,7 +15,17 @@ EVAL_MODES = ("paper", "median", "topk")
 DEFAULT_DIST = HardConcrete()
 
 
-class HardConcreteGate(nn.Module):
+class Unscriptable:
+    """Mixin of the modules that torch.jit.script does not understand."""
+
+    def __prepare_scriptable__(self) -> Any:
+        raise RuntimeError(
+            f"torch.jit.script cannot compile {type(self).__name__}: its operations are no TorchScript; "
+            "script what l0kernels.nn.export returns, trace the model in eval(), or use torch.export"
+        )
+
+
+class HardConcreteGate(Unscriptable, nn.Module):
     r"""A vector of hard-concrete gates (Louizos, Welling, Kingma, ICLR 2018, eq. 10-13).
 
     ``gate()`` draws in ``train()`` and returns the evaluation gate in ``eval()``. Every call in ``train()``
@@ -46,7 +56,7 @@ class HardConcreteGate(nn.Module):
 
     n: int
     lam_tensor: Tensor
-    """lam, (), float64, on the device of log_alpha: an input of compiled graphs; numbers are their constants."""
+    """lam, (), float64, on the device of log_alpha: an input of compiled graphs, a number is a constant."""
 
     _drawn: Gates | Tensor | None = None
     """Of a GateBank: the detached gates or, where they are not kept, their seed; never copied or saved."""
@@ -162,7 +172,7 @@ def set_drawn(gate: HardConcreteGate, drawn: Gates | Tensor | None) -> None:
     gate.__dict__["_drawn"] = drawn
 
 
-class GatedLayer:
+class GatedLayer(Unscriptable):
     """Mixin of the layers that own gates: what :func:`penalty` asks of them."""
 
     def gate_groups(self) -> Iterator[tuple[HardConcreteGate, Tensor, int]]:

@@ -128,6 +128,8 @@ def fits_chain(
     ``rows`` of a hidden weight make one unit. False sends the caller to the checks that say what is wrong:
     those cost as much as a small layer.
     """
+    if not isinstance(x, Tensor):
+        return False
     try:
         dtype, device, n = x.dtype, x.device, x.shape[-1] * rows
         for weight, bias, log_alpha in zip(weights, biases, log_alphas, strict=True):
@@ -170,6 +172,11 @@ def check_linear(x: Any, weight: Any, bias: Any, at: str = "") -> None:
 def check_weight(weight: Any, bias: Any, at: str = "") -> None:
     """Checks of ``weight (out, in)`` and ``bias (out,)`` or None; ``at`` as in check_linear."""
     name = f"weights{at}" if at else "weight"
+    if callable(weight):  # the quantised layers of torch
+        raise TypeError(
+            f"{name} must be a torch.Tensor, got a {type(weight).__name__}: its layer was replaced by one that "
+            "keeps no weight (torch.ao.quantization does so); quantise what l0kernels.nn.export returns"
+        )
     check_floating(name, weight)
     if weight.ndim != 2:
         raise ValueError(f"{name} must have shape (out, in), got {tuple(weight.shape)}")
