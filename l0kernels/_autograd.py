@@ -93,6 +93,7 @@ def _functional(function: type[torch.autograd.Function]) -> type[torch.autograd.
         jvp = staticmethod(_refuse_dual)
 
         @staticmethod
+        @torch.compiler.disable  # behind a break of the graph Dynamo would trace what it does not know
         def forward(context: _Context, *args: Any) -> Any:
             outputs = function.forward(context, *args)
             context.single = not isinstance(outputs, tuple)
@@ -118,6 +119,7 @@ def _functional(function: type[torch.autograd.Function]) -> type[torch.autograd.
             ctx.context = context
 
         @staticmethod
+        @torch.compiler.disable
         def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
             context, n_made = ctx.context, ctx.context.origins.count(None)
             grads = grads[: len(grads) - n_made]

@@ -317,7 +317,12 @@ class TestCompile:
             return  # the graphs differ in the backend's name alone
         compiled = torch.compile(CALLS[name], fullgraph=True, backend="aot_eager")
         for batch in (6, 11):
-            assert_all_equal(step(compiled, leaves(batch)), step(CALLS[name], leaves(batch)))
+            results = step(compiled, leaves(batch)), step(CALLS[name], leaves(batch))
+            if name == "l2_penalty":  # compiled, weight_decay multiplies the sum and not its terms
+                for a, b in zip(*results, strict=True):
+                    torch.testing.assert_close(a, b)
+            else:
+                assert_all_equal(*results)
 
     def test_many_sizes_compile_twice(self, backend):
         """The batch becomes a symbol: the shapes of the operators' results follow from their inputs."""

@@ -67,8 +67,8 @@ class L0Sequential(Unscriptable, nn.Sequential):
     - Linear layers with gates on their inputs and one activation between them run as :class:`L0MLP` does.
 
     A layer with hooks is called by itself, its activations unpacked; hooks of inner containers do not fire.
-    Unbatched inputs run one by one, unpacked. Compiled, traced and under torch.func no shape depends on gates:
-    each layer computes what is open, and closed channels are there as zeros.
+    Unbatched inputs run one by one, unpacked. Compiled, traced and under torch.func no shape depends on the
+    gates: each layer computes what is open, and closed channels are there as zeros.
 
     A gate in front of a batch norm loses its data gradient, since the norm divides it away: for a layer with
     an output gate directly before one, as the paper's wide residual nets have it, a UserWarning names it.
@@ -329,8 +329,8 @@ def _check_norms(container: Any) -> None:
     for name in container._norms:
         if isinstance(container.get_submodule(name), nn.SyncBatchNorm):
             raise RuntimeError(
-                f"{name!r} must be the L0BatchNorm2d that it was, got a SyncBatchNorm, which knows of no closed "
-                "channels: leave L0BatchNorm2d out of SyncBatchNorm.convert_sync_batchnorm"
+                f"{name!r} must be the L0BatchNorm2d that it was, got a SyncBatchNorm, which knows of no "
+                "closed channels: leave L0BatchNorm2d out of SyncBatchNorm.convert_sync_batchnorm"
             )
 
 

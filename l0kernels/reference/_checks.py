@@ -174,8 +174,8 @@ def check_weight(weight: Any, bias: Any, at: str = "") -> None:
     name = f"weights{at}" if at else "weight"
     if callable(weight):  # the quantised layers of torch
         raise TypeError(
-            f"{name} must be a torch.Tensor, got a {type(weight).__name__}: its layer was replaced by one that "
-            "keeps no weight (torch.ao.quantization does so); quantise what l0kernels.nn.export returns"
+            f"{name} must be a torch.Tensor, got a {type(weight).__name__}: its layer was replaced by one "
+            "that keeps no weight (torch.ao.quantization does so); quantise what l0kernels.nn.export returns"
         )
     check_floating(name, weight)
     if weight.ndim != 2:
