@@ -27,7 +27,7 @@ def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
     return function.apply(*args)
 
 
-def _refuse_dual(*_: Any) -> None:
+def _refuse_dual(*_: Any) -> Any:
     raise RuntimeError(
         "l0kernels has no forward-mode derivative (jvp, jacfwd, hessian, forward_ad), got a dual tensor; "
         'take reverse mode (vjp, jacrev), or use_backend("reference"), which has both'
@@ -90,7 +90,7 @@ def _functional(function: type[torch.autograd.Function]) -> type[torch.autograd.
 
     class Functional(torch.autograd.Function):
         generate_vmap_rule = True
-        jvp = staticmethod(_refuse_dual)
+        jvp: Any = staticmethod(_refuse_dual)
 
         @staticmethod
         @torch.compiler.disable  # behind a break of the graph Dynamo would trace what it does not know
@@ -145,7 +145,7 @@ class _NoSecond(torch.autograd.Function):
     """First derivatives, which torch.func always prepares to derive once more: it may not."""
 
     generate_vmap_rule = True
-    jvp = staticmethod(_refuse_dual)
+    jvp: Any = staticmethod(_refuse_dual)
 
     @staticmethod
     def forward(n: int, *tensors: Tensor) -> tuple[Tensor, ...]:

@@ -73,7 +73,7 @@ def refuse_second_derivative(function: str) -> None:
         )
 
 
-_BATCHED = torch._C._parse_dispatch_key("VmapMode")  # of torch.autograd, not of torch.func
+_BATCHED = "VmapMode"  # of torch.autograd, not of torch.func
 
 
 NO_SECOND = '{} has no second derivative, got {}; use_backend("reference") has one'

@@ -121,9 +121,9 @@ def l0_penalty(
     lams = per_log_alpha(lam, len(log_alphas))
     backend = _registry.resolve(log_alphas[0].device, log_alphas[0].dtype, "l0_penalty")
     weights = _weights(sizes, lams, log_alphas[0].device)
-    if backend == "reference" and isinstance(weights, list):
-        return reference.l0_penalty(log_alphas, lam=weights, dist=dist)
     if backend == "reference":
+        if isinstance(weights, list):
+            return reference.l0_penalty(log_alphas, lam=weights, dist=dist)
         each = [reference.l0_penalty(a, dist=dist) for a in log_alphas]
         return torch.stack(each).mul(weights).sum().to(log_alphas[0].dtype)
     return apply(_L0Penalty, weights, (dist.beta, dist.gamma, dist.zeta, backend), *log_alphas)

@@ -334,7 +334,7 @@ def _check_norms(container: Any) -> None:
             )
 
 
-def _forward(module: nn.Module, x: Tensor, given: Drawn | None) -> Tensor:
+def _forward(module: nn.Module, x: Any, given: Drawn | None) -> Tensor:
     if isinstance(x, torch.fx.Proxy):
         raise TypeError(
             "x must be a torch.Tensor, got a Proxy of torch.fx; torch.export traces this container"
