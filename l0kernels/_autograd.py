@@ -47,11 +47,9 @@ def break_graph(why: str) -> None:
         torch._dynamo.graph_break(msg=f"l0kernels: {why}")
 
 
-def differentiates(*tensors: Tensor) -> bool:
-    """Whether somebody wants a derivative of these tensors, reverse or forward."""
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        return True
-    return forward_ad._current_level >= 0
+def differentiates(t: Tensor) -> bool:
+    """Whether somebody may want a derivative of what is made of t, reverse or forward."""
+    return (t.requires_grad and torch.is_grad_enabled()) or forward_ad._current_level >= 0
 
 
 def _distinct(args: Iterable[Any]) -> list[Any]:

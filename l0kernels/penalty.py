@@ -77,11 +77,15 @@ def per_log_alpha(lam: float | Tensor | Sequence[float | Tensor], n: int) -> lis
     return lams
 
 
+def _any_tensor(lams: Sequence[float | Tensor]) -> bool:
+    return any(isinstance(lam, Tensor) for lam in lams)
+
+
 def _weights(
     sizes: Sequence[float], lams: Sequence[float | Tensor], device: torch.device
 ) -> list[float] | Tensor:
     """|g| * lam of each log_alpha: numbers, or one tensor where lam is a tensor or a graph is compiled."""
-    if not torch.compiler.is_compiling() and not any(isinstance(lam, Tensor) for lam in lams):
+    if not torch.compiler.is_compiling() and not _any_tensor(lams):
         return [float(size) * float(lam) for size, lam in zip(sizes, lams, strict=True)]
     # A product, and no tensor made of the number: a compiler keeps only the former free of guards.
     one = torch.ones((), dtype=torch.float64, device=device)
@@ -188,7 +192,7 @@ def coupled_penalty(
     A term of another precision than log_alphas, or than the first weight, takes the formula. Compiled, and
     where a lam is a tensor, it is one node for either: no number that a schedule may change is in the graph.
     """
-    if log_alphas and (torch.compiler.is_compiling() or any(isinstance(lam, Tensor) for lam in lams)):
+    if log_alphas and (torch.compiler.is_compiling() or _any_tensor(lams)):
         total = l0_penalty(log_alphas, group_sizes, lam=lams, dist=dist)
         return total + coupled_penalty([], [], [], terms, weight_decay, dist)
     if weight_decay != 1.0 and torch.compiler.is_compiling():
