@@ -144,7 +144,11 @@ def resolve(device: torch.device, dtype: torch.dtype, primitive: str) -> str:
     Raises:
         RuntimeError: the requested backend is not available here or does not serve that device, dtype or
             primitive.
+
+    Traced by torch.jit.trace, which knows torch's own operations only, every tensor is the reference's.
     """
+    if torch._C._get_tracing_state() is not None:
+        return "reference"
     if _requested is not None:
         reason = why_not(_requested) or _why_not_serving(_requested, device, dtype, primitive)
         if reason is not None:

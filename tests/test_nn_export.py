@@ -321,7 +321,8 @@ def test_gates_of_other_modules_are_frozen():
     assert not nn.gate_modules(small)
     assert not nn.gate_parameters(small)
     assert small[1].gate.frozen
-    assert isinstance(small[1].gate.log_alpha, torch.Tensor) and not small[1].gate.log_alpha.requires_grad
+    assert isinstance(small[1].gate.log_alpha, torch.Tensor)
+    assert not small[1].gate.log_alpha.requires_grad
 
 
 def test_a_subclass_with_its_own_forward_is_not_sliced():

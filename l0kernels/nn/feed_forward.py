@@ -172,9 +172,9 @@ class L0FeedForward(GatedLayer, nn.Module):
         up, down, gate = self.up, self.down, self.hidden_gate
         gates = released(gates)
         sharded = is_sharded(up.weight) or is_sharded(down.weight)
-        if not (is_only_weight(up) and is_only_weight(down)):
-            if not sharded or is_called_alone(up) or is_called_alone(down):
-                return self._one_by_one(x, gates)
+        together = is_only_weight(up) and is_only_weight(down)
+        if not together and (not sharded or is_called_alone(up) or is_called_alone(down)):
+            return self._one_by_one(x, gates)
         if sharded:
             return self._tensor_parallel(x, gates)
         weights, biases = [up.weight, down.weight], [up.bias, down.bias]

@@ -13,13 +13,24 @@ from torch.utils.hooks import RemovableHandle
 
 from ..gates import Gates, HardConcrete, attach, eval_gates, sample_gates
 from ..penalty import L2Term
+from ..reference import _checks
 from . import ranks
 
 EVAL_MODES = ("paper", "median", "topk")
 DEFAULT_DIST = HardConcrete()
 
 
-class HardConcreteGate(nn.Module):
+class Unscriptable:
+    """Mixin of the modules that torch.jit.script does not understand."""
+
+    def __prepare_scriptable__(self) -> Any:
+        raise RuntimeError(
+            f"torch.jit.script cannot compile {type(self).__name__}: its operations are no TorchScript; "
+            "script what l0kernels.nn.export returns, trace the model in eval(), or use torch.export"
+        )
+
+
+class HardConcreteGate(Unscriptable, nn.Module):
     r"""A vector of hard-concrete gates (Louizos, Welling, Kingma, ICLR 2018, eq. 10-13).
 
     ``gate()`` draws in ``train()`` and returns the evaluation gate in ``eval()``. Every call in ``train()``
@@ -40,7 +51,8 @@ class HardConcreteGate(nn.Module):
         n: number of gates, or a shape (weight and block gates keep log_alpha in the shape of what they gate).
         droprate_init: d in (0, 1); log_alpha ~ N(log(1 - d) - log d, 0.01). It is *not* P(z = 0), which is
             .168 at .5.
-        lam: weight of these gates in :func:`penalty`, >= 0; a plain attribute, so a schedule may assign it.
+        lam: weight of these gates in :func:`penalty`, >= 0; an attribute that a schedule may assign, also
+            between the calls of a compiled step, which takes it without compiling anew.
         eval_mode: "paper", "median" or "topk", see :func:`l0kernels.eval_gates`.
         dist: the constants of the distribution.
         device, dtype: of log_alpha; a dtype below fp32 means fp32.
@@ -55,6 +67,8 @@ class HardConcreteGate(nn.Module):
     """Whether it gives the evaluation gate in train(), too, as in exported models; see :meth:`freeze_`."""
     independent: bool = False
     """Whether each rank of a process group draws for itself; a plain attribute."""
+    lam_tensor: Tensor
+    """lam, (), float64, on the device of log_alpha: an input of compiled graphs, a number is a constant."""
     _drawn: Gates | Tensor | None = None
     """Of a GateBank: the detached gates or, where they are not kept, their seed; never copied or saved."""
     _threads: "_Threads | None" = None
@@ -87,11 +101,11 @@ class HardConcreteGate(nn.Module):
             raise ValueError(f"eval_mode must be one of {EVAL_MODES}, got {eval_mode!r}")
         self.n = math.prod(shape)
         self.droprate_init = droprate_init
-        self.lam = lam
         self.eval_mode = eval_mode
         self.dist = dist
         dtype = torch.get_default_dtype() if dtype is None else dtype
         self.log_alpha = nn.Parameter(torch.empty(shape, device=device, dtype=_gate_dtype(dtype)))
+        self.lam = lam
         self.reset_parameters()
         self._stand_in_the_way()
 
@@ -128,6 +142,8 @@ class HardConcreteGate(nn.Module):
         if not self.training:
             return self.eval_gates()
         drawn = self._held
+        if drawn is not None:
+            _checks.refuse_traced_draw()
         if isinstance(drawn, Gates):
             return attach(self.gathered().flatten(), drawn, self.dist)
         return sample_gates(self.gathered().flatten(), seed=self.fresh_seed(), dist=self.dist)
@@ -138,16 +154,32 @@ class HardConcreteGate(nn.Module):
         return self._drawn if self._threads is None else self._threads.find(self._drawn)
 
     @property
+    def lam(self) -> float:
+        """The weight of these gates in :func:`penalty`."""
+        return self.__dict__["lam"]
+
+    @lam.setter
+    def lam(self, value: float) -> None:
+        self.__dict__["lam"] = value
+        self.__dict__["lam_tensor"] = _as_tensor(value, self.log_alpha.device)
+
+    @property
     def seed(self) -> Tensor | None:
         """(1,) int64: what a GateBank has drawn for a gate per weight, which keeps no z."""
         drawn = self._held
-        return drawn if isinstance(drawn, Tensor) else None
+        if not isinstance(drawn, Tensor):
+            return None
+        _checks.refuse_traced_draw()
+        return drawn
 
     @property
     def drawn(self) -> Gates | None:
         """The gates that a GateBank has drawn, detached; a call of the module connects them to log_alpha."""
         drawn = self._held
-        return drawn if isinstance(drawn, Gates) else None
+        if not isinstance(drawn, Gates):
+            return None
+        _checks.refuse_traced_draw()
+        return drawn
 
     @property
     def draws(self) -> bool:
@@ -229,6 +261,7 @@ class HardConcreteGate(nn.Module):
             self._reducer.watch(self.log_alpha)
         for name in OF_A_DRAW:  # it may be on another device
             self.__dict__.pop(name, None)
+        self.lam = self.lam
         return self
 
     def __getstate__(self) -> dict[str, Any]:
@@ -324,7 +357,7 @@ def leave(gate: HardConcreteGate, before: list[Gates | Tensor | None]) -> None:
                 del gate.__dict__["_threads"]
 
 
-class GatedLayer:
+class GatedLayer(Unscriptable):
     """Mixin of the layers that own gates: what :func:`penalty` asks of them."""
 
     def gate_groups(self) -> Iterator[tuple[HardConcreteGate, Tensor, int]]:
@@ -419,6 +452,11 @@ def gate_modules(model: nn.Module) -> list[HardConcreteGate]:
         elif isinstance(module, nn.MultiheadAttention):
             refuse_bypassed(module)
     return gates
+
+
+def _as_tensor(value: float, device: torch.device) -> Tensor:
+    _checks.check_number("lam", value)
+    return torch.full((), float(value), dtype=torch.float64, device=device)
 
 
 def _gate_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -10,6 +10,7 @@ from ..gates import Gates, HardConcrete
 from ..linear import drawn_linear, gated_linear, l0_linear
 from ..masked_linear import block_linear, masked_linear
 from ..penalty import L2Term
+from ..reference import _checks
 from .gate import DEFAULT_DIST, GatedLayer, HardConcreteGate, draw
 from .ranks import check_not_flat, released, whole
 
@@ -192,6 +193,7 @@ class L0Linear(GatedLayer, nn.Linear):
     def _weight_gated(self, x: Tensor, in_gates: Gates | None, out_gates: Gates | None) -> Tensor:
         gate = self.weight_gate
         assert gate is not None
+        _checks.check_tensor("x", x)
         if in_gates is not None or out_gates is not None:
             raise ValueError(f"in_gates and out_gates must be None with gate={self.gate!r}, got gates")
         if self.block is not None and gate.training and not gate.draws:

@@ -87,7 +87,9 @@ def _by_dist(
     """One call for the gates and terms of `dist`, and one more for each further distribution."""
     own = [group for group in groups if group[0].dist is dist or group[0].dist == dist]
     log_alphas = [log_alpha for _, log_alpha, _ in own]
-    sizes, lams = [size for _, _, size in own], [gate.lam for gate, _, _ in own]
+    sizes = [size for _, _, size in own]
+    compiled = torch.compiler.is_compiling()
+    lams = [gate.lam_tensor if compiled else gate.lam for gate, _, _ in own]
     own_terms = [term for of, term in terms if of is dist or of == dist]
     if own_terms:
         total = coupled_penalty(log_alphas, sizes, lams, own_terms, weight_decay, dist)

@@ -15,6 +15,31 @@ GATE_DTYPES = (torch.float32, torch.float64)
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
+def readable() -> bool:
+    """Whether tensors have values that Python may look at: nobody compiles, traces or transforms."""
+    return not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or is_traced())
+
+
+def refuse_traced_draw() -> None:
+    """RuntimeError under torch.jit.trace, whose graph would have the gates of this one draw for ever."""
+    if torch._C._get_tracing_state() is not None:
+        raise RuntimeError(
+            "torch.jit.trace would freeze gates drawn in train() into its graph; call eval() on the model "
+            "before, or give the draw a seed that is an input of the graph"
+        )
+
+
+def is_traced() -> bool:
+    """Whether torch.jit.trace or make_fx records what is called."""
+    if torch._C._get_tracing_state() is not None:
+        return True
+    if not torch._C._len_torch_dispatch_stack():
+        return False
+    from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+    return get_proxy_mode() is not None
+
+
 def check_tensor(name: str, value: Any) -> None:
     """TypeError unless ``value`` is a tensor, RuntimeError if its memory was given back: torch's own
     operations would read at address 0."""
@@ -119,6 +144,8 @@ def fits_chain(
     ``rows`` of a hidden weight make one unit. False sends the caller to the checks that say what is wrong:
     those cost as much as a small layer.
     """
+    if not isinstance(x, Tensor):
+        return False
     try:
         dtype, device, n = x.dtype, x.device, x.shape[-1] * rows
         for weight, bias, log_alpha in zip(weights, biases, log_alphas, strict=True):
@@ -161,6 +188,11 @@ def check_linear(x: Any, weight: Any, bias: Any, at: str = "") -> None:
 def check_weight(weight: Any, bias: Any, at: str = "") -> None:
     """Checks of ``weight (out, in)`` and ``bias (out,)`` or None; ``at`` as in check_linear."""
     name = f"weights{at}" if at else "weight"
+    if callable(weight):  # the quantised layers of torch
+        raise TypeError(
+            f"{name} must be a torch.Tensor, got a {type(weight).__name__}: its layer was replaced by one "
+            "that keeps no weight (torch.ao.quantization does so); quantise what l0kernels.nn.export returns"
+        )
     check_floating(name, weight)
     if weight.ndim != 2:
         raise ValueError(f"{name} must have shape (out, in), got {tuple(weight.shape)}")
