@@ -94,12 +94,31 @@ def gated_batch_norm(
         return replace(x, data=_packed(x, *statistics))
     channels = x.shape[1] if isinstance(x, Tensor) and x.ndim > 1 else 0
     check_batch_norm(x, channels, *statistics)
-    if gates is None:
-        return F.batch_norm(x, *statistics)
+    if gates is None and channels:
+        return _norm(x, *statistics)
+    if not channels:
+        return affine(x, weight, bias)
     check_gates("gates", gates, channels, x.device, "channel of x")
     if _registry.resolve(x.device, x.dtype, "gated_batch_norm") == "reference":
         return reference.gated_batch_norm(x, *statistics, gates=gates)
     return _dense(x, gates.z.detach() != 0, *statistics)
+
+
+def _norm(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+) -> Tensor:
+    """torch's, whose backward takes what it reads for dense: of strided vectors dx comes out wrong."""
+    if not training:
+        running_mean, running_var = (None if t is None else t.contiguous() for t in (running_mean, running_var))
+    weight = None if weight is None else weight.contiguous()
+    return F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
 
 
 def _dense(
@@ -119,7 +138,7 @@ def _dense(
     w = is_open.to(dtype) if weight is None else weight * is_open
     b = None if bias is None else bias * is_open
     if not training or running_mean is None or running_var is None:
-        return F.batch_norm(x, running_mean, running_var, w, b, training, momentum, eps)
+        return _norm(x, running_mean, running_var, w, b, training, momentum, eps)
     mean, var = running_mean.clone(), running_var.clone()
     y = F.batch_norm(x, mean, var, w, b, training, momentum, eps)
     running_mean.copy_(torch.where(is_open, mean, running_mean))
@@ -151,8 +170,10 @@ def _packed(
             x.backend,
         )
     index = open_order(x.gates)
+    if x.channels == 0:
+        return affine(x.data, weight, bias)
     if index is None:
-        return F.batch_norm(x.data, running_mean, running_var, weight, bias, training, momentum, eps)
+        return _norm(x.data, running_mean, running_var, weight, bias, training, momentum, eps)
     mean, var, w, b = (
         None if t is None else t.index_select(0, index) for t in (running_mean, running_var, weight, bias)
     )

@@ -126,7 +126,7 @@ def _coupled(
         like.dtype == torch.float64,
         [(a.data_ptr(), a.numel(), weight) for a, weight in zip(gates, weights, strict=True)],
         [
-            (t.data_ptr(), t.shape[0], t.shape[1:].numel(), groups, t.shape[2:].numel(), out, in_)
+            (t.data_ptr(), t.shape[0], t.shape[1:].numel(), groups, max(t.shape[2:].numel(), 1), out, in_)
             for t, out, in_, groups in terms
         ],
         decay,

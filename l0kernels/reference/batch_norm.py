@@ -87,6 +87,8 @@ def gated_batch_norm(
     """
     channels = x.shape[1] if isinstance(x, Tensor) and x.ndim > 1 else 0
     check_batch_norm(x, channels, running_mean, running_var, weight, bias, training, momentum, eps)
+    if channels == 0:
+        return affine(x, weight, bias)
     if gates is None:
         return torch.nn.functional.batch_norm(
             x, running_mean, running_var, weight, bias, training, momentum, eps
