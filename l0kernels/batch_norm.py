@@ -114,7 +114,9 @@ def _norm(
     momentum: float,
     eps: float,
 ) -> Tensor:
-    """torch's, whose backward takes what it reads for dense: of strided vectors dx comes out wrong."""
+    """torch's, whose backward takes some of what it reads for dense: the gradients would come out wrong."""
+    if 1 in x.shape[2:] and not x.is_contiguous():  # neither of its two formats for certain
+        x = x.contiguous()
     if not training:
         running_mean, running_var = (None if t is None else t.contiguous() for t in (running_mean, running_var))
     weight = None if weight is None else weight.contiguous()
@@ -140,7 +142,7 @@ def _dense(
     if not training or running_mean is None or running_var is None:
         return _norm(x, running_mean, running_var, w, b, training, momentum, eps)
     mean, var = running_mean.clone(), running_var.clone()
-    y = F.batch_norm(x, mean, var, w, b, training, momentum, eps)
+    y = _norm(x, mean, var, w, b, training, momentum, eps)
     running_mean.copy_(torch.where(is_open, mean, running_mean))
     running_var.copy_(torch.where(is_open, var, running_var))
     return y
@@ -179,7 +181,7 @@ def _packed(
     )
     if len(index) == 0:
         return affine(x.data, w, b)
-    y = F.batch_norm(x.data, mean, var, w, b, training, momentum, eps)
+    y = _norm(x.data, mean, var, w, b, training, momentum, eps)
     if (
         training
         and running_mean is not None

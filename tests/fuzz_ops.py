@@ -41,14 +41,16 @@ class Case:
     frozen: tuple[str, ...] = ()  # never differentiated
     autocast: torch.dtype | None = None
     what: str = ""
+    slack: int = 8  # roundings: sums are long, and what cancels comes from larger terms
 
 
 class Draw:
     """The choices of one call."""
 
-    def __init__(self, seed, dtypes=FLOATS, largest=300, device="cpu", autocasts=(torch.bfloat16,)):
+    def __init__(self, seed, dtypes=FLOATS, largest=300, device="cpu", autocasts=(torch.bfloat16,), doubles=True):
         self.random = random.Random(seed)
         self.dtypes, self.largest, self.device, self.autocasts = dtypes, largest, device, autocasts
+        self.doubles = doubles  # whether gates of float64 are served
         self.buffers = []  # (memory of an argument, what it held)
         torch.manual_seed(seed)
 
@@ -101,6 +103,9 @@ class Draw:
             laid = t.narrow(dim, 0, min(1, t.shape[dim])).expand(t.shape) if t.shape[dim] else t
         return laid
 
+    def gate_dtype(self):
+        return self.pick(torch.float32, torch.float32, torch.float64) if self.doubles else torch.float32
+
     def operand(self, *shape, dtype):
         return self.lay(self.values(*shape, dtype=dtype))
 
@@ -132,7 +137,7 @@ class Draw:
         return make
 
     def log_alpha(self, *shape, dtype=None):
-        dtype = self.pick(torch.float32, torch.float32, torch.float64) if dtype is None else dtype
+        dtype = self.gate_dtype() if dtype is None else dtype
         kind = self.random.random()
         a = self.values(*shape, dtype=dtype, scale=3.0)
         if kind < 0.12:
@@ -168,7 +173,7 @@ def _masks(**gates):
 
 
 def sample_gates(d):
-    dtype = d.pick(torch.float32, torch.float64)
+    dtype = d.gate_dtype()
     vectors = {f"a{i}": d.log_alpha(d.size(d.pick(5, 200, 5000)), dtype=dtype) for i in range(d.pick(1, 1, 2, 3, 6))}
     seed, rank, dist, alone = d.seed(), d.pick(0, 0, 1, 2**32 - 1), d.dist(), d.chance(0.5)
 
@@ -194,7 +199,7 @@ def eval_gates(d):
 
 
 def l0_penalty(d):
-    dtype = d.pick(torch.float32, torch.float64)
+    dtype = d.gate_dtype()
     shapes = [[d.size(d.pick(5, 300)) for _ in range(d.pick(1, 1, 1, 2, 0))] for _ in range(d.pick(1, 2, 5))]
     vectors = {f"a{i}": d.log_alpha(*shape, dtype=dtype) for i, shape in enumerate(shapes)}
     sizes, lam, dist = [d.pick(1, 3.5, 300) for _ in shapes], d.pick(1.0, 1e-3), d.dist()
@@ -246,7 +251,7 @@ def gated_linear(d):
 
 def l0_linear(d):
     dtype, n_in, n_out, seed, dist = d.dtype(), d.size(), d.size(), d.seed(), d.dist()
-    a_dtype = d.pick(torch.float32, torch.float64)
+    a_dtype = d.gate_dtype()
     tensors = {
         "x": d.operand(*d.rows(n_in), dtype=dtype),
         "weight": d.operand(n_out, n_in, dtype=dtype),
@@ -294,7 +299,7 @@ def gated_mlp(d, activations=ACTIVATIONS):
 def l0_mlp(d, activations=ACTIVATIONS):
     dtype, activation, sizes, tensors = _chain(d, activations)
     depth, repack, seed, dist = len(sizes) - 1, d.chance(0.3), d.seed(), d.dist()
-    a_dtype = d.pick(torch.float32, torch.float32, torch.float64)
+    a_dtype = d.gate_dtype()
     for i in range(depth):
         tensors[f"a{i}"] = d.log_alpha(sizes[i], dtype=a_dtype) if d.chance(0.85) else None
 
@@ -452,8 +457,9 @@ def packed_channels(d):
         return ns.unpack_channels(h) if w1 is None else ns.packed_conv2d(h, w1, b1, in_gates=mid)
 
     frozen = ("z_mid",) if support and not last else ()
-    masks = _masks(z_in=(z_in, False), z_mid=(z_mid, False))
-    return Case(call, tensors, dtype, masks, frozen, what=f"{options} {pack_first} {norm} {last} {support}")
+    masks = _masks(z_in=(z_in, False), z_mid=(None if norm else z_mid, False))  # a norm divides z away
+    what = f"{options} {pack_first} {norm} {last} {support}"
+    return Case(call, tensors, dtype, masks, frozen, what=what, slack=64 if norm else 8)
 
 
 OPS = {
@@ -518,7 +524,7 @@ def check(name, seed, op=None, **options):
         needs=needs,
         layout=layout,
         autocast=case.autocast,
-        slack=8,
+        slack=case.slack,
     )
     if again and grads:
         _two(case, needs, layout, what)

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import launch
+from ._launch import address, launch
 from ._table import device_table
 from ._variants import Variant
 
@@ -102,7 +102,7 @@ def l0_penalty(log_alphas: list[Tensor], weights: list[float], dist: HardConcret
     if single:
         table, rows = grad, -(-total // block)
     else:
-        addresses = [a.data_ptr() for a in log_alphas]
+        addresses = [address(a) for a in log_alphas]
         key = ("l0_penalty", block, *sizes, *addresses, *weights)
         table = device_table(key, device, lambda: _table_rows(sizes, addresses, weights, block))
         rows = table.shape[0] // _COLUMNS

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from l0kernels.reference.gates import TAU, HardConcrete, round_up
 
-from ._launch import cdiv, launch
+from ._launch import address, cdiv, launch
 from ._table import device_table
 from ._variants import Variant
 from .hard_concrete import gate_slope, gate_value, uniform
@@ -217,7 +217,7 @@ def sample(
     if single:
         programs, table = max(1, cdiv(longest, block)), seed
     else:
-        addresses = [a.data_ptr() for a in log_alphas]
+        addresses = [address(a) for a in log_alphas]
         key = ("sample", block, *sizes, *addresses)
         table = device_table(key, device, lambda: _table_rows(sizes, addresses, block))
         programs = table.shape[0] // _COLUMNS

@@ -90,8 +90,11 @@ def _of_no_channels(
         (n + 2 * p - d * (k - 1) - 1) // s + 1
         for n, k, s, p, d in zip(x.shape[-2:], weight.shape[-2:], stride, padding, dilation, strict=True)
     ]
+    kind, dtype = x.device.type, x.dtype
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(kind)
     y = x.new_zeros(*x.shape[:-3], weight.shape[0], *size) + (x.sum() + weight.sum()) * 0
-    return y if bias is None else (y + bias[:, None, None]).to(y.dtype)
+    return (y if bias is None else y + bias[:, None, None]).to(dtype)
 
 
 def gated_conv2d(
