@@ -525,6 +525,7 @@ def check(name, seed, op=None, **options):
         layout=layout,
         autocast=case.autocast,
         slack=case.slack,
+        underflow=True,
     )
     if again and grads:
         _two(case, needs, layout, what)

@@ -217,7 +217,7 @@ def _columns(theta: Tensor) -> tuple[Tensor, int]:
 
 def _like(columns: Tensor, theta: Tensor, run: int) -> Tensor:
     """What _columns made, in theta's shape again."""
-    if theta.ndim <= 2 or run > 1 or math.prod(theta.shape[2:]) == 1:
+    if theta.ndim != 4 or run > 1 or math.prod(theta.shape[2:]) <= 1:
         return columns.view(theta.shape)
     n_out, n_in, *kernel = theta.shape
     return columns.view(n_out, *kernel, n_in).permute(0, 3, 1, 2)
