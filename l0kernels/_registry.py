@@ -225,8 +225,8 @@ def _why_not_serving(name: str, device: torch.device, dtype: torch.dtype, primit
 def use_backend(name: str) -> Iterator[None]:
     """Context in which every operation uses backend ``name``, in this thread or task of asyncio alone.
 
-    A thread started within begins without it, as with any context variable: ``contextvars.copy_context().run``
-    hands it on. A backward pass uses the backend of its forward.
+    A thread started within begins without it, as with any context variable;
+    ``contextvars.copy_context().run`` hands it on. A backward pass uses the backend of its forward.
 
     Args:
         name: "reference", "torch", "cpp", "triton" or "cuda". See backends().

@@ -118,7 +118,8 @@ def _norm(
     if 1 in x.shape[2:] and not x.is_contiguous():  # neither of its two formats for certain
         x = x.contiguous()
     if not training:
-        running_mean, running_var = (None if t is None else t.contiguous() for t in (running_mean, running_var))
+        statistics = (running_mean, running_var)
+        running_mean, running_var = (None if t is None else t.contiguous() for t in statistics)
     weight = None if weight is None else weight.contiguous()
     return F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
 

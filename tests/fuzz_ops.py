@@ -2,10 +2,11 @@
 
 A call is made of a number: ``check(NAME, NUMBER)`` makes the same one again. Sizes from 0 on, strides of all
 kinds (views of buffers of NaN, stride 0, channels last), every dtype, gates of every kind, any subset of the
-arguments frozen. What is compared: the output and every gradient, that no argument changes, and that two calls
-whose backward passes come in the other order give the same bits.
+arguments frozen. What is compared: the output and every gradient, that no argument changes, and that two
+calls whose backward passes come in the other order give the same bits.
 """
 
+import itertools
 import math
 import os
 import random
@@ -47,9 +48,19 @@ class Case:
 class Draw:
     """The choices of one call."""
 
-    def __init__(self, seed, dtypes=FLOATS, largest=300, device="cpu", autocasts=(torch.bfloat16,), doubles=True):
+    def __init__(
+        self,
+        seed,
+        dtypes=FLOATS,
+        largest=300,
+        device="cpu",
+        autocasts=(torch.bfloat16,),
+        doubles=True,
+        activations=ACTIVATIONS,
+    ):
         self.random = random.Random(seed)
         self.dtypes, self.largest, self.device, self.autocasts = dtypes, largest, device, autocasts
+        self.activations = activations
         self.doubles = doubles  # whether gates of float64 are served
         self.buffers = []  # (memory of an argument, what it held)
         torch.manual_seed(seed)
@@ -70,7 +81,7 @@ class Draw:
         if kind < 0.7:
             return self.random.randint(2, min(largest, 40))
         if kind < 0.85:
-            return min(largest, self.pick(7, 8, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 131, 256, 257))
+            return min(largest, self.pick(7, 8, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 256, 257))
         return self.random.randint(1, largest)
 
     def dtype(self):
@@ -156,11 +167,14 @@ class Draw:
 
     def rows(self, n):
         """A shape (..., n): any number of leading dimensions."""
-        return [self.size(self.pick(8, 40, self.largest)) if i == 0 else self.size(4) for i in range(self.pick(0, 1, 1, 1, 2))] + [n]
+        leading = self.pick(0, 1, 1, 1, 2)
+        return [*(self.size(4 if i else self.pick(8, 40, self.largest)) for i in range(leading)), n]
 
     def autocast(self, dtype):
         """float32 operands now and then under autocast."""
-        return self.pick(*self.autocasts) if dtype == torch.float32 and self.autocasts and self.chance(0.1) else None
+        if dtype == torch.float32 and self.autocasts and self.chance(0.1):
+            return self.pick(*self.autocasts)
+        return None
 
 
 def _drawn(dtype, log_alpha_dtype):
@@ -174,7 +188,8 @@ def _masks(**gates):
 
 def sample_gates(d):
     dtype = d.gate_dtype()
-    vectors = {f"a{i}": d.log_alpha(d.size(d.pick(5, 200, 5000)), dtype=dtype) for i in range(d.pick(1, 1, 2, 3, 6))}
+    sizes = [d.size(d.pick(5, 200, 5000)) for _ in range(d.pick(1, 1, 2, 3, 6))]
+    vectors = {f"a{i}": d.log_alpha(n, dtype=dtype) for i, n in enumerate(sizes)}
     seed, rank, dist, alone = d.seed(), d.pick(0, 0, 1, 2**32 - 1), d.dist(), d.chance(0.5)
 
     def call(ns, **a):
@@ -266,21 +281,21 @@ def l0_linear(d):
     return Case(call, tensors, _drawn(dtype, a_dtype), autocast=d.autocast(dtype))
 
 
-def _chain(d, activations):
+def _chain(d):
     """Sizes, activation, x, weights and biases of a chain."""
-    dtype, activation = d.dtype(), d.pick(*activations)
+    dtype, activation = d.dtype(), d.pick(*d.activations)
     sizes = [d.size(d.pick(20, d.largest)) for _ in range(d.pick(2, 3, 3, 4))]
     rows = 2 if activation in ("swiglu", "geglu") else 1
     tensors = {"x": d.operand(*d.rows(sizes[0]), dtype=dtype)}
-    for i, (n, m) in enumerate(zip(sizes, sizes[1:], strict=False)):
+    for i, (n, m) in enumerate(itertools.pairwise(sizes)):
         m *= rows if i + 2 < len(sizes) else 1
         weight = d.values(m, n, dtype=dtype, scale=1 / math.sqrt(max(n, 1)))
         tensors[f"w{i}"], tensors[f"b{i}"] = d.lay(weight), d.bias(m, dtype)
     return dtype, activation, sizes, tensors
 
 
-def gated_mlp(d, activations=ACTIVATIONS):
-    dtype, activation, sizes, tensors = _chain(d, activations)
+def gated_mlp(d):
+    dtype, activation, sizes, tensors = _chain(d)
     depth, repack, masks, makes = len(sizes) - 1, d.chance(0.3), {}, []
     for i in range(depth):
         z, full = d.z(sizes[i], dtype)
@@ -296,8 +311,8 @@ def gated_mlp(d, activations=ACTIVATIONS):
     return Case(call, tensors, dtype, masks, autocast=d.autocast(dtype), what=activation)
 
 
-def l0_mlp(d, activations=ACTIVATIONS):
-    dtype, activation, sizes, tensors = _chain(d, activations)
+def l0_mlp(d):
+    dtype, activation, sizes, tensors = _chain(d)
     depth, repack, seed, dist = len(sizes) - 1, d.chance(0.3), d.seed(), d.dist()
     a_dtype = d.gate_dtype()
     for i in range(depth):
@@ -312,7 +327,8 @@ def l0_mlp(d, activations=ACTIVATIONS):
 
 def masked_linear(d):
     dtype, n_in, n_out, seed, dist = d.dtype(), d.size(), d.size(), d.seed(), d.dist()
-    block = d.pick(None, None, (1, 1), (16, 16), (32, 8), (7, 5), (100, 300), (d.size(40) + 1, d.size(40) + 1))
+    odd = (d.size(40) + 1, d.size(40) + 1)
+    block = d.pick(None, None, (1, 1), (16, 16), (32, 8), (7, 5), (100, 300), odd)
     mode = d.pick(None, None, None, *l0.gates.EVAL_MODES)
     shape = (n_out, n_in) if block is None else (-(-n_out // block[0]), -(-n_in // block[1]))
     tensors = {
@@ -369,7 +385,8 @@ def gated_conv2d(d):
         return ns.gated_conv2d(x, weight, bias, **options, in_gates=make_in(z_in), **out)
 
     masks = _masks(z_in=(z_in, full_in), z_out=(z_out, full_out))
-    return Case(call, tensors, dtype, masks, ("z_out",) if support else (), d.autocast(dtype), what=str(options))
+    frozen = ("z_out",) if support else ()
+    return Case(call, tensors, dtype, masks, frozen, d.autocast(dtype), str(options))
 
 
 def gated_batch_norm(d):
@@ -386,8 +403,8 @@ def gated_batch_norm(d):
     if not training or d.chance(0.8):
         statistics = [d.lay(d.values(channels, dtype=p_dtype), expand=False)]
         statistics.append(d.lay(d.values(channels, dtype=p_dtype).abs() + 0.5, expand=False))
-    momentum, eps, affine = d.pick(0.1, 0.5), d.pick(1e-5, 1e-2), d.pick("both", "both", "none", "weight", "bias")
-    affine = "both" if p_dtype != dtype else affine
+    momentum, eps = d.pick(0.1, 0.5), d.pick(1e-5, 1e-2)
+    affine = "both" if p_dtype != dtype else d.pick("both", "both", "none", "weight", "bias")
     tensors = {
         "x": d.operand(*shape, dtype=dtype),
         "weight": d.operand(channels, dtype=p_dtype) if affine in ("both", "weight") else None,
@@ -429,7 +446,7 @@ def packed_channels(d):
     (z_in, _), (z_mid, _) = d.z(n_in, dtype, wild=False), d.z(n_mid, dtype, wild=False)
     z_mid = make_z("mixed", n_mid, gate_dtype(dtype)).to(d.device) if z_mid is None else z_mid
     pack_first, last = d.chance(0.5) and z_in is not None, d.chance(0.6)
-    norm = dtype in (torch.float32, torch.float64) and d.chance(0.5)  # it makes the roundings of 16 bits large
+    norm = dtype.itemsize > 2 and d.chance(0.5)  # it makes the roundings of 16 bits large
     support = d.chance(0.5)
     tensors = {
         "x": d.operand(d.pick(1, 2, 3), n_in, *image, dtype=dtype),
@@ -457,7 +474,7 @@ def packed_channels(d):
         return ns.unpack_channels(h) if w1 is None else ns.packed_conv2d(h, w1, b1, in_gates=mid)
 
     frozen = ("z_mid",) if support and not last else ()
-    masks = _masks(z_in=(z_in, False), z_mid=(None if norm else z_mid, False))  # a norm divides z away
+    masks = _masks(z_in=(z_in, False), z_mid=(z_mid, False))
     what = f"{options} {pack_first} {norm} {last} {support}"
     return Case(call, tensors, dtype, masks, frozen, what=what, slack=64 if norm else 8)
 
@@ -483,24 +500,44 @@ OPS = {
 
 def _two(case, needs, layout, what):
     """Two forwards and then their backwards, the first one's last: the same bits."""
-    with nullcontext() if case.autocast is None else torch.autocast(case.tensors["x"].device.type, case.autocast):
-        leaves = [
-            {n: None if t is None else t.detach().requires_grad_(n in needs) for n, t in case.tensors.items()}
-            for _ in range(2)
-        ]
+    leaves = [
+        {n: None if t is None else t.detach().requires_grad_(n in needs) for n, t in case.tensors.items()}
+        for _ in range(2)
+    ]
+    device = next(t for t in case.tensors.values() if t is not None).device
+    with nullcontext() if case.autocast is None else torch.autocast(device.type, case.autocast):
         y = [case.call(l0, **leaf) for leaf in leaves]
-    dy = layout(torch.randn(y[0].shape, device=y[0].device)).to(y[0].dtype)
-    second, first = (torch.autograd.grad(y[i], [leaves[i][n] for n in needs], dy, allow_unused=True) for i in (1, 0))
+    dy = layout(torch.randn(y[0].shape, device=device)).to(y[0].dtype)
+    second, first = (
+        torch.autograd.grad(y[i], [leaves[i][n] for n in needs], dy, allow_unused=True) for i in (1, 0)
+    )
     assert torch.equal(y[0], y[1]), f"{what}: another y the second time"
     for n, a, b in zip(needs, first, second, strict=True):
         assert (a is None) == (b is None), f"{what}: d{n} the second time"
         assert a is None or torch.equal(a, b), f"{what}: another d{n} the second time"
 
 
-def check(name, seed, op=None, **options):
-    """The call of this number, against the reference in float64, on the backend in use."""
+PRIMITIVES = {
+    "sample_gates": {"sample", "gate_grad"},
+    "eval_gates": set(),
+    "l0_penalty": {"l0_penalty"},
+    "l2_penalty": {"l2_penalty"},
+    "gated_linear": {"gated_linear"},
+    "l0_linear": {"gated_linear"},
+    "gated_mlp": {"gated_mlp"},
+    "l0_mlp": {"gated_mlp"},
+    "masked_linear": {"masked_linear", "block_linear"},
+    "gated_conv2d": {"gated_conv2d"},
+    "gated_batch_norm": {"gated_batch_norm", "gated_conv2d"},
+    "packed_channels": {"gated_batch_norm", "gated_conv2d"},
+}
+"""What a backend must implement to serve the calls."""
+
+
+def check(name, seed, **options):
+    """The call of this number on the backend in use, against float64; options as of Draw."""
     d = Draw(seed * 1009 + sum(map(ord, name)), **options)
-    case = (op or OPS[name])(d)
+    case = OPS[name](d)
     given = {n: t for n, t in case.tensors.items() if t is not None}
     before = {n: t.detach().clone() for n, t in given.items()}
     needs = [n for n in given if n not in case.frozen and d.chance(0.8)]
@@ -532,4 +569,5 @@ def check(name, seed, op=None, **options):
     for n, t in given.items():
         assert torch.equal(t, before[n]), f"{what}: {n} has changed"
     for whole, held in d.buffers:
-        assert torch.allclose(whole, held, rtol=0, atol=0, equal_nan=True), f"{what}: memory beside an argument"
+        same = torch.allclose(whole, held, rtol=0, atol=0, equal_nan=True)
+        assert same, f"{what}: memory beside an argument has changed"

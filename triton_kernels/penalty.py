@@ -63,10 +63,10 @@ def _penalty_kernel(
 def _table_rows(sizes: list[int], addresses: list[int], weights: list[float], block: int) -> list[int]:
     rows: list[int] = []
     offset = 0
-    for n, address, weight in zip(sizes, addresses, weights, strict=True):
+    for n, start_of, weight in zip(sizes, addresses, weights, strict=True):
         (bits,) = struct.unpack("<q", struct.pack("<d", weight))
         for start in range(0, n, block):
-            rows += (address + 4 * start, min(n - start, block), offset + start, bits)
+            rows += (start_of + 4 * start, min(n - start, block), offset + start, bits)
         offset += n
     return rows
 

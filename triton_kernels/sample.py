@@ -179,10 +179,10 @@ def _warps(block: int) -> int:
 def _table_rows(sizes: list[int], addresses: list[int], block: int) -> list[int]:
     rows: list[int] = []
     z_offset = index_offset = 0
-    for i, (n, address) in enumerate(zip(sizes, addresses, strict=True)):
+    for i, (n, start_of) in enumerate(zip(sizes, addresses, strict=True)):
         chunks = max(1, cdiv(n, block))
         for chunk in range(chunks):
-            rows += (address, n, z_offset, index_offset, i, chunk, chunks, 0)
+            rows += (start_of, n, z_offset, index_offset, i, chunk, chunks, 0)
         z_offset += n
         index_offset += round_up(n)
     return rows

@@ -80,11 +80,11 @@ def _z_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def _gate(matrix: Tensor, name: str, gate: Sequence[Tensor]) -> tuple[int, int, int]:
-    """Addresses of z, index and count, which the kernel believes to be dense, int32, and of the right type."""
+    """Addresses of z, index and count, which the kernel believes to be dense and of its types."""
     for t, dtype in zip(gate, (_z_dtype(matrix.dtype), torch.int32, torch.int32), strict=True):
         _beside(t, matrix, name)
         if t.dtype != dtype or not t.is_contiguous():
-            expected = f"contiguous tensors, z {_z_dtype(matrix.dtype)} beside {matrix.dtype}, index and count int32"
+            expected = f"contiguous, z {_z_dtype(matrix.dtype)} beside {matrix.dtype}, index and count int32"
             raise TypeError(f"{name} must be {expected}, got {t.dtype} of strides {t.stride()}")
     return _address(gate[0]), _address(gate[1]), _address(gate[2])
 

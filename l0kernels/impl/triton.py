@@ -20,7 +20,7 @@ _VALUES = frozenset((int, float, bool, str, type(None), torch.dtype, HardConcret
 
 
 def _readable(arg: Any) -> Any:
-    """``arg`` as kernels read it: vectors go there by address alone and so are dense, signs are carried out."""
+    """``arg`` as kernels read it: vectors go there by address alone, so they are dense; signs carried out."""
     kind = type(arg)
     if kind in _VALUES:
         return arg

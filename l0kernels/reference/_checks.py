@@ -29,7 +29,7 @@ def check_floating(name: str, value: Any) -> None:
         raise TypeError(f"{name} must have a floating-point dtype, got {value.dtype}")
     if value.dtype not in DTYPES:
         raise TypeError(
-            f"{name} must be float32, float64, bfloat16 or float16, got {value.dtype}: convert it, for example "
+            f"{name} must be float32, float64, bfloat16 or float16, got {value.dtype}: convert it, as with "
             f"{name}.to(torch.bfloat16)"
         )
 
