@@ -1,5 +1,5 @@
-"""Every public call, training and evaluating, and what each backend answers: the reference's values, or why it
-cannot be used. A table, so that no pair of the two is left to memory."""
+"""Every public call, training and evaluating, and what each backend answers: the reference's values, or why
+it cannot be used. A table, so that no pair of the two is left to memory."""
 
 import itertools
 

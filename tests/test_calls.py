@@ -1,4 +1,4 @@
-"""Every public call on every backend of the CPU; the others are in test_triton_calls.py, test_cuda_kernels.py."""
+"""Every public call on the backends of the CPU; others: test_triton_calls.py and test_cuda_kernels.py."""
 
 import ast
 import inspect
