@@ -157,6 +157,22 @@ def strided(t):
 LAYOUTS = {"contiguous": torch.clone, "transposed": transposed, "sliced": sliced}
 
 
+def check_large_activations(activation, device="cpu"):
+    """A chain's activation and its derivative up to the largest numbers there are, against torch's."""
+    glu = activation in l0.mlp.GLU
+    a = torch.tensor([0.5, 9.0, 40.0, 88.0, 104.0, 200.0, 1e19, 1e30, 2e37, 1e38, 3.4e38], device=device)
+    x = torch.cat([-a, a])[:, None].requires_grad_()
+    first = torch.tensor([[1.0], [0.0]] if glu else [[1.0]], device=device)
+    bias = torch.tensor([0.0, 1.0], device=device) if glu else None
+    layers = [first, torch.ones(1, 1, device=device)], [bias, None], [None, None], activation
+    results = []
+    for namespace in (l0, reference):
+        y = namespace.gated_mlp(x, *layers)
+        results.append((y.detach(), *torch.autograd.grad(y, x, torch.ones_like(y))))
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+
+
 def to_list(gates):
     """z, index and count as the operators of torch.library take them."""
     return [gates.z.detach(), gates.index, gates.count]

@@ -15,7 +15,7 @@ from l0kernels import _registry, nn, reference
 from l0kernels.gates import split
 from l0kernels.impl import cuda
 from l0kernels.reference.gates import ALIGN, HardConcrete, compact, round_up
-from op_checks import LAYOUTS, SEED, compare, make_z, sliced, transposed
+from op_checks import LAYOUTS, SEED, check_large_activations, compare, make_z, sliced, transposed
 
 if not RUNS:
     pytest.skip("no GPU; test_cuda_emulated.py runs these on the CPU", allow_module_level=True)
@@ -823,6 +823,10 @@ class TestSmallLinear:
 
 
 class TestSmallMlp:
+    @pytest.mark.parametrize("activation", ["relu", "gelu", "silu", "identity"])
+    def test_large_arguments(self, activation, public):
+        check_large_activations(activation, DEVICE)
+
     @pytest.mark.parametrize("dtype", FLOATS)
     @pytest.mark.parametrize("activation", ["relu", "gelu", "silu", "identity"])
     @pytest.mark.parametrize(

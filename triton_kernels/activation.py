@@ -33,6 +33,12 @@ def _sigmoid(a):
 
 
 @triton.jit
+def _at_least(a):
+    """a, or a bound where its sigmoid is 0 but for the least that _sigmoid gives; a NaN stays one."""
+    return tl.where(a < -100.0, -100.0, a)
+
+
+@triton.jit
 def act(a, ACT: tl.constexpr):
     """h = act(a) in fp32; gelu is the erf form. A NaN stays a NaN."""
     if ACT == "relu":
@@ -41,7 +47,7 @@ def act(a, ACT: tl.constexpr):
         cdf, _ = _normal(a)
         return a * cdf
     elif ACT == "silu":
-        return a * _sigmoid(a)
+        return _at_least(a) * _sigmoid(a)
     else:
         return a
 
@@ -56,6 +62,6 @@ def act_grad(a, ACT: tl.constexpr):
         return a * density + cdf
     elif ACT == "silu":
         s = _sigmoid(a)
-        return a * s * (1.0 - s) + s
+        return _at_least(a) * s * (1.0 - s) + s
     else:
         return a * 0.0 + 1.0
