@@ -94,11 +94,12 @@ def gated_batch_norm(
         return replace(x, data=_packed(x, *statistics))
     channels = x.shape[1] if isinstance(x, Tensor) and x.ndim > 1 else 0
     check_batch_norm(x, channels, *statistics)
-    if gates is None and channels:
-        return _norm(x, *statistics)
+    if gates is not None:
+        check_gates("gates", gates, channels, x.device, "channel of x")
     if not channels:
         return affine(x, weight, bias)
-    check_gates("gates", gates, channels, x.device, "channel of x")
+    if gates is None:
+        return _norm(x, *statistics)
     if _registry.resolve(x.device, x.dtype, "gated_batch_norm") == "reference":
         return reference.gated_batch_norm(x, *statistics, gates=gates)
     return _dense(x, gates.z.detach() != 0, *statistics)

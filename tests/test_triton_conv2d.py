@@ -308,9 +308,7 @@ def test_reference_has_the_same_formula():
 def test_a_bias_of_any_strides(layout, kernel, groups):
     """Kernels read it by address alone."""
     whole = draw(40)
-    bias = {"every second": whole[::2], "one for all": whole[:1].expand(20), "from the end": whole[20:]}[
-        layout
-    ]
+    bias = {"every second": whole[::2], "one for all": whole[:1].expand(20), "later": whole[20:]}[layout]
     x, weight = draw(1, 8, 8, 7), draw(20, 8 // groups, *kernel)
     z = torch.rand(20, device=DEVICE) * (torch.rand(20, device=DEVICE) < 0.6)
     leaves = [t.requires_grad_() for t in (x, weight, bias.detach(), z)]

@@ -87,13 +87,14 @@ def gated_batch_norm(
     """
     channels = x.shape[1] if isinstance(x, Tensor) and x.ndim > 1 else 0
     check_batch_norm(x, channels, running_mean, running_var, weight, bias, training, momentum, eps)
+    if gates is not None:
+        check_gates("gates", gates, channels, x.device, "channel of x")
     if channels == 0:
         return affine(x, weight, bias)
     if gates is None:
         return torch.nn.functional.batch_norm(
             x, running_mean, running_var, weight, bias, training, momentum, eps
         )
-    check_gates("gates", gates, channels, x.device, "channel of x")
     opened = (gates.z.detach() != 0).nonzero()[:, 0]
     mean, var, w, b = (
         None if t is None else t.index_select(0, opened) for t in (running_mean, running_var, weight, bias)
