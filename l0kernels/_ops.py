@@ -332,8 +332,8 @@ def draws_within(
     activation: str = "identity",
 ) -> bool:
     """Whether the backend has l0_linear, for several layers l0_mlp, for these tensors."""
-    if backend == "cuda":
-        return log_alphas[0].dtype == torch.float32
+    if backend == "cuda":  # its kernels draw in the type that they multiply by
+        return dtype != torch.float64 and all(a.dtype == torch.float32 for a in log_alphas)
     if backend == "cpp":
         return module(backend).draws_within([x, *weights, *biases, *log_alphas], dtype, activation)
     if backend == "triton" and len(weights) == 1:

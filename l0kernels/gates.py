@@ -99,8 +99,9 @@ def sample_gates(
     Args:
         log_alpha: (G,) float32 or float64; or a sequence of such, of one dtype, drawn in one call:
             the position is the stream.
-        seed: (1,) int64 on the device of log_alpha. The same seed gives the same gates on every backend. None
-            draws one with torch.randint from torch's default generator.
+        seed: (1,) int64 on the device of log_alpha. The same seed gives the same noise on every backend, and
+            so z to a few units in its last place; on one backend and device the same bits for any number of
+            threads. None draws one with torch.randint from torch's default generator.
         generator: where a missing seed is drawn from instead.
         rank: in [0, 2**32): processes with different ranks draw different gates from one seed.
         dist: the distribution's constants.

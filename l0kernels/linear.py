@@ -326,3 +326,6 @@ def _check_l0_linear(
             _checks.check_log_alpha(name, log_alpha, ndim=1)
             _checks.check_shape(name, log_alpha, (size,), "one gate per unit of weight")
             _checks.check_device(name, log_alpha, x.device, "x")
+    if in_log_alpha is not None and out_log_alpha is not None and out_log_alpha.dtype != in_log_alpha.dtype:
+        expected = f"the dtype of in_log_alpha, {in_log_alpha.dtype}"
+        raise TypeError(f"out_log_alpha must have {expected}, got {out_log_alpha.dtype}")

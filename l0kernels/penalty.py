@@ -248,7 +248,7 @@ def _is_sound(term: L2Term) -> bool:
     """Whether dtypes, shapes and devices are right, for less than the checks that say what is wrong."""
     weight, out, in_, groups = term
     shape, device = weight.shape, weight.device
-    if not weight.dtype.is_floating_point or shape[0] % groups:
+    if weight.dtype not in _checks.DTYPES or shape[0] % groups:
         return False
     for side, size in ((out, shape[0]), (in_, shape[1:2].numel() * groups)):
         if side is not None and not (

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 GATE_DTYPES = (torch.float32, torch.float64)
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+"""Of activations and weights. Eight bits are for storage: torch multiplies none of them without scales."""
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
@@ -61,10 +63,15 @@ def is_freed(value: Tensor) -> bool:
 
 
 def check_floating(name: str, value: Any) -> None:
-    """TypeError unless ``value`` is a real floating-point tensor."""
+    """TypeError unless ``value`` is a tensor of one of DTYPES."""
     check_tensor(name, value)
     if not value.dtype.is_floating_point:
         raise TypeError(f"{name} must have a floating-point dtype, got {value.dtype}")
+    if value.dtype not in DTYPES:
+        raise TypeError(
+            f"{name} must be float32, float64, bfloat16 or float16, got {value.dtype}: convert it, as with "
+            f"{name}.to(torch.bfloat16)"
+        )
 
 
 def check_shape(name: str, value: Tensor, shape: Sequence[int], why: str) -> None:
@@ -165,7 +172,7 @@ def fits_chain(
             n = n_out
     except (AttributeError, IndexError, TypeError, ValueError):
         return False
-    return bool(dtype.is_floating_point)
+    return dtype in DTYPES
 
 
 def check_linear(x: Any, weight: Any, bias: Any, at: str = "") -> None:

@@ -330,7 +330,7 @@ def sample_gates(
 
     Args:
         log_alpha: (G,) float32 or float64, or a sequence of such; its position in the sequence is its stream.
-        seed: (1,) int64 on the device of log_alpha; one seed, one result, anywhere. None draws a seed.
+        seed: (1,) int64 on the device of log_alpha; one seed, one noise, anywhere. None draws one.
         generator: where a missing seed is drawn from; None is torch's default generator.
         rank: in [0, 2**32): processes with different ranks draw different gates from one seed.
         dist: the distribution's constants.
