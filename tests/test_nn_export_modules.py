@@ -515,6 +515,24 @@ def test_convolutions(seed):
     assert isinstance(small.line, T.Conv1d)
 
 
+def test_counts_of_exported_layers():
+    class Net(T.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.L0Conv2d(3, 8, 3, gate="both")
+            self.line = nn.L0Conv1d(8, 6, 2, gate="both")
+            self.out = nn.L0Linear(8, 5, gate="both")
+
+        def forward(self, x):
+            return self.out(self.line(self.conv(x).flatten(2)))
+
+    model = spread(Net())
+    small = nn.export(model)
+    assert {type(part) for part in small.children()} == {nn.SlicedConv2d, nn.SlicedConv1d, nn.SlicedLinear}
+    assert nn.eval_l0(small) == nn.eval_l0(model) == size(small)
+    assert nn.eval_flops(small, (2, 3, 5, 5)) == nn.eval_flops(model, (2, 3, 5, 5)) > 0
+
+
 def encoder_layer(**options):
     torch.manual_seed(0)
     layer = T.TransformerEncoderLayer(16, 4, 32, dropout=0.0, batch_first=True, **options)
