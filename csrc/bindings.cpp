@@ -22,6 +22,10 @@
 #ifdef _OPENMP
 #include <omp.h>
 #endif
+#ifdef __linux__
+#include <sys/mman.h>
+#include <unistd.h>
+#endif
 
 namespace py = pybind11;
 
@@ -415,7 +419,8 @@ void pack(const Matrix& full, int full_type, int64_t rows, int64_t cols, Address
            num_threads);
 }
 
-void unpack(const Matrix& packed, int packed_type, Address full, int full_type, int64_t rows, int64_t cols,
+void unpack(const Matrix& packed, int packed_type, int64_t packed_rows, int64_t packed_cols, Address full,
+            int full_type, int64_t rows, int64_t cols,
             const std::optional<Gate>& row_gate, const std::optional<Gate>& col_gate, bool scale_rows,
             bool scale_cols, bool z_is_double, const Matrix& theta, int theta_type, Address dz_row,
             Address dz_col, int num_threads) {
@@ -426,12 +431,26 @@ void unpack(const Matrix& packed, int packed_type, Address full, int full_type, 
   if ((dz_row && !(row_gate && scale_rows)) || (dz_col && !(col_gate && scale_cols)))
     throw std::invalid_argument("a gate gradient needs the side's gate, and the gate to scale");
   const auto& [theta_data, theta_row, theta_col] = theta;
+  if ((dz_row || dz_col) && !theta_data && rows && cols)
+    throw std::invalid_argument("a gate gradient needs theta, got none");
   l0::unpack(
       {as<const void>(data), static_cast<l0::DType>(packed_type), stride_row, as<void>(full),
-       static_cast<l0::DType>(full_type), pack_axis(row_gate, rows, rows, scale_rows, z_is_double),
-       pack_axis(col_gate, cols, cols, scale_cols, z_is_double), z_is_double, as<const void>(theta_data),
+       static_cast<l0::DType>(full_type), pack_axis(row_gate, rows, packed_rows, scale_rows, z_is_double),
+       pack_axis(col_gate, cols, packed_cols, scale_cols, z_is_double), z_is_double, as<const void>(theta_data),
        static_cast<l0::DType>(theta_type), theta_row, theta_col, as<void>(dz_row), as<void>(dz_col)},
       num_threads);
+}
+
+// Asks for 2 MB pages under an allocation that nobody has written yet; the allocation stays whose it is. Where
+// the system has none, nothing happens.
+void advise_huge_pages(Address address, size_t bytes) {
+#ifdef MADV_HUGEPAGE
+  const uintptr_t page = uintptr_t(sysconf(_SC_PAGESIZE));
+  const uintptr_t begin = (address + page - 1) / page * page, end = (address + bytes) / page * page;
+  if (begin < end) madvise(as<void>(begin), end - begin, MADV_HUGEPAGE);
+#else
+  (void)address, (void)bytes;
+#endif
 }
 
 std::string compiler() {
@@ -474,4 +493,5 @@ PYBIND11_MODULE(_C, m) {
   m.def("block_linear_backward", &block_linear_backward);
   m.def("pack", &pack);
   m.def("unpack", &unpack);
+  m.def("advise_huge_pages", &advise_huge_pages);
 }

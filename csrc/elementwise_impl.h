@@ -47,7 +47,7 @@ void activation_grad_columns(const ActivationGradParams<T>& p, int64_t n0, int n
     const int64_t at = p.gate && p.gate->index ? p.gate->index[n0 + j] : n0 + j;
     z[j] = p.gate ? p.gate->z[at] : T(1);
     inv_z[j] = T(1) / z[j];
-    any_dz |= p.dz && p.gate->wants_grad(at);
+    any_dz |= p.dz && p.gate && p.gate->wants_grad(at);
   }
   for (int64_t m0 = 0; m0 < p.M; m0 += kRowBlock) {
     const int64_t m_end = m0 + kRowBlock < p.M ? m0 + kRowBlock : p.M;
@@ -74,7 +74,7 @@ void activation_grad_columns(const ActivationGradParams<T>& p, int64_t n0, int n
   for (int j = 0; j < n; ++j) {
     const int64_t at = p.gate && p.gate->index ? p.gate->index[n0 + j] : n0 + j;
     if (p.db) p.db[at] = T(db_total[j]);
-    if (p.dz) p.dz[at] = p.gate->wants_grad(at) ? T(dz_total[j]) : T(0);
+    if (p.dz) p.dz[at] = p.gate && p.gate->wants_grad(at) ? T(dz_total[j]) : T(0);
   }
 }
 

@@ -1,5 +1,8 @@
 #include "linear.h"
 
+#include <algorithm>
+#include <stdexcept>
+
 namespace l0 {
 namespace {
 
@@ -11,6 +14,11 @@ const int32_t* index_of(const GateView<T>* gate) {
 template <typename T>
 int64_t open_of(const GateView<T>* gate, int64_t size) {
   return gate ? gate->open : size;
+}
+
+template <typename T>
+void zero(T* x, int64_t n) {
+  if (x) std::fill_n(x, n, T(0));
 }
 
 }  // namespace
@@ -43,6 +51,13 @@ template <typename T>
 void linear_backward(const LinearParams<T>& p, const LinearGrads<T>& grad, int num_threads) {
   const Kernels<T>& k = kernels<T>();
   const T* z_out = p.out_gate && p.scale_out ? p.out_gate->z : nullptr;
+  if (p.M == 0) {  // a gradient without elements has no address, as if it were not wanted
+    zero(grad.dw, p.out * p.in);
+    zero(grad.db, p.out);
+    zero(grad.dz_in, p.in);
+    zero(grad.dz_out, p.out);
+    return;
+  }
   if (grad.dx) {  // dx = z_in * ((dy * z_out) W)
     GemmParams<T> g;
     g.M = p.M;
@@ -90,7 +105,8 @@ void linear_backward(const LinearParams<T>& p, const LinearGrads<T>& grad, int n
     k.column_sum({p.M, p.out, grad.dy, grad.dy_stride_m, grad.dy_stride_n, p.out_gate, p.scale_out, grad.db},
                  num_threads);
   // dz_j = <theta_j, dtheta_j> / z_j = <x_j, dx_j> / z_j: whichever is at hand and smaller.
-  if (grad.dz_in) {
+  if (grad.dz_in && p.in_gate) {
+    if (!grad.dx && !grad.dw && p.out) throw std::invalid_argument("dz_in is read off dx or dw, got neither");
     if (grad.dx && (grad.dw == nullptr || p.M <= p.out)) {
       k.column_dot(
           {p.M, p.in, p.x, p.x_stride_m, p.x_stride_k, grad.dx, p.in, p.in_gate, nullptr, grad.dz_in},
@@ -101,7 +117,8 @@ void linear_backward(const LinearParams<T>& p, const LinearGrads<T>& grad, int n
                    num_threads);
     }
   }
-  if (grad.dz_out) {
+  if (grad.dz_out && p.out_gate) {
+    if (!grad.dw && p.in) throw std::invalid_argument("dz_out is read off dw, got none");
     const GateView<T>& gate = *p.out_gate;
 #pragma omp parallel for schedule(dynamic, 16) \
     num_threads(num_threads) if (num_threads > 1 && p.out * p.in > 65536)
@@ -114,7 +131,7 @@ void linear_backward(const LinearParams<T>& p, const LinearGrads<T>& grad, int n
       const T* dw = grad.dw + o * p.in;
       // Zero where the input is closed, whatever w holds there.
       const auto term = [&](int64_t i) { return dw[i] == T(0) ? T(0) : w[i * p.w_stride_i] * dw[i]; };
-      double total = p.bias ? double(p.bias[o]) * grad.db[o] : 0.0;
+      double total = p.bias && grad.db ? double(p.bias[o]) * grad.db[o] : 0.0;
       for (int64_t i0 = 0; i0 < p.in; i0 += 256) {
         T lanes[16] = {};
         const int64_t end = i0 + 256 < p.in ? i0 + 256 : p.in;

@@ -1,5 +1,8 @@
 #include "mlp.h"
 
+#include <algorithm>
+#include <stdexcept>
+
 #include "workspace.h"
 
 namespace l0 {
@@ -13,6 +16,11 @@ const int32_t* index_of(const MlpLayer<T>& layer) {
 template <typename T>
 int64_t open_in(const MlpLayer<T>& layer) {
   return layer.in_gate ? layer.in_gate->open : layer.in;
+}
+
+template <typename T>
+void zero(T* x, int64_t n) {
+  if (x) std::fill_n(x, n, T(0));
 }
 
 }  // namespace
@@ -57,6 +65,14 @@ void mlp_backward(const MlpParams<T>& p, const T* dy, int64_t dy_stride_m, int64
   const Kernels<T>& k = kernels<T>();
   thread_local Workspace workspaces[2];
   const int64_t depth = int64_t(p.layers.size());
+  if (p.M == 0) {  // a gradient without elements has no address, as if it were not wanted
+    for (const MlpLayer<T>& layer : p.layers) {
+      zero(layer.dw, layer.out * layer.in);
+      zero(layer.db, layer.out);
+      zero(layer.dz, layer.in);
+    }
+    return;
+  }
   // grad: dL/d(pre-activation) of layer l, packed to the open columns of the next layer's gate.
   const T* grad = dy;
   int64_t grad_stride_m = dy_stride_m, grad_stride_n = dy_stride_n;
@@ -126,7 +142,9 @@ void mlp_backward(const MlpParams<T>& p, const T* dy, int64_t dy_stride_m, int64
         grad_stride_n = 1;
       }
     }
-    if (l == 0 && layer.dz) {
+    if (l == 0 && layer.dz && layer.in_gate) {
+      if (!dx && !layer.dw && layer.out)
+        throw std::invalid_argument("the first dz is read off dx or dw, got neither");
       if (dx && (!layer.dw || p.M <= layer.out)) {
         k.column_dot(
             {p.M, layer.in, p.x, p.x_stride_m, p.x_stride_k, dx, layer.in, layer.in_gate, nullptr, layer.dz},

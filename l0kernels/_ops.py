@@ -15,11 +15,12 @@ from torch import Tensor
 
 from ._flops import tell_counters
 from .impl import conv2d, module
+from .impl.memory import PLAIN, NotPlain, check_memory, plain
 from .impl.packed import Term
 from .reference.gates import HardConcrete, round_up
 
 _LIBRARY = torch.library.Library("l0kernels", "DEF")
-_PLAIN = (Tensor, torch.nn.Parameter)
+_PLAIN_OR_NONE = PLAIN | {type(None)}
 # In part at least on every backend of the CPU.
 _MADE_OF_TORCH = ("gated_conv2d", "gated_conv2d_backward", "coupled_penalty", "coupled_penalty_grad")
 
@@ -30,34 +31,81 @@ def _define(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., An
     def register(implementation: Callable[..., Any]) -> Callable[..., Any]:
         name = schema.partition("(")[0]
 
+        _LIBRARY.define(schema, tags=(torch.Tag.needs_fixed_stride_order,))
+        operator = getattr(torch.ops.l0kernels, name).default
+        kinds = [str(p.type) for p in operator._schema.arguments]
+        names = [p.name for p in operator._schema.arguments]
+        singles = [i for i, kind in enumerate(kinds) if kind in ("Tensor", "Optional[Tensor]")]
+        lists = [i for i, kind in enumerate(kinds) if kind in ("List[Tensor]", "List[Optional[Tensor]]")]
+
         def opaque(*args: Any) -> Any:
+            backend = args[-1]
+            of_torch = backend != "cpp" or name in _MADE_OF_TORCH
+            if of_torch:  # cpp asks for every address
+                for i in singles:
+                    check_memory(args[i], names[i], backend)
+                for i in lists:
+                    for t in args[i]:
+                        check_memory(t, names[i], backend)
             # Autograd falls through: a backend made of torch's operations must not record a graph of its own.
-            if not torch.is_grad_enabled() or (args[-1] == "cpp" and name not in _MADE_OF_TORCH):
+            if not of_torch or not torch.is_grad_enabled():
                 return implementation(*args)
             with torch.no_grad():
                 return implementation(*args)
 
-        _LIBRARY.define(schema, tags=(torch.Tag.needs_fixed_stride_order,))
         _LIBRARY.impl(name, opaque, "CompositeExplicitAutograd")
         _LIBRARY.impl(name, torch.library.fallthrough_kernel, "Autograd")
         torch.library.register_fake(f"l0kernels::{name}", fake, lib=_LIBRARY)
-        operator = getattr(torch.ops.l0kernels, name).default
+        first_is_list = 0 in lists
+
+        def is_plain(args: tuple[Any, ...]) -> bool:
+            for i in singles:
+                if type(args[i]) not in _PLAIN_OR_NONE:
+                    return False
+            for i in lists:
+                for t in args[i]:
+                    if type(t) not in _PLAIN_OR_NONE:
+                        return False
+            first = args[0][0] if first_is_list else args[0]
+            return first.is_cpu or first.is_cuda
 
         def call(*args: Any) -> Any:
             # The dispatcher costs 6 to 10 us, as much as a small layer; eager tensors do without,
             # unless a mode (make_fx, say) wants to see the operators.
-            if not torch.compiler.is_compiling():
-                if torch._C._len_torch_dispatch_stack():
-                    tell_counters()
-                    return operator(*args)
-                first = args[0] if isinstance(args[0], Tensor) else args[0][0]
-                if type(first) in _PLAIN and first.device.type in ("cpu", "cuda"):
+            if torch.compiler.is_compiling():
+                return operator(*args)
+            if torch._C._len_torch_dispatch_stack():
+                tell_counters()
+                return operator(*args)
+            if is_plain(args):
+                try:
                     return opaque(*args)
+                except NotPlain:  # negated views are made plain here, a transform's tensors by the dispatcher
+                    return operator(*map(_made_plain, args))
+            for i in (*singles, *lists):
+                for t in (args[i],) if i in singles else args[i]:
+                    if _is_dtensor(t):
+                        raise TypeError(
+                            f"{names[i]} of l0kernels.{name} must be a plain tensor, got a "
+                            "DTensor: give its full_tensor() or to_local(), or shard the module as "
+                            "l0kernels.nn documents"
+                        )
             return operator(*args)
 
         return call
 
     return register
+
+
+def _made_plain(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return plain(value)
+    return [_made_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _is_dtensor(t: Any) -> bool:
+    kind = type(t)
+    return kind.__name__ == "DTensor" and kind.__module__.startswith("torch.distributed")
 
 
 def refuse_second_derivative(function: str) -> None:

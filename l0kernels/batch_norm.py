@@ -12,7 +12,7 @@ from . import _ops, _registry, reference
 from .conv2d import Packed, is_exact, open_order
 from .gates import Gates
 from .impl import module
-from .reference.batch_norm import affine, batch_norm, check_batch_norm, select
+from .reference.batch_norm import batch_norm, check_batch_norm, select
 from .reference.gates import check_gates
 
 
@@ -123,9 +123,10 @@ def _dense(
     else:
         w = select(is_open, weight, 0)
     y = batch_norm(x, mean, var, w, select(is_open, bias, 0), training, momentum, eps)
-    if training and running_mean is not None and running_var is not None:
-        running_mean.copy_(torch.where(is_open, mean, running_mean))
-        running_var.copy_(torch.where(is_open, var, running_var))
+    if training:
+        for running, value in ((running_mean, mean), (running_var, var)):
+            if running is not None and value is not None:
+                running.copy_(torch.where(is_open, value, running))
     return y
 
 
@@ -158,8 +159,6 @@ def _packed(
     mean, var, w, b = (
         None if t is None else t.index_select(0, index) for t in (running_mean, running_var, weight, bias)
     )
-    if len(index) == 0:
-        return affine(x.data, w, b)
     y = batch_norm(x.data, mean, var, w, b, training, momentum, eps)
     if (
         training

@@ -198,8 +198,7 @@ class _PackChannels(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        _ops.refuse_second_derivative("pack_channels")
-        return _scatter(dy, *ctx.settings), None, None
+        return _UnpackChannels.apply(dy, *ctx.settings), None, None
 
 
 class _UnpackChannels(torch.autograd.Function):
@@ -210,8 +209,7 @@ class _UnpackChannels(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        _ops.refuse_second_derivative("unpack_channels")
-        return _gather(dy, *ctx.settings), None, None
+        return _PackChannels.apply(dy, *ctx.settings), None, None
 
 
 def _gather(x: Tensor, gates: Gates, backend: str) -> Tensor:

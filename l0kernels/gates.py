@@ -129,9 +129,13 @@ def sample_gates(
 
 def attach(log_alpha: Tensor, gate: Gates, dist: HardConcrete) -> Gates:
     """Gates drawn earlier and detached, with a gradient to log_alpha of their own."""
+    check_drawn([log_alpha], [gate])
     backend = _registry.resolve(log_alpha.device, log_alpha.dtype, "gate_grad")
-    # The reference draws and differentiates in one; what is drawn already gets its gradient from z anywhere.
-    return _attach(log_alpha, gate, dist, "torch" if backend == "reference" else backend)
+    if backend != "reference":
+        return _attach(log_alpha, gate, dist, backend)
+    if not (log_alpha.requires_grad and torch.is_grad_enabled()):
+        return gate
+    return gate.of(reference.gates.joined(log_alpha, gate.z, dist))
 
 
 def _attach(log_alpha: Tensor, gate: Gates, dist: HardConcrete, backend: str) -> Gates:
@@ -139,6 +143,17 @@ def _attach(log_alpha: Tensor, gate: Gates, dist: HardConcrete, backend: str) ->
         return gate
     z = _HardConcreteGrad.apply(log_alpha, gate.z, dist.beta, dist.gamma, dist.zeta, backend)
     return Gates(z, gate.index, gate.count)
+
+
+def check_drawn(log_alphas: Sequence[Tensor | None], gates: Sequence[Gates | None]) -> None:
+    """ValueError where a vector has been resized since its gates were drawn."""
+    for log_alpha, gate in zip(log_alphas, gates, strict=True):
+        if log_alpha is not None and gate is not None and gate.z.shape != log_alpha.shape:
+            n, drawn = log_alpha.shape[0], gate.z.shape[0]
+            raise ValueError(
+                f"gates must be drawn for log_alpha as it is, {n} gates, got {drawn} of an earlier draw: "
+                "draw again"
+            )
 
 
 def draw(

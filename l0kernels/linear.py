@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import _ops, _registry, reference
-from .gates import Gates, HardConcrete, attach, check_draw, draw, split
+from .gates import Gates, HardConcrete, attach, check_draw, check_drawn, draw, split
 from .reference import _checks
 from .reference.gates import DEFAULT_DIST
 from .reference.linear import check_layer_gates
@@ -265,6 +265,8 @@ def _l0_linear(
     if out_log_alpha is not None or not _checks.fits_chain(x, (weight,), (bias,), (in_log_alpha,)):
         _check_l0_linear(x, weight, bias, in_log_alpha, out_log_alpha)
     given = [a for a in (in_log_alpha, out_log_alpha) if a is not None]
+    if drawn is not None:
+        check_drawn(given, drawn)
     if not given:
         return gated_linear(x, weight, bias)
     backend = _registry.resolve_layers(x, (weight,), "gated_linear")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import _ops, _registry, reference
-from .gates import Gates, HardConcrete, attach, check_draw, check_log_alphas, draw
+from .gates import Gates, HardConcrete, attach, check_draw, check_drawn, check_log_alphas, draw
 from .linear import _NO_TENSORS, as_rows, compute_dtype, constants, gate_tensors, like_rows, wanted
 from .reference import _checks
 from .reference.gates import DEFAULT_DIST
@@ -225,6 +225,8 @@ def _l0_mlp(
     if activation not in ROWS or not _checks.fits_chain(x, weights, biases, log_alphas, ROWS[activation]):
         _check_l0_mlp(x, weights, biases, log_alphas, activation)
     given = [a for a in log_alphas if a is not None]
+    if gates is not None:
+        check_drawn(log_alphas, gates)
     backend = _backend(x, weights, activation)
     if backend == "reference" and gates is not None:
         joined = [

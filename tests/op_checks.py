@@ -39,7 +39,7 @@ def gate_dtype(dtype):
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-_ROUNDINGS = {torch.float64: 64, torch.float32: 16, torch.bfloat16: 2, torch.float16: 2}
+_ROUNDINGS = {torch.float64: 64, torch.float32: 32, torch.bfloat16: 2, torch.float16: 2}
 
 
 def tolerance(eager, exact, dtype):

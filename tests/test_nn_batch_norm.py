@@ -133,3 +133,173 @@ def test_compiles_without_a_graph_break(gated):
     compiled = torch.compile(norm, fullgraph=True, backend="aot_eager")(x, gates)
     torch.testing.assert_close(compiled, twin(x, gates))
     torch.testing.assert_close(norm.running_mean, twin.running_mean)
+
+
+def one_channel_open(step):
+    """The gates of a step: of two channels one or the other is open, in the first step none."""
+    return Gates.from_z(torch.tensor([step % 2, (step % 3 == 1) * 0.5], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_without_momentum_the_average_is_over_the_batches_of_a_channel(packed):
+    norm = nn.L0BatchNorm2d(2, momentum=None, dtype=torch.float64)
+    means, variances = [[], []], [[], []]
+    for step in range(7):
+        x, gates = torch.randn(3, 2, 4, 4, dtype=torch.float64) + step, one_channel_open(step)
+        norm(pack_channels(x, gates) if packed else x, gates=None if packed else gates)
+        for c in range(2):
+            if gates.z[c]:
+                means[c].append(x[:, c].mean())
+                variances[c].append(x[:, c].var())
+    for c in range(2):
+        torch.testing.assert_close(norm.running_mean[c], torch.stack(means[c]).mean())
+        torch.testing.assert_close(norm.running_var[c], torch.stack(variances[c]).mean())
+    assert norm.num_batches_tracked == 7
+    assert norm.batches_open.tolist() == [len(means[0]), len(means[1])]
+    norm.reset_running_stats()
+    x = torch.randn(3, 2, 4, 4, dtype=torch.float64)
+    norm(x)
+    torch.testing.assert_close(norm.running_mean, x.mean((0, 2, 3)))
+
+
+def test_update_bn():
+    """torch.optim.swa_utils.update_bn sets momentum to None for a while."""
+    gate = nn.HardConcreteGate(6)
+    model = nn.L0Sequential(
+        torch.nn.Conv2d(3, 6, 1), nn.L0BatchNorm2d(6), nn.L0Conv2d(6, 2, 1, gate="in", in_gate=gate)
+    ).double()
+    torch.nn.init.normal_(gate.log_alpha, -0.5)
+    batches = [torch.randn(4, 3, 5, 5, dtype=torch.float64) for _ in range(6)]
+    model(batches[0])  # with momentum
+    bank = nn.GateBank(model, seed=3)
+    seen = [[] for _ in range(6)]
+
+    def loader():
+        for x in batches:
+            bank.draw()
+            for c in gate.drawn.z.nonzero()[:, 0]:
+                seen[c].append(model[0](x)[:, c].mean())
+            yield x
+
+    torch.optim.swa_utils.update_bn(loader(), model)
+    assert {0 < len(values) < 6 for values in seen} == {True, False}
+    for c, values in enumerate(seen):
+        expected = torch.stack(values).mean() if values else torch.tensor(0.0, dtype=torch.float64)
+        torch.testing.assert_close(model[1].running_mean[c], expected)
+    assert model[1].momentum == 0.1
+    model(batches[0])
+    assert not hasattr(model[1], "batches_open")
+
+
+def test_the_state_is_that_of_torchs():
+    ours, theirs = (
+        nn.L0BatchNorm2d(2, momentum=None).double(),
+        torch.nn.BatchNorm2d(2, momentum=None).double(),
+    )
+    x = torch.randn(3, 2, 4, 4, dtype=torch.float64)
+    for step in range(3):
+        ours(x, one_channel_open(step))
+    theirs.load_state_dict(ours.state_dict())
+    assert theirs.num_batches_tracked == 3
+    twin = nn.L0BatchNorm2d.from_dense(ours)
+    assert twin.batches_open.tolist() == ours.batches_open.tolist() == [1, 1]
+    ours.load_state_dict(theirs.state_dict())
+    for norm in (ours, theirs):  # every channel counts the batches of the state
+        norm(x + 1)
+    for mine, other in zip(buffers(ours), buffers(theirs), strict=True):
+        torch.testing.assert_close(mine, other)
+    for norm in (ours, theirs):
+        norm.num_batches_tracked.zero_()
+        norm(x + 2)
+    torch.testing.assert_close(ours.running_mean, theirs.running_mean)
+    torch.testing.assert_close(ours.running_mean, (x + 2).mean((0, 2, 3)))
+
+
+@pytest.mark.parametrize("order", [("open", "some"), ("some", "open"), ("some", "other"), ("none", "some")])
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("training", [True, False])
+def test_a_second_forward_before_the_backward(order, packed, training):
+    z = {
+        "open": torch.ones(6, dtype=torch.float64),
+        "some": torch.tensor([0.0, 0.3, 1.0, 0.0, 0.7, 0.0], dtype=torch.float64),
+        "other": torch.tensor([0.5, 0.0, 1.0, 0.2, 0.0, 0.0], dtype=torch.float64),
+    }
+    norm = make()[0].train(training)
+    x = inputs()
+
+    def forward(kind):
+        gates = None if kind == "none" else Gates.from_z(z[kind])
+        if packed and gates is not None:
+            return unpack_channels(norm(pack_channels(x, gates)))
+        return norm(x, gates)
+
+    first = None if order[0] == "none" else Gates.from_z(z[order[0]])
+    twin = copy.deepcopy(norm)
+    expected = torch.autograd.grad(twin(x, first).square().sum(), [x, *twin.parameters()])
+    y = forward(order[0])
+    norm.train()
+    forward(order[1])
+    grads = torch.autograd.grad(y.square().sum(), [x, *norm.parameters()])
+    for mine, other in zip(grads, expected, strict=True):
+        torch.testing.assert_close(mine, other)
+
+
+@pytest.mark.parametrize("options", [{}, {"affine": False}, {"affine": False, "track_running_stats": False}])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("training", [True, False])
+def test_sixteen_bit_activations(options, dtype, packed, training):
+    norm = nn.L0BatchNorm2d(6, **options).train(training)
+    x = torch.randn(4, 6, 5, 5)
+    gates = Gates.from_z(torch.tensor([0.0, 0.3, 1.0, 0.0, 0.7, 0.0]))
+    expected = copy.deepcopy(norm)(x.to(dtype).float(), gates)
+    with torch.autocast("cpu", dtype):
+        low = x.to(dtype)
+        y = unpack_channels(norm(pack_channels(low, gates))) if packed else norm(low, gates)
+    assert y.dtype == dtype
+    torch.testing.assert_close(y.float(), expected, rtol=0, atol=8 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("training", [True, False])
+def test_one_image_in_any_layout(gated, training):
+    """A view of one image has any stride there; torch's own backward then takes it for another layout."""
+    norm = make()[0].train(training)
+    gates = Gates.from_z(torch.tensor([0.0, 0.3, 1.0, 0.0, 0.7, 0.0], dtype=torch.float64)) if gated else None
+    values = torch.randn(1, 6, 3, 5, dtype=torch.float64)
+    dy = torch.randn(1, 6, 3, 5, dtype=torch.float64)
+    last = values.contiguous(memory_format=torch.channels_last)
+    results = []
+    for x in (values, last, last.view_as(last), values.as_strided(values.shape, (7, 15, 5, 1))):
+        x = x.detach().requires_grad_()
+        y = copy.deepcopy(norm)(x, gates)
+        results.append([y, *torch.autograd.grad(y, x, dy)])
+    for result in results[1:]:
+        for mine, expected in zip(result, results[0], strict=True):
+            torch.testing.assert_close(mine, expected)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_what_a_closed_channel_holds_stays_out(training):
+    norm = make()[0].train(training)
+    z = torch.tensor([0.0, 0.3, 1.0, 0.0, 0.7, 0.0], dtype=torch.float64)
+    closed = z == 0
+    with torch.no_grad():
+        for t in (norm.weight, norm.bias, norm.running_mean, norm.running_var):
+            t[closed] = torch.nan
+    x = inputs()
+    y = norm(x, Gates.from_z(z))
+    assert not y[:, closed].any()
+    for grad in torch.autograd.grad(y.square().sum(), [x, *norm.parameters()]):
+        assert grad.isfinite().all()
+    assert norm.running_mean[~closed].isfinite().all()
+    assert norm.running_mean[closed].isnan().all()
+
+
+def test_a_norm_without_bias():
+    theirs = torch.nn.BatchNorm2d(3)
+    theirs.register_parameter("bias", None)
+    ours = nn.L0BatchNorm2d.from_dense(theirs)
+    assert ours.bias is None
+    x = torch.randn(4, 3, 2, 2)
+    torch.testing.assert_close(ours(x), theirs(x))

@@ -185,6 +185,27 @@ def agree_on_gates_brings_ranks_together_again(rank: int) -> None:
 
 
 @check
+def ranks_that_draw_unequally_often_are_told(rank: int) -> None:
+    gate = of_seed(0, lambda: l0.nn.HardConcreteGate(60))
+    optimizer = torch.optim.SGD(gate.parameters(), 0.0)
+    for extra in (0, 1):
+        l0.nn.agree_on_gates(5)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for step in range(5):
+                for _ in range(1 + extra * rank * (step == 1)):
+                    gate()
+                if rank:
+                    dist.barrier()
+                optimizer.step()
+                if not rank:
+                    dist.barrier()
+        told = [str(w.message) for w in caught if "has drawn gates" in str(w.message)]
+        assert len(told) == extra * rank, told
+        assert not told or "rank 1 has drawn gates 3 times in 2 optimiser steps, rank 0 2 times" in told[0]
+
+
+@check
 def compiled_forwards_draw_the_same_gates(rank: int) -> None:
     model, x = of_seed(0, mlp), of_seed(1, lambda: torch.randn(5, 6))
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
@@ -510,6 +531,36 @@ def meshes_of_two_dimensions(rank: int) -> None:
 
 
 @check
+def hidden_units_over_the_ranks_between_parts_of_the_rows(rank: int) -> None:
+    from torch.distributed.tensor import DTensor, Shard
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    alone = of_seed(0, MODELS["feed_forward"][0])
+    halves = of_seed(1, lambda: torch.randn(WORLD, 5, 6))
+    for local in (True, False):
+        plan = {
+            "up": ColwiseParallel(input_layouts=Shard(0)),
+            "down": RowwiseParallel(output_layouts=Shard(0), use_local_output=local),
+        }
+        spread = parallelize_module(copy.deepcopy(alone), MESH[0], plan)
+        results = []
+        for model, x in ((alone, halves.flatten(0, 1)), (spread, halves[rank])):
+            x = x.clone().requires_grad_()
+            model.zero_grad()
+            l0.nn.agree_on_gates(9)
+            y = model(x)
+            assert isinstance(y, DTensor) == (model is spread and not local)
+            whole(y.square()).sum().backward()
+            y = whole(y.detach())
+            if model is spread:
+                y = torch.cat(others(y)) if local else y
+            dx = torch.cat(others(x.grad)) if model is spread else x.grad
+            results.append([y, dx, *(whole(p.grad) for p in model.parameters())])
+        for want, got in zip(*results, strict=True):
+            torch.testing.assert_close(got, want)
+
+
+@check
 def what_tensor_parallelism_is_refused(rank: int) -> None:
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
@@ -731,7 +782,7 @@ def test_ranks_without_a_store_say_that_their_gates_differ():
     gate = l0.nn.HardConcreteGate(30)
     dist.init_process_group("fake", rank=1, world_size=4, store=FakeStore())
     try:
-        with pytest.warns(UserWarning, match=r"each rank draws gates of its own.*GateBank"):
+        with pytest.warns(UserWarning, match=r"each rank draws gates of its own.*agree_on_gates"):
             first = gate().z
         assert not torch.equal(gate().z, first)
     finally:

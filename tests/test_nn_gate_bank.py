@@ -2,7 +2,10 @@
 
 import copy
 import io
+import os
 import pickle
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -733,3 +736,40 @@ def test_moving_a_bank_to_the_meta_device_and_back_keeps_its_count():
     bank.draw()
     bank.to("meta").to_empty(device="cpu")
     assert (bank.seed.item(), bank.step.item()) == (5, 1)
+
+
+FORK = """
+import os, sys, threading
+import torch
+import l0kernels as l0
+from l0kernels.nn import ranks
+
+gate = l0.nn.HardConcreteGate(50)
+bank = l0.nn.GateBank(gate, seed=1)
+bank.draw()
+held, done = threading.Event(), threading.Event()
+
+def hold():
+    with ranks.lock:
+        held.set()
+        done.wait()
+
+thread = threading.Thread(target=hold)
+thread.start()
+held.wait()
+read, write = os.pipe()
+if not os.fork():
+    bank.draw()
+    os.write(write, gate.drawn.z.numpy().tobytes() + gate.forward().z.detach().numpy().tobytes())
+    os._exit(0)
+done.set()
+thread.join()
+child = os.read(read, 10000)
+bank.draw()
+assert child == 2 * gate.drawn.z.numpy().tobytes(), len(child)
+"""
+
+
+def test_a_forked_process_draws_though_a_thread_of_its_parent_was_drawing():
+    command = [sys.executable, "-W", "ignore", "-c", FORK]
+    subprocess.run(command, check=True, timeout=60, env=os.environ | {"OMP_NUM_THREADS": "1"})

@@ -1,6 +1,7 @@
 """L0Sequential and L0Residual: packed from layer to layer, equal to the dense masked composition."""
 
 import copy
+import functools
 import io
 import pickle
 import sys
@@ -676,3 +677,236 @@ def test_it_is_an_nn_sequential():
     model.append(nn.L0Conv2d(4, 2, 1))
     assert model(torch.randn(1, 3, 2, 2)).shape == (1, 2, 2, 2)
     assert nn.L0Sequential()(torch.ones(2)).sum() == 2
+
+
+def half_open(n, seed=0):
+    """A gate whose even half is closed, in train() as in eval()."""
+    gate = nn.HardConcreteGate(n)
+    with torch.no_grad():
+        gate.log_alpha.fill_(30.0)
+        gate.log_alpha[::2] = -30.0
+    return gate
+
+
+def reads(layer, n, *args):
+    """A gated layer of n inputs, half of them closed."""
+    return layer(n, *args, gate="in", in_gate=half_open(n))
+
+
+COLUMNS = {
+    # The convolution in front has as many channels as the gated layer has inputs, and they are others.
+    "columns of images": (
+        lambda: [torch.nn.Conv2d(3, 8, 1), reads(nn.L0Linear, 8, 5)],
+        (2, 3, 4, 8),
+    ),
+    "columns behind pooling": (
+        lambda: [nn.L0Conv2d(3, 8, 1, gate=None), torch.nn.MaxPool2d(1), RELU(), reads(nn.L0Linear, 8, 5)],
+        (2, 3, 4, 8),
+    ),
+    "columns of sequences": (
+        lambda: [nn.L0Conv1d(3, 8, 1, gate=None), reads(nn.L0Linear, 8, 5)],
+        (2, 3, 8),
+    ),
+    "columns of one sequence": (
+        lambda: [nn.L0Conv1d(3, 8, 1, gate=None), torch.nn.Flatten(), reads(nn.L0Linear, 8, 5)],
+        (3, 8),
+    ),
+    "one image, flattened": (
+        lambda: [nn.L0Conv2d(3, 4, 1, gate=None), torch.nn.Flatten(), reads(nn.L0Linear, 4, 5)],
+        (3, 2, 2),
+    ),
+    "one image behind an unknown module": (
+        lambda: [torch.nn.PReLU(), torch.nn.Conv2d(3, 4, 1), torch.nn.Flatten(), reads(nn.L0Linear, 4, 5)],
+        (3, 2, 2),
+    ),
+    "a sum of branches": (
+        lambda: [
+            nn.L0Residual(torch.nn.Conv2d(3, 8, 1), torch.nn.Conv2d(3, 8, 1)),
+            RELU(),
+            reads(nn.L0Linear, 8, 5),
+        ],
+        (2, 3, 4, 8),
+    ),
+    "pooling over channels": (
+        lambda: [torch.nn.Conv1d(3, 8, 1), torch.nn.AvgPool2d(3, 1, 1), reads(nn.L0Conv1d, 8, 5, 1)],
+        (2, 3, 7),
+    ),
+    "pooling over gated channels": (
+        lambda: [
+            nn.L0Conv1d(3, 8, 1, gate="out", out_gate=half_open(8)),
+            torch.nn.AvgPool2d(3, 1, 1),
+            nn.L0Conv1d(8, 5, 1, gate="in"),
+        ],
+        (2, 3, 7),
+    ),
+    "a sequence for one image": (
+        lambda: [torch.nn.Conv1d(3, 4, 1), nn.L0Conv2d(2, 5, 1, gate="in", in_gate=half_open(2))],
+        (2, 3, 6),
+    ),
+}
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", COLUMNS)
+def test_units_lie_where_the_next_layer_reads_them(name, training):
+    modules, shape = COLUMNS[name]
+    modules = modules()
+    model = nn.L0Sequential(*modules).double().train(training)
+    if training:
+        nn.GateBank(model, seed=1).draw()
+    results = []
+    for run in (model, lambda x: functools.reduce(lambda x, module: module(x), modules, x)):
+        torch.manual_seed(2)
+        x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+        model.zero_grad()
+        y = run(x)
+        y.square().sum().backward()
+        results.append([y, x.grad, *(p.grad for p in model.parameters() if p.grad is not None)])
+    for mine, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+def test_a_pooled_map_flattens_into_the_gate_of_its_channels():
+    """Where Flatten leaves one feature of each channel, a convolution computes those that are read."""
+    model = spread(
+        nn.L0Sequential(
+            torch.nn.Conv2d(3, 12, 3), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), nn.L0Linear(12, 4)
+        )
+    ).eval()
+    closed = model[3].in_gate.eval_gates().z == 0
+    x = torch.randn(2, 3, 6, 6)
+    expected = model[3](model[2](model[1](model[0](x))))
+    with torch.no_grad():
+        model[0].weight[closed] = torch.nan
+    torch.testing.assert_close(model(x), expected)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_chain_without_gates_first(training):
+    mlp, layer = nn.L0MLP([8, 4], gate_input=False), nn.L0Linear(4, 4)
+    model = spread(nn.L0Sequential(mlp, layer)).train(training)
+    if training:
+        nn.GateBank(model, seed=1).draw()
+    x = torch.randn(2, 8)
+    torch.testing.assert_close(model(x), layer(mlp(x)))
+    torch.testing.assert_close(nn.L0Sequential(mlp)(x), F.linear(x, mlp.layers[0].weight, mlp.layers[0].bias))
+
+
+class Twice(torch.nn.Module):
+    def forward(self, x):
+        return x, 2 * x
+
+
+class Sum(torch.nn.Module):
+    def forward(self, pair):
+        return pair[0] + pair[1]
+
+
+def test_modules_that_take_and_return_tuples():
+    conv = spread(nn.L0Conv2d(3, 6, 3)).eval()
+    x = torch.randn(2, 3, 6, 6)
+    y, indices = nn.L0Sequential(conv, torch.nn.MaxPool2d(2, return_indices=True)).eval()(x)
+    expected, expected_indices = F.max_pool2d(conv(x), 2, return_indices=True)
+    torch.testing.assert_close(y, expected)
+    assert torch.equal(indices, expected_indices)
+    model = nn.L0Sequential(Sum(), conv, Twice(), Sum(), nn.L0Conv2d(6, 2, 1, gate="in")).eval()
+    torch.testing.assert_close(model((x, x)), model[4](3 * conv(2 * x)))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_gates_of_two_distributions_and_dtypes(training):
+    other = nn.HardConcreteGate(5, dist=l0.HardConcrete(0.5, -0.3, 1.3))
+    model = spread(
+        nn.L0Sequential(
+            nn.L0Linear(7, 6),
+            RELU(),
+            nn.L0Linear(6, 5),
+            RELU(),
+            nn.L0Linear(5, 4, in_gate=other),
+        )
+    ).double()
+    model[2].in_gate.float()
+    model.train(training)
+    x = torch.randn(3, 7, dtype=torch.float64)
+    model(x).sum().backward()  # a draw of its own
+    if training:
+        nn.GateBank(model, seed=1).draw()
+    expected = x
+    for module in model:
+        expected = module(expected)
+    torch.testing.assert_close(model(x), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_a_layer_whose_forward_was_put_there_is_called():
+    model = spread(lenet5()).eval()
+    x = torch.randn(3, 1, 14, 14)
+    expected, calls = model(x), []
+    for layer in (model[0], model[3], model[7]):
+        forward = layer.forward
+        layer.forward = lambda *args, forward=forward: calls.append(1) or forward(*args)
+    torch.testing.assert_close(model(x), expected)
+    assert len(calls) == 3
+
+
+@pytest.mark.parametrize("norm", [nn.L0BatchNorm2d, torch.nn.BatchNorm2d])
+@pytest.mark.parametrize("n", [1, 2])
+@pytest.mark.parametrize("fmt", [torch.channels_last, torch.contiguous_format])
+@pytest.mark.parametrize("training", [True, False])
+def test_no_input_of_a_convolution_open(norm, n, fmt, training):
+    torch.manual_seed(0)
+    model = nn.L0Sequential(
+        nn.L0Conv2d(3, 4, 3, padding=1),
+        RELU(),
+        nn.L0Conv2d(4, 5, 1, gate="in"),
+        norm(5),
+        torch.nn.Flatten(),
+        torch.nn.Linear(180, 3),
+    ).double()
+    model.train(training)
+    with torch.no_grad():
+        model[3].bias.normal_()
+        model[2].in_gate.log_alpha.fill_(-30.0)
+    nn.GateBank(model, seed=1).draw()
+    x = torch.randn(n, 3, 6, 6, dtype=torch.float64).contiguous(memory_format=fmt)
+    results = []
+    for backend in ("torch", "reference", None):
+        model.zero_grad()
+        twin = copy.deepcopy(model[3])
+        if backend is None:  # the second convolution is its bias
+            y = model[2].bias.view(1, 5, 1, 1).expand(n, 5, 6, 6).contiguous()
+            y = model[5](twin(y).flatten(1))
+        else:
+            with l0.use_backend(backend):
+                y = nn.L0Sequential(*model[:3], twin, *model[4:])(x)
+        y.square().sum().backward()
+        results.append([y, model[2].bias.grad, twin.weight.grad, twin.bias.grad, model[5].weight.grad])
+    for mine, theirs, exact in zip(*results, strict=True):
+        torch.testing.assert_close(mine, exact)
+        torch.testing.assert_close(theirs, exact)
+
+
+def test_second_derivatives_of_the_reference():
+    model = spread(
+        nn.L0Sequential(
+            nn.L0Conv2d(2, 5, 2),
+            torch.nn.Tanh(),
+            nn.L0Conv2d(5, 3, 1),
+            torch.nn.Flatten(),
+            nn.L0Linear(12, 2),
+        ),
+        std=1.0,
+    ).double()
+    nn.GateBank(model, seed=1).draw()
+    x = torch.randn(2, 2, 3, 3, dtype=torch.float64, requires_grad=True)
+    gates = [gate.log_alpha for gate in nn.gate_modules(model)]
+
+    def slope(x):
+        dx, *of_gates = torch.autograd.grad(model(x).square().sum(), [x, *gates], create_graph=True)
+        return dx, torch.cat(of_gates)
+
+    with l0.use_backend("reference"):
+        assert torch.autograd.gradcheck(slope, x)
+        grads = torch.autograd.grad(slope(x)[1].square().sum(), gates)
+    assert all(grad.any() for grad in grads)
+    with pytest.raises(RuntimeError, match=r'no second derivative.*use_backend\("reference"\)'):
+        slope(x)

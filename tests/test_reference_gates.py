@@ -274,6 +274,34 @@ def test_from_z_keeps_the_graph_and_any_value():
     assert gates._fields == ("z", "index", "count", "full_grad")
 
 
+def test_another_z_gets_its_own_index_and_count():
+    """_replace, and copy.replace where Python has it."""
+    gates = Gates.from_z(torch.tensor([0.0, 0.5, 1.0, 0.0]), full_grad=False)
+    z = torch.tensor([2.0, 0.0, 0.0, 1.0], requires_grad=True)
+    for replaced in (gates._replace(z=z), gates.__replace__(z=z)):
+        assert isinstance(replaced, Gates)
+        assert replaced.z is z
+        assert replaced.index.tolist()[:4] == [0, 3, 1, 2]
+        assert replaced.count.tolist() == [2, ALIGN]
+        assert not replaced.full_grad
+    longer = gates._replace(z=torch.ones(200), full_grad=True)
+    assert (longer.index.shape, longer.count.tolist(), longer.full_grad) == ((256,), [200, 256], True)
+    whole = gates._replace(z=z, index=gates.index, count=gates.count)  # all three: as they are given
+    assert whole.index is gates.index
+    assert whole.count is gates.count
+    one = gates._replace(z=z, count=gates.count)
+    assert one.count is gates.count
+    assert one.index.tolist()[:4] == [0, 3, 1, 2]
+    assert gates._replace(full_grad=True)[:3] == gates[:3]
+    for wrong, error, message in (
+        ({"z": 1.0}, TypeError, "z must be a torch.Tensor"),
+        ({"z": torch.ones(2, 2)}, ValueError, r"z must have shape \(G,\), got \(2, 2\)"),
+        ({"zeta": z}, TypeError, r"a field of Gates is one of .*, got \['zeta'\]"),
+    ):
+        with pytest.raises(error, match=message):
+            gates._replace(**wrong)
+
+
 EVALUATED = {
     "paper": [0, 0, 0.1018, 0.5, 0.74, 0.86, 0.98, 1],
     "median": [0, 0, 0, 0.5, 0.8371, 0.9667, 1, 1],

@@ -198,6 +198,23 @@ def test_opcheck_of_what_backward_takes_over(gather, monkeypatch):
         torch.library.opcheck(ops.gated_mlp.default, chain, test_utils=utilities)
 
 
+@pytest.mark.filterwarnings("ignore:overflow encountered")  # of the interpreter's numpy, in a square
+@pytest.mark.parametrize("activation", ["gelu", "silu"])
+def test_activations_of_any_size(activation):
+    """Far out they are 0 or x, their derivatives 0 or 1."""
+    sizes = torch.tensor([1.0, 7.0, 30.0, 86.0, 90.0, 120.0, 1e4, 1e19, 1e30, 1e37, 1e38, 1.6e38])
+    x = torch.cat([sizes, -sizes])[:, None].to(DEVICE).requires_grad_()
+    one = torch.ones(1, 1, device=DEVICE)
+    with l0.use_backend("triton"):
+        y = l0.gated_mlp(x, [one, one], [None, None], [None, None], activation)
+    (grad,) = torch.autograd.grad(y.sum(), x)
+    exact_x = x.detach().double().requires_grad_()
+    exact = getattr(torch.nn.functional, activation)(exact_x)
+    (exact_grad,) = torch.autograd.grad(exact.sum(), exact_x)
+    assert ((y.detach() - exact.detach()).abs() <= 1e-6 * (1 + exact.detach().abs())).all()
+    assert ((grad - exact_grad).abs() <= 1e-5).all()
+
+
 @pytest.mark.skipif(not INTERPRETED, reason="on a GPU gpu-check runs the example itself")
 def test_the_example_runs_unchanged(tmp_path):
     """The LeNet-300-100 example with no change of code, two steps, its kernels interpreted."""

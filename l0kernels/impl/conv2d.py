@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..reference.gates import round_up
+from .memory import empty_grad
 from .packed import Gate, PackUnpack, extent
-from .recycle import empty_grad
 
 Conv = tuple[list[int], list[int], list[int], int]
 
@@ -323,21 +323,34 @@ def take(t: Tensor, index: Tensor | None) -> Tensor:
         return t
     if memory_format(t, t) == torch.contiguous_format:
         return t.index_select(1, index)
-    N, C, H, W = t.shape  # as a matrix: torch selects columns of that five times as fast
-    rows = t.permute(0, 2, 3, 1).reshape(N * H * W, C).index_select(1, index)
-    return rows.view(N, H, W, len(index)).permute(0, 3, 1, 2)
+    out, matrix = _channels_last(t, len(index), t.dtype)
+    torch.index_select(_rows(t), 1, index, out=matrix)  # torch selects columns five times as fast as channels
+    return out
 
 
 def put(pair: PackUnpack, value: Tensor, gate: Gate, dtype: torch.dtype, fmt: torch.memory_format) -> Tensor:
     """The mirror of take: value's channels where the gate is open, zeros in the others."""
-    N, n, H, W = value.shape
+    N, _, H, W = value.shape
     C = gate[0].shape[0]
     if fmt == torch.contiguous_format:
         out = value.new_zeros(N, C, H, W, dtype=dtype)
-        return out.index_add_(1, gate[1][:n].long(), value.to(dtype))
-    rows = value.permute(0, 2, 3, 1).reshape(N * H * W, n)
-    full, _, _ = pair.unpack(rows, (len(rows), C), None, gate, dtype)
-    return full.view(N, H, W, C).permute(0, 3, 1, 2)
+        return out.index_add_(1, gate[1][: value.shape[1]].long(), value.to(dtype))
+    out, matrix = _channels_last(value, C, dtype)
+    pair.unpack(_rows(value), (len(matrix), C), None, gate, dtype, out=matrix)
+    return out
+
+
+def _rows(t: Tensor) -> Tensor:
+    """t (N, C, H, W), channels last, as a matrix of C columns."""
+    return t.permute(0, 2, 3, 1).reshape(t.shape[0] * t.shape[2] * t.shape[3], t.shape[1])
+
+
+def _channels_last(like: Tensor, channels: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Unwritten memory (N, channels, H, W), no view, for users may change it in place; and as a matrix."""
+    N, _, H, W = like.shape
+    shape, fmt = (N, channels, H, W), torch.channels_last
+    out = torch.empty(shape, dtype=dtype, device=like.device, memory_format=fmt)
+    return out, out.permute(0, 2, 3, 1).view(N * H * W, channels)
 
 
 def constant(

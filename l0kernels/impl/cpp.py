@@ -1,6 +1,7 @@
 """Launchers of the native CPU kernels (csrc/): allocate, hand over addresses, sizes and strides.
 
-Every tensor whose address is taken is bound to a name until the call returns.
+Addresses of what is handed in come from memory.py, which checks what the kernel will believe of them. Every
+tensor whose address is taken is bound to a name until the call returns.
 """
 
 from __future__ import annotations
@@ -14,12 +15,12 @@ import torch
 from torch import Tensor
 
 from .._registry import native as _C
-from ..reference.gates import HardConcrete
+from ..reference.gates import HardConcrete, round_up
 from ..reference.mlp import GLU
 from . import conv2d, joined, packed
 from . import torch as portable
+from .memory import empty_grad, fresh, matrix, optional, plain, vector
 from .packed import Gate, Term, extent
-from .recycle import empty_grad
 
 # 16-bit products go through packed.py to torch.mm, which uses the hardware's 16-bit instructions.
 _FUSED = (torch.float32, torch.float64)
@@ -27,24 +28,28 @@ _TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 
 _ACTIVATIONS = {"identity": 0, "relu": 1, "gelu": 2, "silu": 3}
 
 
-def _gate(gate: Gate | None, full: bool = False) -> tuple[int, int, int, int, bool] | None:
+def _gate(
+    gate: Gate | None, name: str, n: int, dtype: torch.dtype, full: bool = False
+) -> tuple[int, int, int, int, bool] | None:
+    """n gates for a product in ``dtype``, whose z is float64 for float64 and else float32."""
     if gate is None:
         return None
     z, index, count = gate
-    return z.data_ptr(), index.data_ptr(), count.data_ptr(), z.shape[0], full
+    return (
+        vector(z, name, torch.float64 if dtype == torch.float64 else torch.float32, n),
+        vector(index, name, torch.int32, round_up(n)),
+        vector(count, name, torch.int32, 2),
+        n,
+        full,
+    )
 
 
-def _matrix(t: Tensor) -> tuple[int, int, int]:
-    return t.data_ptr(), t.stride(0), t.stride(1)
-
-
-def _address(t: Tensor | None) -> int:
-    return 0 if t is None else t.data_ptr()
-
-
-def _draw(log_alphas: list[Tensor], seed: Tensor, rank: int, dist: HardConcrete) -> tuple[Any, ...]:
+def _draw(
+    log_alphas: list[Tensor], seed: Tensor, rank: int, dist: HardConcrete, dtype: torch.dtype
+) -> tuple[Any, ...]:
     """Where gates are drawn from; the log_alphas are contiguous and bound to a name by the caller."""
-    return seed.data_ptr(), rank, _constants(dist), [a.data_ptr() for a in log_alphas]
+    addresses = [vector(a, "log_alpha", dtype, a.numel()) for a in log_alphas]
+    return vector(seed, "seed", torch.int64, 1), rank, _constants(dist), addresses
 
 
 def _constants(dist: HardConcrete) -> tuple[float, float, float]:
@@ -52,9 +57,18 @@ def _constants(dist: HardConcrete) -> tuple[float, float, float]:
 
 
 def _joined_gates(
-    z: Tensor, index: Tensor, count: Tensor, sizes: list[int | None]
+    z: Tensor, index: Tensor, count: Tensor, sizes: list[int | None], dtype: torch.dtype
 ) -> list[tuple[int, int, int, int, bool] | None]:
-    return [None if gate is None else (*gate, False) for gate in joined.addresses(z, index, count, sizes)]
+    places = joined.addresses(z, index, count, sizes, dtype)
+    return [None if gate is None else (*gate, False) for gate in places]
+
+
+def _drawn_sizes(log_alphas: list[Tensor | None], sizes: list[int]) -> list[int | None]:
+    """The sizes of the gates that are drawn; ``sizes``: of what they gate."""
+    for a, n in zip(log_alphas, sizes, strict=True):
+        if a is not None and a.numel() != n:
+            raise ValueError(f"log_alpha must have {n} elements, one per unit of the weight, got {a.numel()}")
+    return [None if a is None else n for a, n in zip(log_alphas, sizes, strict=True)]
 
 
 def sample(
@@ -66,11 +80,12 @@ def sample(
     """
     log_alphas = [a.contiguous() for a in log_alphas]
     gates = joined.empty(log_alphas)
+    dtype = log_alphas[0].dtype
     nan_at = _C.sample(
-        log_alphas[0].dtype == torch.float64,
-        _draw(log_alphas, seed, rank, dist),
-        _joined_gates(*gates, [a.shape[0] for a in log_alphas]),
-        _address(expected),
+        dtype == torch.float64,
+        _draw(log_alphas, seed, rank, dist, dtype),
+        _joined_gates(*gates, [a.shape[0] for a in log_alphas], dtype),
+        optional(expected, "expected", dtype, len(log_alphas)),
         torch.get_num_threads(),
     )
     if nan_at >= 0:
@@ -81,9 +96,14 @@ def sample(
 def gate_grad(dz: Tensor, z: Tensor, dist: HardConcrete) -> Tensor:
     """dlog_alpha = dz * dz/dlog_alpha, from z alone; exactly 0 where z is 0 or 1."""
     dz, z = dz.contiguous(), z.contiguous()
-    out = torch.empty_like(z)
+    out, n, dtype = z.new_empty(z.shape), z.numel(), z.dtype
     _C.gate_grad(
-        dz.data_ptr(), z.data_ptr(), out.data_ptr(), z.numel(), z.dtype == torch.float64, _constants(dist)
+        vector(dz, "dz", dtype, n),
+        vector(z, "z", dtype, n),
+        fresh(out),
+        n,
+        dtype == torch.float64,
+        _constants(dist),
     )
     return out
 
@@ -95,13 +115,13 @@ def l0_penalty(log_alphas: list[Tensor], weights: list[float], dist: HardConcret
     first = log_alphas[0]
     total, grad = first.new_empty(()), first.new_empty(sum(sizes))
     nan = _C.penalty(
-        [a.data_ptr() for a in log_alphas],
+        [vector(a, "log_alpha", first.dtype, n) for a, n in zip(log_alphas, sizes, strict=True)],
         sizes,
         weights,
         first.dtype == torch.float64,
         dist.beta * math.log(-dist.gamma / dist.zeta),
-        total.data_ptr(),
-        grad.data_ptr(),
+        fresh(total),
+        fresh(grad),
     )
     if nan:
         portable.check_not_nan(log_alphas)
@@ -119,19 +139,36 @@ def _coupled(
     weights: list[float],
     decay: float,
     dist: HardConcrete,
-    like: Tensor,
+    dtype: torch.dtype,
     *results: Any,
 ) -> Any:
+    sizes = [a.numel() for a in gates]
+    for theta, out, in_, groups in terms:
+        for i, n in ((out, theta.shape[0]), (in_, theta.shape[1:2].numel() * groups)):
+            if i >= len(gates) or (i >= 0 and sizes[i] != n):
+                raise ValueError(f"the gates of a weight {tuple(theta.shape)} must be {n}, one per unit")
+        if groups < 1 or theta.shape[0] % groups:
+            raise ValueError(f"groups must divide the {theta.shape[0]} outputs of a weight, got {groups}")
     return call(
-        like.dtype == torch.float64,
-        [(a.data_ptr(), a.numel(), weight) for a, weight in zip(gates, weights, strict=True)],
+        dtype == torch.float64,
         [
-            (t.data_ptr(), t.shape[0], t.shape[1:].numel(), groups, t.shape[2:].numel(), out, in_)
+            (vector(a, "log_alpha", dtype, n), n, weight)
+            for a, n, weight in zip(gates, sizes, weights, strict=True)
+        ],
+        [
+            (
+                vector(t, "weight", dtype, t.numel()),
+                t.shape[0],
+                t.shape[1:].numel(),
+                groups,
+                t.shape[2:].numel(),
+                out,
+                in_,
+            )
             for t, out, in_, groups in terms
         ],
         decay,
         dist.beta * math.log(-dist.gamma / dist.zeta),
-        like.data_ptr(),
         *results,
         torch.get_num_threads(),
     )
@@ -146,7 +183,8 @@ def coupled_penalty(
     grad = total.new_empty(sum(a.numel() for a in gates))
     gates = [a.contiguous() for a in gates]
     native = [term for term in terms if _is_native(term[0])]
-    if _coupled(_C.coupled_penalty, native, gates, weights, decay, dist, total, grad.data_ptr()):
+    results = fresh(total), fresh(grad)
+    if _coupled(_C.coupled_penalty, native, gates, weights, decay, dist, total.dtype, *results):
         portable.check_not_nan(gates)
     if len(native) < len(terms):
         others = [term for term in terms if not _is_native(term[0])]
@@ -161,18 +199,21 @@ def coupled_penalty_grad(
     gates = [a.contiguous() for a in gates]
     grads = [empty_grad(theta) if _is_native(theta) else None for theta, *_ in terms]
     native = [term for term, grad in zip(terms, grads, strict=True) if grad is not None]
-    addresses = [grad.data_ptr() for grad in grads if grad is not None]
-    _coupled(_C.coupled_penalty_grad, native, gates, [0.0] * len(gates), decay, dist, factor, addresses)
+    at_factor = vector(factor, "the gradient", factor.dtype, 1)
+    addresses = [fresh(grad) for grad in grads if grad is not None]
+    unused = [0.0] * len(gates)
+    _coupled(_C.coupled_penalty_grad, native, gates, unused, decay, dist, factor.dtype, at_factor, addresses)
     return [
         portable.coupled_penalty_grad([term], gates, factor, decay, dist)[0] if grad is None else grad
         for term, grad in zip(terms, grads, strict=True)
     ]
 
 
-def _in_double(dtype: torch.dtype, rows: Gate | None, cols: Gate | None) -> bool:
-    """Whether pack and unpack compute in float64: if the gates are; without gates, if the matrix is."""
+def _z_dtype(dtype: torch.dtype, rows: Gate | None, cols: Gate | None) -> torch.dtype:
+    """In which pack and unpack compute: that of the gates; without gates float64 if the matrix is."""
     gate = cols if rows is None else rows
-    return (dtype if gate is None else gate[0].dtype) == torch.float64
+    double = (dtype if gate is None else gate[0].dtype) == torch.float64
+    return torch.float64 if double else torch.float32
 
 
 def pack(
@@ -185,22 +226,24 @@ def pack(
     scale_cols: bool = False,
 ) -> Tensor:
     """full[rows][:, cols], times the gates where asked, in ``dtype``, zero-padded to the extents."""
-    n_rows, n_cols = extent(rows, full.shape[0], dtype), extent(cols, full.shape[1], dtype)
+    full, (size_rows, size_cols) = plain(full), full.shape
+    n_rows, n_cols = extent(rows, size_rows, dtype), extent(cols, size_cols, dtype)
     out = full.new_empty(n_rows, n_cols, dtype=dtype)
+    z_dtype = _z_dtype(dtype, rows, cols)
     _C.pack(
-        _matrix(full),
+        matrix(full, "the matrix", full.dtype, size_rows, size_cols),
         _TYPES[full.dtype],
-        full.shape[0],
-        full.shape[1],
-        out.data_ptr(),
+        size_rows,
+        size_cols,
+        fresh(out),
         _TYPES[dtype],
         n_rows,
         n_cols,
-        _gate(rows),
-        _gate(cols),
+        _gate(rows, "the gate of the rows", size_rows, z_dtype),
+        _gate(cols, "the gate of the columns", size_cols, z_dtype),
         scale_rows,
         scale_cols,
-        _in_double(dtype, rows, cols),
+        z_dtype == torch.float64,
         torch.get_num_threads(),
     )
     return out
@@ -226,26 +269,31 @@ def unpack(
 
     ``out``: contiguous memory for the matrix.
     """
-    packed = packed.contiguous()
+    packed = plain(packed).contiguous()
+    theta = None if theta is None else plain(theta)
     out = packed.new_empty(shape, dtype=dtype) if out is None else out
     dz_row = torch.empty_like(rows[0]) if dz_rows and rows is not None else None
     dz_col = torch.empty_like(cols[0]) if dz_cols and cols is not None else None
+    (n_rows, n_cols), z_dtype = packed.shape, _z_dtype(packed.dtype, rows, cols)
+    at_packed, stride, _ = matrix(packed, "the packed matrix", packed.dtype, n_rows, n_cols)
     _C.unpack(
-        (packed.data_ptr(), packed.stride(0), 1),  # a lone column may have any stride
+        (at_packed, stride, 1),  # a lone column may have any stride
         _TYPES[packed.dtype],
-        out.data_ptr(),
+        n_rows,
+        n_cols,
+        vector(out, "out", dtype, shape[0] * shape[1]),
         _TYPES[dtype],
         shape[0],
         shape[1],
-        _gate(rows, full_rows),
-        _gate(cols, full_cols),
+        _gate(rows, "the gate of the rows", shape[0], z_dtype, full_rows),
+        _gate(cols, "the gate of the columns", shape[1], z_dtype, full_cols),
         scale_rows,
         scale_cols,
-        _in_double(packed.dtype, rows, cols),
-        (0, 0, 0) if theta is None else _matrix(theta),
+        z_dtype == torch.float64,
+        (0, 0, 0) if theta is None else matrix(theta, "theta", theta.dtype, *shape),
         0 if theta is None else _TYPES[theta.dtype],
-        _address(dz_row),
-        _address(dz_col),
+        fresh(dz_row),
+        fresh(dz_col),
         torch.get_num_threads(),
     )
     return out, dz_row, dz_col
@@ -269,7 +317,9 @@ def linear_forward(
 ) -> Tensor:
     if not _fused(dtype, x, weight, bias):
         return packed.linear_forward(_PACK, x, weight, bias, in_gate, out_gate, scale_out, dtype)
-    return _linear_forward(x, weight, bias, [_gate(in_gate), _gate(out_gate)], scale_out, None)
+    n_out, n_in = weight.shape
+    sides = [_gate(in_gate, "in_gates", n_in, dtype), _gate(out_gate, "out_gates", n_out, dtype)]
+    return _linear_forward(x, weight, bias, sides, scale_out, None)
 
 
 def l0_linear_forward(
@@ -287,8 +337,10 @@ def l0_linear_forward(
     log_alphas = [None if a is None else a.contiguous() for a in (in_log_alpha, out_log_alpha)]
     given = [a for a in log_alphas if a is not None]
     gates = joined.empty(given)
-    sides = _joined_gates(*gates, [None if a is None else a.shape[0] for a in log_alphas])
-    return _linear_forward(x, weight, bias, sides, True, _draw(given, seed, rank, dist)), *gates
+    sizes = _drawn_sizes(log_alphas, [weight.shape[1], weight.shape[0]])
+    sides = _joined_gates(*gates, sizes, x.dtype)
+    draw = _draw(given, seed, rank, dist, x.dtype)
+    return _linear_forward(x, weight, bias, sides, True, draw), *gates
 
 
 def _linear_forward(
@@ -299,20 +351,21 @@ def _linear_forward(
     scale_out: bool,
     draw: tuple[Any, ...] | None,
 ) -> Tensor:
-    y = x.new_empty(x.shape[0], weight.shape[0])
+    dtype, M, (n_out, n_in) = x.dtype, x.shape[0], weight.shape
+    y = x.new_empty(M, n_out)
     bias = None if bias is None else bias.contiguous()
     nan_at = _C.linear_forward(
-        x.dtype == torch.float64,
-        x.shape[0],
-        weight.shape[1],
-        weight.shape[0],
-        _matrix(x),
-        _matrix(weight),
-        _address(bias),
+        dtype == torch.float64,
+        M,
+        n_in,
+        n_out,
+        matrix(x, "x", dtype, M, n_in),
+        matrix(weight, "weight", dtype, n_out, n_in),
+        optional(bias, "bias", dtype, n_out),
         *sides,
         scale_out,
         draw,
-        y.data_ptr(),
+        fresh(y),
         torch.get_num_threads(),
     )
     if nan_at >= 0:
@@ -342,6 +395,7 @@ def linear_backward(
         )
         return packed.to_log_alpha(gate_grad, grads, 3, [in_gate, out_gate], to_log_alpha)
     need_x, need_w, need_b, need_in, need_out = needs
+    need_in, need_out = need_in and in_gate is not None, need_out and out_gate is not None
     M, (n_out, n_in) = x.shape[0], weight.shape
     dx = x.new_empty(M, n_in) if need_x else None
     reads_dw = need_out or (need_in and not need_x)  # dz is read off dW
@@ -355,18 +409,18 @@ def linear_backward(
         M,
         n_in,
         n_out,
-        _matrix(x),
-        _matrix(weight),
-        _address(bias),
-        _gate(in_gate, full_in),
-        _gate(out_gate, full_out),
+        matrix(x, "x", dtype, M, n_in),
+        matrix(weight, "weight", dtype, n_out, n_in),
+        optional(bias, "bias", dtype, n_out),
+        _gate(in_gate, "in_gates", n_in, dtype, full_in),
+        _gate(out_gate, "out_gates", n_out, dtype, full_out),
         scale_out,
-        _matrix(dy),
-        _address(dx),
-        _address(dw),
-        _address(db),
-        _address(dz_in),
-        _address(dz_out),
+        matrix(dy, "the gradient", dtype, M, n_out),
+        fresh(dx),
+        fresh(dw),
+        fresh(db),
+        fresh(dz_in),
+        fresh(dz_out),
         None if to_log_alpha is None else _constants(to_log_alpha),
         torch.get_num_threads(),
     )
@@ -379,31 +433,42 @@ def draws_within(tensors: list[Tensor | None], dtype: torch.dtype, activation: s
 
 
 def _layers(
+    M: int,
     weights: list[Tensor],
     biases: list[Tensor | None],
     gates: list[Any],
     saved: list[Tensor],
+    dtype: torch.dtype,
     grads: list[list[Tensor | None]] | None = None,
 ) -> list[tuple[Any, ...]]:
     depth = len(weights)
+    if grads is None:
+        hidden = [fresh(h) for h in saved]
+    else:
+        widths = [w.shape[1] for w in weights[1:]]
+        hidden = [
+            vector(h, "saved", dtype, M * widths[i % (depth - 1)]) if M else 0 for i, h in enumerate(saved)
+        ]
     layers = []
+    n_in = weights[0].shape[1]
     for i, (weight, bias, gate) in enumerate(zip(weights, biases, gates, strict=True)):
         dw, db, dz = (None, None, None) if grads is None else (group[i] for group in grads)
-        n_out, n_in = weight.shape
+        n_out = weight.shape[0]
         layers.append(
             (
                 n_in,
                 n_out,
-                _matrix(weight),
-                _address(bias),
+                matrix(weight, "weights", dtype, n_out, n_in),
+                optional(bias, "biases", dtype, n_out),
                 gate,
-                saved[i - 1].data_ptr() if i else 0,
-                saved[depth - 2 + i].data_ptr() if i and len(saved) > depth - 1 else 0,
-                _address(dw),
-                _address(db),
-                _address(dz),
+                hidden[i - 1] if i else 0,
+                hidden[depth - 2 + i] if i and len(hidden) > depth - 1 else 0,
+                fresh(dw),
+                fresh(db),
+                fresh(dz),
             )
         )
+        n_in = n_out
     return layers
 
 
@@ -419,7 +484,7 @@ def mlp_forward(
     activations their arguments. Gated products are composed: native pack and unpack around torch.mm."""
     if activation in GLU or not _fused(dtype, x, *weights, *biases):
         return packed.mlp_forward(_PACK, x, weights, biases, gates, activation, dtype)
-    return _mlp_forward(x, weights, biases, [_gate(gate) for gate in gates], activation, None)
+    return _mlp_forward(x, weights, biases, _given_gates(weights, gates, dtype), activation, None)
 
 
 def l0_mlp_forward(
@@ -436,9 +501,20 @@ def l0_mlp_forward(
     """sample and mlp_forward in one call: y, what backward needs, and the gates joined."""
     given = [a.contiguous() for a in log_alphas if a is not None]
     gates = joined.empty(given)
-    layers = _joined_gates(*gates, [None if a is None else a.shape[0] for a in log_alphas])
-    draw = _draw(given, seed, rank, dist)
+    sizes = _drawn_sizes(log_alphas, [w.shape[1] for w in weights])
+    layers = _joined_gates(*gates, sizes, x.dtype)
+    draw = _draw(given, seed, rank, dist, x.dtype)
     return *_mlp_forward(x, weights, biases, layers, activation, draw), gates
+
+
+def _given_gates(
+    weights: list[Tensor], gates: list[Gate | None], dtype: torch.dtype, full: list[bool] | None = None
+) -> list[tuple[int, int, int, int, bool] | None]:
+    wants_all = full or [False] * len(gates)
+    return [
+        _gate(gate, "gates", weight.shape[1], dtype, every)
+        for weight, gate, every in zip(weights, gates, wants_all, strict=True)
+    ]
 
 
 def _mlp_forward(
@@ -449,20 +525,20 @@ def _mlp_forward(
     activation: str,
     draw: tuple[Any, ...] | None,
 ) -> tuple[Tensor, list[Tensor]]:
-    M = x.shape[0]
+    dtype, M = x.dtype, x.shape[0]
     saved = [x.new_empty(M, w.shape[1]) for w in weights[1:]]
     if activation in ("gelu", "silu"):
         saved += [torch.empty_like(h) for h in saved]
     y = x.new_empty(M, weights[-1].shape[0])
     biases = [None if b is None else b.contiguous() for b in biases]
     nan_at = _C.mlp_forward(
-        x.dtype == torch.float64,
+        dtype == torch.float64,
         M,
-        _matrix(x),
+        matrix(x, "x", dtype, M, weights[0].shape[1]),
         _ACTIVATIONS[activation],
-        _layers(weights, biases, gates, saved),
+        _layers(M, weights, biases, gates, saved, dtype),
         draw,
-        y.data_ptr(),
+        fresh(y),
         torch.get_num_threads(),
     )
     if nan_at >= 0:
@@ -490,7 +566,7 @@ def mlp_backward(
             _PACK, dy, x, weights, biases, gates, saved, activation, dtype, full, needs
         )
         return packed.to_log_alpha(gate_grad, grads, 1 + 2 * len(weights), gates, to_log_alpha)
-    given = [_gate(gate, f) for gate, f in zip(gates, full, strict=True)]
+    given = _given_gates(weights, gates, dtype, full)
     return _mlp_backward(dy, x, weights, biases, given, saved, activation, needs, to_log_alpha)
 
 
@@ -511,7 +587,7 @@ def l0_mlp_backward(
 ) -> list[Tensor | None]:
     """mlp_backward of l0_mlp_forward, with its gates as it returned them."""
     sizes = [w.shape[1] if has_gate else None for w, has_gate in zip(weights, gated, strict=True)]
-    gates = _joined_gates(z, index, count, sizes)
+    gates = _joined_gates(z, index, count, sizes, dtype)
     dy = dy if dy.dtype == dtype else dy.to(dtype)
     return _mlp_backward(dy, x, weights, biases, gates, saved, activation, needs, dist)
 
@@ -528,7 +604,9 @@ def _mlp_backward(
     to_log_alpha: HardConcrete | None,
 ) -> list[Tensor | None]:
     depth = len(weights)
-    need_w, need_b, need_z = needs[1 : 1 + depth], needs[1 + depth : 1 + 2 * depth], needs[1 + 2 * depth :]
+    need_w, need_b = needs[1 : 1 + depth], needs[1 + depth : 1 + 2 * depth]
+    need_z = [n and gate is not None for n, gate in zip(needs[1 + 2 * depth :], gates, strict=True)]
+    dtype, M = x.dtype, x.shape[0]
     dx = x.new_empty(x.shape) if needs[0] else None
     # the first dz is read off dx or dW
     dw = [
@@ -540,14 +618,15 @@ def _mlp_backward(
         for w, b, n in zip(weights, biases, need_b, strict=True)
     ]
     dz = [x.new_empty(w.shape[1]) if n else None for w, n in zip(weights, need_z, strict=True)]
+    layers = _layers(M, weights, [None] * depth, gates, saved, dtype, [dw, db, dz])  # no bias is read
     _C.mlp_backward(
-        x.dtype == torch.float64,
-        x.shape[0],
-        _matrix(x),
+        dtype == torch.float64,
+        M,
+        matrix(x, "x", dtype, M, weights[0].shape[1]),
         _ACTIVATIONS[activation],
-        _layers(weights, biases, gates, saved, [dw, db, dz]),
-        _matrix(dy),
-        _address(dx),
+        layers,
+        matrix(dy, "the gradient", dtype, M, weights[-1].shape[0]),
+        fresh(dx),
         None if to_log_alpha is None else _constants(to_log_alpha),
         torch.get_num_threads(),
     )
@@ -559,17 +638,17 @@ def masked_weight(weight: Tensor, log_alpha: Tensor, seed: Tensor, dist: HardCon
     if not _fused(log_alpha.dtype, weight):
         return portable.masked_weight(weight, log_alpha, seed, dist)
     weight, log_alpha = weight.contiguous(), log_alpha.contiguous()
-    out = torch.empty_like(weight)
+    out, dtype, n = weight.new_empty(weight.shape), weight.dtype, weight.numel()
     nan = _C.masked_weight_forward(
-        weight.dtype == torch.float64,
-        weight.data_ptr(),
-        log_alpha.data_ptr(),
-        weight.numel(),
-        seed.data_ptr(),
+        dtype == torch.float64,
+        vector(weight, "weight", dtype, n),
+        vector(log_alpha, "log_alpha", dtype, n),
+        n,
+        vector(seed, "seed", torch.int64, 1),
         dist.beta,
         dist.gamma,
         dist.zeta,
-        out.data_ptr(),
+        fresh(out),
         torch.get_num_threads(),
     )
     if nan:
@@ -590,23 +669,31 @@ def masked_weight_grad(
     if not _fused(log_alpha.dtype, weight, grad):
         return portable.masked_weight_grad(grad, weight, log_alpha, seed, dist, need_w, need_log_alpha)
     grad, weight, log_alpha = grad.contiguous(), weight.contiguous(), log_alpha.contiguous()
-    dw = torch.empty_like(weight) if need_w else None
-    dlog_alpha = torch.empty_like(log_alpha) if need_log_alpha else None
+    dtype, n = weight.dtype, weight.numel()
+    dw = empty_grad(weight) if need_w else None
+    dlog_alpha = empty_grad(log_alpha) if need_log_alpha else None
     _C.masked_weight_backward(
-        weight.dtype == torch.float64,
-        weight.data_ptr(),
-        log_alpha.data_ptr(),
-        weight.numel(),
-        seed.data_ptr(),
+        dtype == torch.float64,
+        vector(weight, "weight", dtype, n),
+        vector(log_alpha, "log_alpha", dtype, n),
+        n,
+        vector(seed, "seed", torch.int64, 1),
         dist.beta,
         dist.gamma,
         dist.zeta,
-        grad.data_ptr(),
-        _address(dw),
-        _address(dlog_alpha),
+        vector(grad, "the gradient", dtype, n),
+        fresh(dw),
+        fresh(dlog_alpha),
         torch.get_num_threads(),
     )
     return dw, dlog_alpha
+
+
+def _blocks(n: int, block: int) -> int:
+    """How many blocks cover n units."""
+    if block < 1:
+        raise ValueError(f"block must be positive, got {block}")
+    return -(-n // block)
 
 
 def block_linear_forward(
@@ -616,19 +703,20 @@ def block_linear_forward(
         return packed.block_linear_forward(x, weight, bias, z, b_out, b_in, dtype)
     z = z.contiguous()
     bias = None if bias is None else bias.contiguous()
-    y = x.new_empty(x.shape[0], weight.shape[0])
+    M, (n_out, n_in) = x.shape[0], weight.shape
+    y = x.new_empty(M, n_out)
     _C.block_linear_forward(
         dtype == torch.float64,
-        x.shape[0],
-        weight.shape[1],
-        weight.shape[0],
+        M,
+        n_in,
+        n_out,
         b_out,
         b_in,
-        _matrix(x),
-        _matrix(weight),
-        _address(bias),
-        z.data_ptr(),
-        y.data_ptr(),
+        matrix(x, "x", dtype, M, n_in),
+        matrix(weight, "weight", dtype, n_out, n_in),
+        optional(bias, "bias", dtype, n_out),
+        vector(z, "z", dtype, _blocks(n_out, b_out) * _blocks(n_in, b_in)),
+        fresh(y),
         torch.get_num_threads(),
     )
     return y
@@ -648,27 +736,27 @@ def block_linear_backward(
     if not _fused(dtype, dy, x, weight, z):
         return packed.block_linear_backward(dy, x, weight, z, b_out, b_in, full, dtype, needs)
     need_x, need_w, need_b, need_z = needs
-    z = z.contiguous()
+    z, M, (n_out, n_in) = z.contiguous(), x.shape[0], weight.shape
     dx = x.new_empty(x.shape) if need_x else None
     dw = empty_grad(weight) if need_w or need_z else None  # dz is read off dW
-    db = x.new_empty(weight.shape[0]) if need_b else None
-    dz = torch.empty_like(z) if need_z else None
+    db = x.new_empty(n_out) if need_b else None
+    dz = z.new_empty(z.shape) if need_z else None
     _C.block_linear_backward(
         dtype == torch.float64,
-        x.shape[0],
-        weight.shape[1],
-        weight.shape[0],
+        M,
+        n_in,
+        n_out,
         b_out,
         b_in,
-        _matrix(x),
-        _matrix(weight),
-        z.data_ptr(),
+        matrix(x, "x", dtype, M, n_in),
+        matrix(weight, "weight", dtype, n_out, n_in),
+        vector(z, "z", dtype, _blocks(n_out, b_out) * _blocks(n_in, b_in)),
         full,
-        _matrix(dy),
-        _address(dx),
-        _address(dw),
-        _address(db),
-        _address(dz),
+        matrix(dy, "the gradient", dtype, M, n_out),
+        fresh(dx),
+        fresh(dw),
+        fresh(db),
+        fresh(dz),
         torch.get_num_threads(),
     )
     return [dx, dw if need_w else None, db, dz]

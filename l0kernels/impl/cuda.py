@@ -554,7 +554,7 @@ def _joined_gates(
     _beside(gates[0], x, "log_alpha")
     found: list[_SmallGate | None] = []
     stream = 0
-    for place in joined.addresses(*gates, sizes):
+    for place in joined.addresses(*gates, sizes, gates[0].dtype, x.device):
         if place is None:
             found.append(None)
             continue

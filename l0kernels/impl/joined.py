@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..reference.gates import round_up
+from .memory import vector
 
 
 def empty(log_alphas: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
@@ -24,10 +25,22 @@ def empty(log_alphas: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def addresses(
-    z: Tensor, index: Tensor, count: Tensor, sizes: Sequence[int | None]
+    z: Tensor,
+    index: Tensor,
+    count: Tensor,
+    sizes: Sequence[int | None],
+    dtype: torch.dtype,
+    device: torch.device | None = None,
 ) -> list[tuple[int, int, int, int] | None]:
-    """Of z, index and count of each vector, and its size; None where ``sizes`` has none."""
-    at_z, at_index, at_count, itemsize = z.data_ptr(), index.data_ptr(), count.data_ptr(), z.element_size()
+    """Of z, index and count of each vector, and its size; None where ``sizes`` has none.
+
+    ``dtype``: of z; ``device``: as in memory.vector.
+    """
+    given = [n for n in sizes if n is not None]
+    at_z = vector(z, "z", dtype, sum(given), device)
+    at_index = vector(index, "index", torch.int32, sum(map(round_up, given)), device)
+    at_count = vector(count, "count", torch.int32, 2 * len(given), device)
+    itemsize = z.element_size()
     found: list[tuple[int, int, int, int] | None] = []
     for n in sizes:
         if n is None:

@@ -25,7 +25,8 @@ class L0BatchNorm2d(nn.BatchNorm2d):
 
     With ``momentum=None`` (``torch.optim.swa_utils.update_bn`` sets it for a while) the statistics of a
     channel are its average over the batches in which it was open. How many those were is not in the
-    state_dict, which is ``torch.nn.BatchNorm2d``'s: after loading, every channel counts ``num_batches_tracked``.
+    state_dict, which is ``torch.nn.BatchNorm2d``'s: after loading, every channel counts
+    ``num_batches_tracked``.
     """
 
     batches_open: Tensor
@@ -42,11 +43,11 @@ class L0BatchNorm2d(nn.BatchNorm2d):
             raise TypeError(f"norm must be a torch.nn.BatchNorm2d, got {type(norm).__name__}")
         like = norm.weight if norm.affine else norm.running_mean
         options: dict[str, Any] = {} if like is None else {"device": like.device, "dtype": like.dtype}
-        if norm.affine and norm.bias is None:
-            options["bias"] = False
         layer = cls(
             norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats, **options
         )
+        if norm.affine and norm._parameters["bias"] is None:
+            layer.register_parameter("bias", None)
         copy_parameters_(layer, norm)
         for name, value in norm.named_buffers(recurse=False):
             if name == "batches_open":
@@ -106,7 +107,9 @@ class L0BatchNorm2d(nn.BatchNorm2d):
     def _averaged(self, x: Any, gates: Gates | None) -> Any:
         """A training step with the cumulative average as statistics; the device alone knows the counts."""
         mean, var, tracked = self.running_mean, self.running_var, self.num_batches_tracked
-        assert mean is not None and var is not None and tracked is not None
+        assert mean is not None
+        assert var is not None
+        assert tracked is not None
         seen = self._buffers.get("batches_open")
         # Somebody may have set num_batches_tracked back.
         seen = tracked.expand(len(mean)) if seen is None else torch.minimum(seen, tracked)

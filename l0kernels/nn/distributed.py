@@ -17,8 +17,9 @@ def agree_on_gates(seed: int | None = None) -> None:
     counts on the device, and draws anew at each replay; a checkpoint's recomputation finds its draw again.)
     Ranks that have drawn unequally often, since one saw fewer batches or went through other layers, differ
     from then on: call this again, at each epoch say, or draw with a :class:`GateBank`, which has a count of
-    its own. The operations (:func:`l0kernels.sample_gates`, ``l0_linear``, ...) know nothing of this: without
-    a seed they draw one from the rank's own generator.
+    its own. Some steps of the optimisers compare the counts, and a UserWarning says if they differ. The
+    operations (:func:`l0kernels.sample_gates`, ``l0_linear``, ...) know nothing of this: without a seed they
+    draw one from the rank's own generator.
 
     Args:
         seed: in [0, 2**63), the same on all ranks; None: one from rank 0's default generator.

@@ -56,8 +56,8 @@ class L0FeedForward(GatedLayer, nn.Module):
     units. Shard the block as one.
 
     Tensor parallelism: ``parallelize_module(block, mesh, {"up": ColwiseParallel(), "down":
-    RowwiseParallel()})``. Each rank computes its hidden units, of which it skips the closed ones; x and y are
-    whole on each.
+    RowwiseParallel()})``. Each rank computes its hidden units, of which it skips the closed ones. x and y lie
+    as the styles say (``input_layouts`` of the first, ``output_layouts`` of the second): whole by default.
 
     In :func:`penalty` a gate stands for all that it closes: its rows of `up` with their biases and its
     column of `down`.
@@ -214,7 +214,13 @@ class L0FeedForward(GatedLayer, nn.Module):
         """The same, each layer called by itself: for its hooks, or for FSDP to gather its parameters."""
         gates = self.hidden_gate.forward() if gates is None else gates
         check_gates("gates", gates, self.d_hidden, x.device, "hidden unit")
-        return self.down(scale(self.activation_module()(self.up(x)), gates.z))
+        hidden = self.activation_module()(self.up(x))
+        if hidden.shape[-1] != self.d_hidden:
+            raise ValueError(
+                f"up must give {self.d_hidden} hidden units, got {hidden.shape[-1]}: shard the block as one "
+                "with fully_shard, not its layers, where tensor parallelism spreads the units"
+            )
+        return self.down(scale(hidden, gates.z))
 
     def _tensor_parallel(self, x: Tensor, gates: Gates | None) -> Tensor:
         """The units that this rank holds, and the sum over the ranks of what they make of x."""
@@ -226,7 +232,6 @@ class L0FeedForward(GatedLayer, nn.Module):
             )
         up, down, gate = self.up, self.down, self.hidden_gate
         shards = Shards.of(
-            x,
             {
                 "up.weight": (up.weight, 0),
                 "up.bias": (up.bias, 0),
@@ -241,14 +246,14 @@ class L0FeedForward(GatedLayer, nn.Module):
         else:
             z = shards.slice(gates.z)
         y = gated_mlp(
-            shards.enter(x),
+            shards.enter(x, up),
             [local(up.weight), local(down.weight)],
             [local(up.bias), None],
             [None, Gates.from_z(z, full_grad=gates is not None and gates.full_grad)],
             self.activation,
             repack_in_backward=self.repack_in_backward,
         )
-        return shards.leave(y, local(down.bias))
+        return shards.leave(y, down.bias, down)
 
     def gate_groups(self) -> Iterator[tuple[HardConcreteGate, Tensor, int]]:
         """|g| = the unit's rows of up with their biases, and its column of down."""

@@ -164,8 +164,9 @@ class HardConcreteGate(nn.Module):
         return ranks.fresh_seed(self.log_alpha.device)
 
     def draws_as(self, other: "HardConcreteGate") -> bool:
-        """Whether both may be drawn in one call: of one distribution, and alike or not on all ranks."""
-        return self.dist == other.dist and self.independent == other.independent
+        """Whether both may be drawn in one call: of one distribution and dtype, alike or not on all ranks."""
+        one_kind = self.dist == other.dist and self.log_alpha.dtype == other.log_alpha.dtype
+        return one_kind and self.independent == other.independent
 
     def eval_gates(self) -> Gates:
         """The evaluation gate, whatever the mode of the module; detached."""

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .. import reference
@@ -53,10 +54,14 @@ class _Agreement:
     repeats, and gets the same key.
     """
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, number: int) -> None:
         self.seed = seed
+        self.number = number
         self.draws = 0
         self.banks = 0
+        self.steps = 0
+        self.compared: dict[int, int] = {}
+        self.warned = False
         self.recent: dict[int, int | Tensor] = {}
         for device, key in _captured_keys.items():
             key.copy_(_seed_tensor(self.at(_CAPTURED), device))
@@ -83,6 +88,37 @@ class _Agreement:
             if len(self.recent) > REMEMBERED:
                 del self.recent[next(iter(self.recent))]
             return found if isinstance(found, Tensor) else _seed_tensor(found, device)
+
+    def step(self) -> None:
+        """Counts a step of an optimiser; at some of them, compares the draws so far with those of rank 0.
+
+        Rank 0 leaves its count in the group's store, and the others look whether it has: nobody waits.
+        """
+        self.steps += 1
+        if self.steps & (self.steps - 1) and self.steps % 1024:
+            return
+        rank, store = dist.get_rank(), _store()
+        if store is None:
+            return
+        key = f"l0kernels/draws/{self.number}/"
+        if rank == 0:
+            store.set(f"{key}{self.steps}", str(self.draws))
+            return
+        self.compared[self.steps] = self.draws
+        for step, draws in list(self.compared.items()):
+            if store.check([f"{key}{step}"]):
+                first = int(store.get(f"{key}{step}"))
+                del self.compared[step]
+                if first != draws and not self.warned:
+                    self.warned = True
+                    warnings.warn(
+                        f"rank {rank} has drawn gates {draws} times in {step} optimiser steps, rank 0 "
+                        f"{first} times: if both train one model, their gates differ. Draw with "
+                        "l0kernels.nn.GateBank, or call l0kernels.nn.agree_on_gates() on all ranks where "
+                        "they are abreast again",
+                        UserWarning,
+                        stacklevel=4,
+                    )
 
     def _captured(self, device: torch.device) -> Tensor:
         """A key that each replay of the graph finds advanced: there the device counts."""
@@ -157,44 +193,63 @@ def agree(proposal: int, given: bool = False) -> None:
 
     given: whether all ranks propose the same.
     """
-    if given:
-        _agreements[dist.group.WORLD] = _Agreement(proposal)
-        return
-    store = None if dist.get_backend() == "fake" else dist.distributed_c10d._get_default_store()
-    if store is None:
+    rank, store = dist.get_rank(), _store()
+    if store is None and not given:
         warnings.warn(
             f"each rank draws gates of its own: the process group ({dist.get_backend()}) has no store on "
-            "which to agree on a seed. Give the gates one with l0kernels.nn.GateBank(model, seed=...)",
+            "which to agree on a seed. Give it one: l0kernels.nn.agree_on_gates(seed) on all ranks",
             UserWarning,
             stacklevel=2,
         )
         _agreements[dist.group.WORLD] = None
         return
-    rank = dist.get_rank()
     # The n-th agreement of each rank is the n-th of the others, also where a store outlives its group.
-    n = store.add(f"l0kernels/agreements/{rank}", 1)
-    key = f"l0kernels/seed/{n}"
+    n = 0 if store is None else store.add(f"l0kernels/agreements/{rank}", 1)
+    if not given:
+        proposal = _exchanged(store, f"l0kernels/seed/{n}", proposal, rank)
+    _agreements[dist.group.WORLD] = _Agreement(proposal, n)
+    if not _watching:
+        _watching.append(register_optimizer_step_post_hook(_count_step))
+
+
+def _store() -> Any:
+    return None if dist.get_backend() == "fake" else dist.distributed_c10d._get_default_store()
+
+
+def _exchanged(store: Any, key: str, proposal: int, rank: int) -> int:
+    """Rank 0's proposal."""
     if rank == 0:
         store.set(key, str(proposal))
-    else:
+        return proposal
+    try:
         try:
-            try:
-                store.wait([key], PATIENCE)
-            except RuntimeError:
-                warnings.warn(
-                    f"rank {rank} waits for rank 0 to draw gates, and will draw the same. If it has none: "
-                    "l0kernels.nn.agree_on_gates() on all ranks, or independent_gates_(model)",
-                    UserWarning,
-                    stacklevel=2,
-                )
-            proposal = int(store.get(key))
-        except RuntimeError as error:
-            raise RuntimeError(
-                f"rank {rank} draws gates and has waited in vain for rank 0, which has drawn none "
-                "and so given no seed: call l0kernels.nn.agree_on_gates() on all ranks after "
-                "init_process_group, or l0kernels.nn.independent_gates_(model) on this one"
-            ) from error
-    _agreements[dist.group.WORLD] = _Agreement(proposal)
+            store.wait([key], PATIENCE)
+        except RuntimeError:
+            warnings.warn(
+                f"rank {rank} waits for rank 0 to draw gates, and will draw the same. If it has none: "
+                "l0kernels.nn.agree_on_gates() on all ranks, or independent_gates_(model)",
+                UserWarning,
+                stacklevel=2,
+            )
+        return int(store.get(key))
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"rank {rank} draws gates and has waited in vain for rank 0, which has drawn none "
+            "and so given no seed: call l0kernels.nn.agree_on_gates() on all ranks after "
+            "init_process_group, or l0kernels.nn.independent_gates_(model) on this one"
+        ) from error
+
+
+_watching: list[Any] = []
+
+
+def _count_step(*_: Any) -> None:
+    """After each step of any optimiser."""
+    if torch.compiler.is_compiling() or not dist.is_initialized():
+        return
+    agreement = _agreements.get(dist.group.WORLD)
+    if agreement is not None:
+        agreement.step()
 
 
 def are_several() -> bool:
@@ -240,7 +295,7 @@ class Shards(NamedTuple):
     mesh: Any
 
     @classmethod
-    def of(cls, x: Tensor, parameters: dict[str, tuple[Any, int | None]]) -> "Shards":
+    def of(cls, parameters: dict[str, tuple[Any, int | None]]) -> "Shards":
         """name -> (parameter, the dimension that holds the units; None: whole on each rank, plain or not)."""
         from torch.distributed.tensor import DTensor, Replicate, Shard
 
@@ -258,8 +313,6 @@ class Shards(NamedTuple):
                 f"{name} must be a DTensor with placements {(expected,)} on the mesh of the others, {mesh}, "
                 f"as of ColwiseParallel for up and RowwiseParallel for down, got {got}"
             )
-        if is_sharded(x):
-            raise TypeError("x must be a plain tensor, whole on each rank of the mesh, got a DTensor")
         return cls(mesh)
 
     def slice(self, values: Tensor) -> Tensor:
@@ -269,20 +322,43 @@ class Shards(NamedTuple):
         whole = DTensor.from_local(values, self.mesh, [Replicate()], run_check=False)
         return whole.redistribute(placements=[Shard(0)]).to_local()
 
-    def enter(self, x: Tensor) -> Tensor:
-        """x as each rank reads it: its gradient is the sum over the ranks."""
+    def enter(self, x: Any, layer: nn.Module) -> Tensor:
+        """x as each rank reads it, whole: its gradient is the sum over the ranks.
+
+        The hooks of `layer` bring it there from the layout that its parallel style was given.
+        """
         from torch.distributed.tensor import DTensor, Partial, Replicate
 
-        whole = DTensor.from_local(x, self.mesh, [Replicate()], run_check=False)
-        return whole.to_local(grad_placements=[Partial()])
+        for hook in layer._forward_pre_hooks.values():
+            entered = cast(Any, hook)(layer, (x,))
+            x = x if entered is None else entered[0] if isinstance(entered, tuple) else entered
+        if not isinstance(x, DTensor):
+            x = DTensor.from_local(x, self.mesh, [Replicate()], run_check=False)
+        if x.device_mesh != self.mesh or x.placements != (Replicate(),):
+            raise ValueError(
+                f"x must be whole on each rank of {self.mesh}, got a DTensor with placements {x.placements} "
+                f"on {x.device_mesh}: say what it is with ColwiseParallel(input_layouts=...)"
+            )
+        x = x.to_local(grad_placements=[Partial()])
+        return x if type(x) in _PLAIN else x.clone()  # what a collective is still filling has no memory
 
-    def leave(self, y: Tensor, bias: Tensor | None) -> Tensor:
-        """The sum of y over the ranks, plus what is added once."""
+    def leave(self, y: Tensor, bias: Any, layer: nn.Module) -> Any:
+        """The sum of y over the ranks, and the bias once, laid out as the hooks of `layer` ask for."""
         from torch.distributed.tensor import DTensor, Partial, Replicate
 
-        summed = DTensor.from_local(y, self.mesh, [Partial()], run_check=False)
-        total = summed.redistribute(placements=[Replicate()]).to_local()
-        return total if bias is None else total + bias
+        total: Any = DTensor.from_local(y, self.mesh, [Partial()], run_check=False)
+        total = total.redistribute(placements=[Replicate()])
+        if bias is not None:
+            whole = [Replicate()]
+            total = total + (
+                bias if is_sharded(bias) else DTensor.from_local(bias, self.mesh, whole, run_check=False)
+            )
+        for hook in layer._forward_hooks.values():
+            left = cast(Any, hook)(layer, (), total)
+            total = total if left is None else left
+        total = total if layer._forward_hooks else total.to_local()
+        # To autograd no view, so that it may be changed in place, which FSDP would warn of.
+        return total if is_sharded(total) else torch.ops.aten._unsafe_view.default(total, total.shape)
 
 
 def is_called_alone(layer: Any) -> bool:

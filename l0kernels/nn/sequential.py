@@ -179,7 +179,7 @@ def _behind(step: Step, value: Value) -> Value:
         gate = own_gate(module, "out_gate")
         return Value(() if gate is None else (gate,), unit_dim(module), ndim)
     if is_norm(module):
-        return Value(closed if step.keeps_closed else (), unit_dim(module), ndim and 4)
+        return Value(closed if step.keeps_closed else (), unit_dim(module), None if ndim is None else 4)
     if is_residual(module):
         body = follow(steps_of(module.body, True), value)[-1]
         shortcut = follow(steps_of(module.shortcut, True), value)[-1]
@@ -239,9 +239,7 @@ class _Op:
                 yield from op.own_gates()
 
 
-def _plan(
-    steps: Sequence[Step], value: Value, wanted: _Wanted | None
-) -> tuple[list[_Op], _Wanted | None]:
+def _plan(steps: Sequence[Step], value: Value, wanted: _Wanted | None) -> tuple[list[_Op], _Wanted | None]:
     """The ops of the steps; `wanted`: all that is read behind them, and all that they read."""
     values = follow(steps, value)
     ops: list[_Op] = []
@@ -465,8 +463,8 @@ class _Forward:
             first: Gates | None = x.within(self.gates(own[0]))
         else:
             present = [gate for gate in own if gate is not None]
-            one_dist = len({gate.dist for gate in present}) == 1
-            if one_dist and all(gate.training and gate in self._drawn for gate in present):
+            alike = len({(gate.dist, gate.log_alpha.dtype) for gate in present}) == 1
+            if alike and all(gate.training and gate in self._drawn for gate in present):
                 log_alphas = [None if gate is None else gate.log_alpha for gate in own]
                 drawn = [None if gate is None else self._drawn[gate] for gate in own]
                 dist, rows = present[0].dist, _dense(x)

@@ -12,12 +12,27 @@ import torch
 from torch import Tensor
 
 GATE_DTYPES = (torch.float32, torch.float64)
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def check_tensor(name: str, value: Any) -> None:
-    """TypeError unless ``value`` is a tensor."""
+    """TypeError unless ``value`` is a tensor, RuntimeError if its memory was given back: torch's own
+    operations would read at address 0."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    if type(value) in _PLAIN and not torch.compiler.is_compiling() and is_freed(value):
+        raise RuntimeError(
+            f"{name} must have memory for its {tuple(value.shape)} elements, but its storage was resized to "
+            "0 bytes, as sharding and offloading do: bring it back before the call"
+        )
+
+
+def is_freed(value: Tensor) -> bool:
+    """Whether a tensor with elements has a storage, but one without bytes."""
+    try:
+        return value.untyped_storage().nbytes() == 0 and value.numel() > 0
+    except (NotImplementedError, RuntimeError):  # sparse, or of a transform: it has none to lose
+        return False
 
 
 def check_floating(name: str, value: Any) -> None:

@@ -65,19 +65,31 @@ def batch_norm(
     momentum: float,
     eps: float,
 ) -> Tensor:
-    """torch's batch_norm for any number of forwards before a backward, and for one image in any layout."""
+    """torch's batch_norm for any number of forwards before a backward, any strides, and no channel at all."""
+    if x.shape[1] == 0:
+        return affine(x, weight, bias)
     if running_mean is not None and running_var is not None and not torch.compiler.is_compiling():
         if training:
             # Autograd keeps them though backward does not read them, and another forward changes them.
             running_mean, running_var = running_mean.data, running_var.data
         elif torch.is_grad_enabled():  # here backward reads them
             running_mean, running_var = running_mean.clone(), running_var.clone()
-    if x.shape[0] == 1 and x.stride(0) != x.numel():
-        # A view of one image may have any stride there. torch's backward takes it for what tells channels
+    one_image = x.shape[0] == 1 and x.stride(0) != x.numel()
+    if (one_image or 1 in x.shape[2:]) and not x.is_contiguous():
+        # A view may have any stride where there is one. torch's backward takes that for what tells channels
         # last from channels first, and then mixes up the channels of x and of dy.
         x = x.contiguous()
+    if not training and running_mean is not None and running_var is not None:  # which it reads as if dense
+        running_mean, running_var = running_mean.contiguous(), running_var.contiguous()
     return torch.nn.functional.batch_norm(
-        x, running_mean, running_var, weight, bias, training, momentum, eps
+        x,
+        running_mean,
+        running_var,
+        None if weight is None else weight.contiguous(),
+        bias,
+        training,
+        momentum,
+        eps,
     )
 
 
@@ -128,10 +140,7 @@ def gated_batch_norm(
         None if t is None else t.index_select(0, opened) for t in (running_mean, running_var, weight, bias)
     )
     some = x.index_select(1, opened)
-    if len(opened):
-        y = batch_norm(some, mean, var, w, b, training, momentum, eps)
-    else:
-        y = affine(some, w, b)
+    y = batch_norm(some, mean, var, w, b, training, momentum, eps)
     if (
         training
         and running_mean is not None

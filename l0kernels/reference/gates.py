@@ -104,9 +104,13 @@ class Gates(NamedTuple):
             raise ValueError(f"z must have shape (G,), got {tuple(z.shape)}")
         return cls(z, *compact(z), full_grad)
 
+    def of(self, z: Tensor) -> Gates:
+        """The same gates with another tensor of the same values for z."""
+        return Gates(z, self.index, self.count, self.full_grad)
+
     def detached(self) -> Gates:
-        """The same gates, which multiply and select, without a way back to z."""
-        return Gates(self.z.detach(), self.index, self.count, self.full_grad)
+        """The same gates without a way back from z."""
+        return self.of(self.z.detach())
 
 
 def _replace(self: Gates, **changes: Any) -> Gates:
@@ -129,7 +133,7 @@ def _replace(self: Gates, **changes: Any) -> Gates:
 
 
 # A NamedTuple lets no class body define these: another z in front of the old order would skip what is open.
-Gates._replace = _replace  # type: ignore[method-assign]
+Gates._replace = _replace  # type: ignore[method-assign, assignment]
 Gates.__replace__ = _replace  # type: ignore[attr-defined]
 
 
@@ -223,6 +227,16 @@ def hard_concrete(log_alpha: Tensor, u: Tensor, dist: HardConcrete) -> Tensor:
     z = s * (dist.zeta - dist.gamma) + dist.gamma
     # Not torch.clamp, whose gradient leaks where z is exactly 0 or 1. A NaN fails both comparisons and stays.
     return z.masked_fill(z <= 0, 0.0).masked_fill(z >= 1, 1.0)
+
+
+def joined(log_alpha: Tensor, z: Tensor, dist: HardConcrete) -> Tensor:
+    """A drawn z again as hard_concrete's function of log_alpha, with derivatives of every order."""
+    z = z.detach()
+    width = dist.zeta - dist.gamma
+    fractional = (z > 0) & (z < 1)
+    drawn = torch.logit(((z - dist.gamma) / width).masked_fill(~fractional, 0.5))
+    z_of = torch.sigmoid(drawn + (log_alpha - log_alpha.detach()) / dist.beta) * width
+    return torch.where(fractional, z + (z_of - z_of.detach()), z)  # the bits of the draw
 
 
 def sample_z(log_alpha: Tensor, seed: Tensor, stream: int, rank: int, dist: HardConcrete) -> Tensor:

@@ -23,7 +23,7 @@ def multiplier(gates: Gates) -> Tensor:
 
 
 def closed(gates: Gates) -> Tensor:
-    """Where the gates are closed; what stands there is left out, whatever it holds: infinity times 0 is NaN."""
+    """Where the gates are closed; what stands there is left out, for infinity times 0 is NaN."""
     return gates.z.detach() == 0
 
 
@@ -86,8 +86,9 @@ def gated_linear(
     """Linear layer with gated inputs and outputs: ``y = z_out * ((x * z_in) W^T + b)``.
 
     torch: ``F.linear(x * z_in, weight, bias) * z_out``, of open units, whatever closed ones hold. An output
-    gate closes the unit together with its bias. With ``out_support=g``: ``y = 1[z_g != 0] * ((x * z_in) W^T + b)``, unscaled; every consumer must
-    be gated by g.
+    gate closes the unit together with its bias. With ``out_support=g``:
+    ``y = 1[z_g != 0] * ((x * z_in) W^T + b)``, unscaled; every consumer must be gated by g. dz comes where
+    0 < z < 1, for ``Gates.full_grad`` wherever z != 0.
 
     Args:
         x: (..., in) any float dtype.

@@ -11,6 +11,7 @@ import pybind11
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parents[1] / "csrc"
 NAME = "emulated_cuda"
+SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
 WARNINGS = ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
 
 
@@ -23,13 +24,17 @@ def sources() -> list[Path]:
 
 def build(folder: Path, compiler: str = "g++", sanitize: bool = True) -> Path:
     """The module compiled into ``folder``, with address and undefined-behaviour sanitizers if asked for."""
-    flags = ["-std=c++17", "-O1", "-g1", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", *WARNINGS]
-    if sanitize:
-        flags += ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
-    flags += [f"-I{path}" for path in (CSRC, CSRC / "cuda", HERE, pybind11.get_include())]
-    flags += [f"-I{sysconfig.get_paths()['include']}"]
+    flags = ["-ffp-contract=off", *WARNINGS, *(SANITIZE if sanitize else [])]
+    flags += [f"-I{path}" for path in (CSRC / "cuda", HERE)]
     flags += ["-DL0_EMULATED", f"-DL0_MODULE={NAME}", '-DL0_ARCHITECTURES="emulated"']
     inputs = [*sorted((CSRC / "cuda").glob("*.cu")), CSRC / "cuda/bindings.cpp", HERE / "cuda_emulator.cpp"]
+    return compile_module(inputs, flags, folder, NAME, compiler)
+
+
+def compile_module(inputs: list[Path], flags: list[str], folder: Path, name: str, compiler: str) -> Path:
+    """The sources compiled and linked to extension module ``name`` in ``folder``."""
+    flags = ["-std=c++17", "-O1", "-g1", "-fPIC", "-fvisibility=hidden", *flags]
+    flags += [f"-I{path}" for path in (CSRC, pybind11.get_include(), sysconfig.get_paths()["include"])]
     folder.mkdir(parents=True, exist_ok=True)
 
     def compile_one(source: Path) -> Path:
@@ -42,8 +47,8 @@ def build(folder: Path, compiler: str = "g++", sanitize: bool = True) -> Path:
 
     with ThreadPoolExecutor(2) as pool:
         objects = list(pool.map(compile_one, inputs))
-    module = folder / f"{NAME}{sysconfig.get_config_var('EXT_SUFFIX')}"
-    link = ["-shared", *(flag for flag in flags if flag.startswith("-fsanitize"))]
+    module = folder / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
+    link = ["-shared", *(flag for flag in flags if flag.startswith(("-fsanitize", "-fopenmp")))]
     subprocess.run([compiler, *link, *map(str, objects), "-o", str(module)], check=True)
     return module
 

@@ -1,0 +1,150 @@
+"""The one way from a tensor to an address, and where large gradients come from.
+
+Native code believes what it is told of memory. So every address of a tensor that came from outside is taken
+here, by functions that check what the kernel will assume: a plain tensor with memory of its own, of this
+dtype, size and device, and its storage long enough for the last element. What was allocated a line before
+needs no check: `fresh`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .._registry import native
+from ..reference._checks import is_freed
+
+PLAIN = frozenset({Tensor, torch.nn.Parameter})
+"""The types whose memory is what their numbers say; a subclass may have none, or mean something else."""
+
+HUGE = 32 << 20  # bytes; glibc maps every allocation from here on afresh, smaller ones it keeps itself
+
+
+class NotPlain(TypeError):
+    """A tensor whose memory is not its values. torch's dispatcher can make plain tensors of some of them."""
+
+
+def vector(t: Tensor, name: str, dtype: torch.dtype, n: int, device: torch.device | None = None) -> int:
+    """Address of n elements, one after the other; 0 for none.
+
+    Args:
+        device: where the kernel runs; None: the CPU.
+
+    Raises:
+        NotPlain: a subclass, a lazily negated view, or a tensor without memory of its own.
+        TypeError: another dtype.
+        ValueError: another size or device, or elements that do not lie one after the other.
+        RuntimeError: the tensor's memory was given back.
+    """
+    if t.numel() != n or not t.is_contiguous():
+        raise ValueError(
+            f"{name} must be {n} contiguous elements, got {tuple(t.shape)}, strides {t.stride()}"
+        )
+    return _address(t, name, dtype, int(t.storage_offset()) + n, device) if n else 0
+
+
+def matrix(
+    t: Tensor, name: str, dtype: torch.dtype, rows: int, cols: int, device: torch.device | None = None
+) -> tuple[int, int, int]:
+    """Address and the two strides of a matrix of any strides; errors as `vector`."""
+    shape = t.shape
+    if len(shape) != 2 or shape[0] != rows or shape[1] != cols:
+        raise ValueError(f"{name} must have shape {(rows, cols)}, got {tuple(shape)}")
+    by_row, by_col = t.stride()
+    if not rows or not cols:
+        return 0, by_row, by_col
+    end = int(t.storage_offset()) + (rows - 1) * by_row + (cols - 1) * by_col + 1
+    return _address(t, name, dtype, end, device), by_row, by_col
+
+
+def optional(
+    t: Tensor | None, name: str, dtype: torch.dtype, n: int, device: torch.device | None = None
+) -> int:
+    """`vector`, or 0 for None."""
+    return 0 if t is None else vector(t, name, dtype, n, device)
+
+
+def fresh(t: Tensor | None) -> int:
+    """Address of what the caller has just allocated; 0 for None and for no elements."""
+    return 0 if t is None else t.data_ptr()
+
+
+def _address(t: Tensor, name: str, dtype: torch.dtype, end: int, device: torch.device | None) -> int:
+    """`end`: one past the last element, counted from the start of the storage."""
+    if t.dtype is not dtype:
+        raise TypeError(f"{name} must have dtype {dtype}, got {t.dtype}")
+    held = _held(t, name)
+    if not (t.is_cpu if device is None else t.device == device):
+        raise ValueError(f"{name} must be on {device or 'the CPU'}, got {t.device}")
+    if held < end * t.element_size():
+        raise _freed(t, name, held)
+    address = t.data_ptr()
+    if not address:  # zeros that torch keeps without memory
+        raise NotPlain(f"{name} must be a plain tensor with memory of its own, got {_kind(t)}")
+    return address
+
+
+def _held(t: Tensor, name: str) -> int:
+    """Bytes of the storage of a tensor whose memory is its values."""
+    if type(t) not in PLAIN or t.is_neg():
+        raise NotPlain(f"{name} must be a plain tensor, got {_kind(t)}")
+    try:
+        return t.untyped_storage().nbytes()
+    except (NotImplementedError, RuntimeError):  # of a transform, or sparse
+        raise NotPlain(f"{name} must be a plain tensor with memory of its own, got {_kind(t)}") from None
+
+
+def _freed(t: Tensor, name: str, held: int) -> RuntimeError:
+    return RuntimeError(
+        f"{name} must have memory for its {tuple(t.shape)} elements, but its storage was resized to {held} "
+        "bytes, as sharding and offloading do: bring it back before the call"
+    )
+
+
+def check_memory(t: Tensor | None, name: str, backend: str) -> None:
+    """The same for backends that take tensors: torch's operations read freed memory, kernels anything.
+
+    Raises:
+        NotPlain, RuntimeError: as `vector`; the former where values matter to torch's operations alone.
+    """
+    if t is None or not t.numel():
+        return
+    if backend in ("triton", "cuda"):
+        held = _held(t, name)
+        if held and not t.data_ptr():
+            raise NotPlain(f"{name} must be a plain tensor with memory of its own, got {_kind(t)}")
+    else:
+        held = 0 if is_freed(t) else 1
+    if not held:
+        raise _freed(t, name, 0)
+
+
+def _kind(t: Tensor) -> str:
+    if type(t) not in PLAIN:
+        return f"a {type(t).__name__}"
+    if t.is_neg():
+        return "a lazily negated view"
+    return f"one without ({t.layout})"
+
+
+def plain(t: Tensor) -> Tensor:
+    """t, or its values in memory of their own where it is lazily negated or zeros without memory.
+
+    The dispatcher does the same, but not in lists with absent tensors; and compositions of torch's
+    operations meet such tensors without it.
+    """
+    if t.is_neg():
+        return t.resolve_neg()
+    return torch.zeros(t.shape, dtype=t.dtype, device=t.device) if t._is_zerotensor() else t
+
+
+def empty_grad(weight: Tensor) -> Tensor:
+    """An uninitialised contiguous tensor of weight's shape and dtype, for its gradient.
+
+    A large one lies on huge pages: a gradient of 64 MB takes 16384 faults of 4 KB pages, which last longer
+    than the whole gated layer at one open gate in ten, and 32 of 2 MB.
+    """
+    grad = weight.new_empty(weight.shape)
+    if native is not None and grad.nbytes >= HUGE and grad.is_cpu:
+        native.advise_huge_pages(grad.data_ptr(), grad.nbytes)
+    return grad
