@@ -802,3 +802,38 @@ def test_a_forward_of_one_object():
     model.a.forward = MethodType(lambda self, x: 2 * nn.L0Linear.forward(self, x), model.a)
     small, x = nn.export(model), torch.randn(5, 6)
     torch.testing.assert_close(small(x), model.eval()(x))
+
+
+class MoreThanAContainer(nn.L0Sequential):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class MoreThanASum(nn.L0Residual):
+    def forward(self, x):
+        return 1 + super().forward(x)
+
+
+@pytest.mark.filterwarnings("ignore:.*multiplies its outputs by gates")
+@pytest.mark.parametrize("training", [True, False])
+def test_subclasses_of_containers_run_their_modules_as_these_do(training):
+    def modules():
+        body = nn.L0BatchNorm2d(8), T.Sigmoid(), nn.L0Conv2d(8, 8, 1, gate="in")
+        return nn.L0Conv2d(3, 8, 1), nn.L0BatchNorm2d(8), nn.L0Sequential(*body)
+
+    first, norm, body = modules()
+    more = MoreThanAContainer(first, norm, MoreThanASum(body))
+    same = nn.L0Sequential(first, norm, more[2])
+    spread(more).train(training)
+    x = torch.randn(2, 3, 4, 4)
+    with torch.no_grad():
+        torch.manual_seed(1)
+        y = more(x)
+        torch.manual_seed(1)
+        torch.testing.assert_close(y, 2 * same(x))
+        torch.manual_seed(1)
+        h, summed = x.new_zeros(2, 8, 4, 4), nn.L0Residual(body)
+        z = more[2](h)
+        torch.manual_seed(1)
+        torch.testing.assert_close(z, 1 + summed(h))
+    check(more, x)
