@@ -28,6 +28,9 @@ class Draw:
 
         y = checkpoint(run, bank.draw(), x, use_reentrant=False)
 
+    In a compiled graph the gates of a region are those of its forward in any case, and with fullgraph=True
+    Dynamo takes no ``with draw:`` inside of a checkpointed region: call the layers without it there.
+
     Attributes:
         expected: gate -> sum_g P(z_g > 0), a 0-d tensor, of a draw with ``expected=True``; else None.
     """
