@@ -171,6 +171,10 @@ class GateBank(nn.Module):
         """n fresh seeds, each (1,) int64 on the device."""
         if not n:
             return ()
+        if torch._C._are_functorch_transforms_active():
+            raise RuntimeError(
+                "a GateBank counts its draws, which no transform of torch.func may; draw outside"
+            )
         device = self._gates[0].log_alpha.device
         if self.step.device != device:  # once: the model has moved since
             self.to(device)
