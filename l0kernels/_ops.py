@@ -850,6 +850,7 @@ def _kept_seed(seed: Tensor) -> Tensor:
 
 _LIBRARY.define("kept_seed(Tensor seed) -> Tensor")
 _LIBRARY.impl("kept_seed", _kept_seed, "CompositeImplicitAutograd")
+_KEPT_SEED = torch.ops.l0kernels.kept_seed.default
 
 
 def kept_seed(seed: Tensor) -> Tensor:
@@ -858,7 +859,7 @@ def kept_seed(seed: Tensor) -> Tensor:
     Left to themselves, compilers may compute it again in backward, from a generator or a counted step that
     has moved on since: then backward would have other gates, silently.
     """
-    return torch.ops.l0kernels.kept_seed.default(seed) if torch.compiler.is_compiling() else seed
+    return _KEPT_SEED(seed) if torch.compiler.is_compiling() else seed
 
 
 @_define(
@@ -888,12 +889,16 @@ def weighted_penalty(
 def register_batching() -> None:
     """Has torch.vmap run the operators example by example; once, at the first transform."""
     for name in torch._C._dispatch_get_all_op_names():
-        if name.startswith("l0kernels::") and not name.startswith("l0kernels::kept_seed"):
+        if name.startswith("l0kernels::"):
             operator = getattr(torch.ops.l0kernels, name.split("::")[1].split(".")[0]).default
-            torch.library.register_vmap(operator, functools.partial(_one_by_one, operator), lib=_LIBRARY)
+            if operator is not _KEPT_SEED and not operator._schema.is_mutable:
+                torch.library.register_vmap(operator, functools.partial(_one_by_one, operator), lib=_LIBRARY)
 
 
 def _one_by_one(operator: Any, info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+    if not info.batch_size:
+        raise ValueError(f"torch.vmap must have at least one example for {operator}, got none")
+
     def example(arg: Any, dim: Any, i: int) -> Any:
         if isinstance(arg, (list, tuple)) and isinstance(dim, (list, tuple)):
             return [example(a, d, i) for a, d in zip(arg, dim, strict=True)]

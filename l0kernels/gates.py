@@ -118,6 +118,8 @@ def sample_gates(
     if not log_alphas:
         return []
     check_log_alphas(log_alphas)
+    if generator is not None:
+        break_graph("a compiled graph holds no generator; draw a seed from it outside, and give that")
     backend = _registry.resolve(log_alphas[0].device, log_alphas[0].dtype, "sample")
     if backend == "reference":
         return reference.sample_gates(log_alpha, seed=seed, generator=generator, rank=rank, dist=dist)
@@ -198,8 +200,6 @@ def check_draw(
     """The seed of a draw: the checked one that was given, or a fresh one."""
     check_dist(dist)
     if seed is None:
-        if generator is not None:
-            break_graph("a compiled graph holds no generator; draw a seed from it outside, and give that")
         seed = draw_seed(log_alphas[0].device, generator)
     else:
         _checks.check_seed(seed, log_alphas[0].device)

@@ -456,7 +456,8 @@ def gate_modules(model: nn.Module) -> list[HardConcreteGate]:
 
 def _as_tensor(value: float, device: torch.device) -> Tensor:
     _checks.check_number("lam", value)
-    return torch.full((), float(value), dtype=torch.float64, device=device)
+    number = value if torch.compiler.is_compiling() else float(value)
+    return torch.ones((), dtype=torch.float64, device=device).mul_(number)  # full would compile to a constant
 
 
 def _gate_dtype(dtype: torch.dtype) -> torch.dtype:
