@@ -11,8 +11,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.fx.traceback
 from torch import Tensor
+from torch.utils.checkpoint import CheckpointPolicy
 
+from ._flops import tell_counters
 from .impl import conv2d, module
 from .impl.memory import PLAIN, NotPlain, check_memory, plain
 from .impl.packed import Term
@@ -38,7 +41,7 @@ def _define(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., An
         lists = [i for i, kind in enumerate(kinds) if kind in ("List[Tensor]", "List[Optional[Tensor]]")]
 
         def opaque(*args: Any) -> Any:
-            backend = args[-1]
+            backend = args[-1] if names[-1] == "backend" else "torch"
             of_torch = backend != "cpp" or name in _MADE_OF_TORCH
             if of_torch:  # cpp asks for every address
                 for i in singles:
@@ -71,7 +74,13 @@ def _define(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., An
         def call(*args: Any) -> Any:
             # The dispatcher costs 6 to 10 us, as much as a small layer; eager tensors do without,
             # unless a mode (make_fx, say) wants to see the operators.
-            if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+            if torch.compiler.is_compiling():
+                return operator(*args)
+            if torch._C._len_torch_dispatch_stack():
+                tell_counters()
+                return operator(*args)
+            if torch._C._are_functorch_transforms_active():
+                register_batching()
                 return operator(*args)
             if is_plain(args):
                 try:
@@ -106,10 +115,22 @@ def _is_dtensor(t: Any) -> bool:
 
 def refuse_second_derivative(function: str) -> None:
     """RuntimeError in a backward that autograd records: the operators would enter it as constants."""
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
+        return
+    if torch.is_grad_enabled():
+        raise RuntimeError(NO_SECOND.format(function, "create_graph=True"))
+    if torch._C._dispatch_tls_is_dispatch_key_included(_BATCHED):
         raise RuntimeError(
-            f'{function} has no second derivative, got create_graph=True; use_backend("reference") has one'
+            f"{function} takes one gradient at a time, got is_grads_batched=True or vectorize=True; "
+            "torch.func.jacrev and torch.func.vmap batch them"
         )
+
+
+# Of torch.autograd, not of torch.func; by its name it would be looked up for 3 us.
+_BATCHED: Any = torch._C._parse_dispatch_key("VmapMode")
+
+
+NO_SECOND = '{} has no second derivative, got {}; use_backend("reference") has one'
 
 
 _dist = functools.lru_cache(HardConcrete)
@@ -311,8 +332,8 @@ def draws_within(
     activation: str = "identity",
 ) -> bool:
     """Whether the backend has l0_linear, for several layers l0_mlp, for these tensors."""
-    if backend == "cuda":
-        return log_alphas[0].dtype == torch.float32
+    if backend == "cuda":  # its kernels draw in the type that they multiply by
+        return dtype != torch.float64 and all(a.dtype == torch.float32 for a in log_alphas)
     if backend == "cpp":
         return module(backend).draws_within([x, *weights, *biases, *log_alphas], dtype, activation)
     if backend == "triton" and len(weights) == 1:
@@ -806,3 +827,84 @@ def gated_conv2d_backward(
         _dist(*dist) if dist else None,
     )
     return _given(grads, x)
+
+
+@_define("copied_seed(Tensor seed) -> Tensor", torch.empty_like)
+def copied_seed(seed: Tensor) -> Tensor:
+    return seed.clone()
+
+
+def _kept_seed(seed: Tensor) -> Tensor:
+    """copied_seed, told to AOTAutograd to be saved for backward."""
+    meta = torch.fx.traceback.current_meta
+    before = meta.get("recompute")
+    meta["recompute"] = CheckpointPolicy.MUST_SAVE
+    try:
+        return copied_seed(seed)
+    finally:
+        if before is None:
+            del meta["recompute"]
+        else:
+            meta["recompute"] = before
+
+
+_LIBRARY.define("kept_seed(Tensor seed) -> Tensor")
+_LIBRARY.impl("kept_seed", _kept_seed, "CompositeImplicitAutograd")
+
+
+def kept_seed(seed: Tensor) -> Tensor:
+    """The seed of a draw. In a compiled graph it goes from forward to backward through an opaque operator.
+
+    Left to themselves, compilers may compute it again in backward, from a generator or a counted step that
+    has moved on since: then backward would have other gates, silently.
+    """
+    return torch.ops.l0kernels.kept_seed.default(seed) if torch.compiler.is_compiling() else seed
+
+
+@_define(
+    "weighted_penalty(Tensor[] log_alpha, Tensor weights, float beta, float gamma, float zeta, str backend)"
+    " -> (Tensor, Tensor)",
+    lambda log_alpha, weights, *_: (
+        log_alpha[0].new_empty(()),
+        log_alpha[0].new_empty(sum(a.numel() for a in log_alpha)),
+    ),
+)
+def weighted_penalty(
+    log_alpha: list[Tensor], weights: Tensor, beta: float, gamma: float, zeta: float, backend: str
+) -> tuple[Tensor, Tensor]:
+    """``l0_penalty`` with a tensor of weights: a compiled graph has no guard on their values."""
+    dist = _dist(beta, gamma, zeta)
+    if weights.device.type == "cpu":
+        return module(backend).l0_penalty(log_alpha, weights.tolist(), dist)
+    # On a GPU the weights stay there.
+    flat = torch.cat([a.flatten() for a in log_alpha])
+    each = zip(weights.to(flat.dtype).unbind(), log_alpha, strict=True)
+    spread = torch.cat([weight.expand(a.numel()) for weight, a in each])
+    p_open = dist.p_open(flat)
+    return (spread * p_open).sum(), spread * p_open * (1 - p_open)
+
+
+@functools.cache
+def register_batching() -> None:
+    """Has torch.vmap run the operators example by example; once, at the first transform."""
+    for name in torch._C._dispatch_get_all_op_names():
+        if name.startswith("l0kernels::") and not name.startswith("l0kernels::kept_seed"):
+            operator = getattr(torch.ops.l0kernels, name.split("::")[1].split(".")[0]).default
+            torch.library.register_vmap(operator, functools.partial(_one_by_one, operator), lib=_LIBRARY)
+
+
+def _one_by_one(operator: Any, info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+    def example(arg: Any, dim: Any, i: int) -> Any:
+        if isinstance(arg, (list, tuple)) and isinstance(dim, (list, tuple)):
+            return [example(a, d, i) for a, d in zip(arg, dim, strict=True)]
+        return arg if dim is None else arg.select(dim, i).contiguous()
+
+    results = [
+        operator(*(example(arg, dim, i) for arg, dim in zip(args, in_dims, strict=True)))
+        for i in range(info.batch_size)
+    ]
+    if isinstance(results[0], Tensor):
+        return torch.stack(results), 0
+    stacked = [torch.stack(each) for each in zip(*results, strict=True)]
+    kind = type(results[0])
+    return kind(stacked), kind([0] * len(stacked))

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import functools
 import os
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from importlib import import_module, util
 from typing import Any
 
@@ -32,7 +34,7 @@ NAMES = ("reference", "torch", "cpp", "triton", "cuda")
 
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-_requested: str | None = os.environ.get("L0KERNELS_BACKEND") or None
+_of_process: str | None = os.environ.get("L0KERNELS_BACKEND") or None
 _why_no_cpp: str | None = None
 
 
@@ -42,8 +44,33 @@ def check_name(name: Any, argument: str = "backend") -> None:
         raise ValueError(f"{argument} must be one of {', '.join(map(repr, NAMES))}, got {name!r}")
 
 
-if _requested is not None:
-    check_name(_requested, "the environment variable L0KERNELS_BACKEND")
+if _of_process is not None:
+    check_name(_of_process, "the environment variable L0KERNELS_BACKEND")
+
+
+class _Thread(threading.local):
+    """Scopes of use_backend as Dynamo reads them: it traces no ContextVar, and guards on these names."""
+
+    def __init__(self) -> None:
+        self.scopes: dict[object, str] = {}  # those open in this thread, of all its tasks
+        self.entered: str | None = None  # the name of the last of them
+        self.traced: str | None = None  # of a scope within compiled code
+
+
+_of_context: ContextVar[str | None] = ContextVar("l0kernels_backend", default=None)
+_of_thread = _Thread()
+_scopes: dict[object, str] = {}  # those open in any thread; they end in any order
+
+
+def requested() -> str | None:
+    """The backend that use_backend, or else the environment, asks for here; None leaves the choice."""
+    if torch.compiler.is_dynamo_compiling():
+        return _of_thread.traced or _of_thread.entered or _of_process
+    name = _of_thread.traced or _of_context.get()
+    if name is None and _scopes and isinstance(threading.current_thread(), threading._DummyThread):
+        # Autograd's thread of a GPU, where checkpoints compute again, knows nothing of who called backward.
+        return [*_scopes.values()][-1]
+    return name or _of_process
 
 
 def load_native() -> Any:
@@ -144,12 +171,17 @@ def resolve(device: torch.device, dtype: torch.dtype, primitive: str) -> str:
     Raises:
         RuntimeError: the requested backend is not available here or does not serve that device, dtype or
             primitive.
+
+    Traced by torch.jit.trace, which knows torch's own operations only, every tensor is the reference's.
     """
-    if _requested is not None:
-        reason = why_not(_requested) or _why_not_serving(_requested, device, dtype, primitive)
+    if torch._C._get_tracing_state() is not None:
+        return "reference"
+    name = requested()
+    if name is not None:
+        reason = why_not(name) or _why_not_serving(name, device, dtype, primitive)
         if reason is not None:
-            raise RuntimeError(f"backend {_requested!r} cannot be used: {reason}")
-        return _requested
+            raise RuntimeError(f"backend {name!r} cannot be used: {reason}")
+        return name
     kind = device.type
     if kind in ("cpu", "meta"):
         return "torch" if native is None else "cpp"
@@ -167,7 +199,7 @@ _PRODUCTS = ("gated_linear", "gated_mlp")
 def resolve_layers(x: Tensor, weights: Sequence[Tensor], primitive: str) -> str:
     """resolve for the product of x (..., in) and the weights: small layers on a GPU may have own kernels."""
     backend = resolve(x.device, x.dtype, primitive)
-    if backend == "triton" and _requested is None and primitive in CUDA_FIRST and _why_no_cuda() is None:
+    if backend == "triton" and requested() is None and primitive in CUDA_FIRST and _why_no_cuda() is None:
         sizes = [x.shape[-1], *(weight.shape[0] for weight in weights)]
         if _cuda().small(x.numel() // max(sizes[0], 1), sizes):
             return "cuda"
@@ -195,7 +227,10 @@ def _why_not_serving(name: str, device: torch.device, dtype: torch.dtype, primit
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Context in which every operation uses backend ``name``, for the whole process.
+    """Context in which every operation uses backend ``name``, in this thread or task of asyncio alone.
+
+    A thread started within begins without it, as with any context variable;
+    ``contextvars.copy_context().run`` hands it on. A backward pass uses the backend of its forward.
 
     Args:
         name: "reference", "torch", "cpp", "triton" or "cuda". See backends().
@@ -204,16 +239,29 @@ def use_backend(name: str) -> Iterator[None]:
         ValueError: no such backend.
         RuntimeError: it cannot be used on this machine; nothing falls back silently.
     """
-    global _requested
     check_name(name, "name")
     reason = why_not(name)
     if reason is not None:
         raise RuntimeError(f"backend {name!r} cannot be used: {reason}")
-    previous, _requested = _requested, name
+    if torch.compiler.is_dynamo_compiling():
+        traced, _of_thread.traced = _of_thread.traced, name
+        try:
+            yield
+        finally:
+            _of_thread.traced = traced
+        return
+    scope, here = object(), _of_thread.scopes
+    previous, traced = _of_context.get(), _of_thread.traced
+    _of_context.set(name)
+    here[scope] = _scopes[scope] = _of_thread.entered = name
+    _of_thread.traced = None
     try:
         yield
     finally:
-        _requested = previous
+        del here[scope], _scopes[scope]
+        _of_context.set(previous)
+        _of_thread.entered = [*here.values()][-1] if here else None
+        _of_thread.traced = traced
 
 
 class BackendTable(dict[str, dict[str, str]]):

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from . import _ops, _registry, reference
-from .conv2d import Packed, is_exact, open_order
+from ._autograd import apply
+from .conv2d import STATIC, Packed, is_exact, open_order
 from .gates import Gates
 from .impl import module
 from .reference.batch_norm import batch_norm, check_batch_norm, select
@@ -140,8 +141,12 @@ def _packed(
     momentum: float,
     eps: float,
 ) -> Tensor:
+    if x.backend == STATIC:
+        is_open = x.gates.z != 0
+        return _dense(x.data, is_open, running_mean, running_var, weight, bias, training, momentum, eps)
     if not is_exact(x.backend):
-        return _BatchNorm.apply(
+        return apply(
+            _BatchNorm,
             x.data,
             weight,
             bias,

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import _ops, _registry, reference
+from ._autograd import apply, break_graph
 from .gates import Gates
 from .impl import conv2d as impl
 from .impl import module
@@ -85,8 +86,8 @@ def _apply(
         in_gates is not None and in_gates.full_grad,
         out_gates is not None and out_gates.full_grad,
     )
-    return _GatedConv2d.apply(
-        x, weight, bias, in_z, out_z, *in_order, *out_order, flags, full, conv, dtype, backend
+    return apply(
+        _GatedConv2d, x, weight, bias, in_z, out_z, *in_order, *out_order, flags, full, conv, dtype, backend
     )
 
 
@@ -166,12 +167,14 @@ def gated_conv2d(
 
 @dataclass(frozen=True)
 class Packed:
-    """Activations of which only the open channels exist. Eager mode only: the shape depends on the gates.
+    """Activations of which only the open channels exist.
 
     Attributes:
-        data: on a CPU (N, n, H, W), the n open channels ascending; on a GPU (N, channels, H, W)
-            channels_last, of which [0, open) are the open ones ascending, [open, extent) zeros and the rest
-            unwritten, or, where count[1] >= channels, all of them in order, the closed ones zero.
+        data: compiled, traced or under torch.func, where no shape may depend on the gates, (N, channels, H,
+            W), the closed ones zero; else on a CPU (N, n, H, W), the n open channels ascending; on a GPU
+            (N, channels, H, W) channels_last, of which [0, open) are the open ones ascending, [open, extent)
+            zeros and the rest unwritten, or, where count[1] >= channels, all of them in order, the closed
+            ones zero.
         gates: which channels exist; z is detached and multiplies nothing.
         channels: the number of all channels.
         backend: whose layout data has.
@@ -230,9 +233,13 @@ def open_order(gates: Gates) -> Tensor | None:
     return impl.open_channels(list(gates[:3]), gates.z.shape[0])
 
 
+STATIC = "static"
+"""The layout of packed channels where shapes must not depend on gates: all channels, the closed ones zero."""
+
+
 def is_exact(backend: str) -> bool:
     """Whether packed channels of this backend are the open ones and no more."""
-    return backend != "triton"
+    return backend not in ("triton", STATIC)
 
 
 class _Take(torch.autograd.Function):
@@ -271,16 +278,21 @@ def pack_channels(x: Tensor, gates: Gates) -> Packed:
         raise ValueError(f"x must have shape (N, channels, H, W), got {tuple(x.shape)}")
     check_gates("gates", gates, x.shape[1], x.device, "channel of x")
     support = gates.detached()
+    if not _checks.readable():
+        return Packed(x.masked_fill((support.z == 0)[:, None, None], 0), support, x.shape[1], STATIC)
     backend = _packing_backend(x)
     whole = is_exact(backend) and open_order(support) is None
-    return Packed(x if whole else _PackChannels.apply(x, support, backend), support, x.shape[1], backend)
+    return Packed(x if whole else apply(_PackChannels, x, support, backend), support, x.shape[1], backend)
 
 
 def unpack_channels(packed: Packed) -> Tensor:
     """All channels of packed activations, (N, channels, H, W); zeros in the closed ones."""
+    if packed.backend == STATIC:
+        return packed.data
+    break_graph("Packed channels from outside of a compiled graph have no static shape; pack them inside")
     if is_exact(packed.backend) and open_order(packed.gates) is None:
         return packed.data
-    return _UnpackChannels.apply(packed.data, packed.gates, packed.backend)
+    return apply(_UnpackChannels, packed.data, packed.gates, packed.backend)
 
 
 class _PackWeight(torch.autograd.Function):
@@ -418,9 +430,11 @@ def packed_conv2d(
     if gates is None and not isinstance(x, Packed):
         return gated_conv2d(x, weight, bias, stride, padding, dilation, groups, in_gates=in_gates)
     backend = _registry.resolve(data.device, data.dtype, "gated_conv2d")
-    if isinstance(x, Packed) and backend != "reference":
+    static = x.backend == STATIC if isinstance(x, Packed) else not _checks.readable()
+    if isinstance(x, Packed) and backend != "reference" and not static:
+        break_graph("Packed channels from outside of a compiled graph have no static shape; pack them inside")
         backend = x.backend
-    if backend == "reference" or (not is_exact(backend) and _unpacks(x, in_gates, groups)):
+    if backend == "reference" or (backend == "triton" and not static and _unpacks(x, in_gates, groups)):
         dense = unpack_channels(x) if isinstance(x, Packed) else x
         y = gated_conv2d(
             dense,
@@ -440,15 +454,16 @@ def packed_conv2d(
     support, scale_in = (None, False) if in_gates is None else (in_gates, True)
     if isinstance(x, Packed):
         support, scale_in = _combined(x.gates, in_gates)
-    if not is_exact(backend):
-        flags = (scale_in, scale_out, isinstance(x, Packed), gates is not None)
+    if static or not is_exact(backend):
+        in_packed, out_packed = isinstance(x, Packed) and not static, gates is not None and not static
+        flags = (scale_in, scale_out, in_packed, out_packed)
         y = _apply(data, weight, bias, support, gates, flags, conv, dtype, backend)
     else:
         held = x if isinstance(x, Packed) else None
         y = _exact(data, held, weight, bias, support, gates, (scale_in, scale_out), conv, dtype, backend)
     if gates is None:
         return y
-    return Packed(y, gates.detached(), n_out, backend)
+    return Packed(y, gates.detached(), n_out, STATIC if static else backend)
 
 
 def _unpacks(x: Tensor | Packed, in_gates: Gates | None, groups: int) -> bool:
@@ -480,13 +495,13 @@ def _exact(
     gates = _with_z(in_z, out_z, orders)
     plan = impl.plan(weight, groups, *gates)
     full = (in_gates is not None and in_gates.full_grad, out_gates is not None and out_gates.full_grad)
-    w, b = _PackWeight.apply(weight, bias, in_z, out_z, plan, orders, scales, full, dtype, backend)
+    w, b = apply(_PackWeight, weight, bias, in_z, out_z, plan, orders, scales, full, dtype, backend)
     shape = impl.output_shape(data, weight, conv)
     if plan.opened is not None:
         shape[1] = len(plan.opened)
     fmt = impl.fastest_format(data)
     if plan.empty:
-        return _Without.apply(data, w, b, shape, dtype, fmt)
+        return apply(_Without, data, w, b, shape, dtype, fmt)
     x = impl.in_format(_inputs(data, held, plan).to(dtype), fmt)
     y = F.conv2d(x, w, None if b is None else impl.bias_of(plan, b), stride, padding, dilation, plan.groups)
     if not plan.computes_all:
@@ -505,4 +520,4 @@ def _inputs(data: Tensor, held: Packed | None, plan: impl.Plan) -> Tensor:
         index = torch.searchsorted(order, index)
     if index is None:
         return data
-    return _Take.apply(data, index, plan.in_valid)
+    return apply(_Take, data, index, plan.in_valid)

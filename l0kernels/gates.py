@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import _ops, _registry, reference
+from ._autograd import apply, break_graph, differentiates
 from .reference import _checks
 from .reference.gates import (
     ALIGN,
@@ -98,8 +99,9 @@ def sample_gates(
     Args:
         log_alpha: (G,) float32 or float64; or a sequence of such, of one dtype, drawn in one call:
             the position is the stream.
-        seed: (1,) int64 on the device of log_alpha. The same seed gives the same gates on every backend. None
-            draws one with torch.randint from torch's default generator.
+        seed: (1,) int64 on the device of log_alpha. The same seed gives the same noise on every backend, and
+            so z to a few units in its last place; on one backend and device the same bits for any number of
+            threads. None draws one with torch.randint from torch's default generator.
         generator: where a missing seed is drawn from instead.
         rank: in [0, 2**32): processes with different ranks draw different gates from one seed.
         dist: the distribution's constants.
@@ -139,9 +141,9 @@ def attach(log_alpha: Tensor, gate: Gates, dist: HardConcrete) -> Gates:
 
 
 def _attach(log_alpha: Tensor, gate: Gates, dist: HardConcrete, backend: str) -> Gates:
-    if not (log_alpha.requires_grad and torch.is_grad_enabled()):
+    if not differentiates(log_alpha):
         return gate
-    z = _HardConcreteGrad.apply(log_alpha, gate.z, dist.beta, dist.gamma, dist.zeta, backend)
+    z = apply(_HardConcreteGrad, log_alpha, gate.z, dist.beta, dist.gamma, dist.zeta, backend)
     return Gates(z, gate.index, gate.count)
 
 
@@ -196,9 +198,12 @@ def check_draw(
     """The seed of a draw: the checked one that was given, or a fresh one."""
     check_dist(dist)
     if seed is None:
-        return draw_seed(log_alphas[0].device, generator)
-    _checks.check_seed(seed, log_alphas[0].device)
-    return seed
+        if generator is not None:
+            break_graph("a compiled graph holds no generator; draw a seed from it outside, and give that")
+        seed = draw_seed(log_alphas[0].device, generator)
+    else:
+        _checks.check_seed(seed, log_alphas[0].device)
+    return _ops.kept_seed(seed)
 
 
 def split(log_alphas: list[Tensor], z: Tensor, index: Tensor, count: Tensor) -> list[Gates]:

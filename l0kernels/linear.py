@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from . import _ops, _registry, reference
+from ._autograd import apply
 from .gates import Gates, HardConcrete, attach, check_draw, check_drawn, draw, split
 from .reference import _checks
 from .reference.gates import DEFAULT_DIST
@@ -202,8 +203,20 @@ def gated_linear(
         out_gates is not None and out_gates.full_grad,
         dtype,
     )
-    return _GatedLinear.apply(
-        x, weight, bias, in_source, out_source, None, *in_order, support, *out_order, options, None, backend
+    return apply(
+        _GatedLinear,
+        x,
+        weight,
+        bias,
+        in_source,
+        out_source,
+        None,
+        *in_order,
+        support,
+        *out_order,
+        options,
+        None,
+        backend,
     )
 
 
@@ -286,13 +299,13 @@ def _l0_linear(
     dtype = compute_dtype(x)
     if drawn is None and _ops.draws_within(x, (weight,), (bias,), given, dtype, backend):
         seed = check_draw(given, seed, dist)
-        return _L0Linear.apply(x, weight, bias, in_log_alpha, out_log_alpha, seed, dist, dtype, backend)
+        return apply(_L0Linear, x, weight, bias, in_log_alpha, out_log_alpha, seed, dist, dtype, backend)
     gates = iter(draw(given, seed, dist, backend) if drawn is None else drawn)
     inputs = _NO_TENSORS if in_log_alpha is None else gate_tensors(next(gates), dtype)
     outputs = _NO_TENSORS if out_log_alpha is None else gate_tensors(next(gates), dtype)
     options = (out_log_alpha is not None, False, False, dtype)
-    return _GatedLinear.apply(
-        x, weight, bias, in_log_alpha, out_log_alpha, *inputs, *outputs, options, dist, backend
+    return apply(
+        _GatedLinear, x, weight, bias, in_log_alpha, out_log_alpha, *inputs, *outputs, options, dist, backend
     )
 
 
@@ -313,3 +326,6 @@ def _check_l0_linear(
             _checks.check_log_alpha(name, log_alpha, ndim=1)
             _checks.check_shape(name, log_alpha, (size,), "one gate per unit of weight")
             _checks.check_device(name, log_alpha, x.device, "x")
+    if in_log_alpha is not None and out_log_alpha is not None and out_log_alpha.dtype != in_log_alpha.dtype:
+        expected = f"the dtype of in_log_alpha, {in_log_alpha.dtype}"
+        raise TypeError(f"out_log_alpha must have {expected}, got {out_log_alpha.dtype}")

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from . import _ops, _registry, reference
-from .gates import HardConcrete, eval_weight_gates, sample_gates
+from ._autograd import apply
+from .gates import HardConcrete, check_draw, eval_weight_gates, sample_gates
 from .linear import as_rows, compute_dtype, gated_linear, like_rows
-from .reference.gates import DEFAULT_DIST, draw_seed
+from .reference.gates import DEFAULT_DIST
 from .reference.linear import scale
 from .reference.masked_linear import check_masked, expand_blocks
 
@@ -160,13 +161,13 @@ def masked_linear(
         return reference.masked_linear(
             x, weight, bias, log_alpha, block=block, seed=seed, mode=mode, dist=dist
         )
-    if seed is None and mode is None:
-        seed = draw_seed(log_alpha.device)
+    if mode is None:
+        seed = check_draw([log_alpha], seed, dist)
     if block is None:
         if mode is not None:
             return gated_linear(x, scale(weight, eval_weight_gates(log_alpha, mode, dist)), bias)
         constants = (dist.beta, dist.gamma, dist.zeta)
-        return _MaskedLinear.apply(x, weight, bias, log_alpha, seed, constants, compute_dtype(x), backend)
+        return apply(_MaskedLinear, x, weight, bias, log_alpha, seed, constants, compute_dtype(x), backend)
     if mode is not None:
         z = eval_weight_gates(log_alpha, mode, dist)
     else:
@@ -182,4 +183,4 @@ def block_linear(x: Tensor, weight: Tensor, bias: Tensor | None, z: Tensor, bloc
         return torch.nn.functional.linear(x, scale(weight, z), bias)
     dtype = compute_dtype(x)
     z = z.to(torch.float64 if dtype == torch.float64 else torch.float32)
-    return _BlockLinear.apply(x, weight, bias, z, tuple(block), dtype, backend)
+    return apply(_BlockLinear, x, weight, bias, z, tuple(block), dtype, backend)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from . import _ops, _registry, reference
+from ._autograd import apply
 from .gates import Gates, HardConcrete, attach, check_draw, check_drawn, check_log_alphas, draw
 from .linear import _NO_TENSORS, as_rows, compute_dtype, constants, gate_tensors, like_rows, wanted
 from .reference import _checks
@@ -149,7 +150,8 @@ def gated_mlp(
         return reference.gated_mlp(x, weights, biases, gates, activation)
     dtype = compute_dtype(x)
     parts = [_NO_TENSORS if gate is None else gate_tensors(gate, dtype) for gate in gates]
-    return _GatedMlp.apply(
+    return apply(
+        _GatedMlp,
         x,
         activation,
         [gate is not None and gate.full_grad for gate in gates],
@@ -244,11 +246,12 @@ def _l0_mlp(
     if gates is None:
         if _ops.draws_within(x, weights, biases, given, dtype, backend, activation):
             seed = check_draw(given, seed, dist)
-            return _L0Mlp.apply(x, activation, dtype, dist, backend, seed, *weights, *biases, *log_alphas)
+            return apply(_L0Mlp, x, activation, dtype, dist, backend, seed, *weights, *biases, *log_alphas)
         fresh = iter(draw(given, seed, dist, backend))
         gates = [None if a is None else next(fresh) for a in log_alphas]
     parts = [_NO_TENSORS if gate is None else gate_tensors(gate, dtype) for gate in gates]
-    return _GatedMlp.apply(
+    return apply(
+        _GatedMlp,
         x,
         activation,
         [False] * len(weights),

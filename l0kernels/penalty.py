@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from . import _ops, _registry, reference
+from ._autograd import apply
 from .gates import HardConcrete
 from .reference import _checks
 from .reference.gates import DEFAULT_DIST, check_dist
@@ -21,9 +22,13 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 class _L0Penalty(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, weights: list[float], constants: tuple[float, float, float, str], *log_alphas: Tensor
+        ctx: Any,
+        weights: list[float] | Tensor,
+        constants: tuple[float, float, float, str],
+        *log_alphas: Tensor,
     ) -> Tensor:
-        total, grad = _ops.l0_penalty(log_alphas, weights, *constants)
+        operator = _ops.l0_penalty if isinstance(weights, list) else _ops.weighted_penalty
+        total, grad = operator(log_alphas, weights, *constants)
         ctx.save_for_backward(grad)
         ctx.shapes = [a.shape for a in log_alphas]
         return total
@@ -57,11 +62,41 @@ def _check_log_alphas(log_alphas: Sequence[Tensor], dist: HardConcrete) -> None:
     check_dist(dist)
 
 
+def per_log_alpha(lam: float | Tensor | Sequence[float | Tensor], n: int) -> list[float | Tensor]:
+    """One lam for all n log_alphas, or one each, as a list of n; 0-d tensors are numbers, too."""
+    lams: list[float | Tensor] = list(lam) if isinstance(lam, (list, tuple, Sequence)) else [lam] * n
+    for value in lams:
+        if isinstance(value, Tensor):
+            if value.ndim or value.requires_grad:
+                kind = f"shape {tuple(value.shape)}" if value.ndim else "one that requires a gradient"
+                raise ValueError(f"lam must be a number or a 0-d tensor without a gradient, got {kind}")
+        else:
+            _checks.check_number("lam", value)
+    if len(lams) != n:
+        raise ValueError(f"lam must be one number or one per log_alpha, {n}, got {len(lams)}")
+    return lams
+
+
+def _any_tensor(lams: Sequence[float | Tensor]) -> bool:
+    return any(isinstance(lam, Tensor) for lam in lams)
+
+
+def _weights(
+    sizes: Sequence[float], lams: Sequence[float | Tensor], device: torch.device
+) -> list[float] | Tensor:
+    """|g| * lam of each log_alpha: numbers, or one tensor where lam is a tensor or a graph is compiled."""
+    if not torch.compiler.is_compiling() and not _any_tensor(lams):
+        return [float(size) * float(lam) for size, lam in zip(sizes, lams, strict=True)]
+    # A product, and no tensor made of the number: a compiler keeps only the former free of guards.
+    one = torch.ones((), dtype=torch.float64, device=device)
+    return torch.stack([one * lam * size for size, lam in zip(sizes, lams, strict=True)])
+
+
 def l0_penalty(
     log_alpha: Tensor | Sequence[Tensor],
     group_size: float | Sequence[float] = 1,
     *,
-    lam: float | Sequence[float] = 1.0,
+    lam: float | Tensor | Sequence[float | Tensor] = 1.0,
     dist: HardConcrete = DEFAULT_DIST,
 ) -> Tensor:
     """Expected number of open parameters: ``sum_g lam * |g| * P(z_g > 0)`` (arXiv 1712.01312, eq. 12).
@@ -72,7 +107,8 @@ def l0_penalty(
     Args:
         log_alpha: any shape, float32 or float64, or a sequence of such of one dtype on one device.
         group_size: |g|, the parameters behind one gate: a number, or one per tensor of the sequence.
-        lam: the weight of the penalty: a number, or one per tensor of the sequence.
+        lam: the weight of the penalty: a number, or one per tensor of the sequence; a number may be a 0-d
+            tensor, too: a schedule of it then compiles once.
         dist: the distribution's constants.
 
     Returns:
@@ -80,17 +116,21 @@ def l0_penalty(
 
     Raises:
         TypeError: log_alpha is not float32 or float64, dtypes differ; group_size or lam is no number.
-        ValueError: no tensor, different devices, lists of another length, or (on the CPU) a NaN in log_alpha.
+        ValueError: no tensor, different devices, lists of another length, a lam that requires a gradient, or
+            (on the CPU) a NaN in log_alpha.
     """
     log_alphas = [log_alpha] if isinstance(log_alpha, Tensor) else list(log_alpha)
     _check_log_alphas(log_alphas, dist)
     sizes = per_tensor("group_size", group_size, len(log_alphas))
-    lams = per_tensor("lam", lam, len(log_alphas))
+    lams = per_log_alpha(lam, len(log_alphas))
     backend = _registry.resolve(log_alphas[0].device, log_alphas[0].dtype, "l0_penalty")
+    weights = _weights(sizes, lams, log_alphas[0].device)
     if backend == "reference":
-        return reference.l0_penalty(log_alphas, sizes, lam=lams, dist=dist)
-    weights = [float(size) * float(weight) for size, weight in zip(sizes, lams, strict=True)]
-    return _L0Penalty.apply(weights, (dist.beta, dist.gamma, dist.zeta, backend), *log_alphas)
+        if isinstance(weights, list):
+            return reference.l0_penalty(log_alphas, lam=weights, dist=dist)
+        each = [reference.l0_penalty(a, dist=dist) for a in log_alphas]
+        return torch.stack(each).mul(weights).sum().to(log_alphas[0].dtype)
+    return apply(_L0Penalty, weights, (dist.beta, dist.gamma, dist.zeta, backend), *log_alphas)
 
 
 class L2Term(NamedTuple):
@@ -142,19 +182,24 @@ class _CoupledPenalty(torch.autograd.Function):
 def coupled_penalty(
     log_alphas: Sequence[Tensor],
     group_sizes: Sequence[float],
-    lams: Sequence[float],
+    lams: Sequence[float | Tensor],
     terms: Sequence[L2Term],
     weight_decay: float,
     dist: HardConcrete,
 ) -> Tensor:
     """:func:`l0_penalty` of all log_alphas, of which there may be none, plus all terms: one autograd node.
 
-    A term of another precision than log_alphas, or than the first weight, takes the formula.
+    A term of another precision than log_alphas, or than the first weight, takes the formula. Compiled, and
+    where a lam is a tensor, it is one node for either: no number that a schedule may change is in the graph.
     """
+    if log_alphas and (torch.compiler.is_compiling() or _any_tensor(lams)):
+        total = l0_penalty(log_alphas, group_sizes, lam=lams, dist=dist)
+        return total + coupled_penalty([], [], [], terms, weight_decay, dist)
+    if weight_decay != 1.0 and torch.compiler.is_compiling():
+        return weight_decay * coupled_penalty([], [], [], terms, 1.0, dist)
     if log_alphas:
         _check_log_alphas(log_alphas, dist)
     sizes = per_tensor("group_size", group_sizes, len(log_alphas))
-    lams = per_tensor("lam", lams, len(log_alphas))
     for term in terms:
         if not _is_sound(term):
             weight, out, in_, groups = term
@@ -182,7 +227,7 @@ def coupled_penalty(
         layout = [entry for _, out, in_, groups in fused for entry in (number[out], number[in_], groups)]
         settings = (float(weight_decay), [dist.beta, dist.gamma, dist.zeta], backend)
         thetas = [term.weight for term in fused]
-        totals.append(_CoupledPenalty.apply(list(gates.values()), layout, settings, *gates, *thetas))
+        totals.append(apply(_CoupledPenalty, list(gates.values()), layout, settings, *gates, *thetas))
     elif log_alphas:
         totals.append(l0_penalty(log_alphas, sizes, lam=lams, dist=dist))
     for weight, out, in_, groups in rest:
@@ -203,7 +248,7 @@ def _is_sound(term: L2Term) -> bool:
     """Whether dtypes, shapes and devices are right, for less than the checks that say what is wrong."""
     weight, out, in_, groups = term
     shape, device = weight.shape, weight.device
-    if not weight.dtype.is_floating_point or shape[0] % groups:
+    if weight.dtype not in _checks.DTYPES or shape[0] % groups:
         return False
     for side, size in ((out, shape[0]), (in_, shape[1:2].numel() * groups)):
         if side is not None and not (

@@ -45,7 +45,7 @@ def or_refused(argument, feature=lambda value: value):
     def decorate(test):
         @functools.wraps(test)
         def run(**arguments):
-            backend = _registry._requested
+            backend = _registry.requested()
             reason = REFUSED.get(backend, {}).get(feature(arguments[argument]))
             if reason is None:
                 return test(**arguments)

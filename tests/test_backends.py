@@ -1,10 +1,14 @@
 """Choosing a backend: use_backend, L0KERNELS_BACKEND, the table, and that asking never falls back."""
 
+import _thread
+import asyncio
+import contextvars
 import os
 import runpy
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 import torch
@@ -70,29 +74,29 @@ class TestUseBackend:
         assert set(used) == {"torch" if native is None else "cpp"}
 
     def test_nesting_and_restoring(self, used):
-        outside = _registry._requested
+        outside = _registry.requested()
         with l0.use_backend("torch"):
             with l0.use_backend("reference"):
-                assert _registry._requested == "reference"
+                assert _registry.requested() == "reference"
             layer()
         assert set(used) == {"torch"}
-        assert _registry._requested == outside
+        assert _registry.requested() == outside
 
     def test_restored_after_an_exception(self):
-        outside = _registry._requested
+        outside = _registry.requested()
         with pytest.raises(KeyError), l0.use_backend("torch"):
             raise KeyError
         with pytest.raises(ValueError, match="log_alpha"), l0.use_backend("torch"):
             l0.sample_gates(torch.tensor([float("nan")]))
-        assert _registry._requested == outside
+        assert _registry.requested() == outside
 
     @pytest.mark.parametrize("name", ["numpy", "CPP", "", None, 3, ["cpp"]])
     def test_unknown_name(self, name):
-        outside = _registry._requested
+        outside = _registry.requested()
         expected = r"name must be one of 'reference', 'torch', 'cpp', 'triton', 'cuda', got "
         with pytest.raises(ValueError, match=expected), l0.use_backend(name):
             pytest.fail("entered")
-        assert _registry._requested == outside
+        assert _registry.requested() == outside
 
     def test_unavailable_never_falls_back(self):
         missing = [name for name in NAMES if _registry.why_not(name)]
@@ -108,7 +112,7 @@ class TestUseBackend:
         reason = pytest.raises(RuntimeError, match="backend 'cpp' cannot be used: it was not built")
         with reason, l0.use_backend("cpp"):
             pytest.fail("entered")
-        monkeypatch.setattr(_registry, "_requested", "cpp")
+        monkeypatch.setattr(_registry, "_of_process", "cpp")
         with pytest.raises(RuntimeError, match="backend 'cpp' cannot be used: it was not built"):
             layer()
         assert l0.backends()["sample"]["cpp"] == "it was not built"
@@ -140,7 +144,7 @@ class TestUseBackend:
 
     def test_a_backend_that_does_not_serve_a_primitive_says_so(self, monkeypatch):
         monkeypatch.setattr(_registry, "_why_no_cuda", lambda: None)
-        monkeypatch.setattr(_registry, "_requested", "cuda")
+        monkeypatch.setattr(_registry, "_of_process", "cuda")
         with pytest.raises(RuntimeError, match="it does not serve block_linear; the triton backend does"):
             _registry.resolve(torch.device("cuda", 0), torch.float32, "block_linear")
         with pytest.raises(RuntimeError, match="it serves tensors on CUDA, got cpu"):
@@ -155,12 +159,125 @@ class TestUseBackend:
         assert set(used) == {backend}
         assert weight.grad is not None
 
-    def test_holds_for_every_thread(self, used):
+    def test_threads_choose_by_themselves(self):
+        """Scopes that overlap in time: each thread sees its own, and none stays behind."""
+        entered, left, seen = threading.Event(), threading.Event(), {}
+
+        def first():
+            with l0.use_backend("torch"):
+                entered.set()
+                left.wait(10)
+                seen["first"] = _registry.requested()
+            seen["after"] = _registry.requested()
+
+        def second():
+            entered.wait(10)
+            seen["before"] = _registry.requested()
+            with l0.use_backend("reference"):
+                seen["second"] = _registry.requested()
+                left.set()
+                threads[0].join(10)
+                seen["second, later"] = _registry.requested()
+
+        outside = _registry.requested()
+        threads = [threading.Thread(target=target) for target in (first, second)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        own = {"first": "torch", "second": "reference", "second, later": "reference"}
+        assert seen == {**own, "before": outside, "after": outside}
+        assert _registry.requested() == outside
+        assert not _registry._scopes
+
+    def test_a_thread_begins_without_it(self, used):
         with l0.use_backend("torch"):
             thread = threading.Thread(target=layer)
             thread.start()
             thread.join()
-        assert set(used) == {"torch"}
+            assert set(used) == {"torch" if native is None else "cpp"}
+            used.clear()
+            thread = threading.Thread(target=contextvars.copy_context().run, args=[layer])
+            thread.start()
+            thread.join()
+            assert set(used) == {"torch"}
+
+    def test_a_thread_that_python_did_not_start_follows(self):
+        """As autograd's of a GPU, where a checkpoint computes the forward again."""
+        seen = []
+        with l0.use_backend("torch"):
+            _thread.start_new_thread(lambda: seen.append(_registry.requested()), ())
+            while not seen:
+                time.sleep(0.001)
+        assert seen == ["torch"]
+
+    def test_tasks_choose_by_themselves(self):
+        """Two tasks of one thread, interleaved: the first to enter is the first to leave."""
+        seen = []
+
+        async def task(name, steps):
+            with l0.use_backend(name):
+                for _ in range(steps):
+                    await asyncio.sleep(0)
+                    seen.append((name, _registry.requested()))
+
+        async def both():
+            await asyncio.gather(task("torch", 3), task("reference", 6))
+            seen.append((outside, _registry.requested()))
+
+        outside = _registry.requested()
+        asyncio.run(both())
+        seen.append((outside, _registry.requested()))
+        assert len(seen) == 11
+        assert all(expected == got for expected, got in seen)
+        assert _registry._of_thread.entered is None
+
+    def test_compiled_code_is_compiled_again(self, used):
+        """Guards look at the backend of the thread that calls."""
+        compiled = torch.compile(layer, backend="eager", fullgraph=True)
+        fastest, seen = "torch" if native is None else "cpp", []
+
+        def backend():
+            used.clear()
+            compiled()
+            return set(used)
+
+        assert backend() == {fastest}
+        with l0.use_backend("torch"):
+            assert backend() == {"torch"}
+            thread = threading.Thread(target=lambda: seen.append(backend()))
+            thread.start()
+            thread.join()
+            with l0.use_backend("reference"):
+                assert backend() == set()
+            assert backend() == {"torch"}
+        assert backend() == {fastest}
+        assert seen == [{fastest}]
+
+    def test_within_compiled_code(self, used):
+        """A scope there holds in what Dynamo leaves to Python, too, unless that has one of its own."""
+        seen = []
+
+        @torch.compiler.disable
+        def look():
+            seen.append(_registry.requested())
+            with l0.use_backend("reference"):
+                seen.append(_registry.requested())
+            seen.append(_registry.requested())
+
+        @torch.compile(backend="eager")
+        def run():
+            with l0.use_backend("torch"):
+                layer()
+                look()
+                layer()
+            layer()
+
+        outside = _registry.requested()
+        run()
+        assert seen == ["torch", "reference", "torch"]
+        assert set(used) == {"torch", "torch" if native is None else "cpp"}
+        assert _registry.requested() == outside
 
     def test_every_backend_agrees(self):
         weight, x, log_alpha = torch.randn(40, 30), torch.randn(5, 30), torch.randn(30)

@@ -202,3 +202,41 @@ def test_gates_beside_a_packed_input():
     packed = l0.pack_channels(torch.zeros(2, 4, 3, 3), gates)
     with pytest.raises(ValueError, match="gates must be None for a Packed x, which has its own, got Gates"):
         l0.gated_batch_norm(packed, torch.zeros(4), torch.ones(4), gates=gates)
+
+
+class TestStridesThatTorchMisreads:
+    """Of these torch's own gradients are wrong: its kernels take for dense what is not."""
+
+    @pytest.mark.parametrize("gated", [False, True])
+    @pytest.mark.parametrize("training", [False, True])
+    @pytest.mark.parametrize("case", ["strided statistics", "one weight for all", "a height of one"])
+    def test_gradients(self, case, training, gated, backend):
+        x, weight = torch.randn(3, 30), torch.randn(30)
+        if case == "a height of one":
+            x = torch.randn(360).as_strided((3, 30, 1, 4), (120, 1, 1, 30))
+        if case == "one weight for all":
+            weight = weight[:1].expand(30)
+        step = 3 if case == "strided statistics" else 1
+        mean, var = torch.randn(30), torch.rand(30) + 0.5
+        gates = Gates.from_z(make_z("mixed", 30)) if gated else None
+        leaves = [t.requires_grad_() for t in (x, weight)]
+        dy, results = torch.randn(x.shape), []
+        for namespace, dense in ((l0, False), (reference, True)):
+            kept = [t.clone() if dense else t.repeat_interleave(step)[::step] for t in (mean, var)]
+            given = [t.clone(memory_format=torch.contiguous_format) if dense else t for t in leaves]
+            y = namespace.gated_batch_norm(given[0], *kept, given[1], None, training, gates=gates)
+            results.append([y, *torch.autograd.grad(y, leaves, dy), *kept])
+        for got, want in zip(*results, strict=True):
+            torch.testing.assert_close(got, want)
+
+
+def test_no_channels(backend):
+    x = torch.randn(3, 0, 2).requires_grad_()
+    empty = torch.zeros(0)
+    for gates in (None, Gates.from_z(empty)):
+        y = l0.gated_batch_norm(x, empty, empty, empty, empty, True, gates=gates)
+        assert y.shape == x.shape
+    packed = l0.gated_batch_norm(
+        l0.pack_channels(torch.zeros(2, 0, 3, 3), gates), None, None, empty, None, True
+    )
+    assert packed.data.shape == (2, 0, 3, 3)

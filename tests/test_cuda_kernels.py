@@ -3,6 +3,8 @@
 import copy
 import itertools
 
+import call_table
+import fuzz_ops
 import pytest
 import torch
 from cuda_device import DEVICE, EMULATOR, RUNS
@@ -13,7 +15,7 @@ from l0kernels import _registry, nn, reference
 from l0kernels.gates import split
 from l0kernels.impl import cuda
 from l0kernels.reference.gates import ALIGN, HardConcrete, compact, round_up
-from op_checks import LAYOUTS, SEED, compare, make_z, sliced, transposed
+from op_checks import LAYOUTS, SEED, check_large_activations, compare, make_z, sliced, transposed
 
 if not RUNS:
     pytest.skip("no GPU; test_cuda_emulated.py runs these on the CPU", allow_module_level=True)
@@ -38,6 +40,14 @@ def public(monkeypatch):
     monkeypatch.setattr(_registry, "_why_not_serving", lambda *_: None)
     with l0.use_backend("cuda"):
         yield
+
+
+@pytest.fixture
+def served(monkeypatch):
+    """Backend "cuda" by its name, on the emulator as on a GPU; what it does not serve is refused."""
+    real = _registry._why_not_serving
+    where = torch.device("cuda", 0)
+    monkeypatch.setattr(_registry, "_why_not_serving", lambda name, _, *what: real(name, where, *what))
 
 
 def launches():
@@ -583,6 +593,105 @@ class TestOpcheck:
                 self.check("coupled_penalty_grad", thetas, given, layout, factor, *settings)
 
 
+REFUSED = {
+    "masked_linear weights": "it does not serve masked_linear; the triton backend does",
+    "masked_linear blocks": "it does not serve block_linear; the triton backend does",
+    "gated_mlp swiglu": "it does not serve 'swiglu'; triton does",
+    "gated_mlp geglu": "it does not serve 'geglu'; triton does",
+    "l0_mlp swiglu": "it does not serve 'swiglu'; triton does",
+    "l0_mlp geglu": "it does not serve 'geglu'; triton does",
+    "gated_conv2d": "it does not serve gated_conv2d; the triton backend does",
+    "packed_conv2d": "it does not serve gated_conv2d; the triton backend does",
+    "gated_batch_norm": "it does not serve gated_batch_norm; the triton backend does",
+    "nn.L0Linear weight": "it does not serve masked_linear; the triton backend does",
+    "nn.L0Linear (5, 5)": "it does not serve block_linear; the triton backend does",
+    "nn.L0Conv2d": "it does not serve gated_conv2d; the triton backend does",
+    "nn.L0Sequential": "it does not serve gated_conv2d; the triton backend does",
+    "nn.L0FeedForward swiglu": "it does not serve 'swiglu'; triton does",
+}
+"""By how its name begins, what the CUDA kernels answer to a call of the table; they compute all others."""
+
+
+@pytest.mark.skipif(not EMULATOR, reason="the table's and the fuzzer's tensors are on the CPU")
+class TestEveryCall:
+    @pytest.mark.parametrize("name", call_table.CALLS)
+    def test_call(self, name, served):
+        reasons = {reason for start, reason in REFUSED.items() if name.startswith(start)}
+        assert {call_table.check(name, "cuda")} == (reasons or {None})
+
+    @pytest.mark.parametrize("name", ["l0_linear in", "l0_mlp relu 1", "gated_linear both"])
+    def test_call_in_float64(self, name, served):
+        torch.set_default_dtype(torch.float64)
+        try:
+            assert call_table.check(name, "cuda") is None
+        finally:
+            torch.set_default_dtype(torch.float32)
+
+    @pytest.mark.parametrize("name", fuzz_ops.OPS)
+    def test_random_calls(self, name, public):
+        if _registry.implements("cuda") >= fuzz_ops.PRIMITIVES[name]:
+            for seed in range(fuzz_ops.count(5)):
+                fuzz_ops.check(name, seed, largest=150, activations=fuzz_ops.ACTIVATIONS[:4])
+
+
+class TestNothing:
+    """No rows, no inputs or no outputs: gates are drawn all the same, and every gradient is written."""
+
+    @pytest.mark.parametrize("size", [(0, 20, 30), (5, 0, 30), (5, 20, 0), (0, 0, 3), (0, 3, 0), (3, 0, 0)])
+    def test_layer(self, size, public):
+        M, K, N = size
+        x, w, b = (on_device(torch.randn(*s)) for s in ((M, K), (N, K), (N,)))
+        alphas = [on_device(torch.randn(n)) for n in (K, N)]
+        drawn = cuda.l0_linear_forward(x, w, b, *alphas, on_device(SEED), 0, DIST, torch.float32)
+        apart = cuda.sample(alphas, on_device(SEED), 0, DIST)
+        assert all(torch.equal(a, b) for a, b in zip(drawn[1:], apart, strict=True))
+        leaves = [t.requires_grad_() for t in (x, w, b, *alphas)]
+        y = l0.l0_linear(x, w, b, in_log_alpha=alphas[0], out_log_alpha=alphas[1], seed=on_device(SEED))
+        grads = torch.autograd.grad(y, leaves, torch.ones_like(y))
+        with l0.use_backend("reference"):
+            z = reference.l0_linear(
+                x, w, b, in_log_alpha=alphas[0], out_log_alpha=alphas[1], seed=on_device(SEED)
+            )
+        exact = torch.autograd.grad(z, leaves, torch.ones_like(z), allow_unused=True)
+        torch.testing.assert_close(y, z)
+        for got, want in zip(grads, exact, strict=True):
+            torch.testing.assert_close(got, torch.zeros_like(got) if want is None else want)
+
+    @pytest.mark.parametrize("sizes", [(0, 5, 4, 3), (6, 0, 4, 3), (6, 5, 0, 3), (6, 5, 4, 0)])
+    def test_chain(self, sizes, public):
+        M, *widths = sizes
+        x = on_device(torch.randn(M, widths[0])).requires_grad_()
+        weights = [on_device(torch.randn(m, n)).requires_grad_() for n, m in itertools.pairwise(widths)]
+        biases = [on_device(torch.randn(n)).requires_grad_() for n in widths[1:]]
+        alphas = [on_device(torch.randn(n)).requires_grad_() for n in widths[:-1]]
+        leaves, results = [x, *weights, *biases, *alphas], []
+        for backend in ("cuda", "reference"):
+            with l0.use_backend(backend):
+                y = l0.l0_mlp(x, weights, biases, alphas, "gelu", seed=on_device(SEED))
+                grads = torch.autograd.grad(y, leaves, torch.ones_like(y), allow_unused=True)
+                results.append([y, *grads])
+        for got, want in zip(*results, strict=True):
+            torch.testing.assert_close(got, torch.zeros_like(got) if want is None else want)
+
+    def test_penalty_of_an_empty_kernel(self, public):
+        a = on_device(torch.zeros(3)).requires_grad_()
+        weight = on_device(torch.zeros(3, 3, 0, 2)).requires_grad_()
+        total = l0.l2_penalty(weight, in_log_alpha=a, out_log_alpha=a)
+        assert total.item() == 0
+        assert all(not g.any() for g in torch.autograd.grad(total, [weight, a]))
+
+
+class TestGatesOfAnotherType:
+    @pytest.mark.parametrize("wrong", ["dtype", "strides", "index"])
+    def test_refused(self, wrong):
+        z, index, count = gate_of(torch.ones(20))
+        z = z.double() if wrong == "dtype" else on_device(torch.ones(40))[::2] if wrong == "strides" else z
+        gate = [z, index.long() if wrong == "index" else index, count]
+        x, w = on_device(torch.ones(3, 20)), on_device(torch.ones(4, 20))
+        with pytest.raises(TypeError, match=r"^in_gate must be contiguous, z torch.float32 beside"):
+            cuda.linear_forward(x, w, None, gate, None, False, torch.float32)
+
+
 def bound(exact, dtype, depth):
     """Absolute error of sums of ``depth`` products of terms of order one that were rounded to ``dtype``."""
     gates = torch.float64 if dtype == torch.float64 else torch.float32
@@ -714,6 +823,10 @@ class TestSmallLinear:
 
 
 class TestSmallMlp:
+    @pytest.mark.parametrize("activation", ["relu", "gelu", "silu", "identity"])
+    def test_large_arguments(self, activation, public):
+        check_large_activations(activation, DEVICE)
+
     @pytest.mark.parametrize("dtype", FLOATS)
     @pytest.mark.parametrize("activation", ["relu", "gelu", "silu", "identity"])
     @pytest.mark.parametrize(

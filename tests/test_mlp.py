@@ -10,7 +10,17 @@ from torch.autograd import gradcheck
 import l0kernels as l0
 from l0kernels import Gates, reference
 from l0kernels.reference.mlp import ROWS
-from op_checks import KINDS, LAYOUTS, SEED, compare, gate_dtype, make_z, strided, wanted
+from op_checks import (
+    KINDS,
+    LAYOUTS,
+    SEED,
+    check_large_activations,
+    compare,
+    gate_dtype,
+    make_z,
+    strided,
+    wanted,
+)
 
 pytestmark = pytest.mark.usefixtures("poison")
 
@@ -273,6 +283,11 @@ class TestL0Mlp:
             l0.l0_mlp(x, w, [None, None], [None, torch.zeros(4).bfloat16()])
         with pytest.raises(TypeError, match="seed must be an int64 tensor"):
             l0.l0_mlp(x, w, [None, None], [None, torch.zeros(4)], seed=3)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_large_arguments(activation, backend):
+    check_large_activations(activation)
 
 
 class TestGradcheck:

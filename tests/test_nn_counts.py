@@ -2,6 +2,8 @@
 
 import itertools
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -413,3 +415,199 @@ def test_counts_of_convolutions_are_those_of_the_exported_model():
     biases = convs[0].out_channels * 144 + convs[1].out_channels * 16
     biases += sum(m.out_features for m in small if isinstance(m, torch.nn.Linear))
     assert nn.eval_flops(model, (6, 1, 14, 14)) == counter.get_total_flops() + 6 * biases
+
+
+TRANSPOSED = [
+    (torch.nn.ConvTranspose1d, 1, {}),
+    (torch.nn.ConvTranspose2d, 2, {"bias": False}),
+    (torch.nn.ConvTranspose2d, 2, {"stride": 2, "output_padding": 1, "padding": 1}),
+    (torch.nn.ConvTranspose2d, 2, {"groups": 2, "dilation": 2}),
+    (torch.nn.ConvTranspose3d, 3, {"groups": 2, "stride": (1, 2, 1)}),
+]
+
+
+@pytest.mark.parametrize(("kind", "dims", "options"), TRANSPOSED)
+def test_transposed_convolutions(kind, dims, options):
+    layer, shape = kind(4, 6, 3, **options), (2, 4, *(4, 5, 3)[:dims])
+    x = torch.zeros(shape)
+    with torch.no_grad():
+        y = layer(x)
+    groups, positions = options.get("groups", 1), x.numel() // 4
+    products = 2 * 4 * 6 // groups * 3**dims * positions
+    assert nn.eval_flops(layer, shape) == products + y.numel() * (layer.bias is not None)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        layer(x)
+    assert counter.get_total_flops() == products
+    assert nn.eval_l0(layer) == sum(p.numel() for p in layer.parameters())
+
+    class ByName(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x):
+            return self.layer(input=x)
+
+    assert nn.eval_flops(ByName(), shape) == nn.eval_flops(layer, shape)
+    behind = torch.nn.Sequential(spread(nn.L0Conv2d(2, 4, 1)), torch.nn.ConvTranspose2d(4, 3, 2))
+    assert nn.eval_l0(behind) == nn.open_units(behind)[0] * 3 + 4 * 3 * 4 + 3  # it reads all channels
+
+
+@pytest.mark.parametrize("options", [{}, {"bias": False}, {"kdim": 3, "vdim": 7}])
+def test_projections_of_attention(options):
+    attention = torch.nn.MultiheadAttention(8, 2, batch_first=True, **options)
+    q = torch.zeros(2, 5, 8)
+    k, v = (torch.zeros(2, 6, options.get(name, 8)) for name in ("kdim", "vdim"))
+
+    class Cross(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = attention
+
+        def forward(self, x):
+            return self.attention(x, key=k, value=v)[0]
+
+    rows, bias = (10, 12, 12), attention.in_proj_bias is not None
+    sizes = (8, options.get("kdim", 8), options.get("vdim", 8))
+    expected = sum(n * 8 * (2 * size + bias) for n, size in zip(rows, sizes, strict=True))
+    expected += 10 * 8 * (2 * 8 + bias)
+    assert nn.eval_flops(Cross(), q.shape) == expected
+    assert nn.eval_flops(attention) == 8 * sum(2 * size + bias for size in (*sizes, 8))
+    assert nn.eval_l0(attention) == sum(p.numel() for p in attention.parameters())
+
+
+def test_models_that_take_other_than_floats():
+    model = torch.nn.Sequential(torch.nn.Embedding(11, 6), spread(nn.L0MLP((6, 4, 2))))
+    tokens = torch.arange(10).view(2, 5)
+    assert nn.eval_flops(model, tokens) == 10 * nn.eval_flops(model)
+    assert nn.expected_flops(model, tokens).item() == pytest.approx(10 * nn.expected_flops(model).item())
+    assert nn.eval_l0(model) == 66 + nn.eval_l0(model[1])
+
+
+def test_layers_of_chains_count_once():
+    mlp, block = spread(nn.L0MLP((6, 5, 4))), spread(nn.L0FeedForward(6, 5, "swiglu"))
+    for model in (mlp, block):
+        assert nn.eval_flops(model, (3, 6)) == 3 * nn.eval_flops(model)
+
+
+def test_one_gate_on_both_sides_of_flatten():
+    gate = nn.HardConcreteGate(4)
+    a = nn.L0Conv2d(4, 2, 1, gate="in", in_gate=gate)
+    b = nn.L0Linear(4, 3, in_gate=gate)  # two features of each of a's channels
+    check_conv(
+        torch.nn.Sequential(a, torch.nn.ReLU(), torch.nn.Flatten(), b),
+        (1, 4, 1, 2),
+        [(a, [gate], [gate], 2), (b, [gate], [], 1)],
+    )
+
+
+def test_one_gate_on_both_sides_behind_flatten():
+    gate = nn.HardConcreteGate(2)
+    a, c = nn.L0Conv2d(1, 2, 1, out_gate=gate), nn.L0Linear(2, 2, gate="both", in_gate=None, out_gate=gate)
+    b = nn.L0Linear(4, 2, gate="both", out_gate=gate)
+    check_conv(
+        torch.nn.Sequential(a, torch.nn.Flatten(), b, torch.nn.Tanh(), c),
+        (1, 1, 1, 2),
+        [
+            (a, [], [gate, b.in_gate], 2),
+            (b, [gate, b.in_gate], [gate, c.in_gate], 1),  # a channel's gate meets itself in two features
+            (c, [gate, c.in_gate], [gate], 1),
+        ],
+    )
+
+
+def test_two_gates_on_both_sides():
+    a, b = nn.HardConcreteGate(3), nn.HardConcreteGate(3)
+    layers = (
+        nn.L0Linear(2, 3, gate="out", out_gate=a),
+        nn.L0Linear(3, 3, gate="both", in_gate=b, out_gate=a),
+        nn.L0Linear(3, 2, in_gate=b),
+    )
+    check(
+        torch.nn.Sequential(layers[0], torch.nn.ReLU(), layers[1], torch.nn.ReLU(), layers[2]),
+        [(layers[0], [], [a, b]), (layers[1], [a, b], [a, b]), (layers[2], [a, b], [])],
+    )
+
+
+def flops(model, x):
+    with FlopCounterMode(display=False) as counter:
+        model(x).sum().backward()
+    return counter.get_total_flops()
+
+
+def dense_chain():
+    return torch.nn.Sequential(torch.nn.Linear(10, 7), torch.nn.ReLU(), torch.nn.Linear(7, 4))
+
+
+SEEN = {
+    # what torch counts of the dense module, and the gated ones
+    "linear": (
+        lambda: torch.nn.Linear(10, 7),
+        [lambda kind=kind: nn.L0Linear(10, 7, gate=kind) for kind in ("in", "out", "both", "weight", (2, 3))],
+        (2, 3, 10),
+    ),
+    "mlp": (
+        dense_chain,
+        [lambda: nn.L0MLP((10, 7, 4)), lambda: nn.L0MLP((10, 7, 4), gate_input=False)],
+        (5, 10),
+    ),
+    "block": (dense_chain, [lambda: nn.L0FeedForward(10, 7)], (5, 10)),
+    "conv2d": (
+        lambda: torch.nn.Conv2d(4, 6, 3, padding=1),
+        [lambda kind=kind: nn.L0Conv2d(4, 6, 3, padding=1, gate=kind) for kind in ("in", "out", "both")],
+        (2, 4, 5, 6),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SEEN)
+@pytest.mark.parametrize("needs_dx", [True, False])
+def test_torchs_counter_sees_the_dense_work(name, needs_dx):
+    dense, gated, shape = SEEN[name]
+    x = torch.randn(shape, requires_grad=needs_dx)
+    expected = flops(dense(), x)
+    for make in gated:
+        model = make()
+        if name == "block":  # down's and up's widths are those of the model
+            expected = flops(torch.nn.Sequential(torch.nn.Linear(10, 7), torch.nn.Linear(7, 10)), x)
+        assert flops(model, x) == expected
+        assert flops(model.eval(), x) == expected
+        with torch.no_grad():
+            for gate in nn.gate_modules(model):
+                gate.log_alpha.fill_(-30)
+        assert flops(model, x) == expected  # an upper bound
+
+
+def test_torchs_counter_sees_packed_convolutions_once():
+    def modules(conv, linear, **options):
+        convs = conv(3, 8, 3, **options), conv(8, 6, 3, groups=2, **options)
+        return convs[0], torch.nn.ReLU(), convs[1], torch.nn.Flatten(), linear(24, 5)
+
+    model = nn.L0Sequential(*modules(nn.L0Conv2d, nn.L0Linear))
+    with torch.no_grad():
+        for gate in nn.gate_modules(model):
+            gate.log_alpha.fill_(30)
+    x = torch.randn(2, 3, 6, 6, requires_grad=True)
+    dense = flops(torch.nn.Sequential(*modules(torch.nn.Conv2d, torch.nn.Linear)), x)
+    assert flops(model, x) == dense
+    with torch.no_grad():
+        model[0].out_gate.log_alpha[:4] = -30
+    assert 0 < flops(model, x) < dense
+
+
+def test_a_counter_that_is_there_before_the_first_operator():
+    program = """
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+with FlopCounterMode(display=False) as counter:
+    import l0kernels as l0
+    l0.nn.L0Linear(10, 7)(torch.zeros(3, 10))
+assert counter.get_total_flops() == 2 * 3 * 10 * 7, counter.get_total_flops()
+own = {torch.ops.l0kernels.l0_linear: lambda *_, **__: 5}
+with FlopCounterMode(display=False, custom_mapping=own) as counter:
+    l0.nn.L0Linear(10, 7)(torch.zeros(3, 10))
+assert counter.get_total_flops() == 5
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
+    program = "import sys, l0kernels; assert 'torch.utils.flop_counter' not in sys.modules"
+    subprocess.run([sys.executable, "-c", program], check=True)

@@ -301,14 +301,28 @@ def test_input_of_another_width():
         small(torch.randn(6, 13))
 
 
-def test_gates_whose_use_is_unknown():
+def test_gates_of_other_modules_are_frozen():
     class Own(torch.nn.Module):
         def __init__(self):
             super().__init__()
             self.gate = nn.HardConcreteGate(3)
 
-    with pytest.raises(ValueError, match=r"model must have its gates in the layers of l0kernels\.nn"):
-        nn.export(torch.nn.Sequential(torch.nn.Linear(3, 3), Own()))
+        def forward(self, x):
+            return x * self.gate().z
+
+    model = spread(torch.nn.Sequential(torch.nn.Linear(3, 3), Own()))
+    x = torch.randn(5, 3)
+    small = nn.export(model)
+    expected = model.eval()(x)
+    torch.testing.assert_close(small(x), expected)
+    small.train()  # the gates stay what they are
+    assert torch.equal(small(x), small(x))
+    torch.testing.assert_close(small(x), expected)
+    assert not nn.gate_modules(small)
+    assert not nn.gate_parameters(small)
+    assert small[1].gate.frozen
+    assert isinstance(small[1].gate.log_alpha, torch.Tensor)
+    assert not small[1].gate.log_alpha.requires_grad
 
 
 def test_a_subclass_with_its_own_forward_is_not_sliced():

@@ -254,13 +254,17 @@ def test_export_of_frozen_and_double():
     assert again.d_hidden == nn.open_units(block)[0]
 
 
-def test_a_subclass_with_its_own_forward_has_no_known_gates():
+def test_a_subclass_with_its_own_forward_is_kept_with_frozen_gates():
     class Own(nn.L0FeedForward):
         def forward(self, x):
             return 2 * super().forward(x)
 
-    with pytest.raises(ValueError, match=r"model must have its gates in the layers of l0kernels\.nn"):
-        nn.export(Own(3, 4))
+    block = Own(3, 4)
+    with torch.no_grad():
+        block.hidden_gate.log_alpha[::2] = -6
+    small, x = nn.export(block), torch.randn(5, 3)
+    assert type(small) is Own
+    torch.testing.assert_close(small.train()(x), block.eval()(x))
 
 
 def test_copies():

@@ -176,7 +176,8 @@ class TestOpcheck:
         assert names == {
             *("l0_linear", "l0_mlp", "l0_mlp_backward"),
             *("coupled_penalty", "coupled_penalty_grad"),
-            *("sample", "sample_expected", "gate_grad", "l0_penalty"),
+            *("sample", "sample_expected", "gate_grad", "l0_penalty", "weighted_penalty"),
+            *("copied_seed", "kept_seed"),
             *("gated_linear", "gated_linear_backward", "gated_mlp"),
             *("gated_conv2d", "gated_conv2d_backward"),
             *(
@@ -316,7 +317,12 @@ class TestCompile:
             return  # the graphs differ in the backend's name alone
         compiled = torch.compile(CALLS[name], fullgraph=True, backend="aot_eager")
         for batch in (6, 11):
-            assert_all_equal(step(compiled, leaves(batch)), step(CALLS[name], leaves(batch)))
+            results = step(compiled, leaves(batch)), step(CALLS[name], leaves(batch))
+            if name == "l2_penalty":  # compiled, weight_decay multiplies the sum and not its terms
+                for a, b in zip(*results, strict=True):
+                    torch.testing.assert_close(a, b)
+            else:
+                assert_all_equal(*results)
 
     def test_many_sizes_compile_twice(self, backend):
         """The batch becomes a symbol: the shapes of the operators' results follow from their inputs."""

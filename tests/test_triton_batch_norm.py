@@ -155,3 +155,19 @@ def test_rows_of_any_strides():
     assert torch.equal(y, backend.batch_norm_forward(bury(x, gate), *args)[0])
     _, _, db = backend.batch_norm_backward(dy, x, gate, mean, rstd, None, True, [False, False, True])
     assert torch.equal(db, 24.0 * (gate[0] != 0))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_vectors_of_any_strides(training):
+    """Parameters are read, and the running statistics written, whatever their strides."""
+    gate, x = make_gate(20, 0.6), draw(3, 20, 2, 5)
+    weight, bias = draw(40)[::2], draw(1).expand(20)
+    results = []
+    for strided in (True, False):
+        torch.manual_seed(5)
+        mean, var = draw(60)[::3], (draw(20, 2).abs() + 0.5)[:, 1]
+        args = [mean, var, weight, bias] if strided else [t.contiguous() for t in (mean, var, weight, bias)]
+        y, *rest = backend.batch_norm_forward(bury(x, gate), gate, *args, training, 0.3, 1e-5)
+        results.append([dig(y, gate), *rest, args[0], args[1]])
+    for got, want in zip(*results, strict=True):
+        assert torch.equal(got, want)

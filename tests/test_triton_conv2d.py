@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+import l0kernels as l0
 from l0kernels import Gates, reference
 from l0kernels.impl import triton as backend
 from l0kernels.reference.gates import HardConcrete
@@ -299,3 +300,51 @@ def test_reference_has_the_same_formula():
     x, weight, b, z = draw(2, 6, 5, 4), draw(4, 6, 3, 3), draw(4), torch.rand(4, device=DEVICE)
     y = reference.gated_conv2d(x, weight, b, 2, 1, out_gates=Gates.from_z(z))
     torch.testing.assert_close(y, F.conv2d(x, weight, b, 2, 1) * z[:, None, None])
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+@pytest.mark.parametrize("kernel", [(1, 1), (2, 3)], ids=str)
+@pytest.mark.parametrize("layout", ["every second", "one for all", "later"])
+def test_a_bias_of_any_strides(layout, kernel, groups):
+    """Kernels read it by address alone."""
+    whole = draw(40)
+    bias = {"every second": whole[::2], "one for all": whole[:1].expand(20), "later": whole[20:]}[layout]
+    x, weight = draw(1, 8, 8, 7), draw(20, 8 // groups, *kernel)
+    z = torch.rand(20, device=DEVICE) * (torch.rand(20, device=DEVICE) < 0.6)
+    leaves = [t.requires_grad_() for t in (x, weight, bias.detach(), z)]
+    results = []
+    for name in ("triton", "reference"):
+        with l0.use_backend(name):
+            gates = Gates.from_z(
+                z if name == "triton" else torch.where(z == 0, z.detach(), z), full_grad=True
+            )
+            y = l0.gated_conv2d(*leaves[:3], groups=groups, out_gates=gates)
+            results.append([y, *torch.autograd.grad(y, leaves, torch.ones_like(y))])
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-4 * max(1.0, want.abs().max().item()))
+
+
+@pytest.mark.parametrize("sizes", [(0, 6), (8, 0)], ids=str)
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("packed", [False, True])
+def test_no_inputs_or_no_outputs(packed, groups, sizes):
+    """The bias and its gate are all there is to it, or nothing is."""
+    n_in, n_out = sizes
+    leaves = [
+        draw(2, n_in, 4, 5),
+        draw(n_out, n_in // groups, 3, 3),
+        draw(n_out),
+        torch.rand(n_out, device=DEVICE),
+    ]
+    x, weight, bias, z = (t.requires_grad_() for t in leaves)
+    gates = Gates.from_z(z)
+    with l0.use_backend("triton"):
+        if packed:
+            y = l0.unpack_channels(l0.packed_conv2d(x, weight, bias, groups=groups, out_gates=gates))
+        else:
+            y = l0.gated_conv2d(x, weight, bias, groups=groups, out_gates=gates)
+        grads = torch.autograd.grad(y, [x, weight, bias, z], torch.ones_like(y))
+    assert torch.equal(y, (bias * z)[None, :, None, None].expand(2, n_out, 2, 3))
+    want = [torch.zeros_like(x), torch.zeros_like(weight), 12 * z, 12 * bias]
+    for got, expected in zip(grads, want, strict=True):
+        torch.testing.assert_close(got, expected)

@@ -9,6 +9,7 @@ import train_lenet300 as example
 import l0kernels as l0
 from l0kernels import Gates, _ops
 from l0kernels.reference.gates import compact, round_up
+from op_checks import check_large_activations
 from triton_device import DEVICE, INTERPRETED
 from triton_gates import make_gate
 
@@ -233,3 +234,24 @@ def test_the_example_runs_unchanged(tmp_path):
     )
     assert (tmp_path / "lenet300.pt").exists()
     assert all(p.isfinite().all() for p in run.gated.model.parameters())
+
+
+@pytest.mark.parametrize("activation", ["relu", "swiglu"])
+def test_a_chain_of_one_layer_draws_on_the_way(activation, monkeypatch):
+    monkeypatch.setenv("L0KERNELS_TRITON_GATHER", "1")
+    x, w, b, a, seed = randn(6, 13), randn(9, 13), randn(9), randn(13), torch.tensor([5], device=DEVICE)
+    args = (x, [w], [b], [a], activation, seed, [2 / 3, -0.1, 1.1], torch.float32, "triton")
+    torch.library.opcheck(torch.ops.l0kernels.l0_mlp.default, args)
+    leaves = [t.requires_grad_() for t in (x, w, b, a)]
+    y = l0.l0_mlp(x, [w], [b], [a], activation, seed=seed)
+    assert type(y.grad_fn).__name__ == "_L0MlpBackward"
+    layer = l0.l0_linear(x, w, b, in_log_alpha=a, seed=seed)
+    assert torch.equal(y, layer)
+    grads = (torch.autograd.grad(t, leaves, torch.ones_like(y)) for t in (y, layer))
+    assert all(torch.equal(*pair) for pair in zip(*grads, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # numpy's, in the interpreter
+@pytest.mark.parametrize("activation", ["relu", "gelu", "silu", "swiglu", "geglu"])
+def test_large_arguments(activation, route):
+    check_large_activations(activation, DEVICE)

@@ -28,6 +28,11 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
+def address(t: Any) -> int:
+    """Where the tensor t begins, for a kernel that believes its dtype and the strides it is told."""
+    return int(t.data_ptr())
+
+
 def launch(
     kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int = 4, num_stages: int = 3, **constants: Any
 ) -> None:
@@ -43,7 +48,7 @@ def launch(
         kernel[grid](*args, num_warps=num_warps, num_stages=num_stages, **constants)
         return
     device = torch.cuda.current_device()
-    values = [arg if type(arg) in _NUMBERS else arg.data_ptr() for arg in args]
+    values = [arg if type(arg) in _NUMBERS else address(arg) for arg in args]
     kinds = [
         arg if type(arg) in _NUMBERS else arg.dtype if not value & 15 else (arg.dtype, _UNALIGNED)
         for arg, value in zip(args, values, strict=True)

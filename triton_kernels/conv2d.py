@@ -25,7 +25,7 @@ from torch import Tensor
 from l0kernels.reference.gates import HardConcrete, round_up
 
 from . import conv2d_groups
-from ._launch import cdiv, launch
+from ._launch import address, cdiv, launch
 from ._variants import Variant, recorder
 from .linear import (
     input_grad,
@@ -955,7 +955,7 @@ def convolve(
 def _is_operand(rows: Tensor) -> bool:
     """Whether a product reads these rows in pieces of 8 elements that hold nothing else."""
     pieces = rows.stride(1) == 1 and rows.stride(0) % _VEC == 0 and rows.shape[1] % _VEC == 0
-    return pieces and rows.data_ptr() % 16 == 0
+    return pieces and address(rows) % 16 == 0
 
 
 def _operand_rows(rows: Tensor, dtype: torch.dtype) -> Tensor:
@@ -1136,6 +1136,14 @@ def conv2d_backward(
         dy_gate = out_gate if out_packed else None
         db, share = bias_grads(as_rows(dy), bias, out_gate, dy_gate, _mode(out_gate, scale_out), need_out)
         db = db if need_b else None
+    if not weight.numel():  # no inputs or no outputs
+        dx = torch.zeros_like(x, memory_format=torch.channels_last) if need_x else None
+        dz_in = torch.zeros_like(in_gate[0]) if need_in and in_gate is not None else None
+        dz_out = None
+        if need_out and out_gate is not None:
+            sums = torch.zeros_like(out_gate[0]) if share is None else share
+            dz_out = conv2d_groups._masked(sums, out_gate[0], full_out, dist)
+        return [dx, torch.zeros_like(weight) if need_w else None, db, dz_in, dz_out]
     settings = (in_gate, out_gate, scale_in, scale_out, full_in, full_out)
     wants = (need_x, need_w, need_in, need_out)
     if conv[3] != 1:
@@ -1354,6 +1362,8 @@ def bias_grads(
     rows, N = dy.shape
     db = torch.empty(N, dtype=bias.dtype, device=dy.device)
     share = torch.empty(N, dtype=torch.float32, device=dy.device) if dz else None
+    if not N:
+        return db, share
     blocks = cdiv(N, _SUM_COLS)
     parts = max(1, min(cdiv(2 * _machine(dy, None)[1], blocks), cdiv(rows, 256)))
     partial = torch.empty(parts, N, dtype=torch.float32, device=dy.device)

@@ -169,7 +169,7 @@ def _forward_tile(
     BLOCK_K: tl.constexpr,
 ):
     """The y tile of this program; y is contiguous (M, N)."""
-    tiles_n = tl.cdiv(N, BLOCK_N)
+    tiles_n = tl.maximum(tl.cdiv(N, BLOCK_N), 1)  # one program draws even where there is no output
     pid_m = tl.program_id(0) // tiles_n
     pid_n = tl.program_id(0) % tiles_n
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import cdiv, launch
+from ._launch import address, cdiv, launch
 from ._variants import Variant
 from .activation import act, act_grad
 
@@ -539,7 +539,7 @@ def _tma_ready(*tensors: Tensor | None) -> bool:
     for t in tensors:
         if t is not None:
             stride_row, stride_col = t.stride()
-            if stride_col != 1 or stride_row * t.itemsize % 16 or t.data_ptr() % 16:
+            if stride_col != 1 or stride_row * t.itemsize % 16 or address(t) % 16:
                 return False
     return True
 

@@ -23,7 +23,7 @@ GLU = {"swiglu": "silu", "geglu": "gelu"}
 
 
 def _gathers(x: Tensor, weights: list[Tensor], activation: str, dtype: torch.dtype) -> bool:
-    if activation in GLU:
+    if activation in GLU and len(weights) > 1:
         return False
     return all(gather.prefers(x.shape[0], w.shape[0], w.shape[1], dtype) for w in weights)
 

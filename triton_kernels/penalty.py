@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import launch
+from ._launch import address, launch
 from ._table import device_table
 from ._variants import Variant
 
@@ -63,10 +63,10 @@ def _penalty_kernel(
 def _table_rows(sizes: list[int], addresses: list[int], weights: list[float], block: int) -> list[int]:
     rows: list[int] = []
     offset = 0
-    for n, address, weight in zip(sizes, addresses, weights, strict=True):
+    for n, start_of, weight in zip(sizes, addresses, weights, strict=True):
         (bits,) = struct.unpack("<q", struct.pack("<d", weight))
         for start in range(0, n, block):
-            rows += (address + 4 * start, min(n - start, block), offset + start, bits)
+            rows += (start_of + 4 * start, min(n - start, block), offset + start, bits)
         offset += n
     return rows
 
@@ -102,7 +102,7 @@ def l0_penalty(log_alphas: list[Tensor], weights: list[float], dist: HardConcret
     if single:
         table, rows = grad, -(-total // block)
     else:
-        addresses = [a.data_ptr() for a in log_alphas]
+        addresses = [address(a) for a in log_alphas]
         key = ("l0_penalty", block, *sizes, *addresses, *weights)
         table = device_table(key, device, lambda: _table_rows(sizes, addresses, weights, block))
         rows = table.shape[0] // _COLUMNS

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from l0kernels.reference.gates import TAU, HardConcrete, round_up
 
-from ._launch import cdiv, launch
+from ._launch import address, cdiv, launch
 from ._table import device_table
 from ._variants import Variant
 from .hard_concrete import gate_slope, gate_value, uniform
@@ -179,10 +179,10 @@ def _warps(block: int) -> int:
 def _table_rows(sizes: list[int], addresses: list[int], block: int) -> list[int]:
     rows: list[int] = []
     z_offset = index_offset = 0
-    for i, (n, address) in enumerate(zip(sizes, addresses, strict=True)):
+    for i, (n, start_of) in enumerate(zip(sizes, addresses, strict=True)):
         chunks = max(1, cdiv(n, block))
         for chunk in range(chunks):
-            rows += (address, n, z_offset, index_offset, i, chunk, chunks, 0)
+            rows += (start_of, n, z_offset, index_offset, i, chunk, chunks, 0)
         z_offset += n
         index_offset += round_up(n)
     return rows
@@ -217,7 +217,7 @@ def sample(
     if single:
         programs, table = max(1, cdiv(longest, block)), seed
     else:
-        addresses = [a.data_ptr() for a in log_alphas]
+        addresses = [address(a) for a in log_alphas]
         key = ("sample", block, *sizes, *addresses)
         table = device_table(key, device, lambda: _table_rows(sizes, addresses, block))
         programs = table.shape[0] // _COLUMNS

@@ -247,17 +247,15 @@ cuda::SmallParams small_params(const std::optional<SmallDraw>& draw,
   return p;
 }
 
-int32_t tiles(int32_t n) { return (n + cuda::kSmallTile - 1) / cuda::kSmallTile; }
-
 // Both tiles and tickets are counted per product.
 void append(cuda::SmallParams& p, cuda::SmallProduct q) {
   q.first_block = p.blocks;
-  p.blocks += tiles(q.M) * tiles(q.N);
+  p.blocks += cuda::small_tiles(q.M) * cuda::small_tiles(q.N);
   p.product[p.products++] = q;
 }
 
 void run(int type, const cuda::SmallParams& p, const Where& where) {
-  if (p.blocks) cuda::small_products(type, p, to_stream(where));
+  if (p.products) cuda::small_products(type, p, to_stream(where));
 }
 
 // Operands by rows and by columns: a matrix as (row, k), or transposed as (column, k).

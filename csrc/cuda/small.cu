@@ -243,7 +243,7 @@ template <typename T>
 __device__ void run_product(const SmallParams& p, const SmallProduct& q, int32_t block,
                             Table<Arithmetic<T>> table, SmallShared<Arithmetic<T>>& s) {
   using C = Arithmetic<T>;
-  const int32_t tiles_m = ceil_div(q.M, kTile), tiles_n = ceil_div(q.N, kTile);
+  const int32_t tiles_m = small_tiles(q.M), tiles_n = small_tiles(q.N);
   const int32_t tile_m = block / tiles_n, tile_n = block % tiles_n;
   const int32_t m0 = tile_m * kTile, n0 = tile_n * kTile;
   const int warp = warp_id(), lane = lane_id();

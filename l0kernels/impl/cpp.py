@@ -161,7 +161,7 @@ def _coupled(
                 t.shape[0],
                 t.shape[1:].numel(),
                 groups,
-                t.shape[2:].numel(),
+                max(t.shape[2:].numel(), 1),
                 out,
                 in_,
             )

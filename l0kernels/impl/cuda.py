@@ -74,11 +74,27 @@ def _beside(t: Tensor, matrix: Tensor, name: str) -> None:
         raise RuntimeError(f"{name} must be on the device of the matrix, {matrix.device}, got {t.device}")
 
 
+def _z_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The type of gates beside matrices of ``dtype``."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _gate(matrix: Tensor, name: str, gate: Sequence[Tensor]) -> tuple[int, int, int]:
+    """Addresses of z, index and count, which the kernel believes to be dense and of its types."""
+    for t, dtype in zip(gate, (_z_dtype(matrix.dtype), torch.int32, torch.int32), strict=True):
+        _beside(t, matrix, name)
+        if t.dtype != dtype or not t.is_contiguous():
+            expected = f"contiguous, z {_z_dtype(matrix.dtype)} beside {matrix.dtype}, index and count int32"
+            raise TypeError(f"{name} must be {expected}, got {t.dtype} of strides {t.stride()}")
+    return _address(gate[0]), _address(gate[1]), _address(gate[2])
+
+
 def _constants(dist: HardConcrete) -> tuple[float, float, float]:
     return dist.beta, dist.gamma, dist.zeta
 
 
 def _address(t: Tensor | None) -> int:
+    """Where t begins; 0 where there is none, or nothing in it."""
     return 0 if t is None else t.data_ptr()
 
 
@@ -136,16 +152,16 @@ def sample(
     first = log_alphas[0]
     z, index, count = joined.empty(log_alphas)
     _CUDA.sample(
-        [a.data_ptr() for a in log_alphas],
+        [_address(a) for a in log_alphas],
         [a.shape[0] for a in log_alphas],
         first.dtype == torch.float64,
-        seed.data_ptr(),
+        _address(seed),
         rank,
         _constants(dist),
         TAU,
-        z.data_ptr(),
-        index.data_ptr(),
-        count.data_ptr(),
+        _address(z),
+        _address(index),
+        _address(count),
         _address(expected),
         _where(first),
     )
@@ -157,9 +173,9 @@ def gate_grad(dz: Tensor, z: Tensor, dist: HardConcrete) -> Tensor:
     dz, z = dz.contiguous(), z.contiguous()
     out = torch.empty_like(z)
     _CUDA.gate_grad(
-        dz.data_ptr(),
-        z.data_ptr(),
-        out.data_ptr(),
+        _address(dz),
+        _address(z),
+        _address(out),
         z.numel(),
         z.dtype == torch.float64,
         _constants(dist),
@@ -193,14 +209,15 @@ def _columns(theta: Tensor) -> tuple[Tensor, int]:
         return theta[:, None].contiguous(), 1
     if theta.ndim == 2:
         return theta if theta.stride(1) == 1 else theta.contiguous(), 1
+    n_cols = math.prod(theta.shape[1:])
     if theta.ndim == 4 and theta.is_contiguous(memory_format=torch.channels_last):
-        return theta.permute(0, 2, 3, 1).reshape(n_out, -1), 1
-    return theta.contiguous().reshape(n_out, -1), math.prod(kernel)
+        return theta.permute(0, 2, 3, 1).reshape(n_out, n_cols), 1
+    return theta.contiguous().reshape(n_out, n_cols), math.prod(kernel)
 
 
 def _like(columns: Tensor, theta: Tensor, run: int) -> Tensor:
     """What _columns made, in theta's shape again."""
-    if theta.ndim <= 2 or run > 1 or math.prod(theta.shape[2:]) == 1:
+    if theta.ndim != 4 or run > 1 or math.prod(theta.shape[2:]) <= 1:
         return columns.view(theta.shape)
     n_out, n_in, *kernel = theta.shape
     return columns.view(n_out, *kernel, n_in).permute(0, 3, 1, 2)
@@ -231,7 +248,7 @@ def _penalty(
     grad = like.new_empty(sum(sizes), dtype=dtype)
     starts = itertools.accumulate([0, *sizes])
     vectors = [
-        (a.data_ptr(), grad.data_ptr() + start * grad.element_size(), a.numel(), w)
+        (_address(a), _address(grad) + start * grad.element_size(), a.numel(), w)
         for a, w, start in zip(log_alphas, weights, starts, strict=False)
     ]
     kept: list[Any] = []  # whatever is handed over by address alone
@@ -249,7 +266,7 @@ def _penalty(
         kept += [out, in_, row_sums, col_sums]
         rows.append(
             (
-                (m.theta.data_ptr(), m.theta.stride(0), _TYPES[m.theta.dtype], n_out, n_cols, decay),
+                (_address(m.theta), m.theta.stride(0), _TYPES[m.theta.dtype], n_out, n_cols, decay),
                 (m.run, m.n_in),
                 (_address(out), _address(in_)),
                 (_address(m.d_theta), _address(m.d_out), _address(m.d_in)),
@@ -267,9 +284,9 @@ def _penalty(
         rows,
         dtype == torch.float64,
         _constants(dist),
-        sums.data_ptr(),
-        tickets.data_ptr(),
-        total.data_ptr(),
+        _address(sums),
+        _address(tickets),
+        _address(total),
         _address(factor),
         where,
     )
@@ -342,9 +359,7 @@ def _side(
 ) -> tuple[Any, ...]:
     if gate is None:
         return size, None, False, False
-    z, index, count = gate
-    _beside(z, matrix, name)
-    return size, (z.data_ptr(), index.data_ptr(), count.data_ptr()), scale, full
+    return size, _gate(matrix, name, gate), scale, full
 
 
 _Grid = tuple[int, int, int, int]
@@ -411,9 +426,9 @@ def pack(
     else:
         grid = _grid(capacity_rows, capacity_cols, dtype.itemsize, _blocks(full.device, 6))
     _CUDA.pack(
-        (full.data_ptr(), full.stride(0), full.stride(1)),
+        _matrix(full),
         _TYPES[full.dtype],
-        out.data_ptr(),
+        _address(out),
         out.stride(0),
         capacity_cols,
         _TYPES[dtype],
@@ -486,16 +501,16 @@ def unpack(
         if dz_col is not None:
             col_sums = dz_col.new_empty(-(-n_rows // grid[3]), n_cols)
     _CUDA.unpack(
-        packed.data_ptr(),
+        _address(packed),
         packed.stride(0),
         _TYPES[packed.dtype],
-        out.data_ptr(),
+        _address(out),
         out.stride(0),
         _TYPES[dtype],
         _side(packed, "rows", n_rows, rows, scale_rows, full_rows),
         _side(packed, "cols", n_cols, cols, scale_cols, full_cols),
         skip_plain and not (rows is None and cols is None),
-        (0, 0, 0) if theta is None else (theta.data_ptr(), theta.stride(0), theta.stride(1)),
+        (0, 0, 0) if theta is None else _matrix(theta),
         _address(dz_row),
         _address(dz_col),
         _address(row_sums),
@@ -529,7 +544,7 @@ def _refuse_large(M: int, sizes: Sequence[int]) -> None:
 
 
 def _matrix(t: Tensor) -> tuple[int, int, int]:
-    return t.data_ptr(), t.stride(0), t.stride(1)
+    return _address(t), t.stride(0), t.stride(1)
 
 
 _SmallGate = tuple[int, int, int, int, int, int]
@@ -539,9 +554,7 @@ _SmallGate = tuple[int, int, int, int, int, int]
 def _small_gate(x: Tensor, name: str, gate: Gate | None) -> _SmallGate | None:
     if gate is None:
         return None
-    z, index, count = gate
-    _beside(z, x, name)
-    return z.shape[0], z.data_ptr(), index.data_ptr(), count.data_ptr(), 0, 0
+    return gate[0].shape[0], *_gate(x, name, gate), 0, 0
 
 
 def _joined_gates(
@@ -551,7 +564,7 @@ def _joined_gates(
     log_alphas: Sequence[Tensor] | None = None,
 ) -> list[_SmallGate | None]:
     """Where ``sizes`` has one, a gate; with log_alphas, one for each of these, they are drawn."""
-    _beside(gates[0], x, "log_alpha")
+    _gate(x, "log_alpha", gates)
     found: list[_SmallGate | None] = []
     stream = 0
     for place in joined.addresses(*gates, sizes, gates[0].dtype, x.device):
@@ -564,8 +577,16 @@ def _joined_gates(
     return found
 
 
+def _empty_gates(log_alphas: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """joined.empty; to the kernel a gate vector of no units is none, and it writes no count."""
+    gates = joined.empty(log_alphas)
+    if not all(a.shape[0] for a in log_alphas):
+        gates[2].zero_()
+    return gates
+
+
 def _draw(seed: Tensor, rank: int, dist: HardConcrete) -> tuple[Any, ...]:
-    return seed.data_ptr(), rank, _constants(dist), TAU
+    return _address(seed), rank, _constants(dist), TAU
 
 
 def _cast(dtype: torch.dtype, *tensors: Tensor | None) -> list[Any]:
@@ -574,11 +595,12 @@ def _cast(dtype: torch.dtype, *tensors: Tensor | None) -> list[Any]:
 
 def _z_like(t: Tensor, *shape: int) -> Tensor:
     """An empty tensor in the type of gates beside matrices of t's type."""
-    return t.new_empty(shape, dtype=torch.float64 if t.dtype == torch.float64 else torch.float32)
+    return t.new_empty(shape, dtype=_z_dtype(t.dtype))
 
 
 def _tiles(n: int) -> int:
-    return -(-n // _CUDA.small_tile)
+    """As small_tiles of csrc/cuda/small.h."""
+    return max(-(-n // _CUDA.small_tile), 1)
 
 
 def linear_forward(
@@ -609,7 +631,7 @@ def l0_linear_forward(
     """sample and linear_forward in one launch: y, and the gates joined. Input gates are stream 0."""
     log_alphas = [None if a is None else a.contiguous() for a in (in_log_alpha, out_log_alpha)]
     given = [a for a in log_alphas if a is not None]
-    gates = joined.empty(given)
+    gates = _empty_gates(given)
     sizes = [None if a is None else a.shape[0] for a in log_alphas]
     in_gate, out_gate = _joined_gates(x, gates, sizes, given)
     draw = _draw(seed, rank, dist)
@@ -642,7 +664,7 @@ def _linear_forward(
         in_gate,
         out_gate,
         scale_out,
-        y.data_ptr(),
+        _address(y),
         draw,
         _where(x),
     )
@@ -719,7 +741,7 @@ def _small_layers(
     weights: list[Tensor], biases: list[Tensor | None], gates: list[Any], saved: list[Tensor]
 ) -> list[tuple[Any, ...]]:
     return [
-        (w.shape[1], w.shape[0], _matrix(w), _address(b), gate, saved[i - 1].data_ptr() if i else 0)
+        (w.shape[1], w.shape[0], _matrix(w), _address(b), gate, _address(saved[i - 1]) if i else 0)
         for i, (w, b, gate) in enumerate(zip(weights, biases, gates, strict=True))
     ]
 
@@ -758,7 +780,7 @@ def l0_mlp_forward(
 ) -> tuple[Tensor, list[Tensor], tuple[Tensor, Tensor, Tensor]]:
     """sample and mlp_forward in one launch a layer; the gates, joined, are streams 0, 1, ... in order."""
     given = [a.contiguous() for a in log_alphas if a is not None]
-    gates = joined.empty(given)
+    gates = _empty_gates(given)
     layers = _joined_gates(x, gates, [None if a is None else a.shape[0] for a in log_alphas], given)
     draw = _draw(seed, rank, dist)
     return *_mlp_forward(x, weights, biases, layers, activation, dtype, draw), gates
@@ -783,7 +805,7 @@ def _mlp_forward(
         _matrix(x),
         _ACTIVATIONS[activation],
         _small_layers(weights, biases, gates, saved),
-        y.data_ptr(),
+        _address(y),
         draw,
         _where(x),
     )
@@ -869,7 +891,7 @@ def _mlp_backward(
         _ACTIVATIONS[activation],
         _small_layers(weights, biases, gates, saved),
         [
-            (_address(dw[i]), _address(db[i]), _address(dz[i]), da[i % 2].data_ptr(), _address(sums[i]))
+            (_address(dw[i]), _address(db[i]), _address(dz[i]), _address(da[i % 2]), _address(sums[i]))
             for i in range(depth)
         ],
         full,

@@ -16,11 +16,27 @@ from ..triton_kernels import sample as sampling
 T = TypeVar("T")
 
 
+_VALUES = frozenset((int, float, bool, str, type(None), torch.dtype, HardConcrete))
+
+
+def _readable(arg: Any) -> Any:
+    """``arg`` as kernels read it: vectors go there by address alone, so they are dense; signs carried out."""
+    kind = type(arg)
+    if kind in _VALUES:
+        return arg
+    if kind is list or kind is tuple:
+        return [_readable(a) for a in arg]
+    if arg.is_neg():
+        arg = arg.resolve_neg()
+    return arg if arg.ndim != 1 or arg.is_contiguous() else arg.contiguous()
+
+
 def _on_its_device(launcher: Callable[..., T]) -> Callable[..., T]:
     """Triton launches on the current device; a tensor may live on another one."""
 
     @functools.wraps(launcher)
-    def launch(*args: Any) -> T:
+    def launch(*given: Any) -> T:
+        args = [_readable(a) for a in given]
         device = (args[0] if isinstance(args[0], Tensor) else args[0][0]).device
         if device.type != "cuda" or device.index == torch.cuda.current_device():
             return launcher(*args)
@@ -45,7 +61,7 @@ conv2d_forward = _on_its_device(conv2d.conv2d_forward)
 conv2d_backward = _on_its_device(conv2d.conv2d_backward)
 pack_channels = _on_its_device(conv2d.pack_channels)
 unpack_channels = _on_its_device(conv2d.unpack_channels)
-batch_norm_forward = _on_its_device(batch_norm.batch_norm_forward)
+_batch_norm_forward = _on_its_device(batch_norm.batch_norm_forward)
 batch_norm_backward = _on_its_device(batch_norm.batch_norm_backward)
 conv2d_saved_shapes = conv2d.conv2d_saved_shapes
 saved_shapes = mlp.saved_shapes
@@ -73,5 +89,59 @@ def l0_linear_forward(
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Draw and product in one launch."""
-    given = [None if a is None else a.contiguous() for a in (in_log_alpha, out_log_alpha)]
-    return gather.l0_linear_forward(x, weight, bias, *given, seed, rank, dist, sampling.TAU, dtype)
+    return gather.l0_linear_forward(
+        x, weight, bias, in_log_alpha, out_log_alpha, seed, rank, dist, sampling.TAU, dtype
+    )
+
+
+def l0_mlp_forward(
+    x: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor | None],
+    log_alphas: list[Tensor | None],
+    activation: str,
+    seed: Tensor,
+    rank: int,
+    dist: HardConcrete,
+    dtype: torch.dtype,
+) -> tuple[Tensor, list[Tensor], tuple[Tensor, Tensor, Tensor]]:
+    """Of a chain of one layer, for which draws_within may say yes: l0_linear_forward."""
+    (weight,), (bias,), (log_alpha,) = weights, biases, log_alphas
+    y, *gates = l0_linear_forward(x, weight, bias, log_alpha, None, seed, rank, dist, dtype)
+    return y, [], (gates[0], gates[1], gates[2])
+
+
+def l0_mlp_backward(
+    dy: Tensor,
+    x: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor | None],
+    gated: list[bool],
+    z: Tensor,
+    index: Tensor,
+    count: Tensor,
+    saved: list[Tensor],
+    activation: str,
+    dtype: torch.dtype,
+    needs: list[bool],
+    dist: HardConcrete,
+) -> list[Tensor | None]:
+    """mlp_backward of l0_mlp_forward, with its gates as it returned them."""
+    gates = [[z, index, count]]
+    return mlp_backward(dy, x, weights, biases, gates, saved, activation, dtype, [False], needs, dist)
+
+
+def batch_norm_forward(
+    x: Tensor,
+    gate: list[Tensor] | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    *rest: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """batch_norm.batch_norm_forward; it writes into the running statistics, whatever their strides."""
+    dense = [_readable(t) for t in (running_mean, running_var)]
+    result = _batch_norm_forward(x, gate, *dense, *rest)
+    for t, written in zip((running_mean, running_var), dense, strict=True):
+        if t is not None and t is not written:
+            t.copy_(written)
+    return result

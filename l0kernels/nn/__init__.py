@@ -5,7 +5,7 @@ from .batch_norm import L0BatchNorm2d
 from .conv import L0Conv1d, L0Conv2d
 from .counts import eval_flops, eval_l0, expected_flops, expected_l0, open_units
 from .distributed import agree_on_gates, independent_gates_, keep_gates_whole
-from .export import Residual, ScatterOutputs, SelectInputs, export
+from .export import Residual, ScatterOutputs, SelectInputs, SlicedConv1d, SlicedConv2d, SlicedLinear, export
 from .feed_forward import GatedProduct, L0FeedForward
 from .gate import GatedLayer, HardConcreteGate, gate_modules
 from .linear import L0Linear
@@ -37,6 +37,9 @@ __all__ = [
     "Residual",
     "ScatterOutputs",
     "SelectInputs",
+    "SlicedConv1d",
+    "SlicedConv2d",
+    "SlicedLinear",
     "agree_on_gates",
     "clamp_after_step",
     "clamp_gates_",

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import _ops
 from ..gates import Gates, sample_gates, sample_with_expected
 from ..reference import _checks
 from . import ranks
@@ -226,7 +227,7 @@ class GateBank(nn.Module):
             step = step + torch.arange(first, first + n, device=device)
         elif first:
             step = step + first
-        keys = torch.add(self.seed, step, alpha=KEY_STEP)
+        keys = _ops.kept_seed(torch.add(self.seed, step, alpha=KEY_STEP))
         self.step.add_(n)
         return keys.split(1)
 

@@ -8,10 +8,11 @@ from torch import Tensor, nn
 from ..batch_norm import gated_batch_norm
 from ..conv2d import Packed
 from ..gates import Gates
+from .gate import Unscriptable
 from .linear import copy_parameters_
 
 
-class L0BatchNorm2d(nn.BatchNorm2d):
+class L0BatchNorm2d(Unscriptable, nn.BatchNorm2d):
     r"""``torch.nn.BatchNorm2d`` over open channels: a closed channel is exactly 0 and its statistics stay.
 
     ``y_c = 1[z_c != 0] * ((x_c - mean_c) / sqrt(var_c + eps) * weight_c + bias_c)``, mean and var of the

@@ -6,6 +6,8 @@ one by one. A closed input makes the unit useless to the layer before. A closed 
 through modules with f(0) = 0: the layer behind can drop that input. Behind ``nn.Flatten`` a channel is as
 many features as it has positions. A batch norm treats channels one by one, but of zeros it makes its bias:
 only an :class:`L0BatchNorm2d` in an :class:`L0Sequential` knows which channels are closed, and keeps them so.
+It knows what its own container tells it: an L0Sequential or L0Residual in a plain ``nn.Sequential`` is called
+with an input of which it knows nothing, whatever closed channels there are in it.
 Everything else (another module, the two ends of an :class:`L0Residual`, the end of the container) is a
 border, behind which every unit counts. An :class:`L0FeedForward` is a border, too; inside, its gate stands
 between its two layers.
@@ -13,14 +15,14 @@ between its two layers.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TypeGuard, cast
+from typing import NamedTuple, TypeGuard, cast
 
 from torch import nn
 
 from .feed_forward import L0FeedForward
 from .gate import HardConcreteGate
 from .mlp import ACTIVATIONS, L0MLP
-from .sequential import Step, Value, follow, is_sequential, steps_of
+from .sequential import L0Sequential, Step, Value, follow, is_residual, is_sequential
 from .steps import (
     behind_flatten,
     is_conv,
@@ -34,9 +36,38 @@ from .steps import (
     units_out,
 )
 
-NOTHING = Value()
 Layer = nn.Linear | nn.Conv1d | nn.Conv2d
 Gates = tuple[HardConcreteGate, ...]
+
+
+class Known(NamedTuple):
+    """What is known of an activation.
+
+    Attributes:
+        value: the gates whose closed units are zero in it.
+        told: the same as far as the container that runs the norms here knows it.
+    """
+
+    value: Value = Value()
+    told: Value = Value()
+
+
+NOTHING = Known()
+NO_GATES: Gates = ()
+
+
+class Part(NamedTuple):
+    """A module in the flattened container, and the run of an L0Sequential or L0Residual that it is part of.
+
+    ``scope`` is one object for all modules of such a run, None in plain containers.
+    """
+
+    module: nn.Module
+    scope: object | None
+
+    @property
+    def step(self) -> Step:
+        return Step(self.module, self.scope is not None)
 
 
 @dataclass(frozen=True)
@@ -52,6 +83,7 @@ class Product:
         out_gates: gates that close its outputs, its own and those of the layer behind. A gate that has more
             gates than there are outputs closes one where all of its features are closed.
         follows, leads: whether a layer of the chain stands directly before, behind.
+        zeros: of a norm: the gates whose closed channels it makes zero, in its container.
         halves: whether out_gates stand for both halves of the outputs: the two arguments of a gated product.
     """
 
@@ -61,12 +93,18 @@ class Product:
     out_gates: Gates
     follows: bool
     leads: bool
+    zeros: Gates = ()
     halves: bool = False
 
 
 def is_container(module: nn.Module) -> TypeGuard[nn.Sequential | L0MLP]:
     """Whether the data flow through `module` is known: its flattened steps, one after the other."""
-    return is_sequential(module) or type(module).forward is L0MLP.forward
+    return is_sequential(module) or is_mlp(module)
+
+
+def is_mlp(module: nn.Module) -> TypeGuard[L0MLP]:
+    """Whether `module` computes as an L0MLP of linear layers."""
+    return type(module).forward is L0MLP.forward and all(map(is_linear, cast(L0MLP, module).layers))
 
 
 def is_product(module: nn.Module) -> TypeGuard[Layer]:
@@ -75,8 +113,11 @@ def is_product(module: nn.Module) -> TypeGuard[Layer]:
 
 
 def is_feed_forward(module: nn.Module) -> TypeGuard[L0FeedForward]:
-    """Whether `module` computes as L0FeedForward."""
-    return type(module).forward is L0FeedForward.forward
+    """Whether `module` computes as an L0FeedForward of linear layers."""
+    if type(module).forward is not L0FeedForward.forward:
+        return False
+    block = cast(L0FeedForward, module)
+    return is_linear(block.up) and is_linear(block.down)
 
 
 def inside(block: L0FeedForward) -> list[Product]:
@@ -88,46 +129,67 @@ def inside(block: L0FeedForward) -> list[Product]:
     ]
 
 
-def flatten(module: nn.Module | None, gated: bool = False) -> list[Step]:
-    """The steps of a container, containers in it flattened; any other module is one step."""
-    steps: list[Step] = []
-    for step in steps_of(module, gated):
-        if type(step.module).forward is L0MLP.forward:
-            mlp = cast(L0MLP, step.module)
-            activation = ACTIVATIONS[mlp.activation]
-            inner = [part for layer in mlp.layers for part in (layer, activation())][:-1]
-            steps += [Step(part, step.gated) for part in inner]
-        else:
-            steps.append(step)
-    return steps
+def flatten(module: nn.Module | None, scope: object | None = None) -> list[Part]:
+    """The parts of a container, containers in it flattened; any other module is one part."""
+    if module is None:
+        return []
+    if is_mlp(module):
+        activation = ACTIVATIONS[module.activation]
+        return [Part(part, scope) for layer in module.layers for part in (layer, activation())][:-1]
+    if scope is None and (is_residual(module) or type(module).forward is L0Sequential.forward):
+        scope = object()
+    if not is_sequential(module):
+        return [Part(module, scope)]
+    # Not children(), which leaves out a module that stands there a second time.
+    return [part for child in cast(nn.Sequential, module) for part in flatten(child, scope)]
 
 
-def link(steps: Sequence[Step], value: Value = NOTHING) -> list[Product]:
-    """The layers among `steps` and the gates around each, for an input of which `value` is known."""
+def known_before(parts: Sequence[Part], known: Known = NOTHING) -> list[Known]:
+    """What is known in front of each part, for an input of which `known` is."""
+    found, scope = [], parts[0].scope if parts else None
+    for part in parts:
+        value, told = known
+        if part.scope is not scope:
+            scope, told = part.scope, Value(ndim=value.ndim)
+        found.append(Known(value, told))
+        told = follow([part.step], told)[-1]
+        # Norms and sums know, of what is zero, what their container tells them.
+        by_container = is_norm(part.module) or is_residual(part.module)
+        known = Known(told if by_container else follow([part.step], value)[-1], told)
+    return found
+
+
+def link(parts: Sequence[Part], known: Known = NOTHING) -> list[Product]:
+    """The layers among `parts` and the gates around each, for an input of which `known` is."""
     products: list[Product] = []
     border = -1
-    for at, (step, before) in enumerate(zip(steps, follow(steps, value), strict=False)):
-        module = step.module
+    for at, (part, before) in enumerate(zip(parts, known_before(parts, known), strict=True)):
+        module, (value, told) = part.module, before
         if is_product(module) or is_norm(module):
-            follows = bool(products) and border < products[-1].step and before.dim == unit_dim(module)
+            follows = bool(products) and border < products[-1].step and value.dim == unit_dim(module)
             if follows:
                 behind = products[-1].step + 1
-                flat = any(is_flatten(other.module) for other in steps[behind:at])
+                flat = any(is_flatten(other.module) for other in parts[behind:at])
                 follows = _fits(products[-1].layer, module, flat)
             if follows:
                 products[-1] = replace(products[-1], leads=True)
-            closed = before.closed if step.keeps_closed or not is_norm(module) else ()
+            zeros: Gates = ()
+            if not is_norm(module):
+                closed = value.closed if value.dim == unit_dim(module) else ()
+                closed = tuple(gate for gate in closed if units_in(module) % gate.n == 0)
+            else:
+                closed = told.closed[:1] if part.step.keeps_closed else ()
+                zeros = closed = tuple(gate for gate in closed if gate.n == units_in(module))
             in_gates = union(closed, own_gates(module, "in_gate"))
-            products.append(
-                Product(module, at, in_gates, own_gates(module, "out_gate"), follows=follows, leads=False)
-            )
+            out_gates = own_gates(module, "out_gate")
+            products.append(Product(module, at, in_gates, out_gates, follows, leads=False, zeros=zeros))
         elif is_flatten(module):
-            border = at if behind_flatten(before.dim, before.ndim) is None else border
-        elif not treats_units(module, before.dim):
+            border = at if behind_flatten(value.dim, value.ndim) is None else border
+        elif not treats_units(module, value.dim):
             border = at
     # Backwards: what a layer does not read, the one before need not write.
     for i in range(len(products) - 1, -1, -1):
-        product, wanted = products[i], NOTHING.closed
+        product, wanted = products[i], NO_GATES
         if product.leads:
             reader = products[i + 1]
             wanted = reader.in_gates if is_norm(reader.layer) else own_gates(reader.layer, "in_gate")
@@ -143,7 +205,9 @@ def _fits(before: nn.Module, layer: nn.Module, flat: bool) -> bool:
     n, size = units_out(before), units_in(layer)
     if is_linear(before):
         return is_linear(layer) and not flat and n == size
-    return size % n == 0 if flat else not is_linear(layer) and n == size
+    if flat:
+        return is_linear(layer) and size % n == 0
+    return not is_linear(layer) and n == size
 
 
 def own_gates(layer: nn.Module, side: str) -> Gates:

@@ -11,6 +11,7 @@ from torch.nn.modules.conv import _ConvNd
 from ..conv2d import gated_conv2d
 from ..gates import Gates, HardConcrete
 from ..penalty import L2Term
+from ..reference import _checks
 from .gate import DEFAULT_DIST, GatedLayer, HardConcreteGate, draw
 from .linear import check_given, check_one_dist, copy_parameters_, squares, two_sided_terms
 from .ranks import released, whole
@@ -230,6 +231,7 @@ class L0Conv2d(_GatedConv, nn.Conv2d):
             ValueError: out_support is given to a layer whose outputs are gated; and as
                 :func:`l0kernels.gated_conv2d`.
         """
+        _checks.check_tensor("x", x)
         gates = self._gates(in_gates, out_gates, out_support)
         x, padding = self.padded(x)
         stride, dilation = cast(Any, self.stride), cast(Any, self.dilation)
@@ -295,6 +297,7 @@ class L0Conv1d(_GatedConv, nn.Conv1d):
         out_support: Gates | None = None,
     ) -> Tensor:
         """x (N, in_channels, L) -> (N, out_channels, L'), N or none; see :meth:`L0Conv2d.forward`."""
+        _checks.check_tensor("x", x)
         gates = self._gates(in_gates, out_gates, out_support)
         x, padding = self.padded(x)
         if not isinstance(padding, str):

@@ -7,26 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .chain import (
-    NOTHING,
-    Product,
-    flatten,
-    inside,
-    is_container,
-    is_feed_forward,
-    is_product,
-    link,
-    union,
-)
+from .chain import Known, Part, Product, flatten, inside, is_feed_forward, is_product, known_before, link
 from .gate import HardConcreteGate, gate_modules
 from .linear import L0Linear
-from .mlp import L0MLP
 from .penalty import weight_parameters
-from .ranks import check_none_flat, is_called_alone
-from .sequential import Value, follow, is_residual
+from .ranks import check_none_flat
+from .sequential import is_residual
 from .steps import is_linear, is_norm, units_in, units_out
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 Openness = Callable[[HardConcreteGate], Tensor]
 
 
@@ -46,7 +36,7 @@ def expected_l0(model: nn.Module) -> Tensor:
     closed is closed. Ungated linear layers and convolutions count with their neighbours' gates, weight and
     block gates on top of them, the two parameters of a batch norm between convolutions with its channels,
     every other parameter in full, log_alpha not at all. Where a gate meets itself, as in a depthwise
-    convolution with one gate on both sides, it counts p, not p^2.
+    convolution with one gate on both sides, or behind nn.Flatten, it counts p, not p^2.
 
     Returns:
         A float64 scalar, differentiable in log_alpha (for a constraint on the size, say).
@@ -60,35 +50,45 @@ def eval_l0(model: nn.Module) -> int:
         return round(_l0(model, _is_open).item())
 
 
-def expected_flops(model: nn.Module, input_shape: Sequence[int] | None = None) -> Tensor:
+def expected_flops(model: nn.Module, input_shape: Sequence[int] | Tensor | None = None) -> Tensor:
     r"""E[FLOPs] of a forward: 2 k (sum p_in)(sum p_out) + sum p_out for the bias, per row or output position.
 
-    The units are those of :func:`expected_l0`; positions that read padding count like others. Linear layers
-    and convolutions count (weight gates as if each could be skipped); activations, normalisations and
-    attention products do not.
+    The units are those of :func:`expected_l0`; positions that read padding count like others. Linear layers,
+    convolutions and the projections of ``nn.MultiheadAttention`` count (weight gates as if each could be
+    skipped), a transposed convolution 2 k (in) (out) / groups per input position and its bias per output;
+    activations, normalisations, recurrent layers and the products within attention do not.
 
     Args:
         model: any module.
         input_shape: of the whole input, the batch included: (1, 784) gives the FLOPs of one example. The
             model is run on zeros of this shape, in eval mode, to see how many rows or positions reach each
-            layer. None: one row for every linear layer, without a run.
+            layer. A tensor is an input itself, for models that take other than floats. None: one row for
+            every linear layer, without a run.
 
     Returns:
         A float64 scalar, differentiable in log_alpha.
 
     Raises:
-        ValueError: input_shape is None for a model with convolutions, whose FLOPs depend on it.
+        ValueError: input_shape is None for a model with convolutions, whose FLOPs depend on it; a gated
+            layer as out_proj of a ``torch.nn.MultiheadAttention``, which would not call it.
     """
     return _flops(model, input_shape, _p_open)
 
 
-def eval_flops(model: nn.Module, input_shape: Sequence[int] | None = None) -> int:
-    """The same count under the evaluation gates: what ``export(model)`` spends, weight gates apart."""
+def eval_flops(model: nn.Module, input_shape: Sequence[int] | Tensor | None = None) -> int:
+    """The same count under the evaluation gates: of what is open, on both sides of each layer.
+
+    ``export(model)`` spends as much where all that is closed can be left out. It spends more for weight and
+    block gates, for a grouped convolution, of which whole groups stay, and for closed units of which a plain
+    norm or an activation with f(0) != 0 makes constants that the next layer reads.
+    """
     with torch.no_grad():
         return round(_flops(model, input_shape, _is_open).item())
 
 
 def _p_open(gate: HardConcreteGate) -> Tensor:
+    if gate.frozen:
+        return _is_open(gate)
     return gate.dist.p_open(gate.whole()).double()
 
 
@@ -97,6 +97,7 @@ def _is_open(gate: HardConcreteGate) -> Tensor:
 
 
 def _l0(model: nn.Module, openness: Openness) -> Tensor:
+    gate_modules(model)  # refuses what torch would not call
     check_none_flat(model)
     products = _products(model)
     counted = {part for layer in products for part in layer.modules()}
@@ -110,7 +111,8 @@ def _l0(model: nn.Module, openness: Openness) -> Tensor:
     return _total([weights + biases for weights, biases in counts], sum(rest.values()))
 
 
-def _flops(model: nn.Module, input_shape: Sequence[int] | None, openness: Openness) -> Tensor:
+def _flops(model: nn.Module, input_shape: Sequence[int] | Tensor | None, openness: Openness) -> Tensor:
+    gate_modules(model)  # refuses what torch would not call
     check_none_flat(model)
     products = _products(model)
     rows, dense = _rows(model, input_shape)
@@ -122,20 +124,22 @@ def _flops(model: nn.Module, input_shape: Sequence[int] | None, openness: Openne
     return _total(counts, dense)
 
 
-def _products(model: nn.Module, gated: bool = False, value: Value = NOTHING) -> dict[nn.Module, Product]:
+def _products(model: nn.Module) -> dict[nn.Module, Product]:
     """Each layer once, with the gates around it where it is met first."""
+    return _products_of(flatten(model), Known())
+
+
+def _products_of(parts: list[Part], known: Known) -> dict[nn.Module, Product]:
     found: dict[nn.Module, Product] = {}
-    steps = flatten(model, gated)
-    for product in link(steps, value):
+    for product in link(parts, known):
         found.setdefault(product.layer, product)
-    for step, before in zip(steps, follow(steps, value), strict=False):
-        module = step.module
+    for part, before in zip(parts, known_before(parts, known), strict=True):
+        module = part.module
         if is_feed_forward(module):
             found = {product.layer: product for product in inside(module)} | found
         elif is_residual(module):
             for branch in (module.body, module.shortcut):
-                if branch is not None:
-                    found = _products(branch, True, before) | found
+                found = _products_of(flatten(branch, part.scope), before) | found
         elif module not in found:
             for child in module.children():
                 found = _products(child) | found
@@ -157,11 +161,44 @@ def _count(product: Product, openness: Openness) -> tuple[Tensor, Tensor]:
         weights = rows @ own @ cols
     else:
         weights = taps * rows.view(groups, -1).sum(1).dot(cols.view(groups, -1).sum(1))
-    if n_in == n_out and not set(product.in_gates).isdisjoint(product.out_gates):
-        gates = union(product.in_gates, product.out_gates)
-        meeting = taps * (_units(gates, layer, n_in, openness) - rows * cols)
-        weights = weights + (meeting if own is None else meeting * own.diagonal()).sum()
+    if not set(product.in_gates).isdisjoint(product.out_gates):
+        at_out, at_in, difference = _meeting(product, n_in, n_out, groups, openness)
+        weights = weights + taps * (difference if own is None else difference * own[at_out, at_in]).sum()
     return weights, rows.sum() * (layer.bias is not None)
+
+
+def _meeting(
+    product: Product, n_in: int, n_out: int, groups: int, openness: Openness
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The outputs and inputs that one gate closes, pair by pair, and P(both open) - P(open) P(open) there."""
+    layer, halves = product.layer, product.halves
+    shared = [gate for gate in product.in_gates if gate in product.out_gates]
+    device = _device(layer)
+    outs, ins = torch.arange(n_out, device=device), torch.arange(n_in, device=device)
+    meets = torch.zeros(n_out, n_in, dtype=torch.bool, device=device)
+    for gate in shared:
+        meets |= _place(gate, outs, n_out, n_out, halves)[:, None] == _place(gate, ins, n_in, n_out)
+    meets &= (outs // (n_out // groups))[:, None] == ins // (n_in // groups)
+    at_out, at_in = meets.nonzero(as_tuple=True)
+    both = apart = torch.ones(len(at_out), dtype=torch.float64, device=device)
+    for gate in dict.fromkeys(product.in_gates + product.out_gates):
+        p_in = _units((gate,), layer, n_in, openness)[at_in] if gate in product.in_gates else 1.0
+        p_out = _units((gate,), layer, n_out, openness, halves)[at_out] if gate in product.out_gates else 1.0
+        apart = apart * p_in * p_out
+        if gate in shared:  # an open input is one of those that keep the output open
+            same = _place(gate, at_out, n_out, n_out, halves) == _place(gate, at_in, n_in, n_out)
+            both = both * torch.where(same, p_in, p_in * p_out)
+        else:
+            both = both * p_in * p_out
+    return at_out, at_in, both - apart
+
+
+def _place(gate: HardConcreteGate, units: Tensor, n: int, n_out: int, halves: bool = False) -> Tensor:
+    """Which gate closes each of some of n units; of gates that close an output together, which output."""
+    if halves:
+        return units % gate.n
+    place = units // (n // gate.n) if gate.n <= n else units
+    return place if gate.n <= n_out or n == n_out else place // (gate.n // n_out)
 
 
 def _units(
@@ -188,17 +225,19 @@ def _total(counts: Sequence[Tensor], rest: int) -> Tensor:
     return sum(counts, torch.tensor(float(rest), dtype=torch.float64, device=device))
 
 
-def _rows(model: nn.Module, input_shape: Sequence[int] | None) -> tuple[Counter[nn.Module], int]:
-    """How many rows or positions reach each layer, and the FLOPs of the other convolutions."""
+def _rows(model: nn.Module, input_shape: Sequence[int] | Tensor | None) -> tuple[Counter[nn.Module], int]:
+    """How many rows or positions reach each layer, and the FLOPs of what no gate of ours can close."""
     rows: Counter[nn.Module] = Counter()
     modules = list(model.modules())
     products = [module for module in modules if is_product(module)]
-    convolutions = [module for module in modules if isinstance(module, CONVOLUTIONS)]
+    attentions = [module for module in modules if isinstance(module, nn.MultiheadAttention)]
+    convolutions = [module for module in modules if isinstance(module, CONVOLUTIONS + TRANSPOSED)]
     if input_shape is None:
         if convolutions:
             raise ValueError(f"input_shape must be given for a model with convolutions: {convolutions[0]}")
         rows.update(products)
-    if input_shape is None or not (products or convolutions):
+        return rows, sum(_of_attention(attention, (1, 1, 1, 0)) for attention in attentions)
+    if not (products or convolutions or attentions):
         return rows, 0
 
     dense = 0
@@ -206,36 +245,48 @@ def _rows(model: nn.Module, input_shape: Sequence[int] | None) -> tuple[Counter[
     def see_product(layer: Any, _: Any, y: Tensor) -> None:
         rows[layer] += y.numel() // units_out(layer)
 
-    def see_mlp(mlp: Any, _: Any, y: Tensor) -> None:
-        for layer in mlp.layers:
-            rows[layer] += y.numel() // y.shape[-1]
-
-    def see_feed_forward(block: Any, _: Any, y: Tensor) -> None:
-        for layer in (block.up, block.down):
-            rows[layer] += y.numel() // y.shape[-1]
-
-    def see_convolution(layer: Any, _: Any, y: Tensor) -> None:
+    def see_convolution(layer: Any, args: Any, kwargs: Any, y: Tensor) -> None:
         nonlocal dense
-        dense += y.numel() * (2 * layer.weight[0].numel() + (layer.bias is not None))
+        x = args[0] if args else kwargs["input"]
+        taps = layer.weight[0].numel()  # of an output's position or, in a transposed one, of an input's
+        dense += 2 * taps * (x if isinstance(layer, TRANSPOSED) else y).numel()
+        dense += y.numel() * (layer.bias is not None)
 
-    mlps = [module for module in modules if isinstance(module, L0MLP) and is_container(module)]
-    mlps = [mlp for mlp in mlps if not any(is_called_alone(m) for m in mlp.modules() if m is not mlp)]
+    def see_attention(layer: Any, args: Any, kwargs: Any, _: Any) -> None:
+        nonlocal dense
+        given = [*args, *(kwargs[name] for name in ("query", "key", "value")[len(args) :])][:3]
+        counts = [x.numel() // x.shape[-1] for x in given]
+        dense += _of_attention(layer, (*counts, counts[0]))
+
     hooks = [module.register_forward_hook(see_product) for module in products]
-    hooks += [module.register_forward_hook(see_mlp) for module in mlps]
-    blocks = [module for module in modules if is_feed_forward(module)]
-    blocks = [block for block in blocks if not any(map(is_called_alone, (block.up, block.down)))]
-    hooks += [module.register_forward_hook(see_feed_forward) for module in blocks]
     others = [module for module in convolutions if not is_product(module)]
-    hooks += [module.register_forward_hook(see_convolution) for module in others]
+    hooks += [module.register_forward_hook(see_convolution, with_kwargs=True) for module in others]
+    hooks += [module.register_forward_hook(see_attention, with_kwargs=True) for module in attentions]
     modes = [module.training for module in modules]
-    like = weight_parameters(model)[0]
     try:
         model.eval()
         with torch.no_grad():
-            model(torch.zeros(tuple(input_shape), dtype=like.dtype, device=like.device))
+            model(_input(model, input_shape))
     finally:
         for module, training in zip(modules, modes, strict=True):
             module.training = training
         for hook in hooks:
             hook.remove()
     return rows, dense
+
+
+def _input(model: nn.Module, input_shape: Sequence[int] | Tensor) -> Tensor:
+    if isinstance(input_shape, Tensor):
+        return input_shape
+    like = next((parameter for parameter in weight_parameters(model) if parameter.is_floating_point()), None)
+    options: dict[str, Any] = {} if like is None else {"dtype": like.dtype, "device": like.device}
+    return torch.zeros(tuple(input_shape), **options)
+
+
+def _of_attention(attention: nn.MultiheadAttention, rows: tuple[int, int, int, int]) -> int:
+    """FLOPs of the projections of query, key, value and output: of so many rows each."""
+    width = attention.embed_dim
+    sizes = (width, attention.kdim or width, attention.vdim or width, width)
+    bias = attention.in_proj_bias is not None
+    flops = sum(n * width * (2 * size + bias) for n, size in zip(rows[:3], sizes, strict=False))
+    return flops + rows[3] * width * (2 * width + (attention.out_proj.bias is not None))

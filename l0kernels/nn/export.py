@@ -1,28 +1,45 @@
 """The trained model without gates: closed units sliced away, open ones folded into the weights."""
 
 import copy
-from typing import Any
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
+from .bank import GateBank
+from .batch_norm import L0BatchNorm2d
 from .chain import (
-    NOTHING,
     Gates,
+    Known,
+    Part,
     Product,
     flatten,
     is_container,
     is_feed_forward,
     is_product,
+    known_before,
     link,
     own_gates,
 )
 from .feed_forward import L0FeedForward
-from .gate import HardConcreteGate
+from .gate import GatedLayer, HardConcreteGate, gate_modules, leaves_no_fast_path
 from .linear import L0Linear
+from .mlp import L0MLP
 from .ranks import gathered
-from .sequential import L0Residual, Step, Value, follow, is_residual
-from .steps import is_conv, is_linear, is_norm, own_gate, units_in, units_out
+from .reads import Reads, is_foreign, reads_of
+from .sequential import L0Residual, L0Sequential, Value, is_residual, is_sequential
+from .steps import UNKNOWN, is_conv, is_linear, is_norm, own_gate, unit_dim, units_in, units_out
+
+LISTS = (nn.ModuleList, nn.ModuleDict)
+CONTENTS = {
+    L0MLP: {"activation", "draw", "layers", "repack_in_backward"},
+    L0FeedForward: {"activation", "activation_module", "d_hidden", "d_model", "down", "up"},
+    L0Residual: {"body", "shortcut"},
+}
+"""What a forward may ask of a module beside calling it."""
 
 
 class SelectInputs(nn.Module):
@@ -97,11 +114,58 @@ class Residual(nn.Module):
         return self.shortcut(x) + self.body(x)
 
 
+class _Sliced:
+    """A layer of which some units are closed: all of its inputs, what is left of it, all of its outputs.
+
+    Attributes:
+        parts: SelectInputs, the smaller layer, ScatterOutputs; of those around it only what is needed.
+    """
+
+    def __init__(self, layer: Any, parts: list[nn.Module]) -> None:
+        nn.Module.__init__(cast(nn.Module, self))
+        for name in (*layer.__constants__, "transposed", "_reversed_padding_repeated_twice"):
+            if hasattr(layer, name):
+                setattr(self, name, getattr(layer, name))
+        self.parts = nn.Sequential(*parts)
+
+    @property
+    def weight(self) -> Any:
+        """Of the smaller layer."""
+        return self._smaller.weight
+
+    @property
+    def bias(self) -> Any:
+        """Of the smaller layer."""
+        return self._smaller.bias
+
+    @property
+    def _smaller(self) -> Any:
+        return next(part for part in self.parts if is_product(part))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As the layer, in all sizes."""
+        return self.parts(x)
+
+    __jit_unused_properties__: ClassVar = ["weight", "bias", "_smaller"]
+
+
+class SlicedLinear(_Sliced, nn.Linear):  # type: ignore[override]
+    """An exported :class:`L0Linear` in a module that calls it: an ``nn.Linear`` of open units within."""
+
+
+class SlicedConv1d(_Sliced, nn.Conv1d):  # type: ignore[override]
+    """An exported :class:`L0Conv1d` in a module that calls it: an ``nn.Conv1d`` of open channels within."""
+
+
+class SlicedConv2d(_Sliced, nn.Conv2d):  # type: ignore[override]
+    """An exported :class:`L0Conv2d` in a module that calls it: an ``nn.Conv2d`` of open channels within."""
+
+
 def _dim(dim: int) -> str:
     return "" if dim == -1 else f", dim={dim}"
 
 
-def export(model: nn.Module) -> nn.Module:
+def export(model: nn.Module, *, batched: bool = True) -> nn.Module:
     """A smaller model of plain torch modules with the outputs of ``model.eval()``, itself in eval mode.
 
     Every L0Linear becomes an ``nn.Linear`` and every L0Conv2d an ``nn.Conv2d`` of its open units, every
@@ -112,109 +176,249 @@ def export(model: nn.Module) -> nn.Module:
     around them, ungated neighbours included (see :func:`expected_l0` for what a neighbour is). Closed
     features and channels at the borders are left out by :class:`SelectInputs` and put back as zeros by
     :class:`ScatterOutputs`, which appear only where something is closed. Of a grouped convolution whole
-    groups vanish. Weight and block gates leave a dense weight with zeros. Any other module is copied, its
-    children exported one by one.
+    groups vanish, and a group that stays keeps its closed channels. Weight and block gates leave a dense
+    weight with zeros.
+
+    Any other module is copied, its children exported one by one. A layer in it becomes one module of the same
+    kind and sizes (:class:`SlicedLinear`, :class:`SlicedConv1d`, :class:`SlicedConv2d`) where units of it are
+    closed; in a module of torch.nn, which may read its weight, an ``nn.Linear`` with zeros. A container in it
+    becomes a flat one if the forwards around it do no more than call it.
+
+    What cannot be left out is kept: a copy of the gated module whose gates are frozen, evaluation gates for
+    good (:meth:`HardConcreteGate.freeze_`). Kept are gates in modules of other kinds, layers that a forward
+    around them hands gates or reads the values of, subclasses with a forward of their own, and what has hooks
+    on it or in it. The weight of a layer with gates, or with closed neighbours, is as it is now: there end
+    ``parametrize``, ``prune``, ``weight_norm`` and ``spectral_norm``, computed in eval() without a step of
+    their buffers. A weight that two such layers share becomes one for each.
 
     Sharded parameters (DTensor) are gathered: all ranks export, and have the same model.
 
     Args:
         model: any module; it is not changed, and nothing is shared with it.
+        batched: whether images come in batches. Single ones are another matter for ``nn.Flatten``, which
+            makes rows of their channels: with False channels are all there in front of it. With True an
+            exported model that has lost channels there fails on a single image.
 
     Returns:
-        The exported model. It pickles, scripts and goes through ``torch.export``; its parameters can be
-        trained on.
+        The exported model. It pickles, and its parameters can be trained on. Where nothing is kept it scripts
+        and goes through ``torch.export`` if the modules of other kinds in it do.
 
     Raises:
-        ValueError: a gate belongs to a module other than the layers of this package, whose use of it is not
-            known.
+        ValueError: a NaN in a log_alpha, gates on the meta device, or a gated layer as out_proj of a
+            ``torch.nn.MultiheadAttention``, which would not call it.
     """
-    with torch.no_grad():
-        return _export(gathered(model), {}).eval()
+    gates = gate_modules(model)  # refuses what torch would not call
+    if any(gate.log_alpha.is_meta for gate in gates):
+        raise ValueError("model must hold values, got gates on the meta device")
+    with torch.inference_mode(False), torch.no_grad():
+        model = _at_rest(gathered(model))
+        return _Export(model, batched).alone(model).eval()
 
 
-def _export(
-    module: nn.Module, memo: dict[int, Any], gated: bool = False, value: Value = NOTHING
-) -> nn.Module:
-    """`memo` is that of deepcopy: what is already in it appears in later copies, so that sharing survives."""
-    if id(module) in memo:
-        return memo[id(module)]
-    if is_container(module) or is_residual(module):
-        parts = _export_chain(flatten(module, gated), memo, value)
-        memo[id(module)] = parts[0] if is_residual(module) else nn.Sequential(*parts)
-    elif is_product(module):
-        parts = _export_chain([Step(module, False)], memo, NOTHING)
-        memo[id(module)] = parts[0] if len(parts) == 1 else nn.Sequential(*parts)
-    elif is_norm(module):
-        memo[id(module)] = _sliced_norm(module, None)
-    elif is_feed_forward(module):
-        memo[id(module)] = _export_feed_forward(module)
-    elif isinstance(module, HardConcreteGate):
-        raise ValueError(
-            f"model must have its gates in the layers of l0kernels.nn, got a gate elsewhere: {module}"
-        )
-    else:
+def _at_rest(model: nn.Module) -> nn.Module:
+    """A copy in eval mode, with the weights that hooks compute as of now."""
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        for values in (vars(module), module._buffers):
+            for value in values.values():
+                if isinstance(value, Tensor) and value.grad_fn is not None:  # which deepcopy refuses
+                    memo[id(value)] = value.detach().clone()
+    copied = copy.deepcopy(model, memo).eval()
+    for module in copied.modules():
+        for hook in module._forward_pre_hooks.values():
+            if _makes_weight(hook):
+                hook(module, ())
+    return copied
+
+
+def _makes_weight(hook: Any) -> bool:
+    """Whether it is a hook of torch.nn.utils that computes a parameter, and looks at no input."""
+    return isinstance(hook, BasePruningMethod | WeightNorm | SpectralNorm)
+
+
+def _is_watched(module: nn.Module) -> bool:
+    """Whether something beside its class decides on what a module, or one in it, computes."""
+    for part in module.modules():
+        hooks = [hook for hook in part._forward_pre_hooks.values() if not _makes_weight(hook)]
+        ours = isinstance(part, HardConcreteGate) and hooks == [leaves_no_fast_path]
+        if part._forward_hooks or part._backward_hooks or part._backward_pre_hooks or "forward" in vars(part):
+            return True
+        if hooks and not ours:
+            return True
+    return False
+
+
+class _Export:
+    """The export of one model, which is at rest, and ours to take apart."""
+
+    def __init__(self, model: nn.Module, batched: bool) -> None:
+        self._model = model
+        nothing = Value() if batched else Value(ndim=UNKNOWN)
+        self._nothing = Known(nothing, nothing)
+        # Memos of deepcopy: what is in them appears in later copies, so that sharing survives.
+        self._kept: dict[int, Any] = {}
+        self._around: dict[nn.Module, list[tuple[nn.Module, str]]] = {}
+        self._reads: dict[nn.Module, Reads] = {}  # of the forwards around each module
+        self._all_reads = Reads()
+        for part in model.modules():
+            for value in (*part._parameters.values(), *part._buffers.values()):
+                if value is not None:
+                    copy.deepcopy(value, self._kept)
+            for name, child in part._modules.items():
+                if child is not None:
+                    self._around.setdefault(child, []).append((part, name))
+            if _is_foreign(part):
+                reads = reads_of(part)
+                kinds = {type(child) for child in part.children()}
+                reads.gates |= any(issubclass(kind, HardConcreteGate) for kind in kinds)
+                reads.gates |= "draw" in reads.called and GateBank not in kinds
+                self._all_reads.add(reads)
+                for inner in part.modules():
+                    self._reads.setdefault(inner, Reads()).add(reads)
+        for part in model.modules():
+            if isinstance(part, HardConcreteGate):
+                self._kept[id(part)] = copy.deepcopy(part).freeze_()
+        self._exported: dict[int, Any] = dict(self._kept)
+
+    def alone(self, module: nn.Module) -> nn.Module:
+        """`module` for whoever calls it with all of its units, and uses all that comes."""
+        found = self._exported.get(id(module))
+        if found is None:
+            found = self._exported[id(module)] = self._export(module)
+        return found
+
+    def _export(self, module: nn.Module) -> nn.Module:
+        if type(module).__name__ == "OptimizedModule":  # of torch.compile
+            return self.alone(cast(nn.Module, module._orig_mod))
+        if isinstance(module, torch.jit.ScriptModule) or self._is_kept(module):
+            return copy.deepcopy(module, self._kept)
+        if is_residual(module):
+            return self._chain(flatten(module), self._nothing)[0]
+        if is_container(module) and self._is_only_called(module):
+            return nn.Sequential(*self._chain(flatten(module), self._nothing))
+        if is_product(module):
+            return self._layer(module)
+        if is_norm(module):
+            return _sliced_norm(module) if isinstance(module, L0BatchNorm2d) else self._copy(module)
+        if is_feed_forward(module):
+            return _export_feed_forward(module)
         for child in module.children():
-            _export(child, memo)
-        _copy(module, memo)
-    return memo[id(module)]
+            self.alone(child)
+        return self._copy(module)
 
+    def _copy(self, module: nn.Module) -> nn.Module:
+        return copy.deepcopy(module, self._exported)
 
-def _copy(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
-    memo[id(module)] = copy.deepcopy(module, memo)
-    return memo[id(module)]
+    def _is_kept(self, module: nn.Module) -> bool:
+        """Whether something of `module` beside its outputs counts, or it is not known how they come about."""
+        ours = isinstance(module, GatedLayer | L0BatchNorm2d | L0MLP | L0Residual | L0Sequential)
+        if _is_watched(module):
+            return ours or is_container(module)
+        if not ours:
+            return False
+        if not (is_container(module) or is_residual(module) or is_feed_forward(module)):
+            if not (is_product(module) or is_norm(module)):
+                return True
+            reads = self._reads.get(module)
+            if reads is None:
+                return False
+            if any(
+                name in reads.names or isinstance(parent, (*LISTS, nn.Sequential))
+                for parent, name in self._around[module]
+            ):  # it may be handed to somebody else
+                reads = self._all_reads
+            return reads.gates or reads.weights or _has_more(module)
+        return not self._is_only_called(module)
 
+    def _is_only_called(self, module: nn.Module) -> bool:
+        """Whether the forwards around a container do no more than call it."""
+        reads = self._reads.get(module)
+        if reads is None:
+            return True
+        if reads.gates or reads.any_module:
+            return False
+        contents = next((names for kind, names in CONTENTS.items() if isinstance(module, kind)), set())
+        untouched = not contents & (reads.names | reads.called)
+        untouched = untouched and not (is_sequential(module) and reads.opens)
+        for parent, name in self._around.get(module, ()):
+            if _is_foreign(parent) and name in reads.names:
+                return False
+            if isinstance(parent, LISTS) and not untouched:
+                return False
+            if is_sequential(parent) and not untouched and not self._is_only_called(parent):
+                return False
+        return True
 
-def _export_chain(steps: list[Step], memo: dict[int, Any], value: Value) -> list[nn.Module]:
-    products = link(steps, value)
-    units = [_Units(product) for product in products]
-    for at in range(len(units) - 2, -1, -1):
-        if products[at].leads:
-            units[at].write_for(units[at + 1])
-    exported: list[nn.Module] = []
-    held: Tensor | None = None  # units that the value has, None for all
-    place = 0
-    for at, (step, before) in enumerate(zip(steps, follow(steps, value), strict=False)):
-        if place == len(products) or products[place].step != at:
-            if is_residual(step.module):
-                exported.append(_export_residual(step.module, memo, before))
-            else:
-                exported.append(_export(step.module, memo))
-            continue
-        product, own = products[place], units[place]
-        place += 1
-        layer: Any = product.layer
-        if product.follows and held is not None:
-            held = _spread(held, units_out(products[place - 2].layer), units_in(layer))
-        exported += _select(held, own.read, units_in(layer), _dim_of(layer))
-        if own.read is None and own.write is None and not own_gates(layer, "in_gate") and _is_plain(layer):
-            exported.append(_copy(layer, memo))
-        else:
-            exported.append(own.sliced())
-        held = own.write
-        if held is not None and not product.leads:
-            exported.append(ScatterOutputs(held, units_out(layer), _dim_of(layer)))
-            held = None
-    return exported
+    def _layer(self, layer: Any) -> nn.Module:
+        around = [parent for parent, _ in self._around.get(layer, ())]
+        if any(not (_is_foreign(parent) or isinstance(parent, (*LISTS, nn.Sequential))) for parent in around):
+            # Modules of torch.nn may multiply by the weight themselves: it is whole, with the gates in it.
+            return self._copy(layer) if _is_plain(layer) else _sliced(layer, None, None)
+        parts = self._chain([Part(layer, None)], self._nothing)
+        if len(parts) == 1:
+            return parts[0]
+        if layer is self._model:
+            return nn.Sequential(*parts)
+        kind = SlicedLinear if is_linear(layer) else SlicedConv2d
+        return (SlicedConv1d if isinstance(layer, nn.Conv1d) else kind)(layer, parts)
 
+    def _chain(self, parts: list[Part], known: Known) -> list[nn.Module]:
+        products = link(parts, known)
+        units = [_Units(product) for product in products]
+        for at in range(len(units) - 2, -1, -1):
+            if products[at].leads:
+                units[at].write_for(units[at + 1])
+        exported: list[nn.Module] = []
+        held: Tensor | None = None  # units that the value has, None for all
+        place = 0
+        for at, (part, before) in enumerate(zip(parts, known_before(parts, known), strict=True)):
+            if place == len(products) or products[place].step != at:
+                if is_residual(part.module):
+                    exported.append(self._residual(part, before))
+                else:
+                    exported.append(self.alone(part.module))
+                continue
+            product, own = products[place], units[place]
+            place += 1
+            layer: Any = product.layer
+            if product.follows and held is not None:
+                held = _spread(held, units_out(products[place - 2].layer), units_in(layer))
+            exported += _select(held, own.read, units_in(layer), unit_dim(layer))
+            exported.append(self._copy(layer) if own.is_whole else own.sliced())
+            held = own.write
+            if held is not None and not product.leads:
+                exported.append(ScatterOutputs(held, units_out(layer), unit_dim(layer)))
+                held = None
+        return exported
 
-def _export_residual(residual: L0Residual, memo: dict[int, Any], value: Value) -> Residual:
-    if id(residual) not in memo:
-        branches = []
-        for branch in (residual.body, residual.shortcut):
-            steps = flatten(branch, gated=True)
-            branches.append(_export_chain(steps, memo, value))
+    def _residual(self, part: Part, before: Known) -> Residual:
+        """Anew each time: what may be left out depends on what comes in."""
+        residual = cast(L0Residual, part.module)
+        branches = [
+            self._chain(flatten(branch, part.scope), before) for branch in (residual.body, residual.shortcut)
+        ]
         body, shortcut = (parts[0] if len(parts) == 1 else nn.Sequential(*parts) for parts in branches)
-        memo[id(residual)] = Residual(body, shortcut if branches[1] else nn.Identity())
-    return memo[id(residual)]
+        return Residual(body, shortcut if branches[1] else nn.Identity())
+
+
+def _is_foreign(module: nn.Module) -> bool:
+    return is_foreign(type(module)) or "forward" in vars(module)
+
+
+def _has_more(layer: nn.Module) -> bool:
+    """Whether a layer has more than its kind has, which the modules around it may use."""
+    if is_norm(layer):
+        plain: nn.Module = nn.BatchNorm2d(1)
+    else:
+        plain = nn.Conv2d(1, 1, 1) if is_conv(layer) else nn.Linear(1, 1)
+    known = {*vars(plain), *plain._parameters, *plain._buffers}
+    known |= {"batches_open", "gate", "in_gate", "out_gate", "weight_gate", "parametrizations"}
+    has = {*vars(layer), *layer._parameters, *layer._buffers, *layer._modules}
+    return not has <= known or (is_foreign(type(layer)) and not hasattr(layer, "parametrizations"))
 
 
 def _is_plain(layer: nn.Module) -> bool:
     return type(layer).__module__.partition(".")[0] == "torch"
-
-
-def _dim_of(layer: nn.Module) -> int:
-    """Where the units of a layer's input and output lie, counted from the end."""
-    return -1 if is_linear(layer) else -2 if isinstance(layer, nn.Conv1d) else -3
 
 
 def _select(held: Tensor | None, read: Tensor | None, n: int, dim: int) -> list[nn.Module]:
@@ -238,13 +442,20 @@ class _Units:
     def __init__(self, product: Product) -> None:
         self.layer: Any = product.layer
         layer = self.layer
-        self.closed = False  # whether the one unit that stays is closed
+        self._zeros = _open_units(product.zeros, units_in(layer))
+        self._like = product.zeros[0].log_alpha if product.zeros else None
         self.read = self._one_at_least(_open_units(product.in_gates, units_in(layer)))
         self.write = self._one_at_least(_open_units(own_gates(layer, "out_gate"), units_out(layer)))
         if is_norm(layer):
             self.write = self.read
         elif is_conv(layer) and layer.groups > 1:
             self._whole_groups()
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the layer stays as it is."""
+        gated = isinstance(self.layer, GatedLayer) or self._zeros is not None
+        return self.read is None and self.write is None and not gated and _is_plain(self.layer)
 
     def write_for(self, behind: "_Units") -> None:
         """Of what is open only that which the next layer reads; all of that, open or not."""
@@ -261,10 +472,7 @@ class _Units:
 
     def _one_at_least(self, units: Tensor | None) -> Tensor | None:
         """torch has no convolution without channels: a closed one, of zeros, stays if no other does."""
-        if units is None or len(units) or is_linear(self.layer):
-            return units
-        self.closed = True
-        return units.new_zeros(1)
+        return units if units is None or len(units) or is_linear(self.layer) else units.new_zeros(1)
 
     def _whole_groups(self) -> None:
         """Of a grouped convolution the groups stay that write anything, with all of their channels."""
@@ -279,7 +487,7 @@ class _Units:
 
     def sliced(self) -> nn.Module:
         if is_norm(self.layer):
-            return _sliced_norm(self.layer, self.read, self.closed)
+            return _sliced_norm(self.layer, self.read, self._zeros, self._like)
         if is_conv(self.layer):
             return _sliced_conv(self.layer, self.read, self.write)
         return _sliced(self.layer, self.read, self.write)
@@ -385,28 +593,45 @@ def _sliced_conv(layer: Any, read: Tensor | None, write: Tensor | None) -> nn.Mo
     return conv
 
 
-def _sliced_norm(layer: nn.BatchNorm2d, read: Tensor | None, closed: bool = False) -> nn.BatchNorm2d:
-    """The norm of some channels, zero where they are closed."""
+def _sliced_norm(
+    layer: nn.BatchNorm2d,
+    read: Tensor | None = None,
+    is_open: Tensor | None = None,
+    like: Tensor | None = None,
+) -> nn.BatchNorm2d:
+    """The norm of the channels `read`; of these it makes zeros but for those that are open.
+
+    like: tells the dtype and device of a norm without tensors.
+    """
+    n = layer.num_features
+    read = torch.arange(n, device=None if is_open is None else is_open.device) if read is None else read
+    zeros = torch.ones(n, dtype=torch.bool, device=read.device)
+    zeros = zeros[:0] if is_open is None else zeros.index_fill(0, is_open, False)[read]
     norm = nn.BatchNorm2d(
-        layer.num_features if read is None else len(read),
+        len(read),
         layer.eps,
         layer.momentum,
-        layer.affine or closed,
+        layer.affine or bool(zeros.any()),
         layer.track_running_stats,
         device="meta",
     )
-
-    def part(value: Tensor) -> Tensor:
-        return value if read is None or value.ndim == 0 else value[read]
-
-    for name, parameter in layer.named_parameters(recurse=False):
-        setattr(norm, name, _parameter(part(parameter), parameter))
-    for name, buffer in layer.named_buffers(recurse=False):
-        setattr(norm, name, part(buffer).clone())
-    if closed:
-        like = norm.running_mean if layer.track_running_stats else layer.weight
-        zeros = torch.zeros(norm.num_features) if like is None else like.new_zeros(norm.num_features)
-        norm.weight, norm.bias = nn.Parameter(zeros), nn.Parameter(zeros.clone())
+    for name in norm._buffers:
+        buffer = layer._buffers[name]
+        if buffer is not None:
+            setattr(norm, name, buffer[read.to(buffer.device)] if buffer.ndim else buffer.clone())
+    like = like if layer.running_mean is None else layer.running_mean
+    for name in ("weight", "bias") if norm.affine else ():
+        own: Tensor | None = getattr(layer, name)
+        if own is None and layer.affine:  # a norm without bias
+            setattr(norm, name, None)
+            continue
+        value = torch.full((n,), float(name == "weight")) if own is None else own
+        value = value if own is not None or like is None else value.to(like)
+        value = value[read.to(value.device)]
+        if zeros.numel():
+            value = value.masked_fill(zeros.to(value.device), 0)
+        trains = own is not None and own.requires_grad
+        setattr(norm, name, nn.Parameter(value.detach().clone(), requires_grad=trains))
     return norm
 
 

@@ -9,9 +9,11 @@ from torch import Tensor, nn
 from ..gates import Gates, HardConcrete, attach
 from ..mlp import drawn_mlp, gated_mlp, l0_mlp
 from ..penalty import L2Term
+from ..reference.gates import check_gates
+from ..reference.linear import scale
 from ..reference.mlp import GLU, ROWS
 from .gate import DEFAULT_DIST, GatedLayer, HardConcreteGate
-from .linear import copy_parameters_
+from .linear import copy_parameters_, is_only_weight
 from .mlp import ACTIVATIONS, _activation_name, _per_item
 from .ranks import Shards, check_not_flat, is_called_alone, is_sharded, local, released
 
@@ -49,8 +51,9 @@ class L0FeedForward(GatedLayer, nn.Module):
 
     down.weight = D (d_model, d_hidden), hidden_gate.log_alpha (d_hidden,). [G; U] is the order of the fused
     gate_up_proj that LLaMA-style models have; :meth:`from_dense` takes the layers singly, too. `up` and
-    `down` are computed together, so that hooks on them do not fire; one by one, which gives up the packing,
-    where FSDP shards them one by one. Shard the block as one.
+    `down` are computed together. Where one of them has hooks (``prune`` and the old ``weight_norm`` of
+    torch.nn.utils are hooks), is another module, or is sharded by FSDP, both are called, with all hidden
+    units. Shard the block as one.
 
     Tensor parallelism: ``parallelize_module(block, mesh, {"up": ColwiseParallel(), "down":
     RowwiseParallel()})``. Each rank computes its hidden units, of which it skips the closed ones. x and y lie
@@ -168,10 +171,11 @@ class L0FeedForward(GatedLayer, nn.Module):
         """
         up, down, gate = self.up, self.down, self.hidden_gate
         gates = released(gates)
-        plain = type(up) is nn.Linear and type(down) is nn.Linear
-        if not plain and (is_called_alone(up) or is_called_alone(down)):
-            return self._one_by_one(x, gate() if gates is None else gates)
-        if is_sharded(up.weight) or is_sharded(down.weight):
+        sharded = is_sharded(up.weight) or is_sharded(down.weight)
+        together = is_only_weight(up) and is_only_weight(down)
+        if not together and (not sharded or is_called_alone(up) or is_called_alone(down)):
+            return self._one_by_one(x, gates)
+        if sharded:
             return self._tensor_parallel(x, gates)
         weights, biases = [up.weight, down.weight], [up.bias, down.bias]
         if gates is None and gate.training:  # one autograd node for gates and products
@@ -201,20 +205,22 @@ class L0FeedForward(GatedLayer, nn.Module):
             x,
             weights,
             biases,
-            [None, gate() if gates is None else gates],
+            [None, gate.forward() if gates is None else gates],
             self.activation,
             repack_in_backward=self.repack_in_backward,
         )
 
-    def _one_by_one(self, x: Tensor, gates: Gates) -> Tensor:
-        """The same, each layer called by itself, for which FSDP gathers its parameters."""
+    def _one_by_one(self, x: Tensor, gates: Gates | None) -> Tensor:
+        """The same, each layer called by itself: for its hooks, or for FSDP to gather its parameters."""
+        gates = self.hidden_gate.forward() if gates is None else gates
+        check_gates("gates", gates, self.d_hidden, x.device, "hidden unit")
         hidden = self.activation_module()(self.up(x))
         if hidden.shape[-1] != self.d_hidden:
             raise ValueError(
                 f"up must give {self.d_hidden} hidden units, got {hidden.shape[-1]}: shard the block as one "
                 "with fully_shard, not its layers, where tensor parallelism spreads the units"
             )
-        return self.down((hidden * gates.z).to(hidden.dtype))
+        return self.down(scale(hidden, gates.z))
 
     def _tensor_parallel(self, x: Tensor, gates: Gates | None) -> Tensor:
         """The units that this rank holds, and the sum over the ranks of what they make of x."""

@@ -8,16 +8,29 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_module_registration_hook
+from torch.utils.hooks import RemovableHandle
 
 from ..gates import Gates, HardConcrete, attach, eval_gates, sample_gates
 from ..penalty import L2Term
+from ..reference import _checks
 from . import ranks
 
 EVAL_MODES = ("paper", "median", "topk")
 DEFAULT_DIST = HardConcrete()
 
 
-class HardConcreteGate(nn.Module):
+class Unscriptable:
+    """Mixin of the modules that torch.jit.script does not understand."""
+
+    def __prepare_scriptable__(self) -> Any:
+        raise RuntimeError(
+            f"torch.jit.script cannot compile {type(self).__name__}: its operations are no TorchScript; "
+            "script what l0kernels.nn.export returns, trace the model in eval(), or use torch.export"
+        )
+
+
+class HardConcreteGate(Unscriptable, nn.Module):
     r"""A vector of hard-concrete gates (Louizos, Welling, Kingma, ICLR 2018, eq. 10-13).
 
     ``gate()`` draws in ``train()`` and returns the evaluation gate in ``eval()``. Every call in ``train()``
@@ -38,7 +51,8 @@ class HardConcreteGate(nn.Module):
         n: number of gates, or a shape (weight and block gates keep log_alpha in the shape of what they gate).
         droprate_init: d in (0, 1); log_alpha ~ N(log(1 - d) - log d, 0.01). It is *not* P(z = 0), which is
             .168 at .5.
-        lam: weight of these gates in :func:`penalty`, >= 0; a plain attribute, so a schedule may assign it.
+        lam: weight of these gates in :func:`penalty`, >= 0; an attribute that a schedule may assign, also
+            between the calls of a compiled step, which takes it without compiling anew.
         eval_mode: "paper", "median" or "topk", see :func:`l0kernels.eval_gates`.
         dist: the constants of the distribution.
         device, dtype: of log_alpha; a dtype below fp32 means fp32.
@@ -49,8 +63,12 @@ class HardConcreteGate(nn.Module):
     """
 
     n: int
+    frozen: bool = False
+    """Whether it gives the evaluation gate in train(), too, as in exported models; see :meth:`freeze_`."""
     independent: bool = False
     """Whether each rank of a process group draws for itself; a plain attribute."""
+    lam_tensor: Tensor
+    """lam, (), float64, on the device of log_alpha: an input of compiled graphs, a number is a constant."""
     _drawn: Gates | Tensor | None = None
     """Of a GateBank: the detached gates or, where they are not kept, their seed; never copied or saved."""
     _threads: "_Threads | None" = None
@@ -83,12 +101,35 @@ class HardConcreteGate(nn.Module):
             raise ValueError(f"eval_mode must be one of {EVAL_MODES}, got {eval_mode!r}")
         self.n = math.prod(shape)
         self.droprate_init = droprate_init
-        self.lam = lam
         self.eval_mode = eval_mode
         self.dist = dist
         dtype = torch.get_default_dtype() if dtype is None else dtype
         self.log_alpha = nn.Parameter(torch.empty(shape, device=device, dtype=_gate_dtype(dtype)))
+        self.lam = lam
         self.reset_parameters()
+        self._stand_in_the_way()
+
+    def freeze_(self) -> "HardConcreteGate":
+        """Makes it its evaluation gate for good: log_alpha becomes a buffer, and train() changes nothing."""
+        self.frozen = True
+        log_alpha = self._parameters.pop("log_alpha", None)
+        if log_alpha is not None:
+            self.register_buffer("log_alpha", log_alpha.detach())
+        return self.requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> "HardConcreteGate":
+        """As of every module, but a frozen gate stays in eval()."""
+        return super().train(mode and not self.frozen)
+
+    def _stand_in_the_way(self) -> None:
+        """Of modules of torch that read a layer's weight instead of calling it."""
+        if leaves_no_fast_path not in self._forward_pre_hooks.values():
+            self.register_forward_pre_hook(leaves_no_fast_path)
+        watch_attention()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._stand_in_the_way()
 
     def reset_parameters(self) -> None:
         """log_alpha ~ N(log(1 - d) - log d, 0.01)."""
@@ -101,6 +142,8 @@ class HardConcreteGate(nn.Module):
         if not self.training:
             return self.eval_gates()
         drawn = self._held
+        if drawn is not None:
+            _checks.refuse_traced_draw()
         if isinstance(drawn, Gates):
             return attach(self.gathered().flatten(), drawn, self.dist)
         return sample_gates(self.gathered().flatten(), seed=self.fresh_seed(), dist=self.dist)
@@ -111,16 +154,32 @@ class HardConcreteGate(nn.Module):
         return self._drawn if self._threads is None else self._threads.find(self._drawn)
 
     @property
+    def lam(self) -> float:
+        """The weight of these gates in :func:`penalty`."""
+        return self.__dict__["lam"]
+
+    @lam.setter
+    def lam(self, value: float) -> None:
+        self.__dict__["lam"] = value
+        self.__dict__["lam_tensor"] = _as_tensor(value, self.log_alpha.device)
+
+    @property
     def seed(self) -> Tensor | None:
         """(1,) int64: what a GateBank has drawn for a gate per weight, which keeps no z."""
         drawn = self._held
-        return drawn if isinstance(drawn, Tensor) else None
+        if not isinstance(drawn, Tensor):
+            return None
+        _checks.refuse_traced_draw()
+        return drawn
 
     @property
     def drawn(self) -> Gates | None:
         """The gates that a GateBank has drawn, detached; a call of the module connects them to log_alpha."""
         drawn = self._held
-        return drawn if isinstance(drawn, Gates) else None
+        if not isinstance(drawn, Gates):
+            return None
+        _checks.refuse_traced_draw()
+        return drawn
 
     @property
     def draws(self) -> bool:
@@ -202,6 +261,7 @@ class HardConcreteGate(nn.Module):
             self._reducer.watch(self.log_alpha)
         for name in OF_A_DRAW:  # it may be on another device
             self.__dict__.pop(name, None)
+        self.lam = self.lam
         return self
 
     def __getstate__(self) -> dict[str, Any]:
@@ -240,6 +300,14 @@ class _Threads:
     def find(self, latest: Gates | Tensor | None) -> Gates | Tensor | None:
         thread = _thread()
         return self.within.get(thread, self.drew.get(thread, latest))
+
+
+def leaves_no_fast_path(gate: nn.Module, args: Any) -> None:
+    """Does nothing, as a hook of each gate.
+
+    In eval() without gradients torch.nn.TransformerEncoderLayer hands the weights of its layers to one fused
+    kernel, and calls no layer, unless a module in it has hooks: with this one, the gates in it act.
+    """
 
 
 def set_drawn(gate: HardConcreteGate, drawn: Gates | Tensor | None) -> None:
@@ -289,7 +357,7 @@ def leave(gate: HardConcreteGate, before: list[Gates | Tensor | None]) -> None:
                 del gate.__dict__["_threads"]
 
 
-class GatedLayer:
+class GatedLayer(Unscriptable):
     """Mixin of the layers that own gates: what :func:`penalty` asks of them."""
 
     def gate_groups(self) -> Iterator[tuple[HardConcreteGate, Tensor, int]]:
@@ -303,6 +371,37 @@ class GatedLayer:
     def l2_rest(self, weight_decay: float) -> Tensor | None:
         """What the terms miss of weight_decay/2 * sum over the gated parameters of P(open) * theta^2."""
         return None
+
+
+def refuse_bypassed(attention: nn.Module, args: Any = None) -> None:
+    """ValueError if torch's attention has a gated out_proj, whose weight it reads without calling it."""
+    layer = attention._modules.get("out_proj")
+    forward = type(attention).forward
+    code = getattr(forward, "__code__", None)
+    calls = forward is not nn.MultiheadAttention.forward and code is not None and "out_proj" in code.co_names
+    if calls or layer is None or not any(isinstance(part, HardConcreteGate) for part in layer.modules()):
+        return
+    raise ValueError(
+        f"out_proj of {type(attention).__name__} must be a plain torch.nn.Linear, got {layer}: torch's "
+        "attention reads the weight of out_proj and never calls the layer, so its gates would not act. Gate "
+        "the layers behind it, or write the attention with F.scaled_dot_product_attention"
+    )
+
+
+def _watch_attention(module: nn.Module, name: str, child: nn.Module | None) -> None:
+    """Has an attention that is given a gated out_proj refuse it at the first forward."""
+    gated = isinstance(module, nn.MultiheadAttention) and isinstance(child, GatedLayer)
+    if gated and refuse_bypassed not in module._forward_pre_hooks.values():
+        module.register_forward_pre_hook(refuse_bypassed)
+
+
+_watching: list[RemovableHandle] = []
+
+
+def watch_attention() -> None:
+    """From the first gate on, looks at each assignment of a module: nothing else sees where a layer goes."""
+    if not _watching:
+        _watching.append(register_module_module_registration_hook(_watch_attention))
 
 
 def draw(gates: Sequence[HardConcreteGate | None]) -> list[Gates | None]:
@@ -333,9 +432,31 @@ def draw(gates: Sequence[HardConcreteGate | None]) -> list[Gates | None]:
     return [None if gate is None else drawn[gate] for gate in gates]
 
 
+def is_frozen(layer: nn.Module) -> bool:
+    """Whether a layer has gates of its own, all of them frozen."""
+    gates = [part for part in layer._modules.values() if isinstance(part, HardConcreteGate)]
+    return bool(gates) and all(gate.frozen for gate in gates)
+
+
 def gate_modules(model: nn.Module) -> list[HardConcreteGate]:
-    """Every gate of the model once, in the order of ``model.modules()``."""
-    return [module for module in model.modules() if isinstance(module, HardConcreteGate)]
+    """Every gate of the model once, in the order of ``model.modules()``; frozen ones are left out.
+
+    Raises:
+        ValueError: a gated layer is where torch reads its weight instead of calling it.
+    """
+    gates = []
+    for module in model.modules():
+        if isinstance(module, HardConcreteGate):
+            if not module.frozen:
+                gates.append(module)
+        elif isinstance(module, nn.MultiheadAttention):
+            refuse_bypassed(module)
+    return gates
+
+
+def _as_tensor(value: float, device: torch.device) -> Tensor:
+    _checks.check_number("lam", value)
+    return torch.full((), float(value), dtype=torch.float64, device=device)
 
 
 def _gate_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -10,6 +10,7 @@ from ..gates import Gates, HardConcrete
 from ..linear import drawn_linear, gated_linear, l0_linear
 from ..masked_linear import block_linear, masked_linear
 from ..penalty import L2Term
+from ..reference import _checks
 from .gate import DEFAULT_DIST, GatedLayer, HardConcreteGate, draw
 from .ranks import check_not_flat, released, whole
 
@@ -34,6 +35,10 @@ class L0Linear(GatedLayer, nn.Linear):
     Weight gates save memory, not time; block gates skip. One draw serves the whole minibatch. Positional
     arguments, weight, bias and their initialisation are those of ``torch.nn.Linear``; its state_dict loads
     with ``strict=False``, and :meth:`from_dense` copies a trained layer.
+
+    The gates act where the layer is called. ``torch.nn.TransformerEncoderLayer`` does so, and for that leaves
+    aside its fused kernel of eval(); ``torch.nn.MultiheadAttention`` reads the weight of out_proj and calls
+    nothing: there a gated layer is a ValueError at the first forward.
 
     Args:
         in_features, out_features, bias, device, dtype: as in ``torch.nn.Linear``.
@@ -130,7 +135,7 @@ class L0Linear(GatedLayer, nn.Linear):
         """The gated product.
 
         Args:
-            x: (..., in_features).
+            x: (..., in_features), also nested.
             in_gates, out_gates: gates drawn beforehand, used instead of the layer's own; a side without a
                 gate takes them too.
 
@@ -140,6 +145,8 @@ class L0Linear(GatedLayer, nn.Linear):
         Raises:
             ValueError: gates are given to a layer with weight or block gates.
         """
+        if isinstance(x, Tensor) and x.is_nested:
+            return self._nested(x, in_gates, out_gates)
         if self.weight_gate is not None:
             return self._weight_gated(x, in_gates, out_gates)
         in_gate, out_gate = self.in_gate, self.out_gate
@@ -171,9 +178,22 @@ class L0Linear(GatedLayer, nn.Linear):
             out_gates=own_out if out_gates is None else out_gates,
         )
 
+    def _nested(self, x: Tensor, in_gates: Gates | None, out_gates: Gates | None) -> Tensor:
+        """The rows of a nested tensor, which nn.TransformerEncoder makes of a padded batch, in one draw."""
+        if x.layout == torch.jagged:
+            rows = self.forward(x.values(), in_gates, out_gates)
+            ragged: Any = x
+            return torch.nested.nested_tensor_from_jagged(rows, ragged.offsets(), ragged.lengths())
+        sizes = [part.shape[:-1] for part in x.unbind()]
+        rows = torch.cat([part.reshape(-1, part.shape[-1]) for part in x.unbind()])
+        parts = self.forward(rows, in_gates, out_gates).split([size.numel() for size in sizes])
+        shaped = [part.view(*size, -1) for part, size in zip(parts, sizes, strict=True)]
+        return torch.nested.as_nested_tensor(shaped)
+
     def _weight_gated(self, x: Tensor, in_gates: Gates | None, out_gates: Gates | None) -> Tensor:
         gate = self.weight_gate
         assert gate is not None
+        _checks.check_tensor("x", x)
         if in_gates is not None or out_gates is not None:
             raise ValueError(f"in_gates and out_gates must be None with gate={self.gate!r}, got gates")
         if self.block is not None and gate.training and not gate.draws:
@@ -242,6 +262,23 @@ class L0Linear(GatedLayer, nn.Linear):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, gate={self.gate!r}"
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether somebody watches or changes the calls of `module`: with hooks, or a forward of its own."""
+    state = module.__dict__
+    return bool(
+        state["_forward_hooks"]
+        or state["_forward_pre_hooks"]
+        or state["_backward_hooks"]
+        or state["_backward_pre_hooks"]
+        or "forward" in state
+    )
+
+
+def is_only_weight(module: nn.Module) -> bool:
+    """Whether a call of `module` is the product with its weight and gates, which others may compute, then."""
+    return type(module).forward in _PRODUCTS and not is_hooked(module)
 
 
 def copy_parameters_(target: nn.Module, source: nn.Module) -> None:
@@ -323,6 +360,9 @@ def check_given(
             shape = tuple(given.log_alpha.shape)
             raise ValueError(f"{name} must have log_alpha of shape ({size},), got {shape}")
     return True
+
+
+_PRODUCTS = (L0Linear.forward, nn.Linear.forward)
 
 
 def _check_gating(gate: Gating) -> Gating:

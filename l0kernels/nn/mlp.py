@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from ..gates import Gates, HardConcrete
 from ..mlp import drawn_mlp, gated_mlp, l0_mlp
 from .gate import DEFAULT_DIST, draw
-from .linear import L0Linear, copy_parameters_
-from .ranks import held, is_called_alone, is_sharded, released
+from .linear import L0Linear, copy_parameters_, is_only_weight
+from .ranks import held, is_sharded, released
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {
     "relu": nn.ReLU,
@@ -29,8 +29,9 @@ class L0MLP(nn.Module):
 
     The torch equivalent is ``nn.Sequential(nn.Linear(..), act, .., nn.Linear(..))`` with multiplications by
     z in between; the products here run over open x open units only. The layers are `layers[0]`,
-    `layers[1]`, ... (:class:`L0Linear`, called together, so that hooks on them do not fire; one by one, which
-    gives up the packing, where FSDP shards them one by one. Shard the L0MLP as one).
+    `layers[1]`, ... (:class:`L0Linear`), computed together. Where one of them has hooks (``prune`` and the
+    old ``weight_norm`` of torch.nn.utils are hooks), is another module, or is sharded by FSDP, they are
+    called one by one, which gives up the packing. Shard the L0MLP as one.
 
     Args:
         sizes: features from input to output, at least two.
@@ -135,7 +136,7 @@ class L0MLP(nn.Module):
 
     def draw(self) -> list[Gates | None]:
         """The gates of one forward, one entry per layer: drawn in train(), evaluation gates in eval()."""
-        return draw([layer.in_gate for layer in self.layers])
+        return draw([getattr(layer, "in_gate", None) for layer in self.layers])
 
     def forward(self, x: Tensor, gates: Sequence[Gates | None] | None = None) -> Tensor:
         """The gated chain.
@@ -149,7 +150,7 @@ class L0MLP(nn.Module):
         """
         layers = [*self.layers]
         gates = None if gates is None else [*map(released, gates)]
-        if any(type(layer) is not L0Linear and is_called_alone(layer) for layer in layers):
+        if not all(map(is_only_weight, layers)):
             return self._one_by_one(x, gates)
         weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
         if gates is None:
@@ -185,14 +186,15 @@ class L0MLP(nn.Module):
         )
 
     def _one_by_one(self, x: Tensor, gates: Sequence[Gates | None] | None) -> Tensor:
-        """The same, each layer called by itself, for which FSDP gathers its parameters."""
+        """The same, each layer called by itself: for its hooks, or for FSDP to gather its parameters."""
         activation = ACTIVATIONS[self.activation]()
-        sources = [layer.in_gate for layer in self.layers]
+        sources = [getattr(layer, "in_gate", None) for layer in self.layers]
         if gates is None and any(gate is not None and is_sharded(gate.log_alpha) for gate in sources):
             gates = [None] * len(sources)  # within its call each layer draws for itself
         gates = self.draw() if gates is None else gates
-        for l, layer in enumerate(self.layers):
-            x = layer(activation(x) if l else x, held(layer, gates[l]))
+        for l, (layer, drawn) in enumerate(zip(self.layers, gates, strict=True)):
+            x = activation(x) if l else x
+            x = layer(x) if drawn is None else layer(x, held(layer, drawn))
         return x
 
     def extra_repr(self) -> str:

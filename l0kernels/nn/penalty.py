@@ -10,7 +10,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..gates import HardConcrete
 from ..penalty import L2Term, coupled_penalty, l0_penalty
-from .gate import GatedLayer, HardConcreteGate, gate_modules
+from .gate import GatedLayer, HardConcreteGate, gate_modules, is_frozen, refuse_bypassed
 from .ranks import is_sharded, l2_of_shards
 
 LIMIT = math.log(100)
@@ -40,7 +40,8 @@ def penalty(model: nn.Module, *, weight_decay: float = 0.0) -> Tensor:
         A differentiable scalar in the dtype of the gates.
 
     Raises:
-        ValueError: no gate in the model, or weight_decay out of range.
+        ValueError: no gate in the model, weight_decay out of range, or a gated layer as out_proj of a
+            ``torch.nn.MultiheadAttention``, which would not call it.
         RuntimeError: FullyShardedDataParallel has sharded a gate or, with weight_decay, a weight; see
             :func:`keep_gates_whole`.
     """
@@ -51,12 +52,16 @@ def penalty(model: nn.Module, *, weight_decay: float = 0.0) -> Tensor:
     gates: list[HardConcreteGate] = []
     for module in model.modules():
         if isinstance(module, HardConcreteGate):
-            gates.append(module)
+            if not module.frozen:
+                gates.append(module)
         elif isinstance(module, GatedLayer):
-            layers.append(module)
+            if not is_frozen(module):
+                layers.append(module)
+        elif isinstance(module, nn.MultiheadAttention):
+            refuse_bypassed(module)
     if not gates:
         raise ValueError(f"model must contain gates, got a {type(model).__name__} without any")
-    groups = [group for layer in layers for group in layer.gate_groups()]
+    groups = [group for layer in layers for group in layer.gate_groups() if not group[0].frozen]
     owned = {gate for gate, _, _ in groups}
     groups += [(gate, gate.whole(), 1) for gate in gates if gate not in owned]
 
@@ -82,7 +87,9 @@ def _by_dist(
     """One call for the gates and terms of `dist`, and one more for each further distribution."""
     own = [group for group in groups if group[0].dist is dist or group[0].dist == dist]
     log_alphas = [log_alpha for _, log_alpha, _ in own]
-    sizes, lams = [size for _, _, size in own], [gate.lam for gate, _, _ in own]
+    sizes = [size for _, _, size in own]
+    compiled = torch.compiler.is_compiling()
+    lams = [gate.lam_tensor if compiled else gate.lam for gate, _, _ in own]
     own_terms = [term for of, term in terms if of is dist or of == dist]
     if own_terms:
         total = coupled_penalty(log_alphas, sizes, lams, own_terms, weight_decay, dist)

@@ -18,10 +18,10 @@ from ..linear import drawn_linear, gated_linear
 from ..mlp import drawn_mlp, gated_mlp
 from .batch_norm import L0BatchNorm2d
 from .conv import L0Conv1d, L0Conv2d
-from .gate import HardConcreteGate, draw
-from .linear import L0Linear
+from .gate import HardConcreteGate, Unscriptable, draw
+from .linear import L0Linear, is_hooked, is_only_weight
 from .mlp import L0MLP
-from .ranks import held, is_called_alone
+from .ranks import held
 from .steps import (
     UNKNOWN,
     activation_name,
@@ -29,7 +29,6 @@ from .steps import (
     is_conv,
     is_conv2d,
     is_flatten,
-    is_hooked,
     is_linear,
     is_norm,
     keeps_zero,
@@ -41,7 +40,7 @@ from .steps import (
 Drawn = Mapping[HardConcreteGate, Gates]
 
 
-class L0Sequential(nn.Sequential):
+class L0Sequential(Unscriptable, nn.Sequential):
     r"""``torch.nn.Sequential`` that draws its gates at once and keeps activations packed between its layers.
 
     The values are those of its modules one after the other, but for the batch norms::
@@ -69,7 +68,8 @@ class L0Sequential(nn.Sequential):
     - Linear layers with gates on their inputs and one activation between them run as :class:`L0MLP` does.
 
     A layer with hooks is called by itself, its activations unpacked; hooks of inner containers do not fire.
-    Under ``torch.compile`` and for unbatched inputs all layers run one by one, unpacked.
+    Unbatched inputs run one by one, unpacked. Compiled, traced and under torch.func no shape depends on the
+    gates: each layer computes what is open, and closed channels are there as zeros.
 
     A gate in front of a batch norm loses its data gradient, since the norm divides it away: for a layer with
     an output gate directly before one, as the paper's wide residual nets have it, a UserWarning names it.
@@ -80,6 +80,7 @@ class L0Sequential(nn.Sequential):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
+        self._norms = _norms_within(self)
         _warn_of_gates_before_norms(self)
 
     def forward(self, x: Tensor, drawn: Drawn | None = None) -> Tensor:
@@ -92,10 +93,10 @@ class L0Sequential(nn.Sequential):
         Returns:
             What the last module returns, all channels in it.
         """
-        return _forward(self, x, drawn)
+        return _forward(_as_kind(self, L0Sequential), x, drawn)
 
 
-class L0Residual(nn.Module):
+class L0Residual(Unscriptable, nn.Module):
     r"""``shortcut(x) + body(x)``, with the rules of :class:`L0Sequential` inside and in an outer one.
 
     Two branches that end in channels packed by one and the same gate are added packed. If the next layer
@@ -112,11 +113,12 @@ class L0Residual(nn.Module):
         super().__init__()
         self.body = body
         self.shortcut = shortcut
+        self._norms = _norms_within(self)
         _warn_of_gates_before_norms(self)
 
     def forward(self, x: Tensor, drawn: Drawn | None = None) -> Tensor:
         """x -> shortcut(x) + body(x); `drawn` as in :meth:`L0Sequential.forward`."""
-        return _forward(self, x, drawn)
+        return _forward(_as_kind(self, L0Residual), x, drawn)
 
 
 class Step(NamedTuple):
@@ -350,7 +352,35 @@ class _Flat(NamedTuple):
 Activation = Tensor | Packed | _Flat
 
 
-def _forward(module: nn.Module, x: Tensor, given: Drawn | None) -> Tensor:
+def _as_kind(module: nn.Module, kind: type[nn.Module]) -> nn.Module:
+    """`module`, or the container that a subclass with a forward of its own means by super().forward."""
+    if type(module).forward is kind.forward:
+        return module
+    plain = kind.__new__(kind)
+    plain.__dict__ = module.__dict__
+    return plain
+
+
+def _norms_within(container: nn.Module) -> tuple[str, ...]:
+    """The names of the norms of open channels, as the container is made."""
+    return tuple(name for name, module in container.named_modules() if isinstance(module, L0BatchNorm2d))
+
+
+def _check_norms(container: Any) -> None:
+    """RuntimeError where convert_sync_batchnorm has put a plain norm in the place of an L0BatchNorm2d."""
+    for name in container._norms:
+        if isinstance(container.get_submodule(name), nn.SyncBatchNorm):
+            raise RuntimeError(
+                f"{name!r} must be the L0BatchNorm2d that it was, got a SyncBatchNorm, which knows of no "
+                "closed channels: leave L0BatchNorm2d out of SyncBatchNorm.convert_sync_batchnorm"
+            )
+
+
+def _forward(module: nn.Module, x: Any, given: Drawn | None) -> Tensor:
+    if isinstance(x, torch.fx.Proxy):
+        raise TypeError(
+            "x must be a torch.Tensor, got a Proxy of torch.fx; torch.export traces this container"
+        )
     ops, _ = _plan(steps_of(module), Value(ndim=x.ndim if isinstance(x, Tensor) else UNKNOWN), None)
     gates = list(dict.fromkeys(gate for op in ops for gate in op.own_gates() if gate is not None))
     given = given or {}
@@ -359,7 +389,7 @@ def _forward(module: nn.Module, x: Tensor, given: Drawn | None) -> Tensor:
         fresh = draw(missing)
     drawn = {gate: given[gate] for gate in gates if gate in given}
     drawn.update((gate, gates) for gate, gates in zip(missing, fresh, strict=True) if gates is not None)
-    return _dense(_Forward(drawn).run(ops, x))
+    return _dense(_Forward(module, drawn).run(ops, x))
 
 
 def _dense(x: Activation) -> Tensor:
@@ -371,7 +401,8 @@ def _dense(x: Activation) -> Tensor:
 class _Forward:
     """One forward of a plan with the gates drawn for it."""
 
-    def __init__(self, drawn: Drawn) -> None:
+    def __init__(self, container: nn.Module, drawn: Drawn) -> None:
+        self._container = container
         self._drawn = drawn
         self._attached: dict[HardConcreteGate, Gates] = {}
 
@@ -426,6 +457,8 @@ class _Forward:
         return op.module(_dense(x)) if is_hooked(op.module) else _mapped(x, op.module)
 
     def other(self, op: _Op, x: Activation) -> Activation:
+        if isinstance(op.module, nn.SyncBatchNorm):
+            _check_norms(self._container)
         return op.module(_dense(x))
 
     def flatten(self, op: _Op, x: Activation) -> Activation:
@@ -449,7 +482,7 @@ class _Forward:
         weights: list[Tensor] = [layer.weight for layer in op.layers]
         biases: list[Tensor | None] = [layer.bias for layer in op.layers]
         own: list[HardConcreteGate | None] = [own_gate(layer, "in_gate") for layer in op.layers]
-        if is_hooked(op.module) or any(map(is_called_alone, op.layers)):
+        if is_hooked(op.module) or not all(map(is_only_weight, op.layers)):
             return op.module(_dense(x), [held(op.module, gates) for gates in map(self.gates, own)])
         if isinstance(x, _Flat):
             first: Gates | None = x.within(self.gates(own[0]))
@@ -481,8 +514,7 @@ class _Forward:
 def _packs(x: Activation) -> bool:
     """Whether a convolution of x may return packed channels."""
     if isinstance(x, Tensor):
-        eager = type(x) in (Tensor, nn.Parameter) and not torch.compiler.is_compiling()
-        if not eager or x.ndim != 4 or x.device.type == "meta":
+        if type(x) not in (Tensor, nn.Parameter) or x.ndim != 4 or x.device.type == "meta":
             return False
         return _registry.resolve(x.device, x.dtype, "gated_conv2d") != "reference"
     return isinstance(x, Packed)

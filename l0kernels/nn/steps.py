@@ -151,14 +151,3 @@ def activation_name(module: nn.Module) -> str | None:
         if type(module) is kind and getattr(module, "approximate", "none") == "none":
             return name
     return None
-
-
-def is_hooked(module: nn.Module) -> bool:
-    """Whether somebody watches the calls of `module`."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__  # put there by who wants to see the calls
-    )

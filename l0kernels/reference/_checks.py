@@ -12,7 +12,34 @@ import torch
 from torch import Tensor
 
 GATE_DTYPES = (torch.float32, torch.float64)
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+"""Of activations and weights. Eight bits are for storage: torch multiplies none of them without scales."""
 _PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def readable() -> bool:
+    """Whether tensors have values that Python may look at: nobody compiles, traces or transforms."""
+    return not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or is_traced())
+
+
+def refuse_traced_draw() -> None:
+    """RuntimeError under torch.jit.trace, whose graph would have the gates of this one draw for ever."""
+    if torch._C._get_tracing_state() is not None:
+        raise RuntimeError(
+            "torch.jit.trace would freeze gates drawn in train() into its graph; call eval() on the model "
+            "before, or give the draw a seed that is an input of the graph"
+        )
+
+
+def is_traced() -> bool:
+    """Whether torch.jit.trace or make_fx records what is called."""
+    if torch._C._get_tracing_state() is not None:
+        return True
+    if not torch._C._len_torch_dispatch_stack():
+        return False
+    from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+    return get_proxy_mode() is not None
 
 
 def check_tensor(name: str, value: Any) -> None:
@@ -36,10 +63,15 @@ def is_freed(value: Tensor) -> bool:
 
 
 def check_floating(name: str, value: Any) -> None:
-    """TypeError unless ``value`` is a real floating-point tensor."""
+    """TypeError unless ``value`` is a tensor of one of DTYPES."""
     check_tensor(name, value)
     if not value.dtype.is_floating_point:
         raise TypeError(f"{name} must have a floating-point dtype, got {value.dtype}")
+    if value.dtype not in DTYPES:
+        raise TypeError(
+            f"{name} must be float32, float64, bfloat16 or float16, got {value.dtype}: convert it, as with "
+            f"{name}.to(torch.bfloat16)"
+        )
 
 
 def check_shape(name: str, value: Tensor, shape: Sequence[int], why: str) -> None:
@@ -119,6 +151,8 @@ def fits_chain(
     ``rows`` of a hidden weight make one unit. False sends the caller to the checks that say what is wrong:
     those cost as much as a small layer.
     """
+    if not isinstance(x, Tensor):
+        return False
     try:
         dtype, device, n = x.dtype, x.device, x.shape[-1] * rows
         for weight, bias, log_alpha in zip(weights, biases, log_alphas, strict=True):
@@ -138,7 +172,7 @@ def fits_chain(
             n = n_out
     except (AttributeError, IndexError, TypeError, ValueError):
         return False
-    return bool(dtype.is_floating_point)
+    return dtype in DTYPES
 
 
 def check_linear(x: Any, weight: Any, bias: Any, at: str = "") -> None:
@@ -161,6 +195,11 @@ def check_linear(x: Any, weight: Any, bias: Any, at: str = "") -> None:
 def check_weight(weight: Any, bias: Any, at: str = "") -> None:
     """Checks of ``weight (out, in)`` and ``bias (out,)`` or None; ``at`` as in check_linear."""
     name = f"weights{at}" if at else "weight"
+    if callable(weight):  # the quantised layers of torch
+        raise TypeError(
+            f"{name} must be a torch.Tensor, got a {type(weight).__name__}: its layer was replaced by one "
+            "that keeps no weight (torch.ao.quantization does so); quantise what l0kernels.nn.export returns"
+        )
     check_floating(name, weight)
     if weight.ndim != 2:
         raise ValueError(f"{name} must have shape (out, in), got {tuple(weight.shape)}")

@@ -81,6 +81,22 @@ def conv_options(
     return strides, paddings, dilations, behind
 
 
+def _of_no_channels(
+    x: Tensor, weight: Tensor, bias: Tensor | None, options: tuple[list[int], list[int], list[int]]
+) -> Tensor:
+    """The convolution of no input or no output channel, of which torch's has a wrong shape or refuses."""
+    stride, padding, dilation = options
+    size = [
+        (n + 2 * p - d * (k - 1) - 1) // s + 1
+        for n, k, s, p, d in zip(x.shape[-2:], weight.shape[-2:], stride, padding, dilation, strict=True)
+    ]
+    kind, dtype = x.device.type, x.dtype
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(kind)
+    y = x.new_zeros(*x.shape[:-3], weight.shape[0], *size) + (x.sum() + weight.sum()) * 0
+    return (y if bias is None else y + bias[:, None, None]).to(dtype)
+
+
 def gated_conv2d(
     x: Tensor,
     weight: Tensor,
@@ -125,5 +141,8 @@ def gated_conv2d(
     if any(behind):  # as torch does, with a warning
         x = torch.nn.functional.pad(x, (0, behind[1], 0, behind[0]))
     weight = open_weight(weight, in_gates, out_gates or out_support, groups)
-    y = torch.nn.functional.conv2d(x, weight, bias, strides, paddings, dilations, groups)
+    if weight.shape[0] and weight.shape[1]:
+        y = torch.nn.functional.conv2d(x, weight, bias, strides, paddings, dilations, groups)
+    else:
+        y = _of_no_channels(x, weight, bias, (strides, paddings, dilations))
     return gate_output(y, out_gates, out_support, trailing=2)

@@ -178,7 +178,7 @@ def check_dist(dist: Any) -> None:
 
 def check_not_nan(name: str, log_alpha: Tensor) -> None:
     """ValueError if a CPU tensor holds a NaN. On a GPU that would cost a sync: there the NaN shows in z."""
-    if log_alpha.device.type == "cpu" and not torch.compiler.is_compiling() and torch.isnan(log_alpha).any():
+    if log_alpha.device.type == "cpu" and _checks.readable() and torch.isnan(log_alpha).any():
         raise ValueError(f"{name} must not hold NaN, got {int(torch.isnan(log_alpha).sum())} NaN value(s)")
 
 
@@ -204,9 +204,11 @@ def draw_seed(device: torch.device, generator: torch.Generator | None = None) ->
 
     Raises:
         ValueError: the generator belongs to another device.
+        RuntimeError: torch.jit.trace would freeze what is drawn.
     """
     if generator is not None and generator.device.type != device.type:
         raise ValueError(f"generator must be on {device}, the device of log_alpha, got {generator.device}")
+    _checks.refuse_traced_draw()
     return torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=device, generator=generator)
 
 
@@ -328,7 +330,7 @@ def sample_gates(
 
     Args:
         log_alpha: (G,) float32 or float64, or a sequence of such; its position in the sequence is its stream.
-        seed: (1,) int64 on the device of log_alpha; one seed, one result, anywhere. None draws a seed.
+        seed: (1,) int64 on the device of log_alpha; one seed, one noise, anywhere. None draws one.
         generator: where a missing seed is drawn from; None is torch's default generator.
         rank: in [0, 2**32): processes with different ranks draw different gates from one seed.
         dist: the distribution's constants.

@@ -45,6 +45,7 @@ def check_mlp(
     activation: str,
 ) -> None:
     """Checks of the arguments of gated_mlp."""
+    _checks.check_tensor("x", x)
     if len(weights) == 0:
         raise ValueError("weights must hold at least one matrix, got none")
     for name, values in (("biases", biases), ("gates", gates)):

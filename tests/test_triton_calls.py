@@ -1,0 +1,33 @@
+"""Every public call on the Triton kernels: what the reference computes, or the reason why not."""
+
+import pytest
+import torch
+from call_table import CALLS, check
+
+from triton_device import INTERPRETED
+
+
+@pytest.fixture(autouse=True)
+def poison():
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="the table's tensors are on the CPU")
+@pytest.mark.parametrize("name", CALLS)
+def test_call(name):
+    assert check(name, "triton") is None
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="the table's tensors are on the CPU")
+@pytest.mark.parametrize("name", [name for name in CALLS if not name.startswith("eval_gates")])
+def test_float64_is_refused(name):
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert check(name, "triton") in (
+            "it serves float32, bfloat16 and float16, got torch.float64",
+            *([None] if name.startswith("gated_batch_norm") else []),
+        )
+    finally:
+        torch.set_default_dtype(torch.float32)
