@@ -178,6 +178,8 @@ class _Maker:
         """A module that takes an input of the shape, and where the units of its output lie, or None."""
         if kind > 1 and shape[-kind] == shape[-1] and self.chance(0.25):
             return self.linear(shape), 0  # over the columns: as many features as there are channels
+        if kind > 1 and self.chance(0.1):
+            return self.columns(kind, shape), 0
         choice = self.random.random()
         if choice < 0.24:
             return self.activation(behind_product), kind
@@ -205,6 +207,20 @@ class _Maker:
         if behind_product and self.chance(0.3) and "inplace" in inspect.signature(kind).parameters:
             options = options | {"inplace": True}
         return kind(**options)
+
+    def columns(self, kind, shape):
+        """A convolution of as many channels as the gated layer behind it reads columns."""
+        flattens = kind == 3 and len(shape) == 3  # one image: its positions become the columns
+        out = shape[-1] * shape[-2] if flattens else shape[-1]
+        if kind == 3:
+            conv = self.conv2d(shape, out=out, size=1)
+        else:
+            conv = self.conv(T.Conv1d, nn.L0Conv1d, 1, shape, out=out, size=1)
+        gate = self.gate(out, l0.HardConcrete())
+        layer = nn.L0Linear(out, self.size(), gate="in", in_gate=gate)
+        return self.random.choice((T.Sequential, nn.L0Sequential))(
+            conv, *([T.Flatten()] if flattens else []), T.ReLU(), layer
+        )
 
     def odd(self, kind, shape):
         """A border: other modules, other dimensions, linear layers over columns."""

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from l0kernels import nn
+from l0kernels.nn import steps
 
 BLOCK = 25
 
@@ -55,18 +56,23 @@ def test_nets_are_of_every_kind():
         torch.testing.assert_close(mine[1], other[1], rtol=0, atol=0, equal_nan=True)
 
 
-def test_a_fault_is_found(monkeypatch):
-    """A container that took columns for channels would not pass."""
-    module = sys.modules["l0kernels.nn.sequential"]
+FAULTS = {
+    "columns taken for channels": (
+        "_gate_at",
+        lambda wanted, dim, n: wanted.gate if wanted is not None and wanted.gate.n == n else None,
+    ),
+    "f(0) taken for 0": ("keeps_zero", steps.treats_units),
+}
 
-    def anywhere(wanted, dim, n):
-        return wanted.gate if wanted is not None and wanted.gate.n == n else None
 
-    monkeypatch.setattr(module, "_gate_at", anywhere)
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_is_found(fault, monkeypatch):
+    """Containers that went wrong in these ways would not pass."""
+    monkeypatch.setattr(sys.modules["l0kernels.nn.sequential"], *FAULTS[fault])
 
     def search():
-        for seed in range(300):
+        for seed in range(100):
             fuzz_nets.check_net(seed, backends=("torch",))
 
-    with pytest.raises(AssertionError, match=r"net \d+, train, packed"):
+    with pytest.raises(AssertionError, match=r"net \d+, (train|eval), packed"):
         search()

@@ -1,14 +1,16 @@
 """L0Sequential over the GPU's layout of packed channels: the values of the CPU's, whatever memory held."""
 
 import copy
+import itertools
 
+import fuzz_nets
 import pytest
 import torch
 from test_nn_sequential import block, lenet5, paper_block, spread, wide_block
 
 import l0kernels as l0
 from l0kernels import nn
-from triton_device import DEVICE
+from triton_device import DEVICE, INTERPRETED
 
 CASES = {
     "lenet5": (lenet5, (3, 1, 14, 14)),
@@ -50,3 +52,15 @@ def test_equal_to_the_exact_layout(poison, name, training, log_alpha):
         found.append([t.detach().cpu() for t in (y, values.grad, *grads, *twin.buffers())])
     for exact, capacity in zip(*found, strict=True):
         torch.testing.assert_close(capacity, exact, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="the fuzz makes nets of the CPU")
+@pytest.mark.parametrize("start", [0, 100, 200, 300])
+def test_random_nets(seeded, start):
+    """The first small one behind each start."""
+    for seed in itertools.count(start):
+        net, x = fuzz_nets.random_net(seed)
+        if x.ndim == 4 and 0 < x.numel() <= 300 and sum(p.numel() for p in net.parameters()) < 400:
+            x = x.detach().float().requires_grad_(x.requires_grad)
+            fuzz_nets.check_net(seed, net=(net.float(), x), backends=("triton",))
+            break

@@ -97,6 +97,9 @@ class L0Sequential(_Container, nn.Sequential):
       too, computes only the channels that the next gated layer takes. In front of any other module all
       channels come back, closed ones as zeros; a plain ``nn.BatchNorm2d`` makes constants of them.
     - Linear layers with gates on their inputs and one activation between them run as :class:`L0MLP` does.
+    - Units are told by the dimension that a layer reads. In front of a linear layer over the columns of
+      images, and of Flatten of a single image, all channels come back.
+    - Dropout draws for the channels that exist: it drops others than the modules one by one would.
 
     A layer with hooks is called by itself, its activations unpacked; hooks of inner containers do not fire.
     Unbatched inputs run one by one, unpacked. Compiled, traced and under torch.func no shape depends on the
