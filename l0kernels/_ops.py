@@ -89,7 +89,7 @@ def _define(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., An
                     return operator(*map(_made_plain, args))
             for i in (*singles, *lists):
                 for t in (args[i],) if i in singles else args[i]:
-                    if _is_dtensor(t):
+                    if is_dtensor(t):
                         raise TypeError(
                             f"{names[i]} of l0kernels.{name} must be a plain tensor, got a "
                             "DTensor: give its full_tensor() or to_local(), or shard the module as "
@@ -108,7 +108,8 @@ def _made_plain(value: Any) -> Any:
     return [_made_plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
-def _is_dtensor(t: Any) -> bool:
+def is_dtensor(t: Any) -> bool:
+    """Whether t is a DTensor, without importing what most programs never need."""
     kind = type(t)
     return kind.__name__ == "DTensor" and kind.__module__.startswith("torch.distributed")
 

@@ -150,8 +150,13 @@ def _attach(log_alpha: Tensor, gate: Gates, dist: HardConcrete, backend: str) ->
 
 
 def check_drawn(log_alphas: Sequence[Tensor | None], gates: Sequence[Gates | None]) -> None:
-    """ValueError where a vector has been resized since its gates were drawn."""
+    """ValueError where a vector has been resized since its gates were drawn, or is sharded since."""
     for log_alpha, gate in zip(log_alphas, gates, strict=True):
+        if _ops.is_dtensor(log_alpha):
+            raise TypeError(
+                "log_alpha must be whole where its gates multiply, got a DTensor: keep gates whole, for "
+                "fully_shard by ignored_params=l0kernels.nn.keep_gates_whole(model)"
+            )
         if log_alpha is not None and gate is not None and gate.z.shape != log_alpha.shape:
             n, drawn = log_alpha.shape[0], gate.z.shape[0]
             raise ValueError(

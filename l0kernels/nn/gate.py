@@ -188,8 +188,8 @@ class HardConcreteGate(Unscriptable, nn.Module):
 
     def fresh_seed(self) -> Tensor | None:
         """The seed of a draw: a GateBank's, else the ranks', else None for torch's default generator."""
-        drawn = self._held
-        if isinstance(drawn, Tensor):
+        drawn = self.seed
+        if drawn is not None:
             return drawn
         if self.independent or not ranks.are_several():
             return None
