@@ -17,7 +17,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from ._flops import tell_counters
 from .impl import conv2d, module
-from .impl.memory import PLAIN, NotPlain, check_memory, plain
+from .impl.memory import PLAIN, NotPlain, check_not_freed, plain, vector
 from .impl.packed import Term
 from .reference.gates import HardConcrete, round_up
 
@@ -42,15 +42,14 @@ def _define(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., An
 
         def opaque(*args: Any) -> Any:
             backend = args[-1] if names[-1] == "backend" else "torch"
-            of_torch = backend != "cpp" or name in _MADE_OF_TORCH
-            if of_torch:  # cpp asks for every address
+            if backend == "torch" or (backend == "cpp" and name in _MADE_OF_TORCH):
                 for i in singles:
-                    check_memory(args[i], names[i], backend)
+                    check_not_freed(args[i], names[i])
                 for i in lists:
                     for t in args[i]:
-                        check_memory(t, names[i], backend)
+                        check_not_freed(t, names[i])
             # Autograd falls through: a backend made of torch's operations must not record a graph of its own.
-            if not of_torch or not torch.is_grad_enabled():
+            if not torch.is_grad_enabled() or (backend == "cpp" and name not in _MADE_OF_TORCH):
                 return implementation(*args)
             with torch.no_grad():
                 return implementation(*args)
@@ -877,6 +876,7 @@ def weighted_penalty(
     """``l0_penalty`` with a tensor of weights: a compiled graph has no guard on their values."""
     dist = _dist(beta, gamma, zeta)
     if weights.device.type == "cpu":
+        vector(weights, "weights", weights.dtype, len(log_alpha))
         return module(backend).l0_penalty(log_alpha, weights.tolist(), dist)
     # On a GPU the weights stay there.
     flat = torch.cat([a.flatten() for a in log_alpha])

@@ -63,14 +63,6 @@ def _joined_gates(
     return [None if gate is None else (*gate, False) for gate in places]
 
 
-def _drawn_sizes(log_alphas: list[Tensor | None], sizes: list[int]) -> list[int | None]:
-    """The sizes of the gates that are drawn; ``sizes``: of what they gate."""
-    for a, n in zip(log_alphas, sizes, strict=True):
-        if a is not None and a.numel() != n:
-            raise ValueError(f"log_alpha must have {n} elements, one per unit of the weight, got {a.numel()}")
-    return [None if a is None else n for a, n in zip(log_alphas, sizes, strict=True)]
-
-
 def sample(
     log_alphas: list[Tensor], seed: Tensor, rank: int, dist: HardConcrete, expected: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -337,7 +329,7 @@ def l0_linear_forward(
     log_alphas = [None if a is None else a.contiguous() for a in (in_log_alpha, out_log_alpha)]
     given = [a for a in log_alphas if a is not None]
     gates = joined.empty(given)
-    sizes = _drawn_sizes(log_alphas, [weight.shape[1], weight.shape[0]])
+    sizes = joined.sizes(log_alphas, [weight.shape[1], weight.shape[0]])
     sides = _joined_gates(*gates, sizes, x.dtype)
     draw = _draw(given, seed, rank, dist, x.dtype)
     return _linear_forward(x, weight, bias, sides, True, draw), *gates
@@ -501,7 +493,7 @@ def l0_mlp_forward(
     """sample and mlp_forward in one call: y, what backward needs, and the gates joined."""
     given = [a.contiguous() for a in log_alphas if a is not None]
     gates = joined.empty(given)
-    sizes = _drawn_sizes(log_alphas, [w.shape[1] for w in weights])
+    sizes = joined.sizes(log_alphas, [w.shape[1] for w in weights])
     layers = _joined_gates(*gates, sizes, x.dtype)
     draw = _draw(given, seed, rank, dist, x.dtype)
     return *_mlp_forward(x, weights, biases, layers, activation, draw), gates

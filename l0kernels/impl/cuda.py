@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..reference.gates import ALIGN, TAU, HardConcrete, round_up
 from . import joined
+from .memory import matrix, optional, strided, vector
 from .packed import Gate, Term
 
 SERVES = frozenset(
@@ -79,14 +80,15 @@ def _z_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _gate(matrix: Tensor, name: str, gate: Sequence[Tensor]) -> tuple[int, int, int]:
-    """Addresses of z, index and count, which the kernel believes to be dense and of its types."""
-    for t, dtype in zip(gate, (_z_dtype(matrix.dtype), torch.int32, torch.int32), strict=True):
-        _beside(t, matrix, name)
-        if t.dtype != dtype or not t.is_contiguous():
-            expected = f"contiguous, z {_z_dtype(matrix.dtype)} beside {matrix.dtype}, index and count int32"
-            raise TypeError(f"{name} must be {expected}, got {t.dtype} of strides {t.stride()}")
-    return _address(gate[0]), _address(gate[1]), _address(gate[2])
+def _gate(matrix: Tensor, name: str, gate: Sequence[Tensor], n: int) -> tuple[int, int, int]:
+    """Addresses of z, index and count of n gates, which the kernel believes to be dense and of its types."""
+    z, index, count = gate
+    device = matrix.device
+    return (
+        vector(z, name, _z_dtype(matrix.dtype), n, device),
+        vector(index, name, torch.int32, round_up(n), device),
+        vector(count, name, torch.int32, 2, device),
+    )
 
 
 def _constants(dist: HardConcrete) -> tuple[float, float, float]:
@@ -95,7 +97,7 @@ def _constants(dist: HardConcrete) -> tuple[float, float, float]:
 
 def _address(t: Tensor | None) -> int:
     """Where t begins; 0 where there is none, or nothing in it."""
-    return 0 if t is None else t.data_ptr()
+    return 0 if t is None else strided(t, "an operand", t.device)
 
 
 class _Tickets:
@@ -359,7 +361,7 @@ def _side(
 ) -> tuple[Any, ...]:
     if gate is None:
         return size, None, False, False
-    return size, _gate(matrix, name, gate), scale, full
+    return size, _gate(matrix, name, gate, size), scale, full
 
 
 _Grid = tuple[int, int, int, int]
@@ -426,7 +428,7 @@ def pack(
     else:
         grid = _grid(capacity_rows, capacity_cols, dtype.itemsize, _blocks(full.device, 6))
     _CUDA.pack(
-        _matrix(full),
+        (_address(full), full.stride(0), full.stride(1)),
         _TYPES[full.dtype],
         _address(out),
         out.stride(0),
@@ -510,7 +512,7 @@ def unpack(
         _side(packed, "rows", n_rows, rows, scale_rows, full_rows),
         _side(packed, "cols", n_cols, cols, scale_cols, full_cols),
         skip_plain and not (rows is None and cols is None),
-        (0, 0, 0) if theta is None else _matrix(theta),
+        (0, 0, 0) if theta is None else _matrix(theta, theta, n_rows, n_cols),
         _address(dz_row),
         _address(dz_col),
         _address(row_sums),
@@ -543,18 +545,20 @@ def _refuse_large(M: int, sizes: Sequence[int]) -> None:
         raise RuntimeError(f"the CUDA kernels take fewer than 2**31 rows, got {M}")
 
 
-def _matrix(t: Tensor) -> tuple[int, int, int]:
-    return _address(t), t.stride(0), t.stride(1)
+def _matrix(t: Tensor, beside: Tensor, rows: int, cols: int) -> tuple[int, int, int]:
+    return matrix(t, "an operand", beside.dtype, rows, cols, beside.device)
+
+
+def _vector(t: Tensor | None, beside: Tensor, n: int) -> int:
+    return optional(t, "an operand", beside.dtype, n, beside.device)
 
 
 _SmallGate = tuple[int, int, int, int, int, int]
 """size, addresses of z, index and count, address of the log_alpha that is drawn from or 0, stream."""
 
 
-def _small_gate(x: Tensor, name: str, gate: Gate | None) -> _SmallGate | None:
-    if gate is None:
-        return None
-    return gate[0].shape[0], *_gate(x, name, gate), 0, 0
+def _small_gate(x: Tensor, name: str, gate: Gate | None, n: int) -> _SmallGate | None:
+    return None if gate is None else (n, *_gate(x, name, gate, n), 0, 0)
 
 
 def _joined_gates(
@@ -564,10 +568,9 @@ def _joined_gates(
     log_alphas: Sequence[Tensor] | None = None,
 ) -> list[_SmallGate | None]:
     """Where ``sizes`` has one, a gate; with log_alphas, one for each of these, they are drawn."""
-    _gate(x, "log_alpha", gates)
     found: list[_SmallGate | None] = []
     stream = 0
-    for place in joined.addresses(*gates, sizes, gates[0].dtype, x.device):
+    for place in joined.addresses(*gates, sizes, _z_dtype(x.dtype), x.device):
         if place is None:
             found.append(None)
             continue
@@ -586,7 +589,7 @@ def _empty_gates(log_alphas: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _draw(seed: Tensor, rank: int, dist: HardConcrete) -> tuple[Any, ...]:
-    return _address(seed), rank, _constants(dist), TAU
+    return vector(seed, "seed", torch.int64, 1, seed.device), rank, _constants(dist), TAU
 
 
 def _cast(dtype: torch.dtype, *tensors: Tensor | None) -> list[Any]:
@@ -613,7 +616,8 @@ def linear_forward(
     dtype: torch.dtype,
 ) -> Tensor:
     """y (M, out) of gated_linear, in one launch."""
-    in_, out = _small_gate(x, "in_gate", in_gate), _small_gate(x, "out_gate", out_gate)
+    n_out, n_in = weight.shape
+    in_, out = _small_gate(x, "in_gates", in_gate, n_in), _small_gate(x, "out_gates", out_gate, n_out)
     return _linear_forward(x, weight, bias, in_, out, scale_out, dtype, None)
 
 
@@ -632,7 +636,7 @@ def l0_linear_forward(
     log_alphas = [None if a is None else a.contiguous() for a in (in_log_alpha, out_log_alpha)]
     given = [a for a in log_alphas if a is not None]
     gates = _empty_gates(given)
-    sizes = [None if a is None else a.shape[0] for a in log_alphas]
+    sizes = joined.sizes(log_alphas, [weight.shape[1], weight.shape[0]])
     in_gate, out_gate = _joined_gates(x, gates, sizes, given)
     draw = _draw(seed, rank, dist)
     return _linear_forward(x, weight, bias, in_gate, out_gate, True, dtype, draw), *gates
@@ -658,9 +662,9 @@ def _linear_forward(
         M,
         n_in,
         n_out,
-        _matrix(x),
-        _matrix(weight),
-        _address(bias),
+        _matrix(x, x, M, n_in),
+        _matrix(weight, x, n_out, n_in),
+        _vector(bias, x, n_out),
         in_gate,
         out_gate,
         scale_out,
@@ -712,15 +716,15 @@ def linear_backward(
         M,
         n_in,
         n_out,
-        _matrix(x),
-        _matrix(weight),
-        _address(bias),
-        _small_gate(x, "in_gate", in_gate),
-        _small_gate(x, "out_gate", out_gate),
+        _matrix(x, x, M, n_in),
+        _matrix(weight, x, n_out, n_in),
+        _vector(bias, x, n_out),
+        _small_gate(x, "in_gates", in_gate, n_in),
+        _small_gate(x, "out_gates", out_gate, n_out),
         scale_out,
         full_in,
         full_out,
-        _matrix(dy),
+        _matrix(dy, x, M, n_out),
         _address(dx),
         _address(dw),
         _address(db),
@@ -738,12 +742,15 @@ def linear_backward(
 
 
 def _small_layers(
-    weights: list[Tensor], biases: list[Tensor | None], gates: list[Any], saved: list[Tensor]
+    x: Tensor, weights: list[Tensor], biases: list[Tensor | None], gates: list[Any], saved: list[Tensor]
 ) -> list[tuple[Any, ...]]:
-    return [
-        (w.shape[1], w.shape[0], _matrix(w), _address(b), gate, _address(saved[i - 1]) if i else 0)
-        for i, (w, b, gate) in enumerate(zip(weights, biases, gates, strict=True))
-    ]
+    layers, (M, n_in) = [], x.shape
+    for i, (w, b, gate) in enumerate(zip(weights, biases, gates, strict=True)):
+        n_out = w.shape[0]
+        pre = _vector(saved[i - 1], x, M * n_in) if i else 0
+        layers.append((n_in, n_out, _matrix(w, x, n_out, n_in), _vector(b, x, n_out), gate, pre))
+        n_in = n_out
+    return layers
 
 
 def _mlp_tensors(
@@ -763,7 +770,7 @@ def mlp_forward(
     dtype: torch.dtype,
 ) -> tuple[Tensor, list[Tensor]]:
     """y and the hidden layers' pre-activations, packed in (M, n_l) buffers. One launch a layer."""
-    given = [_small_gate(x, "gates", g) for g in gates]
+    given = [_small_gate(x, "gates", g, w.shape[1]) for g, w in zip(gates, weights, strict=True)]
     return _mlp_forward(x, weights, biases, given, activation, dtype, None)
 
 
@@ -781,7 +788,8 @@ def l0_mlp_forward(
     """sample and mlp_forward in one launch a layer; the gates, joined, are streams 0, 1, ... in order."""
     given = [a.contiguous() for a in log_alphas if a is not None]
     gates = _empty_gates(given)
-    layers = _joined_gates(x, gates, [None if a is None else a.shape[0] for a in log_alphas], given)
+    sizes = joined.sizes(log_alphas, [w.shape[1] for w in weights])
+    layers = _joined_gates(x, gates, sizes, given)
     draw = _draw(seed, rank, dist)
     return *_mlp_forward(x, weights, biases, layers, activation, dtype, draw), gates
 
@@ -802,9 +810,9 @@ def _mlp_forward(
     _CUDA.small_mlp_forward(
         _TYPES[dtype],
         M,
-        _matrix(x),
+        _matrix(x, x, *x.shape),
         _ACTIVATIONS[activation],
-        _small_layers(weights, biases, gates, saved),
+        _small_layers(x, weights, biases, gates, saved),
         _address(y),
         draw,
         _where(x),
@@ -826,7 +834,7 @@ def mlp_backward(
     to_log_alpha: HardConcrete | None = None,
 ) -> list[Tensor | None]:
     """dx, then dweight, dbias and dz of every layer; ``needs`` has that order. A launch a layer."""
-    given = [_small_gate(x, "gates", gate) for gate in gates]
+    given = [_small_gate(x, "gates", g, w.shape[1]) for g, w in zip(gates, weights, strict=True)]
     return _mlp_backward(dy, x, weights, biases, given, saved, activation, dtype, full, needs, to_log_alpha)
 
 
@@ -887,15 +895,15 @@ def _mlp_backward(
     _CUDA.small_mlp_backward(
         _TYPES[dtype],
         M,
-        _matrix(x),
+        _matrix(x, x, *x.shape),
         _ACTIVATIONS[activation],
-        _small_layers(weights, biases, gates, saved),
+        _small_layers(x, weights, biases, gates, saved),
         [
             (_address(dw[i]), _address(db[i]), _address(dz[i]), _address(da[i % 2]), _address(sums[i]))
             for i in range(depth)
         ],
         full,
-        _matrix(dy),
+        _matrix(dy, x, M, weights[-1].shape[0]),
         _address(dx),
         _address(tickets),
         None if to_log_alpha is None else _constants(to_log_alpha),

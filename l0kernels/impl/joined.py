@@ -24,6 +24,14 @@ def empty(log_alphas: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     )
 
 
+def sizes(log_alphas: Sequence[Tensor | None], units: Sequence[int]) -> list[int | None]:
+    """The sizes of the gates drawn from these log_alphas; ``units``: of what they gate."""
+    for a, n in zip(log_alphas, units, strict=True):
+        if a is not None and a.numel() != n:
+            raise ValueError(f"log_alpha must have {n} elements, one per unit of the weight, got {a.numel()}")
+    return [None if a is None else n for a, n in zip(log_alphas, units, strict=True)]
+
+
 def addresses(
     z: Tensor,
     index: Tensor,

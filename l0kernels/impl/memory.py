@@ -101,21 +101,21 @@ def _freed(t: Tensor, name: str, held: int) -> RuntimeError:
     )
 
 
-def check_memory(t: Tensor | None, name: str, backend: str) -> None:
-    """The same for backends that take tensors: torch's operations read freed memory, kernels anything.
+def strided(t: Tensor | None, name: str, device: torch.device | None = None) -> int:
+    """Address of a tensor of any dtype, shape and strides, which the caller hands on; 0 for None or nothing.
 
     Raises:
-        NotPlain, RuntimeError: as `vector`; the former where values matter to torch's operations alone.
+        NotPlain, ValueError, RuntimeError: as `vector`.
     """
     if t is None or not t.numel():
-        return
-    if backend in ("triton", "cuda"):
-        held = _held(t, name)
-        if held and not t.data_ptr():
-            raise NotPlain(f"{name} must be a plain tensor with memory of its own, got {_kind(t)}")
-    else:
-        held = 0 if is_freed(t) else 1
-    if not held:
+        return 0
+    reach = sum((n - 1) * step for n, step in zip(t.shape, t.stride(), strict=True))
+    return _address(t, name, t.dtype, int(t.storage_offset()) + reach + 1, device)
+
+
+def check_not_freed(t: Tensor | None, name: str) -> None:
+    """RuntimeError where torch's own operations would read memory that was given back."""
+    if t is not None and is_freed(t):
         raise _freed(t, name, 0)
 
 

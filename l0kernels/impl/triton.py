@@ -12,6 +12,7 @@ from torch import Tensor
 from ..reference.gates import HardConcrete
 from ..triton_kernels import batch_norm, conv2d, gather, linear, masked_linear, mlp, penalty
 from ..triton_kernels import sample as sampling
+from .memory import plain, strided
 
 T = TypeVar("T")
 
@@ -20,14 +21,14 @@ _VALUES = frozenset((int, float, bool, str, type(None), torch.dtype, HardConcret
 
 
 def _readable(arg: Any) -> Any:
-    """``arg`` as kernels read it: vectors go there by address alone, so they are dense; signs carried out."""
+    """``arg`` as kernels read it, in memory of its own; vectors are dense: they go there by address alone."""
     kind = type(arg)
     if kind in _VALUES:
         return arg
     if kind is list or kind is tuple:
         return [_readable(a) for a in arg]
-    if arg.is_neg():
-        arg = arg.resolve_neg()
+    arg = plain(arg)
+    strided(arg, "an operand", arg.device)
     return arg if arg.ndim != 1 or arg.is_contiguous() else arg.contiguous()
 
 
