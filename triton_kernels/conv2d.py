@@ -767,7 +767,7 @@ def as_rows(x: Tensor) -> Tensor:
 
 
 def as_images(rows: Tensor, n: int, h: int, w: int) -> Tensor:
-    """The mirror of as_rows: (N, C, H, W), channels_last; to autograd no view, for users change it in place."""
+    """The mirror of as_rows: (N, C, H, W), channels_last; no view to autograd, for users write into it."""
     return rows.view(n, h, w, rows.shape[1]).permute(0, 3, 1, 2).data
 
 
