@@ -89,7 +89,7 @@ def _define(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., An
                     return operator(*map(_made_plain, args))
             for i in (*singles, *lists):
                 for t in (args[i],) if i in singles else args[i]:
-                    if _is_dtensor(t):
+                    if is_dtensor(t):
                         raise TypeError(
                             f"{names[i]} of l0kernels.{name} must be a plain tensor, got a "
                             "DTensor: give its full_tensor() or to_local(), or shard the module as "
@@ -108,7 +108,8 @@ def _made_plain(value: Any) -> Any:
     return [_made_plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
-def _is_dtensor(t: Any) -> bool:
+def is_dtensor(t: Any) -> bool:
+    """Whether t is a DTensor, without importing what most programs never need."""
     kind = type(t)
     return kind.__name__ == "DTensor" and kind.__module__.startswith("torch.distributed")
 
@@ -850,6 +851,7 @@ def _kept_seed(seed: Tensor) -> Tensor:
 
 _LIBRARY.define("kept_seed(Tensor seed) -> Tensor")
 _LIBRARY.impl("kept_seed", _kept_seed, "CompositeImplicitAutograd")
+_KEPT_SEED = torch.ops.l0kernels.kept_seed.default
 
 
 def kept_seed(seed: Tensor) -> Tensor:
@@ -858,7 +860,7 @@ def kept_seed(seed: Tensor) -> Tensor:
     Left to themselves, compilers may compute it again in backward, from a generator or a counted step that
     has moved on since: then backward would have other gates, silently.
     """
-    return torch.ops.l0kernels.kept_seed.default(seed) if torch.compiler.is_compiling() else seed
+    return _KEPT_SEED(seed) if torch.compiler.is_compiling() else seed
 
 
 @_define(
@@ -888,12 +890,16 @@ def weighted_penalty(
 def register_batching() -> None:
     """Has torch.vmap run the operators example by example; once, at the first transform."""
     for name in torch._C._dispatch_get_all_op_names():
-        if name.startswith("l0kernels::") and not name.startswith("l0kernels::kept_seed"):
+        if name.startswith("l0kernels::"):
             operator = getattr(torch.ops.l0kernels, name.split("::")[1].split(".")[0]).default
-            torch.library.register_vmap(operator, functools.partial(_one_by_one, operator), lib=_LIBRARY)
+            if operator is not _KEPT_SEED and not operator._schema.is_mutable:
+                torch.library.register_vmap(operator, functools.partial(_one_by_one, operator), lib=_LIBRARY)
 
 
 def _one_by_one(operator: Any, info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+    if not info.batch_size:
+        raise ValueError(f"torch.vmap must have at least one example for {operator}, got none")
+
     def example(arg: Any, dim: Any, i: int) -> Any:
         if isinstance(arg, (list, tuple)) and isinstance(dim, (list, tuple)):
             return [example(a, d, i) for a, d in zip(arg, dim, strict=True)]

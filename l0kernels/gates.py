@@ -118,6 +118,8 @@ def sample_gates(
     if not log_alphas:
         return []
     check_log_alphas(log_alphas)
+    if generator is not None:
+        break_graph("a compiled graph holds no generator; draw a seed from it outside, and give that")
     backend = _registry.resolve(log_alphas[0].device, log_alphas[0].dtype, "sample")
     if backend == "reference":
         return reference.sample_gates(log_alpha, seed=seed, generator=generator, rank=rank, dist=dist)
@@ -148,8 +150,13 @@ def _attach(log_alpha: Tensor, gate: Gates, dist: HardConcrete, backend: str) ->
 
 
 def check_drawn(log_alphas: Sequence[Tensor | None], gates: Sequence[Gates | None]) -> None:
-    """ValueError where a vector has been resized since its gates were drawn."""
+    """ValueError where a vector has been resized since its gates were drawn, or is sharded since."""
     for log_alpha, gate in zip(log_alphas, gates, strict=True):
+        if _ops.is_dtensor(log_alpha):
+            raise TypeError(
+                "log_alpha must be whole where its gates multiply, got a DTensor: keep gates whole, for "
+                "fully_shard by ignored_params=l0kernels.nn.keep_gates_whole(model)"
+            )
         if log_alpha is not None and gate is not None and gate.z.shape != log_alpha.shape:
             n, drawn = log_alpha.shape[0], gate.z.shape[0]
             raise ValueError(
@@ -198,8 +205,6 @@ def check_draw(
     """The seed of a draw: the checked one that was given, or a fresh one."""
     check_dist(dist)
     if seed is None:
-        if generator is not None:
-            break_graph("a compiled graph holds no generator; draw a seed from it outside, and give that")
         seed = draw_seed(log_alphas[0].device, generator)
     else:
         _checks.check_seed(seed, log_alphas[0].device)

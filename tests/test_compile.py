@@ -434,9 +434,14 @@ class TestConversions:
     def test_sync_batch_norm(self):
         convert = torch.nn.SyncBatchNorm.convert_sync_batchnorm
         model, x = make("chain")
-        for net, name in ((model, "1"), (nn.L0Sequential(copy.deepcopy(model)), "0.1")):
+        late = nn.L0Sequential().append(nn.L0BatchNorm2d(3))
+        for net, name in ((model, "1"), (torch.nn.Sequential(copy.deepcopy(model)), "1"), (late, "0")):
             with pytest.raises(RuntimeError, match=f"'{name}' must be the L0BatchNorm2d that it was"):
-                convert(net).eval()(x)
+                convert(net)
+        inner = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), nn.L0BatchNorm2d(4))
+        nested = convert(nn.L0Sequential(inner, nn.L0Conv2d(4, 2, 3, gate="in"))).eval()
+        with pytest.raises(RuntimeError, match=r"'0\.1' must be the L0BatchNorm2d that it was"):
+            nested(x)
         plain = nn.L0Sequential(torch.nn.BatchNorm2d(3), nn.L0Conv2d(3, 4, 3, gate="in")).eval()
         expected = plain(x)
         torch.testing.assert_close(convert(plain)(x), expected)
@@ -450,3 +455,32 @@ class TestConversions:
         model, x = make("feed forward")
         with pytest.raises(TypeError, match=r"its layer was replaced .*; quantise what l0kernels.nn.export"):
             quantize(model, {torch.nn.Linear})(x)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_a_whole_training_step():
+    """Draw, penalty with a schedule, backward, Adam and clamp in one compiled function, as eager."""
+    model, x = make("mlp")
+    target, nets = torch.randint(0, 5, (len(x),)), []
+    for _ in range(2):
+        twin = copy.deepcopy(model)
+        optimizer = torch.optim.Adam(twin.parameters(), 1e-2)
+        nn.clamp_after_step(optimizer, twin)
+        nets.append((twin, optimizer, nn.GateBank(twin, seed=1)))
+
+    def step(net, optimizer, bank):
+        optimizer.zero_grad()
+        bank.draw()
+        loss = torch.nn.functional.cross_entropy(net(x), target) + nn.penalty(net, weight_decay=0.01) / 100
+        loss.backward()
+        optimizer.step()
+        return loss
+
+    compiled = torch.compile(step, backend="aot_eager")
+    for i in range(4):
+        for net, _, _ in nets:
+            for gate in nn.gate_modules(net):
+                gate.lam = 0.1 * i
+        torch.testing.assert_close(compiled(*nets[0]), step(*nets[1]), rtol=1e-4, atol=1e-5)
+    for a, b in zip(nets[0][0].parameters(), nets[1][0].parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)

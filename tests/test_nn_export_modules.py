@@ -515,6 +515,24 @@ def test_convolutions(seed):
     assert isinstance(small.line, T.Conv1d)
 
 
+def test_counts_of_exported_layers():
+    class Net(T.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.L0Conv2d(3, 8, 3, gate="both")
+            self.line = nn.L0Conv1d(8, 6, 2, gate="both")
+            self.out = nn.L0Linear(8, 5, gate="both")
+
+        def forward(self, x):
+            return self.out(self.line(self.conv(x).flatten(2)))
+
+    model = spread(Net())
+    small = nn.export(model)
+    assert {type(part) for part in small.children()} == {nn.SlicedConv2d, nn.SlicedConv1d, nn.SlicedLinear}
+    assert nn.eval_l0(small) == nn.eval_l0(model) == size(small)
+    assert nn.eval_flops(small, (2, 3, 5, 5)) == nn.eval_flops(model, (2, 3, 5, 5)) > 0
+
+
 def encoder_layer(**options):
     torch.manual_seed(0)
     layer = T.TransformerEncoderLayer(16, 4, 32, dropout=0.0, batch_first=True, **options)
@@ -784,3 +802,38 @@ def test_a_forward_of_one_object():
     model.a.forward = MethodType(lambda self, x: 2 * nn.L0Linear.forward(self, x), model.a)
     small, x = nn.export(model), torch.randn(5, 6)
     torch.testing.assert_close(small(x), model.eval()(x))
+
+
+class MoreThanAContainer(nn.L0Sequential):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class MoreThanASum(nn.L0Residual):
+    def forward(self, x):
+        return 1 + super().forward(x)
+
+
+@pytest.mark.filterwarnings("ignore:.*multiplies its outputs by gates")
+@pytest.mark.parametrize("training", [True, False])
+def test_subclasses_of_containers_run_their_modules_as_these_do(training):
+    def modules():
+        body = nn.L0BatchNorm2d(8), T.Sigmoid(), nn.L0Conv2d(8, 8, 1, gate="in")
+        return nn.L0Conv2d(3, 8, 1), nn.L0BatchNorm2d(8), nn.L0Sequential(*body)
+
+    first, norm, body = modules()
+    more = MoreThanAContainer(first, norm, MoreThanASum(body))
+    same = nn.L0Sequential(first, norm, more[2])
+    spread(more).train(training)
+    x = torch.randn(2, 3, 4, 4)
+    with torch.no_grad():
+        torch.manual_seed(1)
+        y = more(x)
+        torch.manual_seed(1)
+        torch.testing.assert_close(y, 2 * same(x))
+        torch.manual_seed(1)
+        h, summed = x.new_zeros(2, 8, 4, 4), nn.L0Residual(body)
+        z = more[2](h)
+        torch.manual_seed(1)
+        torch.testing.assert_close(z, 1 + summed(h))
+    check(more, x)

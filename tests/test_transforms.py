@@ -132,6 +132,19 @@ def test_modules(name, training):
     torch.testing.assert_close(outputs, functional_call(model, (params, buffers), (x,)))
 
 
+def test_a_bank_draws_outside():
+    model, x = make("mlp")
+    bank = nn.GateBank(model)
+
+    def loss(x):
+        bank.draw()
+        return model(x).sum()
+
+    with pytest.raises(RuntimeError, match="a GateBank counts its draws"):
+        grad(loss)(x)
+    assert bank.step.item() == 0
+
+
 def test_ensembles():
     models = [make("mlp")[0].eval() for _ in range(3)]
     x = make("mlp")[1]

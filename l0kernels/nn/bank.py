@@ -30,6 +30,9 @@ class Draw:
 
         y = checkpoint(run, bank.draw(), x, use_reentrant=False)
 
+    In a compiled graph the gates of a region are those of its forward in any case, and with fullgraph=True
+    Dynamo takes no ``with draw:`` inside of a checkpointed region: call the layers without it there.
+
     Attributes:
         expected: gate -> sum_g P(z_g > 0), a 0-d tensor, of a draw with ``expected=True``; else None.
     """
@@ -191,6 +194,10 @@ class GateBank(nn.Module):
         """n fresh seeds, each (1,) int64 on the device."""
         if not n:
             return ()
+        if torch._C._are_functorch_transforms_active():
+            raise RuntimeError(
+                "a GateBank counts its draws, which no transform of torch.func may; draw outside"
+            )
         device = self._gates[0].log_alpha.device
         if device.type == "meta":
             raise RuntimeError(

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .chain import Known, Part, Product, flatten, inside, is_feed_forward, is_product, known_before, link
+from .export import SlicedConv1d, SlicedConv2d
 from .gate import HardConcreteGate, gate_modules
 from .linear import L0Linear
 from .penalty import weight_parameters
@@ -232,6 +233,7 @@ def _rows(model: nn.Module, input_shape: Sequence[int] | Tensor | None) -> tuple
     products = [module for module in modules if is_product(module)]
     attentions = [module for module in modules if isinstance(module, nn.MultiheadAttention)]
     convolutions = [module for module in modules if isinstance(module, CONVOLUTIONS + TRANSPOSED)]
+    convolutions = [module for module in convolutions if not isinstance(module, SlicedConv1d | SlicedConv2d)]
     if input_shape is None:
         if convolutions:
             raise ValueError(f"input_shape must be given for a model with convolutions: {convolutions[0]}")

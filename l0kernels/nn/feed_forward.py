@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from ..gates import Gates, HardConcrete, attach
 from ..mlp import drawn_mlp, gated_mlp, l0_mlp
 from ..penalty import L2Term
+from ..reference import _checks
 from ..reference.gates import check_gates
 from ..reference.linear import scale
 from ..reference.mlp import GLU, ROWS
@@ -169,6 +170,7 @@ class L0FeedForward(GatedLayer, nn.Module):
         Returns:
             (..., d_model).
         """
+        _checks.check_tensor("x", x)
         up, down, gate = self.up, self.down, self.hidden_gate
         gates = released(gates)
         sharded = is_sharded(up.weight) or is_sharded(down.weight)

@@ -188,8 +188,8 @@ class HardConcreteGate(Unscriptable, nn.Module):
 
     def fresh_seed(self) -> Tensor | None:
         """The seed of a draw: a GateBank's, else the ranks', else None for torch's default generator."""
-        drawn = self._held
-        if isinstance(drawn, Tensor):
+        drawn = self.seed
+        if drawn is not None:
             return drawn
         if self.independent or not ranks.are_several():
             return None
@@ -456,7 +456,8 @@ def gate_modules(model: nn.Module) -> list[HardConcreteGate]:
 
 def _as_tensor(value: float, device: torch.device) -> Tensor:
     _checks.check_number("lam", value)
-    return torch.full((), float(value), dtype=torch.float64, device=device)
+    number = value if torch.compiler.is_compiling() else float(value)
+    return torch.ones((), dtype=torch.float64, device=device).mul_(number)  # full would compile to a constant
 
 
 def _gate_dtype(dtype: torch.dtype) -> torch.dtype:

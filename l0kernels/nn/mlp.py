@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..gates import Gates, HardConcrete
 from ..mlp import drawn_mlp, gated_mlp, l0_mlp
+from ..reference import _checks
 from .gate import DEFAULT_DIST, draw
 from .linear import L0Linear, copy_parameters_, is_only_weight
 from .ranks import held, is_sharded, released
@@ -148,6 +149,7 @@ class L0MLP(nn.Module):
         Returns:
             (..., sizes[-1]).
         """
+        _checks.check_tensor("x", x)
         layers = [*self.layers]
         gates = None if gates is None else [*map(released, gates)]
         if not all(map(is_only_weight, layers)):

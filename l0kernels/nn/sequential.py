@@ -40,7 +40,38 @@ from .steps import (
 Drawn = Mapping[HardConcreteGate, Gates]
 
 
-class L0Sequential(Unscriptable, nn.Sequential):
+class _Container(Unscriptable):
+    """What L0Sequential and L0Residual share."""
+
+    _norms: tuple[str, ...]
+    """The names of the norms of open channels, as the container was made."""
+
+    def _set_norms(self) -> None:
+        modules = cast(nn.Module, self).named_modules()
+        self._norms = tuple(name for name, module in modules if isinstance(module, L0BatchNorm2d))
+
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        """As of torch.nn.Module, but for what convert_sync_batchnorm puts in place of an L0BatchNorm2d."""
+        before = cast(nn.Module, self)._modules.get(name)
+        if isinstance(module, nn.SyncBatchNorm) and isinstance(before, L0BatchNorm2d):
+            _refuse_sync(name)
+        super().add_module(name, module)  # type: ignore[misc]
+
+    def check_norms(self) -> None:
+        """RuntimeError where that happened within a container of torch."""
+        for name in self._norms:
+            if isinstance(cast(nn.Module, self).get_submodule(name), nn.SyncBatchNorm):
+                _refuse_sync(name)
+
+
+def _refuse_sync(name: str) -> None:
+    raise RuntimeError(
+        f"{name!r} must be the L0BatchNorm2d that it was, got a SyncBatchNorm, which knows of no closed "
+        "channels: leave L0BatchNorm2d out of SyncBatchNorm.convert_sync_batchnorm"
+    )
+
+
+class L0Sequential(_Container, nn.Sequential):
     r"""``torch.nn.Sequential`` that draws its gates at once and keeps activations packed between its layers.
 
     The values are those of its modules one after the other, but for the batch norms::
@@ -83,7 +114,7 @@ class L0Sequential(Unscriptable, nn.Sequential):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self._norms = _norms_within(self)
+        self._set_norms()
         _warn_of_gates_before_norms(self)
 
     def forward(self, x: Tensor, drawn: Drawn | None = None) -> Tensor:
@@ -99,7 +130,7 @@ class L0Sequential(Unscriptable, nn.Sequential):
         return _forward(_as_kind(self, L0Sequential), x, drawn)
 
 
-class L0Residual(Unscriptable, nn.Module):
+class L0Residual(_Container, nn.Module):
     r"""``shortcut(x) + body(x)``, with the rules of :class:`L0Sequential` inside and in an outer one.
 
     Two branches that end in channels packed by one and the same gate are added packed. If the next layer
@@ -116,7 +147,7 @@ class L0Residual(Unscriptable, nn.Module):
         super().__init__()
         self.body = body
         self.shortcut = shortcut
-        self._norms = _norms_within(self)
+        self._set_norms()
         _warn_of_gates_before_norms(self)
 
     def forward(self, x: Tensor, drawn: Drawn | None = None) -> Tensor:
@@ -364,22 +395,7 @@ def _as_kind(module: nn.Module, kind: type[nn.Module]) -> nn.Module:
     return plain
 
 
-def _norms_within(container: nn.Module) -> tuple[str, ...]:
-    """The names of the norms of open channels, as the container is made."""
-    return tuple(name for name, module in container.named_modules() if isinstance(module, L0BatchNorm2d))
-
-
-def _check_norms(container: Any) -> None:
-    """RuntimeError where convert_sync_batchnorm has put a plain norm in the place of an L0BatchNorm2d."""
-    for name in container._norms:
-        if isinstance(container.get_submodule(name), nn.SyncBatchNorm):
-            raise RuntimeError(
-                f"{name!r} must be the L0BatchNorm2d that it was, got a SyncBatchNorm, which knows of no "
-                "closed channels: leave L0BatchNorm2d out of SyncBatchNorm.convert_sync_batchnorm"
-            )
-
-
-def _forward(module: nn.Module, x: Any, given: Drawn | None) -> Tensor:
+def _forward(module: Any, x: Any, given: Drawn | None) -> Tensor:
     if isinstance(x, torch.fx.Proxy):
         raise TypeError(
             "x must be a torch.Tensor, got a Proxy of torch.fx; torch.export traces this container"
@@ -404,7 +420,7 @@ def _dense(x: Activation) -> Tensor:
 class _Forward:
     """One forward of a plan with the gates drawn for it."""
 
-    def __init__(self, container: nn.Module, drawn: Drawn) -> None:
+    def __init__(self, container: _Container, drawn: Drawn) -> None:
         self._container = container
         self._drawn = drawn
         self._attached: dict[HardConcreteGate, Gates] = {}
@@ -461,7 +477,7 @@ class _Forward:
 
     def other(self, op: _Op, x: Activation) -> Activation:
         if isinstance(op.module, nn.SyncBatchNorm):
-            _check_norms(self._container)
+            self._container.check_norms()
         return op.module(_dense(x))
 
     def flatten(self, op: _Op, x: Activation) -> Activation:

@@ -68,7 +68,8 @@ def batch_norm(
     """torch's batch_norm for any number of forwards before a backward, any strides, and no channel at all."""
     if x.shape[1] == 0:
         return affine(x, weight, bias)
-    if running_mean is not None and running_var is not None and not torch.compiler.is_compiling():
+    eager = not torch.compiler.is_compiling() and torch._C._get_tracing_state() is None
+    if running_mean is not None and running_var is not None and eager:
         if training:
             # Autograd keeps them though backward does not read them, and another forward changes them.
             running_mean, running_var = running_mean.data, running_var.data
