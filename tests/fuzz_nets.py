@@ -162,7 +162,8 @@ class _Maker:
             for _ in range(20):
                 found = self.step(kind, shape, depth, bool(modules) and isinstance(modules[-1], PRODUCTS))
                 if modules and self.chance(0.04):
-                    found = self.random.choice(modules), kind  # a second time
+                    again = self.random.choice(modules)
+                    found = None if getattr(again, "inplace", False) else (again, kind)
                 if found is None:
                     continue
                 module, new_kind = found

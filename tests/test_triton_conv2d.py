@@ -348,3 +348,25 @@ def test_no_inputs_or_no_outputs(packed, groups, sizes):
     want = [torch.zeros_like(x), torch.zeros_like(weight), 12 * z, 12 * bias]
     for got, expected in zip(grads, want, strict=True):
         torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_outputs_may_be_changed_in_place(n):
+    """As those of torch's convolution: what a Function returns must be no view."""
+    gates = Gates.from_z(torch.tensor([0.0, 1.0, 0.5, 0.0, 1.0, 0.2], device=DEVICE), full_grad=False)
+    w = draw(6, 6, 2, 2).requires_grad_()
+    calls = {
+        "dense": lambda x: l0.gated_conv2d(x, w, out_gates=gates),
+        "grouped": lambda x: l0.gated_conv2d(x, w[:, :2], groups=3, in_gates=gates, out_gates=gates),
+        "unpack": lambda x: l0.unpack_channels(l0.pack_channels(x * 1, gates)),
+        "between": lambda x: l0.packed_conv2d(l0.pack_channels(x * 1, gates), w, in_gates=gates),
+        "norm": lambda x: l0.unpack_channels(
+            l0.gated_batch_norm(l0.pack_channels(x * 1, gates), None, None, training=True)
+        ),
+    }
+    x = draw(n, 6, 4, 4).requires_grad_()
+    with l0.use_backend("triton"):
+        for name, call in calls.items():
+            expected = torch.autograd.grad(call(x).relu().sum(), x)[0]
+            got = torch.autograd.grad(call(x).relu_().sum(), x)[0]
+            assert torch.equal(got, expected), name

@@ -767,8 +767,8 @@ def as_rows(x: Tensor) -> Tensor:
 
 
 def as_images(rows: Tensor, n: int, h: int, w: int) -> Tensor:
-    """The mirror of as_rows: (N, C, H, W) in channels_last memory."""
-    return rows.view(n, h, w, rows.shape[1]).permute(0, 3, 1, 2)
+    """The mirror of as_rows: (N, C, H, W), channels_last; no view to autograd, for users write into it."""
+    return rows.view(n, h, w, rows.shape[1]).permute(0, 3, 1, 2).data
 
 
 def output_size(size: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
