@@ -7,13 +7,14 @@ PY     := $(VENV)/bin/python
 STAMP  := $(VENV)/.installed
 ARGS   ?=
 
-.PHONY: help train train-lenet5 train-wrn test static bench bench-cpu gpu-check venv clean
+.PHONY: help train train-lenet5 train-wrn test test-all static bench bench-cpu gpu-check venv clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make train      train a LeNet-300-100 with L0 gates on handwritten digits (ARGS= for its options)"
 	@echo "make train-lenet5, train-wrn  the same with convolutions: LeNet-5-Caffe, a wide residual net"
 	@echo "make test       ruff, mypy, pytest (ARGS= for pytest's options)"
+	@echo "make test-all   the same and what is only long: more random nets and calls, sanitizers (two hours)"
 	@echo "make bench-cpu  the CPU rows, tables and plots, under ten minutes; adds to bench/results (ARGS=--full: hours)"
 	@echo "make bench      pytest-benchmark of the core operations (ARGS=--benchmark-compare: beside the last run)"
 	@echo "make static     registers, shared memory and instructions of every Triton kernel; needs no GPU"
@@ -36,6 +37,13 @@ test: $(STAMP)
 	$(PY) -m pytest -n 2 $(ARGS)
 	@# The Triton kernels run in a process of their own, under Triton's interpreter; 5: ARGS chose none of these.
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 tests/test_triton_*.py $(ARGS) || [ $$? -eq 5 ]
+
+# Each part in a process of its own, one after the other; the first that fails ends it.
+test-all: test
+	L0KERNELS_FUZZ_NETS=5000 OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 tests/test_fuzz_nets.py tests/test_fuzz_export.py
+	L0KERNELS_FUZZ_OPS=2000 OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 tests/test_fuzz_ops.py
+	L0KERNELS_FUZZ_OPS=20 TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 tests/test_triton_fuzz.py
+	$(PY) tests/sanitized.py
 
 static: $(STAMP)
 	$(PY) bench/static.py $(ARGS)
