@@ -179,7 +179,7 @@ class _Maker:
         """A module that takes an input of the shape, and where the units of its output lie, or None."""
         if kind > 1 and shape[-kind] == shape[-1] and self.chance(0.25):
             return self.linear(shape), 0  # over the columns: as many features as there are channels
-        if kind > 1 and self.chance(0.1):
+        if kind > 1 and shape[-1] and self.chance(0.1):
             return self.columns(kind, shape), 0
         choice = self.random.random()
         if choice < 0.24:
