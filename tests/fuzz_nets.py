@@ -238,6 +238,8 @@ class _Maker:
             return T.Softmax(-1), kind
         if len(shape) == 4:
             flat = self.random.choice((T.Flatten(2), T.Flatten(1, 2), T.Flatten(-3), T.Flatten(0, 1)))
+            if flat.start_dim == 0 and not shape[0]:
+                return None  # no channels but those of a batch
             if flat.start_dim == 0:
                 return flat, 2 if self.chance(0.5) else 0
             return flat, 2 if flat.start_dim != -3 else 1
