@@ -84,6 +84,8 @@ def _gate(matrix: Tensor, name: str, gate: Sequence[Tensor], n: int) -> tuple[in
     """Addresses of z, index and count of n gates, which the kernel believes to be dense and of its types."""
     z, index, count = gate
     device = matrix.device
+    for t in gate:
+        _beside(t, matrix, name)
     return (
         vector(z, name, _z_dtype(matrix.dtype), n, device),
         vector(index, name, torch.int32, round_up(n), device),
@@ -617,7 +619,7 @@ def linear_forward(
 ) -> Tensor:
     """y (M, out) of gated_linear, in one launch."""
     n_out, n_in = weight.shape
-    in_, out = _small_gate(x, "in_gates", in_gate, n_in), _small_gate(x, "out_gates", out_gate, n_out)
+    in_, out = _small_gate(x, "in_gate", in_gate, n_in), _small_gate(x, "out_gate", out_gate, n_out)
     return _linear_forward(x, weight, bias, in_, out, scale_out, dtype, None)
 
 
@@ -719,8 +721,8 @@ def linear_backward(
         _matrix(x, x, M, n_in),
         _matrix(weight, x, n_out, n_in),
         _vector(bias, x, n_out),
-        _small_gate(x, "in_gates", in_gate, n_in),
-        _small_gate(x, "out_gates", out_gate, n_out),
+        _small_gate(x, "in_gate", in_gate, n_in),
+        _small_gate(x, "out_gate", out_gate, n_out),
         scale_out,
         full_in,
         full_out,
