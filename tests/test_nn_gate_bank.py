@@ -1,5 +1,6 @@
 """GateBank: one draw for every gate of a model, seeds counted on the device, nothing of it in copies."""
 
+import contextvars
 import copy
 import io
 import os
@@ -588,7 +589,8 @@ def in_threads(fn, n=6):
             barrier.abort()
             results[i] = error
 
-    threads = [threading.Thread(target=run, args=(i,)) for i in range(n)]
+    # A thread begins without the backend of the test: it gets a copy of the test's context.
+    threads = [threading.Thread(target=contextvars.copy_context().run, args=(run, i)) for i in range(n)]
     for thread in threads:
         thread.start()
     for thread in threads:
