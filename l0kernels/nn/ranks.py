@@ -417,7 +417,9 @@ def check_none_flat(model: nn.Module) -> None:
 
 
 def check_not_flat(weight: Tensor) -> None:
-    """RuntimeError if FullyShardedDataParallel has made a flat shard of a weight."""
+    """RuntimeError if FullyShardedDataParallel has made a flat shard of a weight, TypeError if it is none."""
+    if not isinstance(weight, Tensor):  # of a quantised layer it is a method
+        raise TypeError(f"weight must be a torch.Tensor, got {type(weight).__name__}")
     if weight.ndim < 2 or is_released(weight):
         raise RuntimeError(
             f"weight must be whole, got {tuple(weight.shape)}: FullyShardedDataParallel has flattened and "
