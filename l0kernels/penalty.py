@@ -201,7 +201,8 @@ def coupled_penalty(
         _check_log_alphas(log_alphas, dist)
     sizes = per_tensor("group_size", group_sizes, len(log_alphas))
     for term in terms:
-        if not _is_sound(term):
+        # Of a quantised layer the weight is a method.
+        if not isinstance(term.weight, Tensor) or not _is_sound(term):
             weight, out, in_, groups = term
             _checks.check_floating("weight", weight)
             check_l2_penalty(_as_matrix(weight), weight_decay, in_, out, groups, dist)
@@ -248,8 +249,6 @@ def coupled_penalty(
 def _is_sound(term: L2Term) -> bool:
     """Whether dtypes, shapes and devices are right, for less than the checks that say what is wrong."""
     weight, out, in_, groups = term
-    if not isinstance(weight, Tensor):  # of a quantised layer it is a method
-        return False
     shape, device = weight.shape, weight.device
     if weight.dtype not in _checks.DTYPES or shape[0] % groups:
         return False
