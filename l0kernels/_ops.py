@@ -67,8 +67,7 @@ def _define(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., An
                 for t in args[i]:
                     if type(t) not in _PLAIN_OR_NONE:
                         return False
-            first = args[0][0] if first_is_list else args[0]
-            return first.is_cpu or first.is_cuda
+            return True
 
         def call(*args: Any) -> Any:
             # The dispatcher costs 6 to 10 us, as much as a small layer; eager tensors do without,
@@ -81,11 +80,14 @@ def _define(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., An
             if torch._C._are_functorch_transforms_active():
                 register_batching()
                 return operator(*args)
-            if is_plain(args):
+            # Of cpp, which asks for every address, type and all, only the place matters here.
+            first = args[0][0] if first_is_list else args[0]
+            native = names[-1] == "backend" and args[-1] == "cpp" and name not in _MADE_OF_TORCH
+            if (first.is_cpu or first.is_cuda) and (native or is_plain(args)):
                 try:
                     return opaque(*args)
                 except NotPlain:  # negated views are made plain here, a transform's tensors by the dispatcher
-                    return operator(*map(_made_plain, args))
+                    args = tuple(map(_made_plain, args))
             for i in (*singles, *lists):
                 for t in (args[i],) if i in singles else args[i]:
                     if is_dtensor(t):

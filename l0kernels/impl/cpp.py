@@ -57,9 +57,14 @@ def _constants(dist: HardConcrete) -> tuple[float, float, float]:
 
 
 def _joined_gates(
-    z: Tensor, index: Tensor, count: Tensor, sizes: list[int | None], dtype: torch.dtype
+    z: Tensor,
+    index: Tensor,
+    count: Tensor,
+    sizes: list[int | None],
+    dtype: torch.dtype,
+    are_fresh: bool = False,
 ) -> list[tuple[int, int, int, int, bool] | None]:
-    places = joined.addresses(z, index, count, sizes, dtype)
+    places = joined.addresses(z, index, count, sizes, dtype, are_fresh=are_fresh)
     return [None if gate is None else (*gate, False) for gate in places]
 
 
@@ -76,7 +81,7 @@ def sample(
     nan_at = _C.sample(
         dtype == torch.float64,
         _draw(log_alphas, seed, rank, dist, dtype),
-        _joined_gates(*gates, [a.shape[0] for a in log_alphas], dtype),
+        _joined_gates(*gates, [a.shape[0] for a in log_alphas], dtype, True),
         optional(expected, "expected", dtype, len(log_alphas)),
         torch.get_num_threads(),
     )
@@ -330,7 +335,7 @@ def l0_linear_forward(
     given = [a for a in log_alphas if a is not None]
     gates = joined.empty(given)
     sizes = joined.sizes(log_alphas, [weight.shape[1], weight.shape[0]])
-    sides = _joined_gates(*gates, sizes, x.dtype)
+    sides = _joined_gates(*gates, sizes, x.dtype, True)
     draw = _draw(given, seed, rank, dist, x.dtype)
     return _linear_forward(x, weight, bias, sides, True, draw), *gates
 
@@ -392,8 +397,8 @@ def linear_backward(
     dx = x.new_empty(M, n_in) if need_x else None
     reads_dw = need_out or (need_in and not need_x)  # dz is read off dW
     dw = empty_grad(weight) if need_w or reads_dw else None
-    bias = None if bias is None else bias.contiguous()
-    db = x.new_empty(n_out) if need_b or (need_out and bias is not None) else None
+    bias = bias.contiguous() if need_out and bias is not None else None  # read for dz_out alone
+    db = x.new_empty(n_out) if need_b or bias is not None else None
     dz_in = x.new_empty(n_in) if need_in else None
     dz_out = x.new_empty(n_out) if need_out else None
     _C.linear_backward(
@@ -494,7 +499,7 @@ def l0_mlp_forward(
     given = [a.contiguous() for a in log_alphas if a is not None]
     gates = joined.empty(given)
     sizes = joined.sizes(log_alphas, [w.shape[1] for w in weights])
-    layers = _joined_gates(*gates, sizes, x.dtype)
+    layers = _joined_gates(*gates, sizes, x.dtype, True)
     draw = _draw(given, seed, rank, dist, x.dtype)
     return *_mlp_forward(x, weights, biases, layers, activation, draw), gates
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..reference.gates import round_up
-from .memory import vector
+from .memory import fresh, vector
 
 
 def empty(log_alphas: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
@@ -39,15 +39,20 @@ def addresses(
     sizes: Sequence[int | None],
     dtype: torch.dtype,
     device: torch.device | None = None,
+    *,
+    are_fresh: bool = False,
 ) -> list[tuple[int, int, int, int] | None]:
     """Of z, index and count of each vector, and its size; None where ``sizes`` has none.
 
-    ``dtype``: of z; ``device``: as in memory.vector.
+    ``dtype``: of z; ``device``: as in memory.vector; ``are_fresh``: whether ``empty`` has just made them.
     """
-    given = [n for n in sizes if n is not None]
-    at_z = vector(z, "z", dtype, sum(given), device)
-    at_index = vector(index, "index", torch.int32, sum(map(round_up, given)), device)
-    at_count = vector(count, "count", torch.int32, 2 * len(given), device)
+    if are_fresh:
+        at_z, at_index, at_count = fresh(z), fresh(index), fresh(count)
+    else:
+        given = [n for n in sizes if n is not None]
+        at_z = vector(z, "z", dtype, sum(given), device)
+        at_index = vector(index, "index", torch.int32, sum(map(round_up, given)), device)
+        at_count = vector(count, "count", torch.int32, 2 * len(given), device)
     itemsize = z.element_size()
     found: list[tuple[int, int, int, int] | None] = []
     for n in sizes:

@@ -197,8 +197,11 @@ class HardConcreteGate(Unscriptable, nn.Module):
 
     def draws_as(self, other: "HardConcreteGate") -> bool:
         """Whether both may be drawn in one call: of one distribution and dtype, alike or not on all ranks."""
-        one_kind = self.dist == other.dist and self.log_alpha.dtype == other.log_alpha.dtype
-        return one_kind and self.independent == other.independent
+        if self is other:
+            return True
+        one_dist = self.dist is other.dist or self.dist == other.dist  # a dataclass compares for a microsecond
+        alike = one_dist and self.independent == other.independent
+        return alike and self.log_alpha.dtype is other.log_alpha.dtype
 
     def eval_gates(self) -> Gates:
         """The evaluation gate, whatever the mode of the module; detached."""
