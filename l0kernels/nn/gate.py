@@ -199,7 +199,7 @@ class HardConcreteGate(Unscriptable, nn.Module):
         """Whether both may be drawn in one call: of one distribution and dtype, alike or not on all ranks."""
         if self is other:
             return True
-        one_dist = self.dist is other.dist or self.dist == other.dist  # a dataclass compares for a microsecond
+        one_dist = self.dist is other.dist or self.dist == other.dist  # comparing them takes 1 us
         alike = one_dist and self.independent == other.independent
         return alike and self.log_alpha.dtype is other.log_alpha.dtype
 
