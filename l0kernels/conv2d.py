@@ -18,7 +18,7 @@ from .impl import conv2d as impl
 from .impl import module
 from .linear import _NO_GATE, _NO_TENSORS, compute_dtype, gate_tensors
 from .reference import _checks
-from .reference.conv2d import check_conv2d, conv_options
+from .reference.conv2d import check_conv2d, conv_options, settled
 from .reference.gates import check_gates
 from .reference.linear import check_layer_gates
 
@@ -503,7 +503,8 @@ def _exact(
     if plan.empty:
         return apply(_Without, data, w, b, shape, dtype, fmt)
     x = impl.in_format(_inputs(data, held, plan).to(dtype), fmt)
-    y = F.conv2d(x, w, None if b is None else impl.bias_of(plan, b), stride, padding, dilation, plan.groups)
+    bias = None if b is None else impl.bias_of(plan, b)
+    y = F.conv2d(settled(x, plan.groups), w, bias, stride, padding, dilation, plan.groups)
     if not plan.computes_all:
         rest = data.new_zeros(shape, dtype=dtype) if b is None else b[:, None, None].expand(shape)
         y = impl.put_groups(y, plan, rest)

@@ -177,6 +177,7 @@ class _Maker:
 
     def step(self, kind, shape, depth, behind_product):
         """A module that takes an input of the shape, and where the units of its output lie, or None."""
+        kind = kind if kind <= len(shape) else 0
         if kind > 1 and shape[-kind] == shape[-1] and self.chance(0.25):
             return self.linear(shape), 0  # over the columns: as many features as there are channels
         if kind > 1 and self.chance(0.1):
@@ -277,7 +278,8 @@ class _Maker:
             n_out = shape[-1]
         groups = 1
         if self.chance(0.3):
-            groups = self.random.choice([g for g in range(1, n_in + 1) if not n_in % g and not n_out % g])
+            both = [g for g in range(1, n_in + 1) if not n_in % g and not n_out % g]
+            groups = self.random.choice(both or [1])
         options = self.geometry(shape, dims, size) | {"groups": groups, "bias": self.chance(0.8)}
         if self.chance(0.3):
             return plain(n_in, n_out, **options)
@@ -508,7 +510,9 @@ class OneByOne:
         shape = (-1, *[1] * dims)
         if in_gates is not None:
             x = x * in_gates.z.view(shape)
-        y = module._conv_forward(x, module.weight, module.bias)
+        # torch's gradient of a grouped weight is wrong for a single image whose channels come last and whose
+        # batch has a view's stride, where the weight's channels come last, too.
+        y = module._conv_forward(x.contiguous(), module.weight, module.bias)
         return y if out_gates is None else y * out_gates.z.view(shape)
 
     def linear(self, module, x):

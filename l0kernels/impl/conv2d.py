@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..reference.conv2d import settled
 from ..reference.gates import round_up
 from .memory import empty_grad
 from .packed import Gate, PackUnpack, extent
@@ -402,7 +403,7 @@ def conv2d_forward(
     b = None if bias is None else pack_bias(pair, bias, out_gate, scale_out, dtype)
     if not p.empty:
         y = F.conv2d(
-            take(x, p.in_index).to(dtype),
+            settled(take(x, p.in_index).to(dtype), p.groups),
             pack_weight(pair, weight, p, in_gate, out_gate, scale_in, scale_out, dtype),
             None if b is None else bias_of(p, b),
             stride,
@@ -457,7 +458,7 @@ def conv2d_backward(
         along = reads_db and reads_dw and p.computes_all  # then the bias comes with the weight
         dx, dw_packed, total = torch.ops.aten.convolution_backward(
             dy_open if p.computes_all else take(dy, p.out_index).to(dtype),
-            take(x, p.in_index).to(dtype),
+            settled(take(x, p.in_index).to(dtype), p.groups),
             pack_weight(pair, weight, p, in_gate, out_gate, scale_in, scale_out, dtype),
             [dy_open.shape[1]] if along else None,
             stride,

@@ -97,6 +97,19 @@ def _of_no_channels(
     return (y if bias is None else y + bias[:, None, None]).to(dtype)
 
 
+def settled(x: Tensor, groups: int) -> Tensor:
+    """x (N, C, H, W) in strides that torch's grouped convolution reads right.
+
+    A single image may have any batch stride. Where that is a view's and channels come last, in x and in the
+    weight, torch gets the weight's gradient wrong.
+    """
+    if groups == 1 or x.ndim != 4 or x.shape[0] != 1 or torch.compiler.is_compiling():
+        return x
+    if x.is_contiguous() or x.stride(0) == x.numel():
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
+
+
 def gated_conv2d(
     x: Tensor,
     weight: Tensor,
@@ -142,7 +155,11 @@ def gated_conv2d(
         x = torch.nn.functional.pad(x, (0, behind[1], 0, behind[0]))
     weight = open_weight(weight, in_gates, out_gates or out_support, groups)
     if weight.shape[0] and weight.shape[1]:
-        y = torch.nn.functional.conv2d(x, weight, bias, strides, paddings, dilations, groups)
+        batch = x if x.ndim == 4 else x.unsqueeze(0)
+        y = torch.nn.functional.conv2d(
+            settled(batch, groups), weight, bias, strides, paddings, dilations, groups
+        )
+        y = y if x.ndim == 4 else y.squeeze(0)
     else:
         y = _of_no_channels(x, weight, bias, (strides, paddings, dilations))
     return gate_output(y, out_gates, out_support, trailing=2)
