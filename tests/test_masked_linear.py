@@ -204,6 +204,15 @@ class TestBlocksLargerThanTheWeight:
         want = (p_open * (24 + 0.05 * squares)).sum()
         torch.testing.assert_close(l0.nn.penalty(layer, weight_decay=0.1).detach(), want)
 
+    def test_a_layer_resized_by_hand(self):
+        layer = l0.nn.L0Linear(6, 8, gate="weight")
+        layer.weight.data = layer.weight.data[:-1].clone()
+        with pytest.raises(ValueError, match=r"weight must have shape \(8, 6\)"):
+            l0.nn.penalty(layer, weight_decay=0.1)
+        layer.weight_gate.log_alpha.data = layer.weight_gate.log_alpha.data[:-1].clone()
+        with pytest.raises(RuntimeError, match=r"must hold the n=48 gates .*got 42 .*by hand"):
+            l0.nn.penalty(layer)
+
     @pytest.mark.parametrize("block", [(0, 2), (-5, -13), (2, 5)])
     @pytest.mark.parametrize("name", ["cpp", "torch"])
     def test_the_operator(self, block, name):
