@@ -19,6 +19,7 @@ from ._flops import tell_counters
 from .impl import conv2d, module
 from .impl.memory import PLAIN, NotPlain, check_not_freed, plain, vector
 from .impl.packed import Term
+from .reference._checks import check_tensor
 from .reference.gates import HardConcrete, round_up
 
 _LIBRARY = torch.library.Library("l0kernels", "DEF")
@@ -69,6 +70,12 @@ def _define(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., An
                         return False
             return True
 
+        def refuse_sparse(args: tuple[Any, ...]) -> None:
+            for i in (*singles, *lists):
+                for t in (args[i],) if i in singles else args[i]:
+                    if t is not None and t.layout is not torch.strided:
+                        check_tensor(f"{names[i]} of l0kernels.{name}", t)
+
         def call(*args: Any) -> Any:
             # The dispatcher costs 6 to 10 us, as much as a small layer; eager tensors do without,
             # unless a mode (make_fx, say) wants to see the operators.
@@ -87,7 +94,11 @@ def _define(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., An
                 try:
                     return opaque(*args)
                 except NotPlain:  # negated views are made plain here, a transform's tensors by the dispatcher
+                    refuse_sparse(args)
                     args = tuple(map(_made_plain, args))
+                except RuntimeError:  # torch's words, where a fast way has looked at sizes alone
+                    refuse_sparse(args)
+                    raise
             for i in (*singles, *lists):
                 for t in (args[i],) if i in singles else args[i]:
                     if is_dtensor(t):
@@ -200,7 +211,16 @@ def gate_grad(dz: Tensor, z: Tensor, beta: float, gamma: float, zeta: float, bac
 def l0_penalty(
     log_alpha: list[Tensor], weights: list[float], beta: float, gamma: float, zeta: float, backend: str
 ) -> tuple[Tensor, Tensor]:
+    _check_weights(weights, log_alpha)
     return module(backend).l0_penalty(log_alpha, weights, _dist(beta, gamma, zeta))
+
+
+def _check_weights(weights: list[float], log_alpha: list[Tensor]) -> None:
+    """ValueError unless every vector has its weight: kernels read as many as there are vectors."""
+    if not log_alpha or len(weights) != len(log_alpha):
+        raise ValueError(
+            f"weights must be one per gate vector, {len(log_alpha)} of 1 or more, got {len(weights)}"
+        )
 
 
 def _terms(thetas: list[Tensor], layout: list[int]) -> list[Term]:
@@ -641,7 +661,23 @@ def block_linear(
     dtype: torch.dtype,
     backend: str,
 ) -> Tensor:
-    return module(backend).block_linear_forward(x, weight, bias, z, b_out, b_in, dtype)
+    blocks = _blocks(weight, z, b_out, b_in)
+    return module(backend).block_linear_forward(x, weight, bias, z, *blocks, dtype)
+
+
+def _blocks(weight: Tensor, z: Tensor, b_out: int, b_in: int) -> tuple[int, int]:
+    """b_out and b_in, cropped to the weight: backends spread z over whole blocks.
+
+    Raises:
+        ValueError: a block that is not positive, or z is not one per block.
+    """
+    if b_out < 1 or b_in < 1:
+        raise ValueError(f"b_out and b_in must be positive, got {b_out} and {b_in}")
+    n_out, n_in = weight.shape
+    shape = (-(-n_out // b_out), -(-n_in // b_in))
+    if z.shape != shape:
+        raise ValueError(f"z must have shape {shape}, one per block, got {tuple(z.shape)}")
+    return min(b_out, n_out or 1), min(b_in, n_in or 1)
 
 
 @_define(
@@ -668,7 +704,8 @@ def block_linear_backward(
     needs: list[bool],
     backend: str,
 ) -> list[Tensor]:
-    dx, dw, db, dz = module(backend).block_linear_backward(dy, x, weight, z, b_out, b_in, full, dtype, needs)
+    blocks = _blocks(weight, z, b_out, b_in)
+    dx, dw, db, dz = module(backend).block_linear_backward(dy, x, weight, z, *blocks, full, dtype, needs)
     return _given([dx, dw, None if db is None or bias is None else db.to(bias.dtype), dz], x)
 
 

@@ -57,7 +57,8 @@ class _Thread(threading.local):
         self.traced: str | None = None  # of a scope within compiled code
 
 
-_of_context: ContextVar[str | None] = ContextVar("l0kernels_backend", default=None)
+_of_context: ContextVar[tuple[tuple[object, str], ...]] = ContextVar("l0kernels_backend", default=())
+"""Scopes and their names, the innermost last; generators that take turns end theirs in any order."""
 _of_thread = _Thread()
 _scopes: dict[object, str] = {}  # those open in any thread; they end in any order
 
@@ -66,7 +67,8 @@ def requested() -> str | None:
     """The backend that use_backend, or else the environment, asks for here; None leaves the choice."""
     if torch.compiler.is_dynamo_compiling():
         return _of_thread.traced or _of_thread.entered or _of_process
-    name = _of_thread.traced or _of_context.get()
+    open_here = _of_context.get()
+    name = _of_thread.traced or (open_here[-1][1] if open_here else None)
     if name is None and _scopes and isinstance(threading.current_thread(), threading._DummyThread):
         # Autograd's thread of a GPU, where checkpoints compute again, knows nothing of who called backward.
         return [*_scopes.values()][-1]
@@ -251,15 +253,15 @@ def use_backend(name: str) -> Iterator[None]:
             _of_thread.traced = traced
         return
     scope, here = object(), _of_thread.scopes
-    previous, traced = _of_context.get(), _of_thread.traced
-    _of_context.set(name)
+    traced = _of_thread.traced
+    _of_context.set((*_of_context.get(), (scope, name)))
     here[scope] = _scopes[scope] = _of_thread.entered = name
     _of_thread.traced = None
     try:
         yield
     finally:
         del here[scope], _scopes[scope]
-        _of_context.set(previous)
+        _of_context.set(tuple(pair for pair in _of_context.get() if pair[0] is not scope))
         _of_thread.entered = [*here.values()][-1] if here else None
         _of_thread.traced = traced
 

@@ -92,7 +92,7 @@ def gated_batch_norm(
             raise ValueError("gates must be None for a Packed x, which has its own, got Gates")
         check_batch_norm(x.data, x.channels, *statistics)
         return replace(x, data=_packed(x, *statistics))
-    channels = x.shape[1] if isinstance(x, Tensor) and x.ndim > 1 else 0
+    channels = x.shape[1] if isinstance(x, Tensor) and x.ndim > 1 and not x.is_nested else 0
     check_batch_norm(x, channels, *statistics)
     if gates is None:
         return batch_norm(x, *statistics)

@@ -51,6 +51,8 @@ def _check_log_alphas(log_alphas: Sequence[Tensor], dist: HardConcrete) -> None:
             type(a) in _PLAIN
             and a.dtype is torch.float32
             and first.dtype is a.dtype
+            and a.layout is torch.strided
+            and not a.is_nested
             and a.device == first.device
         ):
             continue

@@ -190,6 +190,21 @@ class TestUseBackend:
         assert _registry.requested() == outside
         assert not _registry._scopes
 
+    def test_generators_that_take_turns(self):
+        """Their scopes end in another order than that of their beginning."""
+
+        def scope(name):
+            with l0.use_backend(name):
+                yield _registry.requested()
+
+        before = _registry.requested()
+        first, second = scope("torch"), scope("reference")
+        assert (next(first), next(second)) == ("torch", "reference")
+        first.close()
+        assert _registry.requested() == "reference"
+        second.close()
+        assert _registry.requested() == before
+
     def test_a_thread_begins_without_it(self, used):
         with l0.use_backend("torch"):
             thread = threading.Thread(target=layer)

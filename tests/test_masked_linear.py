@@ -175,6 +175,52 @@ def test_float64_gates_of_a_float32_layer_and_the_reverse(backend, block):
         compare(masked(block=block), tensors, dtype=torch.float32)
 
 
+class TestBlocksLargerThanTheWeight:
+    """A block is cropped at the edge: nothing of its full size is made."""
+
+    @pytest.mark.parametrize("block", [(2**31 - 1, 4), (4, 2**31 - 1), (2**31 - 1, 2**31 - 1)])
+    @pytest.mark.parametrize("name", ["cpp", "torch", "reference"])
+    def test_values_and_gradients(self, block, name):
+        torch.manual_seed(0)
+        x, w = torch.randn(3, 6, requires_grad=True), torch.randn(8, 6, requires_grad=True)
+        shape = (-(-8 // block[0]), -(-6 // block[1]))
+        a = torch.randn(shape, requires_grad=True)
+        z = torch.ones(8, 6)
+        with l0.use_backend(name):
+            drawn = l0.sample_gates(a.detach().flatten(), seed=torch.tensor([5])).z.view(shape)
+            y = l0.masked_linear(x, w, None, a, block=block, seed=torch.tensor([5]))
+            y.sum().backward()
+        for r in range(8):
+            for c in range(6):
+                z[r, c] = drawn[r // block[0], c // block[1]]
+        torch.testing.assert_close(y, x @ (w * z).t(), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(x.grad, (w * z).sum(0).expand(3, 6), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(w.grad, x.detach().sum(0) * z, rtol=1e-5, atol=1e-5)
+
+    def test_of_a_layer(self):
+        layer = l0.nn.L0Linear(6, 8, gate=(4, 2**31 - 1))
+        p_open = layer.weight_gate.dist.p_open(layer.weight_gate.log_alpha.detach())
+        squares = layer.weight.detach().square().view(2, -1).sum(1, keepdim=True)
+        want = (p_open * (24 + 0.05 * squares)).sum()
+        torch.testing.assert_close(l0.nn.penalty(layer, weight_decay=0.1).detach(), want)
+
+    def test_a_layer_resized_by_hand(self):
+        layer = l0.nn.L0Linear(6, 8, gate="weight")
+        layer.weight.data = layer.weight.data[:-1].clone()
+        with pytest.raises(ValueError, match=r"weight must have shape \(8, 6\)"):
+            l0.nn.penalty(layer, weight_decay=0.1)
+        layer.weight_gate.log_alpha.data = layer.weight_gate.log_alpha.data[:-1].clone()
+        with pytest.raises(RuntimeError, match=r"must hold the n=48 gates .*got 42 .*by hand"):
+            l0.nn.penalty(layer)
+
+    @pytest.mark.parametrize("block", [(0, 2), (-5, -13), (2, 5)])
+    @pytest.mark.parametrize("name", ["cpp", "torch"])
+    def test_the_operator(self, block, name):
+        args = (torch.randn(2, 13), torch.randn(9, 13), None, torch.ones(1, 1), *block, torch.float32, name)
+        with pytest.raises(ValueError, match=r"must be positive|one per block"):
+            torch.ops.l0kernels.block_linear(*args)
+
+
 class TestErrors:
     def call(self, **changes):
         kwargs = case((2, 6, 4)) | changes

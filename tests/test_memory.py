@@ -384,3 +384,76 @@ class TestGateway:
         assert grad.untyped_storage().resizable()
         grad.fill_(1)
         assert (grad == 1).all()
+
+
+class TestAroundTheKernels:
+    """What torch's operations and the kernels would read beside the tensors that they are given."""
+
+    @pytest.mark.parametrize("backend", ["cpp", "torch"])
+    @pytest.mark.parametrize("n", [0, 1, 3])
+    def test_one_weight_per_vector(self, backend, n):
+        vectors = [torch.zeros(4), torch.zeros(5)]
+        with pytest.raises(ValueError, match=f"weights must be one per gate vector, 2 .*got {n}"):
+            OPS.l0_penalty(vectors, [1.0] * n, *DIST, backend)
+        with pytest.raises(ValueError, match="weights must be one per gate vector"):
+            OPS.l0_penalty([], [], *DIST, backend)
+
+    @pytest.mark.parametrize("place", ["x", "weight", "bias"])
+    @pytest.mark.parametrize("backend", ["cpp", "torch", "reference"])
+    def test_a_storage_that_ends_early(self, backend, place):
+        """A convolution and a norm are torch's, which looks at no storage."""
+        given = {"x": torch.randn(2, 6, 5, 4), "weight": torch.randn(8, 6, 3, 3), "bias": torch.randn(8)}
+        given[place] = cut(given[place])
+        with l0.use_backend(backend), pytest.raises(RuntimeError, match=rf"{place} must have memory for its"):
+            l0.gated_conv2d(**given, in_gates=Gates.from_z(torch.ones(6)))
+        norm = {"x": torch.randn(2, 6, 5, 4), "weight": torch.randn(6), "bias": torch.randn(6)}
+        norm[place] = cut(norm[place])
+        args = (norm["x"], None, None, norm["weight"], norm["bias"], True)
+        with l0.use_backend(backend), pytest.raises(RuntimeError, match=rf"{place} must have memory for its"):
+            l0.gated_batch_norm(*args, gates=Gates.from_z(torch.ones(6)))
+
+    def test_a_view_that_reaches_further_than_its_elements(self):
+        base = torch.randn(4, 13)
+        view = base[:, ::4]  # 16 elements, the last of them the 52nd
+        want = torch.nn.functional.linear(view, torch.ones(3, 4))
+        assert torch.equal(l0.gated_linear(view, torch.ones(3, 4)), want)
+        base.untyped_storage().resize_(30 * 4)
+        with pytest.raises(RuntimeError, match="x must have memory for its"):
+            l0.gated_linear(view, torch.ones(3, 4), in_gates=Gates.from_z(torch.ones(4)))
+
+    @pytest.mark.filterwarnings("ignore:Sparse CSR tensor support:UserWarning")
+    @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+    @pytest.mark.parametrize("kind", ["coo", "csr", "mkldnn", "nested", "jagged", "lazy"])
+    def test_layouts_are_refused_by_name(self, kind):
+        def make(n):
+            t = torch.randn(n, n)
+            return {
+                "coo": t.to_sparse,
+                "csr": t.to_sparse_csr,
+                "mkldnn": t.to_mkldnn,
+                "nested": lambda: torch.nested.nested_tensor([t, t]),
+                "jagged": lambda: torch.nested.nested_tensor([t, t], layout=torch.jagged),
+                "lazy": torch.nn.UninitializedParameter,
+            }[kind]()
+
+        dense, a, match = torch.randn(4, 4), torch.zeros(4), r"must be a dense tensor|must have values"
+        for args in ((make(4), dense), (dense, make(4))):
+            with pytest.raises(TypeError, match=match):
+                l0.gated_linear(*args)
+            with pytest.raises(TypeError, match=match):
+                l0.l0_linear(*args, in_log_alpha=a)
+            with pytest.raises(TypeError, match=match):
+                l0.l0_mlp(args[0], [args[1]], [None], [a])
+            with pytest.raises(TypeError, match=match):
+                l0.masked_linear(*args, None, torch.zeros(4, 4))
+        for call in (l0.sample_gates, l0.eval_gates, l0.l0_penalty, Gates.from_z):
+            with pytest.raises(TypeError, match=match):
+                call(make(4))
+        with pytest.raises(TypeError, match=match):
+            l0.l0_penalty([a, make(4)])
+
+    @pytest.mark.parametrize("bias", ["coo", "mkldnn"])
+    def test_a_chain_with_a_sparse_bias(self, bias):
+        b = torch.randn(4).to_sparse() if bias == "coo" else torch.randn(4).to_mkldnn()
+        with pytest.raises(TypeError, match=r"bias.* must be a (dense|plain) tensor"):
+            l0.l0_mlp(torch.randn(2, 4), [torch.randn(4, 4)], [b], [torch.zeros(4)])

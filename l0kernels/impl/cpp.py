@@ -688,8 +688,6 @@ def masked_weight_grad(
 
 def _blocks(n: int, block: int) -> int:
     """How many blocks cover n units."""
-    if block < 1:
-        raise ValueError(f"block must be positive, got {block}")
     return -(-n // block)
 
 

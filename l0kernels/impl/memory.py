@@ -113,7 +113,7 @@ def _address(t: Tensor, name: str, dtype: torch.dtype, end: int, device: torch.d
 def _held(t: Tensor, name: str) -> int:
     """Bytes of the storage of a tensor whose memory is its values."""
     if type(t) not in PLAIN or t.is_neg():
-        raise NotPlain(f"{name} must be a plain tensor, got {_kind(t)}")
+        raise NotPlain(f"{name} must be a plain tensor, got {_kind(t)}: give its values as one")
     try:
         return t.untyped_storage().nbytes()
     except (NotImplementedError, RuntimeError):  # of a transform, or sparse
@@ -142,7 +142,7 @@ def strided(t: Tensor | None, name: str, device: torch.device | None = None) -> 
 def check_not_freed(t: Tensor | None, name: str) -> None:
     """RuntimeError where torch's own operations would read memory that was given back."""
     if t is not None and is_freed(t):
-        raise _freed(t, name, 0)
+        raise _freed(t, name, t.untyped_storage().nbytes())
 
 
 def _kind(t: Tensor) -> str:

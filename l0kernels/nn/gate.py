@@ -236,8 +236,10 @@ class HardConcreteGate(Unscriptable, nn.Module):
         log_alpha = ranks.whole(log_alpha)
         if log_alpha.numel() != self.n or ranks.is_released(log_alpha):
             raise RuntimeError(
-                f"log_alpha must hold {self.n} gates, got a shard: FullyShardedDataParallel has flattened "
-                "and sharded it, and gathers it within a forward only. Keep gates whole: "
+                f"log_alpha must hold the n={self.n} gates of {type(self).__name__}, got "
+                f"{log_alpha.numel()} with memory or not: who has resized it by hand sets n, too; "
+                "under FullyShardedDataParallel it is flattened and sharded, and whole within a forward "
+                "only. Keep gates whole: "
                 "FullyShardedDataParallel(model, use_orig_params=True, "
                 "ignored_states=l0kernels.nn.keep_gates_whole(model))"
             )

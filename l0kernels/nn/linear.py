@@ -11,6 +11,7 @@ from ..linear import drawn_linear, gated_linear, l0_linear
 from ..masked_linear import block_linear, masked_linear
 from ..penalty import L2Term
 from ..reference import _checks
+from ..reference.masked_linear import expand_blocks
 from .gate import DEFAULT_DIST, GatedLayer, HardConcreteGate, draw
 from .ranks import check_not_flat, released, whole
 
@@ -230,6 +231,7 @@ class L0Linear(GatedLayer, nn.Linear):
         if self.weight_gate is not None:
             check_not_flat(self.weight)
             p_open = self.spread(self.weight_gate.dist.p_open(self.weight_gate.whole()))
+            _checks.check_shape("weight", self.weight, p_open.shape, "what its gates are spread over")
             return weight_decay / 2 * (p_open * squares(whole(self.weight))).sum()
         gate = self.in_gate
         if gate is None or gate is not self.out_gate:
@@ -256,9 +258,7 @@ class L0Linear(GatedLayer, nn.Linear):
         z = z.reshape(self.weight_gate.log_alpha.shape)
         if self.block is None:
             return z
-        b_out, b_in = self.block
-        z = z.repeat_interleave(b_out, 0).repeat_interleave(b_in, 1)
-        return z[: self.out_features, : self.in_features]
+        return expand_blocks(z, self.block, (self.out_features, self.in_features))
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, gate={self.gate!r}"

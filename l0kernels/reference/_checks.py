@@ -43,23 +43,43 @@ def is_traced() -> bool:
 
 
 def check_tensor(name: str, value: Any) -> None:
-    """TypeError unless ``value`` is a tensor, RuntimeError if its memory was given back: torch's own
-    operations would read at address 0."""
+    """TypeError unless ``value`` is a dense tensor, RuntimeError if memory of it was given back: torch's own
+    operations would read what is not theirs."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
-    if type(value) in _PLAIN and not torch.compiler.is_compiling() and is_freed(value):
-        raise RuntimeError(
-            f"{name} must have memory for its {tuple(value.shape)} elements, but its storage was resized to "
-            "0 bytes, as sharding and offloading do: bring it back before the call"
-        )
+    if type(value) in _PLAIN:
+        if value.layout is not torch.strided or value.is_nested:
+            raise _not_dense(name, value)
+        if not torch.compiler.is_compiling() and is_freed(value):
+            raise RuntimeError(
+                f"{name} must have memory for its {tuple(value.shape)} elements, but its storage was resized "
+                f"to {value.untyped_storage().nbytes()} bytes, as sharding and offloading do: bring it back "
+                "before the call"
+            )
+    elif torch.nn.parameter.is_lazy(value):
+        raise TypeError(f"{name} must have values, got a {type(value).__name__}: call its module once before")
+    elif value.layout is not torch.strided:
+        raise _not_dense(name, value)
+
+
+def _not_dense(name: str, value: Tensor) -> TypeError:
+    kind = "a nested tensor" if value.is_nested else f"layout {value.layout}"
+    way = "to_padded_tensor" if value.is_nested else "to_dense"
+    return TypeError(f"{name} must be a dense tensor, got {kind}: make it one, as with {way}")
 
 
 def is_freed(value: Tensor) -> bool:
-    """Whether a tensor with elements has a storage, but one without bytes."""
+    """Whether the storage of a tensor ends before its last element, in particular if it has no bytes."""
     try:
-        return value.untyped_storage().nbytes() == 0 and value.numel() > 0
+        held = value.untyped_storage().nbytes()
     except (NotImplementedError, RuntimeError):  # sparse, or of a transform: it has none to lose
         return False
+    n = value.numel()
+    if not n:
+        return False
+    if not value.is_contiguous():
+        n = 1 + sum((size - 1) * step for size, step in zip(value.shape, value.stride(), strict=True))
+    return held < (value.storage_offset() + n) * value.element_size()
 
 
 def check_floating(name: str, value: Any) -> None:
@@ -151,7 +171,7 @@ def fits_chain(
     ``rows`` of a hidden weight make one unit. False sends the caller to the checks that say what is wrong:
     those cost as much as a small layer.
     """
-    if not isinstance(x, Tensor):
+    if not isinstance(x, Tensor) or x.layout is not torch.strided:
         return False
     try:
         dtype, device, n = x.dtype, x.device, x.shape[-1] * rows
@@ -170,7 +190,7 @@ def fits_chain(
             ):
                 return False
             n = n_out
-    except (AttributeError, IndexError, TypeError, ValueError):
+    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
         return False
     return dtype in DTYPES
 

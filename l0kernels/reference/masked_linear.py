@@ -54,8 +54,8 @@ def check_masked(
 
 def expand_blocks(z: Tensor, block: tuple[int, int], shape: tuple[int, int]) -> Tensor:
     """z of blocks as a matrix of ``shape``; the edge blocks are cropped."""
-    rows = z.repeat_interleave(block[0], 0)[: shape[0]]
-    return rows.repeat_interleave(block[1], 1)[:, : shape[1]]
+    b_out, b_in = (min(b, n) for b, n in zip(block, shape, strict=True))  # a block may be larger than all
+    return z.repeat_interleave(b_out, 0)[: shape[0]].repeat_interleave(b_in, 1)[:, : shape[1]]
 
 
 def masked_linear(
