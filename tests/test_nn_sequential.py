@@ -3,6 +3,7 @@
 import copy
 import functools
 import io
+import itertools
 import pickle
 import sys
 import warnings
@@ -910,3 +911,22 @@ def test_second_derivatives_of_the_reference():
     assert all(grad.any() for grad in grads)
     with pytest.raises(RuntimeError, match=r'no second derivative.*use_backend\("reference"\)'):
         slope(x)
+
+
+def test_what_works_in_place_at_the_head_of_a_branch_changes_what_both_branches_see():
+    heads = [
+        torch.nn.Hardtanh(-0.1, 0.2, inplace=True),
+        torch.nn.Sequential(torch.nn.Identity(), torch.nn.Threshold(0.1, 0.3, inplace=True)),
+        nn.L0Residual(torch.nn.Hardtanh(-0.1, 0.2, inplace=True), RELU()),
+        torch.nn.ELU(inplace=True),
+    ]
+    for head, shortcut in itertools.product(heads, (None, nn.L0Conv2d(4, 4, 1, gate="both"))):
+        body = nn.L0Sequential(head, nn.L0Conv2d(4, 4, 3, padding=1, gate="both"))
+        first, last = nn.L0Conv2d(3, 4, 3), nn.L0Conv2d(4, 2, 1, gate="in")
+        model = spread(nn.L0Sequential(first, nn.L0Residual(body, shortcut), last)).double()
+        x = torch.randn(2, 3, 6, 6, dtype=torch.float64)
+        nn.GateBank(model, seed=1).draw()
+        y = first(x)
+        z = y if shortcut is None else shortcut(y)
+        expected = last(z + body[1](head(y)))
+        torch.testing.assert_close(model(x), expected)

@@ -523,11 +523,23 @@ class _Forward:
     def residual(self, op: _Op, x: Activation) -> Activation:
         assert op.branches is not None
         body, shortcut = op.branches
+        if isinstance(x, Packed) and (_unpacks(body) or _unpacks(shortcut or [])):
+            x = _dense(x)  # once: a module that works in place is to change what both branches see
         a = x if shortcut is None else self.run(shortcut, x)
         b = self.run(body, x)
         if isinstance(a, Packed) and isinstance(b, Packed) and a.gates.index is b.gates.index:
             return replace(a, data=a.data + b.data)
         return _dense(a) + _dense(b)
+
+
+def _unpacks(ops: Sequence[_Op]) -> bool:
+    """Whether ops begin, behind such as may hand on the memory of their input, with one that unpacks it."""
+    for op in ops:
+        if op.run == "residual" and op.branches is not None:
+            return any(map(_unpacks, (op.branches[0], op.branches[1] or ())))
+        if op.run != "keep" or is_hooked(op.module):
+            return op.run in ("keep", "other")
+    return False
 
 
 def _packs(x: Activation) -> bool:
