@@ -433,6 +433,20 @@ class Keywords(Owner):
         return self.body(*given.values())
 
 
+class HoldsAMethod(Base):
+    def __init__(self):
+        super().__init__()
+        self.first = self.a.forward
+
+    def forward(self, x):
+        return self.b(self.first(x).tanh())
+
+
+class SumsAllParameters(Owner):
+    def forward(self, x):
+        return self.chain(self.body(x)) + sum(p.abs().sum() for p in self.parameters())
+
+
 SMALLER = [
     Calls,
     ReadsDtype,
@@ -474,6 +488,8 @@ SAME = [
     Keywords,
     HoldsAFunction,
     Decorated,
+    HoldsAMethod,
+    SumsAllParameters,
 ]
 EITHER = [InAListOfLists, HandsALayer]
 

@@ -277,7 +277,12 @@ class _Export:
                     self._reads.setdefault(inner, Reads()).add(reads)
         for part in model.modules():
             if isinstance(part, HardConcreteGate):
-                self._kept[id(part)] = copy.deepcopy(part).freeze_()
+                frozen = copy.deepcopy(part).freeze_()
+                if self._reads.get(part, Reads()).all_weights:  # by parameters(), which knows no buffers
+                    log_alpha = nn.Parameter(frozen.log_alpha, requires_grad=False)
+                    del frozen.log_alpha
+                    frozen.log_alpha = log_alpha
+                self._kept[id(part)] = frozen
         self._exported: dict[int, Any] = dict(self._kept)
 
     def alone(self, module: nn.Module) -> nn.Module:
@@ -335,7 +340,7 @@ class _Export:
         reads = self._reads.get(module)
         if reads is None:
             return True
-        if reads.gates or reads.any_module:
+        if reads.gates or reads.any_module or reads.all_weights:
             return False
         contents = next((names for kind, names in CONTENTS.items() if isinstance(module, kind)), set())
         untouched = not contents & (reads.names | reads.called)

@@ -36,6 +36,7 @@ class Reads:
         names: attributes that are loaded otherwise than to be called.
         called: attributes that are called.
         weights: whether the values of weights may be read.
+        all_weights: whether all at once may be, whatever modules they belong to.
         gates: whether it matters that modules are of this package: gates are handed over or asked for, kinds
             are asked for, or x is handed over by that name, which torch's own layers do not know.
         opens: whether modules are taken out of one that is held in a variable.
@@ -45,6 +46,7 @@ class Reads:
     names: set[str] = field(default_factory=set)
     called: set[str] = field(default_factory=set)
     weights: bool = False
+    all_weights: bool = False
     gates: bool = False
     opens: bool = False
     any_module: bool = False
@@ -53,6 +55,7 @@ class Reads:
         self.names |= other.names
         self.called |= other.called
         self.weights |= other.weights
+        self.all_weights |= other.all_weights
         self.gates |= other.gates
         self.opens |= other.opens
         self.any_module |= other.any_module
@@ -67,6 +70,9 @@ def reads_of(module: nn.Module) -> Reads:
     """What the forward of `module` reads, functions included that it calls and hooks of the module."""
     reads = Reads()
     hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    # A layer whose method is held beside it is called past what is put in its place.
+    methods = [value for value in vars(module).values() if isinstance(value, MethodType)]
+    reads.gates = any(isinstance(m.__self__, nn.Module) and m.__self__ is not module for m in methods)
     for function in (getattr(module, "forward", None), *hooks):
         for code in _codes(function, module, set()):
             _read(code, reads)
@@ -130,7 +136,8 @@ def _read(code: CodeType, reads: Reads) -> None:
             if name in WEIGHTS and not called:
                 reads.weights |= not (_is_harmless(steps, at, behind) or _is_own(steps[at - 1]))
             elif name in ALL_WEIGHTS:
-                reads.weights |= not _is_first(steps, at)
+                reads.all_weights |= not _is_first(steps, at)
+                reads.weights |= reads.all_weights
         elif step.opname in ("GET_ITER", "BINARY_SUBSCR", "BINARY_SLICE") or step.argrepr == "[]":
             if _is_tuple(steps[at - 1]):  # an index of tensors only
                 continue

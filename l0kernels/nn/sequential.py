@@ -197,7 +197,7 @@ def is_residual(module: nn.Module) -> TypeGuard[L0Residual]:
 def steps_of(module: nn.Module | None, gated: bool = False, running: bool = False) -> list[Step]:
     """The steps of a container, containers in it flattened; any other module is one step.
 
-    running: whether `module` itself is being called. Somebody watches the calls of a hooked one: it is a step.
+    running: whether `module` itself is being called. Otherwise one whose calls are watched is a step.
     """
     if module is None:
         return []
@@ -417,7 +417,9 @@ def _forward(module: Any, x: Any, given: Drawn | None) -> Tensor:
         raise TypeError(
             "x must be a torch.Tensor, got a Proxy of torch.fx; torch.export traces this container"
         )
-    ops, _ = _plan(steps_of(module, running=True), Value(ndim=x.ndim if isinstance(x, Tensor) else UNKNOWN), None)
+    ops, _ = _plan(
+        steps_of(module, running=True), Value(ndim=x.ndim if isinstance(x, Tensor) else UNKNOWN), None
+    )
     gates = list(dict.fromkeys(gate for op in ops for gate in op.own_gates() if gate is not None))
     given = given or {}
     missing = [gate for gate in gates if gate not in given]
