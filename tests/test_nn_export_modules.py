@@ -442,6 +442,50 @@ class HoldsAMethod(Base):
         return self.b(self.first(x).tanh())
 
 
+class Blocks(T.Module):
+    def __init__(self):
+        super().__init__()
+
+        def layer():
+            return nn.L0Linear(6, 6, gate="both")
+
+        self.blocks = T.ModuleList(T.Sequential(layer(), T.Tanh(), layer()) for _ in range(2))
+
+
+class CountsLayers(Blocks):
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x) / len(block)
+        return x
+
+
+class UnpacksLayers(Blocks):
+    def forward(self, x):
+        for a, act, b in self.blocks:
+            x = b(act(a(x)) + 1)
+        return x
+
+
+class Named(T.Sequential):
+    def __init__(self, *layers):
+        super().__init__(*layers)
+        self.scale = T.Parameter(torch.tensor(2.0))
+
+    def head(self, x):
+        return self[0](x)
+
+
+class AsksTheBlock(Blocks):
+    def __init__(self):
+        super().__init__()
+        self.blocks = T.ModuleList(Named(*block) for block in self.blocks)
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x) * block.scale + block.head(x)
+        return x
+
+
 class SumsAllParameters(Owner):
     def forward(self, x):
         return self.chain(self.body(x)) + sum(p.abs().sum() for p in self.parameters())
@@ -491,7 +535,7 @@ SAME = [
     HoldsAMethod,
     SumsAllParameters,
 ]
-EITHER = [InAListOfLists, HandsALayer]
+EITHER = [InAListOfLists, HandsALayer, CountsLayers, UnpacksLayers, AsksTheBlock]
 
 
 @pytest.mark.parametrize("kind", SMALLER + SAME + EITHER)
