@@ -1,6 +1,7 @@
 """export of layers in modules of other people: whatever their forwards do, the function is that of eval()."""
 
 import copy
+import itertools
 import pickle
 from types import MethodType
 
@@ -636,9 +637,14 @@ def test_an_encoder_with_padding():
 
 
 def test_nested_tensors_have_one_draw():
-    layer = spread(nn.L0Linear(6, 4, gate="both"))
+    layers = [
+        nn.L0Linear(6, 4, gate="both"),
+        nn.L0MLP([6, 5, 4], "gelu"),
+        nn.L0FeedForward(6, 8, "swiglu"),
+        nn.L0Sequential(nn.L0Linear(6, 5), T.ReLU(), nn.L0Linear(5, 4), nn.L0FeedForward(4, 5)),
+    ]
     parts = [torch.randn(3, 6), torch.randn(2, 6)]
-    for layout in (torch.strided, torch.jagged):
+    for layer, layout in itertools.product(map(spread, layers), (torch.strided, torch.jagged)):
         torch.manual_seed(3)
         got = layer(torch.nested.nested_tensor(parts, layout=layout)).unbind()
         torch.manual_seed(3)

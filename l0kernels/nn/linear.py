@@ -1,6 +1,6 @@
 """nn.Linear with gates on its inputs, its outputs, or its weights."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -146,7 +146,7 @@ class L0Linear(GatedLayer, nn.Linear):
             ValueError: gates are given to a layer with weight or block gates.
         """
         if isinstance(x, Tensor) and x.is_nested:
-            return self._nested(x, in_gates, out_gates)
+            return over_rows(x, lambda rows: self.forward(rows, in_gates, out_gates))
         if self.weight_gate is not None:
             return self._weight_gated(x, in_gates, out_gates)
         in_gate, out_gate = self.in_gate, self.out_gate
@@ -177,18 +177,6 @@ class L0Linear(GatedLayer, nn.Linear):
             in_gates=own_in if in_gates is None else in_gates,
             out_gates=own_out if out_gates is None else out_gates,
         )
-
-    def _nested(self, x: Tensor, in_gates: Gates | None, out_gates: Gates | None) -> Tensor:
-        """The rows of a nested tensor, which nn.TransformerEncoder makes of a padded batch, in one draw."""
-        if x.layout == torch.jagged:
-            rows = self.forward(x.values(), in_gates, out_gates)
-            ragged: Any = x
-            return torch.nested.nested_tensor_from_jagged(rows, ragged.offsets(), ragged.lengths())
-        sizes = [part.shape[:-1] for part in x.unbind()]
-        rows = torch.cat([part.reshape(-1, part.shape[-1]) for part in x.unbind()])
-        parts = self.forward(rows, in_gates, out_gates).split([size.numel() for size in sizes])
-        shaped = [part.view(*size, -1) for part, size in zip(parts, sizes, strict=True)]
-        return torch.nested.as_nested_tensor(shaped)
 
     def _weight_gated(self, x: Tensor, in_gates: Gates | None, out_gates: Gates | None) -> Tensor:
         gate = self.weight_gate
@@ -262,6 +250,18 @@ class L0Linear(GatedLayer, nn.Linear):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, gate={self.gate!r}"
+
+
+def over_rows(x: Tensor, run: Callable[[Tensor], Tensor]) -> Tensor:
+    """`run` of all rows of a nested tensor, which nn.TransformerEncoder makes of a padded batch, at once."""
+    if x.layout == torch.jagged:
+        ragged: Any = x
+        return torch.nested.nested_tensor_from_jagged(run(x.values()), ragged.offsets(), ragged.lengths())
+    sizes = [part.shape[:-1] for part in x.unbind()]
+    rows = run(torch.cat([part.reshape(-1, part.shape[-1]) for part in x.unbind()]))
+    parts = rows.split([size.numel() for size in sizes])
+    shaped = [part.view(*size, -1) for part, size in zip(parts, sizes, strict=True)]
+    return torch.nested.as_nested_tensor(shaped)
 
 
 def is_hooked(module: nn.Module) -> bool:

@@ -19,7 +19,7 @@ from ..mlp import drawn_mlp, gated_mlp
 from .batch_norm import L0BatchNorm2d
 from .conv import L0Conv1d, L0Conv2d
 from .gate import HardConcreteGate, Unscriptable, draw, enter, leave
-from .linear import L0Linear, is_hooked, is_only_weight
+from .linear import L0Linear, is_hooked, is_only_weight, over_rows
 from .mlp import L0MLP
 from .ranks import held, is_sharded
 from .steps import (
@@ -529,6 +529,8 @@ class _Forward:
         return gated_linear(x.data, weight, bias, in_gates=x.within(in_gates), out_gates=out_gates)
 
     def stretch(self, op: _Op, x: Activation) -> Activation:
+        if isinstance(x, Tensor) and x.is_nested:
+            return over_rows(x, lambda rows: cast(Tensor, self.stretch(op, rows)))
         weights: list[Tensor] = [layer.weight for layer in op.layers]
         biases: list[Tensor | None] = [layer.bias for layer in op.layers]
         own: list[HardConcreteGate | None] = [own_gate(layer, "in_gate") for layer in op.layers]
