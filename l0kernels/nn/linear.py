@@ -51,7 +51,7 @@ class L0Linear(GatedLayer, nn.Linear):
     Raises:
         ValueError: an unknown `gate`, a given gate of another size, of another distribution than that of
             the other side, or for a side that is not gated.
-        TypeError: in_gate or out_gate is not a HardConcreteGate.
+        TypeError: in_gate or out_gate is not a HardConcreteGate, or one with a forward of its own.
     """
 
     in_gate: HardConcreteGate | None
@@ -356,6 +356,12 @@ def check_given(
     if given is not None:
         if not isinstance(given, HardConcreteGate):
             raise TypeError(f"{name} must be a HardConcreteGate, got {type(given).__name__}")
+        if type(given).forward is not HardConcreteGate.forward:
+            raise TypeError(
+                f"{name} must have the forward of HardConcreteGate, got {type(given).__name__} with its own, "
+                "which layers that draw from log_alpha themselves would pass by: override eval_gates for "
+                "other evaluation gates, or draw others and hand them to the layer's forward"
+            )
         if given.log_alpha.shape != (size,):
             shape = tuple(given.log_alpha.shape)
             raise ValueError(f"{name} must have log_alpha of shape ({size},), got {shape}")

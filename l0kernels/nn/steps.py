@@ -67,7 +67,7 @@ def is_conv2d(module: nn.Module) -> TypeGuard[nn.Conv2d]:
     return type(module).forward in (nn.Conv2d.forward, L0Conv2d.forward) and _convolves(module, nn.Conv2d)
 
 
-def _convolves(module: nn.Module, kind: type[nn.Module]) -> bool:
+def _convolves(module: nn.Module, kind: type[nn.Conv1d | nn.Conv2d]) -> bool:
     """Whether the step that torch's forward leaves to its subclasses is that of `kind`."""
     return getattr(type(module), "_conv_forward", None) is kind._conv_forward
 
