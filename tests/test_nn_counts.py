@@ -611,3 +611,13 @@ assert counter.get_total_flops() == 5
     subprocess.run([sys.executable, "-c", program], check=True)
     program = "import sys, l0kernels; assert 'torch.utils.flop_counter' not in sys.modules"
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_flops_of_an_exported_model_whose_layers_have_nothing_left():
+    model = nn.L0MLP([3, 4, 2])
+    with torch.no_grad():
+        model.layers[1].in_gate.log_alpha.fill_(-10)
+    small = nn.export(model)
+    assert small[-1].in_features == 0
+    assert nn.eval_flops(model, (5, 3)) == nn.eval_flops(small, (5, 3)) == 5 * 2
+    assert nn.expected_flops(small, (5, 3)) == 5 * 2

@@ -1,6 +1,7 @@
 """export of layers in modules of other people: whatever their forwards do, the function is that of eval()."""
 
 import copy
+import itertools
 import pickle
 from types import MethodType
 
@@ -433,6 +434,64 @@ class Keywords(Owner):
         return self.body(*given.values())
 
 
+class HoldsAMethod(Base):
+    def __init__(self):
+        super().__init__()
+        self.first = self.a.forward
+
+    def forward(self, x):
+        return self.b(self.first(x).tanh())
+
+
+class Blocks(T.Module):
+    def __init__(self):
+        super().__init__()
+
+        def layer():
+            return nn.L0Linear(6, 6, gate="both")
+
+        self.blocks = T.ModuleList(T.Sequential(layer(), T.Tanh(), layer()) for _ in range(2))
+
+
+class CountsLayers(Blocks):
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x) / len(block)
+        return x
+
+
+class UnpacksLayers(Blocks):
+    def forward(self, x):
+        for a, act, b in self.blocks:
+            x = b(act(a(x)) + 1)
+        return x
+
+
+class Named(T.Sequential):
+    def __init__(self, *layers):
+        super().__init__(*layers)
+        self.scale = T.Parameter(torch.tensor(2.0))
+
+    def head(self, x):
+        return self[0](x)
+
+
+class AsksTheBlock(Blocks):
+    def __init__(self):
+        super().__init__()
+        self.blocks = T.ModuleList(Named(*block) for block in self.blocks)
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x) * block.scale + block.head(x)
+        return x
+
+
+class SumsAllParameters(Owner):
+    def forward(self, x):
+        return self.chain(self.body(x)) + sum(p.abs().sum() for p in self.parameters())
+
+
 SMALLER = [
     Calls,
     ReadsDtype,
@@ -474,8 +533,10 @@ SAME = [
     Keywords,
     HoldsAFunction,
     Decorated,
+    HoldsAMethod,
+    SumsAllParameters,
 ]
-EITHER = [InAListOfLists, HandsALayer]
+EITHER = [InAListOfLists, HandsALayer, CountsLayers, UnpacksLayers, AsksTheBlock]
 
 
 @pytest.mark.parametrize("kind", SMALLER + SAME + EITHER)
@@ -576,9 +637,14 @@ def test_an_encoder_with_padding():
 
 
 def test_nested_tensors_have_one_draw():
-    layer = spread(nn.L0Linear(6, 4, gate="both"))
+    layers = [
+        nn.L0Linear(6, 4, gate="both"),
+        nn.L0MLP([6, 5, 4], "gelu"),
+        nn.L0FeedForward(6, 8, "swiglu"),
+        nn.L0Sequential(nn.L0Linear(6, 5), T.ReLU(), nn.L0Linear(5, 4), nn.L0FeedForward(4, 5)),
+    ]
     parts = [torch.randn(3, 6), torch.randn(2, 6)]
-    for layout in (torch.strided, torch.jagged):
+    for layer, layout in itertools.product(map(spread, layers), (torch.strided, torch.jagged)):
         torch.manual_seed(3)
         got = layer(torch.nested.nested_tensor(parts, layout=layout)).unbind()
         torch.manual_seed(3)

@@ -1,6 +1,7 @@
 """HardConcreteGate: initialisation, the two modes, precision, copies."""
 
 import copy
+import functools
 import io
 import math
 import pickle
@@ -8,6 +9,7 @@ import pickle
 import pytest
 import torch
 
+import l0kernels as l0
 from l0kernels import nn, reference
 from l0kernels.nn.gate import draw
 
@@ -206,3 +208,31 @@ def test_nan_is_an_error_in_both_modes():
         gate()
     with pytest.raises(ValueError, match="NaN"):
         gate.eval()()
+
+
+def test_a_gate_with_a_forward_of_its_own_is_refused_by_layers():
+    class Binary(nn.HardConcreteGate):
+        def forward(self):
+            return l0.Gates.from_z(super().forward().z.round(), full_grad=False)
+
+    for make in (nn.L0Linear, functools.partial(nn.L0Conv2d, kernel_size=1)):
+        with pytest.raises(TypeError, match="in_gate must have the forward of HardConcreteGate, got Binary"):
+            make(3, 2, gate="in", in_gate=Binary(3))
+
+
+def test_a_gate_with_evaluation_gates_of_its_own():
+    class Binary(nn.HardConcreteGate):
+        def eval_gates(self):
+            return l0.Gates.from_z(super().eval_gates().z.round(), full_grad=False)
+
+    gate = Binary(6)
+    with torch.no_grad():
+        gate.log_alpha.normal_(0, 3)
+    linear = torch.nn.Linear(4, 6)
+    layer = nn.L0Linear(6, 2, gate="in", in_gate=gate)
+    x, z = torch.randn(3, 4), gate.eval_gates().z
+    for model in (nn.L0Sequential(linear, layer), torch.nn.Sequential(linear, layer)):
+        expected = torch.nn.functional.linear(linear(x) * z, layer.weight, layer.bias)
+        torch.testing.assert_close(model.eval()(x), expected)
+        torch.testing.assert_close(nn.export(model)(x), expected)
+        assert nn.eval_l0(model) == 5 * int(z.sum()) + 2 * int(z.sum()) + 2

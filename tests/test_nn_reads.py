@@ -1,5 +1,8 @@
 """What a forward reads, on every Python: the bytecode differs, the answer does not."""
 
+import functools
+import operator
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -57,6 +60,35 @@ class Forwards:
     def indexes(self, block, i):
         return block[i]
 
+    def counts(self, x):
+        for block in self.blocks:
+            x = block(x) / len(block)
+        return x / len(self.blocks)
+
+    def folds(self, x):
+        for block in self.blocks:
+            x = functools.reduce(lambda x, layer: layer(x) + 1, block, x)
+        return x
+
+    def unpacks(self, x):
+        first, second = self.blocks
+        one, two = second
+        return two(one(first(x)))
+
+    def unpacks_each(self, x):
+        for one, two in self.blocks:
+            x = two(one(x))
+        return x
+
+    def unpacks_others(self, x):
+        n, d = x.shape
+        for i, block in enumerate(self.blocks):
+            x = block(x) * i
+        return x / (n + d)
+
+    def fetches(self, x):
+        return F.linear(x, operator.attrgetter("a.weight")(self))
+
     def looks(self, x):
         return getattr(self, "b")(x)  # noqa: B009
 
@@ -74,6 +106,12 @@ EXPECTED = {
     "walks": ({"blocks"}, set()),
     "opens": ({"blocks"}, {"opens"}),
     "indexes": (set(), {"opens"}),
+    "counts": ({"blocks"}, {"opens"}),
+    "folds": ({"blocks"}, {"opens"}),
+    "unpacks": ({"blocks"}, {"opens"}),
+    "unpacks_each": ({"blocks"}, {"opens"}),
+    "unpacks_others": ({"blocks"}, set()),
+    "fetches": ({"a"}, {"weights", "any_module"}),
     "looks": ({"b"}, {"any_module"}),
 }
 

@@ -3,6 +3,7 @@
 import copy
 import functools
 import io
+import itertools
 import pickle
 import sys
 import warnings
@@ -910,3 +911,85 @@ def test_second_derivatives_of_the_reference():
     assert all(grad.any() for grad in grads)
     with pytest.raises(RuntimeError, match=r'no second derivative.*use_backend\("reference"\)'):
         slope(x)
+
+
+def test_what_works_in_place_at_the_head_of_a_branch_changes_what_both_branches_see():
+    heads = [
+        torch.nn.Hardtanh(-0.1, 0.2, inplace=True),
+        torch.nn.Sequential(torch.nn.Identity(), torch.nn.Threshold(0.1, 0.3, inplace=True)),
+        nn.L0Residual(torch.nn.Hardtanh(-0.1, 0.2, inplace=True), RELU()),
+        torch.nn.ELU(inplace=True),
+    ]
+    for head, shortcut in itertools.product(heads, (None, nn.L0Conv2d(4, 4, 1, gate="both"))):
+        body = nn.L0Sequential(head, nn.L0Conv2d(4, 4, 3, padding=1, gate="both"))
+        first, last = nn.L0Conv2d(3, 4, 3), nn.L0Conv2d(4, 2, 1, gate="in")
+        model = spread(nn.L0Sequential(first, nn.L0Residual(body, shortcut), last)).double()
+        x = torch.randn(2, 3, 6, 6, dtype=torch.float64)
+        nn.GateBank(model, seed=1).draw()
+        y = first(x)
+        z = y if shortcut is None else shortcut(y)
+        expected = last(z + body[1](head(y)))
+        torch.testing.assert_close(model(x), expected)
+
+
+def test_a_watched_inner_container_is_called():
+    def watch(module, how):
+        if how == "forward":
+            module.forward = lambda x: 2 * type(module).forward(module, x) + 1
+        elif how == "pre":
+            module.register_forward_pre_hook(lambda _, args: (2 * args[0] + 1,))
+        elif how == "post":
+            module.register_forward_hook(lambda _, args, y: 2 * y + 1)
+        elif how == "backward":
+            module.register_full_backward_hook(lambda _, dx, dy: (2 * dx[0],))
+
+    def residual(*layers):
+        return nn.L0Residual(nn.L0Sequential(*layers), torch.nn.Conv2d(4, 4, 1))
+
+    x = torch.randn(2, 3, 6, 6, dtype=torch.float64, requires_grad=True)
+    kinds = (torch.nn.Sequential, nn.L0Sequential, residual)
+    for how, kind in itertools.product(("forward", "pre", "post", "backward"), kinds):
+        inner = kind(nn.L0Conv2d(4, 4, 3, padding=1, gate="both"), torch.nn.Tanh())
+        watch(inner, how)
+        model = nn.L0Sequential(nn.L0Conv2d(3, 4, 3), inner, nn.L0Conv2d(4, 2, 1, gate="in"))
+        spread(model).double()
+        nn.GateBank(model, seed=1).draw()
+        y = model(x)
+        expected = model[2](model[1](model[0](x)))
+        torch.testing.assert_close(y, expected)
+        dy = torch.randn_like(y)
+        inputs = [x, *model.parameters()]
+        torch.testing.assert_close(
+            torch.autograd.grad(y, inputs, dy), torch.autograd.grad(expected, inputs, dy)
+        )
+
+
+def test_a_watched_inner_container_agrees_on_the_draw():
+    gate = nn.HardConcreteGate(4)
+    inner = torch.nn.Sequential(RELU(), nn.L0Conv2d(4, 4, 1, gate="both", in_gate=gate, out_gate=gate))
+    model = spread(nn.L0Sequential(nn.L0Conv2d(3, 4, 3, gate="out", out_gate=gate), inner))
+    x = torch.randn(2, 3, 6, 6)
+
+    def step():
+        torch.manual_seed(3)
+        model.zero_grad()
+        y = model(x)
+        y.square().sum().backward()
+        return [y.detach(), *(parameter.grad for parameter in model.parameters())]
+
+    expected = step()
+    inner.register_forward_hook(lambda *_: None)
+    torch.testing.assert_close(step(), expected)
+    assert gate.drawn is None
+
+
+def test_a_convolution_of_another_kind_is_called():
+    class Doubled(torch.nn.Conv2d):
+        def _conv_forward(self, x, weight, bias):
+            return super()._conv_forward(x, 2 * weight, bias)
+
+    model = spread(nn.L0Sequential(nn.L0Conv2d(3, 4, 3), Doubled(4, 4, 1), nn.L0Conv2d(4, 2, 1, gate="in")))
+    x = torch.randn(2, 3, 6, 6)
+    y = model.eval()(x)
+    torch.testing.assert_close(y, model[2](model[1](model[0](x))))
+    torch.testing.assert_close(nn.export(model)(x), y)

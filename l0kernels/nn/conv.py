@@ -153,7 +153,7 @@ class L0Conv2d(_GatedConv, nn.Conv2d):
     Raises:
         ValueError: an unknown `gate`, a given gate of another size, of another distribution than that of
             the other side, or for a side that is not gated; and what ``torch.nn.Conv2d`` raises.
-        TypeError: in_gate or out_gate is not a HardConcreteGate.
+        TypeError: in_gate or out_gate is not a HardConcreteGate, or one with a forward of its own.
     """
 
     def __init__(

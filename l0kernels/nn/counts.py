@@ -80,8 +80,9 @@ def eval_flops(model: nn.Module, input_shape: Sequence[int] | Tensor | None = No
     """The same count under the evaluation gates: of what is open, on both sides of each layer.
 
     ``export(model)`` spends as much where all that is closed can be left out. It spends more for weight and
-    block gates, for a grouped convolution, of which whole groups stay, and for closed units of which a plain
-    norm or an activation with f(0) != 0 makes constants that the next layer reads.
+    block gates, for a grouped convolution, of which whole groups stay, for a convolution that is closed
+    altogether, of which one channel of zeros stays on each side, and for closed units of which a plain norm
+    or an activation with f(0) != 0 makes constants that the next layer reads.
     """
     with torch.no_grad():
         return round(_flops(model, input_shape, _is_open).item())
@@ -245,7 +246,7 @@ def _rows(model: nn.Module, input_shape: Sequence[int] | Tensor | None) -> tuple
     dense = 0
 
     def see_product(layer: Any, _: Any, y: Tensor) -> None:
-        rows[layer] += y.numel() // units_out(layer)
+        rows[layer] += y.numel() // max(units_out(layer), 1)  # an exported layer may have no outputs left
 
     def see_convolution(layer: Any, args: Any, kwargs: Any, y: Tensor) -> None:
         nonlocal dense

@@ -277,7 +277,12 @@ class _Export:
                     self._reads.setdefault(inner, Reads()).add(reads)
         for part in model.modules():
             if isinstance(part, HardConcreteGate):
-                self._kept[id(part)] = copy.deepcopy(part).freeze_()
+                frozen = copy.deepcopy(part).freeze_()
+                if self._reads.get(part, Reads()).all_weights:  # by parameters(), which knows no buffers
+                    log_alpha = nn.Parameter(frozen.log_alpha, requires_grad=False)
+                    del frozen.log_alpha
+                    frozen.log_alpha = log_alpha
+                self._kept[id(part)] = frozen
         self._exported: dict[int, Any] = dict(self._kept)
 
     def alone(self, module: nn.Module) -> nn.Module:
@@ -335,9 +340,10 @@ class _Export:
         reads = self._reads.get(module)
         if reads is None:
             return True
-        if reads.gates or reads.any_module:
+        if reads.gates or reads.any_module or reads.all_weights:
             return False
         contents = next((names for kind, names in CONTENTS.items() if isinstance(module, kind)), set())
+        contents = contents | _own_names(module)
         untouched = not contents & (reads.names | reads.called)
         untouched = untouched and not (is_sequential(module) and reads.opens)
         for parent, name in self._around.get(module, ()):
@@ -403,6 +409,16 @@ class _Export:
 
 def _is_foreign(module: nn.Module) -> bool:
     return is_foreign(type(module)) or "forward" in vars(module)
+
+
+def _own_names(module: nn.Module) -> set[str]:
+    """What a module of another class has beyond those of this package and torch."""
+    kinds = [kind for kind in type(module).__mro__ if is_foreign(kind) and kind is not object]
+    if not kinds:
+        return set()
+    names = {name for kind in kinds for name in vars(kind)}
+    own = {*vars(module), *module._parameters, *module._buffers} - {*vars(nn.Sequential())}
+    return {name for name in names | own if not name.startswith("__")}
 
 
 def _has_more(layer: nn.Module) -> bool:

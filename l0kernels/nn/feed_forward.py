@@ -14,7 +14,7 @@ from ..reference.gates import check_gates
 from ..reference.linear import scale
 from ..reference.mlp import GLU, ROWS
 from .gate import DEFAULT_DIST, GatedLayer, HardConcreteGate
-from .linear import copy_parameters_, is_only_weight
+from .linear import copy_parameters_, is_only_weight, over_rows
 from .mlp import ACTIVATIONS, _activation_name, _per_item
 from .ranks import Shards, check_not_flat, is_called_alone, is_sharded, local, released
 
@@ -164,13 +164,15 @@ class L0FeedForward(GatedLayer, nn.Module):
         """The gated block.
 
         Args:
-            x: (..., d_model).
+            x: (..., d_model), also nested.
             gates: d_hidden gates drawn beforehand, used instead of the block's own.
 
         Returns:
             (..., d_model).
         """
         _checks.check_tensor("x", x)
+        if x.is_nested:
+            return over_rows(x, lambda rows: self.forward(rows, gates))
         up, down, gate = self.up, self.down, self.hidden_gate
         gates = released(gates)
         sharded = is_sharded(up.weight) or is_sharded(down.weight)

@@ -1,6 +1,6 @@
 """nn.Linear with gates on its inputs, its outputs, or its weights."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -52,7 +52,7 @@ class L0Linear(GatedLayer, nn.Linear):
     Raises:
         ValueError: an unknown `gate`, a given gate of another size, of another distribution than that of
             the other side, or for a side that is not gated.
-        TypeError: in_gate or out_gate is not a HardConcreteGate.
+        TypeError: in_gate or out_gate is not a HardConcreteGate, or one with a forward of its own.
     """
 
     in_gate: HardConcreteGate | None
@@ -147,7 +147,7 @@ class L0Linear(GatedLayer, nn.Linear):
             ValueError: gates are given to a layer with weight or block gates.
         """
         if isinstance(x, Tensor) and x.is_nested:
-            return self._nested(x, in_gates, out_gates)
+            return over_rows(x, lambda rows: self.forward(rows, in_gates, out_gates))
         if self.weight_gate is not None:
             return self._weight_gated(x, in_gates, out_gates)
         in_gate, out_gate = self.in_gate, self.out_gate
@@ -178,18 +178,6 @@ class L0Linear(GatedLayer, nn.Linear):
             in_gates=own_in if in_gates is None else in_gates,
             out_gates=own_out if out_gates is None else out_gates,
         )
-
-    def _nested(self, x: Tensor, in_gates: Gates | None, out_gates: Gates | None) -> Tensor:
-        """The rows of a nested tensor, which nn.TransformerEncoder makes of a padded batch, in one draw."""
-        if x.layout == torch.jagged:
-            rows = self.forward(x.values(), in_gates, out_gates)
-            ragged: Any = x
-            return torch.nested.nested_tensor_from_jagged(rows, ragged.offsets(), ragged.lengths())
-        sizes = [part.shape[:-1] for part in x.unbind()]
-        rows = torch.cat([part.reshape(-1, part.shape[-1]) for part in x.unbind()])
-        parts = self.forward(rows, in_gates, out_gates).split([size.numel() for size in sizes])
-        shaped = [part.view(*size, -1) for part, size in zip(parts, sizes, strict=True)]
-        return torch.nested.as_nested_tensor(shaped)
 
     def _weight_gated(self, x: Tensor, in_gates: Gates | None, out_gates: Gates | None) -> Tensor:
         gate = self.weight_gate
@@ -262,6 +250,18 @@ class L0Linear(GatedLayer, nn.Linear):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, gate={self.gate!r}"
+
+
+def over_rows(x: Tensor, run: Callable[[Tensor], Tensor]) -> Tensor:
+    """`run` of all rows of a nested tensor, which nn.TransformerEncoder makes of a padded batch, at once."""
+    if x.layout == torch.jagged:
+        ragged: Any = x
+        return torch.nested.nested_tensor_from_jagged(run(x.values()), ragged.offsets(), ragged.lengths())
+    sizes = [part.shape[:-1] for part in x.unbind()]
+    rows = run(torch.cat([part.reshape(-1, part.shape[-1]) for part in x.unbind()]))
+    parts = rows.split([size.numel() for size in sizes])
+    shaped = [part.view(*size, -1) for part, size in zip(parts, sizes, strict=True)]
+    return torch.nested.as_nested_tensor(shaped)
 
 
 def is_hooked(module: nn.Module) -> bool:
@@ -356,6 +356,12 @@ def check_given(
     if given is not None:
         if not isinstance(given, HardConcreteGate):
             raise TypeError(f"{name} must be a HardConcreteGate, got {type(given).__name__}")
+        if type(given).forward is not HardConcreteGate.forward:
+            raise TypeError(
+                f"{name} must have the forward of HardConcreteGate, got {type(given).__name__} with its own, "
+                "which layers that draw from log_alpha themselves would pass by: override eval_gates for "
+                "other evaluation gates, or draw others and hand them to the layer's forward"
+            )
         if given.log_alpha.shape != (size,):
             shape = tuple(given.log_alpha.shape)
             raise ValueError(f"{name} must have log_alpha of shape ({size},), got {shape}")

@@ -11,7 +11,7 @@ from ..gates import Gates, HardConcrete
 from ..mlp import drawn_mlp, gated_mlp, l0_mlp
 from ..reference import _checks
 from .gate import DEFAULT_DIST, draw
-from .linear import L0Linear, copy_parameters_, is_only_weight
+from .linear import L0Linear, copy_parameters_, is_only_weight, over_rows
 from .ranks import held, is_sharded, released
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {
@@ -143,13 +143,15 @@ class L0MLP(nn.Module):
         """The gated chain.
 
         Args:
-            x: (..., sizes[0]).
+            x: (..., sizes[0]), also nested.
             gates: what :meth:`draw` returned, for a forward with known gates.
 
         Returns:
             (..., sizes[-1]).
         """
         _checks.check_tensor("x", x)
+        if x.is_nested:
+            return over_rows(x, lambda rows: self.forward(rows, gates))
         layers = [*self.layers]
         gates = None if gates is None else [*map(released, gates)]
         if not all(map(is_only_weight, layers)):

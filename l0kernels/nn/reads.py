@@ -20,7 +20,9 @@ ALL_WEIGHTS = {"_parameters", "get_parameter", "named_parameters", "parameters",
 GATES = {"Gates", "eval_gates", "from_z", "hidden_gate", "in_gate", "log_alpha", "out_gate", "sample_gates"}
 GATES |= {"gates", "in_gates", "out_gates", "out_support", "drawn", "weight_gate"}
 ANY_MODULE = {"__dict__", "_modules", "children", "get_submodule", "getattr", "modules", "named_children"}
-ANY_MODULE |= {"named_modules", "vars"}
+ANY_MODULE |= {"attrgetter", "named_modules", "vars"}
+OPENERS = {"enumerate", "filter", "iter", "len", "list", "map", "reduce", "reversed", "tuple", "zip"}
+"""Functions that take a container apart."""
 KINDS = {"GatedLayer", "HardConcreteGate", "L0BatchNorm2d", "L0Conv1d", "L0Conv2d", "L0FeedForward"}
 KINDS |= {"L0Linear", "L0MLP", "L0Residual", "L0Sequential"}
 SILENT = {"EXTENDED_ARG", "NOP", "PRECALL"}
@@ -36,15 +38,17 @@ class Reads:
         names: attributes that are loaded otherwise than to be called.
         called: attributes that are called.
         weights: whether the values of weights may be read.
+        all_weights: whether all at once may be, whatever modules they belong to.
         gates: whether it matters that modules are of this package: gates are handed over or asked for, kinds
             are asked for, or x is handed over by that name, which torch's own layers do not know.
-        opens: whether modules are taken out of one that is held in a variable.
+        opens: whether modules are taken out of one that is held in a variable, or counted.
         any_module: whether modules are looked up under names that do not stand in the code.
     """
 
     names: set[str] = field(default_factory=set)
     called: set[str] = field(default_factory=set)
     weights: bool = False
+    all_weights: bool = False
     gates: bool = False
     opens: bool = False
     any_module: bool = False
@@ -53,6 +57,7 @@ class Reads:
         self.names |= other.names
         self.called |= other.called
         self.weights |= other.weights
+        self.all_weights |= other.all_weights
         self.gates |= other.gates
         self.opens |= other.opens
         self.any_module |= other.any_module
@@ -67,6 +72,9 @@ def reads_of(module: nn.Module) -> Reads:
     """What the forward of `module` reads, functions included that it calls and hooks of the module."""
     reads = Reads()
     hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    # A layer whose method is held beside it is called past what is put in its place.
+    methods = [value for value in vars(module).values() if isinstance(value, MethodType)]
+    reads.gates = any(isinstance(m.__self__, nn.Module) and m.__self__ is not module for m in methods)
     for function in (getattr(module, "forward", None), *hooks):
         for code in _codes(function, module, set()):
             _read(code, reads)
@@ -118,10 +126,12 @@ def _read(code: CodeType, reads: Reads) -> None:
     keywords = {word for value in code.co_consts if isinstance(value, tuple) for word in value}
     reads.gates |= bool((names | words) & (GATES | KINDS)) or "x" in keywords
     reads.any_module |= bool(names & ANY_MODULE)
-    if "getattr" in names:
+    if names & {"attrgetter", "getattr"}:
+        words = {part for word in words for part in word.split(".")}
         reads.names |= words
         reads.weights |= bool(words & WEIGHTS)
     steps = [step for step in dis.get_instructions(code) if step.opname not in SILENT]
+    own = {step.argval for step in steps if step.opname in ("LOAD_ATTR", "LOAD_METHOD")}
     for at, step in enumerate(steps):
         name, behind = step.argval, steps[at + 1 : at + 3]
         if step.opname in ("LOAD_ATTR", "LOAD_METHOD"):
@@ -130,7 +140,8 @@ def _read(code: CodeType, reads: Reads) -> None:
             if name in WEIGHTS and not called:
                 reads.weights |= not (_is_harmless(steps, at, behind) or _is_own(steps[at - 1]))
             elif name in ALL_WEIGHTS:
-                reads.weights |= not _is_first(steps, at)
+                reads.all_weights |= not _is_first(steps, at)
+                reads.weights |= reads.all_weights
         elif step.opname in ("GET_ITER", "BINARY_SUBSCR", "BINARY_SLICE") or step.argrepr == "[]":
             if _is_tuple(steps[at - 1]):  # an index of tensors only
                 continue
@@ -140,6 +151,32 @@ def _read(code: CodeType, reads: Reads) -> None:
             # Of what `self.blocks[i]` and `for block in self.blocks` take apart the name is known.
             known = steps[max(back, 0)].opname in ("LOAD_ATTR", "LOAD_CONST")
             reads.opens |= not known or _is_pair(steps[at - 1])
+        elif step.opname in ("UNPACK_EX", "UNPACK_SEQUENCE"):
+            reads.opens |= _is_variable(steps[at - 1], behind) or _is_of_iterated(steps, at)
+        if step.opname.startswith("LOAD_") and (name == "reduce" or (name in OPENERS and name not in own)):
+            reads.opens |= _takes_variable(steps[at + 1 :])
+
+
+def _is_variable(step: dis.Instruction, behind: list[dis.Instruction]) -> bool:
+    """Whether it loads one, or takes it from an iteration; unless an attribute of it is meant."""
+    attribute = bool(behind) and behind[0].opname in ("LOAD_ATTR", "LOAD_METHOD")
+    return step.opname.startswith(("LOAD_FAST", "LOAD_DEREF")) and not attribute
+
+
+def _is_of_iterated(steps: list[dis.Instruction], at: int) -> bool:
+    """Whether what is unpacked at `at` are the elements of an attribute: of a list of containers."""
+    before = [step.opname for step in steps[max(at - 3, 0) : at]]
+    return before[-1:] == ["FOR_ITER"] and before[:1] == ["LOAD_ATTR"]
+
+
+def _takes_variable(behind: list[dis.Instruction]) -> bool:
+    """Whether the function whose name was loaded before `behind` is called with a variable itself."""
+    for at, step in enumerate(behind):
+        if step.opname.startswith("CALL"):
+            return False
+        if _is_variable(step, behind[at + 1 : at + 2]):
+            return True
+    return False
 
 
 def _is_harmless(steps: list[dis.Instruction], at: int, behind: list[dis.Instruction]) -> bool:

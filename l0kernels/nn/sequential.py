@@ -18,10 +18,10 @@ from ..linear import drawn_linear, gated_linear
 from ..mlp import drawn_mlp, gated_mlp
 from .batch_norm import L0BatchNorm2d
 from .conv import L0Conv1d, L0Conv2d
-from .gate import HardConcreteGate, Unscriptable, draw
-from .linear import L0Linear, is_hooked, is_only_weight
+from .gate import HardConcreteGate, Unscriptable, draw, enter, leave
+from .linear import L0Linear, is_hooked, is_only_weight, over_rows
 from .mlp import L0MLP
-from .ranks import held
+from .ranks import held, is_sharded
 from .steps import (
     UNKNOWN,
     activation_name,
@@ -101,7 +101,8 @@ class L0Sequential(_Container, nn.Sequential):
       images, and of Flatten of a single image, all channels come back.
     - Dropout draws for the channels that exist: it drops others than the modules one by one would.
 
-    A layer with hooks is called by itself, its activations unpacked; hooks of inner containers do not fire.
+    A layer or an inner container with hooks, or a forward set on the object, is called by itself, what goes
+    in and comes out unpacked; gates in it are drawn with the others.
     Unbatched inputs run one by one, unpacked. Compiled, traced and under torch.func no shape depends on the
     gates: each layer computes what is open, and closed channels are there as zeros.
 
@@ -160,6 +161,8 @@ class Step(NamedTuple):
 
     module: nn.Module
     gated: bool
+    called: bool = False
+    """A container whose calls somebody watches or changes: it is called."""
 
     @property
     def keeps_closed(self) -> bool:
@@ -191,12 +194,17 @@ def is_residual(module: nn.Module) -> TypeGuard[L0Residual]:
     return type(module).forward is L0Residual.forward
 
 
-def steps_of(module: nn.Module | None, gated: bool = False) -> list[Step]:
-    """The steps of a container, containers in it flattened; any other module is one step."""
+def steps_of(module: nn.Module | None, gated: bool = False, running: bool = False) -> list[Step]:
+    """The steps of a container, containers in it flattened; any other module is one step.
+
+    running: whether `module` itself is being called. Otherwise one whose calls are watched is a step.
+    """
     if module is None:
         return []
-    if not is_sequential(module):
-        return [Step(module, gated or is_residual(module))]
+    if not is_sequential(module) or (is_hooked(module) and not running):
+        residual = is_residual(module)
+        called = (residual or is_sequential(module)) and not running and is_hooked(module)
+        return [Step(module, gated or residual, called)]
     gated = gated or type(module).forward is L0Sequential.forward
     # Not children(), which leaves out a module that stands there a second time.
     return [step for child in cast(nn.Sequential, module) for step in steps_of(child, gated)]
@@ -212,6 +220,8 @@ def follow(steps: Sequence[Step], value: Value) -> list[Value]:
 
 def _behind(step: Step, value: Value) -> Value:
     module, (closed, dim, ndim) = step.module, value
+    if step.called:
+        return Value(ndim=None if ndim is None else UNKNOWN)
     if is_linear(module) or is_conv(module):
         gate = own_gate(module, "out_gate")
         return Value(() if gate is None else (gate,), unit_dim(module), ndim)
@@ -269,6 +279,10 @@ class _Op:
         """The gates that this op draws, in the order of modules()."""
         if self.run == "conv" or self.run == "linear":
             yield from self.gates[:2]
+        elif self.run == "called":
+            for part in self.module.modules():
+                if isinstance(part, HardConcreteGate) and part.log_alpha.ndim == 1:
+                    yield None if is_sharded(part.log_alpha) else part
         for layer in self.layers:
             yield own_gate(layer, "in_gate")
         for branch in self.branches or ():
@@ -284,7 +298,10 @@ def _plan(steps: Sequence[Step], value: Value, wanted: _Wanted | None) -> tuple[
     while i:
         i -= 1
         module, before = steps[i].module, values[i]
-        if isinstance(module, L0MLP) and type(module).forward is L0MLP.forward:
+        if steps[i].called:
+            ops.append(_Op("called", module))
+            wanted = None
+        elif isinstance(module, L0MLP) and type(module).forward is L0MLP.forward:
             layers: tuple[nn.Linear, ...] = tuple(module.layers)
             ops.append(
                 _Op("stretch", module, (), layers, module.activation, repack=module.repack_in_backward)
@@ -400,7 +417,9 @@ def _forward(module: Any, x: Any, given: Drawn | None) -> Tensor:
         raise TypeError(
             "x must be a torch.Tensor, got a Proxy of torch.fx; torch.export traces this container"
         )
-    ops, _ = _plan(steps_of(module), Value(ndim=x.ndim if isinstance(x, Tensor) else UNKNOWN), None)
+    ops, _ = _plan(
+        steps_of(module, running=True), Value(ndim=x.ndim if isinstance(x, Tensor) else UNKNOWN), None
+    )
     gates = list(dict.fromkeys(gate for op in ops for gate in op.own_gates() if gate is not None))
     given = given or {}
     missing = [gate for gate in gates if gate not in given]
@@ -480,6 +499,18 @@ class _Forward:
             self._container.check_norms()
         return op.module(_dense(x))
 
+    def called(self, op: _Op, x: Activation) -> Activation:
+        before = [
+            (gate, enter(gate, self._drawn[gate]))
+            for gate in op.own_gates()
+            if gate in self._drawn and gate is not None and gate.training
+        ]
+        try:
+            return op.module(_dense(x))
+        finally:
+            for gate, held_before in before:
+                leave(gate, held_before)
+
     def flatten(self, op: _Op, x: Activation) -> Activation:
         data = op.module(_dense(x))
         if not isinstance(x, Packed) or (is_exact(x.backend) and x.data.shape[1] == x.channels):
@@ -498,6 +529,8 @@ class _Forward:
         return gated_linear(x.data, weight, bias, in_gates=x.within(in_gates), out_gates=out_gates)
 
     def stretch(self, op: _Op, x: Activation) -> Activation:
+        if isinstance(x, Tensor) and x.is_nested:
+            return over_rows(x, lambda rows: cast(Tensor, self.stretch(op, rows)))
         weights: list[Tensor] = [layer.weight for layer in op.layers]
         biases: list[Tensor | None] = [layer.bias for layer in op.layers]
         own: list[HardConcreteGate | None] = [own_gate(layer, "in_gate") for layer in op.layers]
@@ -523,11 +556,23 @@ class _Forward:
     def residual(self, op: _Op, x: Activation) -> Activation:
         assert op.branches is not None
         body, shortcut = op.branches
+        if isinstance(x, Packed) and (_unpacks(body) or _unpacks(shortcut or [])):
+            x = _dense(x)  # once: a module that works in place is to change what both branches see
         a = x if shortcut is None else self.run(shortcut, x)
         b = self.run(body, x)
         if isinstance(a, Packed) and isinstance(b, Packed) and a.gates.index is b.gates.index:
             return replace(a, data=a.data + b.data)
         return _dense(a) + _dense(b)
+
+
+def _unpacks(ops: Sequence[_Op]) -> bool:
+    """Whether ops begin, behind such as may hand on the memory of their input, with one that unpacks it."""
+    for op in ops:
+        if op.run == "residual" and op.branches is not None:
+            return any(map(_unpacks, (op.branches[0], op.branches[1] or ())))
+        if op.run != "keep" or is_hooked(op.module):
+            return op.run in ("keep", "other", "called")
+    return False
 
 
 def _packs(x: Activation) -> bool:
@@ -578,7 +623,7 @@ def _gates_before_norms(module: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
     if isinstance(module, L0Residual):
         branches = [steps_of(module.body), steps_of(module.shortcut)]
     else:
-        branches = [steps_of(module)]
+        branches = [steps_of(module, running=True)]
     return [
         (a.module, b.module)
         for steps in branches

@@ -64,12 +64,19 @@ def is_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
 
 def is_conv2d(module: nn.Module) -> TypeGuard[nn.Conv2d]:
     """Whether `module` computes as nn.Conv2d or L0Conv2d."""
-    return type(module).forward in (nn.Conv2d.forward, L0Conv2d.forward)
+    return type(module).forward in (nn.Conv2d.forward, L0Conv2d.forward) and _convolves(module, nn.Conv2d)
+
+
+def _convolves(module: nn.Module, kind: type[nn.Conv1d | nn.Conv2d]) -> bool:
+    """Whether the step that torch's forward leaves to its subclasses is that of `kind`."""
+    return getattr(type(module), "_conv_forward", None) is kind._conv_forward
 
 
 def is_conv(module: nn.Module) -> TypeGuard[nn.Conv1d | nn.Conv2d]:
     """Whether `module` computes as nn.Conv1d, nn.Conv2d or their gated kin."""
-    return is_conv2d(module) or type(module).forward in (nn.Conv1d.forward, L0Conv1d.forward)
+    if type(module).forward in (nn.Conv1d.forward, L0Conv1d.forward):
+        return _convolves(module, nn.Conv1d)
+    return is_conv2d(module)
 
 
 def is_norm(module: nn.Module) -> TypeGuard[nn.BatchNorm2d]:
