@@ -26,27 +26,30 @@ def refuse_traced_draw() -> None:
     """RuntimeError under torch.jit.trace, whose graph would have the gates of this one draw for ever."""
     if torch._C._get_tracing_state() is not None:
         raise RuntimeError(
-            "torch.jit.trace would freeze gates drawn in train() into its graph; call eval() on the model "
-            "before, or give the draw a seed that is an input of the graph"
+            "torch.jit.trace would freeze gates drawn in train() into its graph; l0kernels is traced in eval(): "
+            "call that on the model before, or give the draw a seed that is an input of the graph"
         )
 
 
 def is_traced() -> bool:
-    """Whether torch.jit.trace or make_fx records what is called."""
+    """Whether torch.jit.trace or make_fx records what is called, or a FakeTensorMode asks for shapes alone."""
     if torch._C._get_tracing_state() is not None:
         return True
     if not torch._C._len_torch_dispatch_stack():
         return False
     from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
-    return get_proxy_mode() is not None
+    if get_proxy_mode() is not None:
+        return True
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
 
 
 def check_tensor(name: str, value: Any) -> None:
     """TypeError unless ``value`` is a tensor, RuntimeError if its memory was given back: torch's own
     operations would read at address 0."""
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+        way_out = "; torch.export traces l0kernels" if type(value).__name__ == "Proxy" else ""
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}{way_out}")
     if type(value) in _PLAIN and not torch.compiler.is_compiling() and is_freed(value):
         raise RuntimeError(
             f"{name} must have memory for its {tuple(value.shape)} elements, but its storage was resized to "
