@@ -606,7 +606,7 @@ class LooksAndCalls(T.MultiheadAttention):
         return super().forward(x, x, x.to(self.out_proj.bias.dtype))[0]
 
 
-class Scaled(T.Linear):
+class ScaledInput(T.Linear):
     """A layer of somebody else with a gate in it."""
 
     def __init__(self, *sizes):
@@ -659,9 +659,9 @@ def test_attention_of_torch_refuses_a_gated_projection():
             use(hidden)
     with pytest.raises(ValueError, match=message):
         gated_attention(LooksAndCalls)(x)
-    for within in (T.Sequential(nn.L0Linear(16, 16)), Scaled(16, 16)):
+    for within in (T.Sequential(nn.L0Linear(16, 16)), ScaledInput(16, 16)):
         attention.out_proj = within
-        with pytest.raises(ValueError, match="out_proj of MultiheadAttention must be a plain torch.nn.Lin"):
+        with pytest.raises(ValueError, match=r"out_proj of MultiheadAttention must be a plain torch\.nn\."):
             attention(x, x, x)
     # What calls it, or has no gate, is no concern of ours.
     assert gated_attention(CallsOutProj)(x).shape == x.shape

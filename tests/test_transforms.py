@@ -5,9 +5,9 @@ import warnings
 
 import pytest
 import torch
-from torch._subclasses import FakeTensorMode
 from test_compile import MODELS, make
 from test_ops import CALLS, leaves
+from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, grad_and_value, hessian, jacfwd, jacrev, jvp, vmap
 

@@ -377,10 +377,10 @@ def refuse_bypassed(attention: nn.Module, args: Any = None) -> None:
     """ValueError if torch's attention has a gated out_proj, whose weight it reads without calling it."""
     layer = attention._modules.get("out_proj")
     forward = type(attention).forward
-    code = getattr(forward, "__code__", None)
-    own = forward is not nn.MultiheadAttention.forward and code is not None
+    code = None if forward is nn.MultiheadAttention.forward else getattr(forward, "__code__", None)
+    names = () if code is None else code.co_names
     # What calls torch's forward has the weight read there, whatever else it does.
-    calls = own and "out_proj" in code.co_names and not {"super", "forward"} <= {*code.co_names}
+    calls = "out_proj" in names and not ("super" in names and "forward" in names)
     if calls or layer is None or not _gates_in_forward(layer):
         return
     raise ValueError(
@@ -391,7 +391,7 @@ def refuse_bypassed(attention: nn.Module, args: Any = None) -> None:
 
 
 def _gates_in_forward(layer: nn.Module) -> bool:
-    """Whether gates in `layer` act only where it is called: those of a parametrization act where it is read."""
+    """Whether gates in `layer` act where it is called; those of a parametrization act where it is read."""
     return isinstance(layer, HardConcreteGate) or any(
         _gates_in_forward(child) for name, child in layer.named_children() if name != "parametrizations"
     )

@@ -30,10 +30,10 @@ class L0MLP(nn.Module):
 
     The torch equivalent is ``nn.Sequential(nn.Linear(..), act, .., nn.Linear(..))`` with multiplications by
     z in between; the products here run over open x open units only. The layers are `layers[0]`,
-    `layers[1]`, ... (:class:`L0Linear`), computed together. Where one of them has hooks (``prune`` and the
-    old ``weight_norm`` of torch.nn.utils are hooks), is another module, has other gates than on its inputs, or
-    is sharded by FSDP, they are
-    called one by one, which gives up the packing. Shard the L0MLP as one.
+    `layers[1]`, ... (:class:`L0Linear`), computed together. Where one of them has hooks (``prune`` and
+    the old ``weight_norm`` of torch.nn.utils are hooks), is another module, has other gates than on its
+    inputs, or is sharded by FSDP, they are called one by one, which gives up the packing. Shard the L0MLP
+    as one.
 
     Args:
         sizes: features from input to output, at least two.

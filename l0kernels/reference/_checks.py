@@ -26,13 +26,13 @@ def refuse_traced_draw() -> None:
     """RuntimeError under torch.jit.trace, whose graph would have the gates of this one draw for ever."""
     if torch._C._get_tracing_state() is not None:
         raise RuntimeError(
-            "torch.jit.trace would freeze gates drawn in train() into its graph; l0kernels is traced in eval(): "
-            "call that on the model before, or give the draw a seed that is an input of the graph"
+            "torch.jit.trace would freeze gates drawn in train() into its graph; l0kernels is traced in "
+            "eval(): call that on the model before, or give the draw a seed that is an input of the graph"
         )
 
 
 def is_traced() -> bool:
-    """Whether torch.jit.trace or make_fx records what is called, or a FakeTensorMode asks for shapes alone."""
+    """Whether torch.jit.trace or make_fx records what is called, or fake tensors ask for shapes alone."""
     if torch._C._get_tracing_state() is not None:
         return True
     if not torch._C._len_torch_dispatch_stack():
