@@ -131,11 +131,16 @@ def refuse_second_derivative(function: str) -> None:
     if torch.compiler.is_compiling():
         return
     if torch.is_grad_enabled():
-        raise RuntimeError(NO_SECOND.format(function, "create_graph=True"))
+        raise RuntimeError(NO_SECOND.format(f"l0kernels.{function}", "create_graph=True"))
+    refuse_batched(function)
+
+
+def refuse_batched(function: str) -> None:
+    """RuntimeError in a backward of several gradients at once, of which the operators know nothing."""
     if torch._C._dispatch_tls_is_dispatch_key_included(_BATCHED):
         raise RuntimeError(
-            f"{function} takes one gradient at a time, got is_grads_batched=True or vectorize=True; "
-            "torch.func.jacrev and torch.func.vmap batch them"
+            f"l0kernels.{function} takes one gradient at a time, got is_grads_batched=True or "
+            "vectorize=True; torch.func.jacrev and torch.func.vmap batch them"
         )
 
 

@@ -201,6 +201,7 @@ class _PackChannels(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        _ops.refuse_batched("pack_channels")
         return _UnpackChannels.apply(dy, *ctx.settings), None, None
 
 
@@ -212,6 +213,7 @@ class _UnpackChannels(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        _ops.refuse_batched("unpack_channels")
         return _PackChannels.apply(dy, *ctx.settings), None, None
 
 

@@ -665,6 +665,33 @@ class SelfAttention(T.MultiheadAttention):
         return super().forward(x, x, x)[0]
 
 
+class LooksAndCalls(T.MultiheadAttention):
+    """An attention that looks at the layer, and leaves the rest to torch's."""
+
+    def forward(self, x):
+        return super().forward(x, x, x.to(self.out_proj.bias.dtype))[0]
+
+
+class ScaledInput(T.Linear):
+    """A layer of somebody else with a gate in it."""
+
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.gate = nn.HardConcreteGate(sizes[0])
+
+    def forward(self, x):
+        return super().forward(x * self.gate().z)
+
+
+class ScaledWeight(T.Module):
+    def __init__(self, n):
+        super().__init__()
+        self.gate = nn.HardConcreteGate(n)
+
+    def forward(self, weight):
+        return weight * self.gate().z
+
+
 def gated_attention(kind=T.MultiheadAttention, assign=setattr):
     attention = kind(16, 4, batch_first=True)
     assign(attention, "out_proj", nn.L0Linear.from_dense(attention.out_proj))
@@ -696,6 +723,12 @@ def test_attention_of_torch_refuses_a_gated_projection():
     for use in (nn.penalty, nn.export, nn.expected_l0, nn.eval_l0, nn.expected_flops, nn.GateBank):
         with pytest.raises(ValueError, match=message):
             use(hidden)
+    with pytest.raises(ValueError, match=message):
+        gated_attention(LooksAndCalls)(x)
+    for within in (T.Sequential(nn.L0Linear(16, 16)), ScaledInput(16, 16)):
+        attention.out_proj = within
+        with pytest.raises(ValueError, match=r"out_proj of MultiheadAttention must be a plain torch\.nn\."):
+            attention(x, x, x)
     # What calls it, or has no gate, is no concern of ours.
     assert gated_attention(CallsOutProj)(x).shape == x.shape
     attention.out_proj = T.Linear(16, 16)
@@ -703,6 +736,18 @@ def test_attention_of_torch_refuses_a_gated_projection():
     plain = T.MultiheadAttention(16, 4)
     plain.out_proj = nn.L0Linear(16, 16, gate=None)
     plain(x, x, x)
+
+
+def test_a_gate_on_the_weight_of_attention_acts():
+    """As a parametrization it stands where the weight is read."""
+    attention, x = T.MultiheadAttention(16, 4, batch_first=True).eval(), torch.randn(2, 5, 16)
+    twin, gate = copy.deepcopy(attention), spread(ScaledWeight(16))
+    parametrize.register_parametrization(attention.out_proj, "weight", gate.eval())
+    with torch.no_grad():
+        twin.out_proj.weight.mul_(gate.gate().z)
+        torch.testing.assert_close(attention(x, x, x)[0], twin(x, x, x)[0])
+    assert nn.gate_modules(attention) == [gate.gate]
+    assert nn.penalty(attention).item() > 0
 
 
 def magnitude(layer):

@@ -431,3 +431,35 @@ def test_from_dense_of_something_else(dense, options, error, words):
 
     with pytest.raises(error, match=words):
         nn.L0FeedForward.from_dense(*map(build, dense), **options)
+
+
+@pytest.mark.parametrize("activation", ["relu", "swiglu"])
+@pytest.mark.parametrize("gate", ["in", "both", "out", "weight", (2, 2)])
+@pytest.mark.parametrize("name", ["up", "down"])
+def test_a_replaced_layer_keeps_its_gates(name, gate, activation):
+    torch.manual_seed(0)
+    block = nn.L0FeedForward(6, 8, activation)
+    old = getattr(block, name)
+    setattr(block, name, nn.L0Linear(old.in_features, old.out_features, gate=gate))
+    with torch.no_grad():
+        for source in nn.gate_modules(block):
+            source.log_alpha.normal_(0, 2)
+    x, bank = torch.randn(4, 6), nn.GateBank(block, seed=1)
+    for training in (True, False):
+        block.train(training)
+        bank.draw()
+        expected = block.down(block.activation_module()(block.up(x)) * block.hidden_gate().z)
+        torch.testing.assert_close(block(x), expected)
+    torch.testing.assert_close(nn.export(block)(x), block(x))
+
+
+def test_a_layer_without_weight():
+    """Replaced by a container, it is called; a weight decay, which would miss its weights, is refused."""
+    torch.manual_seed(0)
+    block = nn.L0FeedForward(6, 8, "relu").eval()
+    block.down = torch.nn.Sequential(torch.nn.Linear(8, 6), torch.nn.Tanh())
+    x = torch.randn(4, 6)
+    torch.testing.assert_close(block(x), block.down(block.up(x).relu() * block.hidden_gate().z))
+    assert nn.penalty(block).item() > 0
+    with pytest.raises(ValueError, match="down of an L0FeedForward must have a weight where weight_decay"):
+        nn.penalty(block, weight_decay=0.1)

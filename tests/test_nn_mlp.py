@@ -330,3 +330,33 @@ def test_recomputation_draws_the_same_gates(use_reentrant):
         results.append([y.detach(), x.grad, *(p.grad for p in mlp.parameters())])
     for stored, recomputed in zip(*results, strict=True):
         assert torch.equal(stored, recomputed)
+
+
+@pytest.mark.parametrize("gate", ["both", "out", "weight", (2, 2), None])
+@pytest.mark.parametrize("at", [0, 1])
+def test_a_replaced_layer_keeps_its_gates(gate, at):
+    """A layer that somebody has put in, with gates that the chain does not apply itself, acts as it is."""
+    torch.manual_seed(0)
+    mlp = nn.L0MLP([6, 8, 3])
+    old = mlp.layers[at]
+    new = nn.L0Linear(old.in_features, old.out_features, gate=gate)
+    mlp.layers[at] = new if gate is not None else torch.nn.Linear(old.in_features, old.out_features)
+    with torch.no_grad():
+        for source in nn.gate_modules(mlp):
+            source.log_alpha.normal_(0, 2)
+    x, bank = torch.randn(4, 6), nn.GateBank(mlp, seed=1)
+    for training in (True, False):
+        mlp.train(training)
+        bank.draw()
+        first, second = mlp.layers
+        expected = second(first(x).relu())
+        torch.testing.assert_close(mlp(x), expected)
+        parameters = list(mlp.parameters())
+        grads = [
+            torch.autograd.grad(y.sin().sum(), parameters, allow_unused=True) for y in (mlp(x), expected)
+        ]
+        for left, right in zip(*grads, strict=True):
+            assert (left is None) == (right is None)
+            if left is not None:
+                torch.testing.assert_close(left, right)
+    torch.testing.assert_close(nn.export(mlp)(x), mlp(x))

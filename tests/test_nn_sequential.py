@@ -993,3 +993,23 @@ def test_a_convolution_of_another_kind_is_called():
     y = model.eval()(x)
     torch.testing.assert_close(y, model[2](model[1](model[0](x))))
     torch.testing.assert_close(nn.export(model)(x), y)
+
+
+@pytest.mark.parametrize("gate", ["both", "out", "weight", (2, 2)])
+@pytest.mark.parametrize("at", [0, 1])
+def test_a_chain_within_with_a_replaced_layer(gate, at):
+    """Its gates act, too, that an L0MLP does not have itself."""
+    torch.manual_seed(0)
+    inner = nn.L0MLP([8, 7, 6])
+    old = inner.layers[at]
+    inner.layers[at] = nn.L0Linear(old.in_features, old.out_features, gate=gate)
+    model = nn.L0Sequential(nn.L0Linear(6, 8), torch.nn.ReLU(), inner, torch.nn.ReLU(), nn.L0Linear(6, 3))
+    with torch.no_grad():
+        for source in nn.gate_modules(model):
+            source.log_alpha.normal_(0, 2)
+    x, bank = torch.randn(4, 6), nn.GateBank(model, seed=1)
+    for training in (True, False):
+        model.train(training)
+        bank.draw()
+        expected = inner.layers[1](inner.layers[0](model[0](x).relu()).relu())
+        torch.testing.assert_close(model(x), model[4](expected.relu()))

@@ -7,6 +7,7 @@ import pytest
 import torch
 from test_compile import MODELS, make
 from test_ops import CALLS, leaves
+from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, grad_and_value, hessian, jacfwd, jacrev, jvp, vmap
 
@@ -229,6 +230,31 @@ def test_second_derivatives_of_a_chain_of_convolutions():
         torch.testing.assert_close(a, b)
     with pytest.raises(RuntimeError, match="packed_conv2d has no second derivative, got create_graph=True"):
         torch.autograd.grad(model(x).square().sum(), layers[0].weight, create_graph=True)
+
+
+def test_several_gradients_at_once_through_packed_channels():
+    model = nn.L0Sequential(
+        torch.nn.Conv2d(2, 4, 3), nn.L0Conv2d(4, 4, 3), torch.nn.Tanh(), nn.L0Conv2d(4, 3, 3, gate="both")
+    )
+    with torch.no_grad():
+        for gate in nn.gate_modules(model):
+            gate.log_alpha.copy_(torch.tensor([-9.0, 0.3, 9.0, 0.1][: gate.n]))
+    x = torch.randn(2, 2, 8, 8).contiguous(memory_format=torch.channels_last)
+    with pytest.raises(
+        RuntimeError, match=r"l0kernels\.\w+ takes one gradient at a time, got is_grads_batched"
+    ):
+        torch.autograd.functional.jacobian(model, x, vectorize=True)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", MODELS)
+def test_shapes_alone(name, training):
+    """Under a FakeTensorMode nothing has values, and nothing asks for them."""
+    model, x = make(name)
+    expected = model(x).shape
+    model.train(training)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert model(mode.from_tensor(x)).shape == expected
 
 
 def test_forward_mode_without_tangents():

@@ -14,7 +14,7 @@ from ..reference.gates import check_gates
 from ..reference.linear import scale
 from ..reference.mlp import GLU, ROWS
 from .gate import DEFAULT_DIST, GatedLayer, HardConcreteGate
-from .linear import copy_parameters_, is_only_weight, over_rows
+from .linear import copy_parameters_, has_gates_beside, is_only_weight, over_rows
 from .mlp import ACTIVATIONS, _activation_name, _per_item
 from .ranks import Shards, check_not_flat, is_called_alone, is_sharded, local, released
 
@@ -175,8 +175,10 @@ class L0FeedForward(GatedLayer, nn.Module):
             return over_rows(x, lambda rows: self.forward(rows, gates))
         up, down, gate = self.up, self.down, self.hidden_gate
         gates = released(gates)
-        sharded = is_sharded(up.weight) or is_sharded(down.weight)
+        sharded = any(is_sharded(getattr(layer, "weight", None)) for layer in (up, down))
         together = is_only_weight(up) and is_only_weight(down)
+        if has_gates_beside(up) or has_gates_beside(down):
+            return self._one_by_one(x, gates)
         if not together and (not sharded or is_called_alone(up) or is_called_alone(down)):
             return self._one_by_one(x, gates)
         if sharded:
@@ -262,18 +264,23 @@ class L0FeedForward(GatedLayer, nn.Module):
     def gate_groups(self) -> Iterator[tuple[HardConcreteGate, Tensor, int]]:
         """|g| = the unit's rows of up with their biases, and its column of down."""
         rows = ROWS[self.activation]
-        size = rows * (self.d_model + (self.up.bias is not None)) + self.d_model
+        size = rows * (self.d_model + (getattr(self.up, "bias", None) is not None)) + self.d_model
         yield self.hidden_gate, self.hidden_gate.whole(), size
 
     def l2_terms(self) -> Iterator[tuple[HardConcrete, L2Term]]:
         """Both weights and up's bias; down's is ungated and takes no part."""
         dist, log_alpha, rows = self.hidden_gate.dist, self.hidden_gate.whole(), ROWS[self.activation]
+        for name, layer in (("up", self.up), ("down", self.down)):
+            if not isinstance(getattr(layer, "weight", None), Tensor):
+                raise ValueError(
+                    f"{name} of an L0FeedForward must have a weight where weight_decay is not 0, got {layer}"
+                )
         check_not_flat(self.up.weight)
         check_not_flat(self.down.weight)
         of_up = log_alpha if rows == 1 else log_alpha.repeat(rows)
         yield dist, L2Term(self.down.weight, None, log_alpha)
         yield dist, L2Term(self.up.weight, of_up, None)
-        if self.up.bias is not None:
+        if getattr(self.up, "bias", None) is not None:
             yield dist, L2Term(self.up.bias, of_up, None)
 
     def activation_module(self) -> nn.Module:

@@ -382,9 +382,11 @@ def refuse_bypassed(attention: nn.Module, args: Any = None) -> None:
     """ValueError if torch's attention has a gated out_proj, whose weight it reads without calling it."""
     layer = attention._modules.get("out_proj")
     forward = type(attention).forward
-    code = getattr(forward, "__code__", None)
-    calls = forward is not nn.MultiheadAttention.forward and code is not None and "out_proj" in code.co_names
-    if calls or layer is None or not any(isinstance(part, HardConcreteGate) for part in layer.modules()):
+    code = None if forward is nn.MultiheadAttention.forward else getattr(forward, "__code__", None)
+    names = () if code is None else code.co_names
+    # What calls torch's forward has the weight read there, whatever else it does.
+    calls = "out_proj" in names and not ("super" in names and "forward" in names)
+    if calls or layer is None or not _gates_in_forward(layer):
         return
     raise ValueError(
         f"out_proj of {type(attention).__name__} must be a plain torch.nn.Linear, got {layer}: torch's "
@@ -393,9 +395,19 @@ def refuse_bypassed(attention: nn.Module, args: Any = None) -> None:
     )
 
 
+def _gates_in_forward(layer: nn.Module) -> bool:
+    """Whether gates in `layer` act where it is called; those of a parametrization act where it is read."""
+    return isinstance(layer, HardConcreteGate) or any(
+        _gates_in_forward(child) for name, child in layer.named_children() if name != "parametrizations"
+    )
+
+
 def _watch_attention(module: nn.Module, name: str, child: nn.Module | None) -> None:
     """Has an attention that is given a gated out_proj refuse it at the first forward."""
-    gated = isinstance(module, nn.MultiheadAttention) and isinstance(child, GatedLayer)
+    # Dynamo assigns modules while it traces, of which it cannot trace the kind.
+    if torch.compiler.is_compiling() or not isinstance(module, nn.MultiheadAttention):
+        return
+    gated = child is not None and _gates_in_forward(child)
     if gated and refuse_bypassed not in module._forward_pre_hooks.values():
         module.register_forward_pre_hook(refuse_bypassed)
 

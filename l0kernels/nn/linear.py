@@ -281,6 +281,13 @@ def is_only_weight(module: nn.Module) -> bool:
     return type(module).forward in _PRODUCTS and not is_hooked(module)
 
 
+def has_gates_beside(module: nn.Module, side: str | None = None) -> bool:
+    """Whether a layer that somebody has put into a container has gates other than the one on `side`, which is
+    all that the container applies where it multiplies itself."""
+    own = module._modules
+    return any(name != side and own.get(name) is not None for name in ("in_gate", "out_gate", "weight_gate"))
+
+
 def copy_parameters_(target: nn.Module, source: nn.Module) -> None:
     """Weight, bias and their requires_grad."""
     with torch.no_grad():

@@ -11,7 +11,7 @@ from ..gates import Gates, HardConcrete
 from ..mlp import drawn_mlp, gated_mlp, l0_mlp
 from ..reference import _checks
 from .gate import DEFAULT_DIST, draw
-from .linear import L0Linear, copy_parameters_, is_only_weight, over_rows
+from .linear import L0Linear, copy_parameters_, has_gates_beside, is_only_weight, over_rows
 from .ranks import held, is_sharded, released
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {
@@ -30,9 +30,10 @@ class L0MLP(nn.Module):
 
     The torch equivalent is ``nn.Sequential(nn.Linear(..), act, .., nn.Linear(..))`` with multiplications by
     z in between; the products here run over open x open units only. The layers are `layers[0]`,
-    `layers[1]`, ... (:class:`L0Linear`), computed together. Where one of them has hooks (``prune`` and the
-    old ``weight_norm`` of torch.nn.utils are hooks), is another module, or is sharded by FSDP, they are
-    called one by one, which gives up the packing. Shard the L0MLP as one.
+    `layers[1]`, ... (:class:`L0Linear`), computed together. Where one of them has hooks (``prune`` and
+    the old ``weight_norm`` of torch.nn.utils are hooks), is another module, has other gates than on its
+    inputs, or is sharded by FSDP, they are called one by one, which gives up the packing. Shard the L0MLP
+    as one.
 
     Args:
         sizes: features from input to output, at least two.
@@ -154,11 +155,11 @@ class L0MLP(nn.Module):
             return over_rows(x, lambda rows: self.forward(rows, gates))
         layers = [*self.layers]
         gates = None if gates is None else [*map(released, gates)]
-        if not all(map(is_only_weight, layers)):
+        if not all(is_only_weight(layer) and not has_gates_beside(layer, "in_gate") for layer in layers):
             return self._one_by_one(x, gates)
         weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
         if gates is None:
-            sources = [layer.in_gate for layer in layers]
+            sources = [getattr(layer, "in_gate", None) for layer in layers]
             present = [gate for gate in sources if gate is not None]
             if present and all(gate.training and gate.draws_as(present[0]) for gate in present):
                 # One autograd node for gates and products.

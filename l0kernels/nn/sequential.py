@@ -19,7 +19,7 @@ from ..mlp import drawn_mlp, gated_mlp
 from .batch_norm import L0BatchNorm2d
 from .conv import L0Conv1d, L0Conv2d
 from .gate import HardConcreteGate, Unscriptable, draw, enter, leave
-from .linear import L0Linear, is_hooked, is_only_weight, over_rows
+from .linear import L0Linear, has_gates_beside, is_hooked, is_only_weight, over_rows
 from .mlp import L0MLP
 from .ranks import held, is_sharded
 from .steps import (
@@ -531,11 +531,12 @@ class _Forward:
     def stretch(self, op: _Op, x: Activation) -> Activation:
         if isinstance(x, Tensor) and x.is_nested:
             return over_rows(x, lambda rows: cast(Tensor, self.stretch(op, rows)))
+        own: list[HardConcreteGate | None] = [own_gate(layer, "in_gate") for layer in op.layers]
+        beside = any(has_gates_beside(layer, "in_gate") for layer in op.layers)
+        if beside or is_hooked(op.module) or not all(map(is_only_weight, op.layers)):
+            return op.module(_dense(x), [held(op.module, gates) for gates in map(self.gates, own)])
         weights: list[Tensor] = [layer.weight for layer in op.layers]
         biases: list[Tensor | None] = [layer.bias for layer in op.layers]
-        own: list[HardConcreteGate | None] = [own_gate(layer, "in_gate") for layer in op.layers]
-        if is_hooked(op.module) or not all(map(is_only_weight, op.layers)):
-            return op.module(_dense(x), [held(op.module, gates) for gates in map(self.gates, own)])
         if isinstance(x, _Flat):
             first: Gates | None = x.within(self.gates(own[0]))
         else:

@@ -26,27 +26,30 @@ def refuse_traced_draw() -> None:
     """RuntimeError under torch.jit.trace, whose graph would have the gates of this one draw for ever."""
     if torch._C._get_tracing_state() is not None:
         raise RuntimeError(
-            "torch.jit.trace would freeze gates drawn in train() into its graph; call eval() on the model "
-            "before, or give the draw a seed that is an input of the graph"
+            "torch.jit.trace would freeze gates drawn in train() into its graph; l0kernels is traced in "
+            "eval(): call that on the model before, or give the draw a seed that is an input of the graph"
         )
 
 
 def is_traced() -> bool:
-    """Whether torch.jit.trace or make_fx records what is called."""
+    """Whether torch.jit.trace or make_fx records what is called, or fake tensors ask for shapes alone."""
     if torch._C._get_tracing_state() is not None:
         return True
     if not torch._C._len_torch_dispatch_stack():
         return False
     from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
-    return get_proxy_mode() is not None
+    if get_proxy_mode() is not None:
+        return True
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
 
 
 def check_tensor(name: str, value: Any) -> None:
     """TypeError unless ``value`` is a dense tensor, RuntimeError if memory of it was given back: torch's own
     operations would read what is not theirs."""
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+        way_out = "; torch.export traces l0kernels" if type(value).__name__ == "Proxy" else ""
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}{way_out}")
     if type(value) in _PLAIN:
         if value.layout is not torch.strided or value.is_nested:
             raise _not_dense(name, value)
