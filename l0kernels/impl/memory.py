@@ -8,6 +8,8 @@ needs no check: `fresh`.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -66,7 +68,7 @@ def matrix(
     by_row, by_col = t.stride()
     if not rows or not cols:
         return 0, by_row, by_col
-    end = int(t.storage_offset()) + (rows - 1) * by_row + (cols - 1) * by_col + 1
+    end: Any = t.storage_offset() + (rows - 1) * by_row + (cols - 1) * by_col + 1
     try:
         if (
             type(t) in PLAIN
