@@ -52,9 +52,9 @@ class L0FeedForward(GatedLayer, nn.Module):
 
     down.weight = D (d_model, d_hidden), hidden_gate.log_alpha (d_hidden,). [G; U] is the order of the fused
     gate_up_proj that LLaMA-style models have; :meth:`from_dense` takes the layers singly, too. `up` and
-    `down` are computed together. Where one of them has hooks (``prune`` and the old ``weight_norm`` of
-    torch.nn.utils are hooks), is another module, or is sharded by FSDP, both are called, with all hidden
-    units. Shard the block as one.
+    `down` are computed together. Where one of them has gates or hooks (``prune`` and the old
+    ``weight_norm`` of torch.nn.utils are hooks), is another module, or is sharded by FSDP, both are called,
+    with all hidden units. Shard the block as one.
 
     Tensor parallelism: ``parallelize_module(block, mesh, {"up": ColwiseParallel(), "down":
     RowwiseParallel()})``. Each rank computes its hidden units, of which it skips the closed ones. x and y lie
