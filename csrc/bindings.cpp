@@ -391,7 +391,12 @@ void block_linear_backward(bool is_double, int64_t M, int64_t in, int64_t out, i
 // multiplies.
 l0::PackAxis pack_axis(const std::optional<Gate>& gate, int64_t size, int64_t extent, bool scale,
                        bool z_is_double) {
-  if (!gate) return {nullptr, nullptr, size, size, extent, false};
+  if (!gate) {
+    if (extent < size)
+      throw std::invalid_argument("extent must hold " + std::to_string(size) + " units, got " +
+                                  std::to_string(extent));
+    return {nullptr, nullptr, size, size, extent, false};
+  }
   const auto& [z, index, count, gate_size, full_grad] = *gate;
   const int64_t open = z_is_double ? checked_open(as<const double>(z), index, count, gate_size)
                                    : checked_open(as<const float>(z), index, count, gate_size);
@@ -420,10 +425,9 @@ void pack(const Matrix& full, int full_type, int64_t rows, int64_t cols, Address
 }
 
 void unpack(const Matrix& packed, int packed_type, int64_t packed_rows, int64_t packed_cols, Address full,
-            int full_type, int64_t rows, int64_t cols,
-            const std::optional<Gate>& row_gate, const std::optional<Gate>& col_gate, bool scale_rows,
-            bool scale_cols, bool z_is_double, const Matrix& theta, int theta_type, Address dz_row,
-            Address dz_col, int num_threads) {
+            int full_type, int64_t rows, int64_t cols, const std::optional<Gate>& row_gate,
+            const std::optional<Gate>& col_gate, bool scale_rows, bool scale_cols, bool z_is_double,
+            const Matrix& theta, int theta_type, Address dz_row, Address dz_col, int num_threads) {
   py::gil_scoped_release nogil;
   const auto& [data, stride_row, stride_col] = packed;
   if (stride_col != 1)
@@ -436,13 +440,14 @@ void unpack(const Matrix& packed, int packed_type, int64_t packed_rows, int64_t 
   l0::unpack(
       {as<const void>(data), static_cast<l0::DType>(packed_type), stride_row, as<void>(full),
        static_cast<l0::DType>(full_type), pack_axis(row_gate, rows, packed_rows, scale_rows, z_is_double),
-       pack_axis(col_gate, cols, packed_cols, scale_cols, z_is_double), z_is_double, as<const void>(theta_data),
-       static_cast<l0::DType>(theta_type), theta_row, theta_col, as<void>(dz_row), as<void>(dz_col)},
+       pack_axis(col_gate, cols, packed_cols, scale_cols, z_is_double), z_is_double,
+       as<const void>(theta_data), static_cast<l0::DType>(theta_type), theta_row, theta_col, as<void>(dz_row),
+       as<void>(dz_col)},
       num_threads);
 }
 
-// Asks for 2 MB pages under an allocation that nobody has written yet; the allocation stays whose it is. Where
-// the system has none, nothing happens.
+// Asks for 2 MB pages under an allocation that nobody has written yet; the allocation stays whose it is.
+// Where the system has none, nothing happens.
 void advise_huge_pages(Address address, size_t bytes) {
 #ifdef MADV_HUGEPAGE
   const uintptr_t page = uintptr_t(sysconf(_SC_PAGESIZE));

@@ -47,8 +47,8 @@ L0_HOST_DEVICE inline float exp(float x) {
   return y * from_bits((to_bits(shifted) + 127u) << 23);
 }
 
-// e^x for x <= 0 and the logistic function, exactly 0 where exp stops at its smallest: times an x of 1e38 even
-// that would be seen.
+// e^x for x <= 0 and the logistic function, exactly 0 where exp stops at its smallest: times an x of 1e38
+// even that would be seen.
 L0_HOST_DEVICE inline double decay(double x) { return exp(x); }
 L0_HOST_DEVICE inline float decay(float x) {
   const float y = exp(x);

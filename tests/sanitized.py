@@ -51,22 +51,13 @@ def _compiler() -> str:
     return os.environ.get("CXX", "g++")
 
 
-def _libraries() -> list[str]:
-    """The sanitizers' libraries, which must be loaded before Python's own."""
-    command = [_compiler(), "-print-file-name={}"]
-    return [
-        subprocess.run(
-            [command[0], command[1].format(name)], capture_output=True, text=True, check=True
-        ).stdout.strip()
-        for name in ("libasan.so", "libubsan.so")
-    ]
-
-
 def main() -> int:
+    from emulator.build import sanitizer_libraries
+
     module = sanitized_module()
     environment = {k: v for k, v in os.environ.items() if not k.startswith("L0KERNELS_")}
     environment |= {
-        "LD_PRELOAD": ":".join(_libraries()),
+        "LD_PRELOAD": ":".join(sanitizer_libraries(_compiler())),
         "ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1",
         "UBSAN_OPTIONS": "print_stacktrace=1",
         "OMP_NUM_THREADS": "2",

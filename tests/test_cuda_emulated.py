@@ -9,7 +9,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
-from emulator.build import build, sources
+from emulator.build import build, sanitizer_libraries, sources
 
 ROOT = Path(__file__).resolve().parent.parent
 TESTS = ROOT / "tests"
@@ -21,13 +21,7 @@ pytestmark = pytest.mark.skipif(
 
 
 def runtime_libraries():
-    """The sanitizers' libraries, which must be loaded before Python's own."""
-    names = [
-        subprocess.run(
-            [COMPILER, f"-print-file-name={n}"], capture_output=True, text=True, check=True
-        ).stdout.strip()
-        for n in ("libasan.so", "libubsan.so")
-    ]
+    names = sanitizer_libraries(COMPILER)
     if not all(os.path.isabs(name) for name in names):
         pytest.skip(f"{COMPILER} has no sanitizers")
     return names

@@ -15,6 +15,16 @@ SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-o
 WARNINGS = ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
 
 
+def sanitizer_libraries(compiler: str) -> list[str]:
+    """The sanitizers' libraries, which must be loaded before Python's own; mere names where there are none."""
+    return [
+        subprocess.run(
+            [compiler, f"-print-file-name={name}"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        for name in ("libasan.so", "libubsan.so")
+    ]
+
+
 def sources() -> list[Path]:
     """Every file that the module depends on."""
     suffixes = {".h", ".cuh", ".cu", ".cpp", ".py"}
