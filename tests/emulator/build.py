@@ -16,7 +16,7 @@ WARNINGS = ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
 
 
 def sanitizer_libraries(compiler: str) -> list[str]:
-    """The sanitizers' libraries, which must be loaded before Python's own; mere names where there are none."""
+    """The sanitizers' libraries, to be loaded before Python's own; mere names where there are none."""
     return [
         subprocess.run(
             [compiler, f"-print-file-name={name}"], capture_output=True, text=True, check=True
