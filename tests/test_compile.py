@@ -455,7 +455,7 @@ class TestConversions:
         model, x = make("feed forward")  # whose layers are replaced: they are called, with all hidden units
         small, y = quantize(model.eval(), {torch.nn.Linear}), model(x)
         assert (small(x) - y).abs().max() < 0.05 * y.abs().max()
-        with pytest.raises(TypeError, match=r"weight must be a torch.Tensor"):
+        with pytest.raises(ValueError, match=r"up of an L0FeedForward must have a weight where weight_decay"):
             nn.penalty(small, weight_decay=0.1)
 
 

@@ -170,9 +170,9 @@ class L0FeedForward(GatedLayer, nn.Module):
         Returns:
             (..., d_model).
         """
-        _checks.check_tensor("x", x)
-        if x.is_nested:
+        if isinstance(x, Tensor) and x.is_nested:
             return over_rows(x, lambda rows: self.forward(rows, gates))
+        _checks.check_tensor("x", x)
         up, down, gate = self.up, self.down, self.hidden_gate
         gates = released(gates)
         sharded = any(is_sharded(getattr(layer, "weight", None)) for layer in (up, down))

@@ -150,9 +150,9 @@ class L0MLP(nn.Module):
         Returns:
             (..., sizes[-1]).
         """
-        _checks.check_tensor("x", x)
-        if x.is_nested:
+        if isinstance(x, Tensor) and x.is_nested:
             return over_rows(x, lambda rows: self.forward(rows, gates))
+        _checks.check_tensor("x", x)
         layers = [*self.layers]
         gates = None if gates is None else [*map(released, gates)]
         if not all(is_only_weight(layer) and not has_gates_beside(layer, "in_gate") for layer in layers):
