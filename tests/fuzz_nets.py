@@ -413,6 +413,9 @@ def random_net(seed, *, batched=None):
                 parameter.requires_grad_(not maker.chance(0.08))
         if maker.chance(0.1):
             net = net.to(memory_format=torch.channels_last)
+            for module in net.modules():  # see OneByOne.conv: torch's own layers would go wrong by themselves
+                if type(module) is T.Conv2d and module.groups > 1:
+                    module.weight.data = module.weight.data.clone(memory_format=torch.contiguous_format)
         for module in net.modules():
             if isinstance(module, T.Linear) and maker.chance(0.05):
                 module.weight.data = module.weight.data.t().contiguous().t()

@@ -1013,3 +1013,15 @@ def test_a_chain_within_with_a_replaced_layer(gate, at):
         bank.draw()
         expected = inner.layers[1](inner.layers[0](model[0](x).relu()).relu())
         torch.testing.assert_close(model(x), model[4](expected.relu()))
+
+
+def test_a_norm_in_a_watched_inner_container_knows_its_gates():
+    """A hook changes no value: the container is not called, for a call would hide the gates from the norm."""
+    inner = torch.nn.Sequential(nn.L0BatchNorm2d(4), RELU())
+    model = spread(nn.L0Sequential(nn.L0Conv2d(3, 4, 3, gate=None), inner, nn.L0Conv2d(4, 2, 1, gate="in")))
+    nn.GateBank(model, seed=1).draw()
+    assert not model[2].in_gate.drawn.z.all()
+    x = torch.randn(2, 3, 6, 6)
+    expected = model(x)
+    inner.register_forward_hook(lambda *_: None)
+    torch.testing.assert_close(model(x), expected)

@@ -102,7 +102,8 @@ class L0Sequential(_Container, nn.Sequential):
     - Dropout draws for the channels that exist: it drops others than the modules one by one would.
 
     A layer or an inner container with hooks, or a forward set on the object, is called by itself, what goes
-    in and comes out unpacked; gates in it are drawn with the others.
+    in and comes out unpacked; gates in it are drawn with the others. Hooks of an inner container that holds
+    an :class:`L0BatchNorm2d` do not fire: the norm must know the gates around.
     Unbatched inputs run one by one, unpacked. Compiled, traced and under torch.func no shape depends on the
     gates: each layer computes what is open, and closed channels are there as zeros.
 
@@ -201,13 +202,25 @@ def steps_of(module: nn.Module | None, gated: bool = False, running: bool = Fals
     """
     if module is None:
         return []
-    if not is_sequential(module) or (is_hooked(module) and not running):
+    watched = not running and _is_watched(module)
+    if not is_sequential(module) or watched:
         residual = is_residual(module)
-        called = (residual or is_sequential(module)) and not running and is_hooked(module)
-        return [Step(module, gated or residual, called)]
+        return [Step(module, gated or residual, watched and (residual or is_sequential(module)))]
     gated = gated or type(module).forward is L0Sequential.forward
     # Not children(), which leaves out a module that stands there a second time.
     return [step for child in cast(nn.Sequential, module) for step in steps_of(child, gated)]
+
+
+def _is_watched(container: nn.Module) -> bool:
+    """Whether an inner container is to be called.
+
+    A norm of open channels in it must know the gates around, which a call hides: then its hooks do not fire,
+    but a forward set on the object is called all the same.
+    """
+    if not is_hooked(container):
+        return False
+    norms = any(isinstance(module, L0BatchNorm2d) for module in container.modules())
+    return not norms or "forward" in container.__dict__
 
 
 def follow(steps: Sequence[Step], value: Value) -> list[Value]:
