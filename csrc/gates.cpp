@@ -13,7 +13,7 @@ void compact(const T* z, int64_t size, int32_t* index, int32_t* count) {
   int64_t at[2] = {open, 0};  // next place of a closed, of an open gate
   for (int64_t i = 0; i < size; ++i) index[at[z[i] != T(0)]++] = int32_t(i);
   const int64_t padded = (size + kAlign - 1) / kAlign * kAlign;
-  std::memset(index + size, 0, sizeof(int32_t) * (padded - size));
+  if (padded > size) std::memset(index + size, 0, sizeof(int32_t) * (padded - size));  // no gates: no index
   count[0] = int32_t(open);
   count[1] = int32_t((open + kAlign - 1) / kAlign * kAlign);
 }
