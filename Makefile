@@ -14,7 +14,7 @@ help:
 	@echo "make train      train a LeNet-300-100 with L0 gates on handwritten digits (ARGS= for its options)"
 	@echo "make train-lenet5, train-wrn  the same with convolutions: LeNet-5-Caffe, a wide residual net"
 	@echo "make test       ruff, mypy, pytest (ARGS= for pytest's options)"
-	@echo "make test-all   the same and what is only long: more random nets and calls, sanitizers (two hours)"
+	@echo "make test-all   the same and what is only long: more random nets and calls, sanitizers"
 	@echo "make bench-cpu  the CPU rows, tables and plots, under ten minutes; adds to bench/results (ARGS=--full: hours)"
 	@echo "make bench      pytest-benchmark of the core operations (ARGS=--benchmark-compare: beside the last run)"
 	@echo "make static     registers, shared memory and instructions of every Triton kernel; needs no GPU"
