@@ -59,16 +59,25 @@ template <typename T>
 Kernels<T> kernels();
 }
 
+// A table is made by code of its own instruction set: none is made that the processor may lack.
 template <typename T>
 const Kernels<T>& kernels() {
-  static const Kernels<T> tables[] = {
-      base::kernels<T>(),
+  switch (current()) {
 #if L0_X86
-      avx2::kernels<T>(),
-      avx512::kernels<T>(),
+    case Isa::kAvx512: {
+      static const Kernels<T> table = avx512::kernels<T>();
+      return table;
+    }
+    case Isa::kAvx2: {
+      static const Kernels<T> table = avx2::kernels<T>();
+      return table;
+    }
 #endif
-  };
-  return tables[static_cast<int>(current())];
+    default: {
+      static const Kernels<T> table = base::kernels<T>();
+      return table;
+    }
+  }
 }
 
 template const Kernels<float>& kernels<float>();

@@ -281,6 +281,17 @@ def predict(net: torch.nn.Module, x: Tensor) -> Tensor:
 
 
 @contextmanager
+def without_tf32() -> Iterator[None]:
+    """cuDNN's convolutions in float32 as written: torch lets them round what they multiply to TF32."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+
+
+@contextmanager
 def denormals_flushed() -> Iterator[None]:
     """Adam's averages of weights long unused decay into denormal numbers, which processors are slow at.
 
@@ -404,7 +415,8 @@ def export(run: Run, path: Path) -> str:
     """
     small = nn.export(run.gated.average).cpu()
     test_x = run.data.test_x
-    wanted = predict(run.gated.average, test_x)
+    with without_tf32():
+        wanted = predict(run.gated.average, test_x)
     # Another order of summation: sums of some hundred terms stay far within 1e-5 of the largest output.
     tolerance = 1e-5 * max(1.0, wanted.abs().max().item())
     difference = math.nan
@@ -412,7 +424,8 @@ def export(run: Run, path: Path) -> str:
     def write(temporary: Path) -> None:
         nonlocal difference
         torch.save({"sizes": run.config.sizes, "state": small.state_dict()}, temporary)
-        got = predict(load_exported(run.example, temporary).to(run.device), test_x)
+        with without_tf32():
+            got = predict(load_exported(run.example, temporary).to(run.device), test_x)
         difference = (got - wanted).abs().max().item()
         changed = int((got.argmax(1) != wanted.argmax(1)).sum())
         if not difference <= tolerance or changed:

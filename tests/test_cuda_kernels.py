@@ -404,6 +404,13 @@ def test_the_public_chain_draws_on_the_way():
         near(got.detach(), want.detach(), 1e-4, want.abs().amax().item())
 
 
+WEIGHT_LAYOUTS = {
+    **LAYOUTS,
+    "channels last": lambda t: t.contiguous(memory_format=torch.channels_last),
+    "strided": lambda t: t.repeat_interleave(2, -1)[..., ::2],
+}
+
+
 class TestL2OfWeights:
     """One term: any rank, layout and number of groups."""
 
@@ -411,14 +418,14 @@ class TestL2OfWeights:
     @pytest.mark.parametrize(
         ("shape", "groups", "layout"),
         [
-            ((70, 37), 1, torch.clone),
-            ((150, 40, 3, 3), 1, torch.clone),
-            ((150, 40, 3, 3), 1, lambda t: t.contiguous(memory_format=torch.channels_last)),
-            ((20, 16, 1, 1), 1, torch.clone),
-            ((12, 130, 5), 1, lambda t: t.repeat_interleave(2, -1)[..., ::2]),
-            ((12, 5, 3, 3), 3, torch.clone),
-            ((6, 1, 3, 3), 6, torch.clone),
-            ((0, 4), 1, torch.clone),
+            ((70, 37), 1, "contiguous"),
+            ((150, 40, 3, 3), 1, "contiguous"),
+            ((150, 40, 3, 3), 1, "channels last"),
+            ((20, 16, 1, 1), 1, "contiguous"),
+            ((12, 130, 5), 1, "strided"),
+            ((12, 5, 3, 3), 3, "contiguous"),
+            ((6, 1, 3, 3), 6, "contiguous"),
+            ((0, 4), 1, "contiguous"),
         ],
         ids=str,
     )
@@ -437,7 +444,7 @@ class TestL2OfWeights:
             wanted = iter(torch.autograd.grad(exact * 3, used))
             given = [on_device(a) for a in (out, in_) if a is not None]
             numbers = (-1 if out is None else 0, -1 if in_ is None else len(given) - 1)
-            terms = [(layout(on_device(weight)), *numbers, groups)]
+            terms = [(WEIGHT_LAYOUTS[layout](on_device(weight)), *numbers, groups)]
             total, grad = cuda.coupled_penalty(terms, given, [0.0] * len(given), 0.3, DIST)
             parts = iter(grad.split([len(a) for a in given]))
             factor = on_device(torch.tensor(3.0, dtype=gates))
@@ -461,11 +468,11 @@ class TestPublicPenalty:
     @pytest.mark.parametrize(
         ("shape", "groups", "layout"),
         [
-            ((70, 37), 1, transposed),
-            ((70, 1), 1, torch.clone),  # a bias is a column
-            ((20, 16, 3, 3), 1, lambda t: t.contiguous(memory_format=torch.channels_last)),
-            ((12, 5, 3, 2), 3, torch.clone),
-            ((6, 1, 3, 3), 6, torch.clone),
+            ((70, 37), 1, "transposed"),
+            ((70, 1), 1, "contiguous"),  # a bias is a column
+            ((20, 16, 3, 3), 1, "channels last"),
+            ((12, 5, 3, 2), 3, "contiguous"),
+            ((6, 1, 3, 3), 6, "contiguous"),
         ],
         ids=str,
     )
@@ -473,7 +480,7 @@ class TestPublicPenalty:
         for dtype in (torch.float32, torch.bfloat16) if all(sides) else (torch.float64,):
             gates = torch.float64 if dtype == torch.float64 else torch.float32
             tensors = {
-                "weight": layout(on_device(torch.randn(shape).to(dtype))),
+                "weight": WEIGHT_LAYOUTS[layout](on_device(torch.randn(shape).to(dtype))),
                 "in_log_alpha": on_device(torch.randn(shape[1] * groups, dtype=gates)) if sides[0] else None,
                 "out_log_alpha": on_device(torch.randn(shape[0], dtype=gates)) if sides[1] else None,
             }
@@ -550,7 +557,7 @@ class TestOpcheck:
     @pytest.mark.parametrize("layout", list(LAYOUTS))
     def test_layers(self, layout, dtype):
         sizes, dist = ((6, 13), (9, 13), (5, 9), (6, 9), (6, 5)), list(self.CONSTANTS)
-        x, w, w2, dy, dy2 = (LAYOUTS[layout](on_device(torch.randn(s).to(dtype))) for s in sizes)
+        x, w, w2, dy, dy2 = (WEIGHT_LAYOUTS[layout](on_device(torch.randn(s).to(dtype))) for s in sizes)
         bias, hidden = on_device(torch.randn(9).to(dtype)), gate_of(make_z("mixed", 9))
         gates = [*gate_of(make_z("mixed", 13)), *hidden]
         self.check("gated_linear", x, w, bias, gates[:3], hidden, True, dtype)
