@@ -8,6 +8,9 @@ from l0kernels._registry import native
 from op_checks import BACKENDS
 from triton_device import INTERPRETED, RUNS
 
+# What a test compares with is float32 as written; each process of the tests reads this file first.
+torch.backends.cudnn.allow_tf32 = False
+
 # Triton decides at import whether it interprets or compiles: one process runs the kernels or compiles them.
 collect_ignore_glob = ([] if RUNS else ["test_triton_*.py"]) + (["test_static_*.py"] if INTERPRETED else [])
 

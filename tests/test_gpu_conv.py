@@ -55,13 +55,11 @@ def backend(request):
 @pytest.fixture(autouse=True)
 def poison():
     """Fresh numbers in every test; unwritten memory reads as NaN; no tf32."""
-    precision, tf32 = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.allow_tf32 = False
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
-    torch.backends.cudnn.allow_tf32 = tf32
     torch.set_float32_matmul_precision(precision)
 
 

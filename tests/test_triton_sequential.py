@@ -40,7 +40,7 @@ def test_equal_to_the_exact_layout(poison, name, training, log_alpha):
     found = []
     for backend, device in (("torch", "cpu"), ("triton", DEVICE)):
         twin = copy.deepcopy(model).to(device)
-        values = x.to(device).requires_grad_()
+        values = x.detach().to(device).requires_grad_()
         drawn = {}
         for gate, one in zip(nn.gate_modules(twin), gates, strict=True):
             one = one if training else gate.eval_gates()

@@ -59,9 +59,11 @@ def _range(before_ptr, group, per, plain, HAS: tl.constexpr):
 
 
 @triton.jit
-def _unit(index_ptr, position, mask, plain, HAS: tl.constexpr):
+def _unit(index_ptr, position, size, plain, HAS: tl.constexpr):
+    """The channel at a position; some channel for one beyond the last."""
     if HAS:
-        return tl.where(plain, position, tl.load(index_ptr + position, mask=mask, other=0))
+        # Not masked: triton 3.6 can leave the mask in another layout than the address, and not compile.
+        return tl.where(plain, position, tl.load(index_ptr + tl.minimum(position, size - 1)))
     else:
         return position
 
@@ -134,7 +136,7 @@ def _direct(
         oy, ox = m // OW % OH, m % OW
         image_ptr = x_ptr + (m // (OH * OW)).to(tl.int64)[:, None] * H * W * stride_x
         # The index holds the closed units behind the open ones.
-        unit = _unit(n_index_ptr, n, n < N, n_plain, HAS_N)
+        unit = _unit(n_index_ptr, n, N, n_plain, HAS_N)
         held, z = n < n_open, tl.full((BLOCK_N,), 1.0, tl.float32)
         if HAS_N:
             z = _gate_factor(n_z_ptr, unit, n < n_open, MODE_N)
@@ -146,7 +148,7 @@ def _direct(
         for j in range(count):
             k = first + j
             live = held & (k < end)
-            k_unit = _unit(k_index_ptr, k, live, k_plain, HAS_K)
+            k_unit = _unit(k_index_ptr, k, K, k_plain, HAS_K)
             z_k = tl.full((BLOCK_N,), 1.0, tl.float32)
             if MODE_K:
                 z_k = _gate_factor(k_z_ptr, k_unit, live, MODE_K)
@@ -233,12 +235,12 @@ def _direct_dw(
     row = tl.program_id(2) * share
     last = tl.minimum(row + share, rows)
     held = n < n_open
-    unit = _unit(n_index_ptr, n, held, n_plain, HAS_N)
+    unit = _unit(n_index_ptr, n, N, n_plain, HAS_N)
     group = tl.where(held, unit // n_per, 0)
     first, end = _range(k_before_ptr, group, k_per, k_plain, HAS_K)
     k = first + j
     held = held & (k < end)
-    k_unit = _unit(k_index_ptr, k, held, k_plain, HAS_K)
+    k_unit = _unit(k_index_ptr, k, K, k_plain, HAS_K)
     x_col, dy_col = k_unit, unit
     if X_PACKED:
         x_col = k
@@ -421,12 +423,17 @@ def variants() -> Iterator[Variant]:
     def gate(n: int) -> Gate:
         return [new(n), new(cdiv(n, 128) * 128, dtype=torch.int32), new(2, dtype=torch.int32)]
 
-    cases: tuple[tuple[str, torch.dtype, int, int, bool, bool], ...] = (
-        ("depthwise_bf16", torch.bfloat16, 320, 320, True, True),
-        ("groups_bf16", torch.bfloat16, 16, 640, True, False),
-        ("groups_fp32", torch.float32, 16, 640, False, False),
-    )
-    for name, dtype, groups, n_out, gated, packed in cases:
+    cases: list[tuple[str, torch.dtype, int, int, bool, bool, bool]] = [
+        ("groups_fp32", torch.float32, 16, 640, False, False, False),
+        ("groups_fp32_10", torch.float32, 16, 640, True, True, False),
+        *(
+            (f"{kind}_bf16_{x_packed:d}{y_packed:d}", torch.bfloat16, groups, n_out, True, x_packed, y_packed)
+            for kind, groups, n_out in (("depthwise", 320, 320), ("groups", 16, 640))
+            for x_packed in (False, True)
+            for y_packed in (False, True)
+        ),
+    ]
+    for name, dtype, groups, n_out, gated, x_packed, y_packed in cases:
         found: list[Variant] = []
         run = recorder(found, f"conv2d_groups/{name}")
         x, weight, dy = (
@@ -437,7 +444,7 @@ def variants() -> Iterator[Variant]:
         in_gate, out_gate = (gate(320), gate(n_out)) if gated else (None, None)
         conv = ([1, 1], [1, 1], [1, 1], groups)
         options: dict[str, Any] = {"scale_in": True, "scale_out": True, "run": run}
-        options |= {"in_packed": packed, "out_packed": packed}
+        options |= {"in_packed": x_packed, "out_packed": y_packed}
         options |= {"x_size": (2, 16, 16), "y_size": (16, 16), "conv": conv}
         forward(x, weight, new(n_out, dtype=dtype), in_gate, out_gate, dtype=dtype, **options)
         options |= {"full_in": False, "full_out": False, "wants": (True, True, False, False), "dist": None}
