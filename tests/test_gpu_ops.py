@@ -168,7 +168,10 @@ def check_mlp(batch, sizes, activation, dtype, *, plain=False, **options):
     tensors, masks = on_device(test_mlp.case(batch, sizes, activation=activation, dtype=dtype, **options))
     what = f"{batch} {sizes} {options}{' plain' if plain else ''}"
     call = chain(activation, plain=plain, full=options.get("full", False))
-    return compare(call, tensors, dtype=dtype, what=what, masks=masks)
+    # Roundings add up from layer to layer, and may leave a unit of relu without a row that it is positive in.
+    half = dtype in (torch.float16, torch.bfloat16)
+    slack, underflow = len(sizes) - 1, half and activation == "relu"
+    return compare(call, tensors, dtype=dtype, what=what, masks=masks, slack=slack, underflow=underflow)
 
 
 @each_dtype
