@@ -827,37 +827,6 @@ def choose_dw(N: int, K: int, dtype: torch.dtype, capability: int) -> Config:
     return Config(128, block_n, 64, levels, 8, 3) if N > 64 else Config(64, block_n, 64, levels, 4, 3)
 
 
-CANDIDATES = (
-    Config(128, 256, 64, 3, 8, 3),
-    Config(128, 256, 64, 3, 8, 4),
-    Config(128, 256, 32, 3, 8, 4),
-    Config(128, 256, 32, 3, 8, 6),
-    Config(128, 256, 64, 1, 8, 3),
-    Config(256, 128, 64, 3, 8, 3),
-    Config(256, 128, 32, 3, 8, 4),
-    Config(128, 128, 64, 3, 8, 4),
-    Config(128, 128, 64, 3, 4, 3, 2),
-    Config(128, 128, 32, 3, 4, 4, 2),
-    Config(128, 64, 64, 2, 4, 4, 2),
-    Config(128, 64, 64, 1, 4, 4, 3),
-    Config(256, 64, 64, 1, 8, 4),
-)
-"""Tiles worth timing for ``convolve`` on a Hopper GPU."""
-
-DW_CANDIDATES = (
-    Config(128, 256, 32, 3, 8, 4),
-    Config(128, 256, 32, 3, 8, 5),
-    Config(128, 256, 64, 3, 8, 3),
-    Config(64, 256, 32, 3, 4, 4),
-    Config(64, 256, 32, 3, 4, 3, 2),
-    Config(128, 128, 64, 3, 8, 4),
-    Config(128, 128, 32, 3, 8, 4, 2),
-    Config(128, 128, 64, 2, 4, 3, 2),
-    Config(128, 64, 64, 2, 4, 4, 2),
-)
-"""Tiles worth timing for ``weight_product``; LEVELS and BLOCK_N are those of the inputs."""
-
-
 def _machine(t: Tensor, device: tuple[int, int] | None) -> tuple[int, int]:
     return device or _device(t.device.index if t.is_cuda else None)
 

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from l0kernels.reference.gates import ALIGN, HardConcrete, round_up
 
 from ._launch import launch
 from ._variants import Variant
@@ -22,13 +24,7 @@ from .activation import act, act_grad
 from .hard_concrete import gate_slope, gate_value, uniform
 from .matmul import precision as precision_of
 
-if TYPE_CHECKING:
-    from l0kernels.reference.gates import HardConcrete
-
 Gate = list[Tensor]
-
-ALIGN = 128
-"""Extents and the capacity of an index are multiples of this."""
 
 MAX_GATES = 4096
 """The longest gate vector that every program of the sampling product draws for itself."""
@@ -857,7 +853,7 @@ def l0_linear_forward(
     sizes = [a.shape[0] for a in (in_log_alpha, out_log_alpha) if a is not None]
     y = torch.empty((M, N), dtype=dtype, device=x.device)
     z = torch.empty(sum(sizes), dtype=torch.float32, device=x.device)
-    index = torch.empty(sum(-(-n // ALIGN) * ALIGN for n in sizes), dtype=torch.int32, device=x.device)
+    index = torch.empty(sum(round_up(n) for n in sizes), dtype=torch.int32, device=x.device)
     count = torch.empty(2 * len(sizes), dtype=torch.int32, device=x.device)
     rows, columns, step, num_warps, num_stages = _forward_tile_for(M, N, SAMPLING_TILES)
     block_in = 0 if in_log_alpha is None else max(ALIGN, triton.next_power_of_2(K))

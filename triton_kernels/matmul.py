@@ -30,8 +30,6 @@ Gate = list[Tensor]
 LAYOUTS = ("nt", "nn", "tn")
 """How A and B are stored: nt A (M, K), B (N, K); nn A (M, K), B (K, N); tn A (K, M), B (K, N)."""
 
-EPILOGUES = ("linear", "act", "grad", "glu", "glu_grad")
-
 
 class Operand(NamedTuple):
     """A matrix in natural order and in its packed buffer; None where it has no such form."""
