@@ -14,8 +14,7 @@ the taps that meet it alone; that of W sums rows in shares that a second kernel 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -25,8 +24,7 @@ from torch import Tensor
 from l0kernels.reference.gates import HardConcrete, round_up
 
 from . import conv2d_groups
-from ._launch import address, cdiv, launch
-from ._variants import Variant, recorder
+from ._launch import address, cdiv, gpu, launch
 from .linear import (
     input_grad,
     linear_backward,
@@ -36,7 +34,7 @@ from .linear import (
     support,
     weight_grad,
 )
-from .matmul import Gate, Operand, _device, _extent, _form, _stride, matmul, precision
+from .matmul import Gate, Operand, _extent, _form, _stride, matmul, precision
 from .pack import _launch_reduce, _programs, pack, unpack
 from .sample import gate_grad
 
@@ -827,10 +825,6 @@ def choose_dw(N: int, K: int, dtype: torch.dtype, capability: int) -> Config:
     return Config(128, block_n, 64, levels, 8, 3) if N > 64 else Config(64, block_n, 64, levels, 4, 3)
 
 
-def _machine(t: Tensor, device: tuple[int, int] | None) -> tuple[int, int]:
-    return device or _device(t.device.index if t.is_cuda else None)
-
-
 def pack_weight(
     weight: Tensor,
     n_gate: Gate | None,
@@ -840,7 +834,6 @@ def pack_weight(
     mode_n: int = 0,
     mode_k: int = 0,
     transpose: bool = False,
-    run: Callable[..., None] = launch,
 ) -> Tensor:
     """W (out, in, kh, kw) as (n', tap, k') in ``dtype``: n the outputs and k the inputs, or transposed.
 
@@ -855,7 +848,7 @@ def pack_weight(
     if out.numel():
         z_n, index_n, count_n = n_gate or (None, None, None)
         z_k, index_k, count_k = k_gate or (None, None, None)
-        run(
+        launch(
             _pack_weight,
             (cdiv(N, _PACK_N), cdiv(cap_k, _PACK_K)),
             weight, out, z_n, index_n, count_n, z_k, index_k, count_k,
@@ -882,8 +875,6 @@ def convolve(
     mode_n: int = 0,
     transposed: bool = False,
     config: Config | None = None,
-    device: tuple[int, int] | None = None,
-    run: Callable[..., None] = launch,
 ) -> None:
     """The product of one convolution, written into ``y``; ``transposed``: of its gradient, x being dy.
 
@@ -893,12 +884,12 @@ def convolve(
         x_size, y_size: (images, rows, columns) of x, (rows, columns) of y.
         channels: (N, K), of y and of x.
         mode_n: y is multiplied by z of n_gate (1), by a one where it is open (2).
-        config, device, run: the tile, (capability, multiprocessors), who gets the launch, if not the usual.
+        config: the tile, if not the usual.
     """
     first = next(t for t in x if t is not None)
     (images, h, w), (oh, ow), (N, K) = x_size, y_size, channels
     stride, padding, dilation, _ = conv
-    capability, sms = _machine(first, device)
+    capability, sms = gpu(first.device.index)
     config = config or choose(N, K, k_gate is not None, first.dtype, capability)
     phases = math.prod(stride) if transposed else 1
     steps = (s // math.gcd(s, d) if transposed else 1 for s, d in zip(stride, dilation, strict=True))
@@ -907,7 +898,7 @@ def convolve(
     if images * oh * ow * N == 0:
         return
     z, index, count = n_gate or (None, None, None)
-    run(
+    launch(
         _conv,
         (min(tiles, sms * config.CTAS),),
         *x, weight, *y, z, index, count, k_gate and k_gate[2], bias,
@@ -1259,8 +1250,6 @@ def weight_product(
     dz_i: bool = False,
     share: Tensor | None = None,
     config: Config | None = None,
-    device: tuple[int, int] | None = None,
-    run: Callable[..., None] = launch,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """dW of a convolution, zero where closed, and partial sums (P, units) of <W, dW / z> for the gates.
 
@@ -1273,7 +1262,7 @@ def weight_product(
     first = next(t for t in grad if t is not None)
     (N, K, kh, kw), (images, h, w), (oh, ow) = weight.shape, x_size, y_size
     stride, padding, dilation, _ = conv
-    capability, sms = _machine(first, device)
+    capability, sms = gpu(first.device.index)
     config = config or choose_dw(N, K, first.dtype, capability)
     programs, rows = sms * config.CTAS, images * oh * ow
     dw = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
@@ -1285,7 +1274,7 @@ def weight_product(
     z_i, index_i, count_i = i_gate or (None, None, None)
     shape = {"MAX_SPLITS": _MAX_SPLITS, "BLOCK_M": config.BLOCK_M, "BLOCK_N": config.BLOCK_N}
     has = {"HAS_N": o_gate is not None, "HAS_K": i_gate is not None}
-    run(
+    launch(
         _conv_dw,
         (programs,),
         *grad, *inputs, partial, count_o, count_i,
@@ -1302,7 +1291,7 @@ def weight_product(
     blocks_o, blocks_i = cdiv(N, _REDUCE_OUT), cdiv(K, block_i)
     parts_o = partial.new_empty(blocks_i + (share is not None), N) if dz_o else None
     parts_i = partial.new_empty(blocks_o, K) if dz_i else None
-    run(
+    launch(
         _finish_dw,
         (blocks_o, blocks_i),
         partial, dw, weight, parts_o, parts_i, z_o, index_o, count_o, z_i, index_i, count_i,
@@ -1322,7 +1311,6 @@ def bias_grads(
     dy_gate: Gate | None,
     mode: int,
     dz: bool,
-    run: Callable[..., None] = launch,
 ) -> tuple[Tensor, Tensor | None]:
     """db (out,) = z * sums of the rows of dy and, with ``dz``, sums * bias in fp32; zero where closed.
 
@@ -1334,21 +1322,21 @@ def bias_grads(
     if not N:
         return db, share
     blocks = cdiv(N, _SUM_COLS)
-    parts = max(1, min(cdiv(2 * _machine(dy, None)[1], blocks), cdiv(rows, 256)))
+    parts = max(1, min(cdiv(2 * gpu(dy.device.index)[1], blocks), cdiv(rows, 256)))
     partial = torch.empty(parts, N, dtype=torch.float32, device=dy.device)
     z, index, count = gate or (None, None, None)
-    run(
+    launch(
         _channel_sums, (blocks, parts), dy, dy_gate and dy_gate[2], partial, rows, N, *dy.stride(),
         cdiv(rows, parts), HAS=dy_gate is not None, BLOCK_R=_SUM_ROWS, BLOCK_C=_SUM_COLS,
     )  # fmt: skip
-    run(
+    launch(
         _finish_bias, (blocks,), partial, db, bias, share, z, index, count, parts, N,
         HAS=gate is not None, MODE=mode, DZ=dz, NATURAL=dy_gate is None, BLOCK=_SUM_COLS,
     )  # fmt: skip
     return db, share
 
 
-def pack_channels(x: Tensor, gate: Gate, dtype: torch.dtype, run: Callable[..., None] = launch) -> Tensor:
+def pack_channels(x: Tensor, gate: Gate, dtype: torch.dtype) -> Tensor:
     """The open channels of x (N, C, H, W) first, in ``dtype`` and channels_last memory, unscaled.
 
     Channels [0, open) in ascending order, zeros to the extent, beyond it nothing is written; where the gate
@@ -1359,7 +1347,7 @@ def pack_channels(x: Tensor, gate: Gate, dtype: torch.dtype, run: Callable[..., 
     out = torch.empty(n * h * w, c, dtype=dtype, device=x.device)
     tiles = cdiv(rows.shape[0], _SELECT_ROWS) * cdiv(c, _SELECT_COLS)
     if tiles:
-        run(
+        launch(
             _select,
             (min(tiles, _programs(x.device)),),
             rows, out, *gate, *rows.shape, *rows.stride(), BLOCK_R=_SELECT_ROWS, BLOCK_C=_SELECT_COLS,
@@ -1374,79 +1362,3 @@ def unpack_channels(data: Tensor, gate: Gate, dtype: torch.dtype) -> Tensor:
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
     out, _, _ = unpack(rows, (n * h * w, c), None, gate, dtype)
     return as_images(out, n, h, w)
-
-
-def variants() -> Iterator[Variant]:
-    """A wide layer, gated and packed, in every dtype; narrow ones, strided ones, and odd channels."""
-    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
-    x = torch.empty(2, 320, 16, 16, dtype=bf16, device="meta", memory_format=torch.channels_last)
-    bias, index, count = (torch.empty(k, device="meta") for k in (320, 384, 2))
-    gate = [bias, index.int(), count.int()]
-    found: list[Variant] = []
-    bias_grads(as_rows(x), bias, gate, gate, 1, True, recorder(found, "conv2d/bf16"))
-    pack_channels(x, gate, bf16, recorder(found, "conv2d/bf16"))
-    yield from found
-    before = torch.get_float32_matmul_precision()
-    for name, dtype, n_in, n_out, stride, form, archs, wanted in (
-        ("wide_bf16", bf16, 640, 640, 1, 1, (80, 90, 100), "high"),
-        ("mid_bf16", bf16, 320, 320, 1, 2, (90,), "high"),
-        ("dense_bf16", bf16, 320, 160, 2, 0, (90,), "high"),
-        ("narrow_fp16", fp16, 64, 64, 1, 0, (90, 100), "high"),
-        ("odd_bf16", bf16, 24, 20, 1, 2, (80, 90), "high"),
-        ("tf32", fp32, 320, 320, 1, 1, (90,), "high"),
-        ("ieee", fp32, 320, 320, 1, 2, (90,), "highest"),
-    ):
-        torch.set_float32_matmul_precision(wanted)
-        try:
-            for arch in archs:
-                suffix = "" if arch == 90 else f"_sm{arch}"
-                yield from _listed(f"conv2d/{name}{suffix}", dtype, (n_in, n_out), stride, form, arch)
-        finally:
-            torch.set_float32_matmul_precision(before)
-
-
-def _listed(
-    name: str, dtype: torch.dtype, channels: tuple[int, int], stride: int, form: int, arch: int
-) -> Iterator[Variant]:
-    """What one layer launches on such a GPU; form 0 has no gates, 1 packed sides, 2 dense ones."""
-    found: list[Variant] = []
-    n_in, n_out = channels
-
-    def new(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    def gate(n: int) -> Gate | None:
-        if not form:
-            return None
-        return [new(n, dtype=torch.float32), new(round_up(n), dtype=torch.int32), new(2, dtype=torch.int32)]
-
-    def side(n: int) -> Operand:
-        rows = new(512, round_up(n, _VEC))[:, :n]
-        return Operand(rows, new(512, round_up(n))) if form == 2 else Operand(rows)
-
-    products = frozenset({"wide_copy", "tensor_core"} if precision(dtype) == "tf32" else {"wide_copy"})
-    # wgmma turns no 32-bit operand around: dW's are copied in pieces of 4 bytes.
-    of_dw = products - {"wide_copy"} if dtype == torch.float32 else products
-    expects = {"_conv": products, "_conv_dw": of_dw}
-    for prefix, transposed in (("", False), ("dx_", True)):
-        K, N = channels[::-1] if transposed else channels
-        mode = int(form > 0)
-        run = recorder(found, name.replace("/", f"/{prefix}"), expects, (arch,))
-        options: dict[str, Any] = {"mode_n": mode if transposed else 0, "mode_k": mode}
-        weight, n_gate, k_gate = new(n_out, n_in, 3, 3), gate(N), gate(K)
-        packed = pack_weight(weight, n_gate, k_gate, dtype, **options, transpose=transposed, run=run)
-        pixels: dict[str, Any] = {"x_size": (2, 16, 16), "y_size": (16 // stride, 16 // stride)}
-        if transposed:
-            pixels = {"x_size": (2, 16 // stride, 16 // stride), "y_size": (16, 16)}
-        convolve(
-            side(K), packed, side(N), **pixels, kernel=(3, 3), channels=(N, K),
-            conv=([stride] * 2, [1, 1], [1, 1], 1), n_gate=n_gate, k_gate=k_gate,
-            bias=None if transposed else new(N), mode_n=0 if transposed else mode, transposed=transposed,
-            device=(arch, 132), run=run,
-        )  # fmt: skip
-    weight_product(
-        side(n_out), side(n_in), new(n_out, n_in, 3, 3), (2, 16, 16), (16 // stride, 16 // stride),
-        ([stride] * 2, [1, 1], [1, 1], 1), o_gate=gate(n_out), i_gate=gate(n_in), modes=(int(form > 0),) * 2,
-        dz_o=form > 0, dz_i=form > 0, device=(arch, 132), run=recorder(found, name, expects, (arch,)),
-    )  # fmt: skip
-    yield from found

@@ -8,18 +8,16 @@ program owns positions and computes the open ones, zeroes the closed ones, or ha
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from l0kernels.reference.gates import ALIGN, HardConcrete, round_up
+from l0kernels.reference.gates import ALIGN, HardConcrete
 
 from ._launch import launch
-from ._variants import Variant
 from .activation import act, act_grad
 from .hard_concrete import gate_slope, gate_value, uniform
 from .matmul import precision as precision_of
@@ -853,7 +851,7 @@ def l0_linear_forward(
     sizes = [a.shape[0] for a in (in_log_alpha, out_log_alpha) if a is not None]
     y = torch.empty((M, N), dtype=dtype, device=x.device)
     z = torch.empty(sum(sizes), dtype=torch.float32, device=x.device)
-    index = torch.empty(sum(round_up(n) for n in sizes), dtype=torch.int32, device=x.device)
+    index = torch.empty(sum(-(-n // ALIGN) * ALIGN for n in sizes), dtype=torch.int32, device=x.device)
     count = torch.empty(2 * len(sizes), dtype=torch.int32, device=x.device)
     rows, columns, step, num_warps, num_stages = _forward_tile_for(M, N, SAMPLING_TILES)
     block_in = 0 if in_log_alpha is None else max(ALIGN, triton.next_power_of_2(K))
@@ -1104,103 +1102,3 @@ def mlp_backward(
             break
         dy = dx  # of this layer's input: the gradient of the output below
     return [dx, *dw, *db, *dz]
-
-
-def _variant(name: str, kernel: Any, dtype: torch.dtype, constants: dict[str, Any], tile: Any) -> Variant:
-    """Arguments get their types by name; rows of W and x are contiguous, as they nearly always are."""
-    types = {"inv_beta": "fp32", "gamma": "fp32", "zeta": "fp32", "seed_ptr": "*i64"}
-    for argument in kernel.arg_names:
-        if argument.endswith(("_z", "z_ptr", "_log_alpha", "dz_in_ptr", "dz_out_ptr")):
-            types[argument] = "*fp32"
-        elif argument.endswith(("index", "count", "index_ptr", "count_ptr")):
-            types[argument] = "*i32"
-        elif argument.endswith("_ptr"):
-            types.setdefault(argument, {torch.float32: "*fp32", torch.bfloat16: "*bf16"}[dtype])
-        elif argument.islower() or argument in "MNK":
-            types.setdefault(argument, "i32")
-    unit = dict.fromkeys(("stride_xk", "stride_wk", "stride_b", "stride_dyn"), 1)
-    constants = {**unit, **dict(zip(("BLOCK_M", "BLOCK_N", "BLOCK_K"), tile, strict=False)), **constants}
-    constants = {k: v for k, v in constants.items() if k in kernel.arg_names}
-    signature = {k: types[k] for k in kernel.arg_names if k not in constants}
-    return Variant(f"gather/{name}", kernel, signature, constants, tile.num_warps, tile.num_stages)
-
-
-def variants() -> Iterator[Variant]:
-    """Every tile with gates on both sides and as the inside of a chain; sampling at its largest."""
-    for name, dtype, precision in (
-        ("fp32", torch.float32, "ieee"),
-        ("tf32", torch.float32, "tf32"),
-        ("bf16", torch.bfloat16, "tf32"),
-    ):
-        base = {
-            "IN_GATED": True,
-            "OUT_GATED": True,
-            "HAS_BIAS": True,
-            "DTYPE": _TL_DTYPES[dtype],
-            "PRECISION": precision,
-            "WIDE": False,
-            "ALIGN": ALIGN,
-            "BLOCK_IN": MAX_GATES,
-            "BLOCK_OUT": MAX_GATES,
-            "NEED_W": True,
-            "FULL_IN": False,
-            "FULL_OUT": False,
-            "NEED_IN": True,
-            "DLOG": True,
-        }
-        both = {
-            **base,
-            "SCALE_OUT": True,
-            "ACT": "identity",
-            "X_PACKED": False,
-            "Y_PACKED": False,
-            "DY_PACKED": False,
-            "NEED_OUT": True,
-        }
-        chain = {
-            **base,
-            "SCALE_OUT": False,
-            "ACT": "gelu",
-            "X_PACKED": True,
-            "Y_PACKED": True,
-            "DY_PACKED": True,
-            "NEED_OUT": False,
-        }
-        for tile in SAMPLING_TILES if name == "tf32" else FORWARD_TILES:
-            yield _variant(f"forward_{name}_{tile.rows}x{tile.columns}", forward_kernel, dtype, both, tile)
-        yield _variant(f"chain_{name}", forward_kernel, dtype, chain, FORWARD_TILES[-1])
-        for tile in SAMPLING_TILES if name != "tf32" else ():
-            shape = f"{name}_{tile.rows}x{tile.columns}"
-            tile = tile._replace(num_warps=8)
-            yield _variant(f"sampling_{shape}", sampling_forward_kernel, dtype, both, tile)
-        tiles = (LARGE_TILE, *SMALL_TILES)
-        if name == "fp32":
-            tiles = (PRECISE_LARGE_TILE, *PRECISE_SMALL_TILES)
-        for back in tiles:
-            shape = f"{name}_{back.rows}x{back.outputs}x{back.inputs}"
-            yield _variant(f"backward_{shape}", backward_kernel, dtype, both, back)
-            if name != "tf32":
-                yield _variant(f"chain_backward_{shape}", backward_kernel, dtype, chain, back)
-    # What is absent is None: each result alone, without gates where it can do without.
-    results = {"dx_ptr": None, "dw_ptr": None, "db_ptr": None, "dz_in_ptr": None, "dz_out_ptr": None}
-    for result in results:
-        alone: dict[str, Any] = {**both, **{k: v for k, v in results.items() if k != result}}
-        alone.update({"NEED_W": result == "dw_ptr", "NEED_IN": result == "dz_in_ptr", "DLOG": False})
-        alone["NEED_OUT"] = result == "dz_out_ptr"
-        if "z" not in result:
-            alone.update(
-                {f"{side}_{part}": None for side in ("in", "out") for part in ("z", "index", "count")}
-            )
-            alone.update({"IN_GATED": False, "OUT_GATED": False, "SCALE_OUT": False})
-            alone.update({"HAS_BIAS": False, "b_ptr": None})
-        name = f"backward_only_{result[:-4]}"
-        yield _variant(name, backward_kernel, torch.bfloat16, alone, SMALL_TILES[-1])
-    yield Variant(
-        "gather/sum_parts",
-        sum_parts_kernel,
-        {
-            **dict.fromkeys(("parts_ptr", "dz_in_ptr", "dz_out_ptr"), "*fp32:16"),
-            **dict.fromkeys(("width_in", "width", "parts"), "i32"),
-        },
-        {"BLOCK": 128},
-    )
