@@ -14,6 +14,7 @@ from l0kernels.reference.gates import DEFAULT_DIST, HardConcrete, round_up
 from l0kernels.triton_kernels import (
     batch_norm,
     conv2d,
+    conv2d_channels,
     gather,
     linear,
     masked_linear,
@@ -405,7 +406,7 @@ def conv2d_cases() -> Iterator[Case]:
         for sides in ("dense dense", "dense packed", "packed dense", "packed packed"):
             yield from convolution(f"groups {groups}", BF16, (320, n_out, groups), 1, sides, ARCHS)
     x = torch.empty(2, 320, 16, 16, dtype=BF16, device="meta", memory_format=torch.channels_last)
-    yield Case("bf16", partial(conv2d.pack_channels, x, gates(320)[0], BF16))
+    yield Case("bf16", partial(conv2d_channels.pack_channels, x, gates(320)[0], BF16))
 
 
 def convolution(

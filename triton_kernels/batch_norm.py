@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._launch import cdiv, gpu, launch
-from .conv2d import as_images, as_rows
+from .conv2d_channels import as_images, as_rows
 from .matmul import Gate, _extent
 
 _ROWS, _COLS = 32, 64

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..reference.gates import HardConcrete
-from ..triton_kernels import batch_norm, conv2d, gather, linear, masked_linear, mlp, penalty
+from ..triton_kernels import batch_norm, conv2d, conv2d_channels, gather, linear, masked_linear, mlp, penalty
 from ..triton_kernels import sample as sampling
 from .memory import plain, strided
 
@@ -61,8 +61,8 @@ block_linear_forward = _on_its_device(masked_linear.block_linear_forward)
 block_linear_backward = _on_its_device(masked_linear.block_linear_backward)
 conv2d_forward = _on_its_device(conv2d.conv2d_forward)
 conv2d_backward = _on_its_device(conv2d.conv2d_backward)
-pack_channels = _on_its_device(conv2d.pack_channels)
-unpack_channels = _on_its_device(conv2d.unpack_channels)
+pack_channels = _on_its_device(conv2d_channels.pack_channels)
+unpack_channels = _on_its_device(conv2d_channels.unpack_channels)
 _batch_norm_forward = _on_its_device(batch_norm.batch_norm_forward)
 batch_norm_backward = _on_its_device(batch_norm.batch_norm_backward)
 conv2d_saved_shapes = conv2d.conv2d_saved_shapes
