@@ -40,11 +40,11 @@ TAIL = 40  # lines of a failed process in the log; details.txt has all
 _DTYPES = ("float32", "(float16 and not bfloat16)", "bfloat16")
 _OPS = ("test_linear", "test_mlp", "test_masked")
 SPLIT = {
-    "test_gpu_ops.py": (
+    "gpu/test_ops.py": (
         *(f"{op} and {dtype}" for op in _OPS for dtype in _DTYPES),
         f"not ({' or '.join(_OPS)})",
     ),
-    "test_gpu_conv.py": _DTYPES,
+    "gpu/test_conv.py": _DTYPES,
 }
 """Files with many kernels to compile, as several processes of pytest -k."""
 
@@ -234,18 +234,18 @@ class Shard(NamedTuple):
 
 def shards(tests: Path, built: bool) -> list[Shard]:
     """The processes of the tests; those of the CUDA backend come once it is built."""
-    names = sorted(path.name for path in tests.glob("test_*.py"))
+    names = sorted(f"{path.parent.name}/{path.name}" for path in tests.glob("*/test_*.py"))
     found = []
     for name in names:
-        if name == "test_cuda_emulated.py":
-            continue  # it needs no GPU
-        if name.startswith("test_cuda_"):
+        if name in ("cuda/test_emulated.py", "triton/test_static.py", "triton/test_static_pack.py"):
+            continue  # they need no GPU
+        if name.startswith("cuda/"):
             found += [Shard(name)] if built else []
-        elif name.startswith("test_gpu_") and name != "test_gpu_check.py":
+        elif name.startswith("gpu/"):
             backend = "cuda" if built else "not cuda"
             split = SPLIT.get(name, ("",))
             found += [Shard(name, " and ".join(filter(None, [backend, s]))) for s in split]
-        elif name.startswith("test_triton_") and not built:
+        elif name.startswith("triton/") and not built:
             found.append(Shard(name))
     return found
 

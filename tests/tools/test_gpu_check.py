@@ -116,13 +116,13 @@ def test_a_pytest_out_of_time_still_reports_what_it_has(check, monkeypatch):
 def test_shards_cover_every_gpu_test_once():
     first = gpu_check.shards(ROOT / "tests", built=False)
     second = gpu_check.shards(ROOT / "tests", built=True)
-    names = {path.name for path in (ROOT / "tests").glob("test_triton_*.py")}
-    assert names == {shard.file for shard in first if shard.file.startswith("test_triton_")}
-    assert not [shard for shard in second if shard.file.startswith("test_triton_")]
-    assert {"test_gpu_ops.py", "test_gpu_sync.py"} <= {shard.file for shard in first}
-    assert all(shard.keywords.startswith("not cuda") for shard in first if "gpu" in shard.file)
-    assert all(shard.keywords.startswith("cuda") for shard in second if "gpu" in shard.file)
-    assert not [shard for shard in (*first, *second) if shard.file == "test_gpu_check.py"]
+    names = {f"triton/{path.name}" for path in (ROOT / "tests/triton").glob("test_[!s]*.py")}
+    assert names < {shard.file for shard in first if shard.file.startswith("triton/")}
+    assert not [shard for shard in second if shard.file.startswith("triton/")]
+    assert {"gpu/test_ops.py", "gpu/test_sync.py"} <= {shard.file for shard in first}
+    assert all(shard.keywords.startswith("not cuda") for shard in first if "gpu/" in shard.file)
+    assert all(shard.keywords.startswith("cuda") for shard in second if "gpu/" in shard.file)
+    assert not [shard for shard in (*first, *second) if "static" in shard.file and "triton" in shard.file]
 
 
 class Within(dict):
@@ -136,12 +136,12 @@ class Within(dict):
 
 
 def test_the_split_of_a_file_leaves_no_test_out_and_runs_none_twice():
-    command = [sys.executable, "-m", "pytest", "tests/test_gpu_ops.py", "--collect-only", "-q"]
+    command = [sys.executable, "-m", "pytest", "tests/gpu/test_ops.py", "--collect-only", "-q"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     names = [line.partition("::")[2] for line in done.stdout.splitlines() if "::" in line]
     assert len(names) > 500
     for name in names:
-        chosen = [k for k in gpu_check.SPLIT["test_gpu_ops.py"] if eval(k, {}, Within(name))]
+        chosen = [k for k in gpu_check.SPLIT["gpu/test_ops.py"] if eval(k, {}, Within(name))]
         assert len(chosen) == 1, name
 
 
@@ -150,11 +150,12 @@ def test_the_split_of_a_file_leaves_no_test_out_and_runs_none_twice():
 
 def test_tests_part_reports_every_process_and_those_of_a_fresh_build(check, monkeypatch):
     tests = check.work / "tests"
-    tests.mkdir()
+    for folder in ("gpu", "triton", "cuda"):
+        (tests / folder).mkdir(parents=True)
     (check.work / "pyproject.toml").write_text("[tool.pytest.ini_options]\n")
-    (tests / "test_gpu_a.py").write_text("def test_a(): pass\ndef test_a_cuda(): assert False, 'wrong'\n")
-    (tests / "test_triton_b.py").write_text("import no_such_module\n")
-    (tests / "test_cuda_c.py").write_text("def test_c(): pass\n")
+    (tests / "gpu/test_a.py").write_text("def test_a(): pass\ndef test_a_cuda(): assert False, 'wrong'\n")
+    (tests / "triton/test_b.py").write_text("import no_such_module\n")
+    (tests / "cuda/test_c.py").write_text("def test_c(): pass\n")
     monkeypatch.setattr(gpu_check, "ROOT", check.work)
 
     def build(check, limit_s):
@@ -169,11 +170,11 @@ def test_tests_part_reports_every_process_and_those_of_a_fresh_build(check, monk
     text = logged(check)
     for line in (
         "native extensions: _C.x.so, _CUDA.x.so, 1 s",
-        "test_gpu_a.py[not cuda]: 1 passed, 0 failed, 0 skipped",
-        "test_gpu_a.py[cuda]: 0 passed, 1 failed, 0 skipped",
+        "gpu/test_a.py[not cuda]: 1 passed, 0 failed, 0 skipped",
+        "gpu/test_a.py[cuda]: 0 passed, 1 failed, 0 skipped",
         "test_a_cuda: AssertionError: wrong",
-        "test_cuda_c.py: 1 passed",
-        "test_triton_b.py: 0 passed, 1 failed",
+        "cuda/test_c.py: 1 passed",
+        "triton/test_b.py: 0 passed, 1 failed",
         "No module named 'no_such_module'",
         "kernels of ffn: exit 1 after 2 s",
         "TESTS: 2 passed, 2 failed, 0 skipped",
