@@ -15,15 +15,15 @@ import torch.fx.traceback
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy
 
+from ._checks import PLAIN, check_tensor
 from ._flops import tell_counters
+from ._gates import HardConcrete, round_up
 from .impl import conv2d, module
-from .impl.memory import PLAIN, NotPlain, check_not_freed, plain, vector
+from .impl.memory import NotPlain, check_not_freed, plain, vector
 from .impl.packed import Term
-from .reference._checks import check_tensor
-from .reference.gates import HardConcrete, round_up
 
 _LIBRARY = torch.library.Library("l0kernels", "DEF")
-_PLAIN_OR_NONE = PLAIN | {type(None)}
+_PLAIN_OR_NONE = (*PLAIN, type(None))
 # In part at least on every backend of the CPU.
 _MADE_OF_TORCH = ("gated_conv2d", "gated_conv2d_backward", "coupled_penalty", "coupled_penalty_grad")
 

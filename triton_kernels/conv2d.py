@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from l0kernels.reference.gates import HardConcrete, round_up
+from l0kernels._gates import HardConcrete, round_up
 
 from . import conv2d_groups
 from ._launch import address, cdiv, launch

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from l0kernels.reference.gates import HardConcrete
+from l0kernels._gates import HardConcrete
 
 from ._launch import cdiv, launch
 from ._variants import Variant, recorder

@@ -23,7 +23,7 @@ from .hard_concrete import gate_slope, gate_value, uniform
 from .matmul import precision as precision_of
 
 if TYPE_CHECKING:
-    from l0kernels.reference.gates import HardConcrete
+    from l0kernels._gates import HardConcrete
 
 Gate = list[Tensor]
 

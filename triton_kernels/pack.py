@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from l0kernels.reference.gates import ALIGN, HardConcrete, round_up
+from l0kernels._gates import ALIGN, HardConcrete, round_up
 
 from ._launch import cdiv, launch
 from ._variants import Variant

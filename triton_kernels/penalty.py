@@ -17,7 +17,7 @@ from ._table import device_table
 from ._variants import Variant
 
 if TYPE_CHECKING:
-    from l0kernels.reference.gates import HardConcrete
+    from l0kernels._gates import HardConcrete
 
 _COLUMNS = 4  # of a table row: address, length, offset in the gradient, bits of the weight as a double
 _TILE = 8192  # gates of a program, at most

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..reference.gates import ALIGN, TAU, HardConcrete, round_up
+from .._gates import ALIGN, TAU, HardConcrete, round_up
 from . import joined
 from .memory import matrix, optional, strided, vector
 from .packed import Gate, Term

@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import _ops
+from .. import _checks, _ops
 from ..gates import Gates, sample_gates, sample_with_expected
-from ..reference import _checks
 from . import ranks
 from .gate import HardConcreteGate, enter, gate_modules, leave, set_drawn
 from .linear import L0Linear

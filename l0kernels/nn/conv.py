@@ -8,11 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from .. import _checks
+from .._gates import DEFAULT_DIST, Gates, HardConcrete
 from ..conv2d import gated_conv2d
-from ..gates import Gates, HardConcrete
 from ..penalty import L2Term
-from ..reference import _checks
-from .gate import DEFAULT_DIST, GatedLayer, HardConcreteGate, draw
+from .gate import GatedLayer, HardConcreteGate, draw
 from .linear import check_given, check_one_dist, copy_parameters_, squares, two_sided_terms
 from .ranks import released, whole
 

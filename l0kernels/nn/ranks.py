@@ -14,6 +14,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .. import reference
+from .._checks import PLAIN
 
 KEY_STEP = 0x9E3779B97F4A7C15 - 2**64
 """Odd, so that 2**64 consecutive draws have 2**64 different keys; the golden ratio spreads them."""
@@ -28,7 +29,6 @@ PATIENCE = datetime.timedelta(minutes=1)
 """How long a rank waits for rank 0 before it says so."""
 
 _LIBRARY = torch.library.Library("l0kernels", "FRAGMENT")
-_PLAIN = (Tensor, torch.nn.Parameter)
 lock = threading.RLock()
 """Held while draws are counted and handed to gates."""
 
@@ -273,7 +273,7 @@ def rank() -> int:
 def is_sharded(tensor: Tensor | None) -> bool:
     """Whether it is a DTensor, of which each rank holds a part or a replica."""
     # Without the import, which costs more than the rest of the package; a DTensor has made it.
-    return type(tensor) not in _PLAIN and hasattr(tensor, "_local_tensor")
+    return type(tensor) not in PLAIN and hasattr(tensor, "_local_tensor")
 
 
 def whole(parameter: Tensor) -> Tensor:
@@ -340,7 +340,7 @@ class Shards(NamedTuple):
                 f"on {x.device_mesh}: say what it is with ColwiseParallel(input_layouts=...)"
             )
         x = x.to_local(grad_placements=[Partial()])
-        return x if type(x) in _PLAIN else x.clone()  # what a collective is still filling has no memory
+        return x if type(x) in PLAIN else x.clone()  # what a collective is still filling has no memory
 
     def leave(self, y: Tensor, bias: Any, layer: nn.Module) -> Any:
         """The sum of y over the ranks, and the bias once, laid out as the hooks of `layer` ask for."""

@@ -14,7 +14,8 @@ from torch import Tensor
 GATE_DTYPES = (torch.float32, torch.float64)
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 """Of activations and weights. Eight bits are for storage: torch multiplies none of them without scales."""
-_PLAIN = (Tensor, torch.nn.Parameter)
+PLAIN = (Tensor, torch.nn.Parameter)
+"""The types whose memory is what their numbers say; a subclass may have none, or mean something else."""
 
 
 def readable() -> bool:
@@ -50,7 +51,7 @@ def check_tensor(name: str, value: Any) -> None:
     if not isinstance(value, Tensor):
         way_out = "; torch.export traces l0kernels" if type(value).__name__ == "Proxy" else ""
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}{way_out}")
-    if type(value) in _PLAIN:
+    if type(value) in PLAIN:
         if value.layout is not torch.strided or value.is_nested:
             raise _not_dense(name, value)
         if not torch.compiler.is_compiling() and is_freed(value):
