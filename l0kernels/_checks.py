@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._compat import count_modes, fake_mode, functorch_active, tracing_state
+
 GATE_DTYPES = (torch.float32, torch.float64)
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 """Of activations and weights. Eight bits are for storage: torch multiplies none of them without scales."""
@@ -20,12 +22,12 @@ PLAIN = (Tensor, torch.nn.Parameter)
 
 def readable() -> bool:
     """Whether tensors have values that Python may look at: nobody compiles, traces or transforms."""
-    return not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or is_traced())
+    return not (torch.compiler.is_compiling() or functorch_active() or is_traced())
 
 
 def refuse_traced_draw() -> None:
     """RuntimeError under torch.jit.trace, whose graph would have the gates of this one draw for ever."""
-    if torch._C._get_tracing_state() is not None:
+    if tracing_state() is not None:
         raise RuntimeError(
             "torch.jit.trace would freeze gates drawn in train() into its graph; l0kernels is traced in "
             "eval(): call that on the model before, or give the draw a seed that is an input of the graph"
@@ -34,15 +36,15 @@ def refuse_traced_draw() -> None:
 
 def is_traced() -> bool:
     """Whether torch.jit.trace or make_fx records what is called, or fake tensors ask for shapes alone."""
-    if torch._C._get_tracing_state() is not None:
+    if tracing_state() is not None:
         return True
-    if not torch._C._len_torch_dispatch_stack():
+    if not count_modes():
         return False
     from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
     if get_proxy_mode() is not None:
         return True
-    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
+    return fake_mode() is not None
 
 
 def check_tensor(name: str, value: Any) -> None:

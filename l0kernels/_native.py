@@ -1,4 +1,4 @@
-"""The extension of csrc, l0kernels._C, or why it is not there."""
+"""The extensions of csrc, or why they are not there. What they hold is in _C.pyi and _CUDA.pyi."""
 
 from importlib import import_module, util
 from typing import Any
@@ -6,13 +6,14 @@ from typing import Any
 import torch  # before the extension: both must share torch's OpenMP runtime  # noqa: F401
 
 
-def _load() -> tuple[Any, str | None]:
-    if util.find_spec("l0kernels._C") is None:
-        return None, "l0kernels._C was not built (no C++ compiler at installation, or L0KERNELS_CPP=0)"
+def load(name: str, why_not_built: str) -> tuple[Any, str | None]:
+    """Extension ``name``, or None and why."""
+    if util.find_spec(name) is None:
+        return None, f"{name} was not built ({why_not_built})"
     try:
-        return import_module("l0kernels._C"), None
+        return import_module(name), None
     except ImportError as error:
-        return None, f"l0kernels._C does not load: {error}"
+        return None, f"{name} does not load: {error}"
 
 
-native, why_not = _load()
+native, why_not = load("l0kernels._C", "no C++ compiler at installation, or L0KERNELS_CPP=0")

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from l0kernels import _native
+from l0kernels._compat import tracing_state
 
 PRIMITIVES = (
     "sample",
@@ -161,7 +162,7 @@ def resolve(device: torch.device, dtype: torch.dtype, primitive: str) -> str:
 
     Traced by torch.jit.trace, which knows torch's own operations only, every tensor is the reference's.
     """
-    if torch._C._get_tracing_state() is not None:
+    if tracing_state() is not None:
         return "reference"
     name = requested()
     if name is not None:

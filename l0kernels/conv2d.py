@@ -13,8 +13,8 @@ from torch.nn import functional as F
 
 from . import _checks, _ops, _registry, reference
 from ._arguments import check_conv2d, conv_options
-from ._autograd import apply, break_graph
-from ._compat import settled
+from ._autograd import apply
+from ._compat import break_graph, settled
 from ._gates import NO_GATE, Gates, check_gates, check_layer_gates
 from .impl import conv2d as impl
 from .impl import module

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from . import _checks, _ops, _registry, reference
-from ._autograd import apply, break_graph, differentiates
+from ._autograd import apply, differentiates
+from ._compat import break_graph
 from ._gates import (
     ALIGN,
     DEFAULT_DIST,

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from . import _checks, _ops, _registry, reference
 from ._autograd import apply
+from ._compat import unsafe_view
 from ._gates import DEFAULT_DIST, NO_GATE, Gates, HardConcrete, check_layer_gates
 from .gates import attach, check_draw, check_drawn, draw, split
 
@@ -26,7 +27,7 @@ def like_rows(y: Tensor, x: Tensor) -> Tensor:
     """y (rows, n) with the leading dimensions of x; to autograd no view, so it may be changed in place."""
     if x.ndim == 2:
         return y
-    return torch.ops.aten._unsafe_view.default(y, (*x.shape[:-1], y.shape[-1]))
+    return unsafe_view(y, (*x.shape[:-1], y.shape[-1]))
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
