@@ -12,9 +12,9 @@ from torch.library import opcheck
 
 import l0kernels as l0
 from l0kernels import _registry, nn, reference
+from l0kernels._gates import ALIGN, HardConcrete, compact, round_up
 from l0kernels.gates import split
 from l0kernels.impl import cuda
-from l0kernels.reference.gates import ALIGN, HardConcrete, compact, round_up
 from op_checks import LAYOUTS, SEED, check_large_activations, compare, make_z, sliced, transposed
 
 if not RUNS:

@@ -9,7 +9,7 @@ import torch
 
 import l0kernels as l0
 from l0kernels import _ops, nn, reference
-from l0kernels._registry import native
+from l0kernels._native import native
 
 L = math.log(0.1 / 1.1)
 penalty_module = importlib.import_module("l0kernels.nn.penalty")

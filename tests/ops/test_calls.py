@@ -9,7 +9,7 @@ from call_table import CALLS, FUNCTIONS, check
 
 import l0kernels as l0
 from l0kernels import _ops, _registry, conv2d
-from l0kernels._registry import native
+from l0kernels._native import native
 
 pytestmark = pytest.mark.usefixtures("poison")
 

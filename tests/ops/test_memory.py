@@ -6,7 +6,7 @@ from torch import Tensor
 
 import l0kernels as l0
 from l0kernels import Gates
-from l0kernels._registry import native
+from l0kernels._native import native
 from l0kernels.impl import memory
 from op_checks import SEED, make_z, to_list
 

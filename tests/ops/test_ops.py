@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import l0kernels as l0
 from l0kernels import Gates, _ops, reference
-from l0kernels.reference.mlp import GLU, ROWS
+from l0kernels._arguments import GLU, ROWS
 from op_checks import BACKENDS, LAYOUTS, SEED, compare, make_z, strided, to_list, wanted
 
 pytestmark = pytest.mark.usefixtures("seeded")

@@ -7,7 +7,7 @@ import torch
 
 import l0kernels as l0
 from l0kernels import reference
-from l0kernels._registry import native
+from l0kernels._native import native
 
 BACKENDS = ["torch"] if native is None else ["cpp", "torch"]
 SEED = torch.tensor([20240229], dtype=torch.int64)

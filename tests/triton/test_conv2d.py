@@ -8,8 +8,8 @@ from torch.nn import functional as F
 
 import l0kernels as l0
 from l0kernels import Gates, reference
+from l0kernels._gates import HardConcrete
 from l0kernels.impl import triton as backend
-from l0kernels.reference.gates import HardConcrete
 from l0kernels.triton_kernels import conv2d, conv2d_tiles
 from triton_device import DEVICE, DTYPES, INTERPRETED
 from triton_gates import make_gate, positions

@@ -8,7 +8,7 @@ import train_lenet300 as example
 
 import l0kernels as l0
 from l0kernels import Gates, _ops
-from l0kernels.reference.gates import compact, round_up
+from l0kernels._gates import compact, round_up
 from op_checks import check_large_activations
 from triton_device import DEVICE, INTERPRETED
 from triton_gates import make_gate

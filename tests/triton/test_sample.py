@@ -5,7 +5,7 @@ import torch
 
 import l0kernels as l0
 from l0kernels import HardConcrete, nn, reference
-from l0kernels.reference.gates import ALIGN, round_up
+from l0kernels._gates import ALIGN, round_up
 from l0kernels.triton_kernels import _table
 from l0kernels.triton_kernels import sample as kernels
 from op_checks import SEED, assert_near, make_z
