@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from l0kernels._gates import DEFAULT_DIST, compact, round_up
 from l0kernels.gates import split
 from l0kernels.impl import cuda
-from l0kernels.reference.gates import DEFAULT_DIST, compact, round_up
 
 IN_GRAPH, REPLAYS = 20, 15
 

@@ -10,7 +10,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from l0kernels.reference.gates import DEFAULT_DIST, HardConcrete, round_up
+from l0kernels._gates import DEFAULT_DIST, HardConcrete, round_up
 from l0kernels.triton_kernels import (
     batch_norm,
     conv2d,

@@ -15,15 +15,16 @@ import torch.fx.traceback
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy
 
+from ._checks import PLAIN, check_tensor
+from ._compat import VMAP_MODE, count_modes, dispatch_key_included, functorch_active, operator_names
 from ._flops import tell_counters
+from ._gates import HardConcrete, round_up
 from .impl import conv2d, module
-from .impl.memory import PLAIN, NotPlain, check_not_freed, plain, vector
+from .impl.memory import NotPlain, check_not_freed, plain, vector
 from .impl.packed import Term
-from .reference._checks import check_tensor
-from .reference.gates import HardConcrete, round_up
 
 _LIBRARY = torch.library.Library("l0kernels", "DEF")
-_PLAIN_OR_NONE = PLAIN | {type(None)}
+_PLAIN_OR_NONE = (*PLAIN, type(None))
 # In part at least on every backend of the CPU.
 _MADE_OF_TORCH = ("gated_conv2d", "gated_conv2d_backward", "coupled_penalty", "coupled_penalty_grad")
 
@@ -81,10 +82,10 @@ def _define(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., An
             # unless a mode (make_fx, say) wants to see the operators.
             if torch.compiler.is_compiling():
                 return operator(*args)
-            if torch._C._len_torch_dispatch_stack():
+            if count_modes():
                 tell_counters()
                 return operator(*args)
-            if torch._C._are_functorch_transforms_active():
+            if functorch_active():
                 register_batching()
                 return operator(*args)
             # Of cpp, which asks for every address, type and all, only the place matters here.
@@ -137,15 +138,11 @@ def refuse_second_derivative(function: str) -> None:
 
 def refuse_batched(function: str) -> None:
     """RuntimeError in a backward of several gradients at once, of which the operators know nothing."""
-    if torch._C._dispatch_tls_is_dispatch_key_included(_BATCHED):
+    if dispatch_key_included(VMAP_MODE):
         raise RuntimeError(
             f"l0kernels.{function} takes one gradient at a time, got is_grads_batched=True or "
             "vectorize=True; torch.func.jacrev and torch.func.vmap batch them"
         )
-
-
-# Of torch.autograd, not of torch.func; by its name it would be looked up for 3 us.
-_BATCHED: Any = torch._C._parse_dispatch_key("VmapMode")
 
 
 NO_SECOND = '{} has no second derivative, got {}; use_backend("reference") has one'
@@ -933,7 +930,7 @@ def weighted_penalty(
 @functools.cache
 def register_batching() -> None:
     """Has torch.vmap run the operators example by example; once, at the first transform."""
-    for name in torch._C._dispatch_get_all_op_names():
+    for name in operator_names():
         if name.startswith("l0kernels::"):
             operator = getattr(torch.ops.l0kernels, name.split("::")[1].split(".")[0]).default
             if operator is not _KEPT_SEED and not operator._schema.is_mutable:

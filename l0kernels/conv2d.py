@@ -11,16 +11,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import _ops, _registry, reference
-from ._autograd import apply, break_graph
-from .gates import Gates
+from . import _checks, _ops, _registry, reference
+from ._arguments import check_conv2d, conv_options
+from ._autograd import apply
+from ._compat import break_graph, settled
+from ._gates import NO_GATE, Gates, check_gates, check_layer_gates
 from .impl import conv2d as impl
 from .impl import module
-from .linear import _NO_GATE, _NO_TENSORS, compute_dtype, gate_tensors
-from .reference import _checks
-from .reference.conv2d import check_conv2d, conv_options, settled
-from .reference.gates import check_gates
-from .reference.linear import check_layer_gates
+from .linear import _NO_TENSORS, compute_dtype, gate_tensors
 
 
 class _GatedConv2d(torch.autograd.Function):
@@ -42,8 +40,8 @@ class _GatedConv2d(torch.autograd.Function):
         dtype: torch.dtype,
         backend: str,
     ) -> Tensor:
-        in_gate = _NO_GATE if in_z is None else [in_z, in_index, in_count]
-        out_gate = _NO_GATE if out_z is None else [out_z, out_index, out_count]
+        in_gate = NO_GATE if in_z is None else [in_z, in_index, in_count]
+        out_gate = NO_GATE if out_z is None else [out_z, out_index, out_count]
         y, *saved = _ops.gated_conv2d(x, weight, bias, in_gate, out_gate, *flags, *conv, dtype, backend)
         ctx.save_for_backward(x, weight, bias, in_z, in_index, in_count, out_z, out_index, out_count, *saved)
         ctx.settings = (flags, full, conv, dtype, backend)
@@ -54,8 +52,8 @@ class _GatedConv2d(torch.autograd.Function):
         _ops.refuse_second_derivative("gated_conv2d")
         x, weight, bias, in_z, in_index, in_count, out_z, out_index, out_count, *saved = ctx.saved_tensors
         flags, full, conv, dtype, backend = ctx.settings
-        in_gate = _NO_GATE if in_z is None else [in_z, in_index, in_count]
-        out_gate = _NO_GATE if out_z is None else [out_z, out_index, out_count]
+        in_gate = NO_GATE if in_z is None else [in_z, in_index, in_count]
+        out_gate = NO_GATE if out_z is None else [out_z, out_index, out_count]
         needs = list(ctx.needs_input_grad[:5])
         grads = _ops.gated_conv2d_backward(
             dy, x, weight, bias, in_gate, out_gate, saved, *flags, *full, *conv, dtype, needs, [], backend

@@ -9,14 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _ops, _registry, reference
+from . import _checks, _ops, _registry, reference
 from ._autograd import apply
-from .gates import Gates, HardConcrete, attach, check_draw, check_drawn, draw, split
-from .reference import _checks
-from .reference.gates import DEFAULT_DIST
-from .reference.linear import check_layer_gates
+from ._compat import unsafe_view
+from ._gates import DEFAULT_DIST, NO_GATE, Gates, HardConcrete, check_layer_gates
+from .gates import attach, check_draw, check_drawn, draw, split
 
-_NO_GATE: list[Tensor] = []
 _NO_TENSORS: tuple[None, None, None] = (None, None, None)
 
 
@@ -29,7 +27,7 @@ def like_rows(y: Tensor, x: Tensor) -> Tensor:
     """y (rows, n) with the leading dimensions of x; to autograd no view, so it may be changed in place."""
     if x.ndim == 2:
         return y
-    return torch.ops.aten._unsafe_view.default(y, (*x.shape[:-1], y.shape[-1]))
+    return unsafe_view(y, (*x.shape[:-1], y.shape[-1]))
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -74,8 +72,8 @@ class _GatedLinear(torch.autograd.Function):
         backend: str,
     ) -> Tensor:
         in_z, out_z = in_source if in_z is None else in_z, out_source if out_z is None else out_z
-        in_gate = _NO_GATE if in_z is None else [in_z, in_index, in_count]
-        out_gate = _NO_GATE if out_z is None else [out_z, out_index, out_count]
+        in_gate = NO_GATE if in_z is None else [in_z, in_index, in_count]
+        out_gate = NO_GATE if out_z is None else [out_z, out_index, out_count]
         scale_out, _, _, dtype = options
         y, *saved = _ops.gated_linear(as_rows(x), weight, bias, in_gate, out_gate, scale_out, dtype, backend)
         ctx.save_for_backward(x, weight, bias, in_z, in_index, in_count, out_z, out_index, out_count, *saved)
@@ -124,8 +122,8 @@ def _backward(ctx: Any, dy: Tensor) -> list[Tensor | None]:
     _ops.refuse_second_derivative("gated_linear")
     x, weight, bias, in_z, in_index, in_count, out_z, out_index, out_count, *saved = ctx.saved_tensors
     options, dist, backend = ctx.settings
-    in_gate = _NO_GATE if in_z is None else [in_z, in_index, in_count]
-    out_gate = _NO_GATE if out_z is None else [out_z, out_index, out_count]
+    in_gate = NO_GATE if in_z is None else [in_z, in_index, in_count]
+    out_gate = NO_GATE if out_z is None else [out_z, out_index, out_count]
     needs = list(ctx.needs_input_grad[:5])
     grads = _ops.gated_linear_backward(
         as_rows(dy),

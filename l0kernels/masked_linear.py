@@ -8,14 +8,11 @@ import torch
 from torch import Tensor
 
 from . import _ops, _registry, reference
+from ._arguments import check_masked
 from ._autograd import apply
-from .gates import HardConcrete, check_draw, eval_weight_gates, sample_gates
+from ._gates import DEFAULT_DIST, NO_GATE, HardConcrete, expand_blocks, scale
+from .gates import check_draw, eval_weight_gates, sample_gates
 from .linear import as_rows, compute_dtype, gated_linear, like_rows
-from .reference.gates import DEFAULT_DIST
-from .reference.linear import scale
-from .reference.masked_linear import check_masked, expand_blocks
-
-_NO_GATE: list[Tensor] = []
 
 
 class _MaskedLinear(torch.autograd.Function):
@@ -34,7 +31,7 @@ class _MaskedLinear(torch.autograd.Function):
         backend: str,
     ) -> Tensor:
         masked = _ops.masked_weight(weight, log_alpha, seed, *constants, backend)
-        (y,) = _ops.gated_linear(as_rows(x), masked, bias, _NO_GATE, _NO_GATE, False, dtype, backend)
+        (y,) = _ops.gated_linear(as_rows(x), masked, bias, NO_GATE, NO_GATE, False, dtype, backend)
         ctx.save_for_backward(x, weight, bias, log_alpha, seed)
         ctx.options = (constants, dtype, backend)
         return like_rows(y, x)
@@ -52,9 +49,9 @@ class _MaskedLinear(torch.autograd.Function):
             as_rows(x),
             masked,
             bias,
-            _NO_GATE,
-            _NO_GATE,
-            _NO_GATE,
+            NO_GATE,
+            NO_GATE,
+            NO_GATE,
             False,
             False,
             False,

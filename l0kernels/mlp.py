@@ -9,13 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _ops, _registry, reference
+from . import _checks, _ops, _registry, reference
+from ._arguments import GLU, ROWS, check_mlp
 from ._autograd import apply
-from .gates import Gates, HardConcrete, attach, check_draw, check_drawn, check_log_alphas, draw
+from ._gates import DEFAULT_DIST, Gates, HardConcrete
+from .gates import attach, check_draw, check_drawn, check_log_alphas, draw
 from .linear import _NO_TENSORS, as_rows, compute_dtype, constants, gate_tensors, like_rows, wanted
-from .reference import _checks
-from .reference.gates import DEFAULT_DIST
-from .reference.mlp import GLU, ROWS, check_mlp
 
 
 class _GatedMlp(torch.autograd.Function):

@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from l0kernels.reference.gates import HardConcrete, round_up
+from l0kernels._gates import HardConcrete, round_up
 
 from . import conv2d_groups
 from .conv2d_channels import _rows_operand, as_images, as_rows, bias_grads

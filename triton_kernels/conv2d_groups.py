@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from l0kernels.reference.gates import HardConcrete
+from l0kernels._gates import HardConcrete
 
 from ._launch import cdiv, launch
 from .matmul import Gate, _extent

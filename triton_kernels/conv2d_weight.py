@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from l0kernels.reference.gates import round_up
+from l0kernels._gates import round_up
 
 from ._launch import cdiv, gpu, launch
 from .conv2d_product import _column, _columns, _factor

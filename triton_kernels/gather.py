@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from l0kernels.reference.gates import ALIGN, HardConcrete
+from l0kernels._gates import ALIGN, HardConcrete
 
 from ._launch import launch
 from .gather_kernels import backward_kernel, forward_kernel, sampling_forward_kernel, sum_parts_kernel

@@ -20,7 +20,7 @@ from .matmul import precision as precision_of
 from .sample import order
 
 if TYPE_CHECKING:
-    from l0kernels.reference.gates import HardConcrete
+    from l0kernels._gates import HardConcrete
 
 _BLOCK = 1024  # of elementwise kernels
 _LINE = 512

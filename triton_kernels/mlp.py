@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from l0kernels.reference.gates import HardConcrete, round_up
-from l0kernels.reference.mlp import GLU
+from l0kernels._arguments import GLU
+from l0kernels._gates import HardConcrete, round_up
 
 from . import gather
 from .linear import input_grad, natural, operand, weight_grad

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from l0kernels.reference.gates import ALIGN, HardConcrete, round_up
+from l0kernels._gates import ALIGN, HardConcrete, round_up
 
 from ._launch import cdiv, gpu, launch, per_gpu
 from .hard_concrete import gate_slope

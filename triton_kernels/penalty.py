@@ -15,7 +15,7 @@ from ._launch import address, launch
 from ._table import device_table
 
 if TYPE_CHECKING:
-    from l0kernels.reference.gates import HardConcrete
+    from l0kernels._gates import HardConcrete
 
 _COLUMNS = 4  # of a table row: address, length, offset in the gradient, bits of the weight as a double
 _TILE = 8192  # gates of a program, at most

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from l0kernels.reference.gates import TAU, HardConcrete, round_up
+from l0kernels._gates import TAU, HardConcrete, round_up
 
 from ._launch import address, cdiv, launch
 from ._table import device_table

@@ -10,7 +10,7 @@ packed   the compositions pack -> product -> unpack, for either of the two pairs
 from importlib import import_module
 from types import ModuleType
 
-from .._registry import native
+from .._native import native
 
 _MODULES = {
     name: import_module(f"{__name__}.{name}")

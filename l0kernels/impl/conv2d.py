@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..reference.conv2d import settled
-from ..reference.gates import round_up
+from .._compat import settled
+from .._gates import round_up
 from .memory import empty_grad
 from .packed import Gate, PackUnpack, extent
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..reference.gates import HardConcrete, compact, sample_z, sample_zs
+from .._gates import HardConcrete, compact
+from ..reference.gates import sample_z, sample_zs
 from . import conv2d, packed
 from .packed import Gate, Term, extent
 

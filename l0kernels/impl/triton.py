@@ -9,7 +9,7 @@ from typing import Any, ParamSpec, TypeVar, cast
 import torch
 from torch import Tensor
 
-from ..reference.gates import HardConcrete
+from .._gates import HardConcrete
 from ..triton_kernels import batch_norm, conv2d, conv2d_channels, gather, linear, masked_linear, mlp, penalty
 from ..triton_kernels import sample as sampling
 from .memory import plain, strided

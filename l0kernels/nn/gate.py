@@ -11,13 +11,11 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 from torch.utils.hooks import RemovableHandle
 
-from ..gates import Gates, HardConcrete, attach, eval_gates, sample_gates
+from .. import _checks
+from .._gates import DEFAULT_DIST, EVAL_MODES, Gates, HardConcrete
+from ..gates import attach, eval_gates, sample_gates
 from ..penalty import L2Term
-from ..reference import _checks
 from . import ranks
-
-EVAL_MODES = ("paper", "median", "topk")
-DEFAULT_DIST = HardConcrete()
 
 
 class Unscriptable:
