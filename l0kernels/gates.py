@@ -32,19 +32,17 @@ class _HardConcreteGrad(torch.autograd.Function):
     and overlapping forwards find each its own."""
 
     @staticmethod
-    def forward(
-        ctx: Any, log_alpha: Tensor, z: Tensor, beta: float, gamma: float, zeta: float, backend: str
-    ) -> Tensor:
+    def forward(ctx: Any, log_alpha: Tensor, z: Tensor, dist: HardConcrete, backend: str) -> Tensor:
         z = z.detach()
         ctx.save_for_backward(z)
-        ctx.constants = (beta, gamma, zeta, backend)
+        ctx.settings = (dist, backend)
         return z.view_as(z)
 
     @staticmethod
     def backward(ctx: Any, dz: Tensor) -> tuple[Tensor | None, ...]:
         _ops.refuse_second_derivative("sample_gates")
         (z,) = ctx.saved_tensors
-        return _ops.gate_grad(dz, z, *ctx.constants), None, None, None, None, None
+        return _ops.gate_grad(dz, z, *ctx.settings), None, None, None
 
 
 def check_log_alphas(log_alphas: Sequence[Tensor]) -> None:
@@ -145,7 +143,7 @@ def attach(log_alpha: Tensor, gate: Gates, dist: HardConcrete) -> Gates:
 def _attach(log_alpha: Tensor, gate: Gates, dist: HardConcrete, backend: str) -> Gates:
     if not differentiates(log_alpha):
         return gate
-    z = apply(_HardConcreteGrad, log_alpha, gate.z, dist.beta, dist.gamma, dist.zeta, backend)
+    z = apply(_HardConcreteGrad, log_alpha, gate.z, dist, backend)
     return Gates(z, gate.index, gate.count)
 
 
@@ -178,7 +176,7 @@ def draw(
     if backend in ("triton", "cuda"):  # who draws fastest, or at all for float64, need not be who multiplies
         backend = _registry.resolve(log_alphas[0].device, log_alphas[0].dtype, "sample")
         backend = "torch" if backend == "reference" else backend
-    z, index, count = _ops.sample(log_alphas, seed, rank, dist.beta, dist.gamma, dist.zeta, backend)
+    z, index, count = _ops.sample(log_alphas, seed, rank, dist, backend)
     return split(log_alphas, z, index, count)
 
 
@@ -191,8 +189,8 @@ def sample_with_expected(
     if backend == "reference":
         gates = reference.sample_gates(log_alphas, seed=seed, dist=dist)
         return gates, [dist.p_open(log_alpha).sum() for log_alpha in log_alphas]
-    seed, constants = check_draw(log_alphas, seed, dist), (dist.beta, dist.gamma, dist.zeta)
-    *drawn, expected = _ops.sample_expected(log_alphas, seed, 0, *constants, backend)
+    seed = check_draw(log_alphas, seed, dist)
+    *drawn, expected = _ops.sample_expected(log_alphas, seed, 0, dist, backend)
     return split(log_alphas, *drawn), expected.unbind()
 
 

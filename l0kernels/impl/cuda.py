@@ -16,10 +16,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .._calls import (
+    DrawnMlpCall,
+    Gate,
+    L0LinearCall,
+    L0MlpCall,
+    LinearCall,
+    MlpCall,
+    Wanted,
+)
 from ..reference.gates import ALIGN, TAU, HardConcrete, round_up
-from . import joined
+from . import joined, packed
 from .memory import matrix, optional, strided, vector
-from .packed import Gate, Term
+from .packed import Term
 
 SERVES = frozenset(
     {"sample", "gate_grad", "l0_penalty", "l2_penalty", "pack", "unpack", "gated_linear", "gated_mlp"}
@@ -608,33 +617,33 @@ def _tiles(n: int) -> int:
     return max(-(-n // _CUDA.small_tile), 1)
 
 
-def linear_forward(
+linear_saved_shapes = packed.linear_saved_shapes
+mlp_saved_shapes = packed.mlp_saved_shapes
+
+
+def draws_within(
     x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    in_gate: Gate | None,
-    out_gate: Gate | None,
-    scale_out: bool,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    log_alphas: Sequence[Tensor],
     dtype: torch.dtype,
-) -> Tensor:
+    activation: str,
+) -> bool:
+    """The kernels draw in the type that they multiply by."""
+    return dtype != torch.float64 and all(a.dtype == torch.float32 for a in log_alphas)
+
+
+def linear_forward(call: LinearCall) -> tuple[Tensor, list[Tensor]]:
     """y (M, out) of gated_linear, in one launch."""
+    x, weight, bias, in_gate, out_gate, scale_out, dtype = call
     n_out, n_in = weight.shape
     in_, out = _small_gate(x, "in_gate", in_gate, n_in), _small_gate(x, "out_gate", out_gate, n_out)
-    return _linear_forward(x, weight, bias, in_, out, scale_out, dtype, None)
+    return _linear_forward(x, weight, bias, in_, out, scale_out, dtype, None), []
 
 
-def l0_linear_forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    in_log_alpha: Tensor | None,
-    out_log_alpha: Tensor | None,
-    seed: Tensor,
-    rank: int,
-    dist: HardConcrete,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def l0_linear_forward(call: L0LinearCall, rank: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """sample and linear_forward in one launch: y, and the gates joined. Input gates are stream 0."""
+    x, weight, bias, in_log_alpha, out_log_alpha, seed, dist, dtype = call
     log_alphas = [None if a is None else a.contiguous() for a in (in_log_alpha, out_log_alpha)]
     given = [a for a in log_alphas if a is not None]
     gates = _empty_gates(given)
@@ -677,25 +686,10 @@ def _linear_forward(
     return y
 
 
-def linear_backward(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    in_gate: Gate | None,
-    out_gate: Gate | None,
-    scale_out: bool,
-    full_in: bool,
-    full_out: bool,
-    dtype: torch.dtype,
-    needs: list[bool],
-    to_log_alpha: HardConcrete | None = None,
-) -> list[Tensor | None]:
-    """dx, dweight, dbias, dz_in, dz_out, each None where ``needs`` says so, in one launch.
-
-    With ``to_log_alpha`` the last two are the gradients of the log_alphas that the gates were drawn from.
-    """
-    need_x, need_w, need_b, need_in, need_out = needs
+def linear_backward(call: LinearCall, dy: Tensor, saved: list[Tensor], wanted: Wanted) -> list[Tensor | None]:
+    """dx, dweight, dbias, dz_in, dz_out, each None where not wanted, in one launch."""
+    x, weight, bias, in_gate, out_gate, scale_out, dtype = call
+    (full_in, full_out), (need_x, need_w, need_b, need_in, need_out), dist = wanted
     M, (n_out, n_in) = x.shape[0], weight.shape
     _refuse_large(M, (n_in, n_out))
     _beside(weight, x, "weight")
@@ -736,7 +730,7 @@ def linear_backward(
         _address(out_sums),
         _address(db_sums),
         _address(tickets),
-        None if to_log_alpha is None else _constants(to_log_alpha),
+        None if dist is None else _constants(dist),
         where,
     )
     grads = [g if g is None or g.dtype == t else g.to(t) for g, t in zip((dx, dw, db), types, strict=True)]
@@ -763,31 +757,18 @@ def _mlp_tensors(
     return _cast(dtype, x)[0], _cast(dtype, *weights), _cast(dtype, *biases)
 
 
-def mlp_forward(
-    x: Tensor,
-    weights: list[Tensor],
-    biases: list[Tensor | None],
-    gates: list[Gate | None],
-    activation: str,
-    dtype: torch.dtype,
-) -> tuple[Tensor, list[Tensor]]:
+def mlp_forward(call: MlpCall) -> tuple[Tensor, list[Tensor]]:
     """y and the hidden layers' pre-activations, packed in (M, n_l) buffers. One launch a layer."""
+    x, weights, biases, gates, activation, dtype, _ = call
     given = [_small_gate(x, "gates", g, w.shape[1]) for g, w in zip(gates, weights, strict=True)]
     return _mlp_forward(x, weights, biases, given, activation, dtype, None)
 
 
 def l0_mlp_forward(
-    x: Tensor,
-    weights: list[Tensor],
-    biases: list[Tensor | None],
-    log_alphas: list[Tensor | None],
-    activation: str,
-    seed: Tensor,
-    rank: int,
-    dist: HardConcrete,
-    dtype: torch.dtype,
+    call: L0MlpCall, rank: int = 0
 ) -> tuple[Tensor, list[Tensor], tuple[Tensor, Tensor, Tensor]]:
     """sample and mlp_forward in one launch a layer; the gates, joined, are streams 0, 1, ... in order."""
+    x, weights, biases, log_alphas, activation, seed, dist, dtype = call
     given = [a.contiguous() for a in log_alphas if a is not None]
     gates = _empty_gates(given)
     sizes = joined.sizes(log_alphas, [w.shape[1] for w in weights])
@@ -822,44 +803,21 @@ def _mlp_forward(
     return y, saved
 
 
-def mlp_backward(
-    dy: Tensor,
-    x: Tensor,
-    weights: list[Tensor],
-    biases: list[Tensor | None],
-    gates: list[Gate | None],
-    saved: list[Tensor],
-    activation: str,
-    dtype: torch.dtype,
-    full: list[bool],
-    needs: list[bool],
-    to_log_alpha: HardConcrete | None = None,
-) -> list[Tensor | None]:
-    """dx, then dweight, dbias and dz of every layer; ``needs`` has that order. A launch a layer."""
+def mlp_backward(call: MlpCall, dy: Tensor, saved: list[Tensor], wanted: Wanted) -> list[Tensor | None]:
+    """dx, then dweight, dbias and dz of every layer; ``wanted.needs`` has that order. A launch a layer."""
+    x, weights, biases, gates, activation, dtype, _ = call
     given = [_small_gate(x, "gates", g, w.shape[1]) for g, w in zip(gates, weights, strict=True)]
-    return _mlp_backward(dy, x, weights, biases, given, saved, activation, dtype, full, needs, to_log_alpha)
+    return _mlp_backward(dy, x, weights, biases, given, saved, activation, dtype, wanted)
 
 
 def l0_mlp_backward(
-    dy: Tensor,
-    x: Tensor,
-    weights: list[Tensor],
-    biases: list[Tensor | None],
-    gated: list[bool],
-    z: Tensor,
-    index: Tensor,
-    count: Tensor,
-    saved: list[Tensor],
-    activation: str,
-    dtype: torch.dtype,
-    needs: list[bool],
-    dist: HardConcrete,
+    call: DrawnMlpCall, dy: Tensor, saved: list[Tensor], wanted: Wanted
 ) -> list[Tensor | None]:
     """mlp_backward of l0_mlp_forward, with its gates as it returned them."""
+    x, weights, biases, gated, z, index, count, activation, dtype = call
     sizes = [w.shape[1] if has_gate else None for w, has_gate in zip(weights, gated, strict=True)]
     gates = _joined_gates(x, (z, index, count), sizes)
-    full = [False] * len(weights)
-    return _mlp_backward(dy, x, weights, biases, gates, saved, activation, dtype, full, needs, dist)
+    return _mlp_backward(dy, x, weights, biases, gates, saved, activation, dtype, wanted)
 
 
 def _mlp_backward(
@@ -871,10 +829,9 @@ def _mlp_backward(
     saved: list[Tensor],
     activation: str,
     dtype: torch.dtype,
-    full: list[bool],
-    needs: list[bool],
-    to_log_alpha: HardConcrete | None,
+    wanted: Wanted,
 ) -> list[Tensor | None]:
+    full, needs, dist = wanted
     depth = len(weights)
     types = [t if t is None else t.dtype for t in (x, *weights, *biases)]
     x, weights, biases = _mlp_tensors(x, weights, biases, dtype)
@@ -908,7 +865,7 @@ def _mlp_backward(
         _matrix(dy, x, M, weights[-1].shape[0]),
         _address(dx),
         _address(tickets),
-        None if to_log_alpha is None else _constants(to_log_alpha),
+        None if dist is None else _constants(dist),
         where,
     )
     grads = [g if g is None or g.dtype == t else g.to(t) for g, t in zip((dx, *dw, *db), types, strict=True)]

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .._calls import Conv2dCall, Gate, LinearCall, MlpCall, Wanted
 from ..reference.gates import HardConcrete, compact, sample_z, sample_zs
 from . import conv2d, packed
-from .packed import Gate, Term, extent
+from .packed import Term, extent
 
 
 def sample(
@@ -218,28 +219,34 @@ def unpack(
     return value.contiguous() if out is None else out.copy_(value), dz[0], dz[1]
 
 
-_PACK = SimpleNamespace(pack=pack, unpack=unpack)
+_PACK = SimpleNamespace(pack=pack, unpack=unpack, gate_grad=gate_grad)
 block_linear_forward = packed.block_linear_forward
 block_linear_backward = packed.block_linear_backward
+linear_saved_shapes = packed.linear_saved_shapes
+mlp_saved_shapes = packed.mlp_saved_shapes
+conv2d_saved_shapes = conv2d.conv2d_saved_shapes
+conv2d_memory_format = conv2d.memory_format
 
 
-def linear_forward(*args: Any) -> Tensor:
-    return packed.linear_forward(_PACK, *args)
+def draws_within(*_: Any) -> bool:
+    """No layer draws its gates itself."""
+    return False
 
 
-def linear_backward(*args: Any) -> list[Tensor | None]:
-    *given, dist = args
-    return packed.to_log_alpha(gate_grad, packed.linear_backward(_PACK, *given), 3, given[4:6], dist)
+def linear_forward(call: LinearCall) -> tuple[Tensor, list[Tensor]]:
+    return packed.linear_forward(_PACK, call), []
 
 
-def mlp_forward(*args: Any) -> tuple[Tensor, list[Tensor]]:
-    return packed.mlp_forward(_PACK, *args)
+def linear_backward(call: LinearCall, dy: Tensor, saved: list[Tensor], wanted: Wanted) -> list[Tensor | None]:
+    return packed.linear_backward(_PACK, call, dy, wanted)
 
 
-def mlp_backward(*args: Any) -> list[Tensor | None]:
-    *given, dist = args
-    grads = packed.mlp_backward(_PACK, *given)
-    return packed.to_log_alpha(gate_grad, grads, 1 + 2 * len(given[2]), given[4], dist)
+def mlp_forward(call: MlpCall) -> tuple[Tensor, list[Tensor]]:
+    return packed.mlp_forward(_PACK, call)
+
+
+def mlp_backward(call: MlpCall, dy: Tensor, saved: list[Tensor], wanted: Wanted) -> list[Tensor | None]:
+    return packed.mlp_backward(_PACK, call, dy, saved, wanted)
 
 
 def masked_weight(weight: Tensor, log_alpha: Tensor, seed: Tensor, dist: HardConcrete) -> Tensor:
@@ -266,10 +273,9 @@ def masked_weight_grad(
     return dw, gate_grad(dz.to(z.dtype), z, dist)
 
 
-def conv2d_forward(*args: Any) -> tuple[Tensor, list[Tensor]]:
-    return conv2d.conv2d_forward(_PACK, *args)
+def conv2d_forward(call: Conv2dCall) -> tuple[Tensor, list[Tensor]]:
+    return conv2d.conv2d_forward(_PACK, call)
 
 
-def conv2d_backward(*args: Any) -> list[Tensor | None]:
-    *given, dist = args
-    return packed.to_log_alpha(gate_grad, conv2d.conv2d_backward(_PACK, *given), 3, given[4:6], dist)
+def conv2d_backward(call: Conv2dCall, dy: Tensor, saved: list[Tensor], wanted: Wanted) -> list[Tensor | None]:
+    return conv2d.conv2d_backward(_PACK, call, dy, saved, wanted)
