@@ -548,10 +548,10 @@ class TestOpcheck:
 
     def test_gates(self):
         a, other = on_device(torch.randn(140)), on_device(torch.randn(7))
-        self.check("sample", [a, other], on_device(SEED), 3, *self.CONSTANTS)
-        self.check("sample_expected", [a, other], on_device(SEED), 3, *self.CONSTANTS)
-        self.check("gate_grad", a, on_device(make_z("mixed", 140)), *self.CONSTANTS)
-        self.check("l0_penalty", [a, other], [1.0, 2.5], *self.CONSTANTS)
+        self.check("sample", [a, other], on_device(SEED), 3, [*self.CONSTANTS])
+        self.check("sample_expected", [a, other], on_device(SEED), 3, [*self.CONSTANTS])
+        self.check("gate_grad", a, on_device(make_z("mixed", 140)), [*self.CONSTANTS])
+        self.check("l0_penalty", [a, other], [1.0, 2.5], [*self.CONSTANTS])
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     @pytest.mark.parametrize("layout", list(LAYOUTS))
@@ -561,13 +561,13 @@ class TestOpcheck:
         bias, hidden = on_device(torch.randn(9).to(dtype)), gate_of(make_z("mixed", 9))
         gates = [*gate_of(make_z("mixed", 13)), *hidden]
         self.check("gated_linear", x, w, bias, gates[:3], hidden, True, dtype)
-        settings = (True, False, True, dtype, [True] * 5, dist)
-        self.check("gated_linear_backward", dy, x, w, bias, gates[:3], hidden, [], *settings)
+        settings = (True, dtype, [], [False, True], [True] * 5, dist)
+        self.check("gated_linear_backward", dy, x, w, bias, gates[:3], hidden, *settings)
         weights, biases = [w, w2], [bias, None]
         self.check("gated_mlp", x, weights, biases, gates, "relu", dtype, False)
         _, *saved = self.OPS.gated_mlp(x, weights, biases, gates, "relu", dtype, False, "cuda")
-        settings = ("relu", dtype, [False] * 2, [True, True, True, True, False, True, True], dist)
-        self.check("gated_mlp_backward", dy2, x, weights, biases, gates, saved, *settings)
+        wanted = ([False] * 2, [True, True, True, True, False, True, True], dist)
+        self.check("gated_mlp_backward", dy2, x, weights, biases, gates, "relu", dtype, False, saved, *wanted)
         a, a2 = on_device(torch.randn(13)), on_device(torch.randn(9))
         for log_alphas in ([a, a2], [None, a2], [a, None]):
             args = (x, weights, biases, log_alphas, "relu", on_device(SEED), dist, dtype)
@@ -575,8 +575,9 @@ class TestOpcheck:
             z, index, count, _, *saved = self.OPS.l0_mlp(*args, "cuda")
             gated = [log_alpha is not None for log_alpha in log_alphas]
             needs = [True, True, True, True, False, *gated]
-            joined = (gated, z, index, count, saved)
-            self.check("l0_mlp_backward", dy2, x, weights, biases, *joined, "relu", dtype, needs, dist)
+            drawn = (gated, z, index, count, "relu", dtype)
+            wanted = ([False] * 2, needs, dist)
+            self.check("l0_mlp_backward", dy2, x, weights, biases, *drawn, saved, *wanted)
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
     def test_l2(self, dtype):

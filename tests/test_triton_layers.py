@@ -171,7 +171,7 @@ def test_opcheck_of_the_fused_draw(monkeypatch):
     dist = [2 / 3, -0.1, 1.1]
     args = (x, w, randn(9), a, None, seed, dist, torch.float32, "triton")
     torch.library.opcheck(torch.ops.l0kernels.l0_linear.default, args)
-    y, z, index, count = _ops.l0_linear(*args)
+    y, z, index, count = torch.ops.l0kernels.l0_linear(*args)
     expected_index, expected_count = compact(z)
     assert torch.equal(index, expected_index)
     assert count[0] == expected_count[0]
@@ -189,7 +189,7 @@ def test_opcheck_of_what_backward_takes_over(gather, monkeypatch):
         torch.library.opcheck(ops.gated_linear.default, args)
         _, *saved = ops.gated_linear(*args)
         needs = [True, True, True, True, False]
-        rest = (gate, [], saved, False, False, False, torch.float32, needs, [], "triton")
+        rest = (gate, [], False, torch.float32, saved, [False, False], needs, [], "triton")
         torch.library.opcheck(ops.gated_linear_backward.default, (layout(dy), *args[:3], *rest))
     w2, hidden = randn(5, 9), make_gate(9, 0.6)
     for activation, repack in (("relu", False), ("gelu", False), ("silu", True)):
