@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, overload
+from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -43,6 +43,13 @@ class _HardConcreteGrad(torch.autograd.Function):
         _ops.refuse_second_derivative("sample_gates")
         (z,) = ctx.saved_tensors
         return _ops.gate_grad(dz, z, *ctx.settings), None, None, None
+
+
+class Draw(NamedTuple):
+    """Where a layer's gates come from: to be drawn from log_alpha with it, or ``drawn`` before, detached."""
+
+    log_alpha: Tensor
+    drawn: Gates | None = None
 
 
 def check_log_alphas(log_alphas: Sequence[Tensor]) -> None:
@@ -138,6 +145,25 @@ def attach(log_alpha: Tensor, gate: Gates, dist: HardConcrete) -> Gates:
     if not (log_alpha.requires_grad and torch.is_grad_enabled()):
         return gate
     return gate.of(reference.gates.joined(log_alpha, gate.z, dist))
+
+
+def attached(sources: Sequence[Draw | None], dist: HardConcrete) -> list[Gates | None]:
+    """attach of each source, all of which have been drawn."""
+    return [
+        None if source is None or source.drawn is None else attach(source.log_alpha, source.drawn, dist)
+        for source in sources
+    ]
+
+
+def of_a_layer(
+    sources: Sequence[Draw | None], seed: Tensor | None, dist: HardConcrete, backend: str
+) -> list[Gates | None]:
+    """The gates of sources, without a way back to log_alpha: those drawn before, or a draw of all."""
+    given = [source.log_alpha for source in sources if source is not None]
+    if any(source is not None and source.drawn is not None for source in sources):
+        return [None if source is None else source.drawn for source in sources]
+    drawn = iter(draw(given, seed, dist, backend))
+    return [None if source is None else next(drawn) for source in sources]
 
 
 def _attach(log_alpha: Tensor, gate: Gates, dist: HardConcrete, backend: str) -> Gates:
