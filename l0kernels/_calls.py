@@ -102,8 +102,8 @@ class DrawnMlpCall(NamedTuple):
     biases: list[Tensor | None]
     gated: list[bool]
     z: Tensor
-    index: Tensor
-    count: Tensor
+    index: Tensor  # type: ignore[assignment]
+    count: Tensor  # type: ignore[assignment]
     activation: str
     dtype: torch.dtype
 

@@ -340,10 +340,10 @@ def _empty(x: Tensor, shape: Sequence[int], dtype: torch.dtype, fmt: torch.memor
 
 
 def _fake_conv2d(call: Conv2dCall, backend: str) -> list[Tensor]:
-    x, of = call.x, module(backend)
+    x, shapes = call.x, module(backend).conv2d_saved_shapes(call)
     shape = conv2d.output_shape(x, call.weight, call.conv)
-    y = _empty(x, shape, call.dtype, of.conv2d_memory_format(x, call.weight))
-    return [y, *(x.new_empty(s, dtype=call.dtype) for s in of.conv2d_saved_shapes(call))]
+    y = _empty(x, shape, call.dtype, module(backend).conv2d_memory_format(x, call.weight))
+    return [y, *(x.new_empty(s, dtype=call.dtype) for s in shapes)]
 
 
 @operator(_fake_conv2d)

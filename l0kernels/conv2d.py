@@ -68,8 +68,7 @@ def _call(tensors: Sequence[Any], settings: _Settings) -> Conv2dCall:
     x, weight, bias, in_z, out_z, in_index, in_count, out_index, out_count = tensors
     in_gate = None if in_z is None else [in_z, in_index, in_count]
     out_gate = None if out_z is None else [out_z, out_index, out_count]
-    sides = in_gate, out_gate
-    return Conv2dCall(x, weight, bias, *sides, *settings.flags, *settings.conv, settings.dtype)
+    return Conv2dCall(x, weight, bias, in_gate, out_gate, *settings.flags, *settings.conv, settings.dtype)
 
 
 def _apply(

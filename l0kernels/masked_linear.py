@@ -86,9 +86,9 @@ class _BlockLinear(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         _ops.refuse_second_derivative("masked_linear")
         x, weight, bias, z = ctx.saved_tensors
-        block, dtype, backend = ctx.options
+        (b_out, b_in), dtype, backend = ctx.options
         needs = list(ctx.needs_input_grad[:4])
-        call = BlockCall(as_rows(x), weight, bias, z, *block, dtype)
+        call = BlockCall(as_rows(x), weight, bias, z, b_out, b_in, dtype)
         grads = _ops.block_linear_backward(as_rows(dy), call, Wanted([False], needs, None), backend)
         dx, dw, db, dz = (g if n else None for g, n in zip(grads, needs, strict=True))
         return None if dx is None else dx.view(x.shape), dw, db, dz, None, None, None

@@ -54,7 +54,7 @@ class _GatedMlp(torch.autograd.Function):
     ) -> Tensor:
         activation, dtype, full, dist, repack, backend = settings
         depth, rows = len(full), as_rows(x)
-        weights, biases, sources = tensors[:depth], tensors[depth : 2 * depth], tensors[2 * depth : 3 * depth]
+        weights, biases, sources = (list[Any](tensors[i * depth :][:depth]) for i in range(3))
         drawn = seed is not None
         if seed is not None and dist is not None:
             chain = L0MlpCall(rows, weights, biases, sources, activation, seed, dist, dtype)
@@ -82,8 +82,9 @@ class _GatedMlp(torch.autograd.Function):
         needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[3 : 3 + 3 * depth]]
         rows, of_gates = as_rows(x), Wanted(full, needs, dist)
         if ctx.drawn:
-            drawn = DrawnMlpCall(rows, weights, biases, ctx.gated, *tensors[:3], activation, dtype)
-            grads = _ops.l0_mlp_backward(as_rows(dy), drawn, tensors[3:], of_gates, backend)
+            z, index, count, *saved = tensors
+            drawn = DrawnMlpCall(rows, weights, biases, ctx.gated, z, index, count, activation, dtype)
+            grads = _ops.l0_mlp_backward(as_rows(dy), drawn, saved, of_gates, backend)
         else:
             gates = _triples(tensors[: 3 * depth])
             call = MlpCall(rows, weights, biases, gates, activation, dtype, repack)
