@@ -8,10 +8,10 @@ from typing import Any, NamedTuple, overload
 import torch
 from torch import Tensor
 
-from . import _ops, _registry, reference
-from ._autograd import apply, break_graph, differentiates
-from .reference import _checks
-from .reference.gates import (
+from . import _checks, _ops, _registry, reference
+from ._autograd import apply, differentiates
+from ._compat import break_graph
+from ._gates import (
     ALIGN,
     DEFAULT_DIST,
     EVAL_MODES,
@@ -20,7 +20,6 @@ from .reference.gates import (
     check_dist,
     check_not_nan,
     draw_seed,
-    eval_z,
     round_up,
 )
 
@@ -288,4 +287,4 @@ def eval_weight_gates(log_alpha: Tensor, mode: str, dist: HardConcrete) -> Tenso
     """eval_gates for gates of any shape: z alone."""
     _checks.check_choice("mode", mode, EVAL_MODES)
     check_not_nan("log_alpha", log_alpha)
-    return eval_z(log_alpha, mode, dist)
+    return reference.gates.eval_z(log_alpha, mode, dist)

@@ -9,14 +9,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import _ops, _registry, reference
+from . import _checks, _ops, _registry, reference
 from ._autograd import apply
 from ._calls import L0LinearCall, LinearCall, Wanted
-from .gates import Draw, Gates, HardConcrete, attached, check_draw, check_drawn, of_a_layer, split
+from ._compat import unsafe_view
+from ._gates import DEFAULT_DIST, Gates, HardConcrete, check_layer_gates
+from .gates import Draw, attached, check_draw, check_drawn, of_a_layer, split
 from .impl import module
-from .reference import _checks
-from .reference.gates import DEFAULT_DIST
-from .reference.linear import check_layer_gates
 
 _NO_TENSORS: tuple[None, None, None] = (None, None, None)
 
@@ -30,7 +29,7 @@ def like_rows(y: Tensor, x: Tensor) -> Tensor:
     """y (rows, n) with the leading dimensions of x; to autograd no view, so it may be changed in place."""
     if x.ndim == 2:
         return y
-    return torch.ops.aten._unsafe_view.default(y, (*x.shape[:-1], y.shape[-1]))
+    return unsafe_view(y, (*x.shape[:-1], y.shape[-1]))
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -222,9 +221,9 @@ def linear(
     dist: HardConcrete = DEFAULT_DIST,
 ) -> Tensor:
     """gated_linear where both sources are Gates, l0_linear where both are Draws; all drawn before or none."""
-    if not isinstance(in_source or out_source, Draw):
-        return gated_linear(x, weight, bias, in_gates=in_source, out_gates=out_source)
     sources: list[Any] = [in_source, out_source]
+    if not isinstance(in_source or out_source, Draw):
+        return gated_linear(x, weight, bias, in_gates=sources[0], out_gates=sources[1])
     in_log_alpha, out_log_alpha = (None if source is None else source.log_alpha for source in sources)
     if out_log_alpha is not None or not _checks.fits_chain(x, (weight,), (bias,), (in_log_alpha,)):
         _check_l0_linear(x, weight, bias, in_log_alpha, out_log_alpha)

@@ -9,24 +9,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import _ops, _registry, reference
+from . import _checks, _ops, _registry, reference
+from ._arguments import GLU, ROWS, check_mlp
 from ._autograd import apply
 from ._calls import DrawnMlpCall, Gate, L0MlpCall, MlpCall, Wanted
-from .gates import (
-    Draw,
-    Gates,
-    HardConcrete,
-    attached,
-    check_draw,
-    check_drawn,
-    check_log_alphas,
-    of_a_layer,
-)
+from ._gates import DEFAULT_DIST, Gates, HardConcrete
+from .gates import Draw, attached, check_draw, check_drawn, check_log_alphas, of_a_layer
 from .impl import module
 from .linear import _NO_TENSORS, as_rows, compute_dtype, gate_tensors, like_rows, wanted
-from .reference import _checks
-from .reference.gates import DEFAULT_DIST
-from .reference.mlp import GLU, ROWS, check_mlp
 
 
 class _Settings(NamedTuple):

@@ -6,14 +6,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..gates import Gates, HardConcrete, attach
+from .. import _checks
+from .._arguments import GLU, ROWS
+from .._gates import DEFAULT_DIST, Gates, HardConcrete, check_gates, scale
+from ..gates import attach
 from ..mlp import chain, gated_mlp
 from ..penalty import L2Term
-from ..reference import _checks
-from ..reference.gates import check_gates
-from ..reference.linear import scale
-from ..reference.mlp import GLU, ROWS
-from .gate import DEFAULT_DIST, GatedLayer, HardConcreteGate, sources_of
+from .gate import GatedLayer, HardConcreteGate, sources_of
 from .linear import copy_parameters_, has_gates_beside, is_only_weight, over_rows
 from .mlp import ACTIVATIONS, _activation_name, _per_item
 from .ranks import Shards, check_not_flat, is_called_alone, is_sharded, local, released

@@ -11,13 +11,11 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 from torch.utils.hooks import RemovableHandle
 
-from ..gates import Draw, Gates, HardConcrete, attach, eval_gates, sample_gates
+from .. import _checks
+from .._gates import DEFAULT_DIST, EVAL_MODES, Gates, HardConcrete
+from ..gates import Draw, attach, eval_gates, sample_gates
 from ..penalty import L2Term
-from ..reference import _checks
 from . import ranks
-
-EVAL_MODES = ("paper", "median", "topk")
-DEFAULT_DIST = HardConcrete()
 
 
 class Unscriptable:
@@ -465,7 +463,7 @@ def sources_of(
     """
     present = [gate for gate in gates if gate is not None]
     if present and all(gate.training and gate.draws_as(present[0]) for gate in present):
-        held = [gate and gate.drawn for gate in gates] if drawn is None else drawn
+        held = [None if gate is None else gate.drawn for gate in gates] if drawn is None else drawn
         n = len(held) - held.count(None)
         if n == len(present) or (n == 0 and drawn is None and len(set(present)) == len(present)):
             pairs = zip(gates, held, strict=True)

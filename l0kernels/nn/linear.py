@@ -6,13 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..gates import Gates, HardConcrete
+from .. import _checks
+from .._gates import DEFAULT_DIST, Gates, HardConcrete, expand_blocks
 from ..linear import gated_linear, linear
 from ..masked_linear import block_linear, masked_linear
 from ..penalty import L2Term
-from ..reference import _checks
-from ..reference.masked_linear import expand_blocks
-from .gate import DEFAULT_DIST, GatedLayer, HardConcreteGate, draw, sources_of
+from .gate import GatedLayer, HardConcreteGate, draw, sources_of
 from .ranks import check_not_flat, released, whole
 
 Gating = str | tuple[int, int] | None

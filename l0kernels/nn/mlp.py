@@ -7,10 +7,10 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from ..gates import Gates, HardConcrete
+from .. import _checks
+from .._gates import DEFAULT_DIST, Gates, HardConcrete
 from ..mlp import chain
-from ..reference import _checks
-from .gate import DEFAULT_DIST, draw, sources_of
+from .gate import draw, sources_of
 from .linear import L0Linear, copy_parameters_, has_gates_beside, is_only_weight, over_rows
 from .ranks import held, is_sharded, released
 

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple, TypeGuard, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from .. import _registry
+from .._compat import AnyBatchNorm
 from ..conv2d import Packed, is_exact, packed_conv2d, unpack_channels
 from ..gates import Draw, Gates, attach
 from ..linear import gated_linear, linear
@@ -638,5 +638,5 @@ def _gates_before_norms(module: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
         (a.module, b.module)
         for steps in branches
         for a, b in pairwise(steps)
-        if own_gate(a.module, "out_gate") is not None and isinstance(b.module, _BatchNorm)
+        if own_gate(a.module, "out_gate") is not None and isinstance(b.module, AnyBatchNorm)
     ]
