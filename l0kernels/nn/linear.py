@@ -150,7 +150,7 @@ class L0Linear(GatedLayer, nn.Linear):
         if self.weight_gate is not None:
             return self._weight_gated(x, in_gates, out_gates)
         own, given = (self.in_gate, self.out_gate), (released(in_gates), released(out_gates))
-        if given == (None, None):
+        if given[0] is None and given[1] is None:
             (in_source, out_source), seed, dist = sources_of(own)
             return linear(x, self.weight, self.bias, in_source, out_source, seed, dist)
         drawn = draw([gate if gates is None else None for gate, gates in zip(own, given, strict=True)])
