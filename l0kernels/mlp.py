@@ -39,12 +39,10 @@ class _GatedMlp(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, seed: Tensor | None, settings: _Settings, *tensors: Tensor | None
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, seed: Tensor | None, settings: _Settings, *tensors: Any) -> Tensor:
         activation, dtype, full, dist, repack, backend = settings
         depth, rows = len(full), as_rows(x)
-        weights, biases, sources = (list[Any](tensors[i * depth :][:depth]) for i in range(3))
+        weights, biases, sources = [[*tensors[i : i + depth]] for i in (0, depth, 2 * depth)]
         drawn = seed is not None
         if seed is not None and dist is not None:
             chain = L0MlpCall(rows, weights, biases, sources, activation, seed, dist, dtype)
