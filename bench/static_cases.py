@@ -69,7 +69,7 @@ class Case(NamedTuple):
     Attributes:
         archs: on which GPUs.
         precision: torch.set_float32_matmul_precision.
-        only: constexprs of the launches that count.
+        only: constexprs of the launches that count, and "stem": how the names of their modules begin.
     """
 
     name: str
@@ -84,13 +84,12 @@ def new(*shape: int, dtype: torch.dtype = FP32) -> Tensor:
 
 
 def gates(*sizes: int) -> list[list[Tensor]]:
-    """[z, index, count] of each size, one behind the other in memory as ``sample`` makes them."""
+    """[z, index, count] of each size, one behind the other as ``sample`` makes them; no count is aligned."""
     z = new(sum(sizes)).split(list(sizes))
     capacities = [round_up(n) for n in sizes]
     index = new(sum(capacities), dtype=torch.int32).split(capacities)
-    return [
-        list(gate) for gate in zip(z, index, new(2 * len(sizes), dtype=torch.int32).split(2), strict=True)
-    ]
+    counts = [count[2:] for count in new(4 * len(sizes), dtype=torch.int32).split(4)]
+    return [list(gate) for gate in zip(z, index, counts, strict=True)]
 
 
 def sample_cases() -> Iterator[Case]:
@@ -119,20 +118,20 @@ def masked_linear_cases() -> Iterator[Case]:
         yield Case(name, partial(grad, True, True))
     for precision, param, dtype, m, block, parts in (
         *(("high", BF16, BF16, 8192, block, "y d") for block in (7, 16, 32, 64, 128)),
-        ("high", FP32, BF16, 8192, 16, "d"),
-        ("high", FP16, FP16, 8192, 64, "y d"),
-        ("high", FP16, FP16, 8192, 7, "d"),
+        ("high", FP32, BF16, 8192, 16, "lists"),
+        ("high", FP16, FP16, 8192, 64, "y dw"),
+        ("high", FP16, FP16, 8192, 7, "lists"),
         ("high", BF16, BF16, 64, 32, "y"),
         ("high", BF16, BF16, 16, 32, "y"),
-        ("high", FP32, FP32, 8192, 16, "y d"),
-        ("high", FP32, FP32, 8192, 128, "y d"),
+        ("high", FP32, FP32, 8192, 16, "y dw"),
+        ("high", FP32, FP32, 8192, 128, "y dx dw"),
         ("high", FP32, FP32, 16, 64, "y"),
-        ("highest", FP32, FP32, 8192, 64, "y d"),
-        ("highest", FP32, FP32, 8192, 7, "d"),
+        ("highest", FP32, FP32, 8192, 64, "y dw lists"),
+        ("highest", FP32, FP32, 8192, 7, "dx"),
         ("highest", FP32, FP32, 16, 64, "y"),
     ):
         yield from block_linear(precision, param, dtype, m, block, (4352, 1024), parts)
-    yield from block_linear("high", BF16, BF16, 8192, 128, (128, 1024), "d")
+    yield from block_linear("high", BF16, BF16, 8192, 128, (128, 1024), "dw")
 
 
 def block_linear(
@@ -148,14 +147,18 @@ def block_linear(
     x, weight, dy = new(m, n_in, dtype=dtype), new(n_out, n_in, dtype=param), new(m, n_out, dtype=dtype)
     z = new(-(-n_out // block), -(-n_in // block))
     bias = new(n_out, dtype=param)
+    forward = partial(masked_linear.block_linear_forward, x, weight, bias, z, block, block, dtype)
+    backward = partial(masked_linear.block_linear_backward, dy, x, weight, z, block, block, False)
+    only = {
+        "y": ("HAS_BIAS", True),
+        "dx": ("HAS_BIAS", False),
+        "dw": ("NEED_W", True),
+        "lists": ("ROWS", True),
+    }
     for part in parts.split():
         name = f"{part} {precision} {TYPES[param]} {TYPES[dtype]} {m} {block}"
-        if part == "y":
-            forward = partial(masked_linear.block_linear_forward, x, weight, bias, z, block, block, dtype)
-            yield Case(name, forward, ARCHS, precision, {"HAS_BIAS": True})
-        else:
-            backward = partial(masked_linear.block_linear_backward, dy, x, weight, z, block, block, False)
-            yield Case(name, partial(backward, dtype, [True] * 4), ARCHS, precision)
+        call: Callable[[], object] = forward if part == "y" else partial(backward, dtype, [True] * 4)
+        yield Case(name, call, ARCHS, precision, dict([only[part]] if part in only else []))
 
 
 def batch_norm_cases() -> Iterator[Case]:
@@ -331,14 +334,16 @@ def product_cases() -> Iterator[Case]:
     for activation in ("gelu", "relu", "swiglu"):
         yield from chain(large, BF16, BF16, activation, (90,))
     yield from chain(large, BF16, BF16, "gelu", (90,), gated="all", parts="d", EPILOGUE="linear")
-    for gated in ("in", "out", "in out"):
+    for gated in ("in", "out"):
         yield from layer("", large, BF16, BF16, gated, (90,))
+    yield from layer("", large, BF16, BF16, "in out", (90,), needs="")
     yield from layer("", large, BF16, BF16, "out", ARCHS, needs="")
     yield from layer("", large, BF16, BF16, "out", (90,), needs="w", LAYOUT="tn")
     yield from layer("", large, BF16, BF16, "in", (80, 90), needs="w", LAYOUT="tn")
     yield from chain(large, BF16, BF16, "gelu", others, parts="y", EPILOGUE="act")
     yield from chain(large, BF16, BF16, "gelu", (100,), parts="d", EPILOGUE="grad")
-    yield from chain(large, BF16, BF16, "gelu", others, parts="d", LAYOUT="tn")
+    yield from chain(large, BF16, BF16, "gelu", others, parts="d", SCATTER=True)
+    yield from chain(large, BF16, BF16, "gelu", (80,), parts="d", LAYOUT="tn")
     yield from chain(large, BF16, BF16, "relu", others, parts="d", EPILOGUE="grad")
     yield from chain(large, BF16, BF16, "swiglu", others, parts="y", EPILOGUE="glu")
     yield from chain(large, BF16, BF16, "swiglu", others, parts="d", EPILOGUE="glu_grad")
@@ -352,7 +357,7 @@ def product_cases() -> Iterator[Case]:
     yield from chain(large, FP32, FP32, "relu", (80,), "highest", parts="d", EPILOGUE="grad")
     yield from chain(large, FP32, FP32, "swiglu", (90, 100), "highest", parts="d", EPILOGUE="glu_grad")
     yield from chain(large, FP32, FP32, "gelu", (80, 90), parts="y", EPILOGUE="act")
-    yield from chain(large, FP32, FP32, "gelu", (90,), parts="d", LAYOUT="tn")
+    yield from chain(large, FP32, FP32, "gelu", (90,), parts="d", LAYOUT="tn", SCATTER=False)
     yield from chain(large, FP32, FP32, "swiglu", (90, 100), parts="y", EPILOGUE="glu")
     yield from layer("", large, FP32, FP32, "out", (100,), needs="", LAYOUT="nt")
 
@@ -361,13 +366,14 @@ def gather_cases() -> Iterator[Case]:
     """Small layers, every tile: rows, inputs and outputs that 16 does not divide."""
     for precision, dtype in (("highest", FP32), ("high", FP32), ("high", BF16)):
         small = partial(layer, param=dtype, dtype=dtype, archs=ARCHS, precision=precision)
-        for sizes in ((1020, 102, 1020), (510, 102, 510), (250, 102, 510), (120, 102, 510), (16, 102, 100)):
+        forward = ((1020, 102, 1020), (510, 102, 510), (250, 102, 510), (120, 102, 510), (16, 102, 100))
+        for sizes in forward[:: 2 if dtype == FP32 and precision == "high" else 1]:
             yield from small("", sizes, gated="in out", needs="")
         inner = partial(chain, param=dtype, dtype=dtype, activation="gelu", archs=ARCHS, precision=precision)
         yield from inner((16, 102, 100), depth=3, parts="y", X_PACKED=True, Y_PACKED=True)
-        backward: dict[str, Any] = {} if dtype == BF16 else {"NEED_W": True}
         for M, K, N in ((20, 3900, 100), (16, 102, 100), (60, 102, 100), (100, 102, 100)):
-            yield from small("", (M, K, N), gated="in out", **backward)
+            only: dict[str, Any] = {} if dtype == BF16 and M == 20 else {"NEED_W": True}
+            yield from small("", (M, K, N), gated="in out", **only)
             if precision == "highest" or dtype == BF16:
                 yield from inner((M, N, K), depth=3, parts="d", X_PACKED=True, DY_PACKED=True)
         log_alpha = new(4002)
@@ -376,19 +382,16 @@ def gather_cases() -> Iterator[Case]:
             draw = partial(gather.l0_linear_forward, x, weight, new(4002, dtype=dtype), log_alpha, log_alpha)
             call = partial(draw, SEED, 0, DEFAULT_DIST, sample.TAU, dtype)
             yield Case(f"drawn {M} {TYPES[dtype]}", call, ARCHS, precision)
-    yield from inner((16, 102, 100))
+    yield from inner((16, 102, 100), parts="d")
     for result in ("x", "w", "b", "in", "out"):
         gated = "in out" if result in ("in", "out") else ""
-        yield from small(f"only {result}", (100, 102, 100), gated=gated, needs=result, dist=None)
+        yield from small(f"only {result}", (100, 102, 100), gated=gated, needs=result, dist=None, DLOG=False)
 
 
 def conv2d_cases() -> Iterator[Case]:
     """A wide layer, gated and packed, in every dtype; narrow ones, strided ones, odd channels, groups."""
     for name, dtype, n_in, n_out, stride, sides, archs, precision in (
         ("wide", BF16, 640, 640, 1, "packed packed", ARCHS, "high"),
-        ("pointwise", BF16, 640, 640, 1, "packed packed", (90,), "high"),
-        ("pointwise", BF16, 640, 640, 1, "packed dense", (90,), "high"),
-        ("pointwise", BF16, 640, 640, 1, "dense packed", (90,), "high"),
         ("mid", BF16, 320, 320, 1, "dense dense", (90,), "high"),
         ("mid", BF16, 320, 320, 1, "packed dense", (90,), "high"),
         ("mid", BF16, 320, 320, 1, "dense packed", (90,), "high"),
@@ -398,7 +401,10 @@ def conv2d_cases() -> Iterator[Case]:
         ("tf32", FP32, 320, 320, 1, "packed packed", (90,), "high"),
         ("ieee", FP32, 320, 320, 1, "dense dense", (90,), "highest"),
     ):
-        yield from convolution(name, dtype, (n_in, n_out, 1), stride, sides, archs, precision)
+        only = {} if name == "mid" else {"stem": "conv2d"}
+        yield from convolution(name, dtype, (n_in, n_out, 1), stride, sides, archs, precision, **only)
+    for sides, layout in (("packed dense", "nt"), ("dense packed", "nn")):
+        yield from convolution("pointwise", BF16, (640, 640, 1), 1, sides, (90,), LAYOUT=layout)
     yield from convolution("groups", FP32, (320, 640, 16), 1, "", ARCHS)
     yield from convolution("groups", FP32, (320, 640, 16), 1, "packed dense", ARCHS)
     yield from convolution("groups", FP32, (320, 640, 16), 1, "packed packed", ARCHS, NATURAL=False)
@@ -514,7 +520,9 @@ def _record(
     constants: dict[str, Any],
 ) -> None:
     """Enters what Triton would compile for this launch."""
-    if any(constants.get(key) != value for key, value in case.only.items()):
+    module = kernel.__module__.rpartition(".")[2]
+    facts = {**constants, "stem": module.partition("_")[0]}
+    if any(facts.get(key) != value for key, value in case.only.items()):
         return
     signature: dict[str, str] = {}
     constexprs: dict[str, Any] = {}
@@ -531,9 +539,7 @@ def _record(
             divisible = value % 16 == 0 and not param.do_not_specialize
         signature[param.name] = f"{kind}:16" if divisible else kind
     key = kernel, (*signature.items(),), (*(constexprs | constants).items(),), num_warps, num_stages
-    name = f"{kernel.__module__.rpartition('.')[2]}/{kernel.__name__.lstrip('_')} {case.name}".replace(
-        " ", "_"
-    )
+    name = f"{module}/{kernel.__name__.lstrip('_')} {case.name}".replace(" ", "_")
     found.setdefault(key, [name, set()])[1].add(arch)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from triton import knobs
@@ -35,13 +35,29 @@ def address(t: Any) -> int:
     return int(t.data_ptr())
 
 
-@functools.lru_cache
+T = TypeVar("T")
+_remembered: list[Any] = []
+
+
+def per_gpu(of: Callable[..., T]) -> Callable[..., T]:
+    """lru_cache for what the GPU decides, which a recording forgets."""
+    cached = functools.lru_cache(of)
+    _remembered.append(cached)
+    return cached
+
+
+@per_gpu
 def gpu(index: int | None) -> tuple[int, int]:
     """(compute capability * 10, multiprocessors); without an index those of the machine stood in for."""
     if index is None:
         return _stand_in
     properties = torch.cuda.get_device_properties(index)
     return properties.major * 10 + properties.minor, properties.multi_processor_count
+
+
+def _forget() -> None:
+    for cached in _remembered:
+        cached.cache_clear()
 
 
 @contextlib.contextmanager
@@ -53,12 +69,12 @@ def recording(record: Callable[..., None], stand_in: tuple[int, int]) -> Iterato
     global _instead, _stand_in
     before = _instead, _stand_in
     _instead, _stand_in = record, stand_in
-    gpu.cache_clear()
+    _forget()
     try:
         yield
     finally:
         _instead, _stand_in = before
-        gpu.cache_clear()
+        _forget()
 
 
 def _interpret(

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from l0kernels._gates import ALIGN, HardConcrete, round_up
 
-from ._launch import cdiv, gpu, launch
+from ._launch import cdiv, gpu, launch, per_gpu
 from .hard_concrete import gate_slope
 
 Gate = list[Tensor]
@@ -537,6 +537,7 @@ def _reduce(
         tl.store(second_out_ptr + unit, total.to(second_out_ptr.dtype.element_ty), mask=inside)
 
 
+@per_gpu
 def _programs(device: torch.device, resident: int = _RESIDENT) -> int:
     """How many programs fill the device."""
     return gpu(device.index)[1] * resident
