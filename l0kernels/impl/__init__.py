@@ -3,6 +3,7 @@
 cpp      native kernels on raw addresses; 16-bit products go through packed.py
 torch    packed.py over torch's own index_select, mm and index_copy
 triton   launchers of triton_kernels/, imported on first use
+portable what torch computes, and cpp where no kernel takes the dtype or layout
 memory   the one way from a tensor to an address
 packed   the compositions pack -> product -> unpack, for either of the two pairs of pack and unpack
 """

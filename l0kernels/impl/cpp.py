@@ -17,15 +17,15 @@ from torch import Tensor
 from .. import _C
 from .._arguments import GLU
 from .._gates import HardConcrete, round_up
-from . import conv2d, joined, packed
-from . import torch as portable
+from . import conv2d, joined, packed, portable
+from .joined import ACTIVATIONS as _ACTIVATIONS
+from .joined import TYPES as _TYPES
+from .joined import constants as _constants
 from .memory import empty_grad, fresh, matrix, optional, plain, vector
 from .packed import Gate, Term, extent
 
 # 16-bit products go through packed.py to torch.mm, which uses the hardware's 16-bit instructions.
 _FUSED = (torch.float32, torch.float64)
-_TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-_ACTIVATIONS = {"identity": 0, "relu": 1, "gelu": 2, "silu": 3}
 
 
 def _gate(gate: Gate | None, name: str, n: int, dtype: torch.dtype, full: bool = False) -> _C.Gate | None:
@@ -48,10 +48,6 @@ def _draw(
     """Where gates are drawn from; the log_alphas are contiguous and bound to a name by the caller."""
     addresses = [vector(a, "log_alpha", dtype, a.numel()) for a in log_alphas]
     return vector(seed, "seed", torch.int64, 1), rank, _constants(dist), addresses
-
-
-def _constants(dist: HardConcrete) -> tuple[float, float, float]:
-    return dist.beta, dist.gamma, dist.zeta
 
 
 def _joined_gates(

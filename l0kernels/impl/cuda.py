@@ -19,6 +19,9 @@ from .._compat import foreach_add_, raw_stream
 from .._gates import ALIGN, TAU, HardConcrete, round_up
 from .._native import load
 from . import joined
+from .joined import ACTIVATIONS as _ACTIVATIONS
+from .joined import TYPES as _TYPES
+from .joined import constants as _constants
 from .memory import matrix, optional, strided, vector
 from .packed import Gate, Term
 
@@ -27,7 +30,6 @@ SERVES = frozenset(
 )
 """The primitives served here; large products are Triton's."""
 
-_TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _CONVERTS = {
     (torch.float32, torch.bfloat16),
     (torch.float32, torch.float16),
@@ -87,10 +89,6 @@ def _gate(matrix: Tensor, name: str, gate: Sequence[Tensor], n: int) -> tuple[in
         vector(index, name, torch.int32, round_up(n), device),
         vector(count, name, torch.int32, 2, device),
     )
-
-
-def _constants(dist: HardConcrete) -> tuple[float, float, float]:
-    return dist.beta, dist.gamma, dist.zeta
 
 
 def _address(t: Tensor | None) -> int:
@@ -518,7 +516,6 @@ def unpack(
     return out, dz_row, dz_col
 
 
-_ACTIVATIONS = {"identity": 0, "relu": 1, "gelu": 2, "silu": 3}
 SMALL_WORK = 1 << 27
 """Largest M * in * out that the fused small layers are meant for; beyond it Triton's products are faster."""
 
