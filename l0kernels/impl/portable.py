@@ -1,4 +1,4 @@
-"""What the backend "torch" computes in torch's operations, and "cpp" where its kernels do not take the dtype."""
+"""What the backend "torch" computes in torch's operations, and "cpp" where no kernel takes the dtype."""
 
 from __future__ import annotations
 

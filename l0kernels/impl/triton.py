@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from .._gates import HardConcrete
-from ..triton_kernels import batch_norm, conv2d, gather, linear, masked_linear, mlp, penalty
+from ..triton_kernels import batch_norm, conv2d, conv2d_channels, gather, linear, masked_linear, mlp, penalty
 from ..triton_kernels import sample as sampling
 from .memory import plain, strided
 
+P = ParamSpec("P")
 T = TypeVar("T")
-
 
 _VALUES = frozenset((int, float, bool, str, type(None), torch.dtype, HardConcrete))
 
@@ -32,19 +32,20 @@ def _readable(arg: Any) -> Any:
     return arg if arg.ndim != 1 or arg.is_contiguous() else arg.contiguous()
 
 
-def _on_its_device(launcher: Callable[..., T]) -> Callable[..., T]:
+def _on_its_device(launcher: Callable[P, T]) -> Callable[P, T]:
     """Triton launches on the current device; a tensor may live on another one."""
+    on_device: Callable[..., T] = launcher
 
     @functools.wraps(launcher)
     def launch(*given: Any) -> T:
         args = [_readable(a) for a in given]
         device = (args[0] if isinstance(args[0], Tensor) else args[0][0]).device
         if device.type != "cuda" or device.index == torch.cuda.current_device():
-            return launcher(*args)
+            return on_device(*args)
         with torch.cuda.device(device):
-            return launcher(*args)
+            return on_device(*args)
 
-    return launch
+    return cast("Callable[P, T]", launch)
 
 
 sample = _on_its_device(sampling.sample)
@@ -60,8 +61,8 @@ block_linear_forward = _on_its_device(masked_linear.block_linear_forward)
 block_linear_backward = _on_its_device(masked_linear.block_linear_backward)
 conv2d_forward = _on_its_device(conv2d.conv2d_forward)
 conv2d_backward = _on_its_device(conv2d.conv2d_backward)
-pack_channels = _on_its_device(conv2d.pack_channels)
-unpack_channels = _on_its_device(conv2d.unpack_channels)
+pack_channels = _on_its_device(conv2d_channels.pack_channels)
+unpack_channels = _on_its_device(conv2d_channels.unpack_channels)
 _batch_norm_forward = _on_its_device(batch_norm.batch_norm_forward)
 batch_norm_backward = _on_its_device(batch_norm.batch_norm_backward)
 conv2d_saved_shapes = conv2d.conv2d_saved_shapes
@@ -128,7 +129,7 @@ def l0_mlp_backward(
     dist: HardConcrete,
 ) -> list[Tensor | None]:
     """mlp_backward of l0_mlp_forward, with its gates as it returned them."""
-    gates = [[z, index, count]]
+    gates: list[list[Tensor] | None] = [[z, index, count]]
     return mlp_backward(dy, x, weights, biases, gates, saved, activation, dtype, [False], needs, dist)
 
 

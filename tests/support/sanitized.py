@@ -1,6 +1,6 @@
 """Runs tests with the CPU extension built for the address and undefined-behaviour sanitizers.
 
-    python tests/sanitized.py [what pytest takes; default: the tests of the operations]
+    python tests/support/sanitized.py [what pytest takes; default: the tests of the operations]
 
 As a plugin of that run it stands in for l0kernels._C. A fault ends the process with a report.
 """
@@ -14,7 +14,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 NAME = "_C"
 MISTAKE = """
 import sanitized, sys, torch
@@ -62,14 +62,14 @@ def main() -> int:
         "UBSAN_OPTIONS": "print_stacktrace=1",
         "OMP_NUM_THREADS": "2",
         "L0_SANITIZED": str(module),
-        "PYTHONPATH": str(ROOT / "tests"),
+        "PYTHONPATH": str(ROOT / "tests/support"),
     }
     found = subprocess.run(
         [sys.executable, "-c", MISTAKE], env=environment, capture_output=True, text=True, check=False
     )
     if "heap-buffer-overflow" not in found.stderr:
         raise RuntimeError(f"the sanitizers do not report what they are there to find:\n{found.stderr}")
-    arguments = sys.argv[1:] or ["-q", *(str(ROOT / "tests" / name) for name in TESTS)]
+    arguments = sys.argv[1:] or ["-q", *(str(ROOT / "tests/ops" / name) for name in TESTS)]
     command = [sys.executable, "-m", "pytest", "-p", "sanitized", "-p", "no:cacheprovider", *arguments]
     return subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode
 

@@ -18,7 +18,7 @@ from l0kernels.impl import cuda
 from op_checks import LAYOUTS, SEED, check_large_activations, compare, make_z, sliced, transposed
 
 if not RUNS:
-    pytest.skip("no GPU; test_cuda_emulated.py runs these on the CPU", allow_module_level=True)
+    pytest.skip("no GPU; test_emulated.py runs these on the CPU", allow_module_level=True)
 
 DIST = HardConcrete()
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)

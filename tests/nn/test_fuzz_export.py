@@ -1,6 +1,6 @@
 """Random nets, exported: the function is that of eval(), in whatever the net is wrapped.
 
-L0KERNELS_FUZZ_NETS says how many nets there are (see tests/fuzz_nets.py).
+L0KERNELS_FUZZ_NETS says how many nets there are (see tests/support/fuzz_nets.py).
 """
 
 import copy

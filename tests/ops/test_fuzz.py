@@ -1,6 +1,6 @@
 """Random calls of every operation on every backend of the CPU, the native one at each instruction set.
 
-L0KERNELS_FUZZ_OPS=2000 makes so many of each; test_triton_fuzz.py and test_cuda_kernels.py have the others.
+L0KERNELS_FUZZ_OPS=2000 makes so many of each; those of Triton and CUDA are in tests/triton and tests/cuda.
 """
 
 import fuzz_ops

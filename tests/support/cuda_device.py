@@ -1,4 +1,4 @@
-"""Where the CUDA kernels run in these tests: on the GPU, or on the emulator (tests/emulator) on the CPU."""
+"""Where the CUDA kernels run in these tests: on the GPU, or on the emulator beside this file on the CPU."""
 
 import importlib
 import os
@@ -9,7 +9,7 @@ import torch
 from l0kernels.impl import cuda
 
 EMULATED = os.environ.get("L0_EMULATED_CUDA")
-"""Folder of the emulated module; test_cuda_emulated.py builds it and sets this in a process of its own."""
+"""Folder of the emulated module; cuda/test_emulated.py builds it and sets this in a process of its own."""
 
 if EMULATED:
     sys.path.insert(0, EMULATED)

@@ -1,6 +1,6 @@
 """Runs the native kernels on operands and results that touch unreadable pages: what strays outside dies.
 
-A script for tests/test_native.py: a stray access ends the process, not the test session.
+A script for tests/ops/test_native.py: a stray access ends the process, not the test session.
 """
 
 import ctypes

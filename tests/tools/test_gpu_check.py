@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 import sys
 import time
 
@@ -11,7 +10,7 @@ import pytest
 import rows
 import torch
 from conv_ops import ALL_OPS
-from gpu_check import ROOT, Counts, Done, Shard
+from gpu_check import ROOT, Done
 from registry import KEEPS, WORKS
 
 
@@ -39,8 +38,8 @@ def test_the_site_maps_the_checkout_in_a_fresh_process(check):
     code = """
 import json, sys, l0kernels, l0kernels.nn
 from l0kernels import _registry, triton_kernels
-from l0kernels.triton_kernels import _variants
-print(json.dumps([l0kernels.__file__, triton_kernels.__file__, _variants.__name__, "triton" in sys.modules]))
+from l0kernels.triton_kernels import _table
+print(json.dumps([l0kernels.__file__, triton_kernels.__file__, _table.__name__, "triton" in sys.modules]))
 """
     # -S hides the installed package: what is imported comes from the site alone.
     env = check.env()
@@ -50,7 +49,7 @@ print(json.dumps([l0kernels.__file__, triton_kernels.__file__, _variants.__name_
     package, kernels, name, heavy = json.loads(done.output.splitlines()[-1])
     assert package == str(check.site / "l0kernels" / "__init__.py")
     assert kernels == str(check.site / "l0kernels" / "triton_kernels" / "__init__.py")
-    assert name == "l0kernels.triton_kernels._variants"
+    assert name == "l0kernels.triton_kernels._table"
     assert not heavy
 
 
@@ -84,78 +83,68 @@ def test_call_kills_the_whole_group_when_the_time_is_up(tmp_path, monkeypatch):
     assert not (tmp_path / "late").exists()
 
 
-def test_a_pytest_out_of_time_still_reports_what_it_has(check, monkeypatch):
-    tests = check.work / "tests"
-    tests.mkdir()
-    (check.work / "pyproject.toml").write_text("[tool.pytest.ini_options]\n")
-    (tests / "test_slow.py").write_text(
+@pytest.fixture
+def tests_folder(check, monkeypatch):
+    """A checkout of a few tests of its own, run by two workers."""
+    folder = check.work / "tests"
+    for name in ("gpu", "triton", "cuda"):
+        (folder / name).mkdir(parents=True)
+    (check.work / "pyproject.toml").write_text(
+        "[tool.pytest.ini_options]\naddopts = ['--import-mode=importlib']\n"
+    )
+    monkeypatch.setattr(gpu_check, "ROOT", check.work)
+    monkeypatch.setattr(gpu_check, "WORKERS", 2)
+    return folder
+
+
+def test_a_pytest_out_of_time_still_reports_what_it_has(check, tests_folder):
+    (tests_folder / "gpu/test_slow.py").write_text(
         "import time, pytest\n"
         "def test_passes(): pass\n"
         "def test_fails(): assert 1 == 2, 'one is not two'\n"
         "@pytest.mark.skip(reason='no such thing')\ndef test_skipped(): pass\n"
-        "def test_hangs(): time.sleep(60)\n"
+        "@pytest.mark.parametrize('name', ['a b'])\ndef test_hangs(name): time.sleep(600)\n"
     )
-    monkeypatch.setattr(gpu_check, "ROOT", check.work)
-    shard = Shard("test_slow.py")
-    done, junit = gpu_check.run_shard(check, shard, time.monotonic() + 20, 0)
-    assert done.code is None
-    counts = gpu_check.report_shard(check, shard, done, junit)
-    assert (counts.failed, counts.skipped) == (1, 1)
+    gpu_check.report_tests(check, gpu_check.run_tests(check, 30))
     text = logged(check)
-    assert "test_fails: AssertionError: one is not two" in text
-    assert "skipped 1: no such thing" in text
-    assert any("out of time, at" in f and "test_hangs" in f for f in check.failures), check.failures
-    missing = gpu_check.report_shard(
-        check, Shard("test_x.py"), Done(139, "boom", 1.0), check.work / "none.xml"
-    )
-    assert missing == Counts(failed=1)
-    assert "exit 139, no report" in check.failures[-1]
+    assert "gpu/test_slow.py: 1 passed, 1 failed, 1 skipped" in text
+    assert "test_slow.py::test_fails - AssertionError: one is not two" in text
+    assert "no such thing" in text
+    assert check.failures == [
+        "tests gpu/test_slow.py: 1 of 3",
+        "tests: out of time, at gpu/test_slow.py::test_hangs[a b]",
+    ]
+    gpu_check.report_tests(check, Done(139, "boom", 1.0))
+    assert check.failures[-1] == "tests: exit 139"
     assert "    boom" in logged(check)
 
 
-def test_shards_cover_every_gpu_test_once():
-    first = gpu_check.shards(ROOT / "tests", built=False)
-    second = gpu_check.shards(ROOT / "tests", built=True)
-    names = {path.name for path in (ROOT / "tests").glob("test_triton_*.py")}
-    assert names == {shard.file for shard in first if shard.file.startswith("test_triton_")}
-    assert not [shard for shard in second if shard.file.startswith("test_triton_")]
-    assert {"test_gpu_ops.py", "test_gpu_sync.py"} <= {shard.file for shard in first}
-    assert all(shard.keywords.startswith("not cuda") for shard in first if "gpu" in shard.file)
-    assert all(shard.keywords.startswith("cuda") for shard in second if "gpu" in shard.file)
-    assert not [shard for shard in (*first, *second) if shard.file == "test_gpu_check.py"]
-
-
-class Within(dict):
-    """What pytest -k asks of a name: whether it holds a word."""
-
-    def __init__(self, name):
-        self.name = name
-
-    def __missing__(self, word):
-        return word in self.name
-
-
-def test_the_split_of_a_file_leaves_no_test_out_and_runs_none_twice():
-    command = [sys.executable, "-m", "pytest", "tests/test_gpu_ops.py", "--collect-only", "-q"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    names = [line.partition("::")[2] for line in done.stdout.splitlines() if "::" in line]
-    assert len(names) > 500
-    for name in names:
-        chosen = [k for k in gpu_check.SPLIT["test_gpu_ops.py"] if eval(k, {}, Within(name))]
-        assert len(chosen) == 1, name
+def test_only_what_needs_a_gpu_is_chosen():
+    folder = ROOT / "tests"
+    left_out = {path for pattern in gpu_check.NEED_NO_GPU for path in folder.glob(pattern)}
+    assert {path.relative_to(folder).as_posix() for path in left_out} == {
+        "cuda/test_emulated.py",
+        "cuda/test_static.py",
+        "triton/test_static.py",
+        "triton/test_static_pack.py",
+    }
 
 
 # ---- parts
 
 
-def test_tests_part_reports_every_process_and_those_of_a_fresh_build(check, monkeypatch):
-    tests = check.work / "tests"
-    tests.mkdir()
-    (check.work / "pyproject.toml").write_text("[tool.pytest.ini_options]\n")
-    (tests / "test_gpu_a.py").write_text("def test_a(): pass\ndef test_a_cuda(): assert False, 'wrong'\n")
-    (tests / "test_triton_b.py").write_text("import no_such_module\n")
-    (tests / "test_cuda_c.py").write_text("def test_c(): pass\n")
-    monkeypatch.setattr(gpu_check, "ROOT", check.work)
+def test_tests_part_reports_every_file(check, monkeypatch, tests_folder):
+    (tests_folder / "gpu/test_a.py").write_text(
+        "import os, pathlib\n"
+        "def test_a(): pass\n"
+        "site = pathlib.Path(os.environ['PYTHONPATH'].split(':')[0])\n"
+        "def test_built(): assert list(site.glob('*/_CUDA.*'))\n"
+        "def test_wrong(): assert False, 'wrong'\n"
+    )
+    (tests_folder / "triton/test_b.py").write_text("import no_such_module\n")
+    (tests_folder / "triton/test_static.py").write_text("def test_no_gpu(): assert False\n")
+    (tests_folder / "cuda/test_c.py").write_text("def test_c(): pass\n")
+    (tests_folder / "cuda/test_emulated.py").write_text("def test_no_gpu(): assert False\n")
 
     def build(check, limit_s):
         for name in ("_C.x.so", "_CUDA.x.so"):
@@ -169,17 +158,16 @@ def test_tests_part_reports_every_process_and_those_of_a_fresh_build(check, monk
     text = logged(check)
     for line in (
         "native extensions: _C.x.so, _CUDA.x.so, 1 s",
-        "test_gpu_a.py[not cuda]: 1 passed, 0 failed, 0 skipped",
-        "test_gpu_a.py[cuda]: 0 passed, 1 failed, 0 skipped",
-        "test_a_cuda: AssertionError: wrong",
-        "test_cuda_c.py: 1 passed",
-        "test_triton_b.py: 0 passed, 1 failed",
-        "No module named 'no_such_module'",
+        "gpu/test_a.py: 2 passed, 1 failed, 0 skipped",
+        "test_a.py::test_wrong - AssertionError: wrong",
+        "cuda/test_c.py: 1 passed",
+        "triton/test_b.py: 0 passed, 1 failed",
+        "triton/test_b.py - ImportError",
         "kernels of ffn: exit 1 after 2 s",
-        "TESTS: 2 passed, 2 failed, 0 skipped",
+        "TESTS: 3 passed, 2 failed, 0 skipped",
     ):
         assert line in text, text
-    assert len(check.failures) == 2
+    assert check.failures == ["tests gpu/test_a.py: 1 of 3", "tests triton/test_b.py: 1 of 1"]
 
 
 def test_parts_are_dropped_by_name_and_a_failing_one_does_not_stop_the_next(check, monkeypatch):

@@ -11,8 +11,7 @@ import pytest
 import static
 import triton
 import triton.language as tl
-
-from l0kernels.triton_kernels._variants import ARCHS, Variant
+from static_cases import ARCHS, Variant
 
 
 def _jobs():

@@ -10,7 +10,7 @@ import l0kernels as l0
 from l0kernels import Gates, reference
 from l0kernels._gates import HardConcrete
 from l0kernels.impl import triton as backend
-from l0kernels.triton_kernels import conv2d
+from l0kernels.triton_kernels import conv2d, conv2d_tiles
 from triton_device import DEVICE, DTYPES, INTERPRETED
 from triton_gates import make_gate, positions
 
@@ -265,7 +265,7 @@ def test_tiles_cover_the_open_columns(n_open):
     packed = conv2d.pack_weight(weight, gate, None, torch.float32)
     rows = conv2d.as_rows(x).contiguous()
     for levels in (1, 2, 3):
-        config = conv2d.Config(16, 64, 16, levels, 4, 2)
+        config = conv2d_tiles.Config(16, 64, 16, levels, 4, 2)
         conv2d.convolve(
             conv2d.Operand(rows), packed, conv2d.Operand(y), (1, 3, 4), (2, 4), (2, 1), (n, k), conv,
             n_gate=gate, mode_n=1, config=config,

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from emulator.build import build, sanitizer_libraries, sources
 
-ROOT = Path(__file__).resolve().parent.parent
-TESTS = ROOT / "tests"
+ROOT = Path(__file__).resolve().parents[2]
+EMULATOR = ROOT / "tests/support/emulator"
 COMPILER = os.environ.get("CXX", "g++")
 
 pytestmark = pytest.mark.skipif(
@@ -64,9 +64,9 @@ def run(emulator, *arguments, seed=1):
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_kernels(emulator, seed):
-    """Every test of test_cuda_kernels.py, the threads and blocks of a kernel in another order each time."""
+    """Every test of test_kernels.py, the threads and blocks of a kernel in another order each time."""
     options = ["-q", "-p", "no:cacheprovider", "-k", "not TestGraph"]
-    done = run(emulator, "-m", "pytest", *options, str(TESTS / "test_cuda_kernels.py"), seed=seed)
+    done = run(emulator, "-m", "pytest", *options, str(ROOT / "tests/cuda/test_kernels.py"), seed=seed)
     assert done.returncode == 0, f"{done.stdout[-8000:]}\n{done.stderr[-8000:]}"
     assert " passed" in done.stdout
     assert "skipped" not in done.stdout
@@ -92,8 +92,8 @@ class TestTheEmulatorItself:
         source = tmp_path / "kernel.cpp"
         source.write_text(textwrap.dedent(self.PRELUDE) + "int main() {" + textwrap.dedent(body) + "}\n")
         program = tmp_path / "kernel"
-        command = [COMPILER, "-std=c++17", "-O1", *sanitize, f"-I{TESTS / 'emulator'}", str(source)]
-        command += [str(TESTS / "emulator/cuda_emulator.cpp"), "-o", str(program)]
+        command = [COMPILER, "-std=c++17", "-O1", *sanitize, f"-I{EMULATOR}", str(source)]
+        command += [str(EMULATOR / "cuda_emulator.cpp"), "-o", str(program)]
         subprocess.run(command, check=True, capture_output=True)
         return subprocess.run([str(program)], capture_output=True, text=True, check=False)
 

@@ -14,7 +14,7 @@ import torch
 
 import l0kernels
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ["pyproject.toml", "setup.py", "MANIFEST.in", "LICENSE", "README.md", "constraints.txt"]
 FOLDERS = ["l0kernels", "triton_kernels", "csrc"]
 
@@ -162,9 +162,8 @@ class TestCudaBuild:
         shutil.copytree(ROOT / "csrc", root / "csrc")
         for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
             shutil.copy(ROOT / name, root / name)
-        nvcc.write_text(
-            f"#!{sys.executable}\n" + textwrap.dedent(NVCC).format(emulator=ROOT / "tests/emulator", log=log)
-        )
+        script = textwrap.dedent(NVCC).format(emulator=ROOT / "tests/support/emulator", log=log)
+        nvcc.write_text(f"#!{sys.executable}\n{script}")
         nvcc.chmod(0o755)
 
         def run(code="", *, succeeds=True, **environment):

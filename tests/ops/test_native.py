@@ -27,7 +27,7 @@ if native is not None:
     from l0kernels.impl import cpp, memory
     from l0kernels.impl import torch as portable
 
-TESTS = Path(__file__).resolve().parent
+TESTS = Path(__file__).resolve().parents[1]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 EPS = {dtype: torch.finfo(dtype).eps for dtype in DTYPES}
 
@@ -404,7 +404,7 @@ class TestMemory:
         """No kernel reads or writes outside its operands, and every result is written whole."""
         environment = {k: v for k, v in os.environ.items() if not k.startswith("L0KERNELS_")}
         environment["PYTHONPATH"] = str(Path(l0.__file__).parents[1])
-        script = [sys.executable, str(TESTS / "guard_pages.py")]
+        script = [sys.executable, str(TESTS / "support/guard_pages.py")]
         done = subprocess.run(
             script, env=environment, capture_output=True, text=True, timeout=120, check=False
         )

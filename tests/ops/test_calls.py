@@ -1,4 +1,4 @@
-"""Every public call on the backends of the CPU; others: test_triton_calls.py and test_cuda_kernels.py."""
+"""Every public call on the backends of the CPU; tests/triton and tests/cuda have the others."""
 
 import ast
 import inspect
