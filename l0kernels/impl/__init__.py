@@ -3,6 +3,7 @@
 cpp      native kernels on raw addresses; 16-bit products go through packed.py
 torch    packed.py over torch's own index_select, mm and index_copy
 triton   launchers of triton_kernels/, imported on first use
+portable what torch computes, and cpp where no kernel takes the dtype or layout
 memory   the one way from a tensor to an address
 packed   the compositions pack -> product -> unpack, for either of the two pairs of pack and unpack
 """
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     )
     from .._gates import HardConcrete
     from . import cpp, cuda, triton
-    from . import torch as portable
+    from . import torch as plain_torch
     from .packed import Term
 
 _MODULES = {
@@ -215,4 +216,4 @@ if TYPE_CHECKING:
 
     class _Triton(Gates, Layers, Draws, Masked, Convolutions, Protocol): ...
 
-    _conforming: tuple[Backend, _Torch, _Cuda, _Triton] = (cpp, portable, cuda, triton)
+    _conforming: tuple[Backend, _Torch, _Cuda, _Triton] = (cpp, plain_torch, cuda, triton)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import _C
 from .._arguments import GLU
 from .._calls import (
     BlockCall,
@@ -27,21 +28,18 @@ from .._calls import (
     Wanted,
 )
 from .._gates import HardConcrete, round_up
-from .._native import native as _C
-from . import conv2d, joined, packed
-from . import torch as portable
+from . import conv2d, joined, packed, portable
+from .joined import ACTIVATIONS as _ACTIVATIONS
+from .joined import TYPES as _TYPES
+from .joined import constants as _constants
 from .memory import empty_grad, fresh, matrix, optional, plain, vector
 from .packed import Term, extent
 
 # 16-bit products go through packed.py to torch.mm, which uses the hardware's 16-bit instructions.
 _FUSED = (torch.float32, torch.float64)
-_TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-_ACTIVATIONS = {"identity": 0, "relu": 1, "gelu": 2, "silu": 3}
 
 
-def _gate(
-    gate: Gate | None, name: str, n: int, dtype: torch.dtype, full: bool = False
-) -> tuple[int, int, int, int, bool] | None:
+def _gate(gate: Gate | None, name: str, n: int, dtype: torch.dtype, full: bool = False) -> _C.Gate | None:
     """n gates for a product in ``dtype``, whose z is float64 for float64 and else float32."""
     if gate is None:
         return None
@@ -57,14 +55,10 @@ def _gate(
 
 def _draw(
     log_alphas: list[Tensor], seed: Tensor, rank: int, dist: HardConcrete, dtype: torch.dtype
-) -> tuple[Any, ...]:
+) -> _C.Draw:
     """Where gates are drawn from; the log_alphas are contiguous and bound to a name by the caller."""
     addresses = [vector(a, "log_alpha", dtype, a.numel()) for a in log_alphas]
     return vector(seed, "seed", torch.int64, 1), rank, _constants(dist), addresses
-
-
-def _constants(dist: HardConcrete) -> tuple[float, float, float]:
-    return dist.beta, dist.gamma, dist.zeta
 
 
 def _joined_gates(
@@ -74,7 +68,7 @@ def _joined_gates(
     sizes: list[int | None],
     dtype: torch.dtype,
     are_fresh: bool = False,
-) -> list[tuple[int, int, int, int, bool] | None]:
+) -> list[_C.Gate | None]:
     places = joined.addresses(z, index, count, sizes, dtype, are_fresh=are_fresh)
     return [None if gate is None else (*gate, False) for gate in places]
 
@@ -92,7 +86,7 @@ def sample(
     nan_at = _C.sample(
         dtype == torch.float64,
         _draw(log_alphas, seed, rank, dist, dtype),
-        _joined_gates(*gates, [a.shape[0] for a in log_alphas], dtype, True),
+        _joined_gates(*gates, [a.shape[0] for a in log_alphas], dtype, True),  # type: ignore[arg-type]  # no None
         optional(expected, "expected", dtype, len(log_alphas)),
         torch.get_num_threads(),
     )
@@ -342,9 +336,9 @@ def _linear_forward(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    sides: list[Any],
+    sides: list[_C.Gate | None],
     scale_out: bool,
-    draw: tuple[Any, ...] | None,
+    draw: _C.Draw | None,
 ) -> Tensor:
     dtype, M, (n_out, n_in) = x.dtype, x.shape[0], weight.shape
     y = x.new_empty(M, n_out)
@@ -357,7 +351,8 @@ def _linear_forward(
         matrix(x, "x", dtype, M, n_in),
         matrix(weight, "weight", dtype, n_out, n_in),
         optional(bias, "bias", dtype, n_out),
-        *sides,
+        sides[0],
+        sides[1],
         scale_out,
         draw,
         fresh(y),
@@ -423,11 +418,11 @@ def _layers(
     M: int,
     weights: list[Tensor],
     biases: list[Tensor | None],
-    gates: list[Any],
+    gates: list[_C.Gate | None],
     saved: list[Tensor],
     dtype: torch.dtype,
     grads: list[list[Tensor | None]] | None = None,
-) -> list[tuple[Any, ...]]:
+) -> list[_C.Layer]:
     depth = len(weights)
     if grads is None:
         hidden = [fresh(h) for h in saved]
@@ -492,7 +487,7 @@ def l0_mlp_forward(
 
 def _given_gates(
     weights: list[Tensor], gates: list[Gate | None], dtype: torch.dtype, full: list[bool] | None = None
-) -> list[tuple[int, int, int, int, bool] | None]:
+) -> list[_C.Gate | None]:
     wants_all = full or [False] * len(gates)
     return [
         _gate(gate, "gates", weight.shape[1], dtype, every)
@@ -504,9 +499,9 @@ def _mlp_forward(
     x: Tensor,
     weights: list[Tensor],
     biases: list[Tensor | None],
-    gates: list[Any],
+    gates: list[_C.Gate | None],
     activation: str,
-    draw: tuple[Any, ...] | None,
+    draw: _C.Draw | None,
 ) -> tuple[Tensor, list[Tensor]]:
     dtype, M = x.dtype, x.shape[0]
     saved = [x.new_empty(M, w.shape[1]) for w in weights[1:]]
@@ -554,7 +549,7 @@ def _mlp_backward(
     x: Tensor,
     weights: list[Tensor],
     biases: list[Tensor | None],
-    gates: list[Any],
+    gates: list[_C.Gate | None],
     saved: list[Tensor],
     activation: str,
     wanted: Wanted,

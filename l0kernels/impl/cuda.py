@@ -10,7 +10,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +20,9 @@ from .._compat import foreach_add_, raw_stream
 from .._gates import ALIGN, TAU, HardConcrete, round_up
 from .._native import load
 from . import joined, packed
+from .joined import ACTIVATIONS as _ACTIVATIONS
+from .joined import TYPES as _TYPES
+from .joined import constants as _constants
 from .memory import matrix, optional, strided, vector
 from .packed import Term
 
@@ -28,7 +31,6 @@ SERVES = frozenset(
 )
 """The primitives served here; large products are Triton's."""
 
-_TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _CONVERTS = {
     (torch.float32, torch.bfloat16),
     (torch.float32, torch.float16),
@@ -37,12 +39,20 @@ _CONVERTS = {
 }
 
 
-_CUDA, _why_not_loaded = load("l0kernels._CUDA", "no nvcc or no ninja at installation, or L0KERNELS_CUDA=0")
+if TYPE_CHECKING:
+    from .. import _CUDA
+
+    _why_not_loaded: str | None
+else:
+    _CUDA, _why_not_loaded = load(
+        "l0kernels._CUDA", "no nvcc or no ninja at installation, or L0KERNELS_CUDA=0"
+    )
 
 
 def why_not() -> str | None:
     """None where the kernels can run, else the reason."""
-    if _CUDA is None:
+    loaded: Any = _CUDA  # None, whatever its stub says, where it was not
+    if loaded is None:
         return _why_not_loaded
     if torch.version.cuda is None and _CUDA.architectures != "emulated":
         return "this torch has no CUDA"
@@ -80,10 +90,6 @@ def _gate(matrix: Tensor, name: str, gate: Sequence[Tensor], n: int) -> tuple[in
         vector(index, name, torch.int32, round_up(n), device),
         vector(count, name, torch.int32, 2, device),
     )
-
-
-def _constants(dist: HardConcrete) -> tuple[float, float, float]:
-    return dist.beta, dist.gamma, dist.zeta
 
 
 def _address(t: Tensor | None) -> int:
@@ -349,20 +355,17 @@ def coupled_penalty_grad(
 
 def _side(
     matrix: Tensor, name: str, size: int, gate: Gate | None, scale: bool, full: bool = False
-) -> tuple[Any, ...]:
+) -> _CUDA.Side:
     if gate is None:
         return size, None, False, False
     return size, _gate(matrix, name, gate, size), scale, full
 
 
-_Grid = tuple[int, int, int, int]
-
-
-def _by_rows(n_blocks: int) -> _Grid:
+def _by_rows(n_blocks: int) -> _CUDA.Grid:
     return 0, n_blocks, 1, 0
 
 
-def _grid(n_rows: int, n_cols: int, itemsize: int, n_blocks: int) -> _Grid:
+def _grid(n_rows: int, n_cols: int, itemsize: int, n_blocks: int) -> _CUDA.Grid:
     """PackGrid of csrc/cuda/pack.h: about n_blocks blocks, and as many rows each as that leaves."""
     tiles = -(-n_cols // _tile(itemsize))
     warps_x = min(8, 1 << (tiles - 1).bit_length())
@@ -514,7 +517,6 @@ def unpack(
     return out, dz_row, dz_col
 
 
-_ACTIVATIONS = {"identity": 0, "relu": 1, "gelu": 2, "silu": 3}
 SMALL_WORK = 1 << 27
 """Largest M * in * out that the fused small layers are meant for; beyond it Triton's products are faster."""
 
@@ -544,11 +546,7 @@ def _vector(t: Tensor | None, beside: Tensor, n: int) -> int:
     return optional(t, "an operand", beside.dtype, n, beside.device)
 
 
-_SmallGate = tuple[int, int, int, int, int, int]
-"""size, addresses of z, index and count, address of the log_alpha that is drawn from or 0, stream."""
-
-
-def _small_gate(x: Tensor, name: str, gate: Gate | None, n: int) -> _SmallGate | None:
+def _small_gate(x: Tensor, name: str, gate: Gate | None, n: int) -> _CUDA.SmallGate | None:
     return None if gate is None else (n, *_gate(x, name, gate, n), 0, 0)
 
 
@@ -557,9 +555,9 @@ def _joined_gates(
     gates: tuple[Tensor, Tensor, Tensor],
     sizes: Sequence[int | None],
     log_alphas: Sequence[Tensor] | None = None,
-) -> list[_SmallGate | None]:
+) -> list[_CUDA.SmallGate | None]:
     """Where ``sizes`` has one, a gate; with log_alphas, one for each of these, they are drawn."""
-    found: list[_SmallGate | None] = []
+    found: list[_CUDA.SmallGate | None] = []
     stream = 0
     for place in joined.addresses(*gates, sizes, _z_dtype(x.dtype), x.device):
         if place is None:
@@ -579,7 +577,7 @@ def _empty_gates(log_alphas: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     return gates
 
 
-def _draw(seed: Tensor, rank: int, dist: HardConcrete) -> tuple[Any, ...]:
+def _draw(seed: Tensor, rank: int, dist: HardConcrete) -> _CUDA.SmallDraw:
     return vector(seed, "seed", torch.int64, 1, seed.device), rank, _constants(dist), TAU
 
 
@@ -637,11 +635,11 @@ def _linear_forward(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    in_gate: _SmallGate | None,
-    out_gate: _SmallGate | None,
+    in_gate: _CUDA.SmallGate | None,
+    out_gate: _CUDA.SmallGate | None,
     scale_out: bool,
     dtype: torch.dtype,
-    draw: tuple[Any, ...] | None,
+    draw: _CUDA.SmallDraw | None,
 ) -> Tensor:
     M, (n_out, n_in) = x.shape[0], weight.shape
     _refuse_large(M, (n_in, n_out))
@@ -718,8 +716,12 @@ def linear_backward(call: LinearCall, dy: Tensor, saved: list[Tensor], wanted: W
 
 
 def _small_layers(
-    x: Tensor, weights: list[Tensor], biases: list[Tensor | None], gates: list[Any], saved: list[Tensor]
-) -> list[tuple[Any, ...]]:
+    x: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor | None],
+    gates: list[_CUDA.SmallGate | None],
+    saved: list[Tensor],
+) -> list[_CUDA.SmallLayer]:
     layers, (M, n_in) = [], x.shape
     for i, (w, b, gate) in enumerate(zip(weights, biases, gates, strict=True)):
         n_out = w.shape[0]
@@ -761,10 +763,10 @@ def _mlp_forward(
     x: Tensor,
     weights: list[Tensor],
     biases: list[Tensor | None],
-    gates: list[_SmallGate | None],
+    gates: list[_CUDA.SmallGate | None],
     activation: str,
     dtype: torch.dtype,
-    draw: tuple[Any, ...] | None,
+    draw: _CUDA.SmallDraw | None,
 ) -> tuple[Tensor, list[Tensor]]:
     x, weights, biases = _mlp_tensors(x, weights, biases, dtype)
     M = x.shape[0]
@@ -805,7 +807,7 @@ def _mlp_backward(
     x: Tensor,
     weights: list[Tensor],
     biases: list[Tensor | None],
-    gates: list[_SmallGate | None],
+    gates: list[_CUDA.SmallGate | None],
     saved: list[Tensor],
     activation: str,
     dtype: torch.dtype,
