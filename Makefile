@@ -14,7 +14,7 @@ help:
 	@echo "make train      train a LeNet-300-100 with L0 gates on handwritten digits (ARGS= for its options)"
 	@echo "make train-lenet5, train-wrn  the same with convolutions: LeNet-5-Caffe, a wide residual net"
 	@echo "make test       ruff, mypy, pytest (ARGS= for pytest's options)"
-	@echo "make test-all   the same and what is only long: more random nets and calls, sanitizers"
+	@echo "make test-all   the same and what is only long: every variant, more random nets and calls, sanitizers"
 	@echo "make bench-cpu  the CPU rows, tables and plots, under ten minutes; adds to bench/results (ARGS=--full: hours)"
 	@echo "make bench      pytest-benchmark of the core operations (ARGS=--benchmark-compare: beside the last run)"
 	@echo "make static     registers, shared memory and instructions of every Triton kernel; needs no GPU"
@@ -33,13 +33,16 @@ train-wrn: $(STAMP)
 
 test: $(STAMP)
 	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
 	$(PY) -m mypy
-	$(PY) -m pytest -n 2 $(ARGS)
+	$(PY) -m pytest -n 2 --dist loadgroup $(ARGS)
 	@# The Triton kernels run in a process of their own, under Triton's interpreter; 5: ARGS chose none of these.
-	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 tests/triton $(ARGS) || [ $$? -eq 5 ]
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadgroup tests/triton $(ARGS) || [ $$? -eq 5 ]
 
 # Each part in a process of its own, one after the other; the first that fails ends it.
 test-all: test
+	$(PY) -m pytest -n 2 -m long
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 -m long tests/triton || [ $$? -eq 5 ]
 	L0KERNELS_FUZZ_NETS=5000 OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 tests/nn/test_fuzz_nets.py tests/nn/test_fuzz_export.py
 	L0KERNELS_FUZZ_OPS=2000 OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 tests/ops/test_fuzz.py
 	L0KERNELS_FUZZ_OPS=20 TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 tests/triton/test_fuzz.py

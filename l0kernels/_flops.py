@@ -26,7 +26,7 @@ def _linear_backward(dy: Shape, x: Shape, weight: Shape, *rest: Any, out_shape: 
 
 
 def _block_backward(dy: Shape, x: Shape, weight: Shape, *rest: Any, out_shape: Any = None) -> int:
-    dx, dw, _, dz = rest[-2]
+    dx, dw, _, dz = rest[-3]
     return _linear(x, weight) * (dx + (dw or dz))
 
 

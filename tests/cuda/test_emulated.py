@@ -62,7 +62,7 @@ def run(emulator, *arguments, seed=1):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [1, 2, 3])
+@pytest.mark.parametrize("seed", [1, *(pytest.param(seed, marks=pytest.mark.long) for seed in (2, 3))])
 def test_kernels(emulator, seed):
     """Every test of test_kernels.py, the threads and blocks of a kernel in another order each time."""
     options = ["-q", "-p", "no:cacheprovider", "-k", "not TestGraph"]

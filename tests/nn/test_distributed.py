@@ -676,6 +676,7 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("ranks")  # one worker, one pair of processes
 @pytest.mark.parametrize("name", CHECKS)
 def test_on_two_ranks(name: str, reports: dict[str, list[str]]) -> None:
     assert reports[name] == ["", ""], "\n".join(reports[name])

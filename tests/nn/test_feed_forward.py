@@ -340,8 +340,15 @@ def test_learns():
     assert nn.expected_l0(block).item() < 0.8 * size
 
 
-@pytest.mark.parametrize("activation", ["gelu", "swiglu"])
-@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(
+    ("activation", "training"),
+    [
+        ("gelu", True),
+        ("swiglu", False),
+        pytest.param("gelu", False, marks=pytest.mark.long),
+        pytest.param("swiglu", True, marks=pytest.mark.long),
+    ],
+)
 def test_compiles_without_a_graph_break(activation, training):
     block = make(activation).train(training)
     x = torch.randn(4, D)

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 import l0kernels as l0
 from l0kernels import nn, reference
 from l0kernels.nn.bank import KEY_STEP
-from op_checks import BACKENDS
+from op_checks import BACKENDS, ONE_BACKEND
 
 D = 12
 
@@ -512,6 +512,7 @@ def test_without_gradients():
     assert not model.own().z.requires_grad
 
 
+@pytest.mark.parametrize("backend", ONE_BACKEND, indirect=True)
 def test_compiles_without_a_graph_break_and_without_recompiling():
     model = make()
     bank = nn.GateBank(model)
@@ -772,6 +773,7 @@ assert child == 2 * gate.drawn.z.numpy().tobytes(), len(child)
 """
 
 
+@pytest.mark.parametrize("backend", BACKENDS[:1], indirect=True)  # the process has its own
 def test_a_forked_process_draws_though_a_thread_of_its_parent_was_drawing():
     command = [sys.executable, "-W", "ignore", "-c", FORK]
     subprocess.run(command, check=True, timeout=60, env=os.environ | {"OMP_NUM_THREADS": "1"})

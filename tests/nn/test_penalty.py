@@ -10,6 +10,7 @@ import torch
 import l0kernels as l0
 from l0kernels import _ops, nn, reference
 from l0kernels._native import native
+from op_checks import ONE_BACKEND
 
 L = math.log(0.1 / 1.1)
 penalty_module = importlib.import_module("l0kernels.nn.penalty")
@@ -457,6 +458,7 @@ class TestCoupled:
         assert abs(value.item()) < 1e-30
         assert all(g is None or g.abs().max() < 1e-30 for g in grads.values())
 
+    @pytest.mark.parametrize("backend", ONE_BACKEND, indirect=True)
     def test_whole_graph(self, backend, make):
         torch._dynamo.reset()
         model = spread(make())

@@ -584,8 +584,15 @@ def test_recomputation_draws_the_same_gates(use_reentrant):
         assert torch.equal(stored, recomputed)
 
 
-@pytest.mark.parametrize("make", [lenet5, wide_block], ids=["lenet5", "wide block"])
-@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(
+    ("make", "training"),
+    [
+        (lenet5, True),
+        (wide_block, False),
+        pytest.param(lenet5, False, marks=pytest.mark.long),
+        pytest.param(wide_block, True, marks=pytest.mark.long),
+    ],
+)
 def test_compiles_without_a_graph_break(make, training):
     model = spread(make()).train(training)
     x = torch.randn((4, 1, 14, 14) if make is lenet5 else (4, 6, 7, 7))

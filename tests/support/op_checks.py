@@ -3,6 +3,7 @@
 from contextlib import nullcontext
 from functools import partial
 
+import pytest
 import torch
 
 import l0kernels as l0
@@ -10,6 +11,8 @@ from l0kernels import reference
 from l0kernels._native import native
 
 BACKENDS = ["torch"] if native is None else ["cpp", "torch"]
+ONE_BACKEND = [BACKENDS[0], *(pytest.param(name, marks=pytest.mark.long) for name in BACKENDS[1:])]
+"""What the backend hardly changes, such as how dynamo traces a module, is shown on one; `-m long`: on all."""
 SEED = torch.tensor([20240229], dtype=torch.int64)
 KINDS = ("mixed", "open", "closed", "few")
 

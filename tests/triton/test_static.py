@@ -1,12 +1,14 @@
-"""Every variant of every Triton kernel compiles for its chips, fits, spills nothing, has what it expects.
+"""Variants of every Triton kernel compile for their chips, fit, spill nothing, have what is expected of them.
 
 Each is compiled for sm_90. Of those meant for all chips the first of a kernel is compiled for all, the others
-in turn for sm_80 or sm_100: `make static` compiles everything.
+in turn for sm_80 or sm_100: `make static` compiles everything. Without `-m long` a variant is left out unless
+it brings its kernel a type of an argument, a constant, a tile or an expectation that none before it has; the
+first of a kernel for all chips, the others for sm_90.
 """
 
 import os
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import pytest
@@ -18,17 +20,29 @@ from static_cases import ARCHS, Variant, variants
 from l0kernels.triton_kernels import _launch
 
 
+def _traits(variant):
+    tile = {"num_warps": variant.num_warps, "num_stages": variant.num_stages}
+    return {*variant.signature.items(), *variant.constexprs.items(), *tile.items(), *variant.expects}
+
+
 def _jobs():
+    """Every job, and whether it is one of the few that are always compiled."""
     for module in static.modules():
-        turns = Counter()
+        turns, known = Counter(), defaultdict(set)
         for name, variant in static.variants_of(module).items():
-            turn = turns[variant.kernel.__name__]
-            turns[variant.kernel.__name__] += 1
+            kernel = variant.kernel.__name__
+            turn = turns[kernel]
+            turns[kernel] += 1
             archs = (90, (80, 100)[turn % 2]) if turn and variant.archs == ARCHS else variant.archs
-            yield from (static.Job(module, name, arch) for arch in archs)
+            new = not _traits(variant) <= known[kernel]
+            known[kernel] |= _traits(variant)
+            for arch in archs:
+                yield static.Job(module, name, arch), new and (turn == 0 or arch == 90)
 
 
-JOBS = sorted(_jobs(), key=lambda job: (job.module, job.arch != 90))
+JOBS = dict(sorted(_jobs(), key=lambda entry: (entry[0].module, entry[0].arch != 90)))
+SHORT = [job for job, short in JOBS.items() if short]
+LONG = pytest.mark.long
 
 
 def _id(job):
@@ -48,7 +62,7 @@ def report_of(request):
     compiler.close()
 
 
-@pytest.mark.parametrize("job", JOBS, ids=_id)
+@pytest.mark.parametrize("job", [j if j in SHORT else pytest.param(j, marks=LONG) for j in JOBS], ids=_id)
 def test_variant(report_of, job):
     expects = static.variants_of(job.module)[job.variant].expects
     assert set(expects) <= set(static.EXPECTATIONS)
@@ -59,7 +73,7 @@ def test_variant(report_of, job):
 def test_every_kernel_is_compiled_for_every_chip():
     kernels = {(job.module, static.variants_of(job.module)[job.variant].kernel.__name__) for job in JOBS}
     compiled = {
-        (job.module, static.variants_of(job.module)[job.variant].kernel.__name__, job.arch) for job in JOBS
+        (job.module, static.variants_of(job.module)[job.variant].kernel.__name__, job.arch) for job in SHORT
     }
     assert compiled == {(*kernel, arch) for kernel in kernels for arch in ARCHS}
     assert set(static.jobs([90])) <= set(JOBS)
