@@ -235,8 +235,9 @@ def pack_cases() -> Iterator[Case]:
     yield unpacked(" rows dz", FP32, matrix(BF16), True, True, True, scale_rows=True)
     yield unpacked(" odd", BF16, matrix(BF16, cols=C + 1), False, True, False)
     yield unpacked(" bias", FP32, matrix(FP32, rows=1), False, True, True)
-    strided = {"theta": matrix(BF16, cols=2 * C)[:, ::2], "dz_cols": True}
-    yield unpacked(" strided", BF16, matrix(BF16), False, True, False, **strided)
+    # An odd row count leaves z unaligned; with an aligned one sm_90 spills 8 bytes.
+    strided = {"theta": matrix(BF16, R + 1, 2 * C)[:, ::2], "dz_cols": True}
+    yield unpacked(" strided", BF16, matrix(BF16, R + 1), False, True, False, **strided)
 
     (gate,) = gates(C)
     for parts in (10, 100):
