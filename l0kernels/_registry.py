@@ -201,7 +201,7 @@ def resolve_layers(x: Tensor, weights: Sequence[Tensor], primitive: str, activat
 
 
 def who_draws(log_alpha: Tensor, backend: str) -> str:
-    """The backend that draws for one that multiplies: on a GPU the fastest, or that of float64, is another."""
+    """The backend that draws for one that multiplies: on a GPU the fastest may be another, or float64's."""
     if backend not in ("triton", "cuda"):
         return backend
     backend = resolve(log_alpha.device, log_alpha.dtype, "sample")
@@ -209,7 +209,7 @@ def who_draws(log_alpha: Tensor, backend: str) -> str:
 
 
 def packs_exactly(backend: str) -> bool:
-    """Whether what it packs is as long as there are open units: on the host, which knows how many there are."""
+    """Whether what it packs is as long as there are open units, which takes a host that knows how many."""
     return backend != "triton"
 
 
