@@ -4,6 +4,7 @@ import _thread
 import asyncio
 import contextvars
 import os
+import runpy
 import subprocess
 import sys
 import threading
