@@ -215,4 +215,7 @@ if TYPE_CHECKING:
 
     class _Triton(Gates, Layers, Draws, Masked, Convolutions, Protocol): ...
 
-    _conforming: tuple[Backend, _Torch, _Cuda, _Triton] = (cpp, portable, cuda, triton)
+    _cpp: Backend = cpp
+    _portable: _Torch = portable
+    _cuda: _Cuda = cuda
+    _triton: _Triton = triton
