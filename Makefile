@@ -36,14 +36,14 @@ test: $(STAMP)
 	$(PY) -m mypy
 	$(PY) -m pytest -n 2 $(ARGS)
 	@# The Triton kernels run in a process of their own, under Triton's interpreter; 5: ARGS chose none of these.
-	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 tests/test_triton_*.py $(ARGS) || [ $$? -eq 5 ]
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 tests/triton $(ARGS) || [ $$? -eq 5 ]
 
 # Each part in a process of its own, one after the other; the first that fails ends it.
 test-all: test
-	L0KERNELS_FUZZ_NETS=5000 OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 tests/test_fuzz_nets.py tests/test_fuzz_export.py
-	L0KERNELS_FUZZ_OPS=2000 OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 tests/test_fuzz_ops.py
-	L0KERNELS_FUZZ_OPS=20 TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 tests/test_triton_fuzz.py
-	$(PY) tests/sanitized.py
+	L0KERNELS_FUZZ_NETS=5000 OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 tests/nn/test_fuzz_nets.py tests/nn/test_fuzz_export.py
+	L0KERNELS_FUZZ_OPS=2000 OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 tests/ops/test_fuzz.py
+	L0KERNELS_FUZZ_OPS=20 TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 tests/triton/test_fuzz.py
+	$(PY) tests/support/sanitized.py
 
 static: $(STAMP)
 	$(PY) bench/static.py $(ARGS)

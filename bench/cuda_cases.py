@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from l0kernels._calls import Gate, L0LinearCall, LinearCall, MlpCall, Wanted
+from l0kernels._gates import DEFAULT_DIST, compact, round_up
 from l0kernels.gates import split
 from l0kernels.impl import cuda
-from l0kernels.reference.gates import DEFAULT_DIST, compact, round_up
 
 IN_GRAPH, REPLAYS = 20, 15
 

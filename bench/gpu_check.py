@@ -17,9 +17,8 @@ import subprocess
 import sys
 import tempfile
 import time
-import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from importlib import util
 from pathlib import Path
@@ -33,20 +32,16 @@ BUDGET_S = 520.0
 WORKERS = 16
 BROKEN = 3  # as in run.py
 # Tests poison memory by way of deterministic algorithms, for which cuBLAS wants a workspace of fixed size.
-TEST_ENV = {"OMP_NUM_THREADS": "2", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+TEST_ENV = {
+    "OMP_NUM_THREADS": "2",
+    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+    "PYTHONHASHSEED": "0",  # every worker lists the same tests
+    "COLUMNS": "220",  # of pytest's summary
+}
 GRACE_S = 6.0  # from the interrupt to the kill
 WARM = ("ffn", "linear", "chain", "block", "lenet5")  # ops whose kernels compile beside the tests
 TAIL = 40  # lines of a failed process in the log; details.txt has all
-_DTYPES = ("float32", "(float16 and not bfloat16)", "bfloat16")
-_OPS = ("test_linear", "test_mlp", "test_masked")
-SPLIT = {
-    "test_gpu_ops.py": (
-        *(f"{op} and {dtype}" for op in _OPS for dtype in _DTYPES),
-        f"not ({' or '.join(_OPS)})",
-    ),
-    "test_gpu_conv.py": _DTYPES,
-}
-"""Files with many kernels to compile, as several processes of pytest -k."""
+NEED_NO_GPU = ("cuda/test_emulated.py", "*/test_static*.py")
 
 ENVIRONMENT = """
 import json, os, platform
@@ -60,7 +55,8 @@ try:
         facts["memory_gib"] = round(p.total_memory / 2**30)
 except ImportError as error:
     facts["torch"] = f"missing: {error}"
-for name in ("l0kernels", "triton", "numpy", "pytest", "pybind11", "ninja", "sklearn", "tqdm", "matplotlib"):
+names = "l0kernels triton numpy pytest xdist pybind11 ninja sklearn tqdm matplotlib".split()
+for name in names:
     try:
         facts[name] = getattr(__import__(name), "__version__", "there")
     except ImportError:
@@ -206,7 +202,7 @@ def environment(check: Check) -> None:
         check.fail("environment: no facts")
         check.log.tail(done)
     check.log("  " + ", ".join(f"{name} {value}" for name, value in check.facts.items()))
-    for name in ("pytest", "pybind11", "sklearn", "tqdm", "matplotlib", "ninja"):
+    for name in ("pytest", "xdist", "pybind11", "sklearn", "tqdm", "matplotlib", "ninja"):
         if check.facts.get(name) == "missing":
             check.log(f"  no {name}: what needs it is skipped by name")
     if shutil.which("nvidia-smi"):
@@ -221,112 +217,78 @@ def environment(check: Check) -> None:
         check.fail("environment: python -m l0kernels")
 
 
-class Shard(NamedTuple):
-    """One pytest process."""
-
-    file: str
-    keywords: str = ""
-
-    @property
-    def name(self) -> str:
-        return f"{self.file}[{self.keywords}]" if self.keywords else self.file
-
-
-def shards(tests: Path, built: bool) -> list[Shard]:
-    """The processes of the tests; those of the CUDA backend come once it is built."""
-    names = sorted(path.name for path in tests.glob("test_*.py"))
-    found = []
-    for name in names:
-        if name == "test_cuda_emulated.py":
-            continue  # it needs no GPU
-        if name.startswith("test_cuda_"):
-            found += [Shard(name)] if built else []
-        elif name.startswith("test_gpu_") and name != "test_gpu_check.py":
-            backend = "cuda" if built else "not cuda"
-            split = SPLIT.get(name, ("",))
-            found += [Shard(name, " and ".join(filter(None, [backend, s]))) for s in split]
-        elif name.startswith("test_triton_") and not built:
-            found.append(Shard(name))
-    return found
-
-
 class Counts(NamedTuple):
     passed: int = 0
     failed: int = 0
     skipped: int = 0
 
-
-def read_junit(path: Path) -> tuple[Counts, list[str], dict[str, int]]:
-    """Counts, a line for each failure, and how many tests each reason skipped."""
-    counts = dict.fromkeys(("passed", "failed", "skipped"), 0)
-    lines, reasons = [], dict[str, int]()
-    for case in ElementTree.parse(path).getroot().iter("testcase"):
-        bad = case.find("failure")
-        bad = case.find("error") if bad is None else bad
-        skipped = case.find("skipped")
-        if bad is not None:
-            counts["failed"] += 1
-            message = (bad.get("message") or "").strip().splitlines() or [""]
-            if message[0] == "collection failure":
-                message = [line for line in (bad.text or "").splitlines() if line.startswith("E ")][
-                    -1:
-                ] or message
-            lines.append(f"{case.get('name')}: {message[0][:200]}")
-        elif skipped is not None:
-            counts["skipped"] += 1
-            reason = (skipped.get("message") or "").strip()[:150]
-            reasons[reason] = reasons.get(reason, 0) + 1
-        else:
-            counts["passed"] += 1
-    return Counts(**counts), lines, reasons
+    def __str__(self) -> str:
+        return ", ".join(f"{number} {name}" for name, number in self._asdict().items())
 
 
-def run_shard(check: Check, shard: Shard, end: float, number: int) -> tuple[Done, Path]:
-    junit = check.work / f"junit-{number}.xml"
+def read_pytest(output: str) -> tuple[dict[str, Counts], list[str]]:
+    """Counts by file and the tests that were running at the end, from what pytest -v -n says as it goes."""
+    counts: dict[str, Counts] = {}
+    running: dict[str, None] = {}
+    for line in output.splitlines():
+        match = re.match(r"(?:\[gw\d+\] \[ *\d+%\] (\w+) |(ERROR) )?\S*?tests/(\w+/\w+\.py)(?:::(.+))?", line)
+        if match is None:
+            continue
+        verdict, collecting, file, name = match.groups()
+        if name is not None and not collecting:
+            test = f"{file}::{name.strip()}"
+            if verdict is None:
+                running[test] = None
+            else:
+                running.pop(test, None)
+        if verdict or (collecting and name is None):
+            kind = {"PASSED": "passed", "SKIPPED": "skipped", "XFAIL": "skipped"}.get(verdict, "failed")
+            before = counts.get(file, Counts())
+            counts[file] = before._replace(**{kind: getattr(before, kind) + 1})
+    return counts, list(running)
+
+
+def run_tests(check: Check, limit_s: float) -> Done:
     command: list[str | Path] = [
         sys.executable,
         "-m",
         "pytest",
-        ROOT / "tests" / shard.file,
         "-v",
+        "-rfEs",
         "--tb=short",
-        "-p",
-        "no:cacheprovider",
+        "-n",
+        str(WORKERS),
     ]
+    command += ["--durations=20", "--continue-on-collection-errors", "-p", "no:cacheprovider"]
     command += ["-c", ROOT / "pyproject.toml", "--rootdir", ROOT, "-o", "filterwarnings=default"]
-    command += [f"--junitxml={junit}", *(["-k", shard.keywords] if shard.keywords else [])]
+    command += [f"--ignore-glob={ROOT}/tests/{name}" for name in NEED_NO_GPU]
+    command += [ROOT / "tests" / name for name in ("gpu", "triton", "cuda")]
     # In the mapped folder, so that python -m does not find the checkout's own l0kernels first.
-    done = call(command, end - time.monotonic(), check.env(**TEST_ENV), check.site)
-    return done, junit
+    return call(command, limit_s, check.env(**TEST_ENV), check.site)
 
 
-def report_shard(check: Check, shard: Shard, done: Done, junit: Path) -> Counts:
-    check.log.details(f"pytest {shard.name}", done)
-    if not junit.exists():
-        if done.code == 5:  # nothing collected
-            check.log(f"  {shard.name}: no tests")
-            return Counts()
-        what = "out of time" if done.code is None else f"exit {done.code}, no report"
-        check.fail(f"tests {shard.name}: {what} after {done.seconds:.0f} s")
-        check.log.tail(done)
-        return Counts(failed=1)
-    counts, lines, reasons = read_junit(junit)
-    check.log(
-        f"  {shard.name}: {counts.passed} passed, {counts.failed} failed, {counts.skipped} skipped, "
-        f"{done.seconds:.0f} s"
-    )
-    for reason, number in reasons.items():
-        check.log(f"    skipped {number}: {reason}")
-    for line in lines[:25]:
-        check.log(f"    {line}")
-    if len(lines) > 25:
-        check.log(f"    and {len(lines) - 25} more in details.txt")
+def report_tests(check: Check, done: Done) -> None:
+    check.log.details("pytest", done)
+    counts, running = read_pytest(done.output)
+    for file, of_file in sorted(counts.items()):
+        check.log(f"  {file}: {of_file}")
+        if of_file.failed:
+            check.fail(f"tests {file}: {of_file.failed} of {sum(of_file)}")
+    # The slowest tests and pytest's summary: what failed and why, what was skipped and why.
+    _, slowest, end = done.output.partition("= slowest 20 durations")
+    lines = [line for line in end.splitlines()[1:] if line and not line.startswith("=")]
+    for line in lines[:60]:
+        check.log(f"    {line[:220]}")
+    if len(lines) > 60:
+        check.log(f"    and {len(lines) - 60} more in details.txt")
     if done.code is None:
-        running = [line for line in done.output.splitlines() if "::" in line and "%]" not in line][:1]
-        check.fail(f"tests {shard.name}: out of time, at {' '.join(running)[:200]}")
-    if counts.failed:
-        check.fail(f"tests {shard.name}: {counts.failed} of {sum(counts)}")
-    return counts
+        check.fail(f"tests: out of time, at {', '.join(running)[:2000]}")
+    elif done.code not in (0, 1):
+        check.fail(f"tests: exit {done.code}")
+    if not slowest:
+        check.log.tail(done)
+    total = Counts(*map(sum, zip(*counts.values(), strict=True)))
+    check.log(f"  TESTS: {total}, {done.seconds:.0f} s")
 
 
 def build(check: Check, limit_s: float) -> Done:
@@ -372,35 +334,21 @@ def can_run_cuda(check: Check, what: str) -> bool:
 
 
 def tests(check: Check) -> None:
-    """Parity, no host sync, CUDA graphs: all files at once, while the bench's kernels and csrc compile."""
-    if check.facts.get("pytest") == "missing":
-        check.fail("tests: skipped, no pytest")
+    """Parity, no host sync, CUDA graphs, once csrc is built; the bench's kernels compile beside them."""
+    missing = [name for name in ("pytest", "xdist") if check.facts.get(name) == "missing"]
+    if missing:
+        check.fail(f"tests: skipped, no {', '.join(missing)}")
         return
     limit_s = min(check.args.tests_s, check.share - GRACE_S)
     end = time.monotonic() + limit_s
-    total: dict[str, Counts] = {}
-    with ThreadPoolExecutor(WORKERS) as pool:
-        built = pool.submit(build, check, limit_s)
+    with ThreadPoolExecutor(len(WARM)) as pool:
         warm = {pool.submit(warm_up, check, op, limit_s): op for op in WARM}
-        waiting: dict[Future[tuple[Done, Path]], Shard] = {}
-
-        def submit(more: list[Shard]) -> None:
-            for shard in more:
-                waiting[pool.submit(run_shard, check, shard, end, len(waiting))] = shard
-
-        submit(shards(ROOT / "tests", built=False))
-        report_build(check, built.result())
-        if has_cuda(check):
-            submit(shards(ROOT / "tests", built=True))
-        for future in as_completed(waiting):
-            shard = waiting[future]
-            total[shard.name] = report_shard(check, shard, *future.result())
+        report_build(check, build(check, limit_s))
+        report_tests(check, run_tests(check, end - time.monotonic()))
         for warmed in as_completed(warm):
             done = warmed.result()
             check.log.details(f"warm {warm[warmed]}", done)
             check.log(f"  kernels of {warm[warmed]}: exit {done.code} after {done.seconds:.0f} s")
-    sums = [sum(getattr(counts, name) for counts in total.values()) for name in Counts._fields]
-    check.log(f"  TESTS: {sums[0]} passed, {sums[1]} failed, {sums[2]} skipped")
 
 
 def bench_command(check: Check, part: str, budget_s: float) -> list[str | Path]:

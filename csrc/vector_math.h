@@ -1,6 +1,6 @@
 // exp, log and erf that the compiler can vectorise without -ffast-math; fp64 takes the standard library's.
 // Largest error against fp64 over the range the gates and activations use: exp and log 2 ulp, erf 8 ulp
-// (tests/test_native.py).
+// (tests/ops/test_native.py).
 #pragma once
 #include <cmath>
 #include <cstdint>

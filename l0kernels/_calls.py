@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .reference.gates import HardConcrete
+from ._gates import HardConcrete
 
 Gate = list[Tensor]
 """z, index and count."""

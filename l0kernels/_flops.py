@@ -10,7 +10,8 @@ from math import prod
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+from ._compat import mode_stack
 
 Shape = tuple[int, ...]
 
@@ -79,7 +80,7 @@ def tell_counters() -> None:
     for packet, formula in packets.items():
         if packet not in counter.flop_registry:
             counter.register_flop_formula(packet)(formula)
-    for mode in _get_current_dispatch_mode_stack():
+    for mode in mode_stack():
         own = getattr(getattr(mode, "counter", None), "flop_registry", {})
         for packet in packets:
             own.setdefault(packet, counter.flop_registry[packet])

@@ -14,14 +14,15 @@ import torch
 from torch import Tensor
 
 from ._calls import Gate
+from ._checks import PLAIN, check_tensor
+from ._compat import count_modes, functorch_active, operator_names
 from ._flops import tell_counters
+from ._gates import HardConcrete
 from .impl import made_of_torch, native
-from .impl.memory import PLAIN, NotPlain, check_not_freed, plain
-from .reference._checks import check_tensor
-from .reference.gates import HardConcrete
+from .impl.memory import NotPlain, check_not_freed, plain
 
 LIBRARY = torch.library.Library("l0kernels", "DEF")
-_PLAIN_OR_NONE = PLAIN | {type(None)}
+_PLAIN_OR_NONE = (*PLAIN, type(None))
 _dist = functools.lru_cache(HardConcrete)
 
 
@@ -189,10 +190,10 @@ def operator(fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callabl
             # unless a mode (make_fx, say) wants to see the operators.
             if torch.compiler.is_compiling():
                 return of_library(*layout.flatten(args))
-            if torch._C._len_torch_dispatch_stack():
+            if count_modes():
                 tell_counters()
                 return of_library(*layout.flatten(args))
-            if torch._C._are_functorch_transforms_active():
+            if functorch_active():
                 register_batching()
                 return of_library(*layout.flatten(args))
             # Of who asks for every address, type and all, only the place matters here.
@@ -240,7 +241,7 @@ def is_dtensor(t: Any) -> bool:
 @functools.cache
 def register_batching() -> None:
     """Has torch.vmap run the operators example by example; once, at the first transform."""
-    for name in torch._C._dispatch_get_all_op_names():
+    for name in operator_names():
         if name.startswith("l0kernels::"):
             of_library = getattr(torch.ops.l0kernels, name.split("::")[1].split(".")[0]).default
             if name != "l0kernels::kept_seed" and not of_library._schema.is_mutable:

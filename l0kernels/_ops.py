@@ -23,11 +23,12 @@ from ._calls import (
     MlpCall,
     Wanted,
 )
+from ._compat import VMAP_MODE, dispatch_key_included
+from ._gates import HardConcrete, round_up
 from ._operator import LIBRARY, is_dtensor, operator
 from .impl import conv2d, module
 from .impl.memory import vector
 from .impl.packed import Term
-from .reference.gates import HardConcrete, round_up
 
 __all__ = ["is_dtensor"]
 
@@ -43,15 +44,11 @@ def refuse_second_derivative(function: str) -> None:
 
 def refuse_batched(function: str) -> None:
     """RuntimeError in a backward of several gradients at once, of which the operators know nothing."""
-    if torch._C._dispatch_tls_is_dispatch_key_included(_BATCHED):
+    if dispatch_key_included(VMAP_MODE):
         raise RuntimeError(
             f"l0kernels.{function} takes one gradient at a time, got is_grads_batched=True or "
             "vectorize=True; torch.func.jacrev and torch.func.vmap batch them"
         )
-
-
-# Of torch.autograd, not of torch.func; by its name it would be looked up for 3 us.
-_BATCHED: Any = torch._C._parse_dispatch_key("VmapMode")
 
 
 NO_SECOND = '{} has no second derivative, got {}; use_backend("reference") has one'

@@ -11,17 +11,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import _ops, _registry, reference
-from ._autograd import apply, break_graph
+from . import _checks, _ops, _registry, reference
+from ._arguments import check_conv2d, conv_options
+from ._autograd import apply
 from ._calls import Conv2dCall, Wanted
-from .gates import Gates
+from ._compat import break_graph, settled
+from ._gates import Gates, check_gates, check_layer_gates
 from .impl import conv2d as impl
 from .impl import module
 from .linear import _NO_TENSORS, compute_dtype, gate_tensors
-from .reference import _checks
-from .reference.conv2d import check_conv2d, conv_options, settled
-from .reference.gates import check_gates
-from .reference.linear import check_layer_gates
 
 
 class _Settings(NamedTuple):

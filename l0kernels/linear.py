@@ -9,14 +9,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import _ops, _registry, reference
+from . import _checks, _ops, _registry, reference
 from ._autograd import apply
 from ._calls import L0LinearCall, LinearCall, Wanted
-from .gates import Gates, HardConcrete, attach, check_draw, check_drawn, draw, split
+from ._compat import unsafe_view
+from ._gates import DEFAULT_DIST, Gates, HardConcrete, check_layer_gates
+from .gates import Draw, attached, check_draw, check_drawn, of_a_layer, split
 from .impl import module
-from .reference import _checks
-from .reference.gates import DEFAULT_DIST
-from .reference.linear import check_layer_gates
 
 _NO_TENSORS: tuple[None, None, None] = (None, None, None)
 
@@ -30,7 +29,7 @@ def like_rows(y: Tensor, x: Tensor) -> Tensor:
     """y (rows, n) with the leading dimensions of x; to autograd no view, so it may be changed in place."""
     if x.ndim == 2:
         return y
-    return torch.ops.aten._unsafe_view.default(y, (*x.shape[:-1], y.shape[-1]))
+    return unsafe_view(y, (*x.shape[:-1], y.shape[-1]))
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -207,63 +206,50 @@ def l0_linear(
     Raises:
         TypeError, ValueError, RuntimeError: as sample_gates and gated_linear.
     """
-    return _l0_linear(x, weight, bias, in_log_alpha, out_log_alpha, seed, dist, None)
+    in_source = None if in_log_alpha is None else Draw(in_log_alpha)
+    out_source = None if out_log_alpha is None else Draw(out_log_alpha)
+    return linear(x, weight, bias, in_source, out_source, seed, dist)
 
 
-def drawn_linear(
+def linear(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    in_log_alpha: Tensor | None,
-    out_log_alpha: Tensor | None,
-    gates: Sequence[Gates],
-    dist: HardConcrete,
+    in_source: Gates | Draw | None,
+    out_source: Gates | Draw | None,
+    seed: Tensor | None = None,
+    dist: HardConcrete = DEFAULT_DIST,
 ) -> Tensor:
-    """l0_linear with gates that were drawn from its log_alphas before, detached; one for each given."""
-    return _l0_linear(x, weight, bias, in_log_alpha, out_log_alpha, None, dist, gates)
-
-
-def _l0_linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    in_log_alpha: Tensor | None,
-    out_log_alpha: Tensor | None,
-    seed: Tensor | None,
-    dist: HardConcrete,
-    drawn: Sequence[Gates] | None,
-) -> Tensor:
+    """gated_linear where both sources are Gates, l0_linear where both are Draws; all drawn before or none."""
+    sources: list[Any] = [in_source, out_source]
+    if not isinstance(in_source or out_source, Draw):
+        return gated_linear(x, weight, bias, in_gates=sources[0], out_gates=sources[1])
+    in_log_alpha, out_log_alpha = (None if source is None else source.log_alpha for source in sources)
     if out_log_alpha is not None or not _checks.fits_chain(x, (weight,), (bias,), (in_log_alpha,)):
         _check_l0_linear(x, weight, bias, in_log_alpha, out_log_alpha)
-    given = [a for a in (in_log_alpha, out_log_alpha) if a is not None]
-    if drawn is not None:
-        check_drawn(given, drawn)
-    if not given:
-        return gated_linear(x, weight, bias)
+    is_drawn = any(source is not None and source.drawn is not None for source in sources)
+    if is_drawn:
+        check_drawn([in_log_alpha, out_log_alpha], [s and s.drawn for s in sources])
     backend = _registry.resolve_layers(x, (weight,), "gated_linear")
-    if backend == "reference" and drawn is not None:
-        joined = iter([attach(a, gate, dist) for a, gate in zip(given, drawn, strict=True)])
-        return reference.gated_linear(
-            x,
-            weight,
-            bias,
-            in_gates=None if in_log_alpha is None else next(joined),
-            out_gates=None if out_log_alpha is None else next(joined),
-        )
+    if backend == "reference" and is_drawn:
+        in_gates, out_gates = attached(sources, dist)
+        return reference.gated_linear(x, weight, bias, in_gates=in_gates, out_gates=out_gates)
     if backend == "reference":
         return reference.l0_linear(
             x, weight, bias, in_log_alpha=in_log_alpha, out_log_alpha=out_log_alpha, seed=seed, dist=dist
         )
     dtype = compute_dtype(x)
-    sources = in_log_alpha, out_log_alpha
+    log_alphas = in_log_alpha, out_log_alpha
+    given = [a for a in log_alphas if a is not None]
     settings = _Settings(out_log_alpha is not None, dtype, [False, False], dist, backend)
-    if drawn is None and module(backend).draws_within(x, (weight,), (bias,), given, dtype, "identity"):
+    if not is_drawn and module(backend).draws_within(x, (weight,), (bias,), given, dtype, "identity"):
         seed = check_draw(given, seed, dist)
-        return apply(_GatedLinear, x, weight, bias, *sources, seed, settings)
-    gates = iter(draw(given, seed, dist, backend) if drawn is None else drawn)
-    inputs = _NO_TENSORS if in_log_alpha is None else gate_tensors(next(gates), dtype)
-    outputs = _NO_TENSORS if out_log_alpha is None else gate_tensors(next(gates), dtype)
-    return apply(_GatedLinear, x, weight, bias, *sources, None, settings, *inputs, *outputs)
+        return apply(_GatedLinear, x, weight, bias, *log_alphas, seed, settings)
+    inputs, outputs = (
+        _NO_TENSORS if gate is None else gate_tensors(gate, dtype)
+        for gate in of_a_layer(sources, seed, dist, backend)
+    )
+    return apply(_GatedLinear, x, weight, bias, *log_alphas, None, settings, *inputs, *outputs)
 
 
 def _check_l0_linear(

@@ -8,13 +8,12 @@ import torch
 from torch import Tensor
 
 from . import _ops, _registry, reference
+from ._arguments import check_masked
 from ._autograd import apply
 from ._calls import BlockCall, LinearCall, Wanted
-from .gates import HardConcrete, check_draw, eval_weight_gates, sample_gates
+from ._gates import DEFAULT_DIST, HardConcrete, expand_blocks, scale
+from .gates import check_draw, eval_weight_gates, sample_gates
 from .linear import as_rows, compute_dtype, gated_linear, like_rows
-from .reference.gates import DEFAULT_DIST
-from .reference.linear import scale
-from .reference.masked_linear import check_masked, expand_blocks
 
 
 class _MaskedLinear(torch.autograd.Function):

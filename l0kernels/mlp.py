@@ -9,15 +9,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import _ops, _registry, reference
+from . import _checks, _ops, _registry, reference
+from ._arguments import GLU, ROWS, check_mlp
 from ._autograd import apply
 from ._calls import DrawnMlpCall, Gate, L0MlpCall, MlpCall, Wanted
-from .gates import Gates, HardConcrete, attach, check_draw, check_drawn, check_log_alphas, draw
+from ._gates import DEFAULT_DIST, Gates, HardConcrete
+from .gates import Draw, attached, check_draw, check_drawn, check_log_alphas, of_a_layer
 from .impl import module
 from .linear import _NO_TENSORS, as_rows, compute_dtype, gate_tensors, like_rows, wanted
-from .reference import _checks
-from .reference.gates import DEFAULT_DIST
-from .reference.mlp import GLU, ROWS, check_mlp
 
 
 class _Settings(NamedTuple):
@@ -176,62 +175,46 @@ def l0_mlp(
     Raises:
         TypeError, ValueError, RuntimeError: as sample_gates and gated_mlp.
     """
-    return _l0_mlp(x, weights, biases, log_alphas, activation, seed, dist, None, repack_in_backward)
+    sources = [None if a is None else Draw(a) for a in log_alphas]
+    if not any(sources):
+        _check_l0_mlp(x, weights, biases, log_alphas, activation)
+    return chain(x, weights, biases, sources, activation, repack_in_backward, seed, dist)
 
 
-def drawn_mlp(
+def chain(
     x: Tensor,
     weights: Sequence[Tensor],
     biases: Sequence[Tensor | None],
-    log_alphas: Sequence[Tensor | None],
-    gates: Sequence[Gates | None],
+    sources: Sequence[Gates | Draw | None],
     activation: str,
-    dist: HardConcrete,
-    repack_in_backward: bool = False,
+    repack: bool,
+    seed: Tensor | None = None,
+    dist: HardConcrete = DEFAULT_DIST,
 ) -> Tensor:
-    """l0_mlp with gates that were drawn from its log_alphas before, detached; of their sizes."""
-    return _l0_mlp(x, weights, biases, log_alphas, activation, None, dist, gates, repack_in_backward)
-
-
-def _l0_mlp(
-    x: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
-    log_alphas: Sequence[Tensor | None],
-    activation: str,
-    seed: Tensor | None,
-    dist: HardConcrete,
-    gates: Sequence[Gates | None] | None,
-    repack_in_backward: bool,
-) -> Tensor:
+    """gated_mlp where the sources are Gates, l0_mlp where they are Draws; all drawn before or none."""
+    if not any(isinstance(source, Draw) for source in sources):
+        gates: Any = sources
+        return gated_mlp(x, weights, biases, gates, activation, repack_in_backward=repack)
+    draws: Any = sources
+    log_alphas = [None if source is None else source.log_alpha for source in draws]
     if activation not in ROWS or not _checks.fits_chain(x, weights, biases, log_alphas, ROWS[activation]):
         _check_l0_mlp(x, weights, biases, log_alphas, activation)
-    given = [a for a in log_alphas if a is not None]
-    if gates is not None:
-        check_drawn(log_alphas, gates)
+    is_drawn = any(source is not None and source.drawn is not None for source in draws)
+    if is_drawn:
+        check_drawn(log_alphas, [source and source.drawn for source in draws])
     backend = _backend(x, weights, activation)
-    if backend == "reference" and gates is not None:
-        joined = [
-            None if a is None or gate is None else attach(a, gate, dist)
-            for a, gate in zip(log_alphas, gates, strict=True)
-        ]
-        return reference.gated_mlp(x, weights, biases, joined, activation)
+    if backend == "reference" and is_drawn:
+        return reference.gated_mlp(x, weights, biases, attached(draws, dist), activation)
     if backend == "reference":
         return reference.l0_mlp(x, weights, biases, log_alphas, activation, seed=seed, dist=dist)
-    if not given:
-        return gated_mlp(
-            x, weights, biases, [None] * len(weights), activation, repack_in_backward=repack_in_backward
-        )
     dtype = compute_dtype(x)
-    settings = _Settings(activation, dtype, [False] * len(weights), dist, repack_in_backward, backend)
-    if gates is None:
-        if module(backend).draws_within(x, weights, biases, given, dtype, activation):
-            seed = check_draw(given, seed, dist)
-            return apply(_GatedMlp, x, seed, settings, *weights, *biases, *log_alphas)
-        fresh = iter(draw(given, seed, dist, backend))
-        gates = [None if a is None else next(fresh) for a in log_alphas]
-    parts = [_NO_TENSORS if gate is None else gate_tensors(gate, dtype) for gate in gates]
-    order = (tensor for part in parts for tensor in part)
+    given = [a for a in log_alphas if a is not None]
+    settings = _Settings(activation, dtype, [False] * len(weights), dist, repack, backend)
+    if not is_drawn and module(backend).draws_within(x, weights, biases, given, dtype, activation):
+        seed = check_draw(given, seed, dist)
+        return apply(_GatedMlp, x, seed, settings, *weights, *biases, *log_alphas)
+    gates = of_a_layer(draws, seed, dist, backend)
+    order = (t for gate in gates for t in (_NO_TENSORS if gate is None else gate_tensors(gate, dtype)))
     return apply(_GatedMlp, x, None, settings, *weights, *biases, *log_alphas, *order)
 
 

@@ -9,14 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import _ops, _registry, reference
+from . import _checks, _ops, _registry, reference
+from ._arguments import check_l2_penalty, per_tensor
 from ._autograd import apply
-from .gates import HardConcrete
-from .reference import _checks
-from .reference.gates import DEFAULT_DIST, check_dist
-from .reference.penalty import check_l2_penalty, per_tensor
-
-_PLAIN = (Tensor, torch.nn.Parameter)
+from ._gates import DEFAULT_DIST, HardConcrete, check_dist
 
 
 class _L0Penalty(torch.autograd.Function):
@@ -48,7 +44,7 @@ def _check_log_alphas(log_alphas: Sequence[Tensor], dist: HardConcrete) -> None:
     first = log_alphas[0]
     for i, a in enumerate(log_alphas):
         if (
-            type(a) in _PLAIN
+            type(a) in _checks.PLAIN
             and a.dtype is torch.float32
             and first.dtype is a.dtype
             and a.layout is torch.strided

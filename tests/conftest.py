@@ -1,10 +1,12 @@
 """Fixtures of the tests of the operations."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
 import l0kernels as l0
-from l0kernels._registry import native
+from l0kernels._native import native
 from op_checks import BACKENDS
 from triton_device import INTERPRETED, RUNS
 
@@ -12,7 +14,10 @@ from triton_device import INTERPRETED, RUNS
 torch.backends.cudnn.allow_tf32 = False
 
 # Triton decides at import whether it interprets or compiles: one process runs the kernels or compiles them.
-collect_ignore_glob = ([] if RUNS else ["test_triton_*.py"]) + (["test_static_*.py"] if INTERPRETED else [])
+STATIC = list(Path(__file__).parent.glob("*/test_static*.py"))
+RUN = [path for path in Path(__file__).parent.glob("triton/test_*.py") if path not in STATIC]
+collect_ignore = [] if RUNS else RUN
+collect_ignore += STATIC if INTERPRETED else []
 
 
 @pytest.fixture(params=BACKENDS)

@@ -1,5 +1,5 @@
 // What kernels and launchers need of CUDA. The same sources are compiled by nvcc and, for tests, by a C++
-// compiler against an emulator of a block (tests/emulator), so whatever differs between the two is here.
+// compiler against an emulator of a block (tests/support/emulator): what differs between the two is here.
 #pragma once
 #include <cstdint>
 #include <cstdio>

@@ -14,7 +14,7 @@ from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING, Protocol
 
-from .._registry import native as _C
+from .._native import native as _C
 
 if TYPE_CHECKING:
     import torch as of_torch
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
         MlpCall,
         Wanted,
     )
-    from ..reference.gates import HardConcrete
+    from .._gates import HardConcrete
     from . import cpp, cuda, triton
     from . import torch as portable
     from .packed import Term

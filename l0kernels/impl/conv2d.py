@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .._calls import Conv2dCall, Gate, Wanted
-from ..reference.conv2d import settled
-from ..reference.gates import round_up
+from .._compat import settled
+from .._gates import round_up
 from .memory import empty_grad
 from .packed import PackUnpack, extent, to_log_alpha
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._arguments import GLU
 from .._calls import (
     BlockCall,
     Conv2dCall,
@@ -25,9 +26,8 @@ from .._calls import (
     MlpCall,
     Wanted,
 )
-from .._registry import native as _C
-from ..reference.gates import HardConcrete, round_up
-from ..reference.mlp import GLU
+from .._gates import HardConcrete, round_up
+from .._native import native as _C
 from . import conv2d, joined, packed
 from . import torch as portable
 from .memory import empty_grad, fresh, matrix, optional, plain, vector

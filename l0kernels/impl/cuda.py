@@ -10,22 +10,15 @@ import itertools
 import math
 from collections.abc import Sequence
 from functools import lru_cache
-from importlib import import_module, util
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .._calls import (
-    DrawnMlpCall,
-    Gate,
-    L0LinearCall,
-    L0MlpCall,
-    LinearCall,
-    MlpCall,
-    Wanted,
-)
-from ..reference.gates import ALIGN, TAU, HardConcrete, round_up
+from .._calls import DrawnMlpCall, Gate, L0LinearCall, L0MlpCall, LinearCall, MlpCall, Wanted
+from .._compat import foreach_add_, raw_stream
+from .._gates import ALIGN, TAU, HardConcrete, round_up
+from .._native import load
 from . import joined, packed
 from .memory import matrix, optional, strided, vector
 from .packed import Term
@@ -44,20 +37,7 @@ _CONVERTS = {
 }
 
 
-def _load() -> tuple[Any, str | None]:
-    """The extension module, or None and why."""
-    if util.find_spec("l0kernels._CUDA") is None:
-        return (
-            None,
-            "l0kernels._CUDA was not built (no nvcc or no ninja at installation, or L0KERNELS_CUDA=0)",
-        )
-    try:
-        return import_module("l0kernels._CUDA"), None
-    except ImportError as error:
-        return None, f"l0kernels._CUDA does not load: {error}"
-
-
-_CUDA, _why_not_loaded = _load()
+_CUDA, _why_not_loaded = load("l0kernels._CUDA", "no nvcc or no ninja at installation, or L0KERNELS_CUDA=0")
 
 
 def why_not() -> str | None:
@@ -72,7 +52,7 @@ def why_not() -> str | None:
 def _where(t: Tensor) -> tuple[int, int]:
     """Device and current stream of t's device."""
     if t.is_cuda:
-        return t.device.index, torch._C._cuda_getCurrentRawStream(t.device.index)
+        return t.device.index, raw_stream(t.device.index)
     if _CUDA.architectures != "emulated":
         raise RuntimeError(f"the CUDA kernels serve tensors on a CUDA device, got {t.device}")
     return 0, 0
@@ -346,7 +326,7 @@ def coupled_penalty(
     grads = grad.split_with_sizes([a.numel() for a in gates])
     for addends in itertools.zip_longest(*of_gate):  # once for the first term of every gate, and so on
         pairs = [(g, part) for g, part in zip(grads, addends, strict=True) if part is not None]
-        torch._foreach_add_([g for g, _ in pairs], [part for _, part in pairs])
+        foreach_add_([g for g, _ in pairs], [part for _, part in pairs])
     return total, grad
 
 

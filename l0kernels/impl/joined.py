@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..reference.gates import round_up
+from .._gates import round_up
 from .memory import fresh, vector
 
 

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .._arguments import GLU, ROWS
 from .._calls import BlockCall, Gate, LinearCall, MlpCall, Wanted
-from ..reference.gates import HardConcrete, round_up
-from ..reference.mlp import GLU, ROWS
+from .._gates import HardConcrete, round_up
 
 Term = tuple[Tensor, int, int, int]  # weight, numbers of its output's and input's gates or -1, groups
 

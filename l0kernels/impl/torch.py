@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .._calls import Conv2dCall, Gate, LinearCall, MlpCall, Wanted
-from ..reference.gates import HardConcrete, compact, sample_z, sample_zs
+from .._gates import HardConcrete, compact
+from ..reference.gates import sample_z, sample_zs
 from . import conv2d, packed
 from .packed import Term, extent
 

@@ -4,28 +4,19 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor
 
-from .._calls import (
-    BlockCall,
-    Conv2dCall,
-    DrawnMlpCall,
-    L0LinearCall,
-    L0MlpCall,
-    LinearCall,
-    MlpCall,
-    Wanted,
-)
-from ..reference.gates import HardConcrete
-from ..triton_kernels import batch_norm, conv2d, gather, linear, masked_linear, mlp, penalty
+from .._calls import BlockCall, Conv2dCall, DrawnMlpCall, L0LinearCall, L0MlpCall, LinearCall, MlpCall, Wanted
+from .._gates import HardConcrete
+from ..triton_kernels import batch_norm, conv2d, conv2d_channels, gather, linear, masked_linear, mlp, penalty
 from ..triton_kernels import sample as sampling
 from .memory import plain, strided
 
+P = ParamSpec("P")
 T = TypeVar("T")
-
 
 _VALUES = frozenset((int, float, bool, str, type(None), torch.dtype, HardConcrete))
 
@@ -42,19 +33,20 @@ def _readable(arg: Any) -> Any:
     return arg if arg.ndim != 1 or arg.is_contiguous() else arg.contiguous()
 
 
-def _on_its_device(launcher: Callable[..., T]) -> Callable[..., T]:
+def _on_its_device(launcher: Callable[P, T]) -> Callable[P, T]:
     """Triton launches on the current device; a tensor may live on another one."""
+    on_device: Callable[..., T] = launcher
 
     @functools.wraps(launcher)
     def launch(*given: Any) -> T:
         args = [_readable(a) for a in given]
         device = (args[0] if isinstance(args[0], Tensor) else args[0][0]).device
         if device.type != "cuda" or device.index == torch.cuda.current_device():
-            return launcher(*args)
+            return on_device(*args)
         with torch.cuda.device(device):
-            return launcher(*args)
+            return on_device(*args)
 
-    return launch
+    return cast("Callable[P, T]", launch)
 
 
 sample = _on_its_device(sampling.sample)
@@ -62,8 +54,8 @@ gate_grad = _on_its_device(sampling.gate_grad)
 l0_penalty = _on_its_device(penalty.l0_penalty)
 masked_weight = _on_its_device(masked_linear.masked_weight)
 masked_weight_grad = _on_its_device(masked_linear.masked_weight_grad)
-pack_channels = _on_its_device(conv2d.pack_channels)
-unpack_channels = _on_its_device(conv2d.unpack_channels)
+pack_channels = _on_its_device(conv2d_channels.pack_channels)
+unpack_channels = _on_its_device(conv2d_channels.unpack_channels)
 _batch_norm_forward = _on_its_device(batch_norm.batch_norm_forward)
 batch_norm_backward = _on_its_device(batch_norm.batch_norm_backward)
 _linear_forward = _on_its_device(linear.linear_forward)
@@ -104,8 +96,8 @@ def linear_forward(call: LinearCall) -> tuple[Tensor, list[Tensor]]:
 
 
 def linear_backward(call: LinearCall, dy: Tensor, saved: list[Tensor], wanted: Wanted) -> list[Tensor | None]:
-    full, needs, dist = wanted
-    return _linear_backward(dy, *call[:5], saved, call.scale_out, *full, call.dtype, needs, dist)
+    (full_in, full_out), needs, dist = wanted
+    return _linear_backward(dy, *call[:5], saved, call.scale_out, full_in, full_out, call.dtype, needs, dist)
 
 
 def l0_linear_forward(call: L0LinearCall, rank: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -170,8 +162,10 @@ def conv2d_forward(call: Conv2dCall) -> tuple[Tensor, list[Tensor]]:
 
 
 def conv2d_backward(call: Conv2dCall, dy: Tensor, saved: list[Tensor], wanted: Wanted) -> list[Tensor | None]:
-    full, needs, dist = wanted
-    return _conv2d_backward(dy, *call[:5], saved, *call[5:9], *full, call.conv, call.dtype, needs, dist)
+    (full_in, full_out), needs, dist = wanted
+    return _conv2d_backward(
+        dy, *call[:5], saved, *call[5:9], full_in, full_out, call.conv, call.dtype, needs, dist
+    )
 
 
 def batch_norm_forward(

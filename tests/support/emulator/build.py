@@ -1,0 +1,67 @@
+"""Builds the CUDA sources for the emulator: l0kernels._CUDA as a module that runs on the CPU."""
+
+import subprocess
+import sys
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pybind11
+
+HERE = Path(__file__).resolve().parent
+CSRC = HERE.parents[2] / "csrc"
+NAME = "emulated_cuda"
+SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
+WARNINGS = ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
+
+
+def sanitizer_libraries(compiler: str) -> list[str]:
+    """The sanitizers' libraries, to be loaded before Python's own; mere names where there are none."""
+    return [
+        subprocess.run(
+            [compiler, f"-print-file-name={name}"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        for name in ("libasan.so", "libubsan.so")
+    ]
+
+
+def sources() -> list[Path]:
+    """Every file that the module depends on."""
+    suffixes = {".h", ".cuh", ".cu", ".cpp", ".py"}
+    folders = (CSRC, CSRC / "cuda", HERE)
+    return sorted(p for folder in folders for p in folder.iterdir() if p.suffix in suffixes)
+
+
+def build(folder: Path, compiler: str = "g++", sanitize: bool = True) -> Path:
+    """The module compiled into ``folder``, with address and undefined-behaviour sanitizers if asked for."""
+    flags = ["-ffp-contract=off", *WARNINGS, *(SANITIZE if sanitize else [])]
+    flags += [f"-I{path}" for path in (CSRC / "cuda", HERE)]
+    flags += ["-DL0_EMULATED", f"-DL0_MODULE={NAME}", '-DL0_ARCHITECTURES="emulated"']
+    inputs = [*sorted((CSRC / "cuda").glob("*.cu")), CSRC / "cuda/bindings.cpp", HERE / "cuda_emulator.cpp"]
+    return compile_module(inputs, flags, folder, NAME, compiler)
+
+
+def compile_module(inputs: list[Path], flags: list[str], folder: Path, name: str, compiler: str) -> Path:
+    """The sources compiled and linked to extension module ``name`` in ``folder``."""
+    flags = ["-std=c++17", "-O1", "-g1", "-fPIC", "-fvisibility=hidden", *flags]
+    flags += [f"-I{path}" for path in (CSRC, pybind11.get_include(), sysconfig.get_paths()["include"])]
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def compile_one(source: Path) -> Path:
+        target = folder / f"{source.name}.o"
+        command = [compiler, *flags, "-x", "c++", "-c", str(source), "-o", str(target)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise RuntimeError(f"{source}:\n{done.stderr}")
+        return target
+
+    with ThreadPoolExecutor(2) as pool:
+        objects = list(pool.map(compile_one, inputs))
+    module = folder / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
+    link = ["-shared", *(flag for flag in flags if flag.startswith(("-fsanitize", "-fopenmp")))]
+    subprocess.run([compiler, *link, *map(str, objects), "-o", str(module)], check=True)
+    return module
+
+
+if __name__ == "__main__":
+    print(build(Path(sys.argv[1]), sanitize="--plain" not in sys.argv))

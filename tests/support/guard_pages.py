@@ -1,0 +1,215 @@
+"""Runs the native kernels on operands and results that touch unreadable pages: what strays outside dies.
+
+A script for tests/ops/test_native.py: a stray access ends the process, not the test session.
+"""
+
+import ctypes
+import itertools
+import mmap
+import sys
+
+import torch
+
+from l0kernels import Gates
+from l0kernels._native import native
+
+PAGE = mmap.PAGESIZE
+KEPT = []
+CONSTANTS = (2 / 3, -0.1, 1.1)
+
+
+def guarded(t, at_end):
+    """``t`` copied between two unreadable pages, next to the second, or next to the first."""
+    size = -(-max(t.nbytes, 1) // PAGE) * PAGE
+    memory = mmap.mmap(-1, size + 2 * PAGE)
+    base = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    libc = ctypes.CDLL(None, use_errno=True)
+    for page in (base, base + PAGE + size):
+        if libc.mprotect(ctypes.c_void_p(page), PAGE, 0):
+            raise OSError(ctypes.get_errno(), "mprotect")
+    start = PAGE + (size - t.nbytes if at_end else 0)
+    KEPT.append(memory)
+    if t.numel() == 0:
+        return t
+    copy = torch.frombuffer(memory, dtype=t.dtype, count=t.numel(), offset=start).view(t.shape)
+    return copy.copy_(t)
+
+
+def address(t):
+    return 0 if t is None else t.data_ptr()
+
+
+def matrix(t, transposed):
+    """Address and strides of ``t``; transposed: of memory that holds its columns one after the other."""
+    return (t.data_ptr(), 1, t.shape[0]) if transposed else (t.data_ptr(), t.shape[1], 1)
+
+
+def gate_of(z, at_end):
+    gates = Gates.from_z(z)
+    parts = [guarded(t, at_end) for t in (gates.z, gates.index[: len(z)], gates.count)]
+    return (*map(address, parts), len(z), True)
+
+
+def layer(m, n_in, n_out, dtype, z_in, z_out, transposed, at_end, threads):
+    def random(*shape):
+        return guarded(torch.randn(shape, dtype=dtype), at_end)
+
+    def empty(*shape):
+        return guarded(torch.full(shape, float("nan"), dtype=dtype), at_end)
+
+    x, w, b, dy = random(m, n_in), random(n_out, n_in), random(n_out), random(m, n_out)
+    g_in = None if z_in is None else gate_of(z_in, at_end)
+    g_out = None if z_out is None else gate_of(z_out, at_end)
+    double = dtype == torch.float64
+    head = (
+        double,
+        m,
+        n_in,
+        n_out,
+        matrix(x, transposed),
+        matrix(w, transposed),
+        address(b),
+        g_in,
+        g_out,
+        True,
+    )
+    y, dx, dw, db = empty(m, n_out), empty(m, n_in), empty(n_out, n_in), empty(n_out)
+    dz_in = None if z_in is None else empty(n_in)
+    dz_out = None if z_out is None else empty(n_out)
+    native.linear_forward(*head, None, address(y), threads)
+    grads = map(address, (dx, dw, db, dz_in, dz_out))
+    native.linear_backward(*head, matrix(dy, transposed), *grads, CONSTANTS, threads)
+    for t in (y, dx, dw, db, dz_in, dz_out):
+        assert t is None or not t.isnan().any(), "a result was not written whole"
+    KEPT.clear()
+
+
+def chain(m, sizes, dtype, zs, activation, at_end, threads):
+    def random(*shape):
+        return guarded(torch.randn(shape, dtype=dtype), at_end)
+
+    def empty(*shape):
+        return guarded(torch.full(shape, float("nan"), dtype=dtype), at_end)
+
+    x, dy, y, dx = random(m, sizes[0]), random(m, sizes[-1]), empty(m, sizes[-1]), empty(m, sizes[0])
+    layers, results = [], [y, dx]
+    for i, (n_in, n_out, z) in enumerate(zip(sizes[:-1], sizes[1:], zs, strict=True)):
+        w, b, dw, db = random(n_out, n_in), random(n_out), empty(n_out, n_in), empty(n_out)
+        h, pre = (empty(m, n_in), empty(m, n_in) if activation > 1 else None) if i else (None, None)
+        dz = None if z is None else empty(n_in)
+        gate = None if z is None else gate_of(z, at_end)
+        layers.append((n_in, n_out, matrix(w, False), address(b), gate, *map(address, (h, pre, dw, db, dz))))
+        results += [dw, db, dz]
+        KEPT.extend((w, b, h, pre))
+    head = (dtype == torch.float64, m, matrix(x, False), activation, layers)
+    native.mlp_forward(*head, None, address(y), threads)
+    native.mlp_backward(*head, matrix(dy, False), address(dx), CONSTANTS, threads)
+    for t in results:
+        assert t is None or not t.isnan().any(), "a result was not written whole"
+    KEPT.clear()
+
+
+def blocks(m, n_in, n_out, b_out, b_in, dtype, at_end):
+    def random(*shape):
+        return guarded(torch.randn(shape, dtype=dtype), at_end)
+
+    def empty(*shape):
+        return guarded(torch.full(shape, float("nan"), dtype=dtype), at_end)
+
+    x, w, b, dy = random(m, n_in), random(n_out, n_in), random(n_out), random(m, n_out)
+    z = guarded(torch.rand(-(-n_out // b_out), -(-n_in // b_in), dtype=dtype).sub(0.4).relu(), at_end)
+    y, dx, dw, db, dz = empty(m, n_out), empty(m, n_in), empty(n_out, n_in), empty(n_out), empty(*z.shape)
+    head = (dtype == torch.float64, m, n_in, n_out, b_out, b_in, matrix(x, False), matrix(w, False))
+    native.block_linear_forward(*head, address(b), address(z), address(y), 1)
+    grads = map(address, (dx, dw, db, dz))
+    native.block_linear_backward(*head, address(z), False, matrix(dy, False), *grads, 1)
+    for t in (y, dx, dw, db, dz):
+        assert not t.isnan().any(), "a result was not written whole"
+    KEPT.clear()
+
+
+def sampling(n, dtype, at_end):
+    log_alpha = guarded(torch.randn(n, dtype=dtype), at_end)
+    z, seed = guarded(torch.empty(n, dtype=dtype), at_end), guarded(torch.tensor([5]), at_end)
+    index = guarded(torch.empty(-(-n // 128) * 128, dtype=torch.int32), at_end)
+    count = guarded(torch.empty(2, dtype=torch.int32), at_end)
+    double = dtype == torch.float64
+    gate = (address(z), address(index), address(count), n, False)
+    expected = guarded(torch.full((1,), float("nan"), dtype=dtype), at_end)
+    native.sample(double, (address(seed), 0, CONSTANTS, [address(log_alpha)]), [gate], address(expected), 1)
+    assert not expected.isnan()
+    grad = guarded(torch.empty(n, dtype=dtype), at_end)
+    native.gate_grad(address(log_alpha), address(z), address(grad), n, double, CONSTANTS)
+    KEPT.clear()
+
+
+def penalty(n_out, n_in, run, groups, dtype, at_end):
+    """Both sides of a weight gated, and the outputs of its bias."""
+    gates = [guarded(torch.randn(n, dtype=dtype), at_end) for n in (groups * n_out, groups * n_in)]
+    thetas = [guarded(torch.randn(groups * n_out, n, dtype=dtype), at_end) for n in (n_in * run, 1)]
+    total, factor = (guarded(torch.ones(1, dtype=dtype), at_end) for _ in range(2))
+    sizes = [len(g) for g in gates]
+    grad = guarded(torch.full((sum(sizes),), float("nan"), dtype=dtype), at_end)
+    grads = [guarded(torch.full(t.shape, float("nan"), dtype=dtype), at_end) for t in thetas]
+    head = (
+        dtype == torch.float64,
+        [(address(g), len(g), 1.0) for g in gates],
+        [
+            (address(thetas[0]), groups * n_out, n_in * run, groups, run, 0, 1),
+            (address(thetas[1]), groups * n_out, 1, 1, 1, 0, -1),
+        ],
+        *(0.1, -1.6),
+    )
+    native.coupled_penalty(*head, address(total), address(grad), 1)
+    native.coupled_penalty_grad(*head, address(factor), [*map(address, grads)], 1)
+    for t in (grad, *grads):
+        assert not t.isnan().any(), "a result was not written whole"
+    KEPT.clear()
+
+
+def main():
+    torch.manual_seed(0)
+    sizes = [
+        (1, 1, 1),
+        (3, 5, 7),
+        (13, 17, 33),
+        (14, 32, 64),
+        (15, 31, 47),
+        (29, 65, 16),
+        (16, 386, 18),
+        (2, 770, 3),
+    ]
+    sizes += [(m, n, n + m) for m, n in zip(range(1, 34, 3), range(40, 7, -3), strict=True)]
+    for name in ("base", "avx2", "avx512"):
+        if not native.set_isa(name):
+            continue
+        cases = itertools.product(sizes, (torch.float32, torch.float64), (False, True), (False, True))
+        for i, ((m, n_in, n_out), dtype, transposed, at_end) in enumerate(cases):
+            z_in = [None, torch.rand(n_in, dtype=dtype), torch.rand(n_in, dtype=dtype).sub(0.5).relu()][i % 3]
+            z_out = [None, torch.rand(n_out, dtype=dtype), torch.rand(n_out, dtype=dtype).sub(0.3).relu()][
+                i // 3 % 3
+            ]
+            layer(m, n_in, n_out, dtype, z_in, z_out, transposed, at_end, 1 + i % 2)
+        for (m, n_in, n_out), dtype, at_end in itertools.product(
+            sizes, (torch.float32, torch.float64), (False, True)
+        ):
+            widths = (n_in, n_out, n_in, 3)
+            zs = [torch.rand(n, dtype=dtype).sub(0.4).relu() for n in widths[:-1]]
+            for activation in range(4):
+                chain(m, widths, dtype, [zs[0], None, zs[2]] if activation % 2 else zs, activation, at_end, 1)
+            blocks(m, n_in, n_out, 4, 5, dtype, at_end)
+            blocks(m, n_in, n_out, 16, 32, dtype, at_end)
+        for n, dtype, at_end in itertools.product(
+            (1, 7, 128, 1025), (torch.float32, torch.float64), (False, True)
+        ):
+            sampling(n, dtype, at_end)
+        for (m, n_in, n_out), dtype, at_end in itertools.product(
+            sizes, (torch.float32, torch.float64), (False, True)
+        ):
+            penalty(n_out, n_in, 1, 1, dtype, at_end)
+            penalty(m, n_in, 3, 1 + m % 3, dtype, at_end)
+        print(name, "ok")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
