@@ -24,7 +24,7 @@ collect_ignore += STATIC if INTERPRETED else []
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Of a test marked `covering(n)` stay cases in which all n values of its parameters meet; others are long."""
+    """Of a test marked `covering(n)` so many cases stay that every n values meet; the others are long."""
     tests = defaultdict(list)
     for item in items:
         if mark := item.get_closest_marker("covering"):

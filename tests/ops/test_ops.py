@@ -54,6 +54,7 @@ class TestOpcheck:
             args = (dy, x, weight, bias, g_in, g_out, [], True, False, True, dtype, needs, dist, backend)
             opcheck(OPS.gated_linear_backward.default, args)
 
+    @pytest.mark.covering(2)
     @pytest.mark.parametrize("layout", list(LAYOUTS))
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
     def test_drawn_within(self, backend, layout, dtype):
@@ -77,6 +78,7 @@ class TestOpcheck:
                 rest = (gated, z, index, count, saved, activation, dtype, needs, dist, backend)
                 opcheck(OPS.l0_mlp_backward.default, (dy, x, weights, biases, *rest))
 
+    @pytest.mark.covering(2)
     @pytest.mark.parametrize(("layout", "dtype"), CASES)
     @pytest.mark.parametrize("activation", ["relu", "gelu", "swiglu"])
     def test_gated_mlp(self, backend, layout, dtype, activation):
@@ -98,6 +100,7 @@ class TestOpcheck:
                 rest = (activation, dtype, [False] * 3, needs, dist, backend)
                 opcheck(OPS.gated_mlp_backward.default, (dy, *args, saved, *rest))
 
+    @pytest.mark.covering(2)
     @pytest.mark.parametrize("groups", [1, 3])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
@@ -311,6 +314,7 @@ class TestCompile:
         yield
         torch._dynamo.reset()
 
+    @pytest.mark.covering(1)
     @pytest.mark.parametrize("name", CALLS)
     def test_whole_graph_two_sizes(self, backend, name):
         if backend != BACKENDS[0] and name not in ("l0_linear", "gated_mlp", "masked_linear, blocks"):
