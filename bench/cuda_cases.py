@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from l0kernels._calls import Gate, L0LinearCall, LinearCall, MlpCall, Wanted
+from l0kernels._gates import DEFAULT_DIST, compact, round_up
 from l0kernels.gates import split
 from l0kernels.impl import cuda
-from l0kernels.reference.gates import DEFAULT_DIST, compact, round_up
 
 IN_GRAPH, REPLAYS = 20, 15
 
@@ -81,10 +82,11 @@ def layer(
     x: Tensor, w: Tensor, b: Tensor, a_in: Tensor, a_out: Tensor, seed: Tensor, dy: Tensor
 ) -> list[Tensor | None]:
     """Forward and backward of a layer that draws its gates."""
-    _, *drawn = cuda.l0_linear_forward(x, w, b, a_in, a_out, seed, 0, DEFAULT_DIST, x.dtype)
+    drawing = L0LinearCall(x, w, b, a_in, a_out, seed, DEFAULT_DIST, x.dtype)
+    _, *drawn = cuda.l0_linear_forward(drawing)
     in_gate, out_gate = (list(gate[:3]) for gate in split([a_in, a_out], *drawn))
-    options = (True, False, False, x.dtype, [True] * 5, DEFAULT_DIST)
-    return cuda.linear_backward(dy, x, w, b, in_gate, out_gate, *options)
+    call = LinearCall(x, w, b, in_gate, out_gate, True, x.dtype)
+    return cuda.linear_backward(call, dy, [], Wanted([False] * 2, [True] * 5, DEFAULT_DIST))
 
 
 def chain(
@@ -94,20 +96,19 @@ def chain(
     x = torch.randn(m, sizes[0]).to(dtype).to(device)
     weights = [torch.randn(b, a).div(a**0.5).to(dtype).to(device) for a, b in itertools.pairwise(sizes)]
     biases: list[Tensor | None] = [torch.randn(n).to(dtype).to(device) for n in sizes[1:]]
-    gates: list[list[Tensor] | None] = [gate(n, keep, device) for n in sizes[:-1]]
+    gates: list[Gate | None] = [gate(n, keep, device) for n in sizes[:-1]]
     if dtype == torch.float64:
         for g in gates:
             assert g is not None
             g[0] = g[0].double()
     dy = torch.randn(m, sizes[-1]).to(dtype).to(device)
     depth = len(weights)
-    needs = [False, *[True] * (3 * depth)]
+    call = MlpCall(x, weights, biases, gates, "relu", dtype, False)
+    wanted = Wanted([False] * depth, [False, *[True] * (3 * depth)], DEFAULT_DIST)
 
     def run() -> object:
-        _, saved = cuda.mlp_forward(x, weights, biases, gates, "relu", dtype)
-        return cuda.mlp_backward(
-            dy, x, weights, biases, gates, saved, "relu", dtype, [False] * depth, needs, DEFAULT_DIST
-        )
+        _, saved = cuda.mlp_forward(call)
+        return cuda.mlp_backward(call, dy, saved, wanted)
 
     return run
 

@@ -1,14 +1,12 @@
 """What the compiler makes of every Triton kernel, no GPU needed: ``python bench/static.py [--arch 90]``.
 
-Compiles each variant that a module of l0kernels.triton_kernels lists for the chips it is meant for and prints
+Compiles each variant of static_cases for the chips that launch it and prints
 registers, spilled bytes, shared memory and the counts of the instructions that decide its speed.
 """
 
 import argparse
-import importlib
 import multiprocessing
 import os
-import pkgutil
 import re
 import subprocess
 import sys
@@ -18,14 +16,12 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import triton
+from static_cases import ARCHS, Variant, variants
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-
-from l0kernels.triton_kernels._variants import ARCHS, Variant
 
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 """Bytes that one block may ask for (CUDA C++ programming guide, technical specifications)."""
@@ -64,24 +60,16 @@ class Report:
     ld2: int = 0
 
 
-def modules() -> dict[str, ModuleType]:
-    """The kernel modules that list variants."""
-    package = importlib.import_module("l0kernels.triton_kernels")
-    names = [info.name for info in pkgutil.iter_modules(package.__path__)]
-    found = {name: importlib.import_module(f"l0kernels.triton_kernels.{name}") for name in names}
-    return {name: module for name, module in found.items() if hasattr(module, "variants")}
+@cache
+def modules() -> list[str]:
+    """The kernel modules of l0kernels.triton_kernels."""
+    return sorted({name.partition("/")[0] for name in variants()})
 
 
 @cache
 def variants_of(module: str) -> dict[str, Variant]:
-    """By name; ValueError for two variants of one name."""
-    listed = list(importlib.import_module(f"l0kernels.triton_kernels.{module}").variants())
-    found = {variant.name: variant for variant in listed}
-    if len(found) != len(listed):
-        raise ValueError(
-            f"triton_kernels/{module}.py: names of variants must differ, got {[v.name for v in listed]}"
-        )
-    return found
+    """Those of one module, by name."""
+    return {name: variant for name, variant in variants().items() if name.partition("/")[0] == module}
 
 
 class Job(NamedTuple):
@@ -190,7 +178,7 @@ class Compiler:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--arch", type=int, nargs="+", choices=ARCHS, default=list(ARCHS))
-    parser.add_argument("--module", choices=sorted(modules()), help="only this one of triton_kernels")
+    parser.add_argument("--module", choices=modules(), help="only this one of triton_kernels")
     parser.add_argument("--filter", default="", help="only variants whose name holds this")
     args = parser.parse_args()
     wanted = [job for job in jobs(args.arch, args.module) if args.filter in job.variant]

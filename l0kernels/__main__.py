@@ -5,7 +5,7 @@ import platform
 import torch
 
 import l0kernels as l0
-from l0kernels._registry import native
+from l0kernels._native import native
 
 
 def main() -> None:

@@ -11,18 +11,19 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import _ops
+from ._compat import break_graph, functorch_active
 
 
 def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
     """``function.apply(*args)`` in the form that the surroundings take."""
     if torch.compiler.is_compiling():
-        if torch._C._are_functorch_transforms_active() and torch.is_grad_enabled():
+        if functorch_active() and torch.is_grad_enabled():
             # Dynamo would take the derivative of the forward, which has none, for that of the Function.
             break_graph("no derivative of torch.func is taken inside of a compiled graph; call it outside")
         return function.apply(*_distinct(args))
     if forward_ad._current_level >= 0:
         _refuse_duals(args)
-    if torch._C._are_functorch_transforms_active():
+    if functorch_active():
         return _apply_functional(function, args)
     return function.apply(*args)
 
@@ -39,12 +40,6 @@ def _refuse_duals(args: Iterable[Any]) -> None:
     for arg in args:
         if isinstance(arg, Tensor) and forward_ad.unpack_dual(arg).tangent is not None:
             _refuse_dual()
-
-
-def break_graph(why: str) -> None:
-    """Has Dynamo go on in eager mode from here; with fullgraph=True its error says why."""
-    if torch.compiler.is_compiling():
-        torch._dynamo.graph_break(msg=f"l0kernels: {why}")
 
 
 def differentiates(t: Tensor) -> bool:

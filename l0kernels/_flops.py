@@ -10,7 +10,8 @@ from math import prod
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+from ._compat import mode_stack
 
 Shape = tuple[int, ...]
 
@@ -25,7 +26,7 @@ def _linear_backward(dy: Shape, x: Shape, weight: Shape, *rest: Any, out_shape: 
 
 
 def _block_backward(dy: Shape, x: Shape, weight: Shape, *rest: Any, out_shape: Any = None) -> int:
-    dx, dw, _, dz = rest[-2]
+    dx, dw, _, dz = rest[-3]
     return _linear(x, weight) * (dx + (dw or dz))
 
 
@@ -79,7 +80,7 @@ def tell_counters() -> None:
     for packet, formula in packets.items():
         if packet not in counter.flop_registry:
             counter.register_flop_formula(packet)(formula)
-    for mode in _get_current_dispatch_mode_stack():
+    for mode in mode_stack():
         own = getattr(getattr(mode, "counter", None), "flop_registry", {})
         for packet in packets:
             own.setdefault(packet, counter.flop_registry[packet])

@@ -14,6 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from l0kernels import _native
+from l0kernels._compat import tracing_state
+
 PRIMITIVES = (
     "sample",
     "gate_grad",
@@ -35,7 +38,6 @@ NAMES = ("reference", "torch", "cpp", "triton", "cuda")
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 _of_process: str | None = os.environ.get("L0KERNELS_BACKEND") or None
-_why_no_cpp: str | None = None
 
 
 def check_name(name: Any, argument: str = "backend") -> None:
@@ -75,26 +77,10 @@ def requested() -> str | None:
     return name or _of_process
 
 
-def load_native() -> Any:
-    """The extension module l0kernels._C, or None with the reason kept for backends()."""
-    global _why_no_cpp
-    if util.find_spec("l0kernels._C") is None:
-        _why_no_cpp = "l0kernels._C was not built (no C++ compiler at installation, or L0KERNELS_CPP=0)"
-        return None
-    try:
-        return import_module("l0kernels._C")  # after torch: both must share torch's OpenMP runtime
-    except ImportError as error:
-        _why_no_cpp = f"l0kernels._C does not load: {error}"
-        return None
-
-
-native = load_native()
-
-
 def why_not(name: str) -> str | None:
     """None where backend ``name`` can be used on this machine, else the reason."""
     if name == "cpp":
-        return _why_no_cpp
+        return _native.why_not
     if name == "triton":
         return _why_no_triton()
     if name == "cuda":
@@ -176,7 +162,7 @@ def resolve(device: torch.device, dtype: torch.dtype, primitive: str) -> str:
 
     Traced by torch.jit.trace, which knows torch's own operations only, every tensor is the reference's.
     """
-    if torch._C._get_tracing_state() is not None:
+    if tracing_state() is not None:
         return "reference"
     name = requested()
     if name is not None:
@@ -186,7 +172,7 @@ def resolve(device: torch.device, dtype: torch.dtype, primitive: str) -> str:
         return name
     kind = device.type
     if kind in ("cpu", "meta"):
-        return "torch" if native is None else "cpp"
+        return "torch" if _native.native is None else "cpp"
     if kind == "cuda" and dtype in TRITON_DTYPES:
         if primitive in CUDA_FIRST and primitive not in _PRODUCTS and _why_no_cuda() is None:
             return "cuda"

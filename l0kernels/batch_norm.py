@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from . import _ops, _registry, reference
+from ._arguments import check_batch_norm
 from ._autograd import apply
+from ._compat import batch_norm
+from ._gates import Gates, check_gates
 from .conv2d import STATIC, Packed, is_exact, open_order
-from .gates import Gates
 from .impl import module
-from .reference.batch_norm import batch_norm, check_batch_norm, select
-from .reference.gates import check_gates
 
 
 class _BatchNorm(torch.autograd.Function):
@@ -50,6 +50,11 @@ class _BatchNorm(torch.autograd.Function):
         needs = list(ctx.needs_input_grad[:3])
         grads = module(backend).batch_norm_backward(dy, x, gate, mean, rstd, weight, training, needs)
         return *grads, *[None] * 7
+
+
+def select(is_open: Tensor, value: Tensor | None, other: float) -> Tensor | None:
+    """`value` of the open channels, `other` in the closed ones: whatever those hold."""
+    return None if value is None else torch.where(is_open, value, other)
 
 
 def gated_batch_norm(

@@ -3,27 +3,38 @@ between two layers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import _ops, _registry, reference
-from ._autograd import apply, break_graph
-from .gates import Gates
+from . import _checks, _ops, _registry, reference
+from ._arguments import check_conv2d, conv_options
+from ._autograd import apply
+from ._calls import Conv2dCall, Wanted
+from ._compat import break_graph, settled
+from ._gates import Gates, check_gates, check_layer_gates
 from .impl import conv2d as impl
 from .impl import module
-from .linear import _NO_GATE, _NO_TENSORS, compute_dtype, gate_tensors
-from .reference import _checks
-from .reference.conv2d import check_conv2d, conv_options, settled
-from .reference.gates import check_gates
-from .reference.linear import check_layer_gates
+from .linear import _NO_TENSORS, compute_dtype, gate_tensors
+
+
+class _Settings(NamedTuple):
+    """What a layer is besides its tensors; ``flags``: scale_in, scale_out, in_packed, out_packed."""
+
+    flags: tuple[bool, bool, bool, bool]
+    full: list[bool]
+    conv: impl.Conv
+    dtype: torch.dtype
+    backend: str
 
 
 class _GatedConv2d(torch.autograd.Function):
+    """``order``: index and count of the inputs and of the outputs."""
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -32,35 +43,30 @@ class _GatedConv2d(torch.autograd.Function):
         bias: Tensor | None,
         in_z: Tensor | None,
         out_z: Tensor | None,
-        in_index: Tensor | None,
-        in_count: Tensor | None,
-        out_index: Tensor | None,
-        out_count: Tensor | None,
-        flags: tuple[bool, bool, bool, bool],
-        full: tuple[bool, bool],
-        conv: impl.Conv,
-        dtype: torch.dtype,
-        backend: str,
+        settings: _Settings,
+        *order: Tensor | None,
     ) -> Tensor:
-        in_gate = _NO_GATE if in_z is None else [in_z, in_index, in_count]
-        out_gate = _NO_GATE if out_z is None else [out_z, out_index, out_count]
-        y, *saved = _ops.gated_conv2d(x, weight, bias, in_gate, out_gate, *flags, *conv, dtype, backend)
-        ctx.save_for_backward(x, weight, bias, in_z, in_index, in_count, out_z, out_index, out_count, *saved)
-        ctx.settings = (flags, full, conv, dtype, backend)
+        tensors = (x, weight, bias, in_z, out_z, *order)
+        y, *saved = _ops.gated_conv2d(_call(tensors, settings), settings.backend)
+        ctx.save_for_backward(*tensors, *saved)
+        ctx.settings = settings
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         _ops.refuse_second_derivative("gated_conv2d")
-        x, weight, bias, in_z, in_index, in_count, out_z, out_index, out_count, *saved = ctx.saved_tensors
-        flags, full, conv, dtype, backend = ctx.settings
-        in_gate = _NO_GATE if in_z is None else [in_z, in_index, in_count]
-        out_gate = _NO_GATE if out_z is None else [out_z, out_index, out_count]
-        needs = list(ctx.needs_input_grad[:5])
-        grads = _ops.gated_conv2d_backward(
-            dy, x, weight, bias, in_gate, out_gate, saved, *flags, *full, *conv, dtype, needs, [], backend
-        )
-        return *(g if needed else None for g, needed in zip(grads, needs, strict=True)), *[None] * 9
+        tensors, settings, needs = ctx.saved_tensors, ctx.settings, list(ctx.needs_input_grad[:5])
+        wanted = Wanted(settings.full, needs, None)
+        call, saved = _call(tensors[:9], settings), [*tensors[9:]]
+        grads = _ops.gated_conv2d_backward(dy, call, saved, wanted, settings.backend)
+        return *(g if needed else None for g, needed in zip(grads, needs, strict=True)), *[None] * 5
+
+
+def _call(tensors: Sequence[Any], settings: _Settings) -> Conv2dCall:
+    x, weight, bias, in_z, out_z, in_index, in_count, out_index, out_count = tensors
+    in_gate = None if in_z is None else [in_z, in_index, in_count]
+    out_gate = None if out_z is None else [out_z, out_index, out_count]
+    return Conv2dCall(x, weight, bias, in_gate, out_gate, *settings.flags, *settings.conv, settings.dtype)
 
 
 def _apply(
@@ -82,13 +88,9 @@ def _apply(
         out_z, *out_order = (t.view_as(t) for t in (out_z, *out_order))
     in_z = in_z if in_z is None or scale_in else in_z.detach()
     out_z = out_z if out_z is None or scale_out else out_z.detach()
-    full = (
-        in_gates is not None and in_gates.full_grad,
-        out_gates is not None and out_gates.full_grad,
-    )
-    return apply(
-        _GatedConv2d, x, weight, bias, in_z, out_z, *in_order, *out_order, flags, full, conv, dtype, backend
-    )
+    full = [gates is not None and gates.full_grad for gates in (in_gates, out_gates)]
+    settings = _Settings(flags, full, conv, dtype, backend)
+    return apply(_GatedConv2d, x, weight, bias, in_z, out_z, settings, *in_order, *out_order)
 
 
 def _prepared(

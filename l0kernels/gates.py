@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, overload
+from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
-from . import _ops, _registry, reference
-from ._autograd import apply, break_graph, differentiates
-from .reference import _checks
-from .reference.gates import (
+from . import _checks, _ops, _registry, reference
+from ._autograd import apply, differentiates
+from ._compat import break_graph
+from ._gates import (
     ALIGN,
     DEFAULT_DIST,
     EVAL_MODES,
@@ -20,7 +20,6 @@ from .reference.gates import (
     check_dist,
     check_not_nan,
     draw_seed,
-    eval_z,
     round_up,
 )
 
@@ -32,19 +31,24 @@ class _HardConcreteGrad(torch.autograd.Function):
     and overlapping forwards find each its own."""
 
     @staticmethod
-    def forward(
-        ctx: Any, log_alpha: Tensor, z: Tensor, beta: float, gamma: float, zeta: float, backend: str
-    ) -> Tensor:
+    def forward(ctx: Any, log_alpha: Tensor, z: Tensor, dist: HardConcrete, backend: str) -> Tensor:
         z = z.detach()
         ctx.save_for_backward(z)
-        ctx.constants = (beta, gamma, zeta, backend)
+        ctx.settings = (dist, backend)
         return z.view_as(z)
 
     @staticmethod
     def backward(ctx: Any, dz: Tensor) -> tuple[Tensor | None, ...]:
         _ops.refuse_second_derivative("sample_gates")
         (z,) = ctx.saved_tensors
-        return _ops.gate_grad(dz, z, *ctx.constants), None, None, None, None, None
+        return _ops.gate_grad(dz, z, *ctx.settings), None, None, None
+
+
+class Draw(NamedTuple):
+    """Where a layer's gates come from: to be drawn from log_alpha with it, or ``drawn`` before, detached."""
+
+    log_alpha: Tensor
+    drawn: Gates | None = None
 
 
 def check_log_alphas(log_alphas: Sequence[Tensor]) -> None:
@@ -142,10 +146,29 @@ def attach(log_alpha: Tensor, gate: Gates, dist: HardConcrete) -> Gates:
     return gate.of(reference.gates.joined(log_alpha, gate.z, dist))
 
 
+def attached(sources: Sequence[Draw | None], dist: HardConcrete) -> list[Gates | None]:
+    """attach of each source, all of which have been drawn."""
+    return [
+        None if source is None or source.drawn is None else attach(source.log_alpha, source.drawn, dist)
+        for source in sources
+    ]
+
+
+def of_a_layer(
+    sources: Sequence[Draw | None], seed: Tensor | None, dist: HardConcrete, backend: str
+) -> list[Gates | None]:
+    """The gates of sources, without a way back to log_alpha: those drawn before, or a draw of all."""
+    given = [source.log_alpha for source in sources if source is not None]
+    if any(source is not None and source.drawn is not None for source in sources):
+        return [None if source is None else source.drawn for source in sources]
+    drawn = iter(draw(given, seed, dist, backend))
+    return [None if source is None else next(drawn) for source in sources]
+
+
 def _attach(log_alpha: Tensor, gate: Gates, dist: HardConcrete, backend: str) -> Gates:
     if not differentiates(log_alpha):
         return gate
-    z = apply(_HardConcreteGrad, log_alpha, gate.z, dist.beta, dist.gamma, dist.zeta, backend)
+    z = apply(_HardConcreteGrad, log_alpha, gate.z, dist, backend)
     return Gates(z, gate.index, gate.count)
 
 
@@ -178,7 +201,7 @@ def draw(
     if backend in ("triton", "cuda"):  # who draws fastest, or at all for float64, need not be who multiplies
         backend = _registry.resolve(log_alphas[0].device, log_alphas[0].dtype, "sample")
         backend = "torch" if backend == "reference" else backend
-    z, index, count = _ops.sample(log_alphas, seed, rank, dist.beta, dist.gamma, dist.zeta, backend)
+    z, index, count = _ops.sample(log_alphas, seed, rank, dist, backend)
     return split(log_alphas, z, index, count)
 
 
@@ -191,8 +214,8 @@ def sample_with_expected(
     if backend == "reference":
         gates = reference.sample_gates(log_alphas, seed=seed, dist=dist)
         return gates, [dist.p_open(log_alpha).sum() for log_alpha in log_alphas]
-    seed, constants = check_draw(log_alphas, seed, dist), (dist.beta, dist.gamma, dist.zeta)
-    *drawn, expected = _ops.sample_expected(log_alphas, seed, 0, *constants, backend)
+    seed = check_draw(log_alphas, seed, dist)
+    *drawn, expected = _ops.sample_expected(log_alphas, seed, 0, dist, backend)
     return split(log_alphas, *drawn), expected.unbind()
 
 
@@ -264,4 +287,4 @@ def eval_weight_gates(log_alpha: Tensor, mode: str, dist: HardConcrete) -> Tenso
     """eval_gates for gates of any shape: z alone."""
     _checks.check_choice("mode", mode, EVAL_MODES)
     check_not_nan("log_alpha", log_alpha)
-    return eval_z(log_alpha, mode, dist)
+    return reference.gates.eval_z(log_alpha, mode, dist)

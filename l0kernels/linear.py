@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import _ops, _registry, reference
+from . import _checks, _ops, _registry, reference
 from ._autograd import apply
-from .gates import Gates, HardConcrete, attach, check_draw, check_drawn, draw, split
-from .reference import _checks
-from .reference.gates import DEFAULT_DIST
-from .reference.linear import check_layer_gates
+from ._calls import L0LinearCall, LinearCall, Wanted
+from ._compat import unsafe_view
+from ._gates import DEFAULT_DIST, Gates, HardConcrete, check_layer_gates
+from .gates import Draw, attached, check_draw, check_drawn, of_a_layer, split
+from .impl import module
 
-_NO_GATE: list[Tensor] = []
 _NO_TENSORS: tuple[None, None, None] = (None, None, None)
 
 
@@ -29,7 +29,7 @@ def like_rows(y: Tensor, x: Tensor) -> Tensor:
     """y (rows, n) with the leading dimensions of x; to autograd no view, so it may be changed in place."""
     if x.ndim == 2:
         return y
-    return torch.ops.aten._unsafe_view.default(y, (*x.shape[:-1], y.shape[-1]))
+    return unsafe_view(y, (*x.shape[:-1], y.shape[-1]))
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -47,13 +47,12 @@ def gate_tensors(gates: Gates, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tens
     return z.contiguous(), gates.index.contiguous(), gates.count.contiguous()
 
 
-def constants(dist: HardConcrete | None) -> list[float]:
-    """The constants as the operators take them; none where gates come from the caller's z."""
-    return [] if dist is None else [dist.beta, dist.gamma, dist.zeta]
-
-
 class _GatedLinear(torch.autograd.Function):
-    """A source gets its gate's gradient: it is the log_alpha that z was drawn from or, where z is None, z."""
+    """One layer, whose gates are given, or drawn within the product where there is a seed.
+
+    A source gets its gate's gradient: it is the log_alpha that z was, or will be, drawn from or, where z is
+    None and there is no seed, z. ``order``: z, index and count of the inputs and of the outputs.
+    """
 
     @staticmethod
     def forward(
@@ -63,84 +62,57 @@ class _GatedLinear(torch.autograd.Function):
         bias: Tensor | None,
         in_source: Tensor | None,
         out_source: Tensor | None,
-        in_z: Tensor | None,
-        in_index: Tensor | None,
-        in_count: Tensor | None,
-        out_z: Tensor | None,
-        out_index: Tensor | None,
-        out_count: Tensor | None,
-        options: tuple[bool, bool, bool, torch.dtype],
-        dist: HardConcrete | None,
-        backend: str,
+        seed: Tensor | None,
+        settings: _Settings,
+        *order: Tensor | None,
     ) -> Tensor:
-        in_z, out_z = in_source if in_z is None else in_z, out_source if out_z is None else out_z
-        in_gate = _NO_GATE if in_z is None else [in_z, in_index, in_count]
-        out_gate = _NO_GATE if out_z is None else [out_z, out_index, out_count]
-        scale_out, _, _, dtype = options
-        y, *saved = _ops.gated_linear(as_rows(x), weight, bias, in_gate, out_gate, scale_out, dtype, backend)
-        ctx.save_for_backward(x, weight, bias, in_z, in_index, in_count, out_z, out_index, out_count, *saved)
-        ctx.settings = (options, dist, backend)
+        rows, (_, dtype, _, dist, backend) = as_rows(x), settings
+        if seed is not None and dist is not None:
+            drawn = L0LinearCall(rows, weight, bias, in_source, out_source, seed, dist, dtype)
+            y, *flat = _ops.l0_linear(drawn, backend)
+            gates = iter(split([a for a in (in_source, out_source) if a is not None], *flat))
+            sides = [_NO_TENSORS if a is None else next(gates)[:3] for a in (in_source, out_source)]
+            order, saved = (*sides[0], *sides[1]), []
+        else:
+            order = (
+                in_source if order[0] is None else order[0],
+                *order[1:3],
+                out_source if order[3] is None else order[3],
+                *order[4:],
+            )
+            y, *saved = _ops.gated_linear(_call(rows, weight, bias, order, settings), backend)
+        ctx.save_for_backward(x, weight, bias, *order, *saved)
+        ctx.settings = settings
         return like_rows(y, x)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        return *_backward(ctx, dy), *[None] * 9
+        _ops.refuse_second_derivative("gated_linear")
+        x, weight, bias, *tensors = ctx.saved_tensors
+        settings, needs = ctx.settings, list(ctx.needs_input_grad[:5])
+        call = _call(as_rows(x), weight, bias, tensors[:6], settings)
+        of_gates = Wanted(settings.full, needs, settings.dist)
+        grads = _ops.gated_linear_backward(as_rows(dy), call, tensors[6:], of_gates, settings.backend)
+        return *wanted(grads, needs, x), *[None] * (len(ctx.needs_input_grad) - 5)
 
 
-class _L0Linear(torch.autograd.Function):
-    """The same where the backend draws the gates within the product."""
+class _Settings(NamedTuple):
+    """What a layer is besides its tensors; ``dist``: of gates that have log_alphas."""
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        in_log_alpha: Tensor | None,
-        out_log_alpha: Tensor | None,
-        seed: Tensor,
-        dist: HardConcrete,
-        dtype: torch.dtype,
-        backend: str,
-    ) -> Tensor:
-        y, *flat = _ops.l0_linear(
-            as_rows(x), weight, bias, in_log_alpha, out_log_alpha, seed, constants(dist), dtype, backend
-        )
-        given = [a for a in (in_log_alpha, out_log_alpha) if a is not None]
-        gates = iter(split(given, *flat))
-        inputs = _NO_TENSORS if in_log_alpha is None else next(gates)[:3]
-        outputs = _NO_TENSORS if out_log_alpha is None else next(gates)[:3]
-        ctx.save_for_backward(x, weight, bias, *inputs, *outputs)
-        ctx.settings = ((out_log_alpha is not None, False, False, dtype), dist, backend)
-        return like_rows(y, x)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        return *_backward(ctx, dy), *[None] * 4
+    scale_out: bool
+    dtype: torch.dtype
+    full: list[bool]
+    dist: HardConcrete | None
+    backend: str
 
 
-def _backward(ctx: Any, dy: Tensor) -> list[Tensor | None]:
-    """Gradients of x, weight, bias and the sources of the two gates."""
-    _ops.refuse_second_derivative("gated_linear")
-    x, weight, bias, in_z, in_index, in_count, out_z, out_index, out_count, *saved = ctx.saved_tensors
-    options, dist, backend = ctx.settings
-    in_gate = _NO_GATE if in_z is None else [in_z, in_index, in_count]
-    out_gate = _NO_GATE if out_z is None else [out_z, out_index, out_count]
-    needs = list(ctx.needs_input_grad[:5])
-    grads = _ops.gated_linear_backward(
-        as_rows(dy),
-        as_rows(x),
-        weight,
-        bias,
-        in_gate,
-        out_gate,
-        saved,
-        *options,
-        needs,
-        constants(dist),
-        backend,
-    )
-    return wanted(grads, needs, x)
+def _call(
+    rows: Tensor, weight: Tensor, bias: Tensor | None, order: Sequence[Any], settings: _Settings
+) -> LinearCall:
+    in_z, in_index, in_count, out_z, out_index, out_count = order
+    in_gate = None if in_z is None else [in_z, in_index, in_count]
+    out_gate = None if out_z is None else [out_z, out_index, out_count]
+    return LinearCall(rows, weight, bias, in_gate, out_gate, settings.scale_out, settings.dtype)
 
 
 def wanted(grads: Sequence[Tensor], needs: Sequence[bool], x: Tensor) -> list[Tensor | None]:
@@ -197,26 +169,11 @@ def gated_linear(
     if out_support is not None:  # it selects; its z takes no part and gets no gradient
         support, *out_order = gate_tensors(out_support, dtype)
         support = support.detach()
-    options = (
-        out_gates is not None,
-        in_gates is not None and in_gates.full_grad,
-        out_gates is not None and out_gates.full_grad,
-        dtype,
-    )
+    full = [gates is not None and gates.full_grad for gates in (in_gates, out_gates)]
+    settings = _Settings(out_gates is not None, dtype, full, None, backend)
+    sources = in_source, out_source
     return apply(
-        _GatedLinear,
-        x,
-        weight,
-        bias,
-        in_source,
-        out_source,
-        None,
-        *in_order,
-        support,
-        *out_order,
-        options,
-        None,
-        backend,
+        _GatedLinear, x, weight, bias, *sources, None, settings, None, *in_order, support, *out_order
     )
 
 
@@ -249,64 +206,50 @@ def l0_linear(
     Raises:
         TypeError, ValueError, RuntimeError: as sample_gates and gated_linear.
     """
-    return _l0_linear(x, weight, bias, in_log_alpha, out_log_alpha, seed, dist, None)
+    in_source = None if in_log_alpha is None else Draw(in_log_alpha)
+    out_source = None if out_log_alpha is None else Draw(out_log_alpha)
+    return linear(x, weight, bias, in_source, out_source, seed, dist)
 
 
-def drawn_linear(
+def linear(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    in_log_alpha: Tensor | None,
-    out_log_alpha: Tensor | None,
-    gates: Sequence[Gates],
-    dist: HardConcrete,
+    in_source: Gates | Draw | None,
+    out_source: Gates | Draw | None,
+    seed: Tensor | None = None,
+    dist: HardConcrete = DEFAULT_DIST,
 ) -> Tensor:
-    """l0_linear with gates that were drawn from its log_alphas before, detached; one for each given."""
-    return _l0_linear(x, weight, bias, in_log_alpha, out_log_alpha, None, dist, gates)
-
-
-def _l0_linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    in_log_alpha: Tensor | None,
-    out_log_alpha: Tensor | None,
-    seed: Tensor | None,
-    dist: HardConcrete,
-    drawn: Sequence[Gates] | None,
-) -> Tensor:
+    """gated_linear where both sources are Gates, l0_linear where both are Draws; all drawn before or none."""
+    sources: list[Any] = [in_source, out_source]
+    if not isinstance(in_source or out_source, Draw):
+        return gated_linear(x, weight, bias, in_gates=sources[0], out_gates=sources[1])
+    in_log_alpha, out_log_alpha = (None if source is None else source.log_alpha for source in sources)
     if out_log_alpha is not None or not _checks.fits_chain(x, (weight,), (bias,), (in_log_alpha,)):
         _check_l0_linear(x, weight, bias, in_log_alpha, out_log_alpha)
-    given = [a for a in (in_log_alpha, out_log_alpha) if a is not None]
-    if drawn is not None:
-        check_drawn(given, drawn)
-    if not given:
-        return gated_linear(x, weight, bias)
+    is_drawn = any(source is not None and source.drawn is not None for source in sources)
+    if is_drawn:
+        check_drawn([in_log_alpha, out_log_alpha], [s and s.drawn for s in sources])
     backend = _registry.resolve_layers(x, (weight,), "gated_linear")
-    if backend == "reference" and drawn is not None:
-        joined = iter([attach(a, gate, dist) for a, gate in zip(given, drawn, strict=True)])
-        return reference.gated_linear(
-            x,
-            weight,
-            bias,
-            in_gates=None if in_log_alpha is None else next(joined),
-            out_gates=None if out_log_alpha is None else next(joined),
-        )
+    if backend == "reference" and is_drawn:
+        in_gates, out_gates = attached(sources, dist)
+        return reference.gated_linear(x, weight, bias, in_gates=in_gates, out_gates=out_gates)
     if backend == "reference":
         return reference.l0_linear(
             x, weight, bias, in_log_alpha=in_log_alpha, out_log_alpha=out_log_alpha, seed=seed, dist=dist
         )
     dtype = compute_dtype(x)
-    if drawn is None and _ops.draws_within(x, (weight,), (bias,), given, dtype, backend):
+    log_alphas = in_log_alpha, out_log_alpha
+    given = [a for a in log_alphas if a is not None]
+    settings = _Settings(out_log_alpha is not None, dtype, [False, False], dist, backend)
+    if not is_drawn and module(backend).draws_within(x, (weight,), (bias,), given, dtype, "identity"):
         seed = check_draw(given, seed, dist)
-        return apply(_L0Linear, x, weight, bias, in_log_alpha, out_log_alpha, seed, dist, dtype, backend)
-    gates = iter(draw(given, seed, dist, backend) if drawn is None else drawn)
-    inputs = _NO_TENSORS if in_log_alpha is None else gate_tensors(next(gates), dtype)
-    outputs = _NO_TENSORS if out_log_alpha is None else gate_tensors(next(gates), dtype)
-    options = (out_log_alpha is not None, False, False, dtype)
-    return apply(
-        _GatedLinear, x, weight, bias, in_log_alpha, out_log_alpha, *inputs, *outputs, options, dist, backend
+        return apply(_GatedLinear, x, weight, bias, *log_alphas, seed, settings)
+    inputs, outputs = (
+        _NO_TENSORS if gate is None else gate_tensors(gate, dtype)
+        for gate in of_a_layer(sources, seed, dist, backend)
     )
+    return apply(_GatedLinear, x, weight, bias, *log_alphas, None, settings, *inputs, *outputs)
 
 
 def _check_l0_linear(

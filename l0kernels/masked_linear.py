@@ -8,14 +8,12 @@ import torch
 from torch import Tensor
 
 from . import _ops, _registry, reference
+from ._arguments import check_masked
 from ._autograd import apply
-from .gates import HardConcrete, check_draw, eval_weight_gates, sample_gates
+from ._calls import BlockCall, LinearCall, Wanted
+from ._gates import DEFAULT_DIST, HardConcrete, expand_blocks, scale
+from .gates import check_draw, eval_weight_gates, sample_gates
 from .linear import as_rows, compute_dtype, gated_linear, like_rows
-from .reference.gates import DEFAULT_DIST
-from .reference.linear import scale
-from .reference.masked_linear import check_masked, expand_blocks
-
-_NO_GATE: list[Tensor] = []
 
 
 class _MaskedLinear(torch.autograd.Function):
@@ -29,44 +27,31 @@ class _MaskedLinear(torch.autograd.Function):
         bias: Tensor | None,
         log_alpha: Tensor,
         seed: Tensor,
-        constants: tuple[float, float, float],
+        dist: HardConcrete,
         dtype: torch.dtype,
         backend: str,
     ) -> Tensor:
-        masked = _ops.masked_weight(weight, log_alpha, seed, *constants, backend)
-        (y,) = _ops.gated_linear(as_rows(x), masked, bias, _NO_GATE, _NO_GATE, False, dtype, backend)
+        masked = _ops.masked_weight(weight, log_alpha, seed, dist, backend)
+        (y,) = _ops.gated_linear(LinearCall(as_rows(x), masked, bias, None, None, False, dtype), backend)
         ctx.save_for_backward(x, weight, bias, log_alpha, seed)
-        ctx.options = (constants, dtype, backend)
+        ctx.options = (dist, dtype, backend)
         return like_rows(y, x)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         _ops.refuse_second_derivative("masked_linear")
         x, weight, bias, log_alpha, seed = ctx.saved_tensors
-        constants, dtype, backend = ctx.options
+        dist, dtype, backend = ctx.options
         needs_x, needs_w, needs_b, needs_log_alpha = ctx.needs_input_grad[:4]
-        masked = _ops.masked_weight(weight, log_alpha, seed, *constants, backend)
+        masked = _ops.masked_weight(weight, log_alpha, seed, dist, backend)
         grad_needed = needs_w or needs_log_alpha
-        dx, grad, db, _, _ = _ops.gated_linear_backward(
-            as_rows(dy),
-            as_rows(x),
-            masked,
-            bias,
-            _NO_GATE,
-            _NO_GATE,
-            _NO_GATE,
-            False,
-            False,
-            False,
-            dtype,
-            [needs_x, grad_needed, needs_b, False, False],
-            [],
-            backend,
-        )
+        call = LinearCall(as_rows(x), masked, bias, None, None, False, dtype)
+        wanted = Wanted([False, False], [needs_x, grad_needed, needs_b, False, False], None)
+        dx, grad, db, _, _ = _ops.gated_linear_backward(as_rows(dy), call, [], wanted, backend)
         dw = dlog_alpha = None
         if grad_needed:
             dw, dlog_alpha = _ops.masked_weight_grad(
-                grad, weight, log_alpha, seed, *constants, needs_w, needs_log_alpha, backend
+                grad, weight, log_alpha, seed, dist, needs_w, needs_log_alpha, backend
             )
         return (
             dx.view(x.shape) if needs_x else None,
@@ -91,7 +76,7 @@ class _BlockLinear(torch.autograd.Function):
         dtype: torch.dtype,
         backend: str,
     ) -> Tensor:
-        y = _ops.block_linear(as_rows(x), weight, bias, z, *block, dtype, backend)
+        y = _ops.block_linear(BlockCall(as_rows(x), weight, bias, z, *block, dtype), backend)
         ctx.save_for_backward(x, weight, bias, z)
         ctx.options = (block, dtype, backend)
         return like_rows(y, x)
@@ -100,20 +85,10 @@ class _BlockLinear(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         _ops.refuse_second_derivative("masked_linear")
         x, weight, bias, z = ctx.saved_tensors
-        block, dtype, backend = ctx.options
+        (b_out, b_in), dtype, backend = ctx.options
         needs = list(ctx.needs_input_grad[:4])
-        grads = _ops.block_linear_backward(
-            as_rows(dy),
-            as_rows(x),
-            weight,
-            bias,
-            z,
-            *block,
-            False,
-            dtype,
-            needs,
-            backend,
-        )
+        call = BlockCall(as_rows(x), weight, bias, z, b_out, b_in, dtype)
+        grads = _ops.block_linear_backward(as_rows(dy), call, Wanted([False], needs, None), backend)
         dx, dw, db, dz = (g if n else None for g, n in zip(grads, needs, strict=True))
         return None if dx is None else dx.view(x.shape), dw, db, dz, None, None, None
 
@@ -166,8 +141,7 @@ def masked_linear(
     if block is None:
         if mode is not None:
             return gated_linear(x, scale(weight, eval_weight_gates(log_alpha, mode, dist)), bias)
-        constants = (dist.beta, dist.gamma, dist.zeta)
-        return apply(_MaskedLinear, x, weight, bias, log_alpha, seed, constants, compute_dtype(x), backend)
+        return apply(_MaskedLinear, x, weight, bias, log_alpha, seed, dist, compute_dtype(x), backend)
     if mode is not None:
         z = eval_weight_gates(log_alpha, mode, dist)
     else:

@@ -4,99 +4,87 @@ of densities."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import _ops, _registry, reference
+from . import _checks, _ops, _registry, reference
+from ._arguments import GLU, ROWS, check_mlp
 from ._autograd import apply
-from .gates import Gates, HardConcrete, attach, check_draw, check_drawn, check_log_alphas, draw
-from .linear import _NO_TENSORS, as_rows, compute_dtype, constants, gate_tensors, like_rows, wanted
-from .reference import _checks
-from .reference.gates import DEFAULT_DIST
-from .reference.mlp import GLU, ROWS, check_mlp
+from ._calls import DrawnMlpCall, Gate, L0MlpCall, MlpCall, Wanted
+from ._gates import DEFAULT_DIST, Gates, HardConcrete
+from .gates import Draw, attached, check_draw, check_drawn, check_log_alphas, of_a_layer
+from .impl import module
+from .linear import _NO_TENSORS, as_rows, compute_dtype, gate_tensors, like_rows, wanted
+
+
+class _Settings(NamedTuple):
+    """What a chain is besides its tensors; ``dist``: of gates that have log_alphas."""
+
+    activation: str
+    dtype: torch.dtype
+    full: list[bool]
+    dist: HardConcrete | None
+    repack: bool
+    backend: str
 
 
 class _GatedMlp(torch.autograd.Function):
-    """One node for the whole chain.
+    """One node for the whole chain, whose gates are given, or drawn on the way where there is a seed.
 
-    ``tensors``: L weights, L biases, L sources of the gates, then z, index and count of L gates. A source
-    gets its gate's gradient: it is the log_alpha that z was drawn from or, where z is None, z.
+    ``tensors``: L weights, L biases, L sources of the gates, then without a seed z, index and count of L
+    gates. A source gets its gate's gradient: it is the log_alpha that z was, or will be, drawn from or, where
+    z is None and there is no seed, z.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        activation: str,
-        full: list[bool],
-        dtype: torch.dtype,
-        dist: HardConcrete | None,
-        repack: bool,
-        backend: str,
-        *tensors: Tensor | None,
-    ) -> Tensor:
-        depth = len(full)
-        weights, biases, gates = tensors[:depth], tensors[depth : 2 * depth], list(tensors[3 * depth :])
-        for i, source in enumerate(tensors[2 * depth : 3 * depth]):
-            if gates[3 * i] is None:
-                gates[3 * i] = source
-        y, *saved = _ops.gated_mlp(as_rows(x), weights, biases, gates, activation, dtype, repack, backend)
+    def forward(ctx: Any, x: Tensor, seed: Tensor | None, settings: _Settings, *tensors: Any) -> Tensor:
+        activation, dtype, full, dist, repack, backend = settings
+        depth, rows = len(full), as_rows(x)
+        weights, biases, sources = [[*tensors[i : i + depth]] for i in (0, depth, 2 * depth)]
+        drawn = seed is not None
+        if seed is not None and dist is not None:
+            chain = L0MlpCall(rows, weights, biases, sources, activation, seed, dist, dtype)
+            z, index, count, y, *saved = _ops.l0_mlp(chain, backend)
+            gates: list[Tensor | None] = [z, index, count]
+            ctx.gated = [source is not None for source in sources]
+        else:
+            gates = [*tensors[3 * depth :]]
+            for i, source in enumerate(sources):
+                if gates[3 * i] is None:
+                    gates[3 * i] = source
+            call = MlpCall(rows, weights, biases, _triples(gates), activation, dtype, repack)
+            y, *saved = _ops.gated_mlp(call, backend)
         ctx.save_for_backward(x, *weights, *biases, *gates, *saved)
-        ctx.settings = (activation, full, dtype, dist, backend)
+        ctx.settings, ctx.drawn = settings, drawn
         return like_rows(y, x)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         _ops.refuse_second_derivative("gated_mlp")
-        activation, full, dtype, dist, backend = ctx.settings
+        activation, dtype, full, dist, repack, backend = ctx.settings
         depth = len(full)
         x, *tensors = ctx.saved_tensors
-        weights, biases, gates = tensors[:depth], tensors[depth : 2 * depth], tensors[2 * depth : 5 * depth]
-        needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[7 : 7 + 3 * depth]]
-        args = (weights, biases, gates, tensors[5 * depth :], activation, dtype, full, needs, constants(dist))
-        grads = _ops.gated_mlp_backward(as_rows(dy), as_rows(x), *args, backend)
+        weights, biases, tensors = tensors[:depth], tensors[depth : 2 * depth], tensors[2 * depth :]
+        needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[3 : 3 + 3 * depth]]
+        rows, of_gates = as_rows(x), Wanted(full, needs, dist)
+        if ctx.drawn:
+            z, index, count, *saved = tensors
+            drawn = DrawnMlpCall(rows, weights, biases, ctx.gated, z, index, count, activation, dtype)
+            grads = _ops.l0_mlp_backward(as_rows(dy), drawn, saved, of_gates, backend)
+        else:
+            gates = _triples(tensors[: 3 * depth])
+            call = MlpCall(rows, weights, biases, gates, activation, dtype, repack)
+            grads = _ops.gated_mlp_backward(as_rows(dy), call, tensors[3 * depth :], of_gates, backend)
         dx, *rest = wanted(grads, needs, x)
-        return (dx, *[None] * 6, *rest, *[None] * (3 * depth))
+        return (dx, None, None, *rest, *[None] * (len(ctx.needs_input_grad) - 3 - 3 * depth))
 
 
-class _L0Mlp(torch.autograd.Function):
-    """The same where the backend draws on the way; ``tensors``: L weights, biases and log_alphas."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        activation: str,
-        dtype: torch.dtype,
-        dist: HardConcrete,
-        backend: str,
-        seed: Tensor,
-        *tensors: Tensor | None,
-    ) -> Tensor:
-        depth = len(tensors) // 3
-        weights, biases, log_alphas = tensors[:depth], tensors[depth : 2 * depth], tensors[2 * depth :]
-        z, index, count, y, *saved = _ops.l0_mlp(
-            as_rows(x), weights, biases, log_alphas, activation, seed, constants(dist), dtype, backend
-        )
-        ctx.save_for_backward(x, *weights, *biases, z, index, count, *saved)
-        ctx.settings = (activation, [a is not None for a in log_alphas], dtype, dist, backend)
-        return like_rows(y, x)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        _ops.refuse_second_derivative("gated_mlp")
-        activation, gated, dtype, dist, backend = ctx.settings
-        depth = len(gated)
-        x, *tensors = ctx.saved_tensors
-        weights, biases = tensors[:depth], tensors[depth : 2 * depth]
-        z, index, count, *saved = tensors[2 * depth :]
-        needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[6:]]
-        args = (weights, biases, gated, z, index, count, saved, activation, dtype, needs, constants(dist))
-        grads = _ops.l0_mlp_backward(as_rows(dy), as_rows(x), *args, backend)
-        dx, *rest = wanted(grads, needs, x)
-        return (dx, *[None] * 5, *rest)
+def _triples(tensors: Sequence[Any]) -> list[Gate | None]:
+    """The gate of each layer out of z, index and count of all, None where it has none."""
+    starts = range(0, len(tensors), 3)
+    return [None if tensors[i] is None else [*tensors[i : i + 3]] for i in starts]
 
 
 def _backend(x: Tensor, weights: Sequence[Tensor], activation: str) -> str:
@@ -150,20 +138,11 @@ def gated_mlp(
         return reference.gated_mlp(x, weights, biases, gates, activation)
     dtype = compute_dtype(x)
     parts = [_NO_TENSORS if gate is None else gate_tensors(gate, dtype) for gate in gates]
-    return apply(
-        _GatedMlp,
-        x,
-        activation,
-        [gate is not None and gate.full_grad for gate in gates],
-        dtype,
-        None,
-        repack_in_backward,
-        backend,
-        *weights,
-        *biases,
-        *(part[0] for part in parts),
-        *(tensor for part in parts for tensor in (None, *part[1:])),
-    )
+    full = [gate is not None and gate.full_grad for gate in gates]
+    settings = _Settings(activation, dtype, full, None, repack_in_backward, backend)
+    sources = (part[0] for part in parts)
+    order = (tensor for part in parts for tensor in (None, *part[1:]))
+    return apply(_GatedMlp, x, None, settings, *weights, *biases, *sources, *order)
 
 
 def l0_mlp(
@@ -196,74 +175,47 @@ def l0_mlp(
     Raises:
         TypeError, ValueError, RuntimeError: as sample_gates and gated_mlp.
     """
-    return _l0_mlp(x, weights, biases, log_alphas, activation, seed, dist, None, repack_in_backward)
+    sources = [None if a is None else Draw(a) for a in log_alphas]
+    if not any(sources):
+        _check_l0_mlp(x, weights, biases, log_alphas, activation)
+    return chain(x, weights, biases, sources, activation, repack_in_backward, seed, dist)
 
 
-def drawn_mlp(
+def chain(
     x: Tensor,
     weights: Sequence[Tensor],
     biases: Sequence[Tensor | None],
-    log_alphas: Sequence[Tensor | None],
-    gates: Sequence[Gates | None],
+    sources: Sequence[Gates | Draw | None],
     activation: str,
-    dist: HardConcrete,
-    repack_in_backward: bool = False,
+    repack: bool,
+    seed: Tensor | None = None,
+    dist: HardConcrete = DEFAULT_DIST,
 ) -> Tensor:
-    """l0_mlp with gates that were drawn from its log_alphas before, detached; of their sizes."""
-    return _l0_mlp(x, weights, biases, log_alphas, activation, None, dist, gates, repack_in_backward)
-
-
-def _l0_mlp(
-    x: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
-    log_alphas: Sequence[Tensor | None],
-    activation: str,
-    seed: Tensor | None,
-    dist: HardConcrete,
-    gates: Sequence[Gates | None] | None,
-    repack_in_backward: bool,
-) -> Tensor:
+    """gated_mlp where the sources are Gates, l0_mlp where they are Draws; all drawn before or none."""
+    if not any(isinstance(source, Draw) for source in sources):
+        gates: Any = sources
+        return gated_mlp(x, weights, biases, gates, activation, repack_in_backward=repack)
+    draws: Any = sources
+    log_alphas = [None if source is None else source.log_alpha for source in draws]
     if activation not in ROWS or not _checks.fits_chain(x, weights, biases, log_alphas, ROWS[activation]):
         _check_l0_mlp(x, weights, biases, log_alphas, activation)
-    given = [a for a in log_alphas if a is not None]
-    if gates is not None:
-        check_drawn(log_alphas, gates)
+    is_drawn = any(source is not None and source.drawn is not None for source in draws)
+    if is_drawn:
+        check_drawn(log_alphas, [source and source.drawn for source in draws])
     backend = _backend(x, weights, activation)
-    if backend == "reference" and gates is not None:
-        joined = [
-            None if a is None or gate is None else attach(a, gate, dist)
-            for a, gate in zip(log_alphas, gates, strict=True)
-        ]
-        return reference.gated_mlp(x, weights, biases, joined, activation)
+    if backend == "reference" and is_drawn:
+        return reference.gated_mlp(x, weights, biases, attached(draws, dist), activation)
     if backend == "reference":
         return reference.l0_mlp(x, weights, biases, log_alphas, activation, seed=seed, dist=dist)
-    if not given:
-        return gated_mlp(
-            x, weights, biases, [None] * len(weights), activation, repack_in_backward=repack_in_backward
-        )
     dtype = compute_dtype(x)
-    if gates is None:
-        if _ops.draws_within(x, weights, biases, given, dtype, backend, activation):
-            seed = check_draw(given, seed, dist)
-            return apply(_L0Mlp, x, activation, dtype, dist, backend, seed, *weights, *biases, *log_alphas)
-        fresh = iter(draw(given, seed, dist, backend))
-        gates = [None if a is None else next(fresh) for a in log_alphas]
-    parts = [_NO_TENSORS if gate is None else gate_tensors(gate, dtype) for gate in gates]
-    return apply(
-        _GatedMlp,
-        x,
-        activation,
-        [False] * len(weights),
-        dtype,
-        dist,
-        repack_in_backward,
-        backend,
-        *weights,
-        *biases,
-        *log_alphas,
-        *(tensor for part in parts for tensor in part),
-    )
+    given = [a for a in log_alphas if a is not None]
+    settings = _Settings(activation, dtype, [False] * len(weights), dist, repack, backend)
+    if not is_drawn and module(backend).draws_within(x, weights, biases, given, dtype, activation):
+        seed = check_draw(given, seed, dist)
+        return apply(_GatedMlp, x, seed, settings, *weights, *biases, *log_alphas)
+    gates = of_a_layer(draws, seed, dist, backend)
+    order = (t for gate in gates for t in (_NO_TENSORS if gate is None else gate_tensors(gate, dtype)))
+    return apply(_GatedMlp, x, None, settings, *weights, *biases, *log_alphas, *order)
 
 
 def _check_l0_mlp(

@@ -9,14 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import _ops, _registry, reference
+from . import _checks, _ops, _registry, reference
+from ._arguments import check_l2_penalty, per_tensor
 from ._autograd import apply
-from .gates import HardConcrete
-from .reference import _checks
-from .reference.gates import DEFAULT_DIST, check_dist
-from .reference.penalty import check_l2_penalty, per_tensor
-
-_PLAIN = (Tensor, torch.nn.Parameter)
+from ._gates import DEFAULT_DIST, HardConcrete, check_dist
 
 
 class _L0Penalty(torch.autograd.Function):
@@ -24,11 +20,11 @@ class _L0Penalty(torch.autograd.Function):
     def forward(
         ctx: Any,
         weights: list[float] | Tensor,
-        constants: tuple[float, float, float, str],
+        settings: tuple[HardConcrete, str],
         *log_alphas: Tensor,
     ) -> Tensor:
         operator = _ops.l0_penalty if isinstance(weights, list) else _ops.weighted_penalty
-        total, grad = operator(log_alphas, weights, *constants)
+        total, grad = operator(log_alphas, weights, *settings)
         ctx.save_for_backward(grad)
         ctx.shapes = [a.shape for a in log_alphas]
         return total
@@ -48,7 +44,7 @@ def _check_log_alphas(log_alphas: Sequence[Tensor], dist: HardConcrete) -> None:
     first = log_alphas[0]
     for i, a in enumerate(log_alphas):
         if (
-            type(a) in _PLAIN
+            type(a) in _checks.PLAIN
             and a.dtype is torch.float32
             and first.dtype is a.dtype
             and a.layout is torch.strided
@@ -132,7 +128,7 @@ def l0_penalty(
             return reference.l0_penalty(log_alphas, lam=weights, dist=dist)
         each = [reference.l0_penalty(a, dist=dist) for a in log_alphas]
         return torch.stack(each).mul(weights).sum().to(log_alphas[0].dtype)
-    return apply(_L0Penalty, weights, (dist.beta, dist.gamma, dist.zeta, backend), *log_alphas)
+    return apply(_L0Penalty, weights, (dist, backend), *log_alphas)
 
 
 class L2Term(NamedTuple):
@@ -152,7 +148,7 @@ class _CoupledPenalty(torch.autograd.Function):
         ctx: Any,
         weights: list[float],
         layout: list[int],
-        settings: tuple[float, list[float], str],
+        settings: tuple[float, HardConcrete, str],
         *tensors: Tensor,
     ) -> Tensor:
         n = len(weights)
@@ -229,7 +225,7 @@ def coupled_penalty(
         number: dict[Tensor | None, int] = {log_alpha: i for i, log_alpha in enumerate(gates)}
         number[None] = -1
         layout = [entry for _, out, in_, groups in fused for entry in (number[out], number[in_], groups)]
-        settings = (float(weight_decay), [dist.beta, dist.gamma, dist.zeta], backend)
+        settings = (float(weight_decay), dist, backend)
         thetas = [term.weight for term in fused]
         totals.append(apply(_CoupledPenalty, list(gates.values()), layout, settings, *gates, *thetas))
     elif log_alphas:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import l0kernels as l0
-from l0kernels._registry import native
+from l0kernels._native import native
 from op_checks import BACKENDS
 from triton_device import INTERPRETED, RUNS
 

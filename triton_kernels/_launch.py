@@ -6,13 +6,15 @@ compiled kernel the value, and addresses pass as plain numbers.
 
 from __future__ import annotations
 
-from typing import Any
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import torch
 from triton import knobs
 from triton.runtime.interpreter import InterpretedFunction
 
-_INTERPRETED = knobs.runtime.interpret
 _LIMIT = 4096
 _UNALIGNED = object()
 _NUMBERS = frozenset((int, float, bool, type(None)))  # isinstance(arg, Tensor) is half of a launch's cost
@@ -33,6 +35,65 @@ def address(t: Any) -> int:
     return int(t.data_ptr())
 
 
+T = TypeVar("T")
+_remembered: list[Any] = []
+
+
+def per_gpu(of: Callable[..., T]) -> Callable[..., T]:
+    """lru_cache for what the GPU decides, which a recording forgets."""
+    cached = functools.lru_cache(of)
+    _remembered.append(cached)
+    return cached
+
+
+@per_gpu
+def gpu(index: int | None) -> tuple[int, int]:
+    """(compute capability * 10, multiprocessors); without an index those of the machine stood in for."""
+    if index is None:
+        return _stand_in
+    properties = torch.cuda.get_device_properties(index)
+    return properties.major * 10 + properties.minor, properties.multi_processor_count
+
+
+def _forget() -> None:
+    for cached in _remembered:
+        cached.cache_clear()
+
+
+@contextlib.contextmanager
+def recording(record: Callable[..., None], stand_in: tuple[int, int]) -> Iterator[None]:
+    """In place of a launch ``record(kernel, grid, args, num_warps, num_stages, constants)`` is called.
+
+    Meta tensors are taken to lie on a GPU of ``stand_in``: capability * 10, multiprocessors.
+    """
+    global _instead, _stand_in
+    before = _instead, _stand_in
+    _instead, _stand_in = record, stand_in
+    _forget()
+    try:
+        yield
+    finally:
+        _instead, _stand_in = before
+        _forget()
+
+
+def _interpret(
+    kernel: Any,
+    grid: tuple[int, ...],
+    args: tuple[Any, ...],
+    num_warps: int,
+    num_stages: int,
+    constants: dict[str, Any],
+) -> None:
+    if isinstance(kernel, InterpretedFunction):
+        _check(kernel, args, constants)
+    kernel[grid](*args, num_warps=num_warps, num_stages=num_stages, **constants)
+
+
+_instead: Callable[..., None] | None = _interpret if knobs.runtime.interpret else None
+_stand_in = 90, 4  # of the interpreter: a small Hopper GPU
+
+
 def launch(
     kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int = 4, num_stages: int = 3, **constants: Any
 ) -> None:
@@ -42,10 +103,8 @@ def launch(
         args: tensors, numbers and None, in the order of the kernel's parameters.
         constants: its constexpr parameters, which come last, in their order.
     """
-    if _INTERPRETED:
-        if isinstance(kernel, InterpretedFunction):
-            _check(kernel, args, constants)
-        kernel[grid](*args, num_warps=num_warps, num_stages=num_stages, **constants)
+    if _instead is not None:
+        _instead(kernel, grid, args, num_warps, num_stages, constants)
         return
     device = torch.cuda.current_device()
     values = [arg if type(arg) in _NUMBERS else address(arg) for arg in args]

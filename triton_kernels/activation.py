@@ -3,8 +3,6 @@
 import triton
 import triton.language as tl
 
-ACTIVATIONS = ("identity", "relu", "gelu", "silu")
-
 
 @triton.jit
 def _reciprocal(x):

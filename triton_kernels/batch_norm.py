@@ -9,17 +9,14 @@ open channels would make narrow ones of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import cdiv, launch
-from ._variants import Variant, recorder
-from .conv2d import as_images, as_rows
-from .matmul import Gate, _device, _extent
+from ._launch import cdiv, gpu, launch
+from .conv2d_channels import as_images, as_rows
+from .matmul import Gate, _extent
 
 _ROWS, _COLS = 32, 64
 _SHARE = 512  # rows, at least, of a share
@@ -279,7 +276,7 @@ def _grad(
 
 def _plan(rows: int, C: int, t: Tensor) -> tuple[int, int, int, tuple[int, int], int]:
     """(blocks of columns, shares of the rows, rows of one, grid of the second pass, its steps)."""
-    programs = 4 * _device(t.device.index if t.is_cuda else None)[1]
+    programs = 4 * gpu(t.device.index)[1]
     blocks = cdiv(C, _COLS)
     share = cdiv(rows, max(1, min(cdiv(programs, blocks), cdiv(rows, _SHARE))))
     tiles = cdiv(rows, _ROWS)
@@ -301,7 +298,6 @@ def batch_norm_forward(
     training: bool,
     momentum: float,
     eps: float,
-    run: Callable[..., None] = launch,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """F.batch_norm of the open channels, 0 in the others; mean and 1 / std (C,) fp32, by column.
 
@@ -327,11 +323,11 @@ def batch_norm_forward(
     has = gate is not None
     if batch:
         parts = _partials(shares, C, x)
-        run(
+        launch(
             _moments, (blocks, shares), values, *parts, count, rows, C, *values.stride(), share,
             HAS=has, BLOCK_R=_ROWS, BLOCK_C=_COLS, num_warps=4,
         )  # fmt: skip
-    run(
+    launch(
         _normalise,
         grid,
         values, y, *parts, mean, rstd, running_mean, running_var, weight, bias, z, index, count,
@@ -351,7 +347,6 @@ def batch_norm_backward(
     weight: Tensor | None,
     training: bool,
     needs: list[bool],
-    run: Callable[..., None] = launch,
 ) -> list[Tensor | None]:
     """dx packed as x, dweight and dbias (C,) by unit, in the dtype of weight, zero where closed.
 
@@ -377,11 +372,11 @@ def batch_norm_backward(
     sums = need_w or need_b or (need_x and training)
     if sums:
         parts = _partials(shares, C, x)
-        run(
+        launch(
             _grad_sums, (blocks, shares), grads, values, mean, rstd, *parts, count, rows, C,
             *grads.stride(), *values.stride(), share, HAS=has, BLOCK_R=_ROWS, BLOCK_C=_COLS, num_warps=4,
         )  # fmt: skip
-    run(
+    launch(
         _grad,
         grid if need_x else (blocks, 1),
         grads, values, dx, mean, rstd, *parts, dw, db, weight, z, index, count, rows, C,
@@ -390,26 +385,3 @@ def batch_norm_backward(
         BLOCK_R=_ROWS, BLOCK_C=_COLS, num_warps=4,
     )  # fmt: skip
     return [None if dx is None else as_images(dx, n, h, w), dw, db]
-
-
-def variants() -> Iterator[Variant]:
-    """Training in bf16 with fp32 parameters, evaluation in fp32 without a gate, both directions."""
-    for name, dtype, gated, training in (
-        ("bf16", torch.bfloat16, True, True),
-        ("fp32", torch.float32, False, True),
-        ("eval_fp32", torch.float32, False, False),
-        ("eval_bf16", torch.bfloat16, True, False),
-    ):
-        found: list[Variant] = []
-        wide = frozenset({"wide_load"})
-        expects = {"_moments": wide, "_normalise": wide, "_grad_sums": wide, "_grad": wide}
-        run = recorder(found, f"batch_norm/{name}", expects)
-        x = torch.empty(2, 320, 16, 16, dtype=dtype, device="meta", memory_format=torch.channels_last)
-        p = torch.empty(320, device="meta")
-        gate = None
-        if gated:
-            index, count = (torch.empty(m, dtype=torch.int32, device="meta") for m in (384, 2))
-            gate = [p, index, count]
-        y, mean, rstd = batch_norm_forward(x, gate, p, p, p, p, training, 0.1, 1e-5, run)
-        batch_norm_backward(y, x, gate, mean, rstd, p, training, [True, True, True], run)
-        yield from found

@@ -8,7 +8,6 @@ keeps rows by outputs in registers and multiplies channel by channel, in fp32.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -16,10 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from l0kernels.reference.gates import HardConcrete
+from l0kernels._gates import HardConcrete
 
 from ._launch import cdiv, launch
-from ._variants import Variant, recorder
 from .matmul import Gate, _extent
 from .pack import _programs
 from .sample import gate_grad
@@ -289,7 +287,6 @@ def _run_direct(
     conv: Any,
     dtype: torch.dtype,
     transposed: bool,
-    run: Callable[..., None] = launch,
 ) -> Tensor:
     """y (rows, N) or, transposed, dx from dy; ``modes`` and ``packed`` are those of x and of y."""
     stride, padding, dilation, groups = conv
@@ -300,7 +297,7 @@ def _run_direct(
     tiles = cdiv(y.shape[0], _ROWS) * cdiv(N, _COLS)
     if not tiles:
         return y
-    run(
+    launch(
         _direct,
         (min(tiles, _programs(x.device)),),
         x, weight, y, bias, *(n_gate or (None,) * 3), *(k_gate or (None,) * 3), _before(k_gate),
@@ -327,14 +324,11 @@ def forward(
     y_size: tuple[int, int],
     conv: Any,
     dtype: torch.dtype,
-    run: Callable[..., None] = launch,
 ) -> Tensor:
     """conv2d.conv2d_forward over rows of pixels."""
     modes = _mode(in_gate, scale_in), _mode(out_gate, scale_out)
     packed = in_packed and in_gate is not None, out_packed and out_gate is not None
-    return _run_direct(
-        x, weight, bias, out_gate, in_gate, modes, packed, x_size, y_size, conv, dtype, False, run
-    )
+    return _run_direct(x, weight, bias, out_gate, in_gate, modes, packed, x_size, y_size, conv, dtype, False)
 
 
 def backward(
@@ -355,7 +349,6 @@ def backward(
     conv: Any,
     wants: tuple[bool, bool, bool, bool],
     dist: HardConcrete | None,
-    run: Callable[..., None] = launch,
 ) -> tuple[Tensor | None, ...]:
     """dx, dweight, dz_in, dz_out over rows of pixels; ``share``: what the bias adds to dz_out."""
     need_x, need_w, need_in, need_out = wants
@@ -368,7 +361,7 @@ def backward(
     if need_x:
         dx = _run_direct(
             dy, weight, None, in_gate, out_gate, modes[::-1], packed[::-1], (images, oh, ow), (h, w), conv,
-            x.dtype, True, run,
+            x.dtype, True,
         )  # fmt: skip
     if not (need_w or need_in or need_out):
         return dx, None, None, None
@@ -376,7 +369,7 @@ def backward(
     shares = max(1, min(cdiv(rows, _SHARE), cdiv(2 * _programs(dy.device), max(blocks, 1))))
     partial = torch.zeros(shares, n_out, n_per_in, kh * kw, dtype=torch.float32, device=dy.device)
     if partial.numel():
-        run(
+        launch(
             _direct_dw,
             (cdiv(n_out, _COLS), n_per_in * kh * kw, shares),
             dy, x, partial, *(out_gate or (None,) * 3)[1:], *(in_gate or (None,) * 3)[1:], _before(in_gate),
@@ -414,41 +407,3 @@ def _masked(sums: Tensor, z: Tensor, full: bool, dist: HardConcrete | None) -> T
     wanted = (z != 0) if full else ~((z <= 0) | (z >= 1))
     dz = torch.where(wanted, sums, 0.0)
     return dz if dist is None else gate_grad(dz, z, dist)
-
-
-def variants() -> Iterator[Variant]:
-    """A depthwise and a grouped layer, packed and dense, forward and backward."""
-    new = lambda *shape, dtype=torch.float32: torch.empty(shape, dtype=dtype, device="meta")  # noqa: E731
-
-    def gate(n: int) -> Gate:
-        return [new(n), new(cdiv(n, 128) * 128, dtype=torch.int32), new(2, dtype=torch.int32)]
-
-    cases: list[tuple[str, torch.dtype, int, int, bool, bool, bool]] = [
-        ("groups_fp32", torch.float32, 16, 640, False, False, False),
-        ("groups_fp32_10", torch.float32, 16, 640, True, True, False),
-        *(
-            (f"{kind}_bf16_{x_packed:d}{y_packed:d}", torch.bfloat16, groups, n_out, True, x_packed, y_packed)
-            for kind, groups, n_out in (("depthwise", 320, 320), ("groups", 16, 640))
-            for x_packed in (False, True)
-            for y_packed in (False, True)
-        ),
-    ]
-    for name, dtype, groups, n_out, gated, x_packed, y_packed in cases:
-        found: list[Variant] = []
-        run = recorder(found, f"conv2d_groups/{name}")
-        x, weight, dy = (
-            new(512, 320, dtype=dtype),
-            new(n_out, 320 // groups, 3, 3, dtype=dtype),
-            new(512, n_out, dtype=dtype),
-        )
-        in_gate, out_gate = (gate(320), gate(n_out)) if gated else (None, None)
-        conv = ([1, 1], [1, 1], [1, 1], groups)
-        options: dict[str, Any] = {"scale_in": True, "scale_out": True, "run": run}
-        options |= {"in_packed": x_packed, "out_packed": y_packed}
-        options |= {"x_size": (2, 16, 16), "y_size": (16, 16), "conv": conv}
-        forward(x, weight, new(n_out, dtype=dtype), in_gate, out_gate, dtype=dtype, **options)
-        options |= {"full_in": False, "full_out": False, "wants": (True, True, False, False), "dist": None}
-        backward(dy, x, weight, None, in_gate, out_gate, **options)
-        yield from (
-            v._replace(name=f"{v.name}{'_dx' if v.constexprs.get('TRANSPOSED') else ''}") for v in found
-        )

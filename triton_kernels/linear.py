@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from l0kernels.reference.gates import HardConcrete, round_up
+from l0kernels._gates import HardConcrete, round_up
 
 from . import gather
 from .matmul import Gate, Operand, _tma_ready, matmul

@@ -7,8 +7,7 @@ block is read.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import triton
@@ -16,13 +15,12 @@ import triton.language as tl
 from torch import Tensor
 
 from ._launch import cdiv, launch
-from ._variants import Variant
 from .hard_concrete import gate_slope, gate_value, uniform
 from .matmul import precision as precision_of
 from .sample import order
 
 if TYPE_CHECKING:
-    from l0kernels.reference.gates import HardConcrete
+    from l0kernels._gates import HardConcrete
 
 _BLOCK = 1024  # of elementwise kernels
 _LINE = 512
@@ -627,168 +625,3 @@ def _weight_grad(
                 num_warps=4,
             )
     return dw, dz
-
-
-_KINDS = {"bf16": (2, "tf32"), "fp16": (2, "tf32"), "tf32": (4, "tf32"), "ieee": (4, "ieee")}
-
-
-def _pointers(names: str, kind: str) -> dict[str, str]:
-    return dict.fromkeys(names.split(), f"*{kind}:16")
-
-
-def _masked_variants() -> Iterator[Variant]:
-    scalars = dict.fromkeys(("inv_beta", "gamma", "zeta"), "fp32")
-    gates = _pointers("log_alpha_ptr", "fp32") | _pointers("seed_ptr", "i64") | scalars
-    for kind, n in (("fp32", "i32:16"), ("fp32", "i32"), ("bf16", "i32:16"), ("bf16", "i64:16")):
-        expects = frozenset({"wide_load"} if n.endswith(":16") else ())
-        name = f"{kind}_{n.replace(':', '_')}"
-        yield Variant(
-            f"masked_linear/weight_{name}",
-            _masked_weight_kernel,
-            _pointers("weight_ptr out_ptr", kind) | gates | {"n": n},
-            {"BLOCK": _BLOCK},
-            expects=expects,
-        )
-        pointers = _pointers("grad_ptr weight_ptr dw_ptr", kind) | _pointers("dlog_alpha_ptr", "fp32")
-        yield Variant(
-            f"masked_linear/weight_grad_{name}",
-            _masked_weight_grad_kernel,
-            pointers | gates | {"n": n},
-            {"NEED_W": True, "NEED_LOG_ALPHA": True, "BLOCK": _BLOCK},
-            expects=expects,
-        )
-
-
-def _prepare_variants() -> Iterator[Variant]:
-    for kind, out, block in (
-        ("fp32", "fp32", 64),
-        ("fp32", "bf16", 16),
-        ("bf16", "bf16", 32),
-        ("fp16", "fp16", 7),
-    ):
-        signature = (
-            _pointers("z_ptr", "fp32")
-            | _pointers("rows_ptr cols_ptr", "i32")
-            | _pointers("weight_ptr", kind)
-            | _pointers("scaled_ptr", out)
-            | {"n_rows": "i32", "n_cols": "i32", "N": "i32:16", "K": "i32:16", "stride": "i32:16"}
-        )
-        constants = {"B_N": block, "B_K": block, "ALIGN_K": _align(block), "ROWS": True, "COLS": True}
-        yield Variant(
-            f"masked_linear/prepare_{kind}_{out}_{block}",
-            _prepare_kernel,
-            signature,
-            constants | {"LINE": _LINE, "TILE_N": 2, "TILE_K": _TILE // 2},
-            expects=frozenset({"wide_load"} if block >= 16 else ()),
-        )
-
-
-def _product_variants() -> Iterator[Variant]:
-    for kind, m, block, dx in (
-        *(("bf16", 8192, b, dx) for b in (7, 16, 32, 64, 128) for dx in (False, True)),
-        ("fp16", 8192, 64, False),
-        ("bf16", 64, 32, False),
-        ("bf16", 16, 32, False),
-        ("tf32", 8192, 16, False),
-        ("tf32", 8192, 128, False),
-        ("tf32", 8192, 128, True),
-        ("tf32", 16, 64, False),
-        ("ieee", 8192, 64, False),
-        ("ieee", 8192, 7, True),
-        ("ieee", 16, 64, False),
-    ):
-        itemsize, precision = _KINDS[kind]
-        element = kind if itemsize == 2 else "fp32"
-        config = _product_config(itemsize, precision, m, block)
-        strides = {"stride_am": "i32:16", "stride_wk" if dx else "stride_wn": "i32:16"}
-        sizes = {"M": "i32", "N": "i32:16", "K": "i32:16", "n_lines": "i32", "n_blocks": "i32"}
-        pointers = _pointers("a_ptr w_ptr bias_ptr out_ptr", element) | _pointers("list_ptr", "i32")
-        constants: dict[str, Any] = {
-            "stride_wn" if dx else "stride_wk": 1,
-            "B_N": block,
-            "B_K": block,
-            "ALIGN_K": _align(block),
-            "HAS_BIAS": not dx,
-            "PRECISION": precision,
-            "BLOCK_M": config.m,
-            "BLOCK_N": config.n,
-            "BLOCK_K": config.k,
-            "GROUP_M": _GROUP_M,
-        }
-        yield Variant(
-            f"masked_linear/product_{kind}_{'dx' if dx else 'y'}_{m}_{block}",
-            _product_kernel,
-            pointers | sizes | strides,
-            constants,
-            expects=_expects(kind, block, config.m, dx),
-            num_warps=config.warps,
-            num_stages=config.stages,
-        )
-
-
-def _expects(kind: str, block: int, rows: int, transposed: bool) -> frozenset[str]:
-    """Narrow blocks have no wide copies, nor have TF32 operands, where they are transposed on the way."""
-    if kind == "ieee":
-        return frozenset()
-    wide = block >= 16 and not (kind == "tf32" and transposed)
-    return frozenset({"tensor_core" if rows >= 64 else "mma", *(["wide_copy"] if wide else [])})
-
-
-def _weight_grad_variants() -> Iterator[Variant]:
-    for kind, block, tiles in (
-        *(("bf16", b, _FEW_TILES) for b in (7, 16, 32, 64, 128)),
-        ("bf16", 128, 1),
-        ("fp16", 64, _FEW_TILES),
-        ("tf32", 16, _FEW_TILES),
-        ("tf32", 128, _FEW_TILES),
-        ("ieee", 64, _FEW_TILES),
-    ):
-        itemsize, precision = _KINDS[kind]
-        element = kind if itemsize == 2 else "fp32"
-        config = _weight_grad_config(itemsize, precision, block, tiles)
-        pointers = _pointers("dy_ptr x_ptr weight_ptr dw_ptr", element) | _pointers("z_ptr sums_ptr", "fp32")
-        sizes = {"M": "i32", "N": "i32:16", "K": "i32:16", "n_blocks": "i32"}
-        constants: dict[str, Any] = {
-            "B_N": block,
-            "B_K": block,
-            "ALIGN_K": _align(block),
-            "NEED_W": True,
-            "NEED_Z": True,
-            "PRECISION": precision,
-            "BLOCK_M": config.m,
-            "BLOCK_N": config.n,
-            "BLOCK_K": config.k,
-        }
-        yield Variant(
-            f"masked_linear/block_grad_{kind}_{block}_{config.k}",
-            _weight_grad_kernel,
-            pointers | _pointers("list_ptr", "i32") | sizes | {"stride_dym": "i32:16", "stride_xm": "i32:16"},
-            constants,
-            expects=_expects(kind, block, config.k, True),
-            num_warps=config.warps,
-            num_stages=config.stages,
-        )
-
-
-def _block_sum_variants() -> Iterator[Variant]:
-    for block in (7, 16, 128):
-        yield Variant(
-            f"masked_linear/block_sum_{block}",
-            _block_sum_kernel,
-            _pointers("sums_ptr z_ptr dz_ptr", "fp32") | {"K": "i32:16", "n_blocks": "i32", "tiles": "i32"},
-            {
-                "B_K": block,
-                "FULL": False,
-                "BLOCKS": _BLOCKS,
-                "WIDTH": min(triton.next_power_of_2(block), _WIDTH),
-            },
-        )
-
-
-def variants() -> Iterator[Variant]:
-    """Every kernel in the configurations of usual blocks, and of one too narrow for wide loads."""
-    yield from _masked_variants()
-    yield from _prepare_variants()
-    yield from _product_variants()
-    yield from _weight_grad_variants()
-    yield from _block_sum_variants()

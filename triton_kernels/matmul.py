@@ -12,8 +12,6 @@ extent; where a stride is no multiple of 16 bytes or the GPU has no TMA, through
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -21,16 +19,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import address, cdiv, launch
-from ._variants import Variant
+from ._launch import address, cdiv, gpu, launch
 from .activation import act, act_grad
 
 Gate = list[Tensor]
 
 LAYOUTS = ("nt", "nn", "tn")
 """How A and B are stored: nt A (M, K), B (N, K); nn A (M, K), B (K, N); tn A (K, M), B (K, N)."""
-
-EPILOGUES = ("linear", "act", "grad", "glu", "glu_grad")
 
 
 class Operand(NamedTuple):
@@ -478,15 +473,6 @@ def ensure_allocator() -> None:
     triton.set_allocator(_allocate)
 
 
-@functools.lru_cache
-def _device(index: int | None) -> tuple[int, int]:
-    """(compute capability * 10, multiprocessors); of the interpreter: those of a small Hopper GPU."""
-    if index is None:
-        return 90, 4
-    properties = torch.cuda.get_device_properties(index)
-    return properties.major * 10 + properties.minor, properties.multi_processor_count
-
-
 def precision(dtype: torch.dtype) -> str:
     """ "tf32" where torch's own products would use it, else "ieee"."""
     fast = dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
@@ -584,8 +570,6 @@ def matmul(
     half_s: int = 0,
     config: Config | None = None,
     pointers: bool = False,
-    device: tuple[int, int] | None = None,
-    run: Callable[..., None] = launch,
 ) -> None:
     """C = epilogue(A B), written into ``c``.
 
@@ -611,12 +595,11 @@ def matmul(
         half_c, half_s: columns from one half of C, of saved, to the other.
         config: overrides the tile.
         pointers: refuses TMA.
-        device, run: compute capability and multiprocessors, if not this GPU's, and who gets the launch.
     """
     if M == 0 or N == 0:
         return
     first = next(t for t in a if t is not None)
-    capability, sms = device or _device(first.device.index if first.is_cuda else None)
+    capability, sms = gpu(first.device.index)
     if config is None:
         out = next(t for t in c if t is not None).dtype
         config = choose(M, N, first.dtype, epilogue, capability, out, _tma_ready(*c))
@@ -627,7 +610,7 @@ def matmul(
         ensure_allocator()
     cap_m = cdiv(M, config.BLOCK_M)
     cap_n = cdiv(N, config.BLOCK_N)
-    run(
+    launch(
         _matmul,
         (min(sms * config.CTAS, cap_m * cap_n),),
         a.full, a.packed, b.full, b.packed, c.full, c.packed,
@@ -656,187 +639,5 @@ def matmul(
 
 def row_tiles(M: int, N: int, dtype: torch.dtype, epilogue: str, device: torch.device) -> int:
     """Tiles over M that ``matmul`` will use: the size of ``partial``."""
-    capability, _ = _device(device.index if device.type == "cuda" else None)
+    capability, _ = gpu(device.index)
     return cdiv(M, choose(M, N, dtype, epilogue, capability).BLOCK_M)
-
-
-_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32"}
-
-
-def _uses(
-    T: int, D: int, H: int, dtype: torch.dtype, out: torch.dtype | None = None, spare: int = 0
-) -> Iterator[tuple[str, tuple[Any, ...], dict[str, Any]]]:
-    """(name, positional, named arguments) of the calls in linear.py and mlp.py: T tokens, layers D -> H -> D.
-
-    What leaves the layers has type ``out``, under autocast that of the parameters, and rows with ``spare``
-    more columns.
-    """
-
-    def new(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    def gate(n: int) -> Gate:
-        return [
-            new(n, dtype=torch.float32),
-            new(triton.cdiv(n, 128) * 128, dtype=torch.int32),
-            new(2, dtype=torch.int32),
-        ]
-
-    def both(t: Tensor) -> Operand:
-        return Operand(t, t)
-
-    def result(rows: int, cols: int) -> Tensor:
-        return new(rows, cols + spare, dtype=out or dtype)[:, :cols]
-
-    x, h, wide = new(T, D), Operand(None, new(T, H)), new(T, 2 * H)
-    up, down, glu = new(H, D), new(D, H), new(2 * H, D)
-    y, up_out, down_out = result(T, D), result(H, D), result(D, H)
-    bias, glu_bias, partial = new(H), new(2 * H), new(3, triton.cdiv(T, 64), H, dtype=torch.float32)
-    grad = {"n_gate": gate(H), "scale_n": True, "hidden": h, "partial": partial, "dz": True, "db": True}
-    act = {"n_gate": gate(H), "scale_n": True, "epilogue": "act"}
-    yield (
-        "chain_up",
-        ("nt", Operand(x), both(up), h, T, H, D),
-        {**act, "activation": "gelu", "bias": bias, "saved": h.packed},
-    )
-    yield (
-        "chain_up_relu",
-        ("nt", Operand(x), both(up), h, T, H, D),
-        {**act, "activation": "relu", "bias": bias},
-    )
-    yield (
-        "chain_down",
-        ("nt", h, both(down), Operand(y), T, D, H),
-        {"k_gate": gate(H), "bias": new(D)},
-    )
-    yield (
-        "chain_down_dx",
-        ("nn", Operand(x), both(down), h, T, H, D),
-        {**grad, "epilogue": "grad", "activation": "gelu", "saved": h.packed},
-    )
-    yield (
-        "chain_down_dx_relu",
-        ("nn", Operand(x), both(down), h, T, H, D),
-        {**grad, "epilogue": "grad", "activation": "relu"},
-    )
-    yield "chain_up_dx", ("nn", h, both(up), Operand(y), T, D, H), {"k_gate": gate(H)}
-    yield (
-        "chain_up_dw",
-        ("tn", h, Operand(x), Operand(up_out), H, D, T),
-        {"m_gate": gate(H), "scatter": True},
-    )
-    yield "chain_down_dw", ("tn", Operand(x), h, both(down_out), D, H, T), {"n_gate": gate(H)}
-    yield (
-        "linear_out",
-        ("nt", Operand(x), both(up), both(result(T, H)), T, H, D),
-        {"n_gate": gate(H), "bias": bias, "scale_n": True},
-    )
-    yield "linear_in_dx", ("nn", h, Operand(None, up), both(y), T, D, H), {"n_gate": gate(D)}
-    yield (
-        "linear_in_dw",
-        ("tn", h, both(x), both(up_out), H, D, T),
-        {"n_gate": gate(D), "scale_n": True},
-    )
-    yield "linear_in_dw_raw", ("tn", h, both(x), Operand(None, up_out), H, D, T), {"n_gate": gate(D)}
-    yield (
-        "linear_out_dw",
-        ("tn", both(wide[:, :H]), Operand(x), Operand(up_out), H, D, T),
-        {"m_gate": gate(H), "scatter": True, "scale_m": True},
-    )
-    yield (
-        "glu",
-        ("nt", Operand(x), both(glu), h, T, H, D),
-        {
-            **act,
-            "epilogue": "glu",
-            "activation": "silu",
-            "bias": glu_bias,
-            "saved": wide,
-            "half_b": (H, H),
-            "half_s": H,
-        },
-    )
-    yield (
-        "glu_dx",
-        ("nn", Operand(x), both(down), Operand(None, wide), T, H, D),
-        {**grad, "epilogue": "glu_grad", "activation": "silu", "saved": wide, "half_s": H, "half_c": H},
-    )
-    yield (
-        "glu_halves",
-        ("nn", Operand(None, wide), both(glu), Operand(y), T, D, H),
-        {"k_gate": gate(H), "halves": 2, "half_a": (0, H), "half_b": (H, H)},
-    )
-
-
-def _recorded(name: str, args: tuple[Any, ...], options: dict[str, Any], capability: int) -> Variant:
-    """The variant that this call of ``matmul`` launches on such a GPU."""
-    made: list[Variant] = []
-
-    def record(
-        kernel: Any, grid: tuple[int, ...], *given: Any, num_warps: int, num_stages: int, **constants: Any
-    ) -> None:
-        signature: dict[str, str] = {}
-        constexprs = dict(constants)
-        for key, value in zip(kernel.arg_names, given, strict=False):
-            if isinstance(value, Tensor):
-                signature[key] = f"*{_NAMES[value.dtype]}:16"
-            elif value is None:
-                constexprs[key] = None
-            else:
-                signature[key] = "i32:16" if value % 16 == 0 else "i32"
-        dtype = _NAMES[next(t for t in args[1] if t is not None).dtype]
-        tile = "x".join(str(constants[key]) for key in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "SUBTILES"))
-        tensors = constants["PRECISION"] != "ieee"
-        made.append(
-            Variant(
-                f"matmul/{name}_{args[0]}_{dtype}_{tile}{'_flat' if constants['FLATTEN'] else ''}",
-                kernel, signature, constexprs, num_warps, num_stages,
-                frozenset({"tensor_core", "wide_copy"} if tensors else {"wide_copy"}), (capability,),
-            )
-        )  # fmt: skip
-
-    matmul(*args, **options, device=(capability, 132), run=record)
-    return made[0]
-
-
-def _listed() -> Iterator[tuple[str, int, str, tuple[str, ...], tuple[Any, ...]]]:
-    """(prefix, capability, precision of fp32, names or none for all, arguments of _uses)."""
-    bf16, fp32, large = torch.bfloat16, torch.float32, (8192, 4096, 16384)
-    yield "", 90, "high", (), (*large, bf16)
-    names = ("chain_up", "chain_down_dx_relu", "chain_up_dw", "linear_out", "glu", "glu_dx")
-    yield "", 100, "high", ("chain_down_dx", *names), (*large, bf16)
-    yield "", 80, "high", ("chain_down_dw", "linear_in_dw", *names), (*large, bf16)
-    yield "", 90, "high", ("chain_up",), (*large, torch.float16)
-    yield "unaligned_", 90, "high", ("linear_out",), (*large, bf16, None, 4)
-    for capability in (90, 100):
-        yield "", capability, "high", ("chain_down_dx",), (1024, 512, 1024, bf16)
-        yield "", capability, "high", ("chain_up",), (64, 512, 1024, bf16)
-        yield "autocast_", capability, "high", ("linear_in_dw",), (*large, bf16, fp32)
-        yield "ieee_", capability, "highest", ("chain_up", "glu_dx"), (*large, fp32)
-    yield "tf32_", 90, "high", ("chain_up", "chain_down_dw", "glu"), (*large, fp32)
-    yield "tf32_", 100, "high", ("linear_out", "glu"), (*large, fp32)
-    yield "tf32_", 80, "high", ("chain_up",), (*large, fp32)
-    yield "ieee_", 80, "highest", ("chain_down_dx_relu",), (*large, fp32)
-
-
-def variants() -> Iterator[Variant]:
-    """What linear.py and mlp.py launch: every use on sm_90; on the others those with most registers, shared
-    memory or masks; some in other types and tiles.
-    """
-    found: dict[tuple[Any, ...], Variant] = {}
-    before = torch.get_float32_matmul_precision()
-    for prefix, capability, fp32_precision, names, sizes in _listed():
-        torch.set_float32_matmul_precision(fp32_precision)
-        try:
-            recorded = [
-                _recorded(prefix + name, args, options, capability)
-                for name, args, options in _uses(*sizes)
-                if not names or name in names
-            ]
-        finally:
-            torch.set_float32_matmul_precision(before)
-        for variant in recorded:
-            key = (variant.name, variant.num_stages, *variant.constexprs.items())
-            archs = found[key].archs if key in found else ()
-            found[key] = variant._replace(archs=(*archs, *variant.archs))
-    yield from found.values()

@@ -12,14 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from l0kernels.reference.gates import HardConcrete, round_up
+from l0kernels._arguments import GLU
+from l0kernels._gates import HardConcrete, round_up
 
 from . import gather
 from .linear import input_grad, natural, operand, weight_grad
 from .matmul import Gate, Operand, matmul, row_tiles
 from .pack import column_sums, pack, reduce_partials, reduce_partials2
-
-GLU = {"swiglu": "silu", "geglu": "gelu"}
 
 
 def _gathers(x: Tensor, weights: list[Tensor], activation: str, dtype: torch.dtype) -> bool:

@@ -10,19 +10,15 @@ memory, the tile meets the contiguous side in pieces of 16 bytes.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from functools import lru_cache
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from l0kernels.reference.gates import ALIGN, HardConcrete, round_up
+from l0kernels._gates import ALIGN, HardConcrete, round_up
 
-from ._launch import cdiv, launch
-from ._variants import Variant
+from ._launch import cdiv, gpu, launch, per_gpu
 from .hard_concrete import gate_slope
 
 Gate = list[Tensor]
@@ -541,12 +537,10 @@ def _reduce(
         tl.store(second_out_ptr + unit, total.to(second_out_ptr.dtype.element_ty), mask=inside)
 
 
-@lru_cache
+@per_gpu
 def _programs(device: torch.device, resident: int = _RESIDENT) -> int:
-    """How many programs fill the device; a handful under the interpreter, which runs them one by one."""
-    if device.type != "cuda":
-        return 6
-    return torch.cuda.get_device_properties(device).multi_processor_count * resident
+    """How many programs fill the device."""
+    return gpu(device.index)[1] * resident
 
 
 def _copy_blocks(columns: int) -> tuple[int, int]:
@@ -840,114 +834,3 @@ def column_sums(t: Tensor, dtype: torch.dtype) -> Tensor:
         )  # fmt: skip
         _launch_reduce(partial, None, out, None, None, False, False, False)
     return out
-
-
-_GATE = {"z_ptr": "*fp32", "index_ptr": "*i32", "count_ptr": "*i32"}
-_COL_GATE = {f"col_{name}": kind for name, kind in _GATE.items()}
-_ROW_GATE = {f"row_{name}": kind for name, kind in _GATE.items()}
-_BF16, _FP32 = "*bf16:16", "*fp32:16"
-
-
-def variants() -> Iterator[Variant]:
-    """Every kernel with the element types, alignments and gates that occur."""
-    block_r, block_c = _copy_blocks(4096)
-    rows = {"HAS_ROWS": True, "SCALE": False, "SKIP_PLAIN": True, "UNIT": True, "VEC": 8}
-    rows |= {"BLOCK_R": block_r, "BLOCK_C": block_c}
-
-    def pack_rows(name: str, full: str, packed: str, **flags: Any) -> Variant:
-        pointers = {"full_ptr": full, "packed_ptr": packed, **_GATE}
-        return _variant(f"pack_rows_{name}", _pack_rows, pointers, rows | {"stride_fc": 1} | flags)
-
-    yield pack_rows("bf16", _BF16, _BF16)
-    yield pack_rows("fp32", _FP32, _FP32)
-    yield pack_rows("fp32_bf16_scaled", _FP32, _BF16, SCALE=True, SKIP_PLAIN=False)
-    yield pack_rows("bf16_odd", _BF16, _BF16, SCALE=True, SKIP_PLAIN=False, VEC=1)
-
-    def unpack_rows(name: str, packed: str, full: str, **flags: Any) -> Variant:
-        pointers = {"packed_ptr": packed, "full_ptr": full, **_GATE}
-        if flags["DZ"]:
-            pointers |= {"theta_ptr": full, "dz_ptr": _FP32}
-        flags = rows | {"FULL": False, "SKIP_PLAIN": False, "SCALE": True, "stride_tc": 1} | flags
-        return _variant(f"unpack_rows_{name}", _unpack_rows, pointers, flags)
-
-    yield unpack_rows("bf16", _BF16, _BF16, DZ=False, SKIP_PLAIN=True)
-    yield unpack_rows("fp32_bf16_dz", _FP32, _BF16, DZ=True)
-    yield unpack_rows("fp32_dz", _FP32, _FP32, DZ=True, FULL=True)
-    yield unpack_rows("bf16_odd", _BF16, _BF16, DZ=False, VEC=1)
-
-    cols = {"SCALE_ROWS": False, "SCALE_COLS": False, "SKIP_PLAIN": False, "UNIT": True, "VEC": 8}
-    cols |= {"BLOCK_R": _GATHER_ROWS, "BLOCK_C": _GATHER_COLS}
-
-    def pack_cols(name: str, full: str, packed: str, with_rows: bool = False, **flags: Any) -> Variant:
-        pointers = {"full_ptr": full, "packed_ptr": packed, **_COL_GATE, **(_ROW_GATE if with_rows else {})}
-        flags = cols | {"HAS_ROWS": with_rows, "stride_fc": 1} | flags
-        return _variant(f"pack_cols_{name}", _pack_cols, pointers, flags)
-
-    yield pack_cols("bf16", _BF16, _BF16, SKIP_PLAIN=True)
-    yield pack_cols("bf16_scaled", _BF16, _BF16, SCALE_COLS=True)
-    yield pack_cols("bf16_rows", _BF16, _BF16, True, SKIP_PLAIN=True)
-    yield pack_cols("fp32", _FP32, _FP32, SKIP_PLAIN=True)
-    yield pack_cols("fp32_bf16_rows_scaled", _FP32, _BF16, True, SCALE_ROWS=True, SCALE_COLS=True)
-    yield pack_cols("bf16_odd", _BF16, _BF16, SCALE_COLS=True, VEC=1)
-    yield pack_cols("bf16_bias", _BF16, _BF16, R=1)
-    strided = pack_cols("bf16_strided", _BF16, _BF16, UNIT=False, VEC=1)
-    yield _with_stride(strided, "stride_fc")
-
-    def unpack_cols(name: str, packed: str, full: str, with_rows: bool = False, **flags: Any) -> Variant:
-        pointers = {"packed_ptr": packed, "full_ptr": full, **_COL_GATE, **(_ROW_GATE if with_rows else {})}
-        flags = {"DZ_ROWS": False, "DZ_COLS": False, "FULL_ROWS": False, "FULL_COLS": False} | flags
-        if flags["DZ_ROWS"] or flags["DZ_COLS"]:
-            pointers |= {"theta_ptr": full}
-        pointers |= {f"dz_{d}_ptr": _FP32 for d in ("row", "col") if flags[f"DZ_{d.upper()}S"]}
-        flags = cols | {"HAS_ROWS": with_rows, "SCALE_COLS": True, "SEARCH": 128, "stride_tc": 1} | flags
-        return _variant(f"unpack_cols_{name}", _unpack_cols, pointers, flags)
-
-    yield unpack_cols("bf16", _BF16, _BF16)
-    yield unpack_cols("bf16_skip", _BF16, _BF16, SKIP_PLAIN=True, SEARCH=512)
-    yield unpack_cols("bf16_rows", _BF16, _BF16, True, SCALE_ROWS=True)
-    yield unpack_cols("bf16_dz", _BF16, _BF16, DZ_COLS=True)
-    yield unpack_cols("fp32_bf16_dz", _FP32, _BF16, DZ_COLS=True)
-    yield unpack_cols("fp32_bf16_rows_dz_cols", _FP32, _BF16, True, DZ_COLS=True)
-    yield unpack_cols("fp32_rows_dz", _FP32, _FP32, True, SCALE_ROWS=True, DZ_ROWS=True, DZ_COLS=True)
-    yield unpack_cols("fp32_bf16_rows_dz", _FP32, _BF16, True, SCALE_ROWS=True, DZ_ROWS=True, DZ_COLS=True)
-    yield unpack_cols("bf16_odd", _BF16, _BF16, VEC=1)
-    yield unpack_cols("fp32_bias", _FP32, _FP32, DZ_COLS=True, R=1, n_chunks=1)
-    yield _with_stride(unpack_cols("bf16_strided", _BF16, _BF16, DZ_COLS=True, UNIT=False), "stride_tc")
-
-    reduce = {
-        "HAS_GATE": True,
-        "PACKED": True,
-        "DZ": True,
-        "OVER_Z": True,
-        "DLOG": True,
-        "FULL": False,
-        "BLOCK": _REDUCE_COLS,
-    }
-    one = {"first_ptr": _FP32, "first_out_ptr": _FP32, **_GATE}
-    two = {**one, "second_ptr": _FP32, "second_out_ptr": _BF16}
-    yield _variant("reduce", _reduce, one, reduce | {"HAS_SECOND": False, "BLOCK_P": 64})
-    yield _variant("reduce_few", _reduce, one, reduce | {"HAS_SECOND": False, "BLOCK_P": 16})
-    yield _variant("reduce_two", _reduce, two, reduce | {"HAS_SECOND": True, "BLOCK_P": 64})
-
-
-def _variant(name: str, kernel: Any, pointers: dict[str, str], constexprs: dict[str, Any]) -> Variant:
-    """Pointers that are not given are None; the other arguments are integers."""
-    constexprs = {k: v for k, v in constexprs.items() if k in kernel.arg_names}
-    aligned = ("capacity", "stride_p") if "_cols" in name else ()
-    signature = dict(pointers)
-    for argument in kernel.arg_names:
-        if argument in pointers or argument in constexprs:
-            continue
-        if argument.endswith("_ptr"):
-            constexprs[argument] = None
-        else:
-            signature[argument] = "i32:16" if argument in aligned else "i32"
-    wide = constexprs.get("VEC") == 8 and constexprs["UNIT"]
-    expects = frozenset({"wide_load"} if wide else ())
-    return Variant(f"pack/{name}", kernel, signature, constexprs, expects=expects)
-
-
-def _with_stride(variant: Variant, stride: str) -> Variant:
-    """The variant with a column stride that is not 1."""
-    constexprs = {k: v for k, v in variant.constexprs.items() if k != stride}
-    return variant._replace(signature={**variant.signature, stride: "i32"}, constexprs=constexprs)

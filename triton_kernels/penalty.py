@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,10 +13,9 @@ from torch import Tensor
 
 from ._launch import address, launch
 from ._table import device_table
-from ._variants import Variant
 
 if TYPE_CHECKING:
-    from l0kernels.reference.gates import HardConcrete
+    from l0kernels._gates import HardConcrete
 
 _COLUMNS = 4  # of a table row: address, length, offset in the gradient, bits of the weight as a double
 _TILE = 8192  # gates of a program, at most
@@ -128,26 +126,3 @@ def l0_penalty(log_alphas: list[Tensor], weights: list[float], dist: HardConcret
         num_warps=_warps(rows_each * block),
     )
     return partial if programs == 1 else partial.sum(), grad
-
-
-def variants() -> Iterator[Variant]:
-    """Every configuration that the launcher above uses."""
-    signature = {
-        "log_alpha_ptr": "*fp32:16",
-        "table_ptr": "*i64:16",
-        "partial_ptr": "*fp32:16",
-        "grad_ptr": "*fp32:16",
-        "n": "i64",
-        "rows": "i32",
-        "weight": "fp32",
-        "shift": "fp32",
-    }
-    for single in (False, True):
-        for rows, block in ((1, 128), (4, 256), (4, 1024), (8, 1024), (1, 1024), (1, 8192)):
-            yield Variant(
-                f"penalty/{'single' if single else 'table'}_{rows}x{block}",
-                _penalty_kernel,
-                signature if not single else signature | {"table_ptr": "*fp32:16"},
-                {"SINGLE": single, "ROWS": rows, "BLOCK": block},
-                num_warps=_warps(rows * block),
-            )

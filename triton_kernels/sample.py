@@ -6,20 +6,15 @@ instructions a gate, 1 to 2 clocks) while the others idle: one launch draws its 
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from l0kernels.reference.gates import TAU, HardConcrete, round_up
+from l0kernels._gates import TAU, HardConcrete, round_up
 
 from ._launch import address, cdiv, launch
 from ._table import device_table
-from ._variants import Variant
 from .hard_concrete import gate_slope, gate_value, uniform
 
 ONE_PASS = 4096
@@ -291,52 +286,3 @@ def gate_grad(dz: Tensor, z: Tensor, dist: HardConcrete) -> Tensor:
             num_warps=4,
         )
     return grad
-
-
-def _sums(kernel: Any, expected: bool) -> tuple[dict[str, str], dict[str, Any]]:
-    """The signature of a kernel's sums and the constants that belong to it: what is not wanted is None."""
-    names = [name for name in kernel.arg_names if name.endswith("expected_ptr")]
-    if expected:
-        return dict.fromkeys(names, "*fp32:16"), {"EXPECTED": True}
-    return {}, {"EXPECTED": False, **dict.fromkeys(names)}
-
-
-def variants() -> Iterator[Variant]:
-    """Every configuration that the launchers above use."""
-    scalars = {"n": "i32", "rank": "i32", "inv_beta": "fp32", "gamma": "fp32", "zeta": "fp32", "tau": "fp32"}
-    draw = {
-        "log_alpha_ptr": "*fp32:16",
-        "table_ptr": "*i64:16",
-        "seed_ptr": "*i64:16",
-        "z_ptr": "*fp32:16",
-        "index_ptr": "*i32:16",
-        "count_ptr": "*i32:16",
-        "chunk_open_ptr": "*i32:16",
-        **scalars,
-    }
-    order = {name: draw[name] for name in _order_kernel.arg_names if name in draw}
-    for single, expected in itertools.product((False, True), repeat=2):
-        name = f"{'single' if single else 'table'}{'_expected' if expected else ''}"
-        sizes = [128 << i for i in range(7)]
-        sums, constants = _sums(_draw_kernel, expected)
-        constants["SINGLE"] = single
-        for block, whole in [*((b, True) for b in sizes if b <= _block(ONE_PASS)), (_CHUNK, False)]:
-            yield Variant(
-                f"sample/draw_{name}_{block if whole else 'chunk'}",
-                _draw_kernel,
-                draw | sums,
-                constants | {"WHOLE": whole, "BLOCK": block},
-                num_warps=_warps(block),
-            )
-        sums, constants = _sums(_order_kernel, expected)
-        constants |= {"SINGLE": single, "BLOCK": _CHUNK, "CHUNKS": _CHUNK}
-        yield Variant(
-            f"sample/order_{name}", _order_kernel, order | sums, constants, num_warps=_warps(_CHUNK)
-        )
-    constants = {"BLOCK": _GRAD_BLOCK}
-    for name, n, expects in (("any", "i32", ()), ("aligned", "i32:16", ("wide_load",))):
-        grad = {"dz_ptr": "*fp32:16", "z_ptr": "*fp32:16", "out_ptr": "*fp32:16", "n": n}
-        grad |= {k: scalars[k] for k in ("inv_beta", "gamma", "zeta")}
-        yield Variant(
-            f"sample/gate_grad_{name}", _gate_grad_kernel, grad, constants, expects=frozenset(expects)
-        )

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..reference.conv2d import settled
-from ..reference.gates import round_up
+from .._calls import Conv2dCall, Gate, Wanted
+from .._compat import settled
+from .._gates import round_up
 from .memory import empty_grad
-from .packed import Gate, PackUnpack, extent
+from .packed import PackUnpack, extent, to_log_alpha
 
 Conv = tuple[list[int], list[int], list[int], int]
 
@@ -381,22 +382,15 @@ def bias_of(p: Plan, bias: Tensor) -> Tensor:
     )
 
 
-def conv2d_forward(
-    pair: PackUnpack,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    in_gate: Gate | None,
-    out_gate: Gate | None,
-    scale_in: bool,
-    scale_out: bool,
-    in_packed: bool,
-    out_packed: bool,
-    conv: Conv,
-    dtype: torch.dtype,
-) -> tuple[Tensor, list[Tensor]]:
-    """y (N, out, H', W') of gated_conv2d for x (N, in, H, W), in ``dtype``; nothing is kept for backward."""
-    stride, padding, dilation, groups = conv
+def conv2d_saved_shapes(call: Conv2dCall) -> list[tuple[int, ...]]:
+    """Nothing is kept for backward."""
+    return []
+
+
+def conv2d_forward(pair: PackUnpack, call: Conv2dCall) -> tuple[Tensor, list[Tensor]]:
+    """y (N, out, H', W') of gated_conv2d for x (N, in, H, W)."""
+    x, weight, bias, in_gate, out_gate, scale_in, scale_out, *_, dtype = call
+    conv = stride, padding, dilation, groups = call.conv
     fmt = memory_format(x, weight)
     p = plan(weight, groups, in_gate, out_gate)
     shape = output_shape(x, weight, conv)
@@ -422,27 +416,12 @@ def conv2d_forward(
 
 
 def conv2d_backward(
-    pair: PackUnpack,
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    in_gate: Gate | None,
-    out_gate: Gate | None,
-    saved: list[Tensor],
-    scale_in: bool,
-    scale_out: bool,
-    in_packed: bool,
-    out_packed: bool,
-    full_in: bool,
-    full_out: bool,
-    conv: Conv,
-    dtype: torch.dtype,
-    needs: list[bool],
+    pair: PackUnpack, call: Conv2dCall, dy: Tensor, saved: list[Tensor], wanted: Wanted
 ) -> list[Tensor | None]:
-    """dx, dweight, dbias, dz_in, dz_out, each None where ``needs`` says so."""
-    need_x, need_w, need_b, need_in, need_out = needs
-    stride, padding, dilation, groups = conv
+    """dx, dweight, dbias, dz_in, dz_out, each None where not wanted."""
+    x, weight, bias, in_gate, out_gate, scale_in, scale_out, *_, dtype = call
+    (full_in, full_out), (need_x, need_w, need_b, need_in, need_out), dist = wanted
+    stride, padding, dilation, groups = call.conv
     fmt = memory_format(x, weight)
     dx = dw = db = dz_in = dz_out = total = None
     p = plan(weight, groups, in_gate, out_gate)
@@ -472,15 +451,16 @@ def conv2d_backward(
         if dx is not None:
             dx = _scatter_dx(pair, dx, x, p, in_gate, groups, fmt)
         if reads_dw:
-            full, wanted = (full_in, full_out), (need_w, need_in, need_out)
+            full, needs = (full_in, full_out), (need_w, need_in, need_out)
             gates = (in_gate, out_gate, scale_in, scale_out)
-            dw, dz_in, dz_out = unpack_weight(pair, dw_packed, weight, p, *gates, full, wanted)
+            dw, dz_in, dz_out = unpack_weight(pair, dw_packed, weight, p, *gates, full, needs)
     if bias is not None and reads_db:
         if total is None:
             total = dy_open.sum((0, 2, 3), dtype=_wide(dtype))
         db, dz_bias = unpack_bias(pair, total, bias, out_gate, scale_out, full_out, need_out)
         dz_out = dz_bias if dz_out is None else dz_out if dz_bias is None else dz_out + dz_bias
-    return [dx, dw if need_w else None, db if need_b else None, dz_in, dz_out]
+    dz = to_log_alpha(pair, (dz_in, dz_out), (in_gate, out_gate), dist)
+    return [dx, dw if need_w else None, db if need_b else None, *dz]
 
 
 def _scatter_dx(

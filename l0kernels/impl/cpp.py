@@ -7,30 +7,39 @@ tensor whose address is taken is bound to a name until the call returns.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .._registry import native as _C
-from ..reference.gates import HardConcrete, round_up
-from ..reference.mlp import GLU
-from . import conv2d, joined, packed
-from . import torch as portable
+from .. import _C
+from .._arguments import GLU
+from .._calls import (
+    BlockCall,
+    Conv2dCall,
+    DrawnMlpCall,
+    Gate,
+    L0LinearCall,
+    L0MlpCall,
+    LinearCall,
+    MlpCall,
+    Wanted,
+)
+from .._gates import HardConcrete, round_up
+from . import conv2d, joined, packed, portable
+from .joined import ACTIVATIONS as _ACTIVATIONS
+from .joined import TYPES as _TYPES
+from .joined import constants as _constants
 from .memory import empty_grad, fresh, matrix, optional, plain, vector
-from .packed import Gate, Term, extent
+from .packed import Term, extent
 
 # 16-bit products go through packed.py to torch.mm, which uses the hardware's 16-bit instructions.
 _FUSED = (torch.float32, torch.float64)
-_TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-_ACTIVATIONS = {"identity": 0, "relu": 1, "gelu": 2, "silu": 3}
 
 
-def _gate(
-    gate: Gate | None, name: str, n: int, dtype: torch.dtype, full: bool = False
-) -> tuple[int, int, int, int, bool] | None:
+def _gate(gate: Gate | None, name: str, n: int, dtype: torch.dtype, full: bool = False) -> _C.Gate | None:
     """n gates for a product in ``dtype``, whose z is float64 for float64 and else float32."""
     if gate is None:
         return None
@@ -46,14 +55,10 @@ def _gate(
 
 def _draw(
     log_alphas: list[Tensor], seed: Tensor, rank: int, dist: HardConcrete, dtype: torch.dtype
-) -> tuple[Any, ...]:
+) -> _C.Draw:
     """Where gates are drawn from; the log_alphas are contiguous and bound to a name by the caller."""
     addresses = [vector(a, "log_alpha", dtype, a.numel()) for a in log_alphas]
     return vector(seed, "seed", torch.int64, 1), rank, _constants(dist), addresses
-
-
-def _constants(dist: HardConcrete) -> tuple[float, float, float]:
-    return dist.beta, dist.gamma, dist.zeta
 
 
 def _joined_gates(
@@ -63,7 +68,7 @@ def _joined_gates(
     sizes: list[int | None],
     dtype: torch.dtype,
     are_fresh: bool = False,
-) -> list[tuple[int, int, int, int, bool] | None]:
+) -> list[_C.Gate | None]:
     places = joined.addresses(z, index, count, sizes, dtype, are_fresh=are_fresh)
     return [None if gate is None else (*gate, False) for gate in places]
 
@@ -81,7 +86,7 @@ def sample(
     nan_at = _C.sample(
         dtype == torch.float64,
         _draw(log_alphas, seed, rank, dist, dtype),
-        _joined_gates(*gates, [a.shape[0] for a in log_alphas], dtype, True),
+        _joined_gates(*gates, [a.shape[0] for a in log_alphas], dtype, True),  # type: ignore[arg-type]  # no None
         optional(expected, "expected", dtype, len(log_alphas)),
         torch.get_num_threads(),
     )
@@ -296,41 +301,28 @@ def unpack(
     return out, dz_row, dz_col
 
 
-_PACK = SimpleNamespace(pack=pack, unpack=unpack)
+_PACK = SimpleNamespace(pack=pack, unpack=unpack, gate_grad=gate_grad)
+linear_saved_shapes = packed.linear_saved_shapes
+conv2d_saved_shapes = conv2d.conv2d_saved_shapes
+conv2d_memory_format = conv2d.memory_format
 
 
 def _fused(dtype: torch.dtype, *tensors: Tensor | None) -> bool:
     return dtype in _FUSED and all(t is None or t.dtype == dtype for t in tensors)
 
 
-def linear_forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    in_gate: Gate | None,
-    out_gate: Gate | None,
-    scale_out: bool,
-    dtype: torch.dtype,
-) -> Tensor:
+def linear_forward(call: LinearCall) -> tuple[Tensor, list[Tensor]]:
+    x, weight, bias, in_gate, out_gate, scale_out, dtype = call
     if not _fused(dtype, x, weight, bias):
-        return packed.linear_forward(_PACK, x, weight, bias, in_gate, out_gate, scale_out, dtype)
+        return packed.linear_forward(_PACK, call), []
     n_out, n_in = weight.shape
     sides = [_gate(in_gate, "in_gates", n_in, dtype), _gate(out_gate, "out_gates", n_out, dtype)]
-    return _linear_forward(x, weight, bias, sides, scale_out, None)
+    return _linear_forward(x, weight, bias, sides, scale_out, None), []
 
 
-def l0_linear_forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    in_log_alpha: Tensor | None,
-    out_log_alpha: Tensor | None,
-    seed: Tensor,
-    rank: int,
-    dist: HardConcrete,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def l0_linear_forward(call: L0LinearCall, rank: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """sample and linear_forward in one call: y, and the gates joined."""
+    x, weight, bias, in_log_alpha, out_log_alpha, seed, dist, _ = call
     log_alphas = [None if a is None else a.contiguous() for a in (in_log_alpha, out_log_alpha)]
     given = [a for a in log_alphas if a is not None]
     gates = joined.empty(given)
@@ -344,9 +336,9 @@ def _linear_forward(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    sides: list[Any],
+    sides: list[_C.Gate | None],
     scale_out: bool,
-    draw: tuple[Any, ...] | None,
+    draw: _C.Draw | None,
 ) -> Tensor:
     dtype, M, (n_out, n_in) = x.dtype, x.shape[0], weight.shape
     y = x.new_empty(M, n_out)
@@ -359,7 +351,8 @@ def _linear_forward(
         matrix(x, "x", dtype, M, n_in),
         matrix(weight, "weight", dtype, n_out, n_in),
         optional(bias, "bias", dtype, n_out),
-        *sides,
+        sides[0],
+        sides[1],
         scale_out,
         draw,
         fresh(y),
@@ -370,27 +363,12 @@ def _linear_forward(
     return y
 
 
-def linear_backward(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    in_gate: Gate | None,
-    out_gate: Gate | None,
-    scale_out: bool,
-    full_in: bool,
-    full_out: bool,
-    dtype: torch.dtype,
-    needs: list[bool],
-    to_log_alpha: HardConcrete | None = None,
-) -> list[Tensor | None]:
-    """dx, dweight, dbias, dz_in, dz_out, None where ``needs`` says so; with ``to_log_alpha`` the last two are
-    the gradients of the log_alphas that the gates were drawn from."""
+def linear_backward(call: LinearCall, dy: Tensor, saved: list[Tensor], wanted: Wanted) -> list[Tensor | None]:
+    """dx, dweight, dbias, dz_in, dz_out, None where not wanted."""
+    x, weight, bias, in_gate, out_gate, scale_out, dtype = call
+    (full_in, full_out), needs, dist = wanted
     if not _fused(dtype, dy, x, weight, bias):
-        grads = packed.linear_backward(
-            _PACK, dy, x, weight, bias, in_gate, out_gate, scale_out, full_in, full_out, dtype, needs
-        )
-        return packed.to_log_alpha(gate_grad, grads, 3, [in_gate, out_gate], to_log_alpha)
+        return packed.linear_backward(_PACK, call, dy, wanted)
     need_x, need_w, need_b, need_in, need_out = needs
     need_in, need_out = need_in and in_gate is not None, need_out and out_gate is not None
     M, (n_out, n_in) = x.shape[0], weight.shape
@@ -418,26 +396,33 @@ def linear_backward(
         fresh(db),
         fresh(dz_in),
         fresh(dz_out),
-        None if to_log_alpha is None else _constants(to_log_alpha),
+        None if dist is None else _constants(dist),
         torch.get_num_threads(),
     )
     return [dx, dw if need_w else None, db if need_b else None, dz_in, dz_out]
 
 
-def draws_within(tensors: list[Tensor | None], dtype: torch.dtype, activation: str) -> bool:
-    """Whether a layer or chain of these tensors, log_alphas among them, is one call that can draw."""
-    return activation not in GLU and _fused(dtype, *tensors)
+def draws_within(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    log_alphas: Sequence[Tensor],
+    dtype: torch.dtype,
+    activation: str,
+) -> bool:
+    """Whether a layer or chain of these tensors is one call that can draw its gates."""
+    return activation not in GLU and _fused(dtype, x, *weights, *biases, *log_alphas)
 
 
 def _layers(
     M: int,
     weights: list[Tensor],
     biases: list[Tensor | None],
-    gates: list[Any],
+    gates: list[_C.Gate | None],
     saved: list[Tensor],
     dtype: torch.dtype,
     grads: list[list[Tensor | None]] | None = None,
-) -> list[tuple[Any, ...]]:
+) -> list[_C.Layer]:
     depth = len(weights)
     if grads is None:
         hidden = [fresh(h) for h in saved]
@@ -469,33 +454,29 @@ def _layers(
     return layers
 
 
-def mlp_forward(
-    x: Tensor,
-    weights: list[Tensor],
-    biases: list[Tensor | None],
-    gates: list[Gate | None],
-    activation: str,
-    dtype: torch.dtype,
-) -> tuple[Tensor, list[Tensor]]:
+def mlp_saved_shapes(call: MlpCall) -> list[tuple[int, int]]:
+    """Rows, not the columns of the next: a gated product keeps both of its arguments."""
+    shapes = packed.mlp_saved_shapes(call)
+    keeps_both = call.activation in ("gelu", "silu") and _fused(
+        call.dtype, call.x, *call.weights, *call.biases
+    )
+    return shapes * 2 if keeps_both else shapes
+
+
+def mlp_forward(call: MlpCall) -> tuple[Tensor, list[Tensor]]:
     """y, and what backward needs: the hidden activations, packed in (M, n_l) buffers, and for curved
     activations their arguments. Gated products are composed: native pack and unpack around torch.mm."""
+    x, weights, biases, gates, activation, dtype, _ = call
     if activation in GLU or not _fused(dtype, x, *weights, *biases):
-        return packed.mlp_forward(_PACK, x, weights, biases, gates, activation, dtype)
+        return packed.mlp_forward(_PACK, call)
     return _mlp_forward(x, weights, biases, _given_gates(weights, gates, dtype), activation, None)
 
 
 def l0_mlp_forward(
-    x: Tensor,
-    weights: list[Tensor],
-    biases: list[Tensor | None],
-    log_alphas: list[Tensor | None],
-    activation: str,
-    seed: Tensor,
-    rank: int,
-    dist: HardConcrete,
-    dtype: torch.dtype,
+    call: L0MlpCall, rank: int = 0
 ) -> tuple[Tensor, list[Tensor], tuple[Tensor, Tensor, Tensor]]:
     """sample and mlp_forward in one call: y, what backward needs, and the gates joined."""
+    x, weights, biases, log_alphas, activation, seed, dist, _ = call
     given = [a.contiguous() for a in log_alphas if a is not None]
     gates = joined.empty(given)
     sizes = joined.sizes(log_alphas, [w.shape[1] for w in weights])
@@ -506,7 +487,7 @@ def l0_mlp_forward(
 
 def _given_gates(
     weights: list[Tensor], gates: list[Gate | None], dtype: torch.dtype, full: list[bool] | None = None
-) -> list[tuple[int, int, int, int, bool] | None]:
+) -> list[_C.Gate | None]:
     wants_all = full or [False] * len(gates)
     return [
         _gate(gate, "gates", weight.shape[1], dtype, every)
@@ -518,9 +499,9 @@ def _mlp_forward(
     x: Tensor,
     weights: list[Tensor],
     biases: list[Tensor | None],
-    gates: list[Any],
+    gates: list[_C.Gate | None],
     activation: str,
-    draw: tuple[Any, ...] | None,
+    draw: _C.Draw | None,
 ) -> tuple[Tensor, list[Tensor]]:
     dtype, M = x.dtype, x.shape[0]
     saved = [x.new_empty(M, w.shape[1]) for w in weights[1:]]
@@ -543,50 +524,24 @@ def _mlp_forward(
     return y, saved
 
 
-def mlp_backward(
-    dy: Tensor,
-    x: Tensor,
-    weights: list[Tensor],
-    biases: list[Tensor | None],
-    gates: list[Gate | None],
-    saved: list[Tensor],
-    activation: str,
-    dtype: torch.dtype,
-    full: list[bool],
-    needs: list[bool],
-    to_log_alpha: HardConcrete | None = None,
-) -> list[Tensor | None]:
-    """dx, then dweight, dbias and dz of every layer, None where ``needs`` says so; with ``to_log_alpha`` the
-    last are the gradients of the log_alphas that the gates were drawn from."""
+def mlp_backward(call: MlpCall, dy: Tensor, saved: list[Tensor], wanted: Wanted) -> list[Tensor | None]:
+    """dx, then dweight, dbias and dz of every layer, None where not wanted."""
+    x, weights, biases, gates, activation, dtype, _ = call
     if activation in GLU or not _fused(dtype, dy, x, *weights, *biases):
-        grads = packed.mlp_backward(
-            _PACK, dy, x, weights, biases, gates, saved, activation, dtype, full, needs
-        )
-        return packed.to_log_alpha(gate_grad, grads, 1 + 2 * len(weights), gates, to_log_alpha)
-    given = _given_gates(weights, gates, dtype, full)
-    return _mlp_backward(dy, x, weights, biases, given, saved, activation, needs, to_log_alpha)
+        return packed.mlp_backward(_PACK, call, dy, saved, wanted)
+    given = _given_gates(weights, gates, dtype, wanted.full)
+    return _mlp_backward(dy, x, weights, biases, given, saved, activation, wanted)
 
 
 def l0_mlp_backward(
-    dy: Tensor,
-    x: Tensor,
-    weights: list[Tensor],
-    biases: list[Tensor | None],
-    gated: list[bool],
-    z: Tensor,
-    index: Tensor,
-    count: Tensor,
-    saved: list[Tensor],
-    activation: str,
-    dtype: torch.dtype,
-    needs: list[bool],
-    dist: HardConcrete,
+    call: DrawnMlpCall, dy: Tensor, saved: list[Tensor], wanted: Wanted
 ) -> list[Tensor | None]:
     """mlp_backward of l0_mlp_forward, with its gates as it returned them."""
+    x, weights, biases, gated, z, index, count, activation, dtype = call
     sizes = [w.shape[1] if has_gate else None for w, has_gate in zip(weights, gated, strict=True)]
     gates = _joined_gates(z, index, count, sizes, dtype)
     dy = dy if dy.dtype == dtype else dy.to(dtype)
-    return _mlp_backward(dy, x, weights, biases, gates, saved, activation, needs, dist)
+    return _mlp_backward(dy, x, weights, biases, gates, saved, activation, wanted)
 
 
 def _mlp_backward(
@@ -594,12 +549,12 @@ def _mlp_backward(
     x: Tensor,
     weights: list[Tensor],
     biases: list[Tensor | None],
-    gates: list[Any],
+    gates: list[_C.Gate | None],
     saved: list[Tensor],
     activation: str,
-    needs: list[bool],
-    to_log_alpha: HardConcrete | None,
+    wanted: Wanted,
 ) -> list[Tensor | None]:
+    _, needs, dist = wanted
     depth = len(weights)
     need_w, need_b = needs[1 : 1 + depth], needs[1 + depth : 1 + 2 * depth]
     need_z = [n and gate is not None for n, gate in zip(needs[1 + 2 * depth :], gates, strict=True)]
@@ -624,7 +579,7 @@ def _mlp_backward(
         layers,
         matrix(dy, "the gradient", dtype, M, weights[-1].shape[0]),
         fresh(dx),
-        None if to_log_alpha is None else _constants(to_log_alpha),
+        None if dist is None else _constants(dist),
         torch.get_num_threads(),
     )
     return [dx, *(w if n else None for w, n in zip(dw, need_w, strict=True)), *db, *dz]
@@ -691,11 +646,10 @@ def _blocks(n: int, block: int) -> int:
     return -(-n // block)
 
 
-def block_linear_forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, z: Tensor, b_out: int, b_in: int, dtype: torch.dtype
-) -> Tensor:
+def block_linear_forward(call: BlockCall) -> Tensor:
+    x, weight, bias, z, b_out, b_in, dtype = call
     if not _fused(dtype, x, weight, bias, z):
-        return packed.block_linear_forward(x, weight, bias, z, b_out, b_in, dtype)
+        return packed.block_linear_forward(call)
     z = z.contiguous()
     bias = None if bias is None else bias.contiguous()
     M, (n_out, n_in) = x.shape[0], weight.shape
@@ -717,19 +671,11 @@ def block_linear_forward(
     return y
 
 
-def block_linear_backward(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    z: Tensor,
-    b_out: int,
-    b_in: int,
-    full: bool,
-    dtype: torch.dtype,
-    needs: list[bool],
-) -> list[Tensor | None]:
+def block_linear_backward(call: BlockCall, dy: Tensor, wanted: Wanted) -> list[Tensor | None]:
+    x, weight, _, z, b_out, b_in, dtype = call
+    (full,), needs, _ = wanted
     if not _fused(dtype, dy, x, weight, z):
-        return packed.block_linear_backward(dy, x, weight, z, b_out, b_in, full, dtype, needs)
+        return packed.block_linear_backward(call, dy, wanted)
     need_x, need_w, need_b, need_z = needs
     z, M, (n_out, n_in) = z.contiguous(), x.shape[0], weight.shape
     dx = x.new_empty(x.shape) if need_x else None
@@ -757,10 +703,9 @@ def block_linear_backward(
     return [dx, dw if need_w else None, db, dz]
 
 
-def conv2d_forward(*args: Any) -> tuple[Tensor, list[Tensor]]:
-    return conv2d.conv2d_forward(_PACK, *args)
+def conv2d_forward(call: Conv2dCall) -> tuple[Tensor, list[Tensor]]:
+    return conv2d.conv2d_forward(_PACK, call)
 
 
-def conv2d_backward(*args: Any) -> list[Tensor | None]:
-    *given, dist = args
-    return packed.to_log_alpha(gate_grad, conv2d.conv2d_backward(_PACK, *given), 3, given[4:6], dist)
+def conv2d_backward(call: Conv2dCall, dy: Tensor, saved: list[Tensor], wanted: Wanted) -> list[Tensor | None]:
+    return conv2d.conv2d_backward(_PACK, call, dy, saved, wanted)

@@ -10,23 +10,27 @@ import itertools
 import math
 from collections.abc import Sequence
 from functools import lru_cache
-from importlib import import_module, util
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..reference.gates import ALIGN, TAU, HardConcrete, round_up
-from . import joined
+from .._calls import DrawnMlpCall, Gate, L0LinearCall, L0MlpCall, LinearCall, MlpCall, Wanted
+from .._compat import foreach_add_, raw_stream
+from .._gates import ALIGN, TAU, HardConcrete, round_up
+from .._native import load
+from . import joined, packed
+from .joined import ACTIVATIONS as _ACTIVATIONS
+from .joined import TYPES as _TYPES
+from .joined import constants as _constants
 from .memory import matrix, optional, strided, vector
-from .packed import Gate, Term
+from .packed import Term
 
 SERVES = frozenset(
     {"sample", "gate_grad", "l0_penalty", "l2_penalty", "pack", "unpack", "gated_linear", "gated_mlp"}
 )
 """The primitives served here; large products are Triton's."""
 
-_TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _CONVERTS = {
     (torch.float32, torch.bfloat16),
     (torch.float32, torch.float16),
@@ -35,25 +39,20 @@ _CONVERTS = {
 }
 
 
-def _load() -> tuple[Any, str | None]:
-    """The extension module, or None and why."""
-    if util.find_spec("l0kernels._CUDA") is None:
-        return (
-            None,
-            "l0kernels._CUDA was not built (no nvcc or no ninja at installation, or L0KERNELS_CUDA=0)",
-        )
-    try:
-        return import_module("l0kernels._CUDA"), None
-    except ImportError as error:
-        return None, f"l0kernels._CUDA does not load: {error}"
+if TYPE_CHECKING:
+    from .. import _CUDA
 
-
-_CUDA, _why_not_loaded = _load()
+    _why_not_loaded: str | None
+else:
+    _CUDA, _why_not_loaded = load(
+        "l0kernels._CUDA", "no nvcc or no ninja at installation, or L0KERNELS_CUDA=0"
+    )
 
 
 def why_not() -> str | None:
     """None where the kernels can run, else the reason."""
-    if _CUDA is None:
+    loaded: Any = _CUDA  # None, whatever its stub says, where it was not
+    if loaded is None:
         return _why_not_loaded
     if torch.version.cuda is None and _CUDA.architectures != "emulated":
         return "this torch has no CUDA"
@@ -63,7 +62,7 @@ def why_not() -> str | None:
 def _where(t: Tensor) -> tuple[int, int]:
     """Device and current stream of t's device."""
     if t.is_cuda:
-        return t.device.index, torch._C._cuda_getCurrentRawStream(t.device.index)
+        return t.device.index, raw_stream(t.device.index)
     if _CUDA.architectures != "emulated":
         raise RuntimeError(f"the CUDA kernels serve tensors on a CUDA device, got {t.device}")
     return 0, 0
@@ -91,10 +90,6 @@ def _gate(matrix: Tensor, name: str, gate: Sequence[Tensor], n: int) -> tuple[in
         vector(index, name, torch.int32, round_up(n), device),
         vector(count, name, torch.int32, 2, device),
     )
-
-
-def _constants(dist: HardConcrete) -> tuple[float, float, float]:
-    return dist.beta, dist.gamma, dist.zeta
 
 
 def _address(t: Tensor | None) -> int:
@@ -337,7 +332,7 @@ def coupled_penalty(
     grads = grad.split_with_sizes([a.numel() for a in gates])
     for addends in itertools.zip_longest(*of_gate):  # once for the first term of every gate, and so on
         pairs = [(g, part) for g, part in zip(grads, addends, strict=True) if part is not None]
-        torch._foreach_add_([g for g, _ in pairs], [part for _, part in pairs])
+        foreach_add_([g for g, _ in pairs], [part for _, part in pairs])
     return total, grad
 
 
@@ -360,20 +355,17 @@ def coupled_penalty_grad(
 
 def _side(
     matrix: Tensor, name: str, size: int, gate: Gate | None, scale: bool, full: bool = False
-) -> tuple[Any, ...]:
+) -> _CUDA.Side:
     if gate is None:
         return size, None, False, False
     return size, _gate(matrix, name, gate, size), scale, full
 
 
-_Grid = tuple[int, int, int, int]
-
-
-def _by_rows(n_blocks: int) -> _Grid:
+def _by_rows(n_blocks: int) -> _CUDA.Grid:
     return 0, n_blocks, 1, 0
 
 
-def _grid(n_rows: int, n_cols: int, itemsize: int, n_blocks: int) -> _Grid:
+def _grid(n_rows: int, n_cols: int, itemsize: int, n_blocks: int) -> _CUDA.Grid:
     """PackGrid of csrc/cuda/pack.h: about n_blocks blocks, and as many rows each as that leaves."""
     tiles = -(-n_cols // _tile(itemsize))
     warps_x = min(8, 1 << (tiles - 1).bit_length())
@@ -525,7 +517,6 @@ def unpack(
     return out, dz_row, dz_col
 
 
-_ACTIVATIONS = {"identity": 0, "relu": 1, "gelu": 2, "silu": 3}
 SMALL_WORK = 1 << 27
 """Largest M * in * out that the fused small layers are meant for; beyond it Triton's products are faster."""
 
@@ -555,11 +546,7 @@ def _vector(t: Tensor | None, beside: Tensor, n: int) -> int:
     return optional(t, "an operand", beside.dtype, n, beside.device)
 
 
-_SmallGate = tuple[int, int, int, int, int, int]
-"""size, addresses of z, index and count, address of the log_alpha that is drawn from or 0, stream."""
-
-
-def _small_gate(x: Tensor, name: str, gate: Gate | None, n: int) -> _SmallGate | None:
+def _small_gate(x: Tensor, name: str, gate: Gate | None, n: int) -> _CUDA.SmallGate | None:
     return None if gate is None else (n, *_gate(x, name, gate, n), 0, 0)
 
 
@@ -568,9 +555,9 @@ def _joined_gates(
     gates: tuple[Tensor, Tensor, Tensor],
     sizes: Sequence[int | None],
     log_alphas: Sequence[Tensor] | None = None,
-) -> list[_SmallGate | None]:
+) -> list[_CUDA.SmallGate | None]:
     """Where ``sizes`` has one, a gate; with log_alphas, one for each of these, they are drawn."""
-    found: list[_SmallGate | None] = []
+    found: list[_CUDA.SmallGate | None] = []
     stream = 0
     for place in joined.addresses(*gates, sizes, _z_dtype(x.dtype), x.device):
         if place is None:
@@ -590,7 +577,7 @@ def _empty_gates(log_alphas: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     return gates
 
 
-def _draw(seed: Tensor, rank: int, dist: HardConcrete) -> tuple[Any, ...]:
+def _draw(seed: Tensor, rank: int, dist: HardConcrete) -> _CUDA.SmallDraw:
     return vector(seed, "seed", torch.int64, 1, seed.device), rank, _constants(dist), TAU
 
 
@@ -608,33 +595,33 @@ def _tiles(n: int) -> int:
     return max(-(-n // _CUDA.small_tile), 1)
 
 
-def linear_forward(
+linear_saved_shapes = packed.linear_saved_shapes
+mlp_saved_shapes = packed.mlp_saved_shapes
+
+
+def draws_within(
     x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    in_gate: Gate | None,
-    out_gate: Gate | None,
-    scale_out: bool,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    log_alphas: Sequence[Tensor],
     dtype: torch.dtype,
-) -> Tensor:
+    activation: str,
+) -> bool:
+    """The kernels draw in the type that they multiply by."""
+    return dtype != torch.float64 and all(a.dtype == torch.float32 for a in log_alphas)
+
+
+def linear_forward(call: LinearCall) -> tuple[Tensor, list[Tensor]]:
     """y (M, out) of gated_linear, in one launch."""
+    x, weight, bias, in_gate, out_gate, scale_out, dtype = call
     n_out, n_in = weight.shape
     in_, out = _small_gate(x, "in_gate", in_gate, n_in), _small_gate(x, "out_gate", out_gate, n_out)
-    return _linear_forward(x, weight, bias, in_, out, scale_out, dtype, None)
+    return _linear_forward(x, weight, bias, in_, out, scale_out, dtype, None), []
 
 
-def l0_linear_forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    in_log_alpha: Tensor | None,
-    out_log_alpha: Tensor | None,
-    seed: Tensor,
-    rank: int,
-    dist: HardConcrete,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def l0_linear_forward(call: L0LinearCall, rank: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """sample and linear_forward in one launch: y, and the gates joined. Input gates are stream 0."""
+    x, weight, bias, in_log_alpha, out_log_alpha, seed, dist, dtype = call
     log_alphas = [None if a is None else a.contiguous() for a in (in_log_alpha, out_log_alpha)]
     given = [a for a in log_alphas if a is not None]
     gates = _empty_gates(given)
@@ -648,11 +635,11 @@ def _linear_forward(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    in_gate: _SmallGate | None,
-    out_gate: _SmallGate | None,
+    in_gate: _CUDA.SmallGate | None,
+    out_gate: _CUDA.SmallGate | None,
     scale_out: bool,
     dtype: torch.dtype,
-    draw: tuple[Any, ...] | None,
+    draw: _CUDA.SmallDraw | None,
 ) -> Tensor:
     M, (n_out, n_in) = x.shape[0], weight.shape
     _refuse_large(M, (n_in, n_out))
@@ -677,25 +664,10 @@ def _linear_forward(
     return y
 
 
-def linear_backward(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    in_gate: Gate | None,
-    out_gate: Gate | None,
-    scale_out: bool,
-    full_in: bool,
-    full_out: bool,
-    dtype: torch.dtype,
-    needs: list[bool],
-    to_log_alpha: HardConcrete | None = None,
-) -> list[Tensor | None]:
-    """dx, dweight, dbias, dz_in, dz_out, each None where ``needs`` says so, in one launch.
-
-    With ``to_log_alpha`` the last two are the gradients of the log_alphas that the gates were drawn from.
-    """
-    need_x, need_w, need_b, need_in, need_out = needs
+def linear_backward(call: LinearCall, dy: Tensor, saved: list[Tensor], wanted: Wanted) -> list[Tensor | None]:
+    """dx, dweight, dbias, dz_in, dz_out, each None where not wanted, in one launch."""
+    x, weight, bias, in_gate, out_gate, scale_out, dtype = call
+    (full_in, full_out), (need_x, need_w, need_b, need_in, need_out), dist = wanted
     M, (n_out, n_in) = x.shape[0], weight.shape
     _refuse_large(M, (n_in, n_out))
     _beside(weight, x, "weight")
@@ -736,7 +708,7 @@ def linear_backward(
         _address(out_sums),
         _address(db_sums),
         _address(tickets),
-        None if to_log_alpha is None else _constants(to_log_alpha),
+        None if dist is None else _constants(dist),
         where,
     )
     grads = [g if g is None or g.dtype == t else g.to(t) for g, t in zip((dx, dw, db), types, strict=True)]
@@ -744,8 +716,12 @@ def linear_backward(
 
 
 def _small_layers(
-    x: Tensor, weights: list[Tensor], biases: list[Tensor | None], gates: list[Any], saved: list[Tensor]
-) -> list[tuple[Any, ...]]:
+    x: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor | None],
+    gates: list[_CUDA.SmallGate | None],
+    saved: list[Tensor],
+) -> list[_CUDA.SmallLayer]:
     layers, (M, n_in) = [], x.shape
     for i, (w, b, gate) in enumerate(zip(weights, biases, gates, strict=True)):
         n_out = w.shape[0]
@@ -763,31 +739,18 @@ def _mlp_tensors(
     return _cast(dtype, x)[0], _cast(dtype, *weights), _cast(dtype, *biases)
 
 
-def mlp_forward(
-    x: Tensor,
-    weights: list[Tensor],
-    biases: list[Tensor | None],
-    gates: list[Gate | None],
-    activation: str,
-    dtype: torch.dtype,
-) -> tuple[Tensor, list[Tensor]]:
+def mlp_forward(call: MlpCall) -> tuple[Tensor, list[Tensor]]:
     """y and the hidden layers' pre-activations, packed in (M, n_l) buffers. One launch a layer."""
+    x, weights, biases, gates, activation, dtype, _ = call
     given = [_small_gate(x, "gates", g, w.shape[1]) for g, w in zip(gates, weights, strict=True)]
     return _mlp_forward(x, weights, biases, given, activation, dtype, None)
 
 
 def l0_mlp_forward(
-    x: Tensor,
-    weights: list[Tensor],
-    biases: list[Tensor | None],
-    log_alphas: list[Tensor | None],
-    activation: str,
-    seed: Tensor,
-    rank: int,
-    dist: HardConcrete,
-    dtype: torch.dtype,
+    call: L0MlpCall, rank: int = 0
 ) -> tuple[Tensor, list[Tensor], tuple[Tensor, Tensor, Tensor]]:
     """sample and mlp_forward in one launch a layer; the gates, joined, are streams 0, 1, ... in order."""
+    x, weights, biases, log_alphas, activation, seed, dist, dtype = call
     given = [a.contiguous() for a in log_alphas if a is not None]
     gates = _empty_gates(given)
     sizes = joined.sizes(log_alphas, [w.shape[1] for w in weights])
@@ -800,10 +763,10 @@ def _mlp_forward(
     x: Tensor,
     weights: list[Tensor],
     biases: list[Tensor | None],
-    gates: list[_SmallGate | None],
+    gates: list[_CUDA.SmallGate | None],
     activation: str,
     dtype: torch.dtype,
-    draw: tuple[Any, ...] | None,
+    draw: _CUDA.SmallDraw | None,
 ) -> tuple[Tensor, list[Tensor]]:
     x, weights, biases = _mlp_tensors(x, weights, biases, dtype)
     M = x.shape[0]
@@ -822,44 +785,21 @@ def _mlp_forward(
     return y, saved
 
 
-def mlp_backward(
-    dy: Tensor,
-    x: Tensor,
-    weights: list[Tensor],
-    biases: list[Tensor | None],
-    gates: list[Gate | None],
-    saved: list[Tensor],
-    activation: str,
-    dtype: torch.dtype,
-    full: list[bool],
-    needs: list[bool],
-    to_log_alpha: HardConcrete | None = None,
-) -> list[Tensor | None]:
-    """dx, then dweight, dbias and dz of every layer; ``needs`` has that order. A launch a layer."""
+def mlp_backward(call: MlpCall, dy: Tensor, saved: list[Tensor], wanted: Wanted) -> list[Tensor | None]:
+    """dx, then dweight, dbias and dz of every layer; ``wanted.needs`` has that order. A launch a layer."""
+    x, weights, biases, gates, activation, dtype, _ = call
     given = [_small_gate(x, "gates", g, w.shape[1]) for g, w in zip(gates, weights, strict=True)]
-    return _mlp_backward(dy, x, weights, biases, given, saved, activation, dtype, full, needs, to_log_alpha)
+    return _mlp_backward(dy, x, weights, biases, given, saved, activation, dtype, wanted)
 
 
 def l0_mlp_backward(
-    dy: Tensor,
-    x: Tensor,
-    weights: list[Tensor],
-    biases: list[Tensor | None],
-    gated: list[bool],
-    z: Tensor,
-    index: Tensor,
-    count: Tensor,
-    saved: list[Tensor],
-    activation: str,
-    dtype: torch.dtype,
-    needs: list[bool],
-    dist: HardConcrete,
+    call: DrawnMlpCall, dy: Tensor, saved: list[Tensor], wanted: Wanted
 ) -> list[Tensor | None]:
     """mlp_backward of l0_mlp_forward, with its gates as it returned them."""
+    x, weights, biases, gated, z, index, count, activation, dtype = call
     sizes = [w.shape[1] if has_gate else None for w, has_gate in zip(weights, gated, strict=True)]
     gates = _joined_gates(x, (z, index, count), sizes)
-    full = [False] * len(weights)
-    return _mlp_backward(dy, x, weights, biases, gates, saved, activation, dtype, full, needs, dist)
+    return _mlp_backward(dy, x, weights, biases, gates, saved, activation, dtype, wanted)
 
 
 def _mlp_backward(
@@ -867,14 +807,13 @@ def _mlp_backward(
     x: Tensor,
     weights: list[Tensor],
     biases: list[Tensor | None],
-    gates: list[_SmallGate | None],
+    gates: list[_CUDA.SmallGate | None],
     saved: list[Tensor],
     activation: str,
     dtype: torch.dtype,
-    full: list[bool],
-    needs: list[bool],
-    to_log_alpha: HardConcrete | None,
+    wanted: Wanted,
 ) -> list[Tensor | None]:
+    full, needs, dist = wanted
     depth = len(weights)
     types = [t if t is None else t.dtype for t in (x, *weights, *biases)]
     x, weights, biases = _mlp_tensors(x, weights, biases, dtype)
@@ -908,7 +847,7 @@ def _mlp_backward(
         _matrix(dy, x, M, weights[-1].shape[0]),
         _address(dx),
         _address(tickets),
-        None if to_log_alpha is None else _constants(to_log_alpha),
+        None if dist is None else _constants(dist),
         where,
     )
     grads = [g if g is None or g.dtype == t else g.to(t) for g, t in zip((dx, *dw, *db), types, strict=True)]

@@ -1,5 +1,6 @@
-"""The gates of a call as sample returns them: z, index and count of all vectors, one after the other.
+"""What the launchers of both extensions tell their kernels alike: numbers of types, constants, joined gates.
 
+The gates of a call are as sample returns them: z, index and count of all vectors, one after the other.
 Kernels take them apart by address; a view per vector would cost the host more than the kernel.
 """
 
@@ -10,8 +11,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..reference.gates import round_up
+from .._gates import HardConcrete, round_up
 from .memory import fresh, vector
+
+TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+ACTIVATIONS = {"identity": 0, "relu": 1, "gelu": 2, "silu": 3}
+
+
+def constants(dist: HardConcrete) -> tuple[float, float, float]:
+    return dist.beta, dist.gamma, dist.zeta
 
 
 def empty(log_alphas: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:

@@ -13,11 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._registry import native
-from ..reference._checks import is_freed
-
-PLAIN = frozenset({Tensor, torch.nn.Parameter})
-"""The types whose memory is what their numbers say; a subclass may have none, or mean something else."""
+from .._checks import PLAIN, is_freed
+from .._native import native
 
 HUGE = 32 << 20  # bytes; glibc maps every allocation from here on afresh, smaller ones it keeps itself
 

@@ -6,22 +6,22 @@ alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..reference.gates import HardConcrete, round_up
-from ..reference.mlp import GLU, ROWS
+from .._arguments import GLU, ROWS
+from .._calls import BlockCall, Gate, LinearCall, MlpCall, Wanted
+from .._gates import HardConcrete, round_up
 
-Gate = list[Tensor]
 Term = tuple[Tensor, int, int, int]  # weight, numbers of its output's and input's gates or -1, groups
 
 
 class PackUnpack(Protocol):
-    """The two primitives, with the meaning of csrc/pack.h."""
+    """The two primitives, with the meaning of csrc/pack.h, and what turns dz into dlog_alpha."""
 
     def pack(
         self,
@@ -52,6 +52,8 @@ class PackUnpack(Protocol):
         out: Tensor | None = ...,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]: ...
 
+    def gate_grad(self, dz: Tensor, z: Tensor, dist: HardConcrete) -> Tensor: ...
+
 
 def extent(gate: Gate | None, size: int, dtype: torch.dtype) -> int:
     """Packed length of a gated dimension: the open count, for 16-bit types rounded up to 32.
@@ -72,35 +74,27 @@ def _padded(n_open: int, size: int, dtype: torch.dtype) -> int:
 
 
 def to_log_alpha(
-    gate_grad: Callable[[Tensor, Tensor, HardConcrete], Tensor],
-    grads: list[Tensor | None],
-    first: int,
-    gates: list[Gate | None],
-    dist: HardConcrete | None,
+    p: PackUnpack, dz: Sequence[Tensor | None], gates: Sequence[Gate | None], dist: HardConcrete | None
 ) -> list[Tensor | None]:
-    """With a ``dist``, those from ``first`` on, of z, become gradients of the log_alphas z was drawn from."""
+    """With a ``dist``, gradients of the log_alphas that z was drawn from, out of those of z."""
     if dist is None:
-        return grads
-    return [
-        *grads[:first],
-        *(
-            None if dz is None or gate is None else gate_grad(dz, gate[0], dist)
-            for dz, gate in zip(grads[first:], gates, strict=True)
-        ),
-    ]
+        return [*dz]
+    pairs = zip(dz, gates, strict=True)
+    return [None if d is None or gate is None else p.gate_grad(d, gate[0], dist) for d, gate in pairs]
 
 
-def linear_forward(
-    p: PackUnpack,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    in_gate: Gate | None,
-    out_gate: Gate | None,
-    scale_out: bool,
-    dtype: torch.dtype,
-) -> Tensor:
-    """y (M, out) of gated_linear for x (M, in), in ``dtype``."""
+def linear_saved_shapes(call: LinearCall) -> list[tuple[int, int]]:
+    """Nothing is kept for backward."""
+    return []
+
+
+def mlp_saved_shapes(call: MlpCall) -> list[tuple[int, int]]:
+    return [(call.x.shape[0], weight.shape[0]) for weight in call.weights[:-1]]
+
+
+def linear_forward(p: PackUnpack, call: LinearCall) -> Tensor:
+    """y (M, out)."""
+    x, weight, bias, in_gate, out_gate, scale_out, dtype = call
     x_packed = p.pack(x, None, in_gate, dtype, scale_cols=True)
     w_packed = p.pack(weight, out_gate, in_gate, dtype)
     y_packed = _affine(p, x_packed, w_packed, bias, out_gate, dtype)
@@ -115,22 +109,10 @@ def _affine(
     return torch.addmm(p.pack(bias[None], None, out_gate, dtype)[0], x, w.t())
 
 
-def linear_backward(
-    p: PackUnpack,
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    in_gate: Gate | None,
-    out_gate: Gate | None,
-    scale_out: bool,
-    full_in: bool,
-    full_out: bool,
-    dtype: torch.dtype,
-    needs: list[bool],
-) -> list[Tensor | None]:
-    """dx, dweight, dbias, dz_in, dz_out, each None where ``needs`` says so."""
-    need_x, need_w, need_b, need_in, need_out = needs
+def linear_backward(p: PackUnpack, call: LinearCall, dy: Tensor, wanted: Wanted) -> list[Tensor | None]:
+    """dx, dweight, dbias, dz_in, dz_out, each None where not wanted."""
+    x, weight, bias, in_gate, out_gate, scale_out, dtype = call
+    (full_in, full_out), (need_x, need_w, need_b, need_in, need_out), dist = wanted
     out_features, in_features = weight.shape
     dx = dw = db = dz_in = dz_out = None
     dy_packed = p.pack(dy, None, out_gate, dtype)
@@ -170,22 +152,16 @@ def linear_backward(
         db = db[0]
         if dz_bias is not None:
             dz_out = dz_bias if dz_out is None else dz_out + dz_bias
-    return [dx, dw if need_w else None, db if need_b else None, dz_in, dz_out]
+    dz = to_log_alpha(p, (dz_in, dz_out), (in_gate, out_gate), dist)
+    return [dx, dw if need_w else None, db if need_b else None, *dz]
 
 
-def mlp_forward(
-    p: PackUnpack,
-    x: Tensor,
-    weights: list[Tensor],
-    biases: list[Tensor | None],
-    gates: list[Gate | None],
-    activation: str,
-    dtype: torch.dtype,
-) -> tuple[Tensor, list[Tensor]]:
+def mlp_forward(p: PackUnpack, call: MlpCall) -> tuple[Tensor, list[Tensor]]:
     """y (M, n_L) and what backward needs: the hidden layers' pre-activations, packed in (M, n_l) buffers.
 
     Of a gated product the buffer is (M, 2 n_l): its first argument from column 0, the second from n_l on.
     """
+    x, weights, biases, gates, activation, dtype, _ = call
     saved: list[Tensor] = []
     h = p.pack(x, None, gates[0], dtype, scale_cols=True)
     for weight, bias, gate, out_gate in zip(weights[:-1], biases[:-1], gates[:-1], gates[1:], strict=True):
@@ -277,19 +253,11 @@ def _scaled(h: Tensor, gate: Gate | None, dtype: torch.dtype) -> Tensor:
 
 
 def mlp_backward(
-    p: PackUnpack,
-    dy: Tensor,
-    x: Tensor,
-    weights: list[Tensor],
-    biases: list[Tensor | None],
-    gates: list[Gate | None],
-    saved: list[Tensor],
-    activation: str,
-    dtype: torch.dtype,
-    full: list[bool],
-    needs: list[bool],
+    p: PackUnpack, call: MlpCall, dy: Tensor, saved: list[Tensor], wanted: Wanted
 ) -> list[Tensor | None]:
-    """dx, then dweight, dbias and dz of every layer; ``needs`` has that order; None where it says so."""
+    """dx, then dweight, dbias and dz of every layer, as in ``wanted.needs``; None where not wanted."""
+    x, weights, biases, gates, activation, dtype, _ = call
+    full, needs, dist = wanted
     depth = len(weights)
     need_w, need_b, need_z = needs[1 : 1 + depth], needs[1 + depth : 1 + 2 * depth], needs[1 + 2 * depth :]
     dx: Tensor | None = None
@@ -325,13 +293,17 @@ def mlp_backward(
         else:
             grads = _activation_grads(activation, _scaled(grad, gates[i], dtype), *arguments)
             grad = grads[0] if len(grads) == 1 else _join(grads, gates[i], weight.shape[1], dtype)
-    return [dx, *(w if n else None for w, n in zip(dw, need_w, strict=True)), *db, *dz]
+    return [
+        dx,
+        *(w if n else None for w, n in zip(dw, need_w, strict=True)),
+        *db,
+        *to_log_alpha(p, dz, gates, dist),
+    ]
 
 
-def block_linear_forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, z: Tensor, b_out: int, b_in: int, dtype: torch.dtype
-) -> Tensor:
+def block_linear_forward(call: BlockCall) -> Tensor:
     """y (M, out) of x (W * Z)^T + b, Z the gates spread over blocks: a product per row of blocks."""
+    x, weight, bias, z, b_out, b_in, dtype = call
     y = x.new_empty(x.shape[0], weight.shape[0], dtype=dtype)
     for r in range(z.shape[0]):
         rows = slice(r * b_out, (r + 1) * b_out)
@@ -348,19 +320,10 @@ def _line(z: Tensor, block: int, size: int) -> tuple[Tensor, Tensor]:
     return columns, spread[columns]
 
 
-def block_linear_backward(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    z: Tensor,
-    b_out: int,
-    b_in: int,
-    full: bool,
-    dtype: torch.dtype,
-    needs: list[bool],
-) -> list[Tensor | None]:
-    """dx, dweight, dbias, dz, each None where ``needs`` says so."""
-    need_x, need_w, need_b, need_z = needs
+def block_linear_backward(call: BlockCall, dy: Tensor, wanted: Wanted) -> list[Tensor | None]:
+    """dx, dweight, dbias, dz, each None where not wanted."""
+    x, weight, _, z, b_out, b_in, dtype = call
+    (full,), (need_x, need_w, need_b, need_z), _ = wanted
     dx = dw = dz = None
     if need_x:
         dx = x.new_empty(x.shape)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,9 +9,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..reference.gates import HardConcrete, compact, sample_z, sample_zs
+from .._calls import Conv2dCall, Gate, LinearCall, MlpCall, Wanted
+from .._gates import HardConcrete, compact
+from ..reference.gates import sample_zs
 from . import conv2d, packed
-from .packed import Gate, Term, extent
+from .packed import Term, extent
+from .portable import (  # noqa: F401  as they are
+    add_l2_terms,
+    check_not_nan,
+    coupled_penalty_grad,
+    gate_grad,
+    masked_weight,
+    masked_weight_grad,
+)
 
 
 def sample(
@@ -28,25 +37,6 @@ def sample(
     z = sample_zs(log_alphas, seed, rank, dist)
     order = [compact(values) for values in z]
     return torch.cat(z), torch.cat([index for index, _ in order]), torch.cat([count for _, count in order])
-
-
-def check_not_nan(log_alphas: list[Tensor]) -> None:
-    """On a GPU looking would stall the device; there a NaN shows in z."""
-    for i, log_alpha in enumerate(log_alphas):
-        if log_alpha.device.type == "cpu" and torch.isnan(log_alpha).any():
-            raise_nan(i, len(log_alphas))
-
-
-def raise_nan(i: int, n: int) -> None:
-    """The error for a NaN in gate vector i of n."""
-    raise ValueError(f"log_alpha{f'[{i}]' if n > 1 else ''} must not hold NaN, got at least one")
-
-
-def gate_grad(dz: Tensor, z: Tensor, dist: HardConcrete) -> Tensor:
-    """dlog_alpha = dz * dz/dlog_alpha, from z alone; exactly 0 where z is 0 or 1."""
-    width = dist.zeta - dist.gamma
-    s = (z - dist.gamma) / width
-    return torch.where((z > 0) & (z < 1), dz * (width / dist.beta * s * (1 - s)), torch.zeros_like(z))
 
 
 def l0_penalty(log_alphas: list[Tensor], weights: list[float], dist: HardConcrete) -> tuple[Tensor, Tensor]:
@@ -68,57 +58,6 @@ def coupled_penalty(
         grad = total.new_empty(0)
     add_l2_terms(total, grad, terms, gates, decay, dist)
     return total, grad
-
-
-def add_l2_terms(
-    total: Tensor, grad: Tensor, terms: list[Term], gates: list[Tensor], decay: float, dist: HardConcrete
-) -> None:
-    """Adds decay / 2 * sum_oi p_o * p_i * theta_oi^2 of every term to total, its gradients to grad."""
-    grads = grad.split([a.numel() for a in gates])
-    for theta, out, in_, groups in terms:
-        squares = _squares(theta, groups)
-        p_out, p_in = _p_open(gates, out, in_, groups, dist)
-        half = 0.5 * decay
-        rows = squares.sum(2, True) if p_in is None else (squares * p_in).sum(2, True)
-        total += half * (rows if p_out is None else rows * p_out).sum()
-        if p_out is not None:
-            grads[out].add_((half * p_out * (1 - p_out) * rows).flatten())
-        if p_in is not None:
-            cols = (squares if p_out is None else squares * p_out).sum(1, True)
-            grads[in_].add_((half * p_in * (1 - p_in) * cols).flatten())
-
-
-def _squares(theta: Tensor, groups: int) -> Tensor:
-    """(groups, out, in) sums of squares over what an output and an input share."""
-    wide = theta.to(torch.promote_types(theta.dtype, torch.float32))
-    n_in = math.prod(theta.shape[1:2])
-    return wide.square().reshape(groups, theta.shape[0] // groups, n_in, math.prod(theta.shape[2:])).sum(-1)
-
-
-def _p_open(
-    gates: list[Tensor], out: int, in_: int, groups: int, dist: HardConcrete
-) -> tuple[Tensor | None, Tensor | None]:
-    """p of the outputs (groups, out, 1) and of the inputs (groups, 1, in), None on a side without gates."""
-    p_out = None if out < 0 else dist.p_open(gates[out]).reshape(groups, -1, 1)
-    return p_out, None if in_ < 0 else dist.p_open(gates[in_]).reshape(groups, 1, -1)
-
-
-def coupled_penalty_grad(
-    terms: list[Term], gates: list[Tensor], factor: Tensor, decay: float, dist: HardConcrete
-) -> list[Tensor]:
-    """factor * decay * p_o * p_i * theta of every term, in theta's dtype."""
-    grads = []
-    for theta, out, in_, groups in terms:
-        scale = factor * decay
-        for p in _p_open(gates, out, in_, groups, dist):
-            scale = scale if p is None else scale * p
-        if scale.ndim:
-            n_out, n_scales = theta.shape[0], scale.shape[2]
-            scale = scale.expand(groups, n_out // groups, n_scales).reshape(n_out, n_scales)
-            scale = scale.view((n_out, n_scales, *[1] * (theta.ndim - 2))[: theta.ndim])
-        grad = torch.mul(theta, scale)
-        grads.append(grad.to(theta.dtype, memory_format=torch.preserve_format))
-    return grads
 
 
 def _open(gate: Gate | None, size: int) -> Tensor | None:
@@ -218,58 +157,39 @@ def unpack(
     return value.contiguous() if out is None else out.copy_(value), dz[0], dz[1]
 
 
-_PACK = SimpleNamespace(pack=pack, unpack=unpack)
+_PACK = SimpleNamespace(pack=pack, unpack=unpack, gate_grad=gate_grad)
 block_linear_forward = packed.block_linear_forward
 block_linear_backward = packed.block_linear_backward
+linear_saved_shapes = packed.linear_saved_shapes
+mlp_saved_shapes = packed.mlp_saved_shapes
+conv2d_saved_shapes = conv2d.conv2d_saved_shapes
+conv2d_memory_format = conv2d.memory_format
 
 
-def linear_forward(*args: Any) -> Tensor:
-    return packed.linear_forward(_PACK, *args)
+def draws_within(*_: Any) -> bool:
+    """No layer draws its gates itself."""
+    return False
 
 
-def linear_backward(*args: Any) -> list[Tensor | None]:
-    *given, dist = args
-    return packed.to_log_alpha(gate_grad, packed.linear_backward(_PACK, *given), 3, given[4:6], dist)
+def linear_forward(call: LinearCall) -> tuple[Tensor, list[Tensor]]:
+    return packed.linear_forward(_PACK, call), []
 
 
-def mlp_forward(*args: Any) -> tuple[Tensor, list[Tensor]]:
-    return packed.mlp_forward(_PACK, *args)
+def linear_backward(call: LinearCall, dy: Tensor, saved: list[Tensor], wanted: Wanted) -> list[Tensor | None]:
+    return packed.linear_backward(_PACK, call, dy, wanted)
 
 
-def mlp_backward(*args: Any) -> list[Tensor | None]:
-    *given, dist = args
-    grads = packed.mlp_backward(_PACK, *given)
-    return packed.to_log_alpha(gate_grad, grads, 1 + 2 * len(given[2]), given[4], dist)
+def mlp_forward(call: MlpCall) -> tuple[Tensor, list[Tensor]]:
+    return packed.mlp_forward(_PACK, call)
 
 
-def masked_weight(weight: Tensor, log_alpha: Tensor, seed: Tensor, dist: HardConcrete) -> Tensor:
-    """W * z, z drawn from the seed."""
-    check_not_nan([log_alpha])
-    return (weight * sample_z(log_alpha, seed, 0, 0, dist)).to(weight.dtype)
+def mlp_backward(call: MlpCall, dy: Tensor, saved: list[Tensor], wanted: Wanted) -> list[Tensor | None]:
+    return packed.mlp_backward(_PACK, call, dy, saved, wanted)
 
 
-def masked_weight_grad(
-    grad: Tensor,
-    weight: Tensor,
-    log_alpha: Tensor,
-    seed: Tensor,
-    dist: HardConcrete,
-    need_w: bool,
-    need_log_alpha: bool,
-) -> tuple[Tensor | None, Tensor | None]:
-    """dW and dlog_alpha from dL/d(W * z), z drawn again."""
-    z = sample_z(log_alpha, seed, 0, 0, dist)
-    dw = (grad * z).to(weight.dtype) if need_w else None
-    if not need_log_alpha:
-        return dw, None
-    dz = grad.to(torch.promote_types(grad.dtype, z.dtype)) * weight  # not rounded to 16 bits on the way
-    return dw, gate_grad(dz.to(z.dtype), z, dist)
+def conv2d_forward(call: Conv2dCall) -> tuple[Tensor, list[Tensor]]:
+    return conv2d.conv2d_forward(_PACK, call)
 
 
-def conv2d_forward(*args: Any) -> tuple[Tensor, list[Tensor]]:
-    return conv2d.conv2d_forward(_PACK, *args)
-
-
-def conv2d_backward(*args: Any) -> list[Tensor | None]:
-    *given, dist = args
-    return packed.to_log_alpha(gate_grad, conv2d.conv2d_backward(_PACK, *given), 3, given[4:6], dist)
+def conv2d_backward(call: Conv2dCall, dy: Tensor, saved: list[Tensor], wanted: Wanted) -> list[Tensor | None]:
+    return conv2d.conv2d_backward(_PACK, call, dy, saved, wanted)

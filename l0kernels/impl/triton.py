@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import Any, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor
 
-from ..reference.gates import HardConcrete
-from ..triton_kernels import batch_norm, conv2d, gather, linear, masked_linear, mlp, penalty
+from .._calls import BlockCall, Conv2dCall, DrawnMlpCall, L0LinearCall, L0MlpCall, LinearCall, MlpCall, Wanted
+from .._gates import HardConcrete
+from ..triton_kernels import batch_norm, conv2d, conv2d_channels, gather, linear, masked_linear, mlp, penalty
 from ..triton_kernels import sample as sampling
 from .memory import plain, strided
 
+P = ParamSpec("P")
 T = TypeVar("T")
-
 
 _VALUES = frozenset((int, float, bool, str, type(None), torch.dtype, HardConcrete))
 
@@ -32,104 +33,139 @@ def _readable(arg: Any) -> Any:
     return arg if arg.ndim != 1 or arg.is_contiguous() else arg.contiguous()
 
 
-def _on_its_device(launcher: Callable[..., T]) -> Callable[..., T]:
+def _on_its_device(launcher: Callable[P, T]) -> Callable[P, T]:
     """Triton launches on the current device; a tensor may live on another one."""
+    on_device: Callable[..., T] = launcher
 
     @functools.wraps(launcher)
     def launch(*given: Any) -> T:
         args = [_readable(a) for a in given]
         device = (args[0] if isinstance(args[0], Tensor) else args[0][0]).device
         if device.type != "cuda" or device.index == torch.cuda.current_device():
-            return launcher(*args)
+            return on_device(*args)
         with torch.cuda.device(device):
-            return launcher(*args)
+            return on_device(*args)
 
-    return launch
+    return cast("Callable[P, T]", launch)
 
 
 sample = _on_its_device(sampling.sample)
 gate_grad = _on_its_device(sampling.gate_grad)
 l0_penalty = _on_its_device(penalty.l0_penalty)
-linear_forward = _on_its_device(linear.linear_forward)
-linear_backward = _on_its_device(linear.linear_backward)
-mlp_forward = _on_its_device(mlp.mlp_forward)
-mlp_backward = _on_its_device(mlp.mlp_backward)
 masked_weight = _on_its_device(masked_linear.masked_weight)
 masked_weight_grad = _on_its_device(masked_linear.masked_weight_grad)
-block_linear_forward = _on_its_device(masked_linear.block_linear_forward)
-block_linear_backward = _on_its_device(masked_linear.block_linear_backward)
-conv2d_forward = _on_its_device(conv2d.conv2d_forward)
-conv2d_backward = _on_its_device(conv2d.conv2d_backward)
-pack_channels = _on_its_device(conv2d.pack_channels)
-unpack_channels = _on_its_device(conv2d.unpack_channels)
+pack_channels = _on_its_device(conv2d_channels.pack_channels)
+unpack_channels = _on_its_device(conv2d_channels.unpack_channels)
 _batch_norm_forward = _on_its_device(batch_norm.batch_norm_forward)
 batch_norm_backward = _on_its_device(batch_norm.batch_norm_backward)
-conv2d_saved_shapes = conv2d.conv2d_saved_shapes
-saved_shapes = mlp.saved_shapes
-linear_saved_shapes = linear.linear_saved_shapes
+_linear_forward = _on_its_device(linear.linear_forward)
+_linear_backward = _on_its_device(linear.linear_backward)
+_l0_linear_forward = _on_its_device(gather.l0_linear_forward)
+_mlp_forward = _on_its_device(mlp.mlp_forward)
+_mlp_backward = _on_its_device(mlp.mlp_backward)
+_block_linear_forward = _on_its_device(masked_linear.block_linear_forward)
+_block_linear_backward = _on_its_device(masked_linear.block_linear_backward)
+_conv2d_forward = _on_its_device(conv2d.conv2d_forward)
+_conv2d_backward = _on_its_device(conv2d.conv2d_backward)
 
 
-def draws_within(x: Tensor, weight: Tensor, log_alphas: list[Tensor], dtype: torch.dtype) -> bool:
+def draws_within(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    log_alphas: Sequence[Tensor],
+    dtype: torch.dtype,
+    activation: str,
+) -> bool:
     """Whether l0_linear of this layer draws its gates within the product: small layers do."""
-    M = x.numel() // max(x.shape[-1], 1)
-    return gather.prefers(M, weight.shape[0], weight.shape[1], dtype) and all(
+    if len(weights) != 1:
+        return False
+    M, (n_out, n_in) = x.numel() // max(x.shape[-1], 1), weights[0].shape
+    return gather.prefers(M, n_out, n_in, dtype) and all(
         a.dtype == torch.float32 and a.shape[0] <= gather.MAX_GATES for a in log_alphas
     )
 
 
-@_on_its_device
-def l0_linear_forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    in_log_alpha: Tensor | None,
-    out_log_alpha: Tensor | None,
-    seed: Tensor,
-    rank: int,
-    dist: HardConcrete,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def linear_saved_shapes(call: LinearCall) -> list[tuple[int, int]]:
+    gated = call.in_gate is not None, call.out_gate is not None
+    return linear.linear_saved_shapes(call.x, call.weight, *gated, call.dtype)
+
+
+def linear_forward(call: LinearCall) -> tuple[Tensor, list[Tensor]]:
+    return _linear_forward(*call)
+
+
+def linear_backward(call: LinearCall, dy: Tensor, saved: list[Tensor], wanted: Wanted) -> list[Tensor | None]:
+    (full_in, full_out), needs, dist = wanted
+    return _linear_backward(dy, *call[:5], saved, call.scale_out, full_in, full_out, call.dtype, needs, dist)
+
+
+def l0_linear_forward(call: L0LinearCall, rank: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Draw and product in one launch."""
-    return gather.l0_linear_forward(
-        x, weight, bias, in_log_alpha, out_log_alpha, seed, rank, dist, sampling.TAU, dtype
-    )
+    return _l0_linear_forward(*call[:6], rank, call.dist, sampling.TAU, call.dtype)
+
+
+def mlp_saved_shapes(call: MlpCall) -> list[tuple[int, int]]:
+    gated = [gate is not None for gate in call.gates]
+    return mlp.saved_shapes(call.x, call.weights, gated, *call[4:])
+
+
+def mlp_forward(call: MlpCall) -> tuple[Tensor, list[Tensor]]:
+    return _mlp_forward(*call)
+
+
+def mlp_backward(call: MlpCall, dy: Tensor, saved: list[Tensor], wanted: Wanted) -> list[Tensor | None]:
+    return _mlp_backward(dy, *call[:4], saved, call.activation, call.dtype, *wanted)
 
 
 def l0_mlp_forward(
-    x: Tensor,
-    weights: list[Tensor],
-    biases: list[Tensor | None],
-    log_alphas: list[Tensor | None],
-    activation: str,
-    seed: Tensor,
-    rank: int,
-    dist: HardConcrete,
-    dtype: torch.dtype,
+    call: L0MlpCall, rank: int = 0
 ) -> tuple[Tensor, list[Tensor], tuple[Tensor, Tensor, Tensor]]:
     """Of a chain of one layer, for which draws_within may say yes: l0_linear_forward."""
-    (weight,), (bias,), (log_alpha,) = weights, biases, log_alphas
-    y, *gates = l0_linear_forward(x, weight, bias, log_alpha, None, seed, rank, dist, dtype)
-    return y, [], (gates[0], gates[1], gates[2])
+    x, (weight,), (bias,), (log_alpha,), _, seed, dist, dtype = call
+    layer = L0LinearCall(x, weight, bias, log_alpha, None, seed, dist, dtype)
+    y, z, index, count = l0_linear_forward(layer, rank)
+    return y, [], (z, index, count)
 
 
 def l0_mlp_backward(
-    dy: Tensor,
-    x: Tensor,
-    weights: list[Tensor],
-    biases: list[Tensor | None],
-    gated: list[bool],
-    z: Tensor,
-    index: Tensor,
-    count: Tensor,
-    saved: list[Tensor],
-    activation: str,
-    dtype: torch.dtype,
-    needs: list[bool],
-    dist: HardConcrete,
+    call: DrawnMlpCall, dy: Tensor, saved: list[Tensor], wanted: Wanted
 ) -> list[Tensor | None]:
     """mlp_backward of l0_mlp_forward, with its gates as it returned them."""
-    gates = [[z, index, count]]
-    return mlp_backward(dy, x, weights, biases, gates, saved, activation, dtype, [False], needs, dist)
+    x, weights, biases, _, z, index, count, activation, dtype = call
+    drawn = MlpCall(x, weights, biases, [[z, index, count]], activation, dtype, False)
+    return mlp_backward(drawn, dy, saved, wanted)
+
+
+def block_linear_forward(call: BlockCall) -> Tensor:
+    return _block_linear_forward(*call)
+
+
+def block_linear_backward(call: BlockCall, dy: Tensor, wanted: Wanted) -> list[Tensor | None]:
+    x, weight, _, z, b_out, b_in, dtype = call
+    return _block_linear_backward(dy, x, weight, z, b_out, b_in, wanted.full[0], dtype, wanted.needs)
+
+
+def conv2d_memory_format(x: Tensor, weight: Tensor) -> torch.memory_format:
+    """Of y and dx."""
+    return torch.channels_last
+
+
+def conv2d_saved_shapes(call: Conv2dCall) -> list[tuple[int, ...]]:
+    gated = call.in_gate is not None, call.out_gate is not None
+    packed = call.in_packed, call.out_packed
+    return conv2d.conv2d_saved_shapes(call.x.shape, call.weight.shape, *gated, *packed, call.conv, call.dtype)
+
+
+def conv2d_forward(call: Conv2dCall) -> tuple[Tensor, list[Tensor]]:
+    return _conv2d_forward(*call[:9], call.conv, call.dtype)
+
+
+def conv2d_backward(call: Conv2dCall, dy: Tensor, saved: list[Tensor], wanted: Wanted) -> list[Tensor | None]:
+    (full_in, full_out), needs, dist = wanted
+    return _conv2d_backward(
+        dy, *call[:5], saved, *call[5:9], full_in, full_out, call.conv, call.dtype, needs, dist
+    )
 
 
 def batch_norm_forward(

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import _ops
+from .. import _checks, _ops
+from .._compat import functorch_active
 from ..gates import Gates, sample_gates, sample_with_expected
-from ..reference import _checks
 from . import ranks
 from .gate import HardConcreteGate, enter, gate_modules, leave, set_drawn
 from .linear import L0Linear
@@ -194,7 +194,7 @@ class GateBank(nn.Module):
         """n fresh seeds, each (1,) int64 on the device."""
         if not n:
             return ()
-        if torch._C._are_functorch_transforms_active():
+        if functorch_active():
             raise RuntimeError(
                 "a GateBank counts its draws, which no transform of torch.func may; draw outside"
             )

@@ -37,7 +37,7 @@ from .steps import (
 )
 
 Layer = nn.Linear | nn.Conv1d | nn.Conv2d
-Gates = tuple[HardConcreteGate, ...]
+GateModules = tuple[HardConcreteGate, ...]
 
 
 class Known(NamedTuple):
@@ -53,7 +53,7 @@ class Known(NamedTuple):
 
 
 NOTHING = Known()
-NO_GATES: Gates = ()
+NO_GATES: GateModules = ()
 
 
 class Part(NamedTuple):
@@ -89,11 +89,11 @@ class Product:
 
     layer: nn.Module
     step: int
-    in_gates: Gates
-    out_gates: Gates
+    in_gates: GateModules
+    out_gates: GateModules
     follows: bool
     leads: bool
-    zeros: Gates = ()
+    zeros: GateModules = ()
     halves: bool = False
 
 
@@ -173,7 +173,7 @@ def link(parts: Sequence[Part], known: Known = NOTHING) -> list[Product]:
                 follows = _fits(products[-1].layer, module, flat)
             if follows:
                 products[-1] = replace(products[-1], leads=True)
-            zeros: Gates = ()
+            zeros: GateModules = ()
             if not is_norm(module):
                 closed = value.closed if value.dim == unit_dim(module) else ()
                 closed = tuple(gate for gate in closed if units_in(module) % gate.n == 0)
@@ -210,12 +210,12 @@ def _fits(before: nn.Module, layer: nn.Module, flat: bool) -> bool:
     return not is_linear(layer) and n == size
 
 
-def own_gates(layer: nn.Module, side: str) -> Gates:
+def own_gates(layer: nn.Module, side: str) -> GateModules:
     """The gate that `layer` has as in_gate or out_gate, if any."""
     gate = own_gate(layer, side)
     return () if gate is None else (gate,)
 
 
-def union(a: Gates, b: Gates) -> Gates:
+def union(a: GateModules, b: GateModules) -> GateModules:
     """The distinct gates of both, in order."""
     return tuple(dict.fromkeys(a + b))

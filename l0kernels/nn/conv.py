@@ -6,13 +6,13 @@ from typing import Any, Literal, TypeVar, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 
+from .. import _checks
+from .._compat import AnyConv
+from .._gates import DEFAULT_DIST, Gates, HardConcrete
 from ..conv2d import gated_conv2d
-from ..gates import Gates, HardConcrete
 from ..penalty import L2Term
-from ..reference import _checks
-from .gate import DEFAULT_DIST, GatedLayer, HardConcreteGate, draw
+from .gate import GatedLayer, HardConcreteGate, draw
 from .linear import check_given, check_one_dist, copy_parameters_, squares, two_sided_terms
 from .ranks import released, whole
 
@@ -20,7 +20,7 @@ GATINGS = ("in", "out", "both", None)
 Self = TypeVar("Self", bound="_GatedConv")
 
 
-class _GatedConv(GatedLayer, _ConvNd):
+class _GatedConv(GatedLayer, AnyConv):
     """What the gated convolutions share: their gates, and what :func:`penalty` asks of them."""
 
     in_gate: HardConcreteGate | None
@@ -46,7 +46,7 @@ class _GatedConv(GatedLayer, _ConvNd):
         check_one_dist(self.in_gate, self.out_gate)
 
     @classmethod
-    def _from_dense(cls: type[Self], conv: nn.Module, dense: type[_ConvNd], **options: Any) -> Self:
+    def _from_dense(cls: type[Self], conv: nn.Module, dense: type[AnyConv], **options: Any) -> Self:
         if not isinstance(conv, dense):
             raise TypeError(f"conv must be a torch.nn.{dense.__name__}, got {type(conv).__name__}")
         geometry = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups")

@@ -4,7 +4,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from ..reference import _checks
+from .. import _checks
 from . import ranks
 from .gate import gate_modules
 

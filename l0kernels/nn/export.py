@@ -12,7 +12,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 from .bank import GateBank
 from .batch_norm import L0BatchNorm2d
 from .chain import (
-    Gates,
+    GateModules,
     Known,
     Part,
     Product,
@@ -519,7 +519,7 @@ def _export_feed_forward(block: L0FeedForward) -> nn.Sequential:
     )
 
 
-def _open_units(gates: Gates, n: int) -> Tensor | None:
+def _open_units(gates: GateModules, n: int) -> Tensor | None:
     """Ascending positions of the n units that every gate leaves open; None if that is all of them."""
     if not gates:
         return None

@@ -6,14 +6,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..gates import Gates, HardConcrete, attach
-from ..mlp import drawn_mlp, gated_mlp, l0_mlp
+from .. import _checks
+from .._arguments import GLU, ROWS
+from .._gates import DEFAULT_DIST, Gates, HardConcrete, check_gates, scale
+from ..gates import attach
+from ..mlp import chain, gated_mlp
 from ..penalty import L2Term
-from ..reference import _checks
-from ..reference.gates import check_gates
-from ..reference.linear import scale
-from ..reference.mlp import GLU, ROWS
-from .gate import DEFAULT_DIST, GatedLayer, HardConcreteGate
+from .gate import GatedLayer, HardConcreteGate, sources_of
 from .linear import copy_parameters_, has_gates_beside, is_only_weight, over_rows
 from .mlp import ACTIVATIONS, _activation_name, _per_item
 from .ranks import Shards, check_not_flat, is_called_alone, is_sharded, local, released
@@ -184,37 +183,8 @@ class L0FeedForward(GatedLayer, nn.Module):
         if sharded:
             return self._tensor_parallel(x, gates)
         weights, biases = [up.weight, down.weight], [up.bias, down.bias]
-        if gates is None and gate.training:  # one autograd node for gates and products
-            log_alphas, drawn = [None, gate.log_alpha], gate.drawn
-            if drawn is not None:
-                return drawn_mlp(
-                    x,
-                    weights,
-                    biases,
-                    log_alphas,
-                    [None, drawn],
-                    self.activation,
-                    gate.dist,
-                    self.repack_in_backward,
-                )
-            return l0_mlp(
-                x,
-                weights,
-                biases,
-                log_alphas,
-                self.activation,
-                seed=gate.fresh_seed(),
-                dist=gate.dist,
-                repack_in_backward=self.repack_in_backward,
-            )
-        return gated_mlp(
-            x,
-            weights,
-            biases,
-            [None, gate.forward() if gates is None else gates],
-            self.activation,
-            repack_in_backward=self.repack_in_backward,
-        )
+        (source,), seed, dist = sources_of([gate]) if gates is None else ([gates], None, DEFAULT_DIST)
+        return chain(x, weights, biases, [None, source], self.activation, self.repack_in_backward, seed, dist)
 
     def _one_by_one(self, x: Tensor, gates: Gates | None) -> Tensor:
         """The same, each layer called by itself: for its hooks, or for FSDP to gather its parameters."""

@@ -11,13 +11,11 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 from torch.utils.hooks import RemovableHandle
 
-from ..gates import Gates, HardConcrete, attach, eval_gates, sample_gates
+from .. import _checks
+from .._gates import DEFAULT_DIST, EVAL_MODES, Gates, HardConcrete
+from ..gates import Draw, attach, eval_gates, sample_gates
 from ..penalty import L2Term
-from ..reference import _checks
 from . import ranks
-
-EVAL_MODES = ("paper", "median", "topk")
-DEFAULT_DIST = HardConcrete()
 
 
 class Unscriptable:
@@ -447,6 +445,31 @@ def draw(gates: Sequence[HardConcreteGate | None]) -> list[Gates | None]:
         drawn.update(zip(group, samples, strict=True))
         pending = [gate for gate in pending if gate not in drawn]
     return [None if gate is None else drawn[gate] for gate in gates]
+
+
+Sources = list[Gates | Draw | None]
+
+
+def sources_of(
+    gates: Sequence[HardConcreteGate | None], drawn: Sequence[Gates | None] | None = None
+) -> tuple[Sources, Tensor | None, HardConcrete]:
+    """Where the gates of one layer or chain come from: its sources, the seed of a draw, the distribution.
+
+    Gates that train are Draws, so that one autograd node has gates and product, where one call draws them
+    all, or a GateBank has drawn them all. The others are those of :func:`draw`.
+
+    Args:
+        drawn: what a GateBank has drawn for each, by default what each gate holds.
+    """
+    present = [gate for gate in gates if gate is not None]
+    if present and all(gate.training and gate.draws_as(present[0]) for gate in present):
+        held = [None if gate is None else gate.drawn for gate in gates] if drawn is None else drawn
+        n = len(held) - held.count(None)
+        if n == len(present) or (n == 0 and drawn is None and len(set(present)) == len(present)):
+            pairs = zip(gates, held, strict=True)
+            sources: Sources = [None if gate is None else Draw(gate.log_alpha, d) for gate, d in pairs]
+            return sources, None if n else present[0].fresh_seed(), present[0].dist
+    return [*draw(gates)], None, DEFAULT_DIST
 
 
 def is_frozen(layer: nn.Module) -> bool:

@@ -6,13 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..gates import Gates, HardConcrete
-from ..linear import drawn_linear, gated_linear, l0_linear
+from .. import _checks
+from .._gates import DEFAULT_DIST, Gates, HardConcrete, expand_blocks
+from ..linear import gated_linear, linear
 from ..masked_linear import block_linear, masked_linear
 from ..penalty import L2Term
-from ..reference import _checks
-from ..reference.masked_linear import expand_blocks
-from .gate import DEFAULT_DIST, GatedLayer, HardConcreteGate, draw
+from .gate import GatedLayer, HardConcreteGate, draw, sources_of
 from .ranks import check_not_flat, released, whole
 
 Gating = str | tuple[int, int] | None
@@ -150,34 +149,13 @@ class L0Linear(GatedLayer, nn.Linear):
             return over_rows(x, lambda rows: self.forward(rows, in_gates, out_gates))
         if self.weight_gate is not None:
             return self._weight_gated(x, in_gates, out_gates)
-        in_gate, out_gate = self.in_gate, self.out_gate
-        gate = in_gate or out_gate
-        if gate is not None and in_gates is None and out_gates is None and _fusible(in_gate, out_gate):
-            return l0_linear(
-                x,
-                self.weight,
-                self.bias,
-                in_log_alpha=None if in_gate is None else in_gate.log_alpha,
-                out_log_alpha=None if out_gate is None else out_gate.log_alpha,
-                seed=gate.fresh_seed(),
-                dist=gate.dist,
-            )
-        in_gates, out_gates = released(in_gates), released(out_gates)
-        drawn = _drawn(in_gate, out_gate) if in_gates is None and out_gates is None else None
-        if gate is not None and drawn is not None:
-            in_log_alpha = None if in_gate is None else in_gate.log_alpha
-            out_log_alpha = None if out_gate is None else out_gate.log_alpha
-            return drawn_linear(x, self.weight, self.bias, in_log_alpha, out_log_alpha, drawn, gate.dist)
-        own_in, own_out = draw(
-            (in_gate if in_gates is None else None, out_gate if out_gates is None else None)
-        )
-        return gated_linear(
-            x,
-            self.weight,
-            self.bias,
-            in_gates=own_in if in_gates is None else in_gates,
-            out_gates=own_out if out_gates is None else out_gates,
-        )
+        own, given = (self.in_gate, self.out_gate), (released(in_gates), released(out_gates))
+        if given[0] is None and given[1] is None:
+            (in_source, out_source), seed, dist = sources_of(own)
+            return linear(x, self.weight, self.bias, in_source, out_source, seed, dist)
+        drawn = draw([gate if gates is None else None for gate, gates in zip(own, given, strict=True)])
+        in_gates, out_gates = (a if b is None else b for a, b in zip(drawn, given, strict=True))
+        return gated_linear(x, self.weight, self.bias, in_gates=in_gates, out_gates=out_gates)
 
     def _weight_gated(self, x: Tensor, in_gates: Gates | None, out_gates: Gates | None) -> Tensor:
         gate = self.weight_gate
@@ -319,28 +297,6 @@ def two_sided_terms(
 def squares(parameter: Tensor) -> Tensor:
     """Elementwise, in fp32 or above."""
     return parameter.to(torch.promote_types(parameter.dtype, torch.float32)).square()
-
-
-def _drawn(in_gate: HardConcreteGate | None, out_gate: HardConcreteGate | None) -> list[Gates] | None:
-    """What a GateBank has drawn for the gates there are; None unless it has for each."""
-    drawn = []
-    for gate in (in_gate, out_gate):
-        if gate is not None:
-            gates = gate.drawn if gate.training else None
-            if gates is None:
-                return None
-            drawn.append(gates)
-    return drawn
-
-
-def _fusible(in_gate: HardConcreteGate | None, out_gate: HardConcreteGate | None) -> bool:
-    """Whether each gate there is draws, and draws once."""
-    return (
-        in_gate is not out_gate
-        and (in_gate is None or in_gate.draws)
-        and (out_gate is None or out_gate.draws)
-        and (in_gate is None or out_gate is None or in_gate.independent == out_gate.independent)
-    )
 
 
 def check_one_dist(in_gate: HardConcreteGate | None, out_gate: HardConcreteGate | None) -> None:

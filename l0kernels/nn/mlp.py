@@ -7,10 +7,10 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from ..gates import Gates, HardConcrete
-from ..mlp import drawn_mlp, gated_mlp, l0_mlp
-from ..reference import _checks
-from .gate import DEFAULT_DIST, draw
+from .. import _checks
+from .._gates import DEFAULT_DIST, Gates, HardConcrete
+from ..mlp import chain
+from .gate import draw, sources_of
 from .linear import L0Linear, copy_parameters_, has_gates_beside, is_only_weight, over_rows
 from .ranks import held, is_sharded, released
 
@@ -158,37 +158,12 @@ class L0MLP(nn.Module):
         if not all(is_only_weight(layer) and not has_gates_beside(layer, "in_gate") for layer in layers):
             return self._one_by_one(x, gates)
         weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
-        if gates is None:
-            sources = [getattr(layer, "in_gate", None) for layer in layers]
-            present = [gate for gate in sources if gate is not None]
-            if present and all(gate.training and gate.draws_as(present[0]) for gate in present):
-                # One autograd node for gates and products.
-                log_alphas = [None if gate is None else gate.log_alpha for gate in sources]
-                drawn = [None if gate is None else gate.drawn for gate in sources]
-                dist, n_drawn = present[0].dist, len(drawn) - drawn.count(None)
-                if n_drawn == len(present):
-                    return drawn_mlp(
-                        x, weights, biases, log_alphas, drawn, self.activation, dist, self.repack_in_backward
-                    )
-                if n_drawn == 0 and len(set(present)) == len(present):
-                    return l0_mlp(
-                        x,
-                        weights,
-                        biases,
-                        log_alphas,
-                        self.activation,
-                        seed=present[0].fresh_seed(),
-                        dist=dist,
-                        repack_in_backward=self.repack_in_backward,
-                    )
-        return gated_mlp(
-            x,
-            weights,
-            biases,
-            self.draw() if gates is None else gates,
-            self.activation,
-            repack_in_backward=self.repack_in_backward,
+        sources, seed, dist = (
+            sources_of([getattr(layer, "in_gate", None) for layer in layers])
+            if gates is None
+            else (gates, None, DEFAULT_DIST)
         )
+        return chain(x, weights, biases, sources, self.activation, self.repack_in_backward, seed, dist)
 
     def _one_by_one(self, x: Tensor, gates: Sequence[Gates | None] | None) -> Tensor:
         """The same, each layer called by itself: for its hooks, or for FSDP to gather its parameters."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from .._compat import foreach_clamp_max_, foreach_clamp_min_
 from ..gates import HardConcrete
 from ..penalty import L2Term, coupled_penalty, l0_penalty
 from .gate import GatedLayer, HardConcreteGate, gate_modules, is_frozen, refuse_bypassed
@@ -218,5 +219,5 @@ def _clamp(gates: list[HardConcreteGate], limit: float) -> None:
         log_alphas: list[Tensor] = [gate.log_alpha for gate in gates if is_sharded(gate.log_alpha) == sharded]
         if log_alphas:
             with torch.no_grad():
-                torch._foreach_clamp_min_(log_alphas, -limit)  # two calls for the whole model, not one a gate
-                torch._foreach_clamp_max_(log_alphas, limit)
+                foreach_clamp_min_(log_alphas, -limit)  # two calls for the whole model, not one a gate
+                foreach_clamp_max_(log_alphas, limit)

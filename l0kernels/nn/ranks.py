@@ -14,6 +14,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .. import reference
+from .._checks import PLAIN
+from .._compat import after_backward, foreach_copy_, graph_task, unsafe_view
 
 KEY_STEP = 0x9E3779B97F4A7C15 - 2**64
 """Odd, so that 2**64 consecutive draws have 2**64 different keys; the golden ratio spreads them."""
@@ -28,7 +30,6 @@ PATIENCE = datetime.timedelta(minutes=1)
 """How long a rank waits for rank 0 before it says so."""
 
 _LIBRARY = torch.library.Library("l0kernels", "FRAGMENT")
-_PLAIN = (Tensor, torch.nn.Parameter)
 lock = threading.RLock()
 """Held while draws are counted and handed to gates."""
 
@@ -69,7 +70,7 @@ class _Agreement:
     def key(self, tag: int, device: torch.device) -> Tensor:
         with lock:
             capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-            if torch._C._current_graph_task_id() != -1:
+            if graph_task() != -1:
                 found = self.recent.get(tag)
                 if found is None:
                     raise RuntimeError(
@@ -273,7 +274,7 @@ def rank() -> int:
 def is_sharded(tensor: Tensor | None) -> bool:
     """Whether it is a DTensor, of which each rank holds a part or a replica."""
     # Without the import, which costs more than the rest of the package; a DTensor has made it.
-    return type(tensor) not in _PLAIN and hasattr(tensor, "_local_tensor")
+    return type(tensor) not in PLAIN and hasattr(tensor, "_local_tensor")
 
 
 def whole(parameter: Tensor) -> Tensor:
@@ -340,7 +341,7 @@ class Shards(NamedTuple):
                 f"on {x.device_mesh}: say what it is with ColwiseParallel(input_layouts=...)"
             )
         x = x.to_local(grad_placements=[Partial()])
-        return x if type(x) in _PLAIN else x.clone()  # what a collective is still filling has no memory
+        return x if type(x) in PLAIN else x.clone()  # what a collective is still filling has no memory
 
     def leave(self, y: Tensor, bias: Any, layer: nn.Module) -> Any:
         """The sum of y over the ranks, and the bias once, laid out as the hooks of `layer` ask for."""
@@ -358,7 +359,7 @@ class Shards(NamedTuple):
             total = total if left is None else left
         total = total if layer._forward_hooks else total.to_local()
         # To autograd no view, so that it may be changed in place, which FSDP would warn of.
-        return total if is_sharded(total) else torch.ops.aten._unsafe_view.default(total, total.shape)
+        return total if is_sharded(total) else unsafe_view(total, total.shape)
 
 
 def is_called_alone(layer: Any) -> bool:
@@ -504,10 +505,10 @@ class Reducer:
                 dist.broadcast(parameter, group=self.group, group_src=0)
 
     def _queue(self, _: Tensor) -> None:
-        task = torch._C._current_graph_task_id()
+        task = graph_task()
         if self.queued != task:
             self.queued = task
-            torch.autograd.Variable._execution_engine.queue_callback(self._reduce)
+            after_backward(self._reduce)
 
     def _reduce(self) -> None:
         wanted = [parameter for parameter in self.parameters() if parameter.requires_grad]
@@ -522,4 +523,4 @@ class Reducer:
                 flat = torch.cat([grad.flatten() for grad in grads])
                 dist.all_reduce(flat, group=self.group)
                 parts = (flat / ranks).split([grad.numel() for grad in grads])
-                torch._foreach_copy_(grads, [p.view_as(g) for p, g in zip(parts, grads, strict=True)])
+                foreach_copy_(grads, [p.view_as(g) for p, g in zip(parts, grads, strict=True)])

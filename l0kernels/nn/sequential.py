@@ -9,13 +9,13 @@ from typing import Any, NamedTuple, TypeGuard, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from .. import _registry
+from .._compat import AnyBatchNorm
 from ..conv2d import Packed, is_exact, packed_conv2d, unpack_channels
-from ..gates import Gates, attach
-from ..linear import drawn_linear, gated_linear
-from ..mlp import drawn_mlp, gated_mlp
+from ..gates import Draw, Gates, attach
+from ..linear import gated_linear, linear
+from ..mlp import chain, gated_mlp
 from .batch_norm import L0BatchNorm2d
 from .conv import L0Conv1d, L0Conv2d
 from .gate import HardConcreteGate, Unscriptable, draw, enter, leave
@@ -550,20 +550,16 @@ class _Forward:
             return op.module(_dense(x), [held(op.module, gates) for gates in map(self.gates, own)])
         weights: list[Tensor] = [layer.weight for layer in op.layers]
         biases: list[Tensor | None] = [layer.bias for layer in op.layers]
-        if isinstance(x, _Flat):
-            first: Gates | None = x.within(self.gates(own[0]))
-        else:
+        if not isinstance(x, _Flat):
             present = [gate for gate in own if gate is not None]
             alike = len({(gate.dist, gate.log_alpha.dtype) for gate in present}) == 1
             if alike and all(gate.training and gate in self._drawn for gate in present):
-                log_alphas = [None if gate is None else gate.log_alpha for gate in own]
-                drawn = [None if gate is None else self._drawn[gate] for gate in own]
-                dist, rows = present[0].dist, _dense(x)
+                sources = [None if gate is None else Draw(gate.log_alpha, self._drawn[gate]) for gate in own]
+                rows, dist = _dense(x), present[0].dist
                 if len(own) == 1:
-                    gates = cast(Any, drawn)
-                    return drawn_linear(rows, weights[0], biases[0], log_alphas[0], None, gates, dist)
-                return drawn_mlp(rows, weights, biases, log_alphas, drawn, op.activation, dist, op.repack)
-            first = self.gates(own[0])
+                    return linear(rows, weights[0], biases[0], sources[0], None, None, dist)
+                return chain(rows, weights, biases, sources, op.activation, op.repack, None, dist)
+        first = x.within(self.gates(own[0])) if isinstance(x, _Flat) else self.gates(own[0])
         gates = [first, *map(self.gates, own[1:])]
         return gated_mlp(_dense(x), weights, biases, gates, op.activation, repack_in_backward=op.repack)
 
@@ -642,5 +638,5 @@ def _gates_before_norms(module: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
         (a.module, b.module)
         for steps in branches
         for a, b in pairwise(steps)
-        if own_gate(a.module, "out_gate") is not None and isinstance(b.module, _BatchNorm)
+        if own_gate(a.module, "out_gate") is not None and isinstance(b.module, AnyBatchNorm)
     ]

@@ -1,8 +1,10 @@
 """What the operations compute: every formula dense, in plain torch, on any device and in any float dtype.
 
-Same names and signatures as the public package, differentiable by autograd. Imports only torch.
+Same names and signatures as the public package, differentiable by autograd. Imports only torch, and the
+types and checks that every backend shares.
 """
 
+from .._gates import ALIGN, Gates, HardConcrete
 from .batch_norm import gated_batch_norm
 from .conv2d import gated_conv2d
 from .counts import (
@@ -12,7 +14,7 @@ from .counts import (
     linear_expected_flops,
     linear_expected_params,
 )
-from .gates import ALIGN, Gates, HardConcrete, eval_gates, sample_gates, sample_gates_per_example
+from .gates import eval_gates, sample_gates, sample_gates_per_example
 from .linear import gated_linear, l0_linear
 from .masked_linear import masked_linear
 from .mlp import gated_mlp, l0_mlp

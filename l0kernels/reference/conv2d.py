@@ -2,83 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from . import _checks
-from .gates import Gates
-from .linear import check_layer_gates, gate_input, gate_output, open_weight
-
-
-def check_conv2d(
-    x: Tensor, weight: Tensor, bias: Tensor | None, groups: int, channels: int | None = None
-) -> None:
-    """Checks of ``x ([N,] in, H, W)``, ``weight (out, in / groups, kh, kw)`` and ``bias (out,)`` or None.
-
-    ``channels``: those of a packed x, which does not hold them all.
-    """
-    _checks.check_floating("x", x)
-    _checks.check_floating("weight", weight)
-    if weight.ndim != 4:
-        raise ValueError(f"weight must have shape (out, in / groups, kh, kw), got {tuple(weight.shape)}")
-    _checks.check_count("groups", groups, 1, 2**31)
-    if weight.shape[0] % groups:
-        raise ValueError(f"groups must divide the {weight.shape[0]} rows of weight, got {groups}")
-    n_in = weight.shape[1] * groups
-    if x.ndim not in (3, 4) or (x.shape[-3] if channels is None else channels) != n_in:
-        raise ValueError(
-            f"x must have shape (N, {n_in}, H, W) or ({n_in}, H, W), groups times weight.shape[1] channels, "
-            f"got {tuple(x.shape)}" + ("" if channels is None else f" packed from {channels} channels")
-        )
-    _checks.check_device("x", x, weight.device, "weight")
-    _checks.check_same_dtype("x", x, "weight", weight)
-    _checks.check_bias(weight, bias)
-
-
-def pair(name: str, value: Any, low: int) -> list[int]:
-    """``value`` of torch's conv2d, an int or two of them, as a list of two, each >= low."""
-    items = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]
-    if len(items) not in (1, 2):
-        raise ValueError(f"{name} must be an int or two ints, got {value!r}")
-    for item in items:
-        _checks.check_count(name, item, low, 2**31)
-    return items * 2 if len(items) == 1 else items
-
-
-def conv_options(
-    x: Tensor, weight: Tensor, stride: Any, padding: Any, dilation: Any
-) -> tuple[list[int], list[int], list[int], list[int]]:
-    """stride, padding, dilation of two dimensions, and the zeros that x needs behind its rows and columns.
-
-    ``padding="same"`` with an odd total has one more behind than in front, as torch has it.
-
-    Raises:
-        TypeError: no ints.
-        ValueError: out of range, an unknown name, "same" with a stride, or a kernel larger than padded x.
-    """
-    strides, dilations = pair("stride", stride, 1), pair("dilation", dilation, 1)
-    behind = [0, 0]
-    if isinstance(padding, str):
-        _checks.check_choice("padding", padding, ("same", "valid"))
-        if padding == "same" and strides != [1, 1]:
-            raise ValueError(f"padding must be numbers where stride is not 1, got 'same' and stride {stride}")
-        total = [0, 0]
-        if padding == "same":
-            total = [d * (k - 1) for d, k in zip(dilations, weight.shape[2:], strict=True)]
-        paddings, behind = [t // 2 for t in total], [t % 2 for t in total]
-    else:
-        paddings = pair("padding", padding, 0)
-    padded = [x.shape[i - 2] + 2 * paddings[i] + behind[i] for i in range(2)]
-    span = [dilations[i] * (weight.shape[i + 2] - 1) + 1 for i in range(2)]
-    if padded[0] < span[0] or padded[1] < span[1]:
-        raise ValueError(
-            f"x must cover the kernel, {span[0]} x {span[1]} with its dilation, got {padded[0]} x {padded[1]}"
-            " with its padding"
-        )
-    return strides, paddings, dilations, behind
+from .._arguments import check_conv2d, conv_options
+from .._compat import settled
+from .._gates import Gates, check_layer_gates
+from .linear import gate_input, gate_output, open_weight
 
 
 def _of_no_channels(
@@ -95,19 +25,6 @@ def _of_no_channels(
         dtype = torch.get_autocast_dtype(kind)
     y = x.new_zeros(*x.shape[:-3], weight.shape[0], *size) + (x.sum() + weight.sum()) * 0
     return (y if bias is None else y + bias[:, None, None]).to(dtype)
-
-
-def settled(x: Tensor, groups: int) -> Tensor:
-    """x (N, C, H, W) in strides that torch's grouped convolution reads right.
-
-    A single image may have any batch stride. Where that is a view's and channels come last, in x and in the
-    weight, torch gets the weight's gradient wrong.
-    """
-    if groups == 1 or x.ndim != 4 or x.shape[0] != 1 or torch.compiler.is_compiling():
-        return x
-    if x.is_contiguous() or x.stride(0) == x.numel():
-        return x
-    return x.clone(memory_format=torch.contiguous_format)
 
 
 def gated_conv2d(

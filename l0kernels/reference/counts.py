@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from . import _checks
+from .. import _checks
 
 
 def _check_side(name: str, p: Tensor | int) -> int:

@@ -5,13 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import _checks
-from .gates import DEFAULT_DIST, Gates, HardConcrete, check_gates, sample_gates
-
-
-def scale(x: Tensor, z: Tensor) -> Tensor:
-    """``x * z`` in the dtype of x, rounded once: a float32 z is not rounded to the dtype of x first."""
-    return (x * z).to(x.dtype)
+from .. import _checks
+from .._gates import DEFAULT_DIST, Gates, HardConcrete, check_layer_gates, scale
+from .gates import sample_gates
 
 
 def multiplier(gates: Gates) -> Tensor:
@@ -53,25 +49,6 @@ def open_weight(weight: Tensor, in_gates: Gates | None, out_gates: Gates | None,
     if out_gates is not None:
         weight = weight.masked_fill(closed(out_gates).view(-1, *[1] * (weight.ndim - 1)), 0.0)
     return weight
-
-
-def check_layer_gates(
-    n_in: int,
-    n_out: int,
-    device: torch.device,
-    in_gates: Gates | None,
-    out_gates: Gates | None,
-    out_support: Gates | None,
-) -> None:
-    """Checks of the three gate arguments of a layer with ``n_in`` inputs and ``n_out`` outputs."""
-    if out_gates is not None and out_support is not None:
-        raise ValueError("give either out_gates or out_support, got both")
-    if in_gates is not None:
-        check_gates("in_gates", in_gates, n_in, device, "input of weight")
-    if out_gates is not None:
-        check_gates("out_gates", out_gates, n_out, device, "output of weight")
-    if out_support is not None:
-        check_gates("out_support", out_support, n_out, device, "output of weight")
 
 
 def gated_linear(

@@ -5,57 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import _checks
-from .gates import (
-    DEFAULT_DIST,
-    EVAL_MODES,
-    HardConcrete,
-    check_dist,
-    check_not_nan,
-    draw_seed,
-    eval_z,
-    sample_z,
-)
-from .linear import scale
-
-
-def check_masked(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    log_alpha: Tensor,
-    block: tuple[int, int] | None,
-    seed: Tensor | None,
-    mode: str | None,
-    dist: HardConcrete,
-) -> None:
-    """Checks of the arguments of masked_linear."""
-    _checks.check_linear(x, weight, bias)
-    _checks.check_log_alpha("log_alpha", log_alpha, ndim=2)
-    _checks.check_device("log_alpha", log_alpha, weight.device, "weight")
-    n_out, n_in = weight.shape
-    if block is None:
-        _checks.check_shape("log_alpha", log_alpha, (n_out, n_in), "the shape of weight")
-    else:
-        if not isinstance(block, (tuple, list)) or len(block) != 2:
-            raise TypeError(f"block must be a pair (b_out, b_in) or None, got {block!r}")
-        _checks.check_count("block[0]", block[0], 1, 2**31)
-        _checks.check_count("block[1]", block[1], 1, 2**31)
-        shape = (-(-n_out // block[0]), -(-n_in // block[1]))
-        _checks.check_shape(
-            "log_alpha", log_alpha, shape, f"blocks of {tuple(block)} in weight {n_out} x {n_in}"
-        )
-    if mode is not None:
-        _checks.check_choice("mode", mode, EVAL_MODES)
-    if seed is not None:
-        _checks.check_seed(seed, log_alpha.device)
-    check_dist(dist)
-
-
-def expand_blocks(z: Tensor, block: tuple[int, int], shape: tuple[int, int]) -> Tensor:
-    """z of blocks as a matrix of ``shape``; the edge blocks are cropped."""
-    b_out, b_in = (min(b, n) for b, n in zip(block, shape, strict=True))  # a block may be larger than all
-    return z.repeat_interleave(b_out, 0)[: shape[0]].repeat_interleave(b_in, 1)[:, : shape[1]]
+from .._arguments import check_masked
+from .._gates import DEFAULT_DIST, HardConcrete, check_not_nan, draw_seed, expand_blocks, scale
+from .gates import eval_z, sample_z
 
 
 def masked_linear(

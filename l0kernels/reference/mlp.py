@@ -7,8 +7,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from . import _checks
-from .gates import DEFAULT_DIST, Gates, HardConcrete, check_gates, sample_gates
+from .._arguments import GLU, check_mlp
+from .._gates import DEFAULT_DIST, Gates, HardConcrete
+from .gates import sample_gates
 from .linear import gate_input, open_weight
 
 
@@ -22,11 +23,6 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": torch.nn.functional.silu,
     "identity": _identity,
 }
-GLU = {"swiglu": "silu", "geglu": "gelu"}
-"""Gated products: the activation of the first half of a hidden layer's rows, which multiplies the second."""
-
-ROWS = dict.fromkeys(ACTIVATIONS, 1) | dict.fromkeys(GLU, 2)
-"""Rows of a hidden weight per unit, for every activation there is."""
 
 
 def _activate(activation: str, a: Tensor) -> Tensor:
@@ -35,43 +31,6 @@ def _activate(activation: str, a: Tensor) -> Tensor:
         return ACTIVATIONS[activation](a)
     gate, up = a.tensor_split(2, -1)
     return ACTIVATIONS[GLU[activation]](gate) * up
-
-
-def check_mlp(
-    x: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
-    gates: Sequence[Gates | None],
-    activation: str,
-) -> None:
-    """Checks of the arguments of gated_mlp."""
-    _checks.check_tensor("x", x)
-    if len(weights) == 0:
-        raise ValueError("weights must hold at least one matrix, got none")
-    for name, values in (("biases", biases), ("gates", gates)):
-        if len(values) != len(weights):
-            raise ValueError(f"{name} must hold one entry per weight, {len(weights)}, got {len(values)}")
-    _checks.check_choice("activation", activation, ROWS)
-    rows = ROWS[activation]
-    _checks.check_linear(x, weights[0], biases[0], "[0]")
-    for i, (weight, bias, gate) in enumerate(zip(weights, biases, gates, strict=True)):
-        _checks.check_weight(weight, bias, f"[{i}]")
-        _checks.check_device(f"weights[{i}]", weight, x.device, "x")
-        _checks.check_same_dtype(f"weights[{i}]", weight, "x", x)
-        if i and weight.shape[1] * rows != weights[i - 1].shape[0]:
-            n, left = divmod(weights[i - 1].shape[0], rows)
-            if left:
-                raise ValueError(
-                    f"weights[{i - 1}] must have an even number of rows, two per unit of {activation!r}, "
-                    f"got shape {tuple(weights[i - 1].shape)}"
-                )
-            share = "half the rows" if rows == 2 else "the rows"
-            raise ValueError(
-                f"weights[{i}] must have {n} columns, {share} of weights[{i - 1}], "
-                f"got shape {tuple(weight.shape)}"
-            )
-        if gate is not None:
-            check_gates(f"gates[{i}]", gate, weight.shape[1], x.device, f"input of weights[{i}]")
 
 
 def gated_mlp(

@@ -8,31 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import _checks
-from .gates import DEFAULT_DIST, HardConcrete, check_dist, check_not_nan
-
-
-def per_tensor(name: str, value: float | Sequence[float], n: int) -> list[float]:
-    """One number for all n tensors, or one each, as a list of n."""
-    # list and tuple first: an ABC's isinstance costs a microsecond
-    values = list(value) if isinstance(value, (list, tuple, Sequence)) else [value] * n
-    if len(values) != n:
-        raise ValueError(f"{name} must be one number or one per log_alpha, {n}, got {len(values)}")
-    for v in values:
-        _checks.check_number(name, v)
-    return values
-
-
-def check_l0_penalty(log_alphas: Sequence[Tensor], dist: HardConcrete) -> None:
-    """Checks of the gate parameters of l0_penalty."""
-    if len(log_alphas) == 0:
-        raise ValueError("log_alpha must hold at least one tensor, got none")
-    for i, log_alpha in enumerate(log_alphas):
-        name = "log_alpha" if len(log_alphas) == 1 else f"log_alpha[{i}]"
-        _checks.check_log_alpha(name, log_alpha)
-        _checks.check_device(name, log_alpha, log_alphas[0].device, "log_alpha[0]")
-        check_not_nan(name, log_alpha)
-    check_dist(dist)
+from .._arguments import check_l0_penalty, check_l2_penalty, per_tensor
+from .._gates import DEFAULT_DIST, HardConcrete
 
 
 def l0_penalty(
@@ -65,35 +42,6 @@ def l0_penalty(
     lams = per_tensor("lam", lam, len(log_alphas))
     terms = [w * n * dist.p_open(a).sum() for a, n, w in zip(log_alphas, sizes, lams, strict=True)]
     return torch.stack(terms).sum()
-
-
-def check_l2_penalty(
-    weight: Tensor,
-    weight_decay: float,
-    in_log_alpha: Tensor | None,
-    out_log_alpha: Tensor | None,
-    groups: int,
-    dist: HardConcrete,
-) -> None:
-    """Checks of the arguments of l2_penalty."""
-    _checks.check_floating("weight", weight)
-    if weight.ndim < 2:
-        raise ValueError(f"weight must have shape (out, in, ...), got {tuple(weight.shape)}")
-    _checks.check_number("weight_decay", weight_decay)
-    _checks.check_count("groups", groups, 1, 2**31)
-    if weight.shape[0] % groups:
-        raise ValueError(f"groups must divide the {weight.shape[0]} rows of weight, got {groups}")
-    sides = (
-        ("in_log_alpha", in_log_alpha, weight.shape[1] * groups),
-        ("out_log_alpha", out_log_alpha, weight.shape[0]),
-    )
-    for name, log_alpha, size in sides:
-        if log_alpha is not None:
-            _checks.check_log_alpha(name, log_alpha)
-            _checks.check_shape(name, log_alpha, (size,), "one gate per channel of weight")
-            _checks.check_device(name, log_alpha, weight.device, "weight")
-            check_not_nan(name, log_alpha)
-    check_dist(dist)
 
 
 def l2_penalty(

@@ -12,9 +12,10 @@ from torch.library import opcheck
 
 import l0kernels as l0
 from l0kernels import _registry, nn, reference
+from l0kernels._calls import DrawnMlpCall, L0LinearCall, L0MlpCall, LinearCall, MlpCall, Wanted
+from l0kernels._gates import ALIGN, HardConcrete, compact, round_up
 from l0kernels.gates import split
 from l0kernels.impl import cuda
-from l0kernels.reference.gates import ALIGN, HardConcrete, compact, round_up
 from op_checks import LAYOUTS, SEED, check_large_activations, compare, make_z, sliced, transposed
 
 if not RUNS:
@@ -548,10 +549,10 @@ class TestOpcheck:
 
     def test_gates(self):
         a, other = on_device(torch.randn(140)), on_device(torch.randn(7))
-        self.check("sample", [a, other], on_device(SEED), 3, *self.CONSTANTS)
-        self.check("sample_expected", [a, other], on_device(SEED), 3, *self.CONSTANTS)
-        self.check("gate_grad", a, on_device(make_z("mixed", 140)), *self.CONSTANTS)
-        self.check("l0_penalty", [a, other], [1.0, 2.5], *self.CONSTANTS)
+        self.check("sample", [a, other], on_device(SEED), 3, [*self.CONSTANTS])
+        self.check("sample_expected", [a, other], on_device(SEED), 3, [*self.CONSTANTS])
+        self.check("gate_grad", a, on_device(make_z("mixed", 140)), [*self.CONSTANTS])
+        self.check("l0_penalty", [a, other], [1.0, 2.5], [*self.CONSTANTS])
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     @pytest.mark.parametrize("layout", list(LAYOUTS))
@@ -561,13 +562,13 @@ class TestOpcheck:
         bias, hidden = on_device(torch.randn(9).to(dtype)), gate_of(make_z("mixed", 9))
         gates = [*gate_of(make_z("mixed", 13)), *hidden]
         self.check("gated_linear", x, w, bias, gates[:3], hidden, True, dtype)
-        settings = (True, False, True, dtype, [True] * 5, dist)
-        self.check("gated_linear_backward", dy, x, w, bias, gates[:3], hidden, [], *settings)
+        settings = (True, dtype, [], [False, True], [True] * 5, dist)
+        self.check("gated_linear_backward", dy, x, w, bias, gates[:3], hidden, *settings)
         weights, biases = [w, w2], [bias, None]
         self.check("gated_mlp", x, weights, biases, gates, "relu", dtype, False)
         _, *saved = self.OPS.gated_mlp(x, weights, biases, gates, "relu", dtype, False, "cuda")
-        settings = ("relu", dtype, [False] * 2, [True, True, True, True, False, True, True], dist)
-        self.check("gated_mlp_backward", dy2, x, weights, biases, gates, saved, *settings)
+        wanted = ([False] * 2, [True, True, True, True, False, True, True], dist)
+        self.check("gated_mlp_backward", dy2, x, weights, biases, gates, "relu", dtype, False, saved, *wanted)
         a, a2 = on_device(torch.randn(13)), on_device(torch.randn(9))
         for log_alphas in ([a, a2], [None, a2], [a, None]):
             args = (x, weights, biases, log_alphas, "relu", on_device(SEED), dist, dtype)
@@ -575,8 +576,9 @@ class TestOpcheck:
             z, index, count, _, *saved = self.OPS.l0_mlp(*args, "cuda")
             gated = [log_alpha is not None for log_alpha in log_alphas]
             needs = [True, True, True, True, False, *gated]
-            joined = (gated, z, index, count, saved)
-            self.check("l0_mlp_backward", dy2, x, weights, biases, *joined, "relu", dtype, needs, dist)
+            drawn = (gated, z, index, count, "relu", dtype)
+            wanted = ([False] * 2, needs, dist)
+            self.check("l0_mlp_backward", dy2, x, weights, biases, *drawn, saved, *wanted)
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
     def test_l2(self, dtype):
@@ -649,7 +651,8 @@ class TestNothing:
         M, K, N = size
         x, w, b = (on_device(torch.randn(*s)) for s in ((M, K), (N, K), (N,)))
         alphas = [on_device(torch.randn(n)) for n in (K, N)]
-        drawn = cuda.l0_linear_forward(x, w, b, *alphas, on_device(SEED), 0, DIST, torch.float32)
+        call = L0LinearCall(x, w, b, *alphas, on_device(SEED), DIST, torch.float32)
+        drawn = cuda.l0_linear_forward(call)
         apart = cuda.sample(alphas, on_device(SEED), 0, DIST)
         assert all(torch.equal(a, b) for a, b in zip(drawn[1:], apart, strict=True))
         leaves = [t.requires_grad_() for t in (x, w, b, *alphas)]
@@ -697,7 +700,7 @@ class TestGatesOfAnotherType:
         x, w = on_device(torch.ones(3, 20)), on_device(torch.ones(4, 20))
         message = "must be 20 contiguous" if wrong == "strides" else "must have dtype torch"
         with pytest.raises((TypeError, ValueError), match=f"^in_gate {message}"):
-            cuda.linear_forward(x, w, None, gate, None, False, torch.float32)
+            cuda.linear_forward(LinearCall(x, w, None, gate, None, False, torch.float32))
 
 
 def bound(exact, dtype, depth):
@@ -752,14 +755,17 @@ class TestSmallLinear:
             b = torch.randn(n_out, dtype=dtype) if with_bias else None
             dy = torch.randn(m, n_out, dtype=dtype)
             layout = next(layouts)
-            args = [
+            call = LinearCall(
                 layout(on_device(x)),
                 layout(on_device(w)),
                 None if b is None else on_device(b),
                 in_gate,
                 out_gate,
-            ]
-            y = cuda.linear_forward(*args, scale_out, dtype)
+                scale_out,
+                dtype,
+            )
+            y, saved = cuda.linear_forward(call)
+            assert saved == []
 
             leaves = {"x": x, "w": w, "b": b}
             leaves = {k: None if t is None else t.double().requires_grad_() for k, t in leaves.items()}
@@ -780,7 +786,8 @@ class TestSmallLinear:
                 [False, True] + [False] * 3,
             ):
                 before = launches()
-                got = cuda.linear_backward(layout(on_device(dy)), *args, scale_out, full, full, dtype, needs)
+                asked = Wanted([full, full], needs, None)
+                got = cuda.linear_backward(call, layout(on_device(dy)), saved, asked)
                 assert launches() - before in (0, 1)
                 inputs = [leaves["x"], leaves["w"], leaves["b"], *(None if g is None else g.z for g in gates)]
                 wanted = [t for t, n in zip(inputs, needs, strict=True) if n]
@@ -808,26 +815,31 @@ class TestSmallLinear:
         seed = on_device(torch.tensor([77]))
         given = [a for a in (a_in, a_out) if a is not None]
         z, index, count = cuda.sample(given, seed, 3, DIST)
-        y, *drawn = cuda.l0_linear_forward(x, w, b, a_in, a_out, seed, 3, DIST, torch.float32)
+        call = L0LinearCall(x, w, b, a_in, a_out, seed, DIST, torch.float32)
+        y, *drawn = cuda.l0_linear_forward(call, 3)
         for got, whole in zip(drawn, (z, index, count), strict=True):
             assert torch.equal(got, whole)
         gates = iter([list(gate[:3]) for gate in split(given, *drawn)])
         sides = [None if a is None else next(gates) for a in (a_in, a_out)]
-        assert torch.equal(y, cuda.linear_forward(x, w, b, *sides, True, torch.float32))
+        given = LinearCall(x, w, b, *sides, True, torch.float32)
+        assert torch.equal(y, cuda.linear_forward(given)[0])
 
     def test_to_log_alpha_is_gate_grad(self):
         m, n_in, n_out = 20, 100, 50
         x, w, b, dy = (on_device(torch.randn(s)) for s in ((m, n_in), (n_out, n_in), (n_out,), (m, n_out)))
         gates = [gate_of(make_z("mixed", n)) for n in (n_in, n_out)]
-        args = (dy, x, w, b, *gates, True, False, False, torch.float32, [False, False, False, True, True])
-        dz, da = cuda.linear_backward(*args)[3:], cuda.linear_backward(*args, DIST)[3:]
+        call = LinearCall(x, w, b, *gates, True, torch.float32)
+        dz, da = (
+            cuda.linear_backward(call, dy, [], Wanted([False] * 2, [False] * 3 + [True] * 2, dist))[3:]
+            for dist in (None, DIST)
+        )
         for g, gate, got in zip(dz, gates, da, strict=True):
             near(got, cuda.gate_grad(g, gate[0], DIST), 4 * EPS[torch.float32], 1e-3)
 
     def test_more_units_than_the_kernel_holds(self):
         x, w = on_device(torch.randn(2, 4097)), on_device(torch.randn(3, 4097))
         with pytest.raises(RuntimeError, match=r"up to 4096 units, got 4097.*triton"):
-            cuda.linear_forward(x, w, None, None, None, True, torch.float32)
+            cuda.linear_forward(LinearCall(x, w, None, None, None, True, torch.float32))
 
 
 class TestSmallMlp:
@@ -851,13 +863,17 @@ class TestSmallMlp:
             for k, n in zip(kinds, sizes[:-1], strict=True)
         ]
         full = [False, True, False]
-        on = [
+        call = MlpCall(
             on_device(x),
             [on_device(w) for w in weights],
             [None if b is None else on_device(b) for b in biases],
-        ]
+            gates,
+            activation,
+            dtype,
+            False,
+        )
         before = launches()
-        y, saved = cuda.mlp_forward(*on, gates, activation, dtype)
+        y, saved = cuda.mlp_forward(call)
         assert launches() - before in (0, 3)
 
         leaf = [x, *weights, *biases]
@@ -874,7 +890,7 @@ class TestSmallMlp:
             [i in (3, 9) and n for i, n in enumerate(everything)],
         ):
             before = launches()
-            got = cuda.mlp_backward(on_device(dy), *on, gates, saved, activation, dtype, full, needs)
+            got = cuda.mlp_backward(call, on_device(dy), saved, Wanted(full, needs, None))
             assert launches() - before in (0, 1, 3)
             wanted = [t for t, n in zip(inputs, needs, strict=True) if n]
             grads = iter(torch.autograd.grad(exact, wanted, dy.double(), retain_graph=True))
@@ -898,20 +914,18 @@ class TestSmallMlp:
         seed = on_device(torch.tensor([78]))
         z, index, count = cuda.sample([log_alphas[0], log_alphas[2]], seed, 1, DIST)
         biases = [None] * 3
-        y, saved, drawn = cuda.l0_mlp_forward(
-            x, weights, biases, log_alphas, "relu", seed, 1, DIST, torch.float32
-        )
+        call = L0MlpCall(x, weights, biases, log_alphas, "relu", seed, DIST, torch.float32)
+        y, saved, drawn = cuda.l0_mlp_forward(call, 1)
         for got, whole in zip(drawn, (z, index, count), strict=True):
             assert torch.equal(got, whole)
         first, last = (list(gate[:3]) for gate in split([log_alphas[0], log_alphas[2]], *drawn))
-        gates = [first, None, last]
-        assert torch.equal(y, cuda.mlp_forward(x, weights, biases, gates, "relu", torch.float32)[0])
+        given = MlpCall(x, weights, biases, [first, None, last], "relu", torch.float32, False)
+        assert torch.equal(y, cuda.mlp_forward(given)[0])
         dy = on_device(torch.randn(19, 10))
-        needs = [True, *[True] * 3, *[False] * 3, True, False, True]
-        args = (dy, x, weights, biases)
-        rest = ("relu", torch.float32, needs, DIST)
-        grads = cuda.l0_mlp_backward(*args, [True, False, True], *drawn, saved, *rest)
-        known = cuda.mlp_backward(*args, gates, saved, *rest[:2], [False] * 3, *rest[2:])
+        wanted = Wanted([False] * 3, [True, *[True] * 3, *[False] * 3, True, False, True], DIST)
+        call = DrawnMlpCall(x, weights, biases, [True, False, True], *drawn, "relu", torch.float32)
+        grads = cuda.l0_mlp_backward(call, dy, saved, wanted)
+        known = cuda.mlp_backward(given, dy, saved, wanted)
         for got, want in zip(grads, known, strict=True):
             assert (got is None and want is None) or torch.equal(got, want)
 
@@ -920,12 +934,11 @@ class TestSmallMlp:
         x, w = on_device(torch.randn(9, 20)), [on_device(torch.randn(30, 20)), on_device(torch.randn(5, 30))]
         gates = [gate_of(make_z("mixed", 20)), gate_of(make_z("mixed", 30))]
         half = torch.bfloat16
-        y, saved = cuda.mlp_forward(x, w, [None, None], gates, "relu", half)
+        call = MlpCall(x, w, [None, None], gates, "relu", half, False)
+        y, saved = cuda.mlp_forward(call)
         assert y.dtype == saved[0].dtype == half
         needs = [True, True, True, False, False, True, True]
-        grads = cuda.mlp_backward(
-            torch.randn_like(y), x, w, [None, None], gates, saved, "relu", half, [False] * 2, needs
-        )
+        grads = cuda.mlp_backward(call, torch.randn_like(y), saved, Wanted([False] * 2, needs, None))
         assert all(g.dtype == torch.float32 for g, n in zip(grads, needs, strict=True) if n)
 
 
@@ -960,22 +973,22 @@ class TestOtherDevices:
         given |= {name: gate_of(make_z("few", 30)) if given[name] is None else given[name]}
         other = given[name]
         given[name] = [t.to("meta") for t in other] if isinstance(other, list) else other.to("meta")
-        options = {"scale_out": True, "dtype": torch.float32}
+        call = LinearCall(x, **given, scale_out=True, dtype=torch.float32)
         with pytest.raises(RuntimeError, match=refusal(name)):
-            cuda.linear_forward(x, **given, **options)
-        options |= {"full_in": False, "full_out": False, "needs": [True] * 2 + [False] * 3}
+            cuda.linear_forward(call)
+        wanted = Wanted([False] * 2, [True] * 2 + [False] * 3, None)
         with pytest.raises(RuntimeError, match=refusal(name)):
-            cuda.linear_backward(dy, x, **given, **options)
+            cuda.linear_backward(call, dy, [], wanted)
 
     def test_gates_of_a_chain(self):
         x, weights = on_device(torch.randn(5, 30)), [on_device(torch.randn(30, 30)) for _ in range(2)]
         gates = [None, [t.to("meta") for t in gate_of(make_z("few", 30))]]
-        args = (x, weights, [None, None], gates)
+        call = MlpCall(x, weights, [None, None], gates, "relu", torch.float32, False)
         with pytest.raises(RuntimeError, match=refusal("gates")):
-            cuda.mlp_forward(*args, "relu", torch.float32)
+            cuda.mlp_forward(call)
         saved, needs = [on_device(torch.randn(5, 30))], [True] * 3 + [False] * 4
         with pytest.raises(RuntimeError, match=refusal("gates")):
-            cuda.mlp_backward(x, *args, saved, "relu", torch.float32, [False] * 2, needs)
+            cuda.mlp_backward(call, x, saved, Wanted([False] * 2, needs, None))
 
 
 @pytest.mark.skipif(DEVICE != "cuda", reason="graphs are the GPU's")
@@ -994,10 +1007,9 @@ class TestGraph:
             n = [t.shape[0] for t in a]
             parts = z.split(n), index.split([round_up(k) for k in n]), count.view(-1, 2).unbind()
             gates = [list(part) for part in zip(*parts, strict=True)]
-            y, saved = cuda.mlp_forward(x, weights, [None] * 3, gates, "relu", torch.float32)
-            grads = cuda.mlp_backward(
-                dy, x, weights, [None] * 3, gates, saved, "relu", torch.float32, [False] * 3, needs, DIST
-            )
+            call = MlpCall(x, weights, [None] * 3, gates, "relu", torch.float32, False)
+            y, saved = cuda.mlp_forward(call)
+            grads = cuda.mlp_backward(call, dy, saved, Wanted([False] * 3, needs, DIST))
             total, grad = cuda.l0_penalty(a, [1.0] * 3, DIST)
             return [y, total, grad, *(g for g in grads if g is not None)]
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 import torch.utils.checkpoint
 
 from l0kernels import nn, reference
-from l0kernels.reference.mlp import GLU, ROWS
+from l0kernels._arguments import GLU, ROWS
 
 D, H = 13, 29
 L = math.log(0.1 / 1.1)

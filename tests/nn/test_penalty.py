@@ -9,7 +9,7 @@ import torch
 
 import l0kernels as l0
 from l0kernels import _ops, nn, reference
-from l0kernels._registry import native
+from l0kernels._native import native
 from op_checks import ONE_BACKEND
 
 L = math.log(0.1 / 1.1)

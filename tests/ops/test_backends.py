@@ -14,8 +14,9 @@ import pytest
 import torch
 
 import l0kernels as l0
-from l0kernels import _ops, _registry, reference
-from l0kernels._registry import NAMES, PRIMITIVES, native
+from l0kernels import _native, _ops, _registry, reference
+from l0kernels._native import native
+from l0kernels._registry import NAMES, PRIMITIVES
 from op_checks import SEED
 
 pytestmark = pytest.mark.usefixtures("seeded")
@@ -108,7 +109,7 @@ class TestUseBackend:
                 pytest.fail("entered")
 
     def test_missing_extension_names_its_reason(self, monkeypatch):
-        monkeypatch.setattr(_registry, "_why_no_cpp", "it was not built")
+        monkeypatch.setattr(_native, "why_not", "it was not built")
         reason = pytest.raises(RuntimeError, match="backend 'cpp' cannot be used: it was not built")
         with reason, l0.use_backend("cpp"):
             pytest.fail("entered")
@@ -401,7 +402,7 @@ class TestWithoutTheExtension:
         code = (
             self.BLOCK
             + "import torch, l0kernels as l0; from l0kernels import _registry as r\n"
-            + "assert r.native is None\n"
+            + "assert r._native.native is None\n"
             + "assert r.resolve(torch.device('cpu'), torch.float32, 'sample') == 'torch'\n"
             + "w = torch.ones(4, 3, requires_grad=True)\n"
             + "l0.l0_linear(torch.ones(2, 3), w, in_log_alpha=torch.zeros(3)).sum().backward()\n"

@@ -8,8 +8,8 @@ import torch
 from call_table import CALLS, FUNCTIONS, check
 
 import l0kernels as l0
-from l0kernels import _ops, _registry, conv2d
-from l0kernels._registry import native
+from l0kernels import _ops, _registry, conv2d, linear, mlp
+from l0kernels._native import native
 
 pytestmark = pytest.mark.usefixtures("poison")
 
@@ -46,15 +46,10 @@ def asked_of(module):
 
 
 ONLY = {
-    "saved_shapes": {"triton"},
-    "linear_saved_shapes": {"triton"},
-    "conv2d_saved_shapes": {"triton"},
     "pack_channels": {"triton"},
     "unpack_channels": {"triton"},
     "batch_norm_forward": {"triton"},
     "batch_norm_backward": {"triton"},
-    "_fused": {"cpp"},
-    "draws_within": {"cpp", "triton"},
     "l0_linear_forward": {"cpp", "triton", "cuda"},  # of these, draws_within says where
     "l0_mlp_forward": {"cpp", "triton", "cuda"},
     "l0_mlp_backward": {"cpp", "triton", "cuda"},
@@ -67,6 +62,8 @@ ONLY = {
             "block_linear_backward",
             "conv2d_forward",
             "conv2d_backward",
+            "conv2d_saved_shapes",
+            "conv2d_memory_format",
             "masked_weight",
             "masked_weight_grad",
         )
@@ -78,8 +75,9 @@ ONLY = {
 def test_every_backend_has_what_it_is_asked_for():
     from l0kernels import batch_norm
 
-    names = set().union(*map(asked_of, (_ops, conv2d, batch_norm)))
+    names = set().union(*map(asked_of, (_ops, conv2d, batch_norm, linear, mlp)))
     assert {"sample", "gate_grad", "l0_mlp_forward", "batch_norm_backward"} <= names
+    assert {"linear_saved_shapes", "mlp_saved_shapes", "draws_within"} <= names
     assert set(ONLY) <= names
     backends = ["torch", "triton", "cuda", *(["cpp"] if native is not None else [])]
     if _registry.why_not("triton") == "the package triton is not installed":

@@ -347,9 +347,9 @@ class TestStaticShapes:
         module = _ops.module("cpp" if l0.backends()["gated_conv2d"]["cpp"] == "yes" else "torch")
         forward = module.conv2d_forward
 
-        def spy(x, weight, bias, in_gate, out_gate, *rest):
-            seen.append((in_gate is not None, out_gate is not None))
-            return forward(x, weight, bias, in_gate, out_gate, *rest)
+        def spy(call):
+            seen.append((call.in_gate is not None, call.out_gate is not None))
+            return forward(call)
 
         monkeypatch.setattr(module, "conv2d_forward", spy)
         torch.compile(model, fullgraph=True, backend="aot_eager")(torch.randn(2, 3, 8, 8))

@@ -35,7 +35,7 @@ class Kernel:
 
 @pytest.fixture
 def kernel(monkeypatch):
-    monkeypatch.setattr(_launch, "_INTERPRETED", False)
+    monkeypatch.setattr(_launch, "_instead", None)
     monkeypatch.setattr(_launch, "_compiled", {})
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 100 + device, raising=False)

@@ -6,7 +6,7 @@ from torch import Tensor
 
 import l0kernels as l0
 from l0kernels import Gates
-from l0kernels._registry import native
+from l0kernels._native import native
 from l0kernels.impl import memory
 from op_checks import SEED, make_z, to_list
 
@@ -73,41 +73,42 @@ def operators(backend):
     x, w, b, dy = torch.randn(6, 13), torch.randn(9, 13), torch.randn(9), torch.randn(6, 9)
     w2, dy2, a, a2 = torch.randn(5, 9), torch.randn(6, 5), torch.randn(13), torch.randn(9)
     f32, f = torch.float32, "relu"
-    yield "sample", ([a, a2], SEED, 0, *DIST, backend)
-    yield "sample_expected", ([a, a2], SEED, 0, *DIST, backend)
-    yield "gate_grad", (torch.randn(13), make_z("mixed", 13), *DIST, backend)
-    yield "l0_penalty", ([a, a2], [1.0, 2.0], *DIST, backend)
-    yield "weighted_penalty", ([a, a2], torch.tensor([1.0, 2.0]), *DIST, backend)
+    yield "sample", ([a, a2], SEED, 0, DIST, backend)
+    yield "sample_expected", ([a, a2], SEED, 0, DIST, backend)
+    yield "gate_grad", (torch.randn(13), make_z("mixed", 13), DIST, backend)
+    yield "l0_penalty", ([a, a2], [1.0, 2.0], DIST, backend)
+    yield "weighted_penalty", ([a, a2], torch.tensor([1.0, 2.0]), DIST, backend)
     layout = [1, 0, 1, 1, -1, 1]
     yield "coupled_penalty", ([w, b], [a, a2], [1.0, 2.0], layout, 0.1, DIST, backend)
     yield "coupled_penalty_grad", ([w, b], [a, a2], layout, torch.ones(()), 0.1, DIST, backend)
     yield "gated_linear", (x, w, b, gate(13), gate(9), True, f32, backend)
     needs = [True] * 5
-    flags = (True, False, True, f32)
-    yield "gated_linear_backward", (dy, x, w, b, gate(13), gate(9), [], *flags, needs, DIST, backend)
+    rest = (True, f32, [], [False, True], needs, DIST, backend)
+    yield "gated_linear_backward", (dy, x, w, b, gate(13), gate(9), *rest)
     gates = [*gate(13), *gate(9)]
     yield "gated_mlp", (x, [w, w2], [b, None], gates, f, f32, False, backend)
     _, *saved = OPS.gated_mlp(x, [w, w2], [b, None], gates, f, f32, False, backend)
     needs = [True, True, True, True, False, True, True]
-    rest = (saved, f, f32, [False, True], needs, DIST, backend)
+    rest = (f, f32, False, saved, [False, True], needs, DIST, backend)
     yield "gated_mlp_backward", (dy2, x, [w, w2], [b, None], gates, *rest)
     if backend == "cpp":
         yield "l0_linear", (x, w, b, a, a2, SEED, DIST, f32, backend)
         args = (x, [w, w2], [b, None], [a, a2], f, SEED, DIST, f32, backend)
         yield "l0_mlp", args
         z, index, count, _, *saved = OPS.l0_mlp(*args)
-        rest = (z, index, count, saved, f, f32, needs, DIST, backend)
+        rest = (z, index, count, f, f32, saved, [False, False], needs, DIST, backend)
         yield "l0_mlp_backward", (dy2, x, [w, w2], [b, None], [True, True], *rest)
-    yield "masked_weight", (w, torch.randn(9, 13), SEED, *DIST, backend)
-    yield "masked_weight_grad", (torch.randn(9, 13), w, torch.randn(9, 13), SEED, *DIST, True, True, backend)
+    yield "masked_weight", (w, torch.randn(9, 13), SEED, DIST, backend)
+    yield "masked_weight_grad", (torch.randn(9, 13), w, torch.randn(9, 13), SEED, DIST, True, True, backend)
     z = make_z("mixed", 12).view(3, 4)
     yield "block_linear", (x, w, b, z, 3, 4, f32, backend)
-    yield "block_linear_backward", (dy, x, w, b, z, 3, 4, True, f32, [True] * 4, backend)
+    yield "block_linear_backward", (dy, x, w, b, z, 3, 4, f32, [True], [True] * 4, [], backend)
     image, kernel, dy = torch.randn(2, 6, 5, 4), torch.randn(8, 6, 3, 3), torch.randn(2, 8, 5, 4)
     conv = ([1, 1], [1, 1], [1, 1], 1)
     shared = (gate(6), gate(8))
     yield "gated_conv2d", (image, kernel, b[:8], *shared, True, True, False, False, *conv, f32, backend)
-    rest = (*shared, [], True, True, False, False, True, False, *conv, f32, [True] * 5, DIST, backend)
+    flags = (True, True, False, False)
+    rest = (*shared, *flags, *conv, f32, [], [True, False], [True] * 5, DIST, backend)
     yield "gated_conv2d_backward", (dy, image, kernel, b[:8], *rest)
 
 
@@ -140,7 +141,8 @@ def flat(result):
 
 def call(name, args):
     """As the functions call it, past the dispatcher where that is allowed."""
-    return flat(getattr(l0._ops, name)(*args))
+    operator = getattr(l0._ops, name)
+    return flat(operator(*operator.layout.gather(args)))
 
 
 class TestEveryOperatorEveryArgument:
@@ -394,9 +396,9 @@ class TestAroundTheKernels:
     def test_one_weight_per_vector(self, backend, n):
         vectors = [torch.zeros(4), torch.zeros(5)]
         with pytest.raises(ValueError, match=f"weights must be one per gate vector, 2 .*got {n}"):
-            OPS.l0_penalty(vectors, [1.0] * n, *DIST, backend)
+            OPS.l0_penalty(vectors, [1.0] * n, DIST, backend)
         with pytest.raises(ValueError, match="weights must be one per gate vector"):
-            OPS.l0_penalty([], [], *DIST, backend)
+            OPS.l0_penalty([], [], DIST, backend)
 
     @pytest.mark.parametrize("place", ["x", "weight", "bias"])
     @pytest.mark.parametrize("backend", ["cpp", "torch", "reference"])

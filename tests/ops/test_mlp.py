@@ -9,7 +9,7 @@ from torch.autograd import gradcheck
 
 import l0kernels as l0
 from l0kernels import Gates, reference
-from l0kernels.reference.mlp import ROWS
+from l0kernels._arguments import ROWS
 from op_checks import (
     KINDS,
     LAYOUTS,

@@ -15,7 +15,7 @@ import torch
 
 import l0kernels as l0
 from l0kernels import Gates, reference
-from l0kernels._registry import native
+from l0kernels._native import native
 from op_checks import LAYOUTS, SEED, compare, make_z, sliced, to_list, transposed, wanted
 
 pytestmark = [

@@ -16,13 +16,13 @@ from torch.utils.checkpoint import checkpoint
 
 import l0kernels as l0
 from l0kernels import Gates, _ops, reference
-from l0kernels.reference.mlp import GLU, ROWS
+from l0kernels._arguments import GLU, ROWS
 from op_checks import BACKENDS, LAYOUTS, SEED, compare, make_z, strided, to_list, wanted
 
 pytestmark = pytest.mark.usefixtures("seeded")
 
 OPS = torch.ops.l0kernels
-DIST = (2 / 3, -0.1, 1.1)
+DIST = [2 / 3, -0.1, 1.1]
 CASES = [(layout, torch.float32) for layout in LAYOUTS] + [("contiguous", torch.bfloat16)]
 UTILITIES = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
 
@@ -37,12 +37,12 @@ class TestOpcheck:
     @pytest.mark.parametrize("layout", [torch.clone, strided])
     def test_gates(self, backend, layout):
         log_alpha, other = layout(torch.randn(140)), layout(torch.randn(7))
-        opcheck(OPS.sample.default, ([log_alpha, other], SEED, 3, *DIST, backend))
-        opcheck(OPS.sample_expected.default, ([log_alpha, other], SEED, 3, *DIST, backend))
+        opcheck(OPS.sample.default, ([log_alpha, other], SEED, 3, DIST, backend))
+        opcheck(OPS.sample_expected.default, ([log_alpha, other], SEED, 3, DIST, backend))
         opcheck(
-            OPS.gate_grad.default, (layout(torch.randn(140)), layout(make_z("mixed", 140)), *DIST, backend)
+            OPS.gate_grad.default, (layout(torch.randn(140)), layout(make_z("mixed", 140)), DIST, backend)
         )
-        opcheck(OPS.l0_penalty.default, ([log_alpha, other], [1.0, 2.5], *DIST, backend))
+        opcheck(OPS.l0_penalty.default, ([log_alpha, other], [1.0, 2.5], DIST, backend))
 
     @pytest.mark.parametrize(("layout", "dtype"), CASES)
     def test_gated_linear(self, backend, layout, dtype):
@@ -50,8 +50,8 @@ class TestOpcheck:
         bias, g_in, g_out = torch.randn(9).to(dtype), gate(13), gate(9)
         for b, gates in ((bias, (g_in, g_out)), (None, ([], g_out)), (bias, (g_in, []))):
             opcheck(OPS.gated_linear.default, (x, weight, b, *gates, True, dtype, backend))
-        for needs, dist in (([True] * 5, []), ([False, False, True, True, False], list(DIST))):
-            args = (dy, x, weight, bias, g_in, g_out, [], True, False, True, dtype, needs, dist, backend)
+        for needs, dist in (([True] * 5, []), ([False, False, True, True, False], DIST)):
+            args = (dy, x, weight, bias, g_in, g_out, True, dtype, [], [False, True], needs, dist, backend)
             opcheck(OPS.gated_linear_backward.default, args)
 
     @pytest.mark.covering(2)
@@ -61,8 +61,8 @@ class TestOpcheck:
         """Where a backend draws on the way; Triton and CUDA: triton/test_layers.py, cuda/test_kernels.py."""
         x, w, w2, dy = (LAYOUTS[layout](torch.randn(s).to(dtype)) for s in ((6, 13), (9, 13), (5, 9), (6, 5)))
         bias, a, a2 = (torch.randn(n).to(dtype) for n in (9, 13, 9))
-        weights, biases, dist = [w, w2], [bias, None], list(DIST)
-        if not _ops.draws_within(x, weights, biases, [a, a2], dtype, backend):
+        weights, biases, dist = [w, w2], [bias, None], DIST
+        if not _ops.module(backend).draws_within(x, weights, biases, [a, a2], dtype, "relu"):
             assert backend == "torch"
             return
         for sides in ((a, a2), (a, None), (None, a2)):
@@ -75,8 +75,9 @@ class TestOpcheck:
                 z, index, count, _, *saved = OPS.l0_mlp(*args)
                 gated = [log_alpha is not None for log_alpha in log_alphas]
                 needs = [True, True, True, True, False, *gated]
-                rest = (gated, z, index, count, saved, activation, dtype, needs, dist, backend)
-                opcheck(OPS.l0_mlp_backward.default, (dy, x, weights, biases, *rest))
+                drawn = (x, weights, biases, gated, z, index, count, activation, dtype)
+                wanted = ([False] * 2, needs, dist)
+                opcheck(OPS.l0_mlp_backward.default, (dy, *drawn, saved, *wanted, backend))
 
     @pytest.mark.covering(2)
     @pytest.mark.parametrize(("layout", "dtype"), CASES)
@@ -92,13 +93,13 @@ class TestOpcheck:
             (to_list(Gates.from_z(torch.rand(7))), UTILITIES),
             (gate(7), UTILITIES[:-1]),
         ):
-            args = (x, weights, biases, [*gate(13), None, None, None, *hidden])
-            opcheck(OPS.gated_mlp.default, (*args, activation, dtype, False, backend), test_utils=utilities)
-            _, *saved = OPS.gated_mlp(*args, activation, dtype, False, backend)
+            args = (x, weights, biases, [*gate(13), None, None, None, *hidden], activation, dtype, False)
+            opcheck(OPS.gated_mlp.default, (*args, backend), test_utils=utilities)
+            _, *saved = OPS.gated_mlp(*args, backend)
             needs = [True, *[True] * 3, True, False, True, True, False, True]
-            for dist in ([], list(DIST)):
-                rest = (activation, dtype, [False] * 3, needs, dist, backend)
-                opcheck(OPS.gated_mlp_backward.default, (dy, *args, saved, *rest))
+            for dist in ([], DIST):
+                rest = (saved, [False] * 3, needs, dist, backend)
+                opcheck(OPS.gated_mlp_backward.default, (dy, *args, *rest))
 
     @pytest.mark.covering(2)
     @pytest.mark.parametrize("groups", [1, 3])
@@ -115,9 +116,9 @@ class TestOpcheck:
         ):
             args = (x, weight, b, *gates, True, scale, False, False, *conv, dtype, backend)
             opcheck(OPS.gated_conv2d.default, args)
-        for needs, dist in (([True] * 5, []), ([False, False, True, True, False], list(DIST))):
-            flags = (True, True, False, False, False, True)
-            args = (dy, x, weight, bias, g_in, g_out, [], *flags, *conv, dtype, needs, dist, backend)
+        for needs, dist in (([True] * 5, []), ([False, False, True, True, False], DIST)):
+            flags, wanted = (True, True, False, False), ([False, True], needs, dist)
+            args = (dy, x, weight, bias, g_in, g_out, *flags, *conv, dtype, [], *wanted, backend)
             opcheck(OPS.gated_conv2d_backward.default, args)
 
     @pytest.mark.parametrize(("layout", "dtype"), CASES)
@@ -125,14 +126,14 @@ class TestOpcheck:
         make = LAYOUTS[layout]
         x, dy = make(torch.randn(6, 13)).to(dtype), make(torch.randn(6, 9)).to(dtype)
         weight, log_alpha = make(torch.randn(9, 13)).to(dtype), make(torch.randn(9, 13))
-        opcheck(OPS.masked_weight.default, (weight, log_alpha, SEED, *DIST, backend))
+        opcheck(OPS.masked_weight.default, (weight, log_alpha, SEED, DIST, backend))
         for needs in ((True, True), (False, True)):
-            args = (weight, weight, log_alpha, SEED, *DIST, *needs, backend)
+            args = (weight, weight, log_alpha, SEED, DIST, *needs, backend)
             opcheck(OPS.masked_weight_grad.default, args)
         z, bias = make(make_z("mixed", 12).view(3, 4)), torch.randn(9).to(dtype)
         opcheck(OPS.block_linear.default, (x, weight, bias, z, 3, 4, dtype, backend))
         for needs in ([True] * 4, [False, True, False, True]):
-            args = (dy, x, weight, bias, z, 3, 4, False, dtype, needs, backend)
+            args = (dy, x, weight, bias, z, 3, 4, dtype, [False], needs, [], backend)
             opcheck(OPS.block_linear_backward.default, args)
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
@@ -147,7 +148,7 @@ class TestOpcheck:
             log_alphas = [torch.randn(n, dtype=gates) for n in (6, 5 * groups)]
             factor = torch.ones((), dtype=gates)
             for sides in ((0, 1), (0, -1), (-1, 1), (-1, -1)):
-                numbers, rest = [*sides, groups, 0, -1, 1], (0.3, list(DIST), backend)
+                numbers, rest = [*sides, groups, 0, -1, 1], (0.3, DIST, backend)
                 opcheck(OPS.coupled_penalty.default, (thetas, log_alphas, [1.0, 0.0], numbers, *rest))
                 opcheck(OPS.coupled_penalty_grad.default, (thetas, log_alphas, numbers, factor, *rest))
         opcheck(OPS.coupled_penalty.default, (thetas, [], [], [-1, -1, 1] * 2, *rest))
@@ -161,10 +162,10 @@ class TestOpcheck:
                 *(x[..., None, None], weight[..., None, None], None, gate(13), [], True, True, False, False),
                 *([1, 1], [0, 0], [1, 1], 1, torch.float32, backend),
             ),
-            *OPS.sample([log_alpha], SEED, 0, *DIST, backend),
-            *OPS.sample_expected([log_alpha], SEED, 0, *DIST, backend),
-            OPS.l0_penalty([log_alpha], [1.0], *DIST, backend)[0],
-            OPS.masked_weight(weight, weight, SEED, *DIST, backend),
+            *OPS.sample([log_alpha], SEED, 0, DIST, backend),
+            *OPS.sample_expected([log_alpha], SEED, 0, DIST, backend),
+            OPS.l0_penalty([log_alpha], [1.0], DIST, backend)[0],
+            OPS.masked_weight(weight, weight, SEED, DIST, backend),
         ]
         assert not any(t.requires_grad for t in outputs)
         args = (x, weight, None, gate(13), [], True, torch.float32, backend)
@@ -218,7 +219,8 @@ class TestOpcheck:
 
         with Spy():
             expected = call(x, weight, log_alpha)
-        within = _ops.draws_within(x, [weight], [None], [log_alpha], torch.float32, backend)
+        settings = torch.float32, "identity"
+        within = _ops.module(backend).draws_within(x, [weight], [None], [log_alpha], *settings)
         names = {"l0_linear"} if within else {"sample", "gated_linear"}
         assert {f"l0kernels::{name}" for name in names} <= set(seen)
         graph = make_fx(call)(x, weight, log_alpha)

@@ -2,6 +2,8 @@ import ast
 import sys
 from pathlib import Path
 
+import pytest
+
 from l0kernels import reference
 
 
@@ -12,16 +14,56 @@ def test_exports_exist_and_are_documented():
             assert getattr(reference, name).__doc__
 
 
-def test_imports_torch_and_the_standard_library_only():
-    files = list(Path(reference.__file__).parent.glob("*.py"))
+PACKAGE = Path(reference.__file__).parent.parent
+FLOOR = ("_compat", "_checks", "_gates", "_arguments", "_native")
+"""What everything else stands on, the lowest first."""
+
+
+def imports(file):
+    """(module, names) of every import in a file, within the package from its root."""
+    folder = file.relative_to(PACKAGE).parent.parts
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, ()) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            names = [alias.name for alias in node.names]
+            root = ("l0kernels", *folder)[: len(folder) + 2 - node.level] if node.level else ()
+            module = ".".join((*root, *filter(None, [node.module])))
+            if module == "l0kernels":
+                yield from ((f"l0kernels.{name}", ()) for name in names)
+            else:
+                yield module, names
+
+
+def own(file):
+    """What of the package a file imports; all else must be torch or Python."""
+    for module, _ in imports(file):
+        root, *rest = module.split(".")
+        if root == "l0kernels":
+            yield rest[0]
+        else:
+            assert root in {"torch", *sys.stdlib_module_names}, (file, module)
+
+
+@pytest.mark.parametrize("name", FLOOR)
+def test_the_floor_stands_on_torch_alone(name):
+    below = FLOOR[: FLOOR.index(name)]
+    assert set(own(PACKAGE / f"{name}.py")) <= set(below)
+
+
+def test_the_reference_stands_on_the_floor():
+    files = list((PACKAGE / "reference").glob("*.py"))
     assert len(files) > 5
     for file in files:
-        for node in ast.walk(ast.parse(file.read_text())):
-            if isinstance(node, ast.Import):
-                roots = {alias.name.split(".")[0] for alias in node.names}
-            elif isinstance(node, ast.ImportFrom):
-                assert node.level <= 1, f"{file.name} reaches beyond the reference"
-                roots = set() if node.level else {(node.module or "").split(".")[0]}
-            else:
-                continue
-            assert roots <= {"torch", *sys.stdlib_module_names}, file.name
+        assert set(own(file)) <= {*FLOOR, "reference"}, file.name
+
+
+TAKEN = {"torch.py": ["sample_zs"], "portable.py": ["sample_z"]}
+
+
+def test_only_formulas_are_taken_from_the_reference():
+    for file in PACKAGE.rglob("*.py"):
+        if file.parent.name != "reference" and "triton_kernels" not in file.parts:
+            for module, names in imports(file):
+                if module.startswith("l0kernels.reference") and names:
+                    assert names == TAKEN.get(file.name), file.name

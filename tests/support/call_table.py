@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 import l0kernels as l0
 from l0kernels import nn
+from l0kernels._arguments import ROWS as ACTIVATIONS
 
 SEED = torch.tensor([7])
 ROWS = 6
@@ -210,8 +211,8 @@ FUNCTIONS = {
         "full_grad": _function(_full_grad),
     },
     "l0_linear": {"+".join(s): _drawn_linear(s) for s in ([], ["in"], ["out"], ["in", "out"])},
-    "gated_mlp": {f"{a} {n}": _chain(n, a, False) for a in l0.reference.mlp.ROWS for n in (1, 2)},
-    "l0_mlp": {f"{a} {n}": _chain(n, a, True) for a in l0.reference.mlp.ROWS for n in (1, 2)},
+    "gated_mlp": {f"{a} {n}": _chain(n, a, False) for a in ACTIVATIONS for n in (1, 2)},
+    "l0_mlp": {f"{a} {n}": _chain(n, a, True) for a in ACTIVATIONS for n in (1, 2)},
     "masked_linear": {
         f"{'blocks' if block else 'weights'} {mode}": _masked(block, mode)
         for block in (None, (5, 5))

@@ -19,7 +19,7 @@ from torch.nn.functional import silu
 
 import l0kernels as l0
 from l0kernels import reference
-from l0kernels.reference.gates import compact, round_up
+from l0kernels._gates import compact, round_up
 from op_checks import compare, gate_dtype, make_z, wanted
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from l0kernels import Gates, _registry
-from l0kernels.reference.gates import round_up
+from l0kernels._gates import round_up
 
 DEVICE = os.environ.get("L0KERNELS_TEST_DEVICE", "cuda")
 ON_GPU = DEVICE == "cuda"

@@ -11,7 +11,7 @@ import sys
 import torch
 
 from l0kernels import Gates
-from l0kernels._registry import native
+from l0kernels._native import native
 
 PAGE = mmap.PAGESIZE
 KEPT = []

@@ -8,7 +8,7 @@ import torch
 
 import l0kernels as l0
 from l0kernels import reference
-from l0kernels._registry import native
+from l0kernels._native import native
 
 BACKENDS = ["torch"] if native is None else ["cpp", "torch"]
 ONE_BACKEND = [BACKENDS[0], *(pytest.param(name, marks=pytest.mark.long) for name in BACKENDS[1:])]

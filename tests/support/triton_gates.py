@@ -2,7 +2,7 @@
 
 import torch
 
-from l0kernels.reference.gates import compact, round_up
+from l0kernels._gates import compact, round_up
 from triton_device import DEVICE
 
 

@@ -38,8 +38,8 @@ def test_the_site_maps_the_checkout_in_a_fresh_process(check):
     code = """
 import json, sys, l0kernels, l0kernels.nn
 from l0kernels import _registry, triton_kernels
-from l0kernels.triton_kernels import _variants
-print(json.dumps([l0kernels.__file__, triton_kernels.__file__, _variants.__name__, "triton" in sys.modules]))
+from l0kernels.triton_kernels import _table
+print(json.dumps([l0kernels.__file__, triton_kernels.__file__, _table.__name__, "triton" in sys.modules]))
 """
     # -S hides the installed package: what is imported comes from the site alone.
     env = check.env()
@@ -49,7 +49,7 @@ print(json.dumps([l0kernels.__file__, triton_kernels.__file__, _variants.__name_
     package, kernels, name, heavy = json.loads(done.output.splitlines()[-1])
     assert package == str(check.site / "l0kernels" / "__init__.py")
     assert kernels == str(check.site / "l0kernels" / "triton_kernels" / "__init__.py")
-    assert name == "l0kernels.triton_kernels._variants"
+    assert name == "l0kernels.triton_kernels._table"
     assert not heavy
 
 

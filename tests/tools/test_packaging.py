@@ -78,7 +78,7 @@ def test_sdist_has_every_source(built):
     sdist, _ = built
     with tarfile.open(sdist) as archive:
         names = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
-    wanted = sources("csrc", {".h", ".cpp", ".cu", ".cuh"}) | sources("l0kernels", {".py"})
+    wanted = sources("csrc", {".h", ".cpp", ".cu", ".cuh"}) | sources("l0kernels", {".py", ".pyi"})
     wanted |= sources("triton_kernels", {".py"}) | {"LICENSE", "pyproject.toml", "setup.py"}
     assert wanted <= names, sorted(wanted - names)
     assert not [name for name in names if name.endswith((".so", ".pyc"))]
@@ -88,7 +88,7 @@ def test_wheel_has_every_module_and_maps_triton_kernels(built):
     _, wheel = built
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
-    modules = sources("l0kernels", {".py"})
+    modules = sources("l0kernels", {".py", ".pyi"})
     modules |= {f"l0kernels/{name}" for name in sources("triton_kernels", {".py"})}
     assert modules <= names, sorted(modules - names)
     assert "l0kernels/py.typed" in names

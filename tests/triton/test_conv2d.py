@@ -8,9 +8,10 @@ from torch.nn import functional as F
 
 import l0kernels as l0
 from l0kernels import Gates, reference
+from l0kernels._calls import Conv2dCall, Wanted
+from l0kernels._gates import HardConcrete
 from l0kernels.impl import triton as backend
-from l0kernels.reference.gates import HardConcrete
-from l0kernels.triton_kernels import conv2d
+from l0kernels.triton_kernels import conv2d, conv2d_tiles
 from triton_device import DEVICE, DTYPES, INTERPRETED
 from triton_gates import make_gate, positions
 
@@ -87,13 +88,10 @@ def check(
     if out_gate:
         exact = exact * (z[1] if scales[1] else (out_gate[0] != 0).double())[:, None, None]
 
-    args = (in_gate, out_gate)
-    rest = (*scales, *packed)
-    y, saved = backend.conv2d_forward(given, weight, b, *args, *rest, conv, dtype)
+    call = Conv2dCall(given, weight, b, in_gate, out_gate, *scales, *packed, *conv, dtype)
+    y, saved = backend.conv2d_forward(call)
     assert y.is_contiguous(memory_format=torch.channels_last)
-    shapes = backend.conv2d_saved_shapes(
-        x.shape, weight.shape, in_gate is not None, out_gate is not None, *packed, conv, dtype
-    )
+    shapes = backend.conv2d_saved_shapes(call)
     assert [tuple(t.shape) for t in saved] == [tuple(shape) for shape in shapes]
     dense = dig(y, out_gate) if packed[1] and out_gate else y
     near(dense, exact.detach(), dtype, "y")
@@ -105,9 +103,7 @@ def check(
     dy = bury(dy, out_gate) if packed[1] and out_gate else dy.contiguous(memory_format=layout)
     wants_z = [g is not None and scale for g, scale in zip(gates, scales, strict=True)]
     needs = [True, True, bias, *wants_z]
-    dx, dw, db, *dz = backend.conv2d_backward(
-        dy, given, weight, b, *args, saved, *rest, *full, conv, dtype, needs, dist
-    )
+    dx, dw, db, *dz = backend.conv2d_backward(call, dy, saved, Wanted([*full], needs, dist))
     near(dig(dx, in_gate) if packed[0] and in_gate else dx, leaves[0].grad, dtype, "dx")
     near(dw, leaves[1].grad, dtype, "dw")
     assert dw.is_contiguous()
@@ -197,14 +193,13 @@ def test_half_precision(dtype):
 def test_autocast_casts_on_the_way():
     x, weight, gate = draw(2, 12, 5, 4), draw(6, 12, 3, 3), make_gate(12, 0.6)
     conv, half = ([1, 1], [1, 1], [1, 1], 1), torch.float16
-    y, saved = backend.conv2d_forward(x, weight, None, gate, None, True, True, False, False, conv, half)
+    call = Conv2dCall(x, weight, None, gate, None, True, True, False, False, *conv, half)
+    y, saved = backend.conv2d_forward(call)
     exact = F.conv2d(x * gate[0][:, None, None], weight, padding=1)
     assert y.dtype == half
     near(y, exact.double(), half, "y")
-    dx, dw, *_ = backend.conv2d_backward(
-        y, x, weight, None, gate, None, saved, True, True, False, False, False, False, conv, half,
-        [True, True, False, False, False], None,
-    )  # fmt: skip
+    wanted = Wanted([False] * 2, [True, True, False, False, False], None)
+    dx, dw, *_ = backend.conv2d_backward(call, y, saved, wanted)
     assert dx.dtype == dw.dtype == torch.float32
     near(dx, torch.nn.grad.conv2d_input(x.shape, weight, exact, padding=1).double()
          * gate[0][:, None, None].double(), half, "dx")  # fmt: skip
@@ -234,13 +229,12 @@ def test_empty_batch_and_strided_inputs():
     conv = ([1, 1], [0, 0], [1, 1], 1)
     wide, weight = draw(2, 20, 9, 5).contiguous(memory_format=torch.channels_last), draw(4, 16, 6, 2)
     x, weight = wide[:, 3:11, ::2], weight[:, ::2, ::2]
-    y, saved = backend.conv2d_forward(x, weight, None, None, None, True, True, False, False, conv, x.dtype)
+    call = Conv2dCall(x, weight, None, None, None, True, True, False, False, *conv, x.dtype)
+    y, saved = backend.conv2d_forward(call)
     near(y, F.conv2d(x.double(), weight.double()), x.dtype, "y")
     dy = torch.ones((), device=DEVICE).expand_as(y)
-    _, dw, *_ = backend.conv2d_backward(
-        dy, x, weight, None, None, None, saved, True, True, False, False, False, False, conv, x.dtype,
-        [False, True, False, False, False], None,
-    )  # fmt: skip
+    wanted = Wanted([False] * 2, [False, True, False, False, False], None)
+    _, dw, *_ = backend.conv2d_backward(call, dy, saved, wanted)
     near(dw, torch.nn.grad.conv2d_weight(x.double(), weight.shape, dy.double()), x.dtype, "dw")
 
 
@@ -249,8 +243,9 @@ def test_nothing_beyond_the_channels_of_a_slice_is_read():
     wide = draw(1, 16, 4, 4).contiguous(memory_format=torch.channels_last)
     wide[:, 12:] = float("nan")
     x, weight = wide[:, :12], draw(8, 12, 3, 3)
+    conv = ([1, 1], [1, 1], [1, 1], 1)
     y, _ = backend.conv2d_forward(
-        x, weight, None, None, None, True, True, False, False, ([1, 1], [1, 1], [1, 1], 1), x.dtype
+        Conv2dCall(x, weight, None, None, None, True, True, False, False, *conv, x.dtype)
     )
     near(y, F.conv2d(x.double(), weight.double(), padding=1), x.dtype, "y")
 
@@ -268,7 +263,7 @@ def test_tiles_cover_the_open_columns(n_open):
     packed = conv2d.pack_weight(weight, gate, None, torch.float32)
     rows = conv2d.as_rows(x).contiguous()
     for levels in (1, 2, 3):
-        config = conv2d.Config(16, 64, 16, levels, 4, 2)
+        config = conv2d_tiles.Config(16, 64, 16, levels, 4, 2)
         conv2d.convolve(
             conv2d.Operand(rows), packed, conv2d.Operand(y), (1, 3, 4), (2, 4), (2, 1), (n, k), conv,
             n_gate=gate, mode_n=1, config=config,

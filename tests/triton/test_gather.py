@@ -5,7 +5,8 @@ import itertools
 import pytest
 import torch
 
-from l0kernels.reference.gates import DEFAULT_DIST, Gates, HardConcrete, round_up, sample_gates
+from l0kernels._gates import DEFAULT_DIST, Gates, HardConcrete, round_up
+from l0kernels.reference.gates import sample_gates
 from l0kernels.reference.mlp import ACTIVATIONS
 from l0kernels.triton_kernels import gather
 from op_checks import assert_near, make_z, wanted

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from l0kernels import HardConcrete, reference
-from l0kernels.reference.masked_linear import expand_blocks
+from l0kernels._gates import expand_blocks
 from l0kernels.triton_kernels import masked_linear as kernels
 from op_checks import SEED, assert_near, make_z, wanted
 from triton_device import DEVICE, DTYPES

@@ -7,14 +7,17 @@ first of a kernel for all chips, the others for sm_90.
 """
 
 import os
+import re
 from collections import Counter, defaultdict
+from pathlib import Path
 
 import pytest
 import static
 import triton
 import triton.language as tl
+from static_cases import ARCHS, Variant, variants
 
-from l0kernels.triton_kernels._variants import ARCHS, Variant
+from l0kernels.triton_kernels import _launch
 
 
 def _traits(variant):
@@ -74,6 +77,12 @@ def test_every_kernel_is_compiled_for_every_chip():
     }
     assert compiled == {(*kernel, arch) for kernel in kernels for arch in ARCHS}
     assert set(static.jobs([90])) <= set(JOBS)
+
+
+def test_every_kernel_that_is_launched_has_a_case():
+    sources = "".join(path.read_text() for path in Path(_launch.__file__).parent.glob("*.py"))
+    launched = set(re.findall(r"\blaunch\(\s*(\w+),", sources))
+    assert {variant.kernel.__name__ for variant in variants().values()} == launched
 
 
 def test_every_module_has_variants_for_hopper():

@@ -7,7 +7,7 @@ import static
 import triton
 from triton.backends.compiler import GPUTarget
 
-GATHERS = [name for name in static.variants_of("pack") if "_cols_bf16" in name or "_cols_fp32" in name]
+GATHERS = [name for name in static.variants_of("pack") if "pack_cols" in name]
 
 
 def compiled(name):

@@ -11,20 +11,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._compat import count_modes, fake_mode, functorch_active, tracing_state
+
 GATE_DTYPES = (torch.float32, torch.float64)
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 """Of activations and weights. Eight bits are for storage: torch multiplies none of them without scales."""
-_PLAIN = (Tensor, torch.nn.Parameter)
+PLAIN = (Tensor, torch.nn.Parameter)
+"""The types whose memory is what their numbers say; a subclass may have none, or mean something else."""
 
 
 def readable() -> bool:
     """Whether tensors have values that Python may look at: nobody compiles, traces or transforms."""
-    return not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or is_traced())
+    return not (torch.compiler.is_compiling() or functorch_active() or is_traced())
 
 
 def refuse_traced_draw() -> None:
     """RuntimeError under torch.jit.trace, whose graph would have the gates of this one draw for ever."""
-    if torch._C._get_tracing_state() is not None:
+    if tracing_state() is not None:
         raise RuntimeError(
             "torch.jit.trace would freeze gates drawn in train() into its graph; l0kernels is traced in "
             "eval(): call that on the model before, or give the draw a seed that is an input of the graph"
@@ -33,15 +36,15 @@ def refuse_traced_draw() -> None:
 
 def is_traced() -> bool:
     """Whether torch.jit.trace or make_fx records what is called, or fake tensors ask for shapes alone."""
-    if torch._C._get_tracing_state() is not None:
+    if tracing_state() is not None:
         return True
-    if not torch._C._len_torch_dispatch_stack():
+    if not count_modes():
         return False
     from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
     if get_proxy_mode() is not None:
         return True
-    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
+    return fake_mode() is not None
 
 
 def check_tensor(name: str, value: Any) -> None:
@@ -50,7 +53,7 @@ def check_tensor(name: str, value: Any) -> None:
     if not isinstance(value, Tensor):
         way_out = "; torch.export traces l0kernels" if type(value).__name__ == "Proxy" else ""
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}{way_out}")
-    if type(value) in _PLAIN:
+    if type(value) in PLAIN:
         if value.layout is not torch.strided or value.is_nested:
             raise _not_dense(name, value)
         if not torch.compiler.is_compiling() and is_freed(value):

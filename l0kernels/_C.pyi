@@ -1,0 +1,225 @@
+"""What csrc/bindings.cpp gives Python: addresses, sizes and strides, nothing of torch.
+
+Names and order are those of the C++ functions (`in_` is their `in`).
+"""
+
+from collections.abc import Sequence
+from typing import TypeAlias
+
+Address: TypeAlias = int
+Gate: TypeAlias = tuple[Address, Address, Address, int, bool]  # z, index, count, size, full_grad
+Matrix: TypeAlias = tuple[Address, int, int]  # data, row stride, column stride
+Dist: TypeAlias = tuple[float, float, float]  # beta, gamma, zeta
+# Where gates are drawn from: seed, rank, constants, log_alpha of each.
+Draw: TypeAlias = tuple[Address, int, Dist, Sequence[Address]]
+PenaltyGates: TypeAlias = tuple[Address, int, float]  # log_alpha, size, weight
+# theta, its rows, columns, groups and columns of an input; numbers of the output's and input's gates or -1
+PenaltyTerm: TypeAlias = tuple[Address, int, int, int, int, int, int]
+# in, out, weight, bias, gate on the input, h, pre, dw, db, dz: see MlpLayer.
+Layer: TypeAlias = tuple[int, int, Matrix, Address, Gate | None, Address, Address, Address, Address, Address]
+
+compiler: str
+openmp: bool
+
+def isa() -> str: ...
+def set_isa(name: str, /) -> bool: ...
+def sample(
+    is_double: bool, draw: Draw, gates: Sequence[Gate], expected: Address, num_threads: int, /
+) -> int: ...
+def compact(z: Address, size: int, is_double: bool, index: Address, count: Address, /) -> None: ...
+def gate_grad(
+    dz: Address, z: Address, dlog_alpha: Address, n: int, is_double: bool, dist: Dist, /
+) -> None: ...
+def penalty(
+    log_alpha: Sequence[Address],
+    sizes: Sequence[int],
+    weights: Sequence[float],
+    is_double: bool,
+    shift: float,
+    total: Address,
+    grad: Address,
+    /,
+) -> bool: ...
+def coupled_penalty(
+    is_double: bool,
+    gates: Sequence[PenaltyGates],
+    terms: Sequence[PenaltyTerm],
+    decay: float,
+    shift: float,
+    total: Address,
+    grad: Address,
+    num_threads: int,
+    /,
+) -> bool: ...
+def coupled_penalty_grad(
+    is_double: bool,
+    gates: Sequence[PenaltyGates],
+    terms: Sequence[PenaltyTerm],
+    decay: float,
+    shift: float,
+    factor: Address,
+    dtheta: Sequence[Address],
+    num_threads: int,
+    /,
+) -> None: ...
+def linear_forward(
+    is_double: bool,
+    M: int,
+    in_: int,
+    out: int,
+    x: Matrix,
+    weight: Matrix,
+    bias: Address,
+    in_gate: Gate | None,
+    out_gate: Gate | None,
+    scale_out: bool,
+    draw: Draw | None,
+    y: Address,
+    num_threads: int,
+    /,
+) -> int: ...
+def linear_backward(
+    is_double: bool,
+    M: int,
+    in_: int,
+    out: int,
+    x: Matrix,
+    weight: Matrix,
+    bias: Address,
+    in_gate: Gate | None,
+    out_gate: Gate | None,
+    scale_out: bool,
+    dy: Matrix,
+    dx: Address,
+    dw: Address,
+    db: Address,
+    dz_in: Address,
+    dz_out: Address,
+    dist: Dist | None,
+    num_threads: int,
+    /,
+) -> None: ...
+def mlp_forward(
+    is_double: bool,
+    M: int,
+    x: Matrix,
+    activation: int,
+    layers: Sequence[Layer],
+    draw: Draw | None,
+    y: Address,
+    num_threads: int,
+    /,
+) -> int: ...
+def mlp_backward(
+    is_double: bool,
+    M: int,
+    x: Matrix,
+    activation: int,
+    layers: Sequence[Layer],
+    dy: Matrix,
+    dx: Address,
+    dist: Dist | None,
+    num_threads: int,
+    /,
+) -> None: ...
+def masked_weight_forward(
+    is_double: bool,
+    weight: Address,
+    log_alpha: Address,
+    n: int,
+    seed: Address,
+    beta: float,
+    gamma: float,
+    zeta: float,
+    wz: Address,
+    num_threads: int,
+    /,
+) -> bool: ...
+def masked_weight_backward(
+    is_double: bool,
+    weight: Address,
+    log_alpha: Address,
+    n: int,
+    seed: Address,
+    beta: float,
+    gamma: float,
+    zeta: float,
+    g: Address,
+    dw: Address,
+    dlog_alpha: Address,
+    num_threads: int,
+    /,
+) -> None: ...
+def block_linear_forward(
+    is_double: bool,
+    M: int,
+    in_: int,
+    out: int,
+    b_out: int,
+    b_in: int,
+    x: Matrix,
+    weight: Matrix,
+    bias: Address,
+    z: Address,
+    y: Address,
+    num_threads: int,
+    /,
+) -> None: ...
+def block_linear_backward(
+    is_double: bool,
+    M: int,
+    in_: int,
+    out: int,
+    b_out: int,
+    b_in: int,
+    x: Matrix,
+    weight: Matrix,
+    z: Address,
+    full_grad: bool,
+    dy: Matrix,
+    dx: Address,
+    dw: Address,
+    db: Address,
+    dz: Address,
+    num_threads: int,
+    /,
+) -> None: ...
+def pack(
+    full: Matrix,
+    full_type: int,
+    rows: int,
+    cols: int,
+    packed: Address,
+    packed_type: int,
+    packed_rows: int,
+    packed_cols: int,
+    row_gate: Gate | None,
+    col_gate: Gate | None,
+    scale_rows: bool,
+    scale_cols: bool,
+    z_is_double: bool,
+    num_threads: int,
+    /,
+) -> None: ...
+def unpack(
+    packed: Matrix,
+    packed_type: int,
+    packed_rows: int,
+    packed_cols: int,
+    full: Address,
+    full_type: int,
+    rows: int,
+    cols: int,
+    row_gate: Gate | None,
+    col_gate: Gate | None,
+    scale_rows: bool,
+    scale_cols: bool,
+    z_is_double: bool,
+    theta: Matrix,
+    theta_type: int,
+    dz_row: Address,
+    dz_col: Address,
+    num_threads: int,
+    /,
+) -> None: ...
+def advise_huge_pages(address: Address, bytes: int, /) -> None: ...

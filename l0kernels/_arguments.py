@@ -1,0 +1,245 @@
+"""Checks of the arguments of each operation, before anything is allocated."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from . import _checks
+from ._gates import EVAL_MODES, Gates, HardConcrete, check_dist, check_gates, check_not_nan
+
+GLU = {"swiglu": "silu", "geglu": "gelu"}
+"""Gated products: the activation of the first half of a hidden layer's rows, which multiplies the second."""
+
+ROWS = {"relu": 1, "gelu": 1, "silu": 1, "identity": 1} | dict.fromkeys(GLU, 2)
+"""Rows of a hidden weight per unit, for every activation there is."""
+
+
+def check_mlp(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    gates: Sequence[Gates | None],
+    activation: str,
+) -> None:
+    """Checks of the arguments of gated_mlp."""
+    _checks.check_tensor("x", x)
+    if len(weights) == 0:
+        raise ValueError("weights must hold at least one matrix, got none")
+    for name, values in (("biases", biases), ("gates", gates)):
+        if len(values) != len(weights):
+            raise ValueError(f"{name} must hold one entry per weight, {len(weights)}, got {len(values)}")
+    _checks.check_choice("activation", activation, ROWS)
+    rows = ROWS[activation]
+    _checks.check_linear(x, weights[0], biases[0], "[0]")
+    for i, (weight, bias, gate) in enumerate(zip(weights, biases, gates, strict=True)):
+        _checks.check_weight(weight, bias, f"[{i}]")
+        _checks.check_device(f"weights[{i}]", weight, x.device, "x")
+        _checks.check_same_dtype(f"weights[{i}]", weight, "x", x)
+        if i and weight.shape[1] * rows != weights[i - 1].shape[0]:
+            n, left = divmod(weights[i - 1].shape[0], rows)
+            if left:
+                raise ValueError(
+                    f"weights[{i - 1}] must have an even number of rows, two per unit of {activation!r}, "
+                    f"got shape {tuple(weights[i - 1].shape)}"
+                )
+            share = "half the rows" if rows == 2 else "the rows"
+            raise ValueError(
+                f"weights[{i}] must have {n} columns, {share} of weights[{i - 1}], "
+                f"got shape {tuple(weight.shape)}"
+            )
+        if gate is not None:
+            check_gates(f"gates[{i}]", gate, weight.shape[1], x.device, f"input of weights[{i}]")
+
+
+def check_conv2d(
+    x: Tensor, weight: Tensor, bias: Tensor | None, groups: int, channels: int | None = None
+) -> None:
+    """Checks of ``x ([N,] in, H, W)``, ``weight (out, in / groups, kh, kw)`` and ``bias (out,)`` or None.
+
+    ``channels``: those of a packed x, which does not hold them all.
+    """
+    _checks.check_floating("x", x)
+    _checks.check_floating("weight", weight)
+    if weight.ndim != 4:
+        raise ValueError(f"weight must have shape (out, in / groups, kh, kw), got {tuple(weight.shape)}")
+    _checks.check_count("groups", groups, 1, 2**31)
+    if weight.shape[0] % groups:
+        raise ValueError(f"groups must divide the {weight.shape[0]} rows of weight, got {groups}")
+    n_in = weight.shape[1] * groups
+    if x.ndim not in (3, 4) or (x.shape[-3] if channels is None else channels) != n_in:
+        raise ValueError(
+            f"x must have shape (N, {n_in}, H, W) or ({n_in}, H, W), groups times weight.shape[1] channels, "
+            f"got {tuple(x.shape)}" + ("" if channels is None else f" packed from {channels} channels")
+        )
+    _checks.check_device("x", x, weight.device, "weight")
+    _checks.check_same_dtype("x", x, "weight", weight)
+    _checks.check_bias(weight, bias)
+
+
+def pair(name: str, value: Any, low: int) -> list[int]:
+    """``value`` of torch's conv2d, an int or two of them, as a list of two, each >= low."""
+    items = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]
+    if len(items) not in (1, 2):
+        raise ValueError(f"{name} must be an int or two ints, got {value!r}")
+    for item in items:
+        _checks.check_count(name, item, low, 2**31)
+    return items * 2 if len(items) == 1 else items
+
+
+def conv_options(
+    x: Tensor, weight: Tensor, stride: Any, padding: Any, dilation: Any
+) -> tuple[list[int], list[int], list[int], list[int]]:
+    """stride, padding, dilation of two dimensions, and the zeros that x needs behind its rows and columns.
+
+    ``padding="same"`` with an odd total has one more behind than in front, as torch has it.
+
+    Raises:
+        TypeError: no ints.
+        ValueError: out of range, an unknown name, "same" with a stride, or a kernel larger than padded x.
+    """
+    strides, dilations = pair("stride", stride, 1), pair("dilation", dilation, 1)
+    behind = [0, 0]
+    if isinstance(padding, str):
+        _checks.check_choice("padding", padding, ("same", "valid"))
+        if padding == "same" and strides != [1, 1]:
+            raise ValueError(f"padding must be numbers where stride is not 1, got 'same' and stride {stride}")
+        total = [0, 0]
+        if padding == "same":
+            total = [d * (k - 1) for d, k in zip(dilations, weight.shape[2:], strict=True)]
+        paddings, behind = [t // 2 for t in total], [t % 2 for t in total]
+    else:
+        paddings = pair("padding", padding, 0)
+    padded = [x.shape[i - 2] + 2 * paddings[i] + behind[i] for i in range(2)]
+    span = [dilations[i] * (weight.shape[i + 2] - 1) + 1 for i in range(2)]
+    if padded[0] < span[0] or padded[1] < span[1]:
+        raise ValueError(
+            f"x must cover the kernel, {span[0]} x {span[1]} with its dilation, got {padded[0]} x {padded[1]}"
+            " with its padding"
+        )
+    return strides, paddings, dilations, behind
+
+
+def check_batch_norm(
+    x: Tensor,
+    channels: int,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+) -> None:
+    """Checks of ``x (N, channels, ...)``, of which a packed one holds fewer, and of vectors (channels,)."""
+    _checks.check_floating("x", x)
+    if x.ndim < 2:
+        raise ValueError(f"x must have shape (N, channels, ...), got {tuple(x.shape)}")
+    for name, value in (
+        ("running_mean", running_mean),
+        ("running_var", running_var),
+        ("weight", weight),
+        ("bias", bias),
+    ):
+        if value is not None:
+            _checks.check_floating(name, value)
+            _checks.check_shape(name, value, (channels,), "one per channel of x")
+            _checks.check_device(name, value, x.device, "x")
+    if (running_mean is None) != (running_var is None):
+        raise ValueError("running_mean and running_var must both be given or both be None, got one")
+    if not training and running_mean is None:
+        raise ValueError("running_mean must be given where training is False, got None")
+    _checks.check_number("momentum", momentum)
+    _checks.check_number("eps", eps)
+    if training and math.prod(x.shape[:1] + x.shape[2:]) == 1:
+        raise ValueError(
+            f"x must hold more than one value per channel where training is True, got {tuple(x.shape)}"
+        )
+
+
+def check_masked(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    log_alpha: Tensor,
+    block: tuple[int, int] | None,
+    seed: Tensor | None,
+    mode: str | None,
+    dist: HardConcrete,
+) -> None:
+    """Checks of the arguments of masked_linear."""
+    _checks.check_linear(x, weight, bias)
+    _checks.check_log_alpha("log_alpha", log_alpha, ndim=2)
+    _checks.check_device("log_alpha", log_alpha, weight.device, "weight")
+    n_out, n_in = weight.shape
+    if block is None:
+        _checks.check_shape("log_alpha", log_alpha, (n_out, n_in), "the shape of weight")
+    else:
+        if not isinstance(block, (tuple, list)) or len(block) != 2:
+            raise TypeError(f"block must be a pair (b_out, b_in) or None, got {block!r}")
+        _checks.check_count("block[0]", block[0], 1, 2**31)
+        _checks.check_count("block[1]", block[1], 1, 2**31)
+        shape = (-(-n_out // block[0]), -(-n_in // block[1]))
+        _checks.check_shape(
+            "log_alpha", log_alpha, shape, f"blocks of {tuple(block)} in weight {n_out} x {n_in}"
+        )
+    if mode is not None:
+        _checks.check_choice("mode", mode, EVAL_MODES)
+    if seed is not None:
+        _checks.check_seed(seed, log_alpha.device)
+    check_dist(dist)
+
+
+def per_tensor(name: str, value: float | Sequence[float], n: int) -> list[float]:
+    """One number for all n tensors, or one each, as a list of n."""
+    # list and tuple first: an ABC's isinstance costs a microsecond
+    values = list(value) if isinstance(value, (list, tuple, Sequence)) else [value] * n
+    if len(values) != n:
+        raise ValueError(f"{name} must be one number or one per log_alpha, {n}, got {len(values)}")
+    for v in values:
+        _checks.check_number(name, v)
+    return values
+
+
+def check_l0_penalty(log_alphas: Sequence[Tensor], dist: HardConcrete) -> None:
+    """Checks of the gate parameters of l0_penalty."""
+    if len(log_alphas) == 0:
+        raise ValueError("log_alpha must hold at least one tensor, got none")
+    for i, log_alpha in enumerate(log_alphas):
+        name = "log_alpha" if len(log_alphas) == 1 else f"log_alpha[{i}]"
+        _checks.check_log_alpha(name, log_alpha)
+        _checks.check_device(name, log_alpha, log_alphas[0].device, "log_alpha[0]")
+        check_not_nan(name, log_alpha)
+    check_dist(dist)
+
+
+def check_l2_penalty(
+    weight: Tensor,
+    weight_decay: float,
+    in_log_alpha: Tensor | None,
+    out_log_alpha: Tensor | None,
+    groups: int,
+    dist: HardConcrete,
+) -> None:
+    """Checks of the arguments of l2_penalty."""
+    _checks.check_floating("weight", weight)
+    if weight.ndim < 2:
+        raise ValueError(f"weight must have shape (out, in, ...), got {tuple(weight.shape)}")
+    _checks.check_number("weight_decay", weight_decay)
+    _checks.check_count("groups", groups, 1, 2**31)
+    if weight.shape[0] % groups:
+        raise ValueError(f"groups must divide the {weight.shape[0]} rows of weight, got {groups}")
+    sides = (
+        ("in_log_alpha", in_log_alpha, weight.shape[1] * groups),
+        ("out_log_alpha", out_log_alpha, weight.shape[0]),
+    )
+    for name, log_alpha, size in sides:
+        if log_alpha is not None:
+            _checks.check_log_alpha(name, log_alpha)
+            _checks.check_shape(name, log_alpha, (size,), "one gate per channel of weight")
+            _checks.check_device(name, log_alpha, weight.device, "weight")
+            check_not_nan(name, log_alpha)
+    check_dist(dist)

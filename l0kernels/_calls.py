@@ -1,0 +1,148 @@
+"""What the operators of a layer are called with: a record an operator, made once and handed down whole."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ._gates import HardConcrete
+
+Gate = list[Tensor]
+"""z, index and count."""
+
+
+class Wanted(NamedTuple):
+    """What a backward pass is to return.
+
+    Attributes:
+        full: of each gate, whether dz is wanted wherever it is open, not where it is fractional alone.
+        needs: of each gradient, whether it is wanted at all.
+        dist: with it the gates' gradients are those of the log_alphas that z was drawn from, else those of z.
+    """
+
+    full: list[bool]
+    needs: list[bool]
+    dist: HardConcrete | None
+
+
+class LinearCall(NamedTuple):
+    """``y = z_out * ((x * z_in) W^T + b)`` in ``dtype``.
+
+    Attributes:
+        x: (M, in).
+        weight: (out, in).
+        bias: (out,).
+        scale_out: whether z_out multiplies y; else it selects alone.
+    """
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    in_gate: Gate | None
+    out_gate: Gate | None
+    scale_out: bool
+    dtype: torch.dtype
+
+
+class L0LinearCall(NamedTuple):
+    """LinearCall with gates that are drawn on the way: those of the inputs first, by number of stream."""
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    in_log_alpha: Tensor | None
+    out_log_alpha: Tensor | None
+    seed: Tensor
+    dist: HardConcrete
+    dtype: torch.dtype
+
+
+class MlpCall(NamedTuple):
+    """The chain of gated_mlp, x (M, in).
+
+    Attributes:
+        gates: of the input of each layer.
+        repack: whether backward packs operands again instead of forward's packs being kept.
+    """
+
+    x: Tensor
+    weights: list[Tensor]
+    biases: list[Tensor | None]
+    gates: list[Gate | None]
+    activation: str
+    dtype: torch.dtype
+    repack: bool
+
+
+class L0MlpCall(NamedTuple):
+    """MlpCall with gates that are drawn on the way, the first of them from stream 0."""
+
+    x: Tensor
+    weights: list[Tensor]
+    biases: list[Tensor | None]
+    log_alphas: list[Tensor | None]
+    activation: str
+    seed: Tensor
+    dist: HardConcrete
+    dtype: torch.dtype
+
+
+class DrawnMlpCall(NamedTuple):
+    """What L0MlpCall has drawn, for backward.
+
+    Attributes:
+        gated: which layers have a gate.
+        z, index, count: of all gates, end to end.
+    """
+
+    x: Tensor
+    weights: list[Tensor]
+    biases: list[Tensor | None]
+    gated: list[bool]
+    z: Tensor
+    index: Tensor  # type: ignore[assignment]
+    count: Tensor  # type: ignore[assignment]
+    activation: str
+    dtype: torch.dtype
+
+
+class Conv2dCall(NamedTuple):
+    """The convolution of gated_conv2d, x (N, C, H, W).
+
+    Attributes:
+        scale_in, scale_out: whether that side's z multiplies; else it selects alone.
+        in_packed, out_packed: whether that side holds open channels alone, in the order of the index.
+    """
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    in_gate: Gate | None
+    out_gate: Gate | None
+    scale_in: bool
+    scale_out: bool
+    in_packed: bool
+    out_packed: bool
+    stride: list[int]
+    padding: list[int]
+    dilation: list[int]
+    groups: int
+    dtype: torch.dtype
+
+    @property
+    def conv(self) -> tuple[list[int], list[int], list[int], int]:
+        return self.stride, self.padding, self.dilation, self.groups
+
+
+class BlockCall(NamedTuple):
+    """``y = x (W * z)^T + b``, z one per block (b_out, b_in) of weight."""
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    z: Tensor
+    b_out: int
+    b_in: int
+    dtype: torch.dtype
