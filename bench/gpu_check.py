@@ -259,7 +259,7 @@ def run_tests(check: Check, limit_s: float) -> Done:
         "-n",
         str(WORKERS),
     ]
-    command += ["--durations=20", "--continue-on-collection-errors", "-p", "no:cacheprovider"]
+    command += ["--durations=20", "--continue-on-collection-errors", "-m", "", "-p", "no:cacheprovider"]
     command += ["-c", ROOT / "pyproject.toml", "--rootdir", ROOT, "-o", "filterwarnings=default"]
     command += [f"--ignore-glob={ROOT}/tests/{name}" for name in NEED_NO_GPU]
     command += [ROOT / "tests" / name for name in ("gpu", "triton", "cuda")]

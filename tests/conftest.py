@@ -1,5 +1,7 @@
 """Fixtures of the tests of the operations."""
 
+import itertools
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,25 @@ STATIC = list(Path(__file__).parent.glob("*/test_static*.py"))
 RUN = [path for path in Path(__file__).parent.glob("triton/test_*.py") if path not in STATIC]
 collect_ignore = [] if RUNS else RUN
 collect_ignore += STATIC if INTERPRETED else []
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Of a test marked `covering(n)` so many cases stay that every n values meet; the others are long."""
+    tests = defaultdict(list)
+    for item in items:
+        if mark := item.get_closest_marker("covering"):
+            values = [(name, repr(value)) for name, value in item.callspec.params.items()]
+            meetings = set(itertools.combinations(values, mark.args[0]))
+            tests[item.nodeid.partition("[")[0]].append((item, meetings))
+    for cases in tests.values():
+        missing = set().union(*(meetings for _, meetings in cases))
+        while cases:
+            best = max(cases, key=lambda case: len(case[1] & missing))
+            cases.remove(best)
+            if not best[1] & missing:
+                best[0].add_marker(pytest.mark.long)
+            missing -= best[1]
 
 
 @pytest.fixture(params=BACKENDS)

@@ -54,6 +54,7 @@ class TestOpcheck:
             args = (dy, x, weight, bias, g_in, g_out, True, dtype, [], [False, True], needs, dist, backend)
             opcheck(OPS.gated_linear_backward.default, args)
 
+    @pytest.mark.covering(2)
     @pytest.mark.parametrize("layout", list(LAYOUTS))
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
     def test_drawn_within(self, backend, layout, dtype):
@@ -78,6 +79,7 @@ class TestOpcheck:
                 wanted = ([False] * 2, needs, dist)
                 opcheck(OPS.l0_mlp_backward.default, (dy, *drawn, saved, *wanted, backend))
 
+    @pytest.mark.covering(2)
     @pytest.mark.parametrize(("layout", "dtype"), CASES)
     @pytest.mark.parametrize("activation", ["relu", "gelu", "swiglu"])
     def test_gated_mlp(self, backend, layout, dtype, activation):
@@ -99,6 +101,7 @@ class TestOpcheck:
                 rest = (saved, [False] * 3, needs, dist, backend)
                 opcheck(OPS.gated_mlp_backward.default, (dy, *args, *rest))
 
+    @pytest.mark.covering(2)
     @pytest.mark.parametrize("groups", [1, 3])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
@@ -313,6 +316,7 @@ class TestCompile:
         yield
         torch._dynamo.reset()
 
+    @pytest.mark.covering(1)
     @pytest.mark.parametrize("name", CALLS)
     def test_whole_graph_two_sizes(self, backend, name):
         if backend != BACKENDS[0] and name not in ("l0_linear", "gated_mlp", "masked_linear, blocks"):

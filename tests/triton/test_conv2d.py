@@ -138,13 +138,15 @@ GEOMETRIES = (
     {"kernel": (4, 1), "stride": (1, 4), "dilation": (1, 1), "padding": (0, 3)},
     {"kernel": (1, 1)},
 )
+LAYOUTS = [torch.contiguous_format, torch.channels_last]
 
 
 @pytest.mark.parametrize("geometry", GEOMETRIES, ids=lambda g: "-".join(f"{k}{v}" for k, v in g.items()))
-def test_strides_paddings_and_dilations(geometry):
-    for gates in ((None, None), (make_gate(9, 0.6), make_gate(7, 0.6))):
-        for layout in (torch.contiguous_format, torch.channels_last):
-            check((2, 9, 7, 6), 7, **geometry, gates=gates, layout=layout)
+@pytest.mark.parametrize("layouts", [LAYOUTS, pytest.param(LAYOUTS[::-1], marks=pytest.mark.long)])
+def test_strides_paddings_and_dilations(geometry, layouts):
+    """Of images in one memory layout without gates, in the other with them."""
+    for gates, layout in zip(((None, None), (make_gate(9, 0.6), make_gate(7, 0.6))), layouts, strict=True):
+        check((2, 9, 7, 6), 7, **geometry, gates=gates, layout=layout)
 
 
 def gate_of(n, kind):
@@ -154,6 +156,7 @@ def gate_of(n, kind):
     return gate
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("kernel", [(1, 2), (1, 1)], ids=str)
 @pytest.mark.parametrize("sides", ["in", "out", "both"])
 @pytest.mark.parametrize("kind", ["packed", "plain"])
@@ -297,6 +300,7 @@ def test_reference_has_the_same_formula():
     torch.testing.assert_close(y, F.conv2d(x, weight, b, 2, 1) * z[:, None, None])
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("groups", [1, 4])
 @pytest.mark.parametrize("kernel", [(1, 1), (2, 3)], ids=str)
 @pytest.mark.parametrize("layout", ["every second", "one for all", "later"])

@@ -161,6 +161,7 @@ def check_linear(
         assert not y[:, z_out.to(DEVICE) == 0].any()
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("sides", SIDES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_linear(shape, sides):
@@ -254,6 +255,7 @@ def test_gradients_of_log_alpha():
         assert dlog.any()
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("sides", SIDES[1:])
 @pytest.mark.parametrize("shape", [(17, 33, 70), (50, 70, 150), (3, 1, 128), (0, 5, 9), (4, 129, 7)], ids=str)
 def test_sampling_inside_the_product(shape, sides, launches):

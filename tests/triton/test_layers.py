@@ -68,6 +68,7 @@ def compare(call, leaves, n_out, gates=()):
         assert (value.double() - exact).norm().item() <= bound
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("keep", [0.0, 0.6, 1.0])
 @pytest.mark.parametrize("plain", [False, True], ids=["", "plain"])
 @pytest.mark.parametrize("sides", ["in", "out", "both", "support", "none"])
@@ -93,6 +94,7 @@ def test_gated_linear(sides, plain, keep, route):
         compare(call, leaves, N, [g for g in (g_in, g_out) if g is not None])
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("keep", [0.0, 0.6])
 @pytest.mark.parametrize("activation", ["relu", "gelu", "silu", "identity", "swiglu", "geglu"])
 def test_gated_mlp(activation, keep, route):

@@ -43,6 +43,7 @@ class TestWeights:
         dlog_alpha = grad.to(z.dtype) * weight.to(z.dtype) * slope
         return (weight * z).to(weight.dtype), (grad * z).to(weight.dtype), dlog_alpha, z
 
+    @pytest.mark.covering(1)
     @pytest.mark.parametrize("dist", [DIST, HardConcrete(0.5, -0.3, 1.2)])
     @pytest.mark.parametrize("dtype", FLOATS)
     @pytest.mark.parametrize("shape", [(1, 1), (0, 3), (37, 41), (64, 48), (1, 1025)])
@@ -159,6 +160,7 @@ def check_blocks(
 
 
 class TestBlocks:
+    @pytest.mark.covering(1)
     @pytest.mark.parametrize("size", [(1, 1, 1), (3, 5, 7), (13, 37, 29)])
     @pytest.mark.parametrize("block", [(1, 1), (2, 3), (16, 16), (5, 64), (64, 5), (1000, 1000), (1000, 8)])
     def test_sizes_and_blocks(self, size, block):

@@ -44,6 +44,7 @@ def buffer(rows, columns):
     return torch.full((rows, -(-columns // 128) * 128), float("nan"), device=DEVICE)
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("keep", KEEPS)
 @pytest.mark.parametrize("activation", ["identity", "relu", "gelu", "silu"])
 def test_hidden_layer_and_its_gradients(keep, activation, plain, pointers):
@@ -106,6 +107,7 @@ def extents(gate, size):
     return plain, size if plain else n_open, -(-size // 128) * 128 if plain else extent
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("keep", KEEPS)
 @pytest.mark.parametrize("activation", ["silu", "gelu"])
 def test_gated_product_and_its_gradients(keep, activation, plain, pointers):
@@ -145,6 +147,7 @@ def test_gated_product_and_its_gradients(keep, activation, plain, pointers):
     close(dx, a.grad @ w, 16 * N)
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("scale", [False, True])
 @pytest.mark.parametrize("keep", KEEPS)
 def test_natural_or_packed_result_is_decided_on_the_device(keep, scale, plain, pointers):
@@ -170,6 +173,7 @@ def test_sizes(size, pointers):
     close(y, x @ w.T + b, max(K, 1) * 4)
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("keep", KEEPS)
 def test_rows_are_scaled_and_scattered(keep, plain, pointers):
     M, N, K = 150, 70, 40

@@ -100,6 +100,7 @@ def check_pack(full, rows, cols, dtype, scale_rows=False, scale_cols=False):
     assert (result.shape, result.dtype, result.is_contiguous()) == (shape, dtype, True)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("keep", KEEPS)
 def test_pack_of_one_dimension(shape, keep):
@@ -254,6 +255,7 @@ def check_unpack(shape, rows, cols, packed_dtype, dtype, *, scale=(0, 0), full=(
         assert not dz.cpu()[~wanted].any()
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("keep", KEEPS)
 def test_unpack_of_one_dimension(shape, keep):
@@ -349,6 +351,7 @@ def test_the_same_gates_as_the_package_draws():
     assert torch.equal(ours.gate[2].cpu(), theirs.count)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize(("size", "p"), [(1, 1), (130, 131), (301, 20)])
 @pytest.mark.parametrize("keep", KEEPS)
 def test_reduce_partials(size, keep, p):

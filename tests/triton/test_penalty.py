@@ -31,6 +31,7 @@ def assert_penalty(log_alphas, weights, dist=DISTS[0]):
         assert_near(values[0].cpu(), *values[1:], torch.float32, name)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("dist", DISTS)
 @pytest.mark.parametrize("n", [0, 1, 127, 128, 129, 1000, 1024, 1025, 5003, 8192, 8193, 20_011])
 def test_one_tensor(n, dist):

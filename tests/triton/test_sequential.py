@@ -24,9 +24,11 @@ EVERY = [(name, log_alpha) for name in CASES for log_alpha in (None, 60.0, -60.0
 EVERY.remove(("lenet5", 60.0))  # slow, interpreted
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize(("name", "log_alpha"), EVERY)
-def test_equal_to_the_exact_layout(poison, name, training, log_alpha):
+@pytest.mark.parametrize("case", EVERY, ids=str)
+def test_equal_to_the_exact_layout(poison, case, training):
+    name, log_alpha = case
     make, shape = CASES[name]
     model = spread(make()).train(training)
     if log_alpha is not None:
