@@ -37,7 +37,7 @@ def _jobs():
             new = not _traits(variant) <= known[kernel]
             known[kernel] |= _traits(variant)
             for arch in archs:
-                yield static.Job(module, name, arch), new and arch == 90 or arch not in known[kernel]
+                yield static.Job(module, name, arch), (new and arch == 90) or arch not in known[kernel]
                 known[kernel].add(arch)
 
 
