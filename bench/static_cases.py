@@ -69,7 +69,7 @@ class Case(NamedTuple):
     Attributes:
         archs: on which GPUs.
         precision: torch.set_float32_matmul_precision.
-        only: constexprs of the launches that count, and "stem": how the names of their modules begin.
+        only: constexprs of the launches that count, or "kernel", or "stem", how its module's name begins.
     """
 
     name: str
@@ -333,9 +333,8 @@ def product_cases() -> Iterator[Case]:
     large, others = (8192, 4096, 16384), (80, 100)
     for activation in ("gelu", "relu", "swiglu"):
         yield from chain(large, BF16, BF16, activation, (90,))
-    yield from chain(large, BF16, BF16, "gelu", (90,), gated="all", parts="d", EPILOGUE="linear")
-    for gated in ("in", "out"):
-        yield from layer("", large, BF16, BF16, gated, (90,))
+    yield from chain(large, BF16, BF16, "gelu", (90,), gated="all", parts="d", LAYOUT="nn")
+    yield from layer("", large, BF16, BF16, "in", (90,))
     yield from layer("", large, BF16, BF16, "in out", (90,), needs="")
     yield from layer("", large, BF16, BF16, "out", ARCHS, needs="")
     yield from layer("", large, BF16, BF16, "out", (90,), needs="w", LAYOUT="tn")
@@ -382,7 +381,6 @@ def gather_cases() -> Iterator[Case]:
             draw = partial(gather.l0_linear_forward, x, weight, new(4002, dtype=dtype), log_alpha, log_alpha)
             call = partial(draw, SEED, 0, DEFAULT_DIST, sample.TAU, dtype)
             yield Case(f"drawn {M} {TYPES[dtype]}", call, ARCHS, precision)
-    yield from inner((16, 102, 100), parts="d")
     for result in ("x", "w", "b", "in", "out"):
         gated = "in out" if result in ("in", "out") else ""
         yield from small(f"only {result}", (100, 102, 100), gated=gated, needs=result, dist=None, DLOG=False)
@@ -393,18 +391,16 @@ def conv2d_cases() -> Iterator[Case]:
     for name, dtype, n_in, n_out, stride, sides, archs, precision in (
         ("wide", BF16, 640, 640, 1, "packed packed", ARCHS, "high"),
         ("mid", BF16, 320, 320, 1, "dense dense", (90,), "high"),
-        ("mid", BF16, 320, 320, 1, "packed dense", (90,), "high"),
-        ("mid", BF16, 320, 320, 1, "dense packed", (90,), "high"),
         ("plain", BF16, 320, 160, 2, "", (90,), "high"),
         ("narrow", FP16, 64, 64, 1, "", (90, 100), "high"),
         ("odd", BF16, 24, 20, 1, "dense dense", (80, 90), "high"),
         ("tf32", FP32, 320, 320, 1, "packed packed", (90,), "high"),
         ("ieee", FP32, 320, 320, 1, "dense dense", (90,), "highest"),
     ):
-        only = {} if name == "mid" else {"stem": "conv2d"}
-        yield from convolution(name, dtype, (n_in, n_out, 1), stride, sides, archs, precision, **only)
-    for sides, layout in (("packed dense", "nt"), ("dense packed", "nn")):
-        yield from convolution("pointwise", BF16, (640, 640, 1), 1, sides, (90,), LAYOUT=layout)
+        yield from convolution(name, dtype, (n_in, n_out, 1), stride, sides, archs, precision, stem="conv2d")
+    for sides in ("packed dense", "dense packed"):
+        yield from convolution("mid", BF16, (320, 320, 1), 1, sides, (90,), kernel="_conv_dw")
+    yield from convolution("pointwise", BF16, (640, 640, 1), 1, "packed dense", (90,), LAYOUT="nt")
     yield from convolution("groups", FP32, (320, 640, 16), 1, "", ARCHS)
     yield from convolution("groups", FP32, (320, 640, 16), 1, "packed dense", ARCHS)
     yield from convolution("groups", FP32, (320, 640, 16), 1, "packed packed", ARCHS, NATURAL=False)
@@ -521,7 +517,7 @@ def _record(
 ) -> None:
     """Enters what Triton would compile for this launch."""
     module = kernel.__module__.rpartition(".")[2]
-    facts = {**constants, "stem": module.partition("_")[0]}
+    facts = {**constants, "kernel": kernel.__name__, "stem": module.partition("_")[0]}
     if any(facts.get(key) != value for key, value in case.only.items()):
         return
     signature: dict[str, str] = {}

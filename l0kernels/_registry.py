@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from l0kernels import _native
-from l0kernels._compat import tracing_state
+from . import _native
+from ._arguments import GLU
+from ._compat import tracing_state
 
 PRIMITIVES = (
     "sample",
@@ -184,14 +185,37 @@ def resolve(device: torch.device, dtype: torch.dtype, primitive: str) -> str:
 _PRODUCTS = ("gated_linear", "gated_mlp")
 
 
-def resolve_layers(x: Tensor, weights: Sequence[Tensor], primitive: str) -> str:
+def resolve_layers(x: Tensor, weights: Sequence[Tensor], primitive: str, activation: str = "identity") -> str:
     """resolve for the product of x (..., in) and the weights: small layers on a GPU may have own kernels."""
     backend = resolve(x.device, x.dtype, primitive)
-    if backend == "triton" and requested() is None and primitive in CUDA_FIRST and _why_no_cuda() is None:
+    if activation in GLU:
+        if backend == "cuda":
+            raise RuntimeError(
+                f"backend 'cuda' cannot be used: it does not serve {activation!r}; triton does"
+            )
+    elif backend == "triton" and requested() is None and primitive in CUDA_FIRST and _why_no_cuda() is None:
         sizes = [x.shape[-1], *(weight.shape[0] for weight in weights)]
         if _cuda().small(x.numel() // max(sizes[0], 1), sizes):
             return "cuda"
     return backend
+
+
+def who_draws(log_alpha: Tensor, backend: str) -> str:
+    """The backend that draws for one that multiplies: on a GPU the fastest may be another, or float64's."""
+    if backend not in ("triton", "cuda"):
+        return backend
+    backend = resolve(log_alpha.device, log_alpha.dtype, "sample")
+    return "torch" if backend == "reference" else backend
+
+
+def packs_exactly(backend: str) -> bool:
+    """Whether what it packs is as long as there are open units, which takes a host that knows how many."""
+    return backend != "triton"
+
+
+def has(backend: str, primitive: str) -> bool:
+    """Whether there is an operator of its own for the primitive; for others the formula serves."""
+    return backend != "reference" and primitive not in _LACKS.get(backend, ())
 
 
 def _why_not_serving(name: str, device: torch.device, dtype: torch.dtype, primitive: str) -> str | None:

@@ -243,7 +243,7 @@ STATIC = "static"
 
 def is_exact(backend: str) -> bool:
     """Whether packed channels of this backend are the open ones and no more."""
-    return backend not in ("triton", STATIC)
+    return backend != STATIC and _registry.packs_exactly(backend)
 
 
 class _Take(torch.autograd.Function):
@@ -438,7 +438,7 @@ def packed_conv2d(
     if isinstance(x, Packed) and backend != "reference" and not static:
         break_graph("Packed channels from outside of a compiled graph have no static shape; pack them inside")
         backend = x.backend
-    if backend == "reference" or (backend == "triton" and not static and _unpacks(x, in_gates, groups)):
+    if backend == "reference" or (not (static or is_exact(backend)) and _unpacks(x, in_gates, groups)):
         dense = unpack_channels(x) if isinstance(x, Packed) else x
         y = gated_conv2d(
             dense,

@@ -198,9 +198,7 @@ def draw(
 ) -> list[Gates]:
     """Gates without a way back to log_alpha, in one call: sample_gates and the fused ops add theirs."""
     seed = check_draw(log_alphas, seed, dist, generator)
-    if backend in ("triton", "cuda"):  # who draws fastest, or at all for float64, need not be who multiplies
-        backend = _registry.resolve(log_alphas[0].device, log_alphas[0].dtype, "sample")
-        backend = "torch" if backend == "reference" else backend
+    backend = _registry.who_draws(log_alphas[0], backend)
     z, index, count = _ops.sample(log_alphas, seed, rank, dist, backend)
     return split(log_alphas, z, index, count)
 

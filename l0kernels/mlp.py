@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import _checks, _ops, _registry, reference
-from ._arguments import GLU, ROWS, check_mlp
+from ._arguments import ROWS, check_mlp
 from ._autograd import apply
 from ._calls import DrawnMlpCall, Gate, L0MlpCall, MlpCall, Wanted
 from ._gates import DEFAULT_DIST, Gates, HardConcrete
@@ -87,15 +87,6 @@ def _triples(tensors: Sequence[Any]) -> list[Gate | None]:
     return [None if tensors[i] is None else [*tensors[i : i + 3]] for i in starts]
 
 
-def _backend(x: Tensor, weights: Sequence[Tensor], activation: str) -> str:
-    if activation not in GLU:
-        return _registry.resolve_layers(x, weights, "gated_mlp")
-    backend = _registry.resolve(x.device, x.dtype, "gated_mlp")
-    if backend == "cuda":
-        raise RuntimeError(f"backend 'cuda' cannot be used: it does not serve {activation!r}; triton does")
-    return backend
-
-
 def gated_mlp(
     x: Tensor,
     weights: Sequence[Tensor],
@@ -133,7 +124,7 @@ def gated_mlp(
         RuntimeError: the requested backend cannot serve the call.
     """
     check_mlp(x, weights, biases, gates, activation)
-    backend = _backend(x, weights, activation)
+    backend = _registry.resolve_layers(x, weights, "gated_mlp", activation)
     if backend == "reference":
         return reference.gated_mlp(x, weights, biases, gates, activation)
     dtype = compute_dtype(x)
@@ -202,7 +193,7 @@ def chain(
     is_drawn = any(source is not None and source.drawn is not None for source in draws)
     if is_drawn:
         check_drawn(log_alphas, [source and source.drawn for source in draws])
-    backend = _backend(x, weights, activation)
+    backend = _registry.resolve_layers(x, weights, "gated_mlp", activation)
     if backend == "reference" and is_drawn:
         return reference.gated_mlp(x, weights, biases, attached(draws, dist), activation)
     if backend == "reference":

@@ -211,7 +211,7 @@ def coupled_penalty(
     rest: list[L2Term] = []
     for term in terms:
         one_precision = all(t is None or (t.dtype == torch.float64) == double for t in term[:3])
-        (fused if one_precision and backend not in ("reference", "triton") else rest).append(term)
+        (fused if one_precision and _registry.has(backend, "l2_penalty") else rest).append(term)
     totals = []
     if fused:
         # A gate that several terms share is one input: its gradients need not be added up afterwards.

@@ -216,4 +216,7 @@ if TYPE_CHECKING:
 
     class _Triton(Gates, Layers, Draws, Masked, Convolutions, Protocol): ...
 
-    _conforming: tuple[Backend, _Torch, _Cuda, _Triton] = (cpp, plain_torch, cuda, triton)
+    _cpp: Backend = cpp
+    _portable: _Torch = plain_torch
+    _cuda: _Cuda = cuda
+    _triton: _Triton = triton

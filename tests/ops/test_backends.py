@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from importlib import util
 
 import pytest
 import torch
@@ -324,8 +325,10 @@ class TestEnvironment:
     )
     def test_read_at_import(self, monkeypatch, value, expected):
         monkeypatch.setenv("L0KERNELS_BACKEND", value)
-        namespace = runpy.run_path(_registry.__file__)
-        assert namespace["resolve"](torch.device("cpu"), torch.float32, "sample") == expected
+        spec = util.spec_from_file_location("l0kernels._another_registry", _registry.__file__)
+        registry = util.module_from_spec(spec)
+        spec.loader.exec_module(registry)
+        assert registry.resolve(torch.device("cpu"), torch.float32, "sample") == expected
 
     def test_unknown(self):
         error = run("import l0kernels", check=False, L0KERNELS_BACKEND="numpy")

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 import l0kernels as l0
 from l0kernels import nn
+from l0kernels._arguments import GLU
 from l0kernels._arguments import ROWS as ACTIVATIONS
 
 SEED = torch.tensor([7])
@@ -63,7 +64,7 @@ def _module(make, *shape, penalty=True):
 
 
 def _chain(depth, activation, drawn):
-    glu = 2 if activation in l0.mlp.GLU else 1
+    glu = 2 if activation in GLU else 1
 
     def make():
         sizes = [20, 12, 5][: depth + 1]
