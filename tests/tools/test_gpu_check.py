@@ -97,22 +97,36 @@ def tests_folder(check, monkeypatch):
     return folder
 
 
-def test_a_pytest_out_of_time_still_reports_what_it_has(check, tests_folder):
-    (tests_folder / "gpu/test_slow.py").write_text(
-        "import os, pytest, signal, time\n"
-        "def test_passes(): pass\n"
-        "def test_fails(): assert 1 == 2, 'one is not two'\n"
-        "@pytest.mark.skip(reason='no such thing')\ndef test_skipped(): pass\n"
-        "@pytest.mark.parametrize('name', ['a b'])\n"
-        "def test_hangs(name): time.sleep(3); os.killpg(0, signal.SIGINT); time.sleep(600)\n"
-    )
-    done = gpu_check.run_tests(check, 60)  # interrupted as by the clock, but soon
-    assert done.code not in (None, 0, 1)
-    gpu_check.report_tests(check, done._replace(code=None))
+OUT_OF_TIME = """
+scheduling tests via LoadScheduling
+
+../tests/gpu/test_slow.py::test_passes 
+../tests/gpu/test_slow.py::test_hangs[a b] 
+[gw0] [ 25%] PASSED ../tests/gpu/test_slow.py::test_passes 
+../tests/gpu/test_slow.py::test_fails 
+[gw0] [ 50%] FAILED ../tests/gpu/test_slow.py::test_fails 
+../tests/gpu/test_slow.py::test_skipped 
+[gw0] [ 75%] SKIPPED ../tests/gpu/test_slow.py::test_skipped 
+"""  # noqa: W291
+SUMMARY = """
+=================================== FAILURES ===================================
+E   AssertionError: one is not two
+============================= slowest 20 durations =============================
+9.00s call     ../tests/gpu/test_slow.py::test_passes
+=========================== short test summary info ============================
+FAILED ../tests/gpu/test_slow.py::test_fails - AssertionError: one is not two
+SKIPPED [1] ../tests/gpu/test_slow.py:4: no such thing
+!!!!!!!!!!!!!!!!!!!!!!!!!!!!!! KeyboardInterrupt !!!!!!!!!!!!!!!!!!!!!!!!!!!!!!!
+"""
+
+
+@pytest.mark.parametrize("summary", [SUMMARY, ""], ids=["interrupted", "killed"])
+def test_a_pytest_out_of_time_still_reports_what_it_has(check, summary):
+    gpu_check.report_tests(check, Done(None, OUT_OF_TIME + summary, 30.0))
     text = logged(check)
     assert "gpu/test_slow.py: 1 passed, 1 failed, 1 skipped" in text
-    assert "test_slow.py::test_fails - AssertionError: one is not two" in text
-    assert "no such thing" in text
+    for line in ("test_fails - AssertionError: one is not two", "no such thing", "9.00s call"):
+        assert (line in text) == bool(summary)
     assert check.failures == [
         "tests gpu/test_slow.py: 1 of 3",
         "tests: out of time, at gpu/test_slow.py::test_hangs[a b]",
@@ -171,6 +185,11 @@ def test_tests_part_reports_every_file(check, monkeypatch, tests_folder):
     ):
         assert line in text, text
     assert check.failures == ["tests gpu/test_a.py: 1 of 3", "tests triton/test_b.py: 1 of 1"]
+    # Pytest says which tests it begins: what ended without a verdict was running.
+    lines = (check.out / "details.txt").read_text().splitlines()
+    assert gpu_check.read_pytest("\n".join(lines))[1] == []
+    lines = [line for line in lines if not ("PASSED" in line and "test_c.py::test_c" in line)]
+    assert gpu_check.read_pytest("\n".join(lines))[1] == ["cuda/test_c.py::test_c"]
 
 
 def test_parts_are_dropped_by_name_and_a_failing_one_does_not_stop_the_next(check, monkeypatch):

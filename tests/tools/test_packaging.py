@@ -19,6 +19,7 @@ SOURCES = ["pyproject.toml", "setup.py", "MANIFEST.in", "LICENSE", "README.md", 
 FOLDERS = ["l0kernels", "triton_kernels", "csrc"]
 
 HAS_EXTENSION = bool(list((ROOT / "l0kernels").glob("_C.*.so")))
+pytestmark = pytest.mark.xdist_group("packaging")  # one worker builds
 needs_extension = pytest.mark.skipif(not HAS_EXTENSION, reason="no l0kernels._C: built without a compiler")
 
 

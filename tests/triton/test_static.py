@@ -2,8 +2,8 @@
 
 Each is compiled for sm_90. Of those meant for all chips the first of a kernel is compiled for all, the others
 in turn for sm_80 or sm_100: `make static` compiles everything. Without `-m long` a variant is left out unless
-it brings its kernel a type of an argument, a constant, a tile or an expectation that none before it has; the
-first of a kernel for all chips, the others for sm_90.
+it brings its kernel a type of an argument, a constant, a tile or an expectation that none before it has, then
+for sm_90 alone, or another chip.
 """
 
 import os
@@ -37,7 +37,8 @@ def _jobs():
             new = not _traits(variant) <= known[kernel]
             known[kernel] |= _traits(variant)
             for arch in archs:
-                yield static.Job(module, name, arch), new and (turn == 0 or arch == 90)
+                yield static.Job(module, name, arch), (new and arch == 90) or arch not in known[kernel]
+                known[kernel].add(arch)
 
 
 JOBS = dict(sorted(_jobs(), key=lambda entry: (entry[0].module, entry[0].arch != 90)))
