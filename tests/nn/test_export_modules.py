@@ -636,6 +636,7 @@ def test_an_encoder_with_padding():
         torch.testing.assert_close(got[~padding], expected[~padding])
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")  # said once a process
 def test_nested_tensors_have_one_draw():
     layers = [
         nn.L0Linear(6, 4, gate="both"),
