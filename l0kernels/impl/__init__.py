@@ -41,18 +41,22 @@ _MODULES = {
 }
 
 
-# In part at least on every backend of the CPU.
-_MADE_OF_TORCH = ("gated_conv2d", "gated_conv2d_backward", "coupled_penalty", "coupled_penalty_grad")
+_BY_ADDRESS = {
+    *("sample", "sample_expected", "gate_grad", "l0_penalty", "weighted_penalty"),
+    *("gated_linear", "gated_linear_backward", "l0_linear", "block_linear", "block_linear_backward"),
+    *("gated_mlp", "gated_mlp_backward", "l0_mlp", "l0_mlp_backward", "masked_weight", "masked_weight_grad"),
+}
+"""What cpp hands to csrc, every operand by an address of memory.py's: nobody else need look at it before."""
 
 
 def native(operator: str) -> frozenset[str]:
     """The backends that compute an operator past torch, and look at every operand before they do."""
-    return frozenset() if operator in _MADE_OF_TORCH else frozenset(("cpp",))
+    return frozenset(("cpp",)) if operator in _BY_ADDRESS else frozenset()
 
 
 def made_of_torch(operator: str) -> frozenset[str]:
     """Those that compute it, in part at least, by torch's own operations."""
-    return frozenset(("torch", "cpp") if operator in _MADE_OF_TORCH else ("torch",))
+    return frozenset(("torch",) if operator in _BY_ADDRESS else ("torch", "cpp"))
 
 
 def module(name: str) -> ModuleType:

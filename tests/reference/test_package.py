@@ -15,7 +15,7 @@ def test_exports_exist_and_are_documented():
 
 
 PACKAGE = Path(reference.__file__).parent.parent
-FLOOR = ("_compat", "_checks", "_gates", "_arguments", "_native")
+FLOOR = ("_compat", "_checks", "_gates", "_calls", "_arguments", "_native")
 """What everything else stands on, the lowest first."""
 
 
