@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, get_type_hints
 
 import torch
@@ -22,7 +22,7 @@ from .impl import made_of_torch, native
 from .impl.memory import NotPlain, check_not_freed, plain
 
 LIBRARY = torch.library.Library("l0kernels", "DEF")
-_PLAIN_OR_NONE = (*PLAIN, type(None))
+_PLAIN = frozenset((*PLAIN, type(None), bool, int, float, str, torch.dtype, HardConcrete))
 _dist = functools.lru_cache(HardConcrete)
 
 
@@ -127,11 +127,20 @@ class _Layout:
         return tuple(args)
 
 
-def _tensors_of(value: Any) -> list[Any]:
+def _tensors_of(value: Any) -> Iterable[Any]:
     """The tensors of a flat argument, None among them, lists of lists taken apart."""
-    if isinstance(value, list | tuple):
-        return [t for item in value for t in _tensors_of(item)]
-    return [value]
+    if not isinstance(value, list | tuple):
+        return (value,)
+    nested = any(isinstance(item, list) for item in value)
+    return [t for item in value for t in _tensors_of(item)] if nested else value
+
+
+def _is_plain(values: Iterable[Any]) -> bool:
+    """Whether records and lists of arguments hold numbers and torch's own tensors alone."""
+    for value in values:
+        if type(value) not in _PLAIN and not (isinstance(value, list | tuple) and _is_plain(value)):
+            return False
+    return True
 
 
 def operator(fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -174,10 +183,6 @@ def operator(fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callabl
             f"l0kernels::{name}", lambda *flat: fake(*layout.gather(flat)), lib=LIBRARY
         )
 
-        def is_plain(args: tuple[Any, ...]) -> bool:
-            flat = layout.fields(args)
-            return all(type(t) in _PLAIN_OR_NONE for i in tensors_at for t in _tensors_of(flat[i]))
-
         def refuse_sparse(args: tuple[Any, ...]) -> None:
             flat = layout.fields(args)
             for i in tensors_at:
@@ -199,7 +204,7 @@ def operator(fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callabl
             # Of who asks for every address, type and all, only the place matters here.
             first = args[0][0] if of_record or of_list else args[0]
             if (first.is_cpu or first.is_cuda) and (
-                (has_backend and args[-1] in by_address) or is_plain(args)
+                (has_backend and args[-1] in by_address) or _is_plain(args)
             ):
                 try:
                     return run(*args)

@@ -25,12 +25,10 @@ from ._calls import (
 )
 from ._compat import VMAP_MODE, dispatch_key_included
 from ._gates import HardConcrete, round_up
-from ._operator import LIBRARY, is_dtensor, operator
+from ._operator import LIBRARY, operator
 from .impl import conv2d, module
 from .impl.memory import vector
 from .impl.packed import Term
-
-__all__ = ["is_dtensor"]
 
 
 def refuse_second_derivative(function: str) -> None:

@@ -22,6 +22,7 @@ from ._gates import (
     draw_seed,
     round_up,
 )
+from ._operator import is_dtensor
 
 __all__ = ["ALIGN", "EVAL_MODES", "Gates", "HardConcrete", "eval_gates", "sample_gates"]
 
@@ -146,6 +147,11 @@ def attach(log_alpha: Tensor, gate: Gates, dist: HardConcrete) -> Gates:
     return gate.of(reference.gates.joined(log_alpha, gate.z, dist))
 
 
+def are_drawn(sources: Sequence[Draw | None]) -> bool:
+    """Whether sources have been drawn: all of them or none."""
+    return next(source.drawn is not None for source in sources if source is not None)
+
+
 def attached(sources: Sequence[Draw | None], dist: HardConcrete) -> list[Gates | None]:
     """attach of each source, all of which have been drawn."""
     return [
@@ -158,10 +164,9 @@ def of_a_layer(
     sources: Sequence[Draw | None], seed: Tensor | None, dist: HardConcrete, backend: str
 ) -> list[Gates | None]:
     """The gates of sources, without a way back to log_alpha: those drawn before, or a draw of all."""
-    given = [source.log_alpha for source in sources if source is not None]
-    if any(source is not None and source.drawn is not None for source in sources):
+    if are_drawn(sources):
         return [None if source is None else source.drawn for source in sources]
-    drawn = iter(draw(given, seed, dist, backend))
+    drawn = iter(draw([s.log_alpha for s in sources if s is not None], seed, dist, backend))
     return [None if source is None else next(drawn) for source in sources]
 
 
@@ -175,7 +180,7 @@ def _attach(log_alpha: Tensor, gate: Gates, dist: HardConcrete, backend: str) ->
 def check_drawn(log_alphas: Sequence[Tensor | None], gates: Sequence[Gates | None]) -> None:
     """ValueError where a vector has been resized since its gates were drawn, or is sharded since."""
     for log_alpha, gate in zip(log_alphas, gates, strict=True):
-        if _ops.is_dtensor(log_alpha):
+        if is_dtensor(log_alpha):
             raise TypeError(
                 "log_alpha must be whole where its gates multiply, got a DTensor: keep gates whole, for "
                 "fully_shard by ignored_params=l0kernels.nn.keep_gates_whole(model)"

@@ -14,7 +14,7 @@ from ._autograd import apply
 from ._calls import L0LinearCall, LinearCall, Wanted
 from ._compat import unsafe_view
 from ._gates import DEFAULT_DIST, Gates, HardConcrete, check_layer_gates
-from .gates import Draw, attached, check_draw, check_drawn, of_a_layer, split
+from .gates import Draw, are_drawn, attached, check_draw, check_drawn, of_a_layer, split
 from .impl import module
 
 _NO_TENSORS: tuple[None, None, None] = (None, None, None)
@@ -227,7 +227,7 @@ def linear(
     in_log_alpha, out_log_alpha = (None if source is None else source.log_alpha for source in sources)
     if out_log_alpha is not None or not _checks.fits_chain(x, (weight,), (bias,), (in_log_alpha,)):
         _check_l0_linear(x, weight, bias, in_log_alpha, out_log_alpha)
-    is_drawn = any(source is not None and source.drawn is not None for source in sources)
+    is_drawn = are_drawn(sources)
     if is_drawn:
         check_drawn([in_log_alpha, out_log_alpha], [s and s.drawn for s in sources])
     backend = _registry.resolve_layers(x, (weight,), "gated_linear")

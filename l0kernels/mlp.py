@@ -14,7 +14,7 @@ from ._arguments import ROWS, check_mlp
 from ._autograd import apply
 from ._calls import DrawnMlpCall, Gate, L0MlpCall, MlpCall, Wanted
 from ._gates import DEFAULT_DIST, Gates, HardConcrete
-from .gates import Draw, attached, check_draw, check_drawn, check_log_alphas, of_a_layer
+from .gates import Draw, are_drawn, attached, check_draw, check_drawn, check_log_alphas, of_a_layer
 from .impl import module
 from .linear import _NO_TENSORS, as_rows, compute_dtype, gate_tensors, like_rows, wanted
 
@@ -43,10 +43,10 @@ class _GatedMlp(torch.autograd.Function):
         activation, dtype, full, dist, repack, backend = settings
         depth, rows = len(full), as_rows(x)
         weights, biases, sources = [[*tensors[i : i + depth]] for i in (0, depth, 2 * depth)]
-        drawn = seed is not None
+        ctx.gated = None  # which layers have a gate, where gates are drawn here
         if seed is not None and dist is not None:
-            chain = L0MlpCall(rows, weights, biases, sources, activation, seed, dist, dtype)
-            z, index, count, y, *saved = _ops.l0_mlp(chain, backend)
+            drawn = L0MlpCall(rows, weights, biases, sources, activation, seed, dist, dtype)
+            z, index, count, y, *saved = _ops.l0_mlp(drawn, backend)
             gates: list[Tensor | None] = [z, index, count]
             ctx.gated = [source is not None for source in sources]
         else:
@@ -57,7 +57,7 @@ class _GatedMlp(torch.autograd.Function):
             call = MlpCall(rows, weights, biases, _triples(gates), activation, dtype, repack)
             y, *saved = _ops.gated_mlp(call, backend)
         ctx.save_for_backward(x, *weights, *biases, *gates, *saved)
-        ctx.settings, ctx.drawn = settings, drawn
+        ctx.settings = settings
         return like_rows(y, x)
 
     @staticmethod
@@ -69,7 +69,7 @@ class _GatedMlp(torch.autograd.Function):
         weights, biases, tensors = tensors[:depth], tensors[depth : 2 * depth], tensors[2 * depth :]
         needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[3 : 3 + 3 * depth]]
         rows, of_gates = as_rows(x), Wanted(full, needs, dist)
-        if ctx.drawn:
+        if ctx.gated is not None:
             z, index, count, *saved = tensors
             drawn = DrawnMlpCall(rows, weights, biases, ctx.gated, z, index, count, activation, dtype)
             grads = _ops.l0_mlp_backward(as_rows(dy), drawn, saved, of_gates, backend)
@@ -190,7 +190,7 @@ def chain(
     log_alphas = [None if source is None else source.log_alpha for source in draws]
     if activation not in ROWS or not _checks.fits_chain(x, weights, biases, log_alphas, ROWS[activation]):
         _check_l0_mlp(x, weights, biases, log_alphas, activation)
-    is_drawn = any(source is not None and source.drawn is not None for source in draws)
+    is_drawn = are_drawn(draws)
     if is_drawn:
         check_drawn(log_alphas, [source and source.drawn for source in draws])
     backend = _registry.resolve_layers(x, weights, "gated_mlp", activation)

@@ -451,25 +451,34 @@ Sources = list[Gates | Draw | None]
 
 
 def sources_of(
-    gates: Sequence[HardConcreteGate | None], drawn: Sequence[Gates | None] | None = None
+    gates: Sequence[HardConcreteGate | None],
 ) -> tuple[Sources, Tensor | None, HardConcrete]:
     """Where the gates of one layer or chain come from: its sources, the seed of a draw, the distribution.
 
     Gates that train are Draws, so that one autograd node has gates and product, where one call draws them
     all, or a GateBank has drawn them all. The others are those of :func:`draw`.
-
-    Args:
-        drawn: what a GateBank has drawn for each, by default what each gate holds.
     """
+    held = [gate.drawn if gate is not None and gate.training else None for gate in gates]
+    sources = draws_of(gates, held)
+    if sources is None:
+        return [*draw(gates)], None, DEFAULT_DIST
+    first = next(gate for gate in gates if gate is not None)
+    return [*sources], None if any(held) else first.fresh_seed(), first.dist
+
+
+def draws_of(
+    gates: Sequence[HardConcreteGate | None], held: Sequence[Gates | None]
+) -> list[Draw | None] | None:
+    """Gates that train as sources of one call, with what has been drawn for all of them or for none; None
+    where they are of several kinds of draw, some are drawn, or one that is not comes twice."""
     present = [gate for gate in gates if gate is not None]
-    if present and all(gate.training and gate.draws_as(present[0]) for gate in present):
-        held = [None if gate is None else gate.drawn for gate in gates] if drawn is None else drawn
-        n = len(held) - held.count(None)
-        if n == len(present) or (n == 0 and drawn is None and len(set(present)) == len(present)):
-            pairs = zip(gates, held, strict=True)
-            sources: Sources = [None if gate is None else Draw(gate.log_alpha, d) for gate, d in pairs]
-            return sources, None if n else present[0].fresh_seed(), present[0].dist
-    return [*draw(gates)], None, DEFAULT_DIST
+    n = len(held) - held.count(None)
+    if n != len(present) and (n or len(set(present)) != len(present)):
+        return None
+    if not present or not all(gate.training and gate.draws_as(present[0]) for gate in present):
+        return None
+    pairs = zip(gates, held, strict=True)
+    return [None if gate is None else Draw(gate.log_alpha, drawn) for gate, drawn in pairs]
 
 
 def is_frozen(layer: nn.Module) -> bool:

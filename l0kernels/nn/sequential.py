@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from .. import _registry
 from .._compat import AnyBatchNorm
 from ..conv2d import Packed, is_exact, packed_conv2d, unpack_channels
-from ..gates import Draw, Gates, attach
+from ..gates import Gates, attach
 from ..linear import gated_linear, linear
 from ..mlp import chain, gated_mlp
 from .batch_norm import L0BatchNorm2d
 from .conv import L0Conv1d, L0Conv2d
-from .gate import HardConcreteGate, Unscriptable, draw, enter, leave
+from .gate import HardConcreteGate, Unscriptable, draw, draws_of, enter, leave
 from .linear import L0Linear, has_gates_beside, is_hooked, is_only_weight, over_rows
 from .mlp import L0MLP
 from .ranks import held, is_sharded
@@ -550,15 +550,14 @@ class _Forward:
             return op.module(_dense(x), [held(op.module, gates) for gates in map(self.gates, own)])
         weights: list[Tensor] = [layer.weight for layer in op.layers]
         biases: list[Tensor | None] = [layer.bias for layer in op.layers]
-        if not isinstance(x, _Flat):
-            present = [gate for gate in own if gate is not None]
-            alike = len({(gate.dist, gate.log_alpha.dtype) for gate in present}) == 1
-            if alike and all(gate.training and gate in self._drawn for gate in present):
-                sources = [None if gate is None else Draw(gate.log_alpha, self._drawn[gate]) for gate in own]
-                rows, dist = _dense(x), present[0].dist
-                if len(own) == 1:
-                    return linear(rows, weights[0], biases[0], sources[0], None, None, dist)
-                return chain(rows, weights, biases, sources, op.activation, op.repack, None, dist)
+        held = [None if gate is None else self._drawn.get(gate) for gate in own]
+        sources = None if isinstance(x, _Flat) or not any(held) else draws_of(own, held)
+        if sources is not None:
+            dist = next(gate.dist for gate in own if gate is not None)
+            rows = _dense(x)
+            if len(own) == 1:
+                return linear(rows, weights[0], biases[0], sources[0], None, None, dist)
+            return chain(rows, weights, biases, sources, op.activation, op.repack, None, dist)
         first = x.within(self.gates(own[0])) if isinstance(x, _Flat) else self.gates(own[0])
         gates = [first, *map(self.gates, own[1:])]
         return gated_mlp(_dense(x), weights, biases, gates, op.activation, repack_in_backward=op.repack)
