@@ -22,7 +22,7 @@ from .impl import made_of_torch, native
 from .impl.memory import NotPlain, check_not_freed, plain
 
 LIBRARY = torch.library.Library("l0kernels", "DEF")
-_PLAIN = frozenset((*PLAIN, type(None), bool, int, float, str, torch.dtype, HardConcrete))
+_PLAIN = frozenset((*PLAIN, type(None)))
 _dist = functools.lru_cache(HardConcrete)
 
 
@@ -73,6 +73,11 @@ class _Layout:
             self.parts.append((hint if _is_record(hint) else None, len(own)))
             fields |= own
         self.names = list(fields)
+        self.places: list[tuple[int, int | None]] = [  # of each field: its argument, and its number there
+            (i, None if record is None else field)
+            for i, (record, size) in enumerate(self.parts)
+            for field in range(size)
+        ]
         self.kinds = [_KINDS.get(hint) for hint in fields.values()]
         self.annotations = [
             hint if kind is None else kind.annotation
@@ -135,10 +140,11 @@ def _tensors_of(value: Any) -> Iterable[Any]:
     return [t for item in value for t in _tensors_of(item)] if nested else value
 
 
-def _is_plain(values: Iterable[Any]) -> bool:
-    """Whether records and lists of arguments hold numbers and torch's own tensors alone."""
-    for value in values:
-        if type(value) not in _PLAIN and not (isinstance(value, list | tuple) and _is_plain(value)):
+def _are_plain(tensors: Iterable[Any]) -> bool:
+    """Whether those of a list, or of lists in it, are None and torch's own."""
+    for t in tensors:
+        kind = type(t)
+        if kind not in _PLAIN and not ((kind is list or kind is tuple) and _are_plain(t)):
             return False
     return True
 
@@ -161,6 +167,7 @@ def operator(fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callabl
         of_torch, by_address = made_of_torch(name), native(name) if has_backend else frozenset()
         kinds = [str(argument.type) for argument in of_library._schema.arguments]
         tensors_at = [i for i, kind in enumerate(kinds) if "Tensor" in kind]
+        places = [layout.places[i] for i in tensors_at]
         # Where the first tensor is, for its device: of a record, of a list, or an argument.
         of_record, of_list = layout.parts[0][0] is not None, "List" in kinds[0]
 
@@ -183,6 +190,14 @@ def operator(fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callabl
             f"l0kernels::{name}", lambda *flat: fake(*layout.gather(flat)), lib=LIBRARY
         )
 
+        def is_plain(args: tuple[Any, ...]) -> bool:
+            for i, field in places:
+                t = args[i] if field is None else args[i][field]
+                kind = type(t)
+                if kind not in _PLAIN and not ((kind is list or kind is tuple) and _are_plain(t)):
+                    return False
+            return True
+
         def refuse_sparse(args: tuple[Any, ...]) -> None:
             flat = layout.fields(args)
             for i in tensors_at:
@@ -204,7 +219,7 @@ def operator(fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callabl
             # Of who asks for every address, type and all, only the place matters here.
             first = args[0][0] if of_record or of_list else args[0]
             if (first.is_cpu or first.is_cuda) and (
-                (has_backend and args[-1] in by_address) or _is_plain(args)
+                (has_backend and args[-1] in by_address) or is_plain(args)
             ):
                 try:
                     return run(*args)

@@ -89,11 +89,12 @@ class _GatedLinear(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         _ops.refuse_second_derivative("gated_linear")
         x, weight, bias, *tensors = ctx.saved_tensors
-        settings, needs = ctx.settings, list(ctx.needs_input_grad[:5])
+        settings, needed = ctx.settings, ctx.needs_input_grad
+        needs = [*needed[:5]]
         call = _call(as_rows(x), weight, bias, tensors[:6], settings)
         of_gates = Wanted(settings.full, needs, settings.dist)
         grads = _ops.gated_linear_backward(as_rows(dy), call, tensors[6:], of_gates, settings.backend)
-        return *wanted(grads, needs, x), *[None] * (len(ctx.needs_input_grad) - 5)
+        return *wanted(grads, needs, x), *[None] * (len(needed) - 5)
 
 
 class _Settings(NamedTuple):
