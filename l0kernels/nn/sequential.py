@@ -550,8 +550,8 @@ class _Forward:
             return op.module(_dense(x), [held(op.module, gates) for gates in map(self.gates, own)])
         weights: list[Tensor] = [layer.weight for layer in op.layers]
         biases: list[Tensor | None] = [layer.bias for layer in op.layers]
-        held = [None if gate is None else self._drawn.get(gate) for gate in own]
-        sources = None if isinstance(x, _Flat) or not any(held) else draws_of(own, held)
+        drawn = [None if gate is None else self._drawn.get(gate) for gate in own]
+        sources = None if isinstance(x, _Flat) or not any(drawn) else draws_of(own, drawn)
         if sources is not None:
             dist = next(gate.dist for gate in own if gate is not None)
             rows = _dense(x)
