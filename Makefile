@@ -18,7 +18,7 @@ help:
 	@echo "make bench-cpu  the CPU rows, tables and plots, under ten minutes; adds to bench/results (ARGS=--full: hours)"
 	@echo "make bench      pytest-benchmark of the core operations (ARGS=--benchmark-compare: beside the last run)"
 	@echo "make static     registers, shared memory and instructions of every Triton kernel; needs no GPU"
-	@echo "make gpu-check  on a GPU machine, with its own Python and no network: tests and timings, nine minutes"
+	@echo "make gpu-check  on a GPU machine, with its own Python and no network: tests and timings, fourteen minutes"
 	@echo "make venv       only set up .venv"
 	@echo "make clean      remove .venv, builds and caches"
 

@@ -275,6 +275,10 @@ def grouped_ffn(layers: Layers, log_alphas: OptionalGates, act: Forward, x: Tens
 
 # ---- providers
 
+LARGEST_OF_CUDA = 4096
+"""Units of a layer, above which the CUDA kernels refuse a product: such are Triton's."""
+
+
 
 def engines(device: torch.device, primitive: str) -> list[str]:
     """Our backends for tensors on a device; the first one that is there computes `dense_own`."""
@@ -317,6 +321,8 @@ def add_providers(
     ungated = Provider(stock, parameters, "dense", adam(parameters, ()))
     with_gates = Provider(plain, [*parameters, *log_alphas], "masked", adam(parameters, log_alphas))
     backends = engines(case.device, primitive)
+    if max(p.shape[0] for p in parameters) > LARGEST_OF_CUDA:
+        backends = [name for name in backends if name != "cuda"]
     own = next((name for name in backends if usable_backend(name)), "torch")
     providers = {"dense": ungated}
     if on_gpu:
