@@ -279,7 +279,6 @@ LARGEST_OF_CUDA = 4096
 """Units of a layer, above which the CUDA kernels refuse a product: such are Triton's."""
 
 
-
 def engines(device: torch.device, primitive: str) -> list[str]:
     """Our backends for tensors on a device; the first one that is there computes `dense_own`."""
     names = ("triton", "cuda", "torch") if device.type == "cuda" else ("cpp", "torch")
