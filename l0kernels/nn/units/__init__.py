@@ -1,5 +1,6 @@
 """Gates for any model: its units found by running it once, their gates, and activations of open units only."""
 
 from .graph import Group, Member, Pinned, UnitGraph, unit_graph
+from .place import GateGroups, gate_, ungate_
 
-__all__ = ["Group", "Member", "Pinned", "UnitGraph", "unit_graph"]
+__all__ = ["GateGroups", "Group", "Member", "Pinned", "UnitGraph", "gate_", "ungate_", "unit_graph"]

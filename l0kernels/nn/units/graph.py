@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-
 from .trace import Dim, Trace, model_inputs
 
 
@@ -84,7 +83,7 @@ class UnitGraph:
 
     groups: tuple[Group, ...]
     pinned: tuple[Pinned, ...]
-    _shapes: dict[str, tuple[int, ...]] = field(default_factory=dict, repr=False)
+    _sizes: dict[tuple[str, int], int] = field(default_factory=dict, repr=False)
 
     def __getitem__(self, name: str) -> Group:
         """The group of this name.
@@ -115,7 +114,9 @@ class UnitGraph:
         for what, pattern in (("include", include), ("exclude", exclude)):
             names = [name for group in self.groups for name in (group.makers or group.layers)]
             if pattern is not None and not any(_named(name, pattern) for name in names):
-                raise ValueError(f"{what} must name a layer with units to gate, got {pattern!r}; there are {names}")
+                raise ValueError(
+                    f"{what} must name a layer with units to gate, got {pattern!r}; there are {names}"
+                )
         found = []
         for group in self.groups:
             names = group.makers or group.layers
@@ -182,7 +183,9 @@ def unit_graph(model: nn.Module, *args: Any, inputs: bool = False, **kwargs: Any
         with torch.no_grad(), torch.random.fork_rng(devices=list(devices)), trace.watching(model):
             out = model(*args, **kwargs)
     except Exception as error:
-        raise ValueError(f"example must be inputs that the model takes, got {type(error).__name__}: {error}") from error
+        raise ValueError(
+            f"example must be inputs that the model takes, got {type(error).__name__}: {error}"
+        ) from error
     finally:
         for module, mode in modes.items():
             module.training = mode
@@ -199,7 +202,7 @@ def unit_graph(model: nn.Module, *args: Any, inputs: bool = False, **kwargs: Any
 def _build(model: nn.Module, trace: Trace) -> UnitGraph:
     sets, why = trace.sets, trace.sets.reasons()
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    order = {name: i for i, name in enumerate(tensors)}
+    order = {name: i for i, name in enumerate([*tensors, *(key.name for key in trace.dims)])}
     places: dict[int, list[tuple[Dim, int]]] = {}
     for key in sorted(trace.dims, key=lambda key: (order[key.name], key.dim)):
         for at, label in enumerate(trace.dims[key].tolist()):
@@ -211,10 +214,17 @@ def _build(model: nn.Module, trace: Trace) -> UnitGraph:
     for unit, found in places.items():
         if unit in why or "in" not in {trace.roles[key] for key, _ in found}:
             continue
-        signature = tuple(sorted(Counter(key for key, _ in found).items(), key=lambda item: (order[item[0].name], item[0].dim)))
+        signature = tuple(
+            sorted(
+                Counter(key for key, _ in found).items(), key=lambda item: (order[item[0].name], item[0].dim)
+            )
+        )
         by_signature.setdefault(signature, []).append(unit)
-    groups = [_group(signature, units, places, trace, tensors, summed) for signature, units in by_signature.items()]
-    return UnitGraph(tuple(groups), tuple(pinned), {name: tuple(t.shape) for name, t in tensors.items()})
+    groups = [
+        _group(signature, units, places, trace, tensors, summed) for signature, units in by_signature.items()
+    ]
+    sizes = {(key.name, key.dim): len(labels) for key, labels in trace.dims.items()}
+    return UnitGraph(tuple(groups), tuple(pinned), sizes)
 
 
 def _pinned(trace: Trace, why: dict[int, str]) -> Iterator[Pinned]:
@@ -235,7 +245,9 @@ def _group(
     members = []
     for key, times in signature:
         index = [[at for found, at in places[unit] if found == key] for unit in units]
-        members.append(Member(key.name, key.dim, trace.roles[key], torch.tensor(index).view(len(units), times)))
+        members.append(
+            Member(key.name, key.dim, trace.roles[key], torch.tensor(index).view(len(units), times))
+        )
     makers = [member for member in members if member.role == "out"] or members
     name = makers[0].name.rpartition(".")[0] or makers[0].name
     return Group(name, len(units), tuple(members), _closed_by_one(members, tensors), units[0] in summed)
@@ -245,7 +257,7 @@ def _closed_by_one(members: Sequence[Member], tensors: dict[str, Tensor]) -> int
     """Parameters that one unit closes; what is in two dimensions of it counts once."""
     total = 0
     for name in dict.fromkeys(member.name for member in members):
-        t = tensors[name]
+        t = tensors.get(name)
         if not isinstance(t, nn.Parameter):
             continue
         kept = t.numel()
@@ -254,6 +266,3 @@ def _closed_by_one(members: Sequence[Member], tensors: dict[str, Tensor]) -> int
                 kept = kept // t.shape[member.dim] * (t.shape[member.dim] - member.index.shape[1])
         total += t.numel() - kept
     return total
-
-
-

@@ -46,7 +46,9 @@ MOVES = """
 """
 """What moves elements and changes none."""
 
-REDUCTIONS = "mean sum amax amin max min var std norm prod nanmean nansum logsumexp median all any std_mean var_mean"
+REDUCTIONS = (
+    "mean sum amax amin max min var std norm prod nanmean nansum logsumexp median all any std_mean var_mean"
+)
 OVER = "softmax log_softmax softmin cumsum cumprod normalize"
 """Functions along given dimensions, which those of units may not be among."""
 

@@ -103,6 +103,13 @@ class Trace(TorchFunctionMode):
             self.roles[key] = role
         return self.dims[key]
 
+    def between(self, name: str, n: int) -> Tensor:
+        """The labels of a layer that has units and no parameter of them."""
+        key = Dim(f"{name}.", 0)
+        if key not in self.dims:
+            self.dims[key], self.roles[key] = self.sets.fresh(n), "along"
+        return self.dims[key]
+
     def where(self, call: Call) -> str:
         """The place of a call, in words."""
         name = next((name for name, _ in reversed(self.stack) if name), "")
@@ -238,11 +245,16 @@ def _elementwise(trace: Trace, call: Call) -> None:
     if len(results) != 1:
         trace.unknown(call)
         return
-    shape, tensors = results[0].shape, [t for t in call.tensors() if t.numel() != 1 or trace.labels(t) is not None]
+    shape, tensors = (
+        results[0].shape,
+        [t for t in call.tensors() if t.numel() != 1 or trace.labels(t) is not None],
+    )
     if any(torch.broadcast_shapes(t.shape, shape) != shape for t in tensors):
         trace.unknown(call)
         return
-    labelled = [(t, spread(_aligned(labels, shape))) for t in tensors if (labels := trace.labels(t)) is not None]
+    labelled = [
+        (t, spread(_aligned(labels, shape))) for t in tensors if (labels := trace.labels(t)) is not None
+    ]
     if not labelled:
         trace._none(call)
         return
@@ -493,7 +505,9 @@ def _norm(trace: Trace, call: Call) -> None:
     if kind is None or not kind.is_norm or module is None:
         trace.unknown(call)
         return
-    own = [t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None and t.ndim == 1]
+    own = [
+        t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None and t.ndim == 1
+    ]
     given = [t for t in call.tensors() if t is not x]
     if any(all(t is not mine for mine in own) for t in given):
         trace.unknown(call)
@@ -520,6 +534,8 @@ def _norm(trace: Trace, call: Call) -> None:
             trace.sets.join(cells[0], row, trace.where(call))
     for parameter in own:
         trace.sets.join(units, trace.dim(parameter, 0, "along"), trace.where(call))
+    if not own:
+        trace.sets.join(units, trace.between(trace.stack[-1][0], len(units)), trace.where(call))
     trace.set(call.results()[0], across(units, dim, x.shape))
 
 
