@@ -1,4 +1,4 @@
-"""Gates for any model: its units found by running it once, their gates, and activations of open units only."""
+"""Gates for any model: its units found by running it once, their gates, activations of open units alone."""
 
 from .graph import Group, Member, Pinned, UnitGraph, unit_graph
 from .place import GateGroups, gate_, ungate_

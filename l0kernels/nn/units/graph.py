@@ -127,7 +127,7 @@ class UnitGraph:
         return found
 
     def __str__(self) -> str:
-        rows = [("group", "units", "layers", "parameters a unit closes")]
+        rows: list[Sequence[str]] = [("group", "units", "layers", "parameters a unit closes")]
         for group in self.groups:
             layers = group.layers
             names = ", ".join(layers[:4]) + (f" and {len(layers) - 4} more" if len(layers) > 4 else "")

@@ -1,7 +1,7 @@
 """What a layer of torch.nn computes of its open units.
 
-In eager mode on a CPU a layer reads and writes packed activations: its parameters are gathered, and torch's own
-function runs on what exists. Elsewhere, where no shape may depend on the gates, closed units are zeros.
+In eager mode on a CPU a layer reads and writes packed activations: its parameters are gathered, and torch's
+own function runs on what exists. Elsewhere, where no shape may depend on the gates, closed units are zeros.
 """
 
 from __future__ import annotations

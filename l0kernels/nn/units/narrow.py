@@ -1,7 +1,7 @@
 """Activations of which only the present units exist, on their way through somebody's forward.
 
-To the forward a :class:`Narrow` has its full shape. Functions of torch that treat units one by one run on what
-exists; every other one gets the dense tensor, with zeros for what is closed.
+To the forward a :class:`Narrow` has its full shape. Functions of torch that treat units one by one run on
+what exists; every other one gets the dense tensor, with zeros for what is closed.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 from . import table
@@ -47,7 +46,7 @@ class Narrow(Tensor):
         space, dim, _, _ = self._at
         return torch.Size((*shape[:dim], space.size, *shape[dim + 1 :]))
 
-    def size(self, dim: int | None = None) -> Any:  # type: ignore[override]
+    def size(self, dim: int | None = None) -> Any:
         """Of the dense tensor."""
         return self.shape if dim is None else self.shape[dim]
 
@@ -74,7 +73,7 @@ class Narrow(Tensor):
         shape = self.shape
         return torch.zeros(shape, dtype=data.dtype, device=data.device).index_copy(dim, places, data)
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> Any:  # type: ignore[override]
         return repr(self.dense())
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -434,13 +433,11 @@ def _rules() -> dict[Any, Rule]:
     for names, rule in kinds:
         for function in table.functions(names):
             rules[function] = rule
-    for (
-        name
-    ) in ["device", "dtype", "requires_grad", "ndim", "is_cuda", "layout", "is_cpu", "is_meta", "is_leaf", "grad_fn", "is_sparse"]:
+    names = "device dtype requires_grad ndim is_cuda layout is_cpu is_meta is_leaf grad_fn is_sparse"
+    for name in names.split():
         rules[getattr(Tensor, name).__get__] = _looked_at
     return rules
 
 
 MULTIPLIES = {*table.functions("mul multiply __mul__ __rmul__ __imul__")}
 RULES = _rules()
-del F

@@ -26,7 +26,7 @@ NAME = "l0_units"
 
 
 class GateGroups(GatedLayer, nn.Module):
-    """The gates of a model that :func:`gate_` has gated: one :class:`HardConcreteGate` for each group of units.
+    """The gates of a model that :func:`gate_` has gated: a :class:`HardConcreteGate` for each group of units.
 
     Attributes:
         groups: what of :func:`unit_graph` is gated, in the order of the gates.
@@ -138,7 +138,7 @@ class GatedUnits:
         return run(self, *args, **kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _rebuilt, (type(self).__mro__[2],), self.__getstate__()  # type: ignore[attr-defined]
+        return _rebuilt, (type(self).__mro__[2],), self.__getstate__()
 
 
 _gated: dict[type[nn.Module], type[nn.Module]] = {}
@@ -179,25 +179,26 @@ def gate_(
 ) -> UnitGraph:
     r"""Gates the units of any model, in place: closed ones are skipped in all layers around them.
 
-    ``model(*args, **kwargs)`` is run once to find the units, see :func:`unit_graph`. Each group of them gets a
-    :class:`HardConcreteGate`; a layer computes ``y = 1[z_out != 0] * f(x * z_in)``: what reads units multiplies
-    them by z, what makes them computes the open ones. All gates are drawn at the beginning of the model's
-    forward. Norms over units that may be closed are those of the open ones (in batch norms a closed channel
-    keeps its statistics).
+    ``model(*args, **kwargs)`` is run once to find the units, see :func:`unit_graph`. Each group of them gets
+    a :class:`HardConcreteGate`; a layer computes ``y = 1[z_out != 0] * f(x * z_in)``: what reads units
+    multiplies them by z, what makes them computes the open ones. All gates are drawn at the beginning of the
+    model's forward. Norms over units that may be closed are those of the open ones (in batch norms a closed
+    channel keeps its statistics).
 
-    Layers stay instances of their classes, with their parameters, names, hooks, dtypes and devices; state_dict
-    has the gates beside them, under ``l0_units``. :func:`penalty`, :class:`GateBank`, :func:`clamp_after_step`,
-    :func:`open_units` and :func:`export` work as with every gated layer.
+    Layers stay instances of their classes, with their parameters, names, hooks, dtypes and devices;
+    state_dict has the gates beside them, under ``l0_units``. :func:`penalty`, :class:`GateBank`,
+    :func:`clamp_after_step`, :func:`open_units` and :func:`export` work as with every gated layer.
 
     On a CPU, in eager mode, activations between two layers hold the open units only, through the model's own
     forward: functions of torch that treat units one by one run on those, all others get a dense tensor.
-    Elsewhere (a GPU, torch.compile, torch.func, meta tensors) shapes do not depend on the gates: activations are
-    dense, closed units zero, and layers skip inside where l0kernels has an operation for it.
+    Elsewhere (a GPU, torch.compile, torch.func, meta tensors) shapes do not depend on the gates: activations
+    are dense, closed units zero, and layers skip inside where l0kernels has an operation for it.
 
     Args:
         model: any module; its layers of torch.nn are what is gated.
         *args, **kwargs: an example of its inputs.
-        include, exclude: which layers' outputs are gated: a regular expression that matches the whole name of a
+        include, exclude: which layers' outputs are gated: a regular expression that matches the whole name of
+        a
             module, or a sequence of last parts of names. None: all, none.
         inputs: whether the inputs' features (channels, of images) are gated, too.
         residual: whether units that a sum of two branches carries are.
@@ -208,7 +209,8 @@ def gate_(
         What is gated, what is not, and why; it prints as a table.
 
     Raises:
-        ValueError: no example or one that the model refuses, nothing to gate, a pattern that matches nothing, a
+        ValueError: no example or one that the model refuses, nothing to gate, a pattern that matches nothing,
+        a
             block below 1, or a model that is gated already. The model is unchanged then.
     """
     _check_ungated(model)
@@ -250,10 +252,10 @@ def _place(model: nn.Module, gates: GateGroups, sizes: dict[tuple[str, int], int
             found[member.index] = (start + torch.arange(group.units))[:, None]
         start += group.units
     spaces = {key: gates.spaces.of(found) for key, found in labels.items()}
-    by_tensor = {(id(tensors[name]), dim): found for (name, dim), found in spaces.items() if name in tensors}
-    for (name, _), found in spaces.items():
+    by_tensor = {(id(tensors[name]), dim): one for (name, dim), one in spaces.items() if name in tensors}
+    for (name, _), one in spaces.items():
         if name in tensors:
-            tensors[name].__dict__["_l0_space"] = found
+            tensors[name].__dict__["_l0_space"] = one
     for name, module in model.named_modules():
         kind = kind_of(module)
         if kind is None:
@@ -261,8 +263,7 @@ def _place(model: nn.Module, gates: GateGroups, sizes: dict[tuple[str, int], int
 
         def space(of: str, dim: int, module: nn.Module = module) -> Space | None:
             value = module._parameters.get(of)
-            value = module._buffers.get(of) if value is None else value
-            return by_tensor.get((id(value), dim))
+            return by_tensor.get((id(module._buffers.get(of) if value is None else value), dim))
 
         if kind.is_product:
             units = Units(gates, kind, space("weight", kind.cols), space("weight", kind.rows))
@@ -270,14 +271,15 @@ def _place(model: nn.Module, gates: GateGroups, sizes: dict[tuple[str, int], int
                 outs = units.outs
                 each = cast(int, module.out_channels) // cast(int, module.groups)
                 ins = cast(int, module.in_channels) // cast(int, module.groups)
-                found = None if outs is None else gates.spaces.of(outs.labels[::each].repeat_interleave(ins))
-                units = units._replace(ins=found)
+                if outs is not None:
+                    of_inputs = outs.labels[::each].repeat_interleave(ins)
+                    units = units._replace(ins=gates.spaces.of(of_inputs))
         elif kind.name == "embedding":
             units = Units(gates, kind, None, space("weight", 1))
         else:
             own = [space(of, 0) for of in ("weight", "bias", "running_mean")]
-            found = next((one for one in own if one is not None), spaces.get((f"{name}.", 0)))
-            units = Units(gates, kind, None, found)
+            outs = next((one for one in own if one is not None), spaces.get((f"{name}.", 0)))
+            units = Units(gates, kind, None, outs)
         if units.ins is None and units.outs is None:
             continue
         module.__dict__["_l0_units"] = units
@@ -301,7 +303,7 @@ def ungate_(model: nn.Module) -> nn.Module:
         if isinstance(module, GatedUnits):
             cls = type(module).__mro__[2]
             del module.__dict__["_l0_units"]
-            module.__class__ = cls  # type: ignore[assignment]
+            module.__class__ = cls
             _drop(module._forward_pre_hooks, leaves_no_fast_path)
         for value in (*module._parameters.values(), *module._buffers.values()):
             if value is not None:

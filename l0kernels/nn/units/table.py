@@ -14,20 +14,19 @@ Function = Callable[..., Any]
 POINTWISE = """
     abs acos alpha_dropout asinh atan bernoulli bfloat16 bool celu ceil clamp clamp_max clamp_min clip clone
     contiguous cos cosh cpu cuda deg2rad detach double dropout elu erf exp expm1 feature_alpha_dropout
-    feature_dropout fix float floor frac gelu half hardshrink hardsigmoid hardswish hardtanh int isfinite isinf
-    isnan leaky_relu log1p logical_not logsigmoid long mish nan_to_num neg negative positive pow relu relu6 round
-    rrelu selu sgn sigmoid sign silu sin sinh softplus softshrink softsign sqrt square tan tanh tanhshrink
-    threshold to trunc type type_as zeros_like ones_like empty_like rand_like randn_like full_like
-    requires_grad_ masked_fill nan_to_num
-    dropout1d dropout2d dropout3d
+    feature_dropout fix float floor frac gelu half hardshrink hardsigmoid hardswish hardtanh int isfinite
+    isinf isnan leaky_relu log1p logical_not logsigmoid long mish nan_to_num neg negative positive pow relu
+    relu6 round rrelu selu sgn sigmoid sign silu sin sinh softplus softshrink softsign sqrt square tan tanh
+    tanhshrink threshold to trunc type type_as zeros_like ones_like empty_like rand_like randn_like full_like
+    requires_grad_ masked_fill nan_to_num dropout1d dropout2d dropout3d
 """
 """Each element by itself, finite where it is 0."""
 
 ELEMENTWISE = """
-    add sub subtract rsub mul multiply lerp addcmul addcdiv where maximum minimum fmax fmin hypot atan2 copysign
-    eq ne lt le gt ge equal_ greater greater_equal less less_equal not_equal logical_and logical_or logical_xor
-    __and__ __or__ __xor__ bitwise_and bitwise_or bitwise_xor
-    __add__ __radd__ __iadd__ __sub__ __rsub__ __isub__ __mul__ __rmul__ __imul__
+    add sub subtract rsub mul multiply lerp addcmul addcdiv where maximum minimum fmax fmin hypot atan2
+    copysign eq ne lt le gt ge equal_ greater greater_equal less less_equal not_equal logical_and logical_or
+    logical_xor __and__ __or__ __xor__ bitwise_and bitwise_or bitwise_xor __add__ __radd__ __iadd__ __sub__
+    __rsub__ __isub__ __mul__ __rmul__ __imul__
 """
 """Operands that meet element by element."""
 
@@ -38,11 +37,11 @@ QUOTIENTS = "div divide true_divide floor_divide __truediv__ __itruediv__ __div_
 """Not finite where the second operand is 0: that may have no units."""
 
 MOVES = """
-    view reshape flatten unflatten ravel permute transpose swapaxes swapdims swapaxes t adjoint movedim moveaxis
-    squeeze unsqueeze expand expand_as broadcast_to repeat repeat_interleave tile chunk split split_with_sizes
-    tensor_split hsplit vsplit dsplit unbind narrow select index_select __getitem__ cat concat concatenate stack
-    hstack vstack dstack roll flip fliplr flipud rot90 view_as reshape_as tril triu diagonal
-    pixel_unshuffle channel_shuffle native_channel_shuffle unfold_ data
+    view reshape flatten unflatten ravel permute transpose swapaxes swapdims swapaxes t adjoint movedim
+    moveaxis squeeze unsqueeze expand expand_as broadcast_to repeat repeat_interleave tile chunk split
+    split_with_sizes tensor_split hsplit vsplit dsplit unbind narrow select index_select __getitem__ cat
+    concat concatenate stack hstack vstack dstack roll flip fliplr flipud rot90 view_as reshape_as tril triu
+    diagonal pixel_unshuffle channel_shuffle native_channel_shuffle unfold_ data
 """
 """What moves elements and changes none."""
 
@@ -61,10 +60,10 @@ SPATIAL = """
 """Of each channel by itself, over the dimensions behind."""
 
 LOOKS = """
-    size dim numel nelement ndimension stride is_contiguous is_floating_point is_complex element_size get_device
-    storage_offset __len__ is_nonzero_ is_conj is_inference is_same_size data_ptr_ untyped_storage_ type_ result_type
-    can_cast is_pinned is_signed dense_dim sparse_dim numpy_ is_shared has_names_ __hash__ __repr__ __format__
-    register_hook retain_grad _is_view requires_grad
+    size dim numel nelement ndimension stride is_contiguous is_floating_point is_complex element_size
+    get_device storage_offset __len__ is_nonzero_ is_conj is_inference is_same_size data_ptr_ untyped_storage_
+    type_ result_type can_cast is_pinned is_signed dense_dim sparse_dim numpy_ is_shared has_names_ __hash__
+    __repr__ __format__ register_hook retain_grad _is_view requires_grad
 """
 """What looks at no value."""
 

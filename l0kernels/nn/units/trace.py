@@ -120,9 +120,9 @@ class Trace(TorchFunctionMode):
         if x is None:
             return
         if self.is_owned(x):
-            for key, labels in self.dims.items():
+            for key, known in self.dims.items():
                 if key.name == self._names[id(x)]:
-                    self.sets.pin(labels, why)
+                    self.sets.pin(known, why)
             for dim in range(x.ndim):
                 if Dim(self._names[id(x)], dim) not in self.dims and x.shape[dim] < 1 << 20:
                     self.sets.pin(self.dim(x, dim, "along"), why)
@@ -266,7 +266,8 @@ def _elementwise(trace: Trace, call: Call) -> None:
             if varying(labels):
                 trace.sets.pin(shortened([most])[0], trace.where(call))
         elif labels is not most:
-            trace.sets.join(*(t.flatten() for t in shortened([most, labels])), trace.where(call))
+            first, second = shortened([most, labels])
+            trace.sets.join(first.flatten(), second.flatten(), trace.where(call))
     for x in tensors:
         if trace.labels(x) is not None:
             continue
@@ -332,8 +333,8 @@ def _set_item(trace: Trace, call: Call) -> None:
             trace.pin(x, trace.where(call))
             trace.pin(value, trace.where(call))
         return
-    part = labels[index]
-    trace.sets.join(*(t.flatten() for t in shortened([part, new])), trace.where(call))
+    first, second = shortened([labels[index], new])
+    trace.sets.join(first.flatten(), second.flatten(), trace.where(call))
 
 
 def _channels(trace: Trace, call: Call, x: Tensor, dim: int) -> Tensor | None:
@@ -583,8 +584,8 @@ def _rules() -> dict[Any, Rule]:
     for names, rule in kinds:
         for function in table.functions(names):
             rules[function] = rule
-    for getter in (Tensor.T, Tensor.mT, Tensor.data):
-        rules[getter.__get__] = _move
+    for name in ("T", "mT", "data"):
+        rules[getattr(Tensor, name).__get__] = _move
     return rules
 
 
