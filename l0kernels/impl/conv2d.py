@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .._calls import Conv2dCall, Gate, Wanted
+from .._calls import Conv2dCall, Gate, GateGrads, Wanted
 from .._compat import settled
 from .._gates import round_up
 from .memory import empty_grad
@@ -239,11 +239,7 @@ def unpack_weight(
             weight.dtype,
             scale_rows=scale_out,
             scale_cols=scale_in,
-            theta=weight.reshape(weight.shape[0], -1),
-            full_rows=full[1],
-            full_cols=full[0],
-            dz_rows=needs[2],
-            dz_cols=needs[1],
+            grads=GateGrads(weight.reshape(weight.shape[0], -1), needs[2], needs[1], full[1], full[0]),
             out=empty_grad(weight).view(weight.shape[0], weight.shape[1] * taps),
         )
         if dz_in is not None and taps > 1:
@@ -312,9 +308,7 @@ def unpack_bias(
         out_gate,
         bias.dtype,
         scale_cols=scale_out,
-        theta=bias[None],
-        full_cols=full,
-        dz_cols=need_z,
+        grads=GateGrads(bias[None], cols=need_z, full_cols=full),
     )
     return db[0], dz
 

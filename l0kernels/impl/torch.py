@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .._calls import Conv2dCall, Gate, LinearCall, MlpCall, Wanted
+from .._calls import NO_GRADS, Conv2dCall, Gate, GateGrads, LinearCall, MlpCall, Wanted
 from .._gates import HardConcrete, compact
 from ..reference.gates import sample_zs
 from . import conv2d, packed
@@ -100,17 +100,14 @@ def unpack(
     *,
     scale_rows: bool = False,
     scale_cols: bool = False,
-    theta: Tensor | None = None,
-    full_rows: bool = False,
-    full_cols: bool = False,
-    dz_rows: bool = False,
-    dz_cols: bool = False,
+    grads: GateGrads = NO_GRADS,
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The matrix of ``shape`` with packed in its open rows and columns, times the gates; gate gradients.
 
     ``out``: memory for the matrix.
     """
+    theta, dz_rows, dz_cols, full_rows, full_cols = grads
     z_dtype = next((g[0].dtype for g in (rows, cols) if g is not None), packed.dtype)
     row_index, col_index = _open(rows, shape[0]), _open(cols, shape[1])
     n_rows = shape[0] if row_index is None else len(row_index)
