@@ -94,7 +94,7 @@ class Draw:
         is_open: (gates + 1,) bool.
         exact: whether packed data hold the present units alone; otherwise all, the closed ones zero.
         backend: that packs weights, where exact.
-        open_all: whether, where exact, no gate is closed.
+        open_all, one_all: whether, where exact, no gate is closed, and whether all are 1.
     """
 
     def __init__(self, gates: Sequence[Gates], multiples: Sequence[int], exact: bool, backend: str) -> None:
@@ -118,6 +118,8 @@ class Draw:
                 (n, _rounded(n, len(one), m)) for n, one, m in zip(counts, z, multiples, strict=True)
             ]
             self.open_all = all(n == len(one) for n, one in zip(counts, z, strict=True))
+            # z = 1 has no gradient: what reads such units may as well not know of gates.
+            self.one_all = self.open_all and bool((self.z.detach() == 1).all())
             self._extents = torch.tensor([(n, n) for _, n in self._counts], dtype=torch.int32)
 
     def present(self, space: Space) -> Present:
@@ -150,7 +152,8 @@ class Draw:
         if n == space.size:
             return Present(None, n, places, places)
         index = order[:n].sort().values.long()
-        return Present(index, n, self.is_open[index + space.start].nonzero()[:, 0], places)
+        within = self.is_open.index_select(0, space.labels).index_select(0, index).nonzero()[:, 0]
+        return Present(index, n, within, places)
 
     def _find_among_all(self, space: Space) -> Present:
         exists, is_open = self.exists[space.labels], self.is_open[space.labels]
@@ -178,8 +181,10 @@ class Draw:
         found = self._scales.get(key)
         if found is None:
             z, start = self.z.to(key[1]), space.start
-            whole = start is not None
-            found = z[start : start + space.size] if whole else z.index_select(0, space.labels.to(z.device))
+            if start is None:
+                found = z.index_select(0, space.labels.to(z.device))
+            else:
+                found = z[start : start + space.size]
             self._scales[key] = found
         return found
 
@@ -189,7 +194,7 @@ class Draw:
         None: all exist, and where `selects`, which multiplies nothing, that is all there is to say.
         """
         present = self.present(space)
-        if selects and present.index is None:
+        if self.one_all or (selects and present.index is None):
             return None
         key = space, torch.float64 if dtype == torch.float64 else torch.float32
         found = self._sides.get(key)

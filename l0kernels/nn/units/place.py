@@ -21,8 +21,8 @@ from .kinds import kind_of
 from .layers import Units, run
 from .narrow import plain
 
-MULTIPLE = 16
-"""Of channels of convolutions: oneDNN compiles each new number of them, for 2 to 7 ms."""
+MULTIPLE = 8
+"""Of channels of convolutions: products of matrices are faster so, and oneDNN compiles each new number."""
 
 NAME = "l0_units"
 """Of the module in a gated model that holds its gates."""
@@ -290,23 +290,25 @@ def _place(model: nn.Module, gates: GateGroups, sizes: dict[tuple[str, int], int
         module.__dict__["_l0_units"] = units
         module.__class__ = _class_of(type(module))
         module.register_forward_pre_hook(leaves_no_fast_path)
-    exact = {gate for units in placed if units.kind.is_exact for gate in (units.ins, units.outs)}
-    closed_exactly = torch.zeros(total + 1, dtype=torch.bool)
-    for one in exact - {None}:
-        closed_exactly[cast(Space, one).labels] = True
-    convolved = torch.zeros(total + 1, dtype=torch.bool)
-    for units in placed:
-        for one in (units.ins, units.outs):
-            if units.kind.spatial and one is not None:
-                convolved[one.labels] = True
-    start = 0
-    for at, group in enumerate(gates.groups):
-        if convolved[start] and not closed_exactly[start]:
-            gates.multiples[at] = MULTIPLE
-        start += group.units
+    _round(gates, placed, total)
     model.add_module(NAME, gates)
     model.register_forward_pre_hook(gates.begin, prepend=True)
     model.register_forward_hook(gates.end, always_call=True)
+
+
+def _round(gates: GateGroups, placed: Sequence[Units], total: int) -> None:
+    """Sets the multiples: of what convolutions see, unless the statistics of a norm would see it, too."""
+    convolved, exact = (torch.zeros(total + 1, dtype=torch.bool) for _ in range(2))
+    for units in placed:
+        for space in (units.ins, units.outs):
+            if space is not None:
+                convolved[space.labels] |= units.kind.spatial > 0
+                exact[space.labels] |= units.kind.is_exact
+    start = 0
+    for at, group in enumerate(gates.groups):
+        if convolved[start] and not exact[start]:
+            gates.multiples[at] = MULTIPLE
+        start += group.units
 
 
 def ungate_(model: nn.Module) -> nn.Module:
