@@ -390,7 +390,7 @@ def convolve(
         mode_n: y is multiplied by z of n_gate (1), by a one where it is open (2).
         config: the tile, if not the usual.
     """
-    first = next(t for t in x if t is not None)
+    first = x.given
     (N, K), (stride_h, stride_w) = channels, window[7:9]
     capability, sms = gpu(first.device.index)
     config = config or choose(N, K, k_gate is not None, first.dtype, capability)

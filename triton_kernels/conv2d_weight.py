@@ -310,7 +310,7 @@ def weight_product(
         modes: of the gates of the outputs and inputs, as in pack_weight.
         dz_o, dz_i: whether the sums are wanted; ``share`` (out,) fp32, if any, is one more row of the first.
     """
-    first = next(t for t in grad if t is not None)
+    first = grad.given
     N, K, kh, kw = weight.shape
     capability, sms = gpu(first.device.index)
     config = config or choose_dw(N, K, first.dtype, capability)

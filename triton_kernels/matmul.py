@@ -21,7 +21,7 @@ from torch import Tensor
 
 from l0kernels._calls import Gate
 
-from ._launch import address, cdiv, gpu, launch
+from ._launch import cdiv, gpu, launch
 from .activation import act, act_grad
 
 LAYOUTS = ("nt", "nn", "tn")
@@ -33,6 +33,13 @@ class Operand(NamedTuple):
 
     full: Tensor | None = None
     packed: Tensor | None = None
+
+    @property
+    def given(self) -> Tensor:
+        """One of the two."""
+        some = self.packed if self.full is None else self.full
+        assert some is not None
+        return some
 
 
 _ABSENT = Operand()
@@ -577,7 +584,7 @@ def _tma_ready(*tensors: Tensor | None) -> bool:
     for t in tensors:
         if t is not None:
             stride_row, stride_col = t.stride()
-            if stride_col != 1 or stride_row * t.itemsize % 16 or address(t) % 16:
+            if stride_col != 1 or stride_row * t.itemsize % 16 or t.data_ptr() % 16:
                 return False
     return True
 
@@ -622,13 +629,14 @@ def matmul(
     if M == 0 or N == 0:
         return
     kind, activation, bias, scale_m, scale_n, scatter, saved, hidden, partial, dz, db = epilogue
-    first = next(t for t in a if t is not None)
+    first = a.given
     capability, sms = gpu(first.device.index)
+    aligned = _tma_ready(*c)
     if config is None:
-        out = next(t for t in c if t is not None).dtype
-        config = choose(M, N, first.dtype, kind, capability, out, _tma_ready(*c))
+        out = c.given.dtype
+        config = choose(M, N, first.dtype, kind, capability, out, aligned)
     tma = not pointers and capability >= 90 and _tma_ready(*a, *b)
-    store_tma = tma and not scatter and _tma_ready(*c)
+    store_tma = tma and not scatter and aligned
     has_hidden = hidden.full is not None or hidden.packed is not None
     if tma:
         ensure_allocator()
