@@ -16,7 +16,7 @@ from ...conv2d import is_exact
 from ...penalty import L2Term
 from ..gate import GatedLayer, HardConcreteGate, draw, leaves_no_fast_path
 from .draws import Draw, Space, Spaces
-from .graph import Group, UnitGraph, unit_graph
+from .graph import Group, UnitGraph, key_of, unit_graph
 from .kinds import kind_of
 from .layers import Units, run
 from .narrow import plain
@@ -40,18 +40,22 @@ class GateGroups(GatedLayer, nn.Module):
         self.block = block
         self.spaces = Spaces()
         for group in groups:
-            self.add_module(key_of(group), HardConcreteGate(-(-group.units // block), **options))
+            self.add_module(key_of(group.name), HardConcreteGate(-(-group.units // block), **options))
         self.multiples = [1] * len(groups)
         self._local = threading.local()
 
     @property
     def gates(self) -> list[HardConcreteGate]:
         """In the order of the groups."""
-        return [cast(HardConcreteGate, self._modules[key_of(group)]) for group in self.groups]
+        return [cast(HardConcreteGate, self._modules[key_of(group.name)]) for group in self.groups]
 
     def gate_of(self, group: Group) -> HardConcreteGate:
         """The gate that closes a group's units."""
-        return cast(HardConcreteGate, self._modules[key_of(group)])
+        return cast(HardConcreteGate, self._modules[key_of(group.name)])
+
+    def forward(self, x: Any) -> Any:
+        """x: in a model that is an nn.Sequential, this is its last module."""
+        return x
 
     def begin(self, *_: Any) -> None:
         """The model's forward begins: its layers are to see one draw."""
@@ -121,11 +125,6 @@ class GateGroups(GatedLayer, nn.Module):
 
     def extra_repr(self) -> str:
         return "" if self.block == 1 else f"block={self.block}"
-
-
-def key_of(group: Group) -> str:
-    """The name of a group's gate in its module."""
-    return group.name.replace(".", "_") or "model"
 
 
 class GatedUnits:
