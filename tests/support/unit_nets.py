@@ -1,4 +1,4 @@
-"""Small nets of every kind, whose forwards call functions, views and branches: for the tests of gated units."""
+"""Small nets of each kind, whose forwards call functions, views and branches, for tests of gated units."""
 
 from __future__ import annotations
 
@@ -345,7 +345,11 @@ def pixel_shuffle() -> Example:
 class Resizes(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.a, self.b, self.c = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 2, 3, padding_mode="reflect")
+        self.a, self.b, self.c = (
+            nn.Conv2d(3, 4, 3),
+            nn.Conv2d(4, 4, 1),
+            nn.Conv2d(4, 2, 3, padding_mode="reflect"),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.a(F.pad(x, (1, 1, 1, 1)))
@@ -363,18 +367,28 @@ def resizes() -> Example:
 @net
 def conv1d() -> Example:
     body = [nn.Conv1d(2, 4, 3, padding=1), nn.BatchNorm1d(4), nn.GELU(), nn.MaxPool1d(2)]
-    return nn.Sequential(*body, nn.Conv1d(4, 5, 3, groups=1), nn.Flatten(), nn.Linear(10, 2)), (image(2, 8, dims=1),)
+    return nn.Sequential(*body, nn.Conv1d(4, 5, 3, groups=1), nn.Flatten(), nn.Linear(10, 2)), (
+        image(2, 8, dims=1),
+    )
 
 
 @net
 def conv3d() -> Example:
     body = [nn.Conv3d(1, 4, 3, padding=1), nn.BatchNorm3d(4), nn.ReLU(), nn.Conv3d(4, 4, 3, groups=4)]
-    return nn.Sequential(*body, nn.AdaptiveAvgPool3d(1), nn.Flatten(), nn.Linear(4, 2)), (image(1, 4, dims=3),)
+    return nn.Sequential(*body, nn.AdaptiveAvgPool3d(1), nn.Flatten(), nn.Linear(4, 2)), (
+        image(1, 4, dims=3),
+    )
 
 
 @net
 def norms() -> Example:
-    body = [nn.Conv2d(3, 6, 3), nn.GroupNorm(1, 6), nn.PReLU(6), nn.Conv2d(6, 6, 3, padding=1), nn.GroupNorm(3, 6)]
+    body = [
+        nn.Conv2d(3, 6, 3),
+        nn.GroupNorm(1, 6),
+        nn.PReLU(6),
+        nn.Conv2d(6, 6, 3, padding=1),
+        nn.GroupNorm(3, 6),
+    ]
     body += [nn.PReLU(), nn.Conv2d(6, 4, 3), nn.InstanceNorm2d(4), nn.Conv2d(4, 4, 1), nn.GroupNorm(4, 4)]
     body += [nn.InstanceNorm2d(4, affine=True), nn.Conv2d(4, 2, 1)]
     return nn.Sequential(*body), (image(),)
@@ -486,7 +500,9 @@ def encoder_layer() -> Example:
 @net
 def encoder() -> Example:
     layer = nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0, batch_first=True, norm_first=True)
-    return nn.Sequential(nn.Linear(3, 8), nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)), (rows(2, 4, 3),)
+    return nn.Sequential(nn.Linear(3, 8), nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)), (
+        rows(2, 4, 3),
+    )
 
 
 class HandAttention(nn.Module):
@@ -508,7 +524,9 @@ class HandAttention(nn.Module):
 
 @net
 def hand_attention() -> Example:
-    return nn.Sequential(nn.Linear(3, 8), HandAttention(8, 2), SwiGLU(8, 6), nn.Linear(8, 2)), (rows(2, 4, 3),)
+    return nn.Sequential(nn.Linear(3, 8), HandAttention(8, 2), SwiGLU(8, 6), nn.Linear(8, 2)), (
+        rows(2, 4, 3),
+    )
 
 
 class Tied(nn.Module):
@@ -586,7 +604,11 @@ def in_place() -> Example:
 class Checkpointed(nn.Module):
     def __init__(self, reentrant: bool) -> None:
         super().__init__()
-        self.a, self.b, self.c = nn.Linear(4, 6), nn.Sequential(nn.Linear(6, 7), nn.ReLU(), nn.Linear(7, 6)), nn.Linear(6, 2)
+        self.a, self.b, self.c = (
+            nn.Linear(4, 6),
+            nn.Sequential(nn.Linear(6, 7), nn.ReLU(), nn.Linear(7, 6)),
+            nn.Linear(6, 2),
+        )
         self.reentrant = reentrant
 
     def forward(self, x: Tensor) -> Tensor:
@@ -641,7 +663,13 @@ class Symmetric(nn.Module):
 
 @net
 def parametrized() -> Example:
-    layers = [nn.Linear(4, 5), nn.ReLU(), parametrizations.weight_norm(nn.Linear(5, 6)), nn.ReLU(), nn.Linear(6, 6)]
+    layers = [
+        nn.Linear(4, 5),
+        nn.ReLU(),
+        parametrizations.weight_norm(nn.Linear(5, 6)),
+        nn.ReLU(),
+        nn.Linear(6, 6),
+    ]
     parametrize.register_parametrization(layers[-1], "weight", Symmetric())
     layers += [nn.ReLU(), nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 2)]
     return nn.Sequential(*layers), (rows(3, 4),)

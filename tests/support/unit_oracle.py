@@ -101,7 +101,9 @@ class Oracle:
             found = [of(what, 0) for what in ("weight", "bias", "running_mean")]
             outs = next((one for one in found if one is not None), None)
             dim = 1
-            if isinstance(module, nn.LayerNorm | nn.RMSNorm | nn.GroupNorm | nn.modules.instancenorm._InstanceNorm):
+            if isinstance(
+                module, nn.LayerNorm | nn.RMSNorm | nn.GroupNorm | nn.modules.instancenorm._InstanceNorm
+            ):
                 dim = -1 if isinstance(module, nn.LayerNorm | nn.RMSNorm) else 1
                 key = (f"{name}.", 0)
                 if outs is None and key in self.members:
@@ -209,7 +211,7 @@ def check(
     for t in tensors_of(out):
         assert type(t) is Tensor, f"{what}: {type(t)} comes out"
     groups = model.l0_units
-    drawn = groups._local.last.z
+    drawn = groups._recent[-1].z
     sizes = [group.units for group in groups.groups]
     z = [part.detach().double().requires_grad_() for part in drawn[:-1].split(sizes)]
     loss = loss_of(out)
@@ -232,12 +234,16 @@ def check(
     for name, grad in zip(parameters, grads, strict=False):
         if name in by_name:
             near(grad, by_name[name], f"gradient of {name}")
-    for i, (mine, other) in enumerate(zip(grads[len(parameters) :], found[len(theirs) + len(z) :], strict=True)):
+    for i, (mine, other) in enumerate(
+        zip(grads[len(parameters) :], found[len(theirs) + len(z) :], strict=True)
+    ):
         near(mine, other, f"gradient of input {i}")
     for name, b in oracle.model.named_buffers():
         near(state[name], b, f"buffer {name}")
     if drawn.requires_grad:
-        expected_dz = [torch.zeros_like(v) if g is None else g for v, g in zip(z, found[len(theirs) :], strict=False)]
+        expected_dz = [
+            torch.zeros_like(v) if g is None else g for v, g in zip(z, found[len(theirs) :], strict=False)
+        ]
         alphas = [gate.log_alpha for gate in groups.gates]
         wanted = torch.autograd.grad(
             drawn, alphas, torch.cat([*expected_dz, drawn.new_zeros(1)]).to(drawn.dtype), retain_graph=True

@@ -21,7 +21,7 @@ from ...impl.memory import empty_grad
 from ...linear import gated_linear
 from .draws import Draw, Space
 from .kinds import Kind
-from .narrow import Narrow, plain
+from .narrow import Narrow, plain, refuse_function
 
 if TYPE_CHECKING:
     from .place import GateGroups
@@ -47,6 +47,8 @@ def run(layer: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
     units: Units = layer._l0_units
     _checks.check_tensor("x" if units.kind.name != "embedding" else "input", x)
     draw = units.groups.now()
+    if not torch.is_grad_enabled() and draw.z.requires_grad:
+        refuse_function()
     if draw.exact:
         return getattr(_Exact(units, draw), units.kind.name)(layer, x, *args, **kwargs)
     return getattr(_Static(units, draw), units.kind.name)(layer, plain(x), *args, **kwargs)

@@ -46,7 +46,6 @@ class Narrow(Tensor):
                     held = self._held = self.as_subclass(Tensor)
         return held
 
-
     def __new__(cls, *args: Any) -> Narrow:
         raise TypeError("Narrow is made by gated models alone")
 
@@ -100,8 +99,10 @@ class Narrow(Tensor):
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if not torch.is_grad_enabled():
-            _refuse_function(args)
+        if not torch.is_grad_enabled() and args and isinstance(args[0], Narrow):
+            at = args[0]._at
+            if at is not None and at[2].z.requires_grad:
+                refuse_function()
         rule = RULES.get(func)
         if rule is not None:
             out = rule(func, args, kwargs)
@@ -111,23 +112,23 @@ class Narrow(Tensor):
 
 
 _REQUIRES_GRAD: Any = Tensor.requires_grad
+_GRAD: Any = Tensor.grad
 _APPLY = torch.autograd.Function.apply.__func__.__code__  # type: ignore[attr-defined]
 
 
-def _refuse_function(args: tuple[Any, ...]) -> None:
-    """RuntimeError in a torch.autograd.Function, whose backward would see what exists as if it were all."""
-    x = args[0] if args else None
-    if not isinstance(x, Narrow) or x._at is None or not x._at[2].z.requires_grad:
-        return
+def refuse_function() -> None:
+    """RuntimeError in a torch.autograd.Function: its backward is not that of what exists of gated units."""
     frame: Any = sys._getframe(2)
     while frame is not None:
-        if frame.f_code is _APPLY and any(a is x for a in frame.f_locals.get("args", ())):
+        if frame.f_code is _APPLY:
             cls = frame.f_locals["cls"]
             if cls is CheckpointFunction:
-                return
+                raise RuntimeError(
+                    "torch.utils.checkpoint must have use_reentrant=False in a gated model, got True"
+                )
             raise RuntimeError(
-                f"{cls.__name__}.apply must not get gated units, got some: the example that gate_ ran in eval() "
-                "did not come there; exclude the layers in front of it"
+                f"{cls.__name__}.apply must not get or make gated units, got some: the example that gate_ ran "
+                "in eval() did not show it; exclude the layers around it"
             )
         frame = frame.f_back
 
@@ -510,7 +511,7 @@ def _rules() -> dict[Any, Rule]:
     for names, rule in kinds:
         for function in table.functions(names):
             rules[function] = rule
-    rules[_REQUIRES_GRAD.__set__], rules[Tensor.grad.__get__] = _set, _gradient  # type: ignore[attr-defined]
+    rules[_REQUIRES_GRAD.__set__], rules[_GRAD.__get__] = _set, _gradient
     names = "device dtype requires_grad ndim is_cuda layout is_cpu is_meta is_leaf grad_fn is_sparse"
     for name in names.split():
         rules[getattr(Tensor, name).__get__] = _looked_at

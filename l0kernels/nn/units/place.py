@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ... import _checks, _registry
-from ..._compat import graph_task
+from ..._compat import current_node, graph_task
 from ..._gates import DEFAULT_DIST, Gates, HardConcrete
 from ...conv2d import is_exact
 from ...penalty import L2Term
@@ -26,6 +27,8 @@ MULTIPLE = 16
 
 NAME = "l0_units"
 """Of the module in a gated model that holds its gates."""
+_RECENT = 8
+"""So many forwards may come before the backward pass of the first, whose checkpoints look for their draw."""
 
 
 class GateGroups(GatedLayer, nn.Module):
@@ -46,6 +49,7 @@ class GateGroups(GatedLayer, nn.Module):
             self.add_module(key_of(group.name), HardConcreteGate(-(-group.units // block), **options))
         self.multiples = [1] * len(groups)
         self._local = threading.local()
+        self._recent: deque[Draw] = deque(maxlen=_RECENT)
 
     @property
     def gates(self) -> list[HardConcreteGate]:
@@ -64,7 +68,9 @@ class GateGroups(GatedLayer, nn.Module):
         """The model's forward begins: its layers are to see one draw."""
         stack = self._stack()
         stack.append(self._draw())
-        self._local.last = stack[-1]
+        self._recent.append(stack[-1])
+        if (node := stack[-1].z.grad_fn) is not None and _checks.readable():
+            cast(Any, node).metadata[NAME] = True
 
     def end(self, _: nn.Module, __: Any, out: Any) -> Any:
         """It ends; what it returns is dense."""
@@ -74,13 +80,31 @@ class GateGroups(GatedLayer, nn.Module):
         return plain(out)
 
     def now(self) -> Draw:
-        """The draw of the forward that runs; of a checkpoint computed again, that of the last one."""
+        """The draw of the forward that runs; of a checkpoint computed again, that of its forward."""
         stack = self._stack()
         if stack:
             return stack[-1]
-        if graph_task() != -1 and getattr(self._local, "last", None) is not None:
-            return self._local.last
+        if graph_task() != -1 and self._recent and self.training:
+            return self._behind(current_node())
         return self._draw()
+
+    def _behind(self, node: Any) -> Draw:
+        """The draw that the result of a node of autograd's graph, which a backward pass runs, comes from."""
+        recent = [*self._recent]
+        draws = {draw.z.grad_fn: draw for draw in recent if draw.z.grad_fn is not None}
+        if len(recent) == 1 or node is None:
+            return recent[-1]
+        seen, front = {node}, [node]
+        while front:
+            behind = [other for node in front for other, _ in node.next_functions if other is not None]
+            front = [node for node in dict.fromkeys(behind) if node not in seen]
+            found = next((draws[node] for node in front if node in draws), None)
+            if found is not None:
+                return found
+            if any(node.name() == "CatBackward0" and NAME in node.metadata for node in front):
+                raise RuntimeError(f"a checkpoint must be computed again before {_RECENT} more forwards")
+            seen.update(front)
+        return recent[-1]
 
     def _stack(self) -> list[Draw]:
         local = self._local
@@ -120,11 +144,12 @@ class GateGroups(GatedLayer, nn.Module):
         return iter(())
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_local"}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_local", "_recent")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._local = threading.local()
+        self._recent = deque(maxlen=_RECENT)
 
     def extra_repr(self) -> str:
         return "" if self.block == 1 else f"block={self.block}"

@@ -235,7 +235,7 @@ Rule = Callable[[Trace, Call], None]
 
 def _pointwise(trace: Trace, call: Call) -> None:
     x = call.tensors()[0]
-    if trace.is_owned(x) or call.name in POWERS and not _is_smooth_at_0(call):
+    if trace.is_owned(x) or (call.name in POWERS and not _is_smooth_at_0(call)):
         trace.unknown(call)
         return
     others = [t for t in call.tensors()[1:] if t.numel() > 1]
@@ -259,7 +259,9 @@ def _is_smooth_at_0(call: Call) -> bool:
     """Whether a power and its derivative are finite at 0."""
     exponent = call.get(1, "exponent", call.kwargs.get("other"))
     base = call.get(0, "self", call.kwargs.get("input"))
-    return not isinstance(base, Tensor) or isinstance(exponent, int | float) and (exponent >= 1 or exponent == 0)
+    if not isinstance(base, Tensor):
+        return True
+    return isinstance(exponent, int | float) and (exponent >= 1 or exponent == 0)
 
 
 def _aligned(labels: Tensor, shape: torch.Size) -> Tensor:
@@ -466,7 +468,9 @@ def _pad(trace: Trace, call: Call) -> None:
         if units is None or not zeros or before < 0 or behind < 0 or call.name != "pad":
             trace.unknown(call)
             return
-        units = torch.cat([trace.sets.fresh(before), units, trace.sets.fresh(behind)])  # zeros may be any unit's
+        units = torch.cat(
+            [trace.sets.fresh(before), units, trace.sets.fresh(behind)]
+        )  # zeros may be any unit's
         labels = across(units, dim, [*labels.shape[:dim], len(units), *labels.shape[dim + 1 :]])
     trace.set(out, labels.expand(out.shape))
 
