@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ... import _checks
 from ..._gates import Gates, round_up
 
 
@@ -180,11 +183,13 @@ class Draw:
         key = space, torch.float64 if dtype == torch.float64 else torch.float32
         found = self._scales.get(key)
         if found is None:
-            z, start = self.z.to(key[1]), space.start
-            if start is None:
-                found = z.index_select(0, space.labels.to(z.device))
-            else:
-                found = z[start : start + space.size]
+            start = space.start
+            with _unwatched():
+                z = self.z.to(key[1])
+                if start is None:
+                    found = z.index_select(0, space.labels.to(z.device))
+                else:
+                    found = z[start : start + space.size]
             self._scales[key] = found
         return found
 
@@ -230,9 +235,21 @@ class Draw:
         """The gates of a space's entries, as the gated operations take them."""
         found = self._static.get(space)
         if found is None:
-            z = self.z.index_select(0, space.labels.to(self.z.device))
+            with _unwatched():
+                z = self.z.index_select(0, space.labels.to(self.z.device))
             found = self._static[space] = Gates.from_z(z, full_grad=False)
         return found
+
+
+def _unwatched() -> AbstractContextManager[Any]:
+    """A checkpoint does not count what is made in it: computed again, it finds that made."""
+    if torch.compiler.is_compiling() or _checks.functorch_active():
+        return nullcontext()
+    return torch.autograd.graph.saved_tensors_hooks(_same, _same)
+
+
+def _same(x: Tensor) -> Tensor:
+    return x
 
 
 def _rounded(n: int, size: int, multiple: int) -> int:

@@ -20,7 +20,7 @@ from ...linear import gated_linear
 from ...narrow import Sides, narrow_conv2d, narrow_depthwise, narrow_weight
 from .draws import Draw, Space
 from .kinds import Kind
-from .narrow import Narrow, plain
+from .narrow import Narrow, plain, refuse_function
 
 if TYPE_CHECKING:
     from .place import GateGroups
@@ -46,6 +46,8 @@ def run(layer: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
     units: Units = layer._l0_units
     _checks.check_tensor("x" if units.kind.name != "embedding" else "input", x)
     draw = units.groups.now()
+    if not torch.is_grad_enabled() and draw.z.requires_grad:
+        refuse_function()
     if draw.exact:
         return getattr(_Exact(units, draw), units.kind.name)(layer, x, *args, **kwargs)
     return getattr(_Static(units, draw), units.kind.name)(layer, plain(x), *args, **kwargs)

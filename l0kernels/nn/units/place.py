@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
@@ -10,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from ... import _checks, _registry
-from ..._compat import graph_task
+from ..._compat import current_node, graph_task
 from ..._gates import DEFAULT_DIST, Gates, HardConcrete
 from ...conv2d import is_exact
 from ...penalty import L2Term
 from ..gate import GatedLayer, HardConcreteGate, draw, leaves_no_fast_path
 from .draws import Draw, Space, Spaces
-from .graph import Group, UnitGraph, unit_graph
+from .graph import Group, UnitGraph, key_of, unit_graph
 from .kinds import kind_of
 from .layers import Units, run
 from .narrow import plain
@@ -26,6 +27,8 @@ MULTIPLE = 8
 
 NAME = "l0_units"
 """Of the module in a gated model that holds its gates."""
+_RECENT = 8
+"""So many forwards may come before the backward pass of the first, whose checkpoints look for their draw."""
 
 
 class GateGroups(GatedLayer, nn.Module):
@@ -43,24 +46,31 @@ class GateGroups(GatedLayer, nn.Module):
         self.block = block
         self.spaces = Spaces()
         for group in groups:
-            self.add_module(key_of(group), HardConcreteGate(-(-group.units // block), **options))
+            self.add_module(key_of(group.name), HardConcreteGate(-(-group.units // block), **options))
         self.multiples = [1] * len(groups)
         self._local = threading.local()
+        self._recent: deque[Draw] = deque(maxlen=_RECENT)
 
     @property
     def gates(self) -> list[HardConcreteGate]:
         """In the order of the groups."""
-        return [cast(HardConcreteGate, self._modules[key_of(group)]) for group in self.groups]
+        return [cast(HardConcreteGate, self._modules[key_of(group.name)]) for group in self.groups]
 
     def gate_of(self, group: Group) -> HardConcreteGate:
         """The gate that closes a group's units."""
-        return cast(HardConcreteGate, self._modules[key_of(group)])
+        return cast(HardConcreteGate, self._modules[key_of(group.name)])
+
+    def forward(self, x: Any) -> Any:
+        """x: in a model that is an nn.Sequential, this is its last module."""
+        return x
 
     def begin(self, *_: Any) -> None:
         """The model's forward begins: its layers are to see one draw."""
         stack = self._stack()
         stack.append(self._draw())
-        self._local.last = stack[-1]
+        self._recent.append(stack[-1])
+        if (node := stack[-1].z.grad_fn) is not None and _checks.readable():
+            cast(Any, node).metadata[NAME] = True
 
     def end(self, _: nn.Module, __: Any, out: Any) -> Any:
         """It ends; what it returns is dense."""
@@ -70,13 +80,31 @@ class GateGroups(GatedLayer, nn.Module):
         return plain(out)
 
     def now(self) -> Draw:
-        """The draw of the forward that runs; of a checkpoint computed again, that of the last one."""
+        """The draw of the forward that runs; of a checkpoint computed again, that of its forward."""
         stack = self._stack()
         if stack:
             return stack[-1]
-        if graph_task() != -1 and getattr(self._local, "last", None) is not None:
-            return self._local.last
+        if graph_task() != -1 and self._recent and self.training:
+            return self._behind(current_node())
         return self._draw()
+
+    def _behind(self, node: Any) -> Draw:
+        """The draw that the result of a node of autograd's graph, which a backward pass runs, comes from."""
+        recent = [*self._recent]
+        draws = {draw.z.grad_fn: draw for draw in recent if draw.z.grad_fn is not None}
+        if len(recent) == 1 or node is None:
+            return recent[-1]
+        seen, front = {node}, [node]
+        while front:
+            behind = [other for node in front for other, _ in node.next_functions if other is not None]
+            front = [node for node in dict.fromkeys(behind) if node not in seen]
+            found = next((draws[node] for node in front if node in draws), None)
+            if found is not None:
+                return found
+            if any(node.name() == "CatBackward0" and NAME in node.metadata for node in front):
+                raise RuntimeError(f"a checkpoint must be computed again before {_RECENT} more forwards")
+            seen.update(front)
+        return recent[-1]
 
     def _stack(self) -> list[Draw]:
         local = self._local
@@ -116,19 +144,15 @@ class GateGroups(GatedLayer, nn.Module):
         return iter(())
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_local"}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_local", "_recent")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._local = threading.local()
+        self._recent = deque(maxlen=_RECENT)
 
     def extra_repr(self) -> str:
         return "" if self.block == 1 else f"block={self.block}"
-
-
-def key_of(group: Group) -> str:
-    """The name of a group's gate in its module."""
-    return group.name.replace(".", "_") or "model"
 
 
 class GatedUnits:
