@@ -25,6 +25,9 @@ class Space:
         self.size = len(labels)
         self._made: dict[object, Space] = {}
 
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_made": {}}  # its keys are addresses
+
 
 class Spaces:
     """The spaces of a model."""

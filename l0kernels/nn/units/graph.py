@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -224,7 +224,16 @@ def _build(model: nn.Module, trace: Trace) -> UnitGraph:
         _group(signature, units, places, trace, tensors, summed) for signature, units in by_signature.items()
     ]
     sizes = {(key.name, key.dim): len(labels) for key, labels in trace.dims.items()}
-    return UnitGraph(tuple(groups), tuple(pinned), sizes)
+    return UnitGraph(tuple(_named_apart(groups)), tuple(pinned), sizes)
+
+
+def _named_apart(groups: Sequence[Group]) -> Iterator[Group]:
+    """A layer whose units fall into several groups gives its name to the first, with a number to the others."""
+    seen: Counter[str] = Counter()
+    for group in groups:
+        seen[group.name] += 1
+        n = seen[group.name]
+        yield group if n == 1 else replace(group, name=f"{group.name}#{n}")
 
 
 def _pinned(trace: Trace, why: dict[int, str]) -> Iterator[Pinned]:

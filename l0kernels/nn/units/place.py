@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Iterator, Sequence
 from typing import Any, cast
@@ -16,6 +17,7 @@ from ...conv2d import is_exact
 from ...penalty import L2Term
 from ..gate import GatedLayer, HardConcreteGate, draw, leaves_no_fast_path
 from .draws import Draw, Space, Spaces
+from .example import Example, example_of
 from .graph import Group, UnitGraph, unit_graph
 from .kinds import kind_of
 from .layers import Units, run
@@ -32,29 +34,63 @@ class GateGroups(GatedLayer, nn.Module):
         groups: what of :func:`unit_graph` is gated, in the order of the gates.
         block: so many units in a row are closed together.
         spaces: where the units lie in the layers.
+        places: those of each parameter and buffer of the model, by its name and dimension.
+        example: what the model was run with, without its values; None where that cannot be made again.
     """
+
+    _is_marked: bool = False
+    """Whether the model's tensors know their spaces, which copies of parameters forget."""
 
     def __init__(self, groups: Sequence[Group], block: int, **options: Any) -> None:
         super().__init__()
         self.groups = tuple(groups)
         self.block = block
         self.spaces = Spaces()
+        self.places: dict[str, dict[int, Space]] = {}
+        self.example: Example | None = None
+        self._keys: dict[str, str] = {}
         for group in groups:
-            self.add_module(key_of(group), HardConcreteGate(-(-group.units // block), **options))
+            key = re.sub(r"\W", "_", group.name) or "model"
+            while hasattr(self, key):
+                key += "_"
+            self._keys[group.name] = key
+            self.add_module(key, HardConcreteGate(-(-group.units // block), **options))
         self.multiples = [1] * len(groups)
         self._local = threading.local()
 
     @property
     def gates(self) -> list[HardConcreteGate]:
         """In the order of the groups."""
-        return [cast(HardConcreteGate, self._modules[key_of(group)]) for group in self.groups]
+        return [cast(HardConcreteGate, self._modules[key]) for key in self._keys.values()]
 
     def gate_of(self, group: Group) -> HardConcreteGate:
         """The gate that closes a group's units."""
-        return cast(HardConcreteGate, self._modules[key_of(group)])
+        return cast(HardConcreteGate, self._modules[self._keys[group.name]])
 
-    def begin(self, *_: Any) -> None:
+    def open_units(self) -> dict[str, int]:
+        """How many units of each group are open under its evaluation gate, by the group's name."""
+        return {
+            group.name: int((self._spread(gate.eval_gates(), group.units).z != 0).sum())
+            for group, gate in zip(self.groups, self.gates, strict=True)
+        }
+
+    def forward(self, x: Any) -> Any:
+        """x: an nn.Sequential, whose last part this is, calls it."""
+        return x
+
+    def mark(self, model: nn.Module) -> None:
+        """Has each parameter and buffer of `model` that has units know its space."""
+        tensors = tensors_of(model)
+        for name, spaces in self.places.items():
+            if name in tensors:
+                for space in spaces.values():
+                    tensors[name].__dict__["_l0_space"] = space
+        self._is_marked = True
+
+    def begin(self, model: nn.Module, *_: Any) -> None:
         """The model's forward begins: its layers are to see one draw."""
+        if not self._is_marked:
+            self.mark(model)
         stack = self._stack()
         stack.append(self._draw())
         self._local.last = stack[-1]
@@ -113,7 +149,8 @@ class GateGroups(GatedLayer, nn.Module):
         return iter(())
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_local"}
+        left_out = ("_local", "_is_marked")
+        return {name: value for name, value in self.__dict__.items() if name not in left_out}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -123,9 +160,9 @@ class GateGroups(GatedLayer, nn.Module):
         return "" if self.block == 1 else f"block={self.block}"
 
 
-def key_of(group: Group) -> str:
-    """The name of a group's gate in its module."""
-    return group.name.replace(".", "_") or "model"
+def tensors_of(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters and buffers of a model by their first names."""
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
 class GatedUnits:
@@ -228,6 +265,7 @@ def gate_(
         "dist": dist,
     }
     gates = GateGroups(groups, block, device=first.device, dtype=first.dtype, **options)
+    gates.example = example_of(args, kwargs, first.dtype)
     _place(model, gates, graph._sizes)
     gates.train(model.training)
     return UnitGraph(tuple(groups), graph.pinned, graph._sizes)
@@ -243,7 +281,7 @@ def _check_ungated(model: nn.Module) -> None:
 
 def _place(model: nn.Module, gates: GateGroups, sizes: dict[tuple[str, int], int]) -> None:
     labels: dict[tuple[str, int], Tensor] = {}
-    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    tensors = tensors_of(model)
     start, total = 0, sum(group.units for group in gates.groups)
     for group in gates.groups:
         for member in group.members:
