@@ -291,9 +291,9 @@ def _place(model: nn.Module, gates: GateGroups, sizes: dict[tuple[str, int], int
         start += group.units
     spaces = {key: gates.spaces.of(found) for key, found in labels.items()}
     by_tensor = {(id(tensors[name]), dim): one for (name, dim), one in spaces.items() if name in tensors}
-    for (name, _), one in spaces.items():
-        if name in tensors:
-            tensors[name].__dict__["_l0_space"] = one
+    for (name, dim), one in spaces.items():
+        gates.places.setdefault(name, {})[dim] = one
+    gates.mark(model)
     for name, module in model.named_modules():
         kind = kind_of(module)
         if kind is None:
