@@ -56,6 +56,7 @@ class GateGroups(GatedLayer, nn.Module):
             self._keys[group.name] = key
             self.add_module(key, HardConcreteGate(-(-group.units // block), **options))
         self.multiples = [1] * len(groups)
+        self._made: dict[Any, Any] = {}
         self._local = threading.local()
 
     @property
@@ -73,6 +74,40 @@ class GateGroups(GatedLayer, nn.Module):
             group.name: int((self._spread(gate.eval_gates(), group.units).z != 0).sum())
             for group, gate in zip(self.groups, self.gates, strict=True)
         }
+
+    def gate_of_unit(self) -> Tensor:
+        """(units + 1,) int64: which of all gates closes each unit; what is always open has the last number."""
+        found = self._made.get("gate_of_unit")
+        if found is None:
+            parts, start = [], 0
+            for group in self.groups:
+                parts.append(start + torch.arange(group.units) // self.block)
+                start += -(-group.units // self.block)
+            found = self._made["gate_of_unit"] = torch.cat([*parts, torch.tensor([start])])
+        return found
+
+    def whole_gate(self, space: Space) -> int | None:
+        """The number of the HardConcreteGate whose gates are those of a space's entries, in order."""
+        key = "whole_gate", space
+        if key not in self._made:
+            of, start, found = self.gate_of_unit()[space.labels], 0, None
+            for at, group in enumerate(self.groups):
+                n = -(-group.units // self.block)
+                found = at if torch.equal(of, torch.arange(start, start + n)) else found
+                start += n
+            self._made[key] = found
+        return self._made[key]
+
+    def meeting(self, rows: Space, cols: Space) -> Tensor | None:
+        """(3, n): rows, columns and gates where both are of one gate; None: there is none."""
+        key = "meeting", rows, cols
+        if key not in self._made:
+            of = self.gate_of_unit()
+            first, second = of[rows.labels], of[cols.labels]
+            both = (first[:, None] == second) & (first[:, None] != of[-1])
+            at = both.nonzero().T
+            self._made[key] = torch.stack([*at, first[at[0]]]) if at.numel() else None
+        return self._made[key]
 
     def forward(self, x: Any) -> Any:
         """x: an nn.Sequential, whose last part this is, calls it."""
@@ -145,15 +180,16 @@ class GateGroups(GatedLayer, nn.Module):
             yield gate, log_alpha[-1:], group.parameters * last
 
     def l2_terms(self) -> Iterator[tuple[HardConcrete, L2Term]]:
-        """None: they are part of :meth:`l2_rest`."""
+        """None: :func:`penalty` asks the model that has the weights, see `sizes.L2Terms`."""
         return iter(())
 
     def __getstate__(self) -> dict[str, Any]:
-        left_out = ("_local", "_is_marked")
+        left_out = ("_local", "_made", "_is_marked")
         return {name: value for name, value in self.__dict__.items() if name not in left_out}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self._made = {}
         self._local = threading.local()
 
     def extra_repr(self) -> str:

@@ -180,9 +180,7 @@ def _is_over_units(layer: Any, units: Units) -> bool:
 class _Cutter:
     """Makes tensors narrower, each once for each way in which it is used."""
 
-    def __init__(
-        self, kept: Tensor, is_open: Tensor, z: Tensor, sides: dict[int, dict[int, Space]]
-    ) -> None:
+    def __init__(self, kept: Tensor, is_open: Tensor, z: Tensor, sides: dict[int, dict[int, Space]]) -> None:
         self._kept, self._open, self._z, self._sides = kept, is_open, z, sides
         self._made: dict[tuple[int, Space | None], Tensor] = {}
 
