@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
-from ..._gates import Gates
+from ..._gates import Gates, round_up
 
 
 class Space:
@@ -23,6 +24,9 @@ class Space:
     def __init__(self, labels: Tensor) -> None:
         self.labels = labels
         self.size = len(labels)
+        first = int(labels[0]) if len(labels) else 0
+        # Where its gates follow each other, z is a slice of all.
+        self.start = first if torch.equal(labels, torch.arange(first, first + self.size)) else None
         self._made: dict[object, Space] = {}
 
     def __getstate__(self) -> dict[str, object]:
@@ -73,26 +77,16 @@ class Present:
     """The entries of a space that exist in packed data: the open ones, and closed ones that round up.
 
     Attributes:
-        index: (n,) int64 ascending; None: all of them.
+        index: (n,) int64, which exist, ascending; None: all.
         n: how many.
-        open: (n,) bool, which of those are open; None: all.
+        within: where the open ones lie in packed data, None: they are all that exists.
+        places: where they lie in the whole dimension, None: everywhere.
     """
 
-    __slots__ = ("_places", "index", "n", "open")
+    __slots__ = ("index", "n", "places", "within")
 
-    def __init__(self, index: Tensor | None, n: int, is_open: Tensor | None) -> None:
-        self.index, self.n, self.open = index, n, is_open
-        self._places: tuple[Tensor | None, Tensor | None] | None = None
-
-    def places(self) -> tuple[Tensor | None, Tensor | None]:
-        """Where the open ones lie in packed data, and in the whole dimension; None: everywhere."""
-        if self._places is None:
-            if self.open is None:
-                self._places = None, self.index
-            else:
-                within = self.open.nonzero()[:, 0]
-                self._places = within, within if self.index is None else self.index.index_select(0, within)
-        return self._places
+    def __init__(self, index: Tensor | None, n: int, within: Tensor | None, places: Tensor | None) -> None:
+        self.index, self.n, self.within, self.places = index, n, within, places
 
 
 class Draw:
@@ -100,22 +94,34 @@ class Draw:
 
     Attributes:
         z: (gates + 1,) of all gates, with their gradient; the last is 1.
+        is_open: (gates + 1,) bool.
         exact: whether packed data hold the present units alone; otherwise all, the closed ones zero.
+        backend: that packs weights, where exact.
+        open_all: whether, where exact, no gate is closed.
     """
 
-    def __init__(self, gates: Sequence[Gates], multiples: Sequence[int], exact: bool) -> None:
-        self.exact = exact
+    def __init__(self, gates: Sequence[Gates], multiples: Sequence[int], exact: bool, backend: str) -> None:
+        self.exact, self.backend = exact, backend
         z = [gate.z for gate in gates]
         self.z = torch.cat([*z, z[0].new_ones(1)])
+        self.is_open = self.z.detach() != 0
+        self._gates = gates
         self._present: dict[Space, Present] = {}
         self._scales: dict[tuple[Space, torch.dtype], Tensor] = {}
-        self._gates: dict[Space, Gates] = {}
-        self._ones: dict[tuple[Space, torch.dtype], Tensor] = {}
-        self.is_open = self.z.detach() != 0
+        self._sides: dict[tuple[Space, int, torch.dtype], list[Tensor]] = {}
+        self._static: dict[Space, Gates] = {}
+        self._masks: dict[tuple[Space, torch.dtype], Tensor] = {}
+        self._exists: Tensor | None = None
         if exact:
-            self._exists = _rounded(self.is_open, [gate.z.shape[0] for gate in gates], multiples)
-            self.whole = bool(self._exists.all())
-            self.open_all = bool(self.is_open.all())
+            self._begins = {
+                start: at for at, start in enumerate(accumulate((len(one) for one in z), initial=0))
+            }
+            counts = torch.stack([gate.count for gate in gates])[:, 0].tolist()
+            self._counts = [
+                (n, _rounded(n, len(one), m)) for n, one, m in zip(counts, z, multiples, strict=True)
+            ]
+            self.open_all = all(n == len(one) for n, one in zip(counts, z, strict=True))
+            self._extents = torch.tensor([(n, n) for _, n in self._counts], dtype=torch.int32)
 
     def present(self, space: Space) -> Present:
         """What of a space exists in packed data."""
@@ -124,58 +130,117 @@ class Draw:
             found = self._present[space] = self._find(space)
         return found
 
+    def _group(self, space: Space) -> int | None:
+        """Which gates these are, if they are all of one vector in their order."""
+        at = None if space.start is None else self._begins.get(space.start)
+        return (
+            at if at is not None and at < len(self._gates) and len(self._gates[at].z) == space.size else None
+        )
+
     def _find(self, space: Space) -> Present:
         if self.open_all:
-            return Present(None, space.size, None)
-        exists, is_open = self._exists[space.labels], self.is_open[space.labels]
-        index = exists.nonzero()[:, 0]
+            return Present(None, space.size, None, None)
+        at = self._group(space)
+        if at is None:
+            return self._find_among_all(space)
+        is_open, n = self._counts[at]
+        if n == space.size and is_open == n:
+            return Present(None, n, None, None)
+        order = self._gates[at].index
+        places = order[:is_open].long()
+        if is_open == n:
+            return Present(places, n, None, places)
+        if n == space.size:
+            return Present(None, n, places, places)
+        index = order[:n].sort().values.long()
+        return Present(index, n, self.is_open[index + space.start].nonzero()[:, 0], places)
+
+    def _find_among_all(self, space: Space) -> Present:
+        exists, is_open = self.exists[space.labels], self.is_open[space.labels]
+        index, places = exists.nonzero()[:, 0], is_open.nonzero()[:, 0]
+        if len(places) == space.size:
+            return Present(None, space.size, None, None)
         if len(index) == space.size:
-            return Present(None, space.size, None if bool(is_open.all()) else is_open)
-        is_open = is_open.index_select(0, index)
-        return Present(index, len(index), None if bool(is_open.all()) else is_open)
+            return Present(None, space.size, places, places)
+        within = None if len(places) == len(index) else is_open[index].nonzero()[:, 0]
+        return Present(index, len(index), within, places)
+
+    @property
+    def exists(self) -> Tensor:
+        """(gates + 1,) bool, which units exist in packed data."""
+        if self._exists is None:
+            self._exists, start = self.is_open.clone(), 0
+            for gate, (is_open, n) in zip(self._gates, self._counts, strict=True):
+                self._exists[start + gate.index[is_open:n].long()] = True
+                start += len(gate.z)
+        return self._exists
 
     def scales(self, space: Space, dtype: torch.dtype) -> Tensor:
-        """z of what exists of a space, (n,), with its gradient."""
-        key = space, dtype
+        """z of a space, (size,), with its gradient: float64 for weights of that, else float32."""
+        key = space, torch.float64 if dtype == torch.float64 else torch.float32
         found = self._scales.get(key)
         if found is None:
-            labels = space.labels.to(self.z.device)
-            index = self.present(space).index if self.exact else None
-            labels = labels if index is None else labels.index_select(0, index)
-            found = self._scales[key] = self.z.index_select(0, labels).to(dtype)
+            z, start = self.z.to(key[1]), space.start
+            whole = start is not None
+            found = z[start : start + space.size] if whole else z.index_select(0, space.labels.to(z.device))
+            self._scales[key] = found
         return found
+
+    def side(self, space: Space, taps: int, dtype: torch.dtype, selects: bool) -> list[Tensor] | None:
+        """The gates of one side of a matrix, as pack takes them, each entry `taps` times in a row.
+
+        None: all exist, and where `selects`, which multiplies nothing, that is all there is to say.
+        """
+        present = self.present(space)
+        if selects and present.index is None:
+            return None
+        key = space, taps, torch.float64 if dtype == torch.float64 else torch.float32
+        found = self._sides.get(key)
+        if found is None:
+            found = self._sides[key] = self._side(space, present, taps, dtype)
+        return found
+
+    def _side(self, space: Space, present: Present, taps: int, dtype: torch.dtype) -> list[Tensor]:
+        z, at = self.scales(space, dtype).detach(), self._group(space)
+        if at is not None and present.index is not None:
+            order = self._gates[at].index
+            if present.within is not None:  # what rounds up stands among the others
+                order = torch.cat([present.index.int(), order[present.n :]])
+            if taps == 1:
+                return [z, order, self._extents[at]]
+            order = order[: space.size]
+        elif present.index is None:
+            order = torch.arange(space.size, dtype=torch.int32)
+        else:
+            absent = (~self.exists[space.labels]).nonzero()[:, 0]
+            order = torch.cat([present.index, absent]).int()
+        size = len(order) * taps
+        index = torch.zeros(round_up(size), dtype=torch.int32)
+        torch.add(
+            (order * taps)[:, None], torch.arange(taps, dtype=torch.int32), out=index[:size].view(-1, taps)
+        )
+        z = z.repeat_interleave(taps) if taps > 1 else z
+        return [z, index, torch.full((2,), present.n * taps, dtype=torch.int32)]
 
     def mask(self, space: Space, dtype: torch.dtype) -> Tensor:
         """1 where an entry of a space is open, 0 elsewhere, (size,)."""
         key = space, dtype
-        found = self._ones.get(key)
+        found = self._masks.get(key)
         if found is None:
             labels = space.labels.to(self.z.device)
-            found = self._ones[key] = self.is_open.index_select(0, labels).to(dtype)
+            found = self._masks[key] = self.is_open.index_select(0, labels).to(dtype)
         return found
 
     def gates(self, space: Space) -> Gates:
         """The gates of a space's entries, as the gated operations take them."""
-        found = self._gates.get(space)
+        found = self._static.get(space)
         if found is None:
             z = self.z.index_select(0, space.labels.to(self.z.device))
-            found = self._gates[space] = Gates.from_z(z, full_grad=False)
+            found = self._static[space] = Gates.from_z(z, full_grad=False)
         return found
 
 
-def _rounded(is_open: Tensor, sizes: Sequence[int], multiples: Sequence[int]) -> Tensor:
-    """Which units exist: those that are open, and of each gate so many closed ones that a multiple exists.
-
-    Convolutions are compiled for each number of channels, so that few numbers should occur.
-    """
-    exists, start = is_open.clone(), 0
-    counts = torch.stack([part.sum() for part in is_open[:-1].split([*sizes])]).tolist()
-    for size, count, multiple in zip(sizes, counts, multiples, strict=True):
-        wanted = min(size, max(1, -(-count // multiple)) * multiple)
-        if wanted == size:
-            exists[start : start + size] = True
-        elif wanted > count:
-            closed = (~is_open[start : start + size]).nonzero()[: wanted - count, 0]
-            exists[start + closed] = True
-        start += size
-    return exists
+def _rounded(n: int, size: int, multiple: int) -> int:
+    """How many of `size` units exist where n are open: convolutions are compiled for each number of channels,
+    so that few numbers should occur, and refuse to have none."""
+    return min(size, max(1, -(-n // multiple)) * multiple)

@@ -14,6 +14,10 @@ from torch.nn import functional as F
 
 from ... import _checks
 from ..._autograd import apply
+from ..._calls import GateGrads
+from ...conv2d import gated_conv2d
+from ...impl import module
+from ...impl.memory import empty_grad
 from ...linear import gated_linear
 from .draws import Draw, Space
 from .kinds import Kind
@@ -49,45 +53,54 @@ def run(layer: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 class _PackWeight(torch.autograd.Function):
-    """weight[rows][:, cols] * z along `dims`, and back; z is the factor of the columns, None for 1."""
+    """What exists of a weight, the dimension that is read times z, and back."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        weight: Tensor,
-        z: Tensor | None,
-        rows: Tensor | None,
-        cols: Tensor | None,
-        dims: tuple[int, int],
-    ) -> Tensor:
-        row_dim, col_dim = dims
-        packed = weight if rows is None else weight.index_select(row_dim, rows)
-        packed = packed if cols is None else packed.index_select(col_dim, cols)
-        if z is not None:
-            packed = packed * _along(z, col_dim, weight.ndim)
-        ctx.save_for_backward(z, rows, cols, packed)
-        ctx.settings = (weight.shape, dims)
-        return packed if packed is not weight else weight.view_as(weight)
+    def forward(ctx: Any, weight: Tensor, z: Tensor | None, sides: _Sides, backend: str) -> Tensor:
+        rows, cols, taps, scaled = sides
+        matrix = weight.reshape(weight.shape[0], -1)
+        scales = {"scale_rows": scaled == 0 and z is not None, "scale_cols": scaled == 1 and z is not None}
+        pair, dtype = module(backend), weight.dtype
+        packed = pair.pack(matrix, rows, cols, torch.promote_types(dtype, torch.float32), **scales).to(dtype)
+        ctx.save_for_backward(weight)
+        ctx.settings = sides, scales, backend
+        return packed.view(packed.shape[0], packed.shape[1] // taps, *weight.shape[2:])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        z, rows, cols, packed = ctx.saved_tensors
-        shape, (row_dim, col_dim) = ctx.settings
-        dz = None
-        if z is not None:
-            if ctx.needs_input_grad[1]:
-                others = [dim for dim in range(grad.ndim) if dim != col_dim]
-                dz = (grad * packed).sum(others) / torch.where(z == 0, 1, z)
-            grad = grad * _along(z, col_dim, grad.ndim)
-        if not ctx.needs_input_grad[0]:
-            return None, dz, None, None, None
-        if cols is not None:
-            size = list(grad.shape)
-            size[col_dim] = shape[col_dim]
-            grad = grad.new_zeros(size).index_copy_(col_dim, cols, grad)
-        if rows is not None:
-            grad = grad.new_zeros(shape).index_copy_(row_dim, rows, grad)
-        return grad, dz, None, None, None
+        (weight,) = ctx.saved_tensors
+        (rows, cols, taps, scaled), scales, backend = ctx.settings
+        matrix = weight.reshape(weight.shape[0], -1)
+        needed = ctx.needs_input_grad[1]
+        dw, dz_rows, dz_cols = module(backend).unpack(
+            grad.reshape(grad.shape[0], -1),
+            (matrix.shape[0], matrix.shape[1]),
+            rows,
+            cols,
+            weight.dtype,
+            **scales,
+            grads=GateGrads(matrix if needed else None, needed and scaled == 0, needed and scaled == 1),
+            out=empty_grad(weight).view(matrix.shape),
+        )
+        dz = dz_rows if scaled == 0 else dz_cols
+        if dz is not None and scaled == 1 and taps > 1:
+            dz = dz.view(-1, taps).sum(1)
+        return dw.view(weight.shape), dz if needed else None, None, None
+
+
+class _Sides(NamedTuple):
+    """How a weight is packed.
+
+    Attributes:
+        rows, cols: the gates of its first dimension, and of its second with the taps behind; None: all.
+        taps: how many entries stand behind each of the second dimension.
+        scaled: which of the two dimensions is read, and z multiplies.
+    """
+
+    rows: list[Tensor] | None
+    cols: list[Tensor] | None
+    taps: int
+    scaled: int
 
 
 def _along(value: Tensor, dim: int, ndim: int) -> Tensor:
@@ -128,23 +141,22 @@ class _Exact:
         index = self.index(self.units.outs)
         return parameter if parameter is None or index is None else parameter.index_select(dim, index)
 
-    def weight(self, layer: Any, dtype: torch.dtype) -> Tensor:
+    def weight(self, layer: Any) -> Tensor:
         """The weight of what exists, times z of the inputs."""
-        ins, kind = self.units.ins, self.units.kind
-        z = (
-            None
-            if ins is None or (self.draw.open_all and not self.draw.z.requires_grad)
-            else self.draw.scales(ins, dtype)
-        )
-        rows, cols = self.index(self.units.outs), self.index(ins)
-        if z is None and rows is None and cols is None:
-            return layer.weight
-        return apply(_PackWeight, layer.weight, z, rows, cols, (kind.rows, kind.cols))
+        weight, draw, (_, kind, ins, outs) = layer.weight, self.draw, self.units
+        z = None if ins is None else draw.scales(ins, weight.dtype)
+        taps = weight.shape[2:].numel()
+        first, second = (outs, ins) if kind.cols == 1 else (ins, outs)
+        rows = None if first is None else draw.side(first, 1, weight.dtype, first is not ins)
+        cols = None if second is None else draw.side(second, taps, weight.dtype, second is not ins)
+        if rows is None and cols is None:
+            return weight
+        return apply(_PackWeight, weight, z, _Sides(rows, cols, taps, kind.cols), draw.backend)
 
     def linear(self, layer: nn.Linear, x: Tensor) -> Tensor:
         dim = x.ndim - 1
         x = self.enter(x, self.units.ins, dim)
-        y = F.linear(x, self.weight(layer, layer.weight.dtype), self.take(layer.bias))
+        y = F.linear(x, self.weight(layer), self.take(layer.bias))
         return self.leave(y, dim)
 
     def conv(self, layer: Any, x: Tensor) -> Tensor:
@@ -153,7 +165,7 @@ class _Exact:
             x = self.enter(x, self.units.ins, dim)
             return self.leave(self.grouped(layer, x), dim)
         x = self.enter(x, self.units.ins, dim)
-        y = layer._conv_forward(x, self.weight(layer, layer.weight.dtype), self.take(layer.bias))
+        y = layer._conv_forward(x, self.weight(layer), self.take(layer.bias))
         return self.leave(y, dim)
 
     def grouped(self, layer: Any, x: Tensor) -> Tensor:
@@ -173,7 +185,7 @@ class _Exact:
         options = _transposed_options(layer, x, output_size, spatial)
         x = self.enter(x, self.units.ins, dim)
         convolve: Any = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[spatial - 1]
-        y = convolve(x, self.weight(layer, layer.weight.dtype), self.take(layer.bias), **options)
+        y = convolve(x, self.weight(layer), self.take(layer.bias), **options)
         return self.leave(y, dim)
 
     def batch_norm(self, layer: Any, x: Tensor) -> Tensor:
@@ -182,10 +194,10 @@ class _Exact:
         index, present = self.index(self.units.outs), self.draw.present(cast(Space, self.units.outs))
         norm = _BatchNorm(layer)
         some = [t if t is None or index is None else t.index_select(0, index) for t in norm.running]
-        if norm.tracks and index is None and present.open is not None:  # what is closed keeps its statistics
+        if norm.tracks and index is None and present.places is not None:  # closed ones keep their statistics
             some = [None if t is None else t.clone() for t in some]
         y = norm(x, some, self.take(layer.weight), self.take(layer.bias))
-        within, places = present.places()
+        within, places = present.within, present.places
         if norm.tracks and places is not None:
             with torch.no_grad():
                 for whole, part in zip(norm.running, some, strict=True):
@@ -301,18 +313,24 @@ class _Static:
     def scaled(self, x: Tensor, dim: int) -> Tensor:
         """x times z of the inputs."""
         ins = self.units.ins
-        return x if ins is None else x * _along(self.draw.scales(ins, x.dtype), dim, x.ndim)
+        return x if ins is None else x * _along(self.draw.scales(ins, x.dtype).to(x.dtype), dim, x.ndim)
 
-    def linear(self, layer: nn.Linear, x: Tensor) -> Tensor:
-        ins, outs = self.units.ins, self.units.outs
-        gates = {
+    def gates(self) -> dict[str, Any]:
+        """As the gated operations take them."""
+        _, _, ins, outs = self.units
+        return {
             "in_gates": None if ins is None else self.draw.gates(ins),
             "out_support": None if outs is None else self.draw.gates(outs),
         }
-        return gated_linear(x, layer.weight, layer.bias, **gates)
+
+    def linear(self, layer: nn.Linear, x: Tensor) -> Tensor:
+        return gated_linear(x, layer.weight, layer.bias, **self.gates())
 
     def conv(self, layer: Any, x: Tensor) -> Tensor:
         dim = x.ndim - 1 - self.units.kind.spatial
+        if dim == 1 and x.ndim == 4 and layer.groups == 1 and layer.padding_mode == "zeros":
+            stride, dilation = layer.stride, layer.dilation
+            return gated_conv2d(x, layer.weight, layer.bias, stride, layer.padding, dilation, **self.gates())
         x = x if layer.groups > 1 else self.scaled(x, dim)
         return self.mask(layer._conv_forward(x, layer.weight, layer.bias), dim)
 

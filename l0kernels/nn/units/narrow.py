@@ -65,13 +65,13 @@ class Narrow(Tensor):
         if self._at is None:
             return self._data
         (space, dim, draw, _), data = self._at, self._data
-        within, places = draw.present(space).places()
-        if within is not None:
-            data = data.index_select(dim, within)
-        if places is None:
+        present = draw.present(space)
+        if present.places is None:
             return data
+        if present.within is not None:
+            data = data.index_select(dim, present.within)
         shape = self.shape
-        return torch.zeros(shape, dtype=data.dtype, device=data.device).index_copy(dim, places, data)
+        return torch.zeros(shape, dtype=data.dtype, device=data.device).index_copy(dim, present.places, data)
 
     def __repr__(self, *, tensor_contents: Any = None) -> Any:  # type: ignore[override]
         return repr(self.dense())
@@ -315,13 +315,19 @@ def _divided(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if at != dim:
         return tuple(_like(x, part) for part in func(x._data, sizes, at))
     parts = func(torch.arange(space.size), sizes, 0)
-    found, index, start, first = [], draw.present(space).index, 0, 0
+    found, index, start = [], draw.present(space).index, 0
     for part in parts:
         stop = start + len(part)
-        n = len(part) if index is None else int(((index >= start) & (index < stop)).sum())
-        data = x._data.narrow(dim, first, n)
-        found.append(Narrow.of(data, spaces.part(space, start, stop), dim, draw, spaces))
-        start, first = stop, first + n
+        piece = spaces.part(space, start, stop)
+        first, last = start, stop
+        if index is not None:
+            first, last = torch.searchsorted(index, torch.tensor([start, stop])).tolist()
+        data = x._data.narrow(dim, first, last - first)
+        mine = draw.present(piece).n
+        if mine != last - first:
+            return None
+        found.append(Narrow.of(data, piece, dim, draw, spaces))
+        start = stop
     return tuple(found)
 
 

@@ -160,7 +160,7 @@ class GateGroups(GatedLayer, nn.Module):
         device = gates[0].log_alpha.device
         backend = _registry.resolve(device, torch.float32, "gated_conv2d")
         exact = device.type == "cpu" and _checks.readable() and (backend == "reference" or is_exact(backend))
-        return Draw(drawn, self.multiples, exact)
+        return Draw(drawn, self.multiples, exact, "torch" if backend == "reference" else backend)
 
     def _spread(self, gates: Gates | None, units: int) -> Gates:
         assert gates is not None
