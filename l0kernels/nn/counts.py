@@ -26,7 +26,7 @@ Openness = Callable[[HardConcreteGate], Tensor]
 def open_units(model: nn.Module) -> list[int]:
     """Open gates of each gate vector under its evaluation gate, in the order of :func:`gate_modules`.
 
-    Of a model that :func:`gate_` has gated ``model.l0_units.open_units()`` says it by the names of the groups.
+    Of a model that :func:`gate_` has gated ``model.l0_units.open_units()`` says it by the groups' names.
     """
     return [int(gate.eval_gates().count[0]) for gate in gate_modules(model)]
 
@@ -90,8 +90,8 @@ def eval_flops(model: nn.Module, input_shape: Sequence[int] | Tensor | None = No
     ``export(model)`` spends as much where all that is closed can be left out. It spends more for weight and
     block gates, for a grouped convolution, of which whole groups stay, for a convolution that is closed
     altogether, of which one channel of zeros stays on each side, for closed units of which a plain norm
-    or an activation with f(0) != 0 makes constants that the next layer reads, and for what it keeps of a model
-    that :func:`gate_` has gated: a unit of a group that is closed altogether, and groups that have to stay whole.
+    or an activation with f(0) != 0 makes constants that the next layer reads, and for what it keeps of a
+    model that :func:`gate_` has gated: one unit of a closed group, and groups that have to stay whole.
     """
     with torch.no_grad():
         return round(_flops(model, input_shape, _is_open).item())
@@ -253,7 +253,7 @@ def _rows(
     attentions = [module for module in modules if isinstance(module, nn.MultiheadAttention)]
     convolutions = [module for module in modules if isinstance(module, CONVOLUTIONS + TRANSPOSED)]
     convolutions = [module for module in convolutions if not isinstance(module, SlicedConv1d | SlicedConv2d)]
-    by_units = [module for module in modules if isinstance(module, GatedUnits) and _multiplies(module)]
+    by_units: list[nn.Module] = [module for module in modules if _is_product_of_units(module)]
 
     def count(layer: Any, n_in: int, n_out: int) -> None:
         of_parameters[layer.weight] += 2 * (n_in if isinstance(layer, TRANSPOSED) else n_out)
@@ -310,8 +310,8 @@ def _rows(
     return rows, of_parameters, dense
 
 
-def _multiplies(layer: nn.Module) -> bool:
-    return isinstance(layer, (nn.Linear, *CONVOLUTIONS, *TRANSPOSED))
+def _is_product_of_units(layer: nn.Module) -> bool:
+    return isinstance(layer, GatedUnits) and isinstance(layer, (nn.Linear, *CONVOLUTIONS, *TRANSPOSED))
 
 
 def _input(model: nn.Module, input_shape: Sequence[int] | Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from ..gates import HardConcrete
 from ..penalty import L2Term, coupled_penalty, l0_penalty
 from .gate import GatedLayer, HardConcreteGate, gate_modules, is_frozen, refuse_bypassed
 from .ranks import is_sharded, l2_of_shards
-from .units.place import NAME
+from .units.place import NAME, GateGroups
 from .units.sizes import L2Terms
 
 LIMIT = math.log(100)
@@ -25,7 +25,8 @@ def penalty(model: nn.Module, *, weight_decay: float = 0.0) -> Tensor:
     |g| is the number of parameters that the gate closes: out_features for an input gate, in_features (+ 1
     with a bias) for an output gate, the area of a block, 1 for a weight, and for a hidden unit of
     :class:`L0FeedForward` its rows, their biases and its column; for a unit of a model that :func:`gate_` has
-    gated, what :attr:`UnitGraph.groups` says. A shared gate counts the groups of all its layers; a gate that no layer owns counts |g| = 1. Between an input and an output gate the second term is
+    gated, what :attr:`UnitGraph.groups` says. A shared gate counts the groups of all its layers; a gate that
+    no layer owns counts |g| = 1. Between an input and an output gate the second term is
     weight_decay/2 * sum_oi p_o p_i theta_oi^2. Ungated parameters, and the bias of a layer without output
     gates, are left to the optimiser. Add ``penalty(model) / N`` to a mean loss, N the size of the training
     set (Louizos, Welling, Kingma, ICLR 2018, eq. 9, 12 and appendix A).
@@ -55,7 +56,8 @@ def penalty(model: nn.Module, *, weight_decay: float = 0.0) -> Tensor:
     gates: list[HardConcreteGate] = []
     units: list[L2Terms] = []
     for module in model.modules():
-        if NAME in module._modules and weight_decay and not is_frozen(module._modules[NAME]):
+        gates_of_units = module._modules.get(NAME) if weight_decay else None
+        if isinstance(gates_of_units, GateGroups) and not is_frozen(gates_of_units):
             units.append(L2Terms(module))
         if isinstance(module, HardConcreteGate):
             if not module.frozen:

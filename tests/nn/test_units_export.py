@@ -232,7 +232,8 @@ def is_plain(model):
 def test_export_equals_eval(name, seed):
     model, x = gated(name, seed)
     small = l0.nn.export(model)
-    assert is_plain(small) and groups_of(small) is None
+    assert is_plain(small)
+    assert groups_of(small) is None
     assert_same(small(x), model(x))
     assert [(n, type(m)) for n, m in small.named_modules()] == [
         (n, type(m)) for n, m in NETS[name][0]().named_modules()
@@ -298,7 +299,8 @@ def test_export_leaves_the_model_alone(name):
     state = torch.get_rng_state()
     small = l0.nn.export(model)
     assert torch.equal(torch.get_rng_state(), state)
-    assert model.training and not small.training
+    assert model.training
+    assert not small.training
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     ours = {t.data_ptr() for t in (*model.parameters(), *model.buffers()) if t.numel()}
     assert not any(t.data_ptr() in ours for t in (*small.parameters(), *small.buffers()))
@@ -691,7 +693,8 @@ def test_copies(name, mode):
     # What it learns is its own.
     for gate in groups_of(again).gates:
         gate.log_alpha.data.fill_(10)
-    assert torch.equal(model(x), y) and not torch.equal(again(x), y)
+    assert torch.equal(model(x), y)
+    assert not torch.equal(again(x), y)
     assert_same(l0.nn.export(again)(x), again(x))
     torch.manual_seed(5)
     again.train()(x).square().sum().backward()
@@ -726,7 +729,8 @@ def test_state_dicts(name):
     dense = NETS[name][0]().eval()
     liven(dense)
     keys = model.load_state_dict(dense.state_dict(), strict=False)
-    assert not keys.unexpected_keys and all(key.startswith("l0_units.") for key in keys.missing_keys)
+    assert not keys.unexpected_keys
+    assert all(key.startswith("l0_units.") for key in keys.missing_keys)
     other = NETS[name][0]()
     l0.nn.gate_(other, x)
     other.load_state_dict(model.state_dict())

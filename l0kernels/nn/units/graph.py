@@ -228,7 +228,7 @@ def _build(model: nn.Module, trace: Trace) -> UnitGraph:
 
 
 def _named_apart(groups: Sequence[Group]) -> Iterator[Group]:
-    """A layer whose units fall into several groups gives its name to the first, with a number to the others."""
+    """A layer whose units fall into several groups names the first, and the others with a number."""
     seen: Counter[str] = Counter()
     for group in groups:
         seen[group.name] += 1

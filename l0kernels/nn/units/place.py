@@ -76,7 +76,7 @@ class GateGroups(GatedLayer, nn.Module):
         }
 
     def gate_of_unit(self) -> Tensor:
-        """(units + 1,) int64: which of all gates closes each unit; what is always open has the last number."""
+        """(units + 1,) int64: which of all gates closes each unit; the last number: none."""
         found = self._made.get("gate_of_unit")
         if found is None:
             parts, start = [], 0

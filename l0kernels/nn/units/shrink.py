@@ -21,12 +21,12 @@ STATISTICS = ("running_mean", "running_var")
 def shrunk(model: nn.Module, multiple_of: int) -> nn.Module:
     """`model`, at rest and ours to take apart, with each gated model in it made narrower."""
     hosts = [module for module in model.modules() if groups_of(module) is not None]
-    inside = {part for host in hosts for part in host.modules()}
+    inside: set[Any] = {part for host in hosts for part in host.modules()}
     for name, module in model.named_modules():
         if isinstance(module, GatedUnits) and module not in inside:
             raise ValueError(
-                f"model must have the gates of its layers, got {name or type(module).__name__!r} of a model that "
-                "gate_ has gated, without that model: export the whole, and take the part of that"
+                f"model must have the gates of its layers, got {name or type(module).__name__!r} of a "
+                "model that gate_ has gated, without that model: export the whole, and take the part of that"
             )
     for host in hosts:
         smaller = _shrunk(host, multiple_of)
@@ -78,7 +78,7 @@ class _Plan:
 
     def __init__(self, host: nn.Module, gates: GateGroups, multiple_of: int) -> None:
         self._host, self._gates = host, gates
-        self._layers = [m for m in host.modules() if isinstance(m, GatedUnits)]
+        self._layers: list[Any] = [m for m in host.modules() if isinstance(m, GatedUnits)]
         starts: list[int] = []
         z, total = [], 0
         for group, gate in zip(gates.groups, gates.gates, strict=True):
@@ -132,11 +132,11 @@ class _Plan:
         return needed, mixed
 
     def _fixed(self) -> set[str]:
-        """The groups whose units stay, with zeros: the model's inputs, and rows that are normalised as a whole."""
+        """The groups whose units stay, with zeros: the model's inputs, words that are kept to a norm."""
         fixed = {group.name for group in self._gates.groups if all(m.role != "out" for m in group.members)}
         for layer in self._layers:
             if isinstance(layer, nn.Embedding) and layer.max_norm is not None:
-                fixed |= self._names(cast(Space, layer._l0_units.outs))
+                fixed |= self._names(cast(Any, layer)._l0_units.outs)
         return fixed - self.needed
 
     def cut(self, groups: Iterable[Group]) -> nn.Module:
@@ -251,7 +251,7 @@ def _resize(layer: Any, units: Units, count: Callable[[Space], int]) -> None:
     if units.kind.is_product:
         groups = getattr(layer, "groups", 1)
         if groups > 1:  # whole groups go
-            assert n_in is not None and n_out is not None
+            assert n_out is not None
             layer.groups = groups * n_out // layer.out_channels
         read, made = ("in_features", "out_features") if name == "linear" else ("in_channels", "out_channels")
         if n_in is not None:

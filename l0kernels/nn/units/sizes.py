@@ -78,7 +78,7 @@ def _with_one(parts: list[Tensor]) -> Tensor:
 
 def _product(labels: dict[int, Tensor], p: Tensor, ndim: int) -> Tensor:
     """P(open) of each element of a tensor of `ndim` dimensions, each gate once."""
-    total, seen = p.new_ones([1] * ndim), []
+    total, seen = p.new_ones([1] * ndim), list[Tensor]()
     for dim, of in labels.items():
         place = [1] * ndim
         place[dim] = len(of)
