@@ -86,6 +86,13 @@ class GateGroups(GatedLayer, nn.Module):
             found = self._made["gate_of_unit"] = torch.cat([*parts, torch.tensor([start])])
         return found
 
+    def gate_index(self, space: Space, device: torch.device) -> Tensor:
+        """Which of all gates closes each entry of a space, (size,)."""
+        key = "gate_index", space, device
+        if key not in self._made:
+            self._made[key] = self.gate_of_unit()[space.labels].to(device)
+        return self._made[key]
+
     def whole_gate(self, space: Space) -> int | None:
         """The number of the HardConcreteGate whose gates are those of a space's entries, in order."""
         key = "whole_gate", space
@@ -101,7 +108,7 @@ class GateGroups(GatedLayer, nn.Module):
     def meeting(self, rows: Space, cols: Space) -> Tensor | None:
         """(3, n): rows, columns and gates where both are of one gate; None: there is none."""
         key = "meeting", rows, cols
-        if key not in self._made:
+        if key not in self._made:  # by _place, before anything is compiled
             of = self.gate_of_unit()
             first, second = of[rows.labels], of[cols.labels]
             both = (first[:, None] == second) & (first[:, None] != of[-1])
@@ -184,12 +191,11 @@ class GateGroups(GatedLayer, nn.Module):
         return iter(())
 
     def __getstate__(self) -> dict[str, Any]:
-        left_out = ("_local", "_made", "_is_marked")
+        left_out = ("_local", "_is_marked")
         return {name: value for name, value in self.__dict__.items() if name not in left_out}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._made = {}
         self._local = threading.local()
 
     def extra_repr(self) -> str:
@@ -329,6 +335,10 @@ def _place(model: nn.Module, gates: GateGroups, sizes: dict[tuple[str, int], int
     by_tensor = {(id(tensors[name]), dim): one for (name, dim), one in spaces.items() if name in tensors}
     for (name, dim), one in spaces.items():
         gates.places.setdefault(name, {})[dim] = one
+        gates.whole_gate(one)
+    for sides in gates.places.values():
+        if sides.keys() == {0, 1}:
+            gates.meeting(sides[0], sides[1])
     gates.mark(model)
     for name, module in model.named_modules():
         kind = kind_of(module)

@@ -54,9 +54,8 @@ def open_counts(
     for host in hosts_of(model):
         gates = cast(GateGroups, host._modules[NAME])
         p = _with_one([openness(gate).double().flatten() for gate in gates.gates])
-        gate_of = gates.gate_of_unit().to(p.device)
         for parameter, sides in sided_parameters(host):
-            labels = {dim: gate_of[space.labels.to(p.device)] for dim, space in sides.items()}
+            labels = {dim: gates.gate_index(space, p.device) for dim, space in sides.items()}
             others = parameter.numel()
             for of in labels.values():
                 others //= len(of)
@@ -130,8 +129,8 @@ class L2Terms:
             if meeting is not None:
                 self._meeting.append((parameter, meeting.to(device)))
         else:
-            of = self._gates.gate_of_unit()
-            self._odd.append(_Odd(parameter, {dim: of[s.labels].to(device) for dim, s in sides.items()}))
+            labels = {dim: self._gates.gate_index(space, device) for dim, space in sides.items()}
+            self._odd.append(_Odd(parameter, labels))
 
     def _side(self, space: Space) -> Tensor:
         """log_alpha of each entry of a space."""
@@ -141,8 +140,8 @@ class L2Terms:
             if at is not None:
                 found = self._log_alphas[at]
             else:
-                index = self._gates.gate_of_unit()[space.labels]
-                found = self._whole().index_select(0, index.to(self._whole().device))
+                whole = self._whole()
+                found = whole.index_select(0, self._gates.gate_index(space, whole.device))
             self._of[space] = found
         return found
 
