@@ -226,14 +226,18 @@ def pack(
     *,
     scale_rows: bool = False,
     scale_cols: bool = False,
+    run: int = 1,
 ) -> Tensor:
-    """full[rows][:, cols], times the gates where asked, in ``dtype``, zero-padded to the extents."""
-    full, (size_rows, size_cols) = plain(full), full.shape
+    """full[rows][:, cols], times the gates where asked, in ``dtype``, zero-padded to the extents.
+
+    ``run``: how many entries in a row are one column.
+    """
+    full, size_rows, size_cols = plain(full), full.shape[0], full.shape[1] // run
     n_rows, n_cols = extent(rows, size_rows, dtype), extent(cols, size_cols, dtype)
-    out = full.new_empty(n_rows, n_cols, dtype=dtype)
+    out = full.new_empty(n_rows, n_cols * run, dtype=dtype)
     z_dtype = _z_dtype(dtype, rows, cols)
     _C.pack(
-        matrix(full, "the matrix", full.dtype, size_rows, size_cols),
+        matrix(full, "the matrix", full.dtype, size_rows, size_cols * run),
         TYPES[full.dtype],
         size_rows,
         size_cols,
@@ -246,6 +250,7 @@ def pack(
         scale_rows,
         scale_cols,
         z_dtype == torch.float64,
+        run,
         torch.get_num_threads(),
     )
     return out
@@ -262,18 +267,20 @@ def unpack(
     scale_cols: bool = False,
     grads: GateGrads = NO_GRADS,
     out: Tensor | None = None,
+    run: int = 1,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The matrix of ``shape`` with packed in its open rows and columns, times the gates; gate gradients.
 
-    ``out``: contiguous memory for the matrix.
+    ``out``: contiguous memory for the matrix. ``run``: as of pack.
     """
     packed = plain(packed).contiguous()
     theta = None if grads.theta is None else plain(grads.theta)
     out = packed.new_empty(shape, dtype=dtype) if out is None else out
     dz_row = torch.empty_like(rows[0]) if grads.rows and rows is not None else None
     dz_col = torch.empty_like(cols[0]) if grads.cols and cols is not None else None
-    (n_rows, n_cols), z_dtype = packed.shape, _z_dtype(packed.dtype, rows, cols)
-    at_packed, stride, _ = matrix(packed, "the packed matrix", packed.dtype, n_rows, n_cols)
+    (n_rows, width), z_dtype = packed.shape, _z_dtype(packed.dtype, rows, cols)
+    n_cols, size_cols = width // run, shape[1] // run
+    at_packed, stride, _ = matrix(packed, "the packed matrix", packed.dtype, n_rows, width)
     _C.unpack(
         (at_packed, stride, 1),  # a lone column may have any stride
         TYPES[packed.dtype],
@@ -282,9 +289,9 @@ def unpack(
         vector(out, "out", dtype, shape[0] * shape[1]),
         TYPES[dtype],
         shape[0],
-        shape[1],
+        size_cols,
         _gate(rows, "the gate of the rows", shape[0], z_dtype, grads.full_rows),
-        _gate(cols, "the gate of the columns", shape[1], z_dtype, grads.full_cols),
+        _gate(cols, "the gate of the columns", size_cols, z_dtype, grads.full_cols),
         scale_rows,
         scale_cols,
         z_dtype == torch.float64,
@@ -292,6 +299,7 @@ def unpack(
         0 if theta is None else TYPES[theta.dtype],
         fresh(dz_row),
         fresh(dz_col),
+        run,
         torch.get_num_threads(),
     )
     return out, dz_row, dz_col

@@ -32,6 +32,7 @@ class PackUnpack(Protocol):
         *,
         scale_rows: bool = ...,
         scale_cols: bool = ...,
+        run: int = ...,
     ) -> Tensor: ...
 
     def unpack(
@@ -46,6 +47,7 @@ class PackUnpack(Protocol):
         scale_cols: bool = ...,
         grads: GateGrads = ...,
         out: Tensor | None = ...,
+        run: int = ...,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]: ...
 
     def gate_grad(self, dz: Tensor, z: Tensor, dist: HardConcrete) -> Tensor: ...

@@ -108,7 +108,7 @@ class Draw:
         self._gates = gates
         self._present: dict[Space, Present] = {}
         self._scales: dict[tuple[Space, torch.dtype], Tensor] = {}
-        self._sides: dict[tuple[Space, int, torch.dtype], list[Tensor]] = {}
+        self._sides: dict[tuple[Space, torch.dtype], list[Tensor]] = {}
         self._static: dict[Space, Gates] = {}
         self._masks: dict[tuple[Space, torch.dtype], Tensor] = {}
         self._exists: Tensor | None = None
@@ -186,41 +186,34 @@ class Draw:
             self._scales[key] = found
         return found
 
-    def side(self, space: Space, taps: int, dtype: torch.dtype, selects: bool) -> list[Tensor] | None:
-        """The gates of one side of a matrix, as pack takes them, each entry `taps` times in a row.
+    def side(self, space: Space, dtype: torch.dtype, selects: bool) -> list[Tensor] | None:
+        """The gates of one side of a matrix, as pack takes them.
 
         None: all exist, and where `selects`, which multiplies nothing, that is all there is to say.
         """
         present = self.present(space)
         if selects and present.index is None:
             return None
-        key = space, taps, torch.float64 if dtype == torch.float64 else torch.float32
+        key = space, torch.float64 if dtype == torch.float64 else torch.float32
         found = self._sides.get(key)
         if found is None:
-            found = self._sides[key] = self._side(space, present, taps, dtype)
+            found = self._sides[key] = self._side(space, present, dtype)
         return found
 
-    def _side(self, space: Space, present: Present, taps: int, dtype: torch.dtype) -> list[Tensor]:
+    def _side(self, space: Space, present: Present, dtype: torch.dtype) -> list[Tensor]:
         z, at = self.scales(space, dtype).detach(), self._group(space)
         if at is not None and present.index is not None:
             order = self._gates[at].index
             if present.within is not None:  # what rounds up stands among the others
                 order = torch.cat([present.index.int(), order[present.n :]])
-            if taps == 1:
-                return [z, order, self._extents[at]]
-            order = order[: space.size]
-        elif present.index is None:
-            order = torch.arange(space.size, dtype=torch.int32)
+            return [z, order, self._extents[at]]
+        index = torch.zeros(round_up(space.size), dtype=torch.int32)
+        if present.index is None:
+            torch.arange(space.size, out=index[: space.size])
         else:
-            absent = (~self.exists[space.labels]).nonzero()[:, 0]
-            order = torch.cat([present.index, absent]).int()
-        size = len(order) * taps
-        index = torch.zeros(round_up(size), dtype=torch.int32)
-        torch.add(
-            (order * taps)[:, None], torch.arange(taps, dtype=torch.int32), out=index[:size].view(-1, taps)
-        )
-        z = z.repeat_interleave(taps) if taps > 1 else z
-        return [z, index, torch.full((2,), present.n * taps, dtype=torch.int32)]
+            index[: present.n] = present.index
+            index[present.n : space.size] = (~self.exists[space.labels]).nonzero()[:, 0]
+        return [z, index, torch.full((2,), present.n, dtype=torch.int32)]
 
     def mask(self, space: Space, dtype: torch.dtype) -> Tensor:
         """1 where an entry of a space is open, 0 elsewhere, (size,)."""

@@ -27,6 +27,11 @@ class Kind(NamedTuple):
         return self.name.endswith("norm")
 
     @property
+    def is_exact(self) -> bool:
+        """Whether it would see units that exist and are closed: in the statistics over all units."""
+        return self.name in ("layer_norm", "rms_norm", "group_norm")
+
+    @property
     def is_product(self) -> bool:
         return self.name in ("linear", "conv", "transposed")
 

@@ -61,7 +61,8 @@ class _PackWeight(torch.autograd.Function):
         matrix = weight.reshape(weight.shape[0], -1)
         scales = {"scale_rows": scaled == 0 and z is not None, "scale_cols": scaled == 1 and z is not None}
         pair, dtype = module(backend), weight.dtype
-        packed = pair.pack(matrix, rows, cols, torch.promote_types(dtype, torch.float32), **scales).to(dtype)
+        wide = torch.promote_types(dtype, torch.float32)
+        packed = pair.pack(matrix, rows, cols, wide, run=taps, **scales).to(dtype)
         ctx.save_for_backward(weight)
         ctx.settings = sides, scales, backend
         return packed.view(packed.shape[0], packed.shape[1] // taps, *weight.shape[2:])
@@ -81,11 +82,9 @@ class _PackWeight(torch.autograd.Function):
             **scales,
             grads=GateGrads(matrix if needed else None, needed and scaled == 0, needed and scaled == 1),
             out=empty_grad(weight).view(matrix.shape),
+            run=taps,
         )
-        dz = dz_rows if scaled == 0 else dz_cols
-        if dz is not None and scaled == 1 and taps > 1:
-            dz = dz.view(-1, taps).sum(1)
-        return dw.view(weight.shape), dz if needed else None, None, None
+        return dw.view(weight.shape), (dz_rows if scaled == 0 else dz_cols) if needed else None, None, None
 
 
 class _Sides(NamedTuple):
@@ -147,8 +146,8 @@ class _Exact:
         z = None if ins is None else draw.scales(ins, weight.dtype)
         taps = weight.shape[2:].numel()
         first, second = (outs, ins) if kind.cols == 1 else (ins, outs)
-        rows = None if first is None else draw.side(first, 1, weight.dtype, first is not ins)
-        cols = None if second is None else draw.side(second, taps, weight.dtype, second is not ins)
+        rows = None if first is None else draw.side(first, weight.dtype, first is not ins)
+        cols = None if second is None else draw.side(second, weight.dtype, second is not ins)
         if rows is None and cols is None:
             return weight
         return apply(_PackWeight, weight, z, _Sides(rows, cols, taps, kind.cols), draw.backend)

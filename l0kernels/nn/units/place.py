@@ -23,6 +23,9 @@ from .kinds import kind_of
 from .layers import Units, run
 from .narrow import plain
 
+MULTIPLE = 16
+"""Of channels of convolutions: oneDNN compiles each new number of them, for 2 to 7 ms."""
+
 NAME = "l0_units"
 """Of the module in a gated model that holds its gates."""
 
@@ -332,6 +335,7 @@ def _place(model: nn.Module, gates: GateGroups, sizes: dict[tuple[str, int], int
             found[member.index] = (start + torch.arange(group.units))[:, None]
         start += group.units
     spaces = {key: gates.spaces.of(found) for key, found in labels.items()}
+    placed: list[Units] = []
     by_tensor = {(id(tensors[name]), dim): one for (name, dim), one in spaces.items() if name in tensors}
     for (name, dim), one in spaces.items():
         gates.places.setdefault(name, {})[dim] = one
@@ -366,9 +370,24 @@ def _place(model: nn.Module, gates: GateGroups, sizes: dict[tuple[str, int], int
             units = Units(gates, kind, None, outs)
         if units.ins is None and units.outs is None:
             continue
+        placed.append(units)
         module.__dict__["_l0_units"] = units
         module.__class__ = _class_of(type(module))
         module.register_forward_pre_hook(leaves_no_fast_path)
+    exact = {gate for units in placed if units.kind.is_exact for gate in (units.ins, units.outs)}
+    closed_exactly = torch.zeros(total + 1, dtype=torch.bool)
+    for one in exact - {None}:
+        closed_exactly[cast(Space, one).labels] = True
+    convolved = torch.zeros(total + 1, dtype=torch.bool)
+    for units in placed:
+        for one in (units.ins, units.outs):
+            if units.kind.spatial and one is not None:
+                convolved[one.labels] = True
+    start = 0
+    for at, group in enumerate(gates.groups):
+        if convolved[start] and not closed_exactly[start]:
+            gates.multiples[at] = MULTIPLE
+        start += group.units
     model.add_module(NAME, gates)
     model.register_forward_pre_hook(gates.begin, prepend=True)
     model.register_forward_hook(gates.end, always_call=True)
