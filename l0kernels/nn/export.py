@@ -9,6 +9,7 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
+from .. import _checks
 from .bank import GateBank
 from .batch_norm import L0BatchNorm2d
 from .chain import (
@@ -32,6 +33,8 @@ from .ranks import gathered
 from .reads import Reads, is_foreign, reads_of
 from .sequential import L0Residual, L0Sequential, Value, is_residual, is_sequential
 from .steps import UNKNOWN, is_conv, is_linear, is_norm, own_gate, unit_dim, units_in, units_out
+from .units.place import GatedUnits, GateGroups
+from .units.shrink import shrunk
 
 LISTS = (nn.ModuleList, nn.ModuleDict)
 CONTENTS = {
@@ -165,7 +168,7 @@ def _dim(dim: int) -> str:
     return "" if dim == -1 else f", dim={dim}"
 
 
-def export(model: nn.Module, *, batched: bool = True) -> nn.Module:
+def export(model: nn.Module, *, batched: bool = True, multiple_of: int = 1) -> nn.Module:
     """A smaller model of plain torch modules with the outputs of ``model.eval()``, itself in eval mode.
 
     Every L0Linear becomes an ``nn.Linear`` and every L0Conv2d an ``nn.Conv2d`` of its open units, every
@@ -191,6 +194,13 @@ def export(model: nn.Module, *, batched: bool = True) -> nn.Module:
     ``parametrize``, ``prune``, ``weight_norm`` and ``spectral_norm``, computed in eval() without a step of
     their buffers. A weight that two such layers share becomes one for each.
 
+    A model that :func:`gate_` has gated keeps its classes and forwards: its layers are of their own classes
+    again, without their closed units, z in the columns that read the open ones, and say so in their sizes.
+    The result is run on random inputs like the example that gate_ was given. Groups of units that meet a size
+    which stands in a forward stay whole, closed units all zeros, as do features of the model's inputs; of a
+    group without an open unit one of zeros stays. A weight that two layers share, of which one multiplies it
+    by z, becomes one for each.
+
     Sharded parameters (DTensor) are gathered: all ranks export, and have the same model.
 
     Args:
@@ -198,6 +208,9 @@ def export(model: nn.Module, *, batched: bool = True) -> nn.Module:
         batched: whether images come in batches. Single ones are another matter for ``nn.Flatten``, which
             makes rows of their channels: with False channels are all there in front of it. With True an
             exported model that has lost channels there fails on a single image.
+        multiple_of: of a model that gate_ has gated: each group keeps a multiple of so many units (or all),
+            the likeliest of the closed ones as zeros. Groups that a norm is over (layer, RMS, group norms)
+            keep what is open.
 
     Returns:
         The exported model. It pickles, and its parameters can be trained on. Where nothing is kept it scripts
@@ -205,13 +218,25 @@ def export(model: nn.Module, *, batched: bool = True) -> nn.Module:
 
     Raises:
         ValueError: a NaN in a log_alpha, gates on the meta device, or a gated layer as out_proj of a
-            ``torch.nn.MultiheadAttention``, which would not call it.
+            ``torch.nn.MultiheadAttention``, which would not call it; multiple_of is below 1, or above it for
+            a model that gate_ has not gated; a part of a model that gate_ has gated, or one in which a size
+            that stands in a forward is that of units which a norm is over.
     """
+    _checks.check_count("multiple_of", multiple_of, 1, 2**31)
     gates = gate_modules(model)  # refuses what torch would not call
     if any(gate.log_alpha.is_meta for gate in gates):
         raise ValueError("model must hold values, got gates on the meta device")
+    by_units = any(isinstance(part, GateGroups | GatedUnits) for part in model.modules())
+    if multiple_of != 1 and not by_units:
+        raise ValueError(f"multiple_of must be 1 for a model that gate_ has not gated, got {multiple_of}")
     with torch.inference_mode(False), torch.no_grad():
         model = _at_rest(gathered(model))
+        if by_units:
+            while type(model).__name__ == "OptimizedModule":
+                model = cast(nn.Module, model._orig_mod)
+            model = shrunk(model, multiple_of)
+            if not any(isinstance(part, HardConcreteGate) for part in model.modules()):
+                return model.eval()
         return _Export(model, batched).alone(model).eval()
 
 

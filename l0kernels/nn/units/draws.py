@@ -32,6 +32,9 @@ class Space:
         self.start = first if torch.equal(labels, torch.arange(first, first + self.size)) else None
         self._made: dict[object, Space] = {}
 
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_made": {}}  # its keys are addresses
+
 
 class Spaces:
     """The spaces of a model."""
