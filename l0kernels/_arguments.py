@@ -160,6 +160,56 @@ def check_batch_norm(
         )
 
 
+def check_layer_norm(
+    x: Tensor,
+    normalized_shape: Any,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float | None,
+    gates: Gates | None,
+) -> tuple[int, ...]:
+    """Checks of ``x (..., *normalized_shape)`` and what goes with it; normalized_shape as a tuple."""
+    _checks.check_floating("x", x)
+    is_several = isinstance(normalized_shape, Sequence) and not isinstance(normalized_shape, str)
+    shape = tuple(normalized_shape) if is_several else (normalized_shape,)
+    for size in shape:
+        _checks.check_count("normalized_shape", size, 1, 2**31)
+    if not shape or tuple(x.shape[-len(shape) :]) != shape:
+        raise ValueError(f"x must have shape (..., {', '.join(map(str, shape))}), got {tuple(x.shape)}")
+    for name, value in (("weight", weight), ("bias", bias)):
+        if value is not None:
+            _checks.check_floating(name, value)
+            _checks.check_shape(name, value, shape, "normalized_shape")
+            _checks.check_device(name, value, x.device, "x")
+    if eps is not None:
+        _checks.check_number("eps", eps)
+    if gates is not None:
+        if len(shape) != 1:
+            raise ValueError(
+                f"normalized_shape must be of the last dimension alone where gates are given, got {shape}"
+            )
+        check_gates("gates", gates, shape[0], x.device, "feature of x")
+    return shape
+
+
+def check_group_norm(
+    x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> None:
+    """Checks of ``x (N, channels, ...)`` and of vectors (channels,)."""
+    _checks.check_floating("x", x)
+    if x.ndim < 2:
+        raise ValueError(f"x must have shape (N, channels, ...), got {tuple(x.shape)}")
+    _checks.check_count("num_groups", num_groups, 1, 2**31)
+    if x.shape[1] % num_groups:
+        raise ValueError(f"num_groups must divide the {x.shape[1]} channels of x, got {num_groups}")
+    for name, value in (("weight", weight), ("bias", bias)):
+        if value is not None:
+            _checks.check_floating(name, value)
+            _checks.check_shape(name, value, (x.shape[1],), "one per channel of x")
+            _checks.check_device(name, value, x.device, "x")
+    _checks.check_number("eps", eps)
+
+
 def check_masked(
     x: Tensor,
     weight: Tensor,
