@@ -9,7 +9,15 @@ from typing import Any
 from torch import Tensor
 
 from . import _checks
-from ._gates import EVAL_MODES, Gates, HardConcrete, check_dist, check_gates, check_not_nan
+from ._gates import (
+    EVAL_MODES,
+    Gates,
+    HardConcrete,
+    check_dist,
+    check_gates,
+    check_layer_gates,
+    check_not_nan,
+)
 
 GLU = {"swiglu": "silu", "geglu": "gelu"}
 """Gated products: the activation of the first half of a hidden layer's rows, which multiplies the second."""
@@ -78,6 +86,43 @@ def check_conv2d(
     _checks.check_device("x", x, weight.device, "weight")
     _checks.check_same_dtype("x", x, "weight", weight)
     _checks.check_bias(weight, bias)
+
+
+def check_convolution(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    groups: int,
+    transposed: bool = False,
+    in_gates: Gates | None = None,
+    out_gates: Gates | None = None,
+    out_support: Gates | None = None,
+) -> None:
+    """Checks of ``x ([N,] in, ...)``, ``weight (out, in / groups, ...)``, transposed ``(in, out / groups,
+    ...)``, ``bias (out,)`` or None, and the gates of both sides."""
+    _checks.check_floating("x", x)
+    _checks.check_floating("weight", weight)
+    if weight.ndim < 3:
+        raise ValueError(f"weight must have shape (out, in / groups, ...), got {tuple(weight.shape)}")
+    _checks.check_count("groups", groups, 1, 2**31)
+    if weight.shape[0] % groups:
+        raise ValueError(f"groups must divide the {weight.shape[0]} rows of weight, got {groups}")
+    sizes = weight.shape[0], weight.shape[1] * groups
+    n_in, n_out = sizes if transposed else sizes[::-1]
+    batch = x.ndim == weight.ndim
+    if not (batch or x.ndim == weight.ndim - 1) or x.shape[1 if batch else 0] != n_in:
+        spatial = ", ".join({1: "L", 2: "HW", 3: "DHW"}.get(weight.ndim - 2, "..."))
+        raise ValueError(
+            f"x must have shape (N, {n_in}, {spatial}) or ({n_in}, {spatial}), got {tuple(x.shape)}"
+        )
+    _checks.check_device("x", x, weight.device, "weight")
+    _checks.check_same_dtype("x", x, "weight", weight)
+    if bias is not None:
+        _checks.check_floating("bias", bias)
+        _checks.check_shape("bias", bias, (n_out,), "one per output channel of weight")
+        _checks.check_device("bias", bias, weight.device, "weight")
+        _checks.check_same_dtype("bias", bias, "weight", weight)
+    check_layer_gates(n_in, n_out, weight.device, in_gates, out_gates, out_support)
 
 
 def pair(name: str, value: Any, low: int) -> list[int]:

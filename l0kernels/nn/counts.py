@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._compat import AnyConv
 from .chain import Known, Part, Product, flatten, inside, is_feed_forward, is_product, known_before, link
+from .conv import GatedConv
 from .export import SlicedConv1d, SlicedConv2d
 from .gate import HardConcreteGate, gate_modules
 from .linear import L0Linear
@@ -16,7 +18,6 @@ from .ranks import check_none_flat
 from .sequential import is_residual
 from .steps import is_linear, is_norm, units_in, units_out
 
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 Openness = Callable[[HardConcreteGate], Tensor]
 
@@ -117,12 +118,12 @@ def _flops(model: nn.Module, input_shape: Sequence[int] | Tensor | None, opennes
     gate_modules(model)  # refuses what torch would not call
     check_none_flat(model)
     products = _products(model)
-    rows, dense = _rows(model, input_shape)
+    rows, reads, dense = _rows(model, input_shape)
     counts = []
     for layer, product in products.items():
         if is_product(layer):
             weights, biases = _count(product, openness)
-            counts.append(rows[layer] * (2 * weights + biases))
+            counts.append(2 * reads[layer] * weights + rows[layer] * biases)
     return _total(counts, dense)
 
 
@@ -156,17 +157,27 @@ def _count(product: Product, openness: Openness) -> tuple[Tensor, Tensor]:
     rows = _units(product.out_gates, layer, n_out, openness, product.halves)
     if is_norm(layer):
         return rows.sum() * (layer.weight is not None), rows.sum() * (layer.bias is not None)
-    own = None
     groups, taps = (1, 1) if is_linear(layer) else (layer.groups, layer.weight.shape[2:].numel())
-    if isinstance(layer, L0Linear) and layer.weight_gate is not None:
-        own = layer.spread(openness(layer.weight_gate))
-        weights = rows @ own @ cols
+    own = _own(layer, openness)
+    if own is not None:
+        weights, taps = rows @ own @ cols, 1
     else:
         weights = taps * rows.view(groups, -1).sum(1).dot(cols.view(groups, -1).sum(1))
     if not set(product.in_gates).isdisjoint(product.out_gates):
         at_out, at_in, difference = _meeting(product, n_in, n_out, groups, openness)
         weights = weights + taps * (difference if own is None else difference * own[at_out, at_in]).sum()
     return weights, rows.sum() * (layer.bias is not None)
+
+
+def _own(layer: Any, openness: Openness) -> Tensor | None:
+    """(out, in): how many of the weights between two units are open, as far as gates per weight decide."""
+    if isinstance(layer, L0Linear) and layer.weight_gate is not None:
+        return layer.spread(openness(layer.weight_gate))
+    if not isinstance(layer, GatedConv) or layer.weight_gate is None:
+        return None
+    each = openness(layer.weight_gate).flatten(2).sum(2)
+    blocks = each.view(layer.groups, -1, each.shape[1])
+    return torch.block_diag(*(blocks.mT if layer.transposed else blocks))
 
 
 def _meeting(
@@ -227,26 +238,34 @@ def _total(counts: Sequence[Tensor], rest: int) -> Tensor:
     return sum(counts, torch.tensor(float(rest), dtype=torch.float64, device=device))
 
 
-def _rows(model: nn.Module, input_shape: Sequence[int] | Tensor | None) -> tuple[Counter[nn.Module], int]:
-    """How many rows or positions reach each layer, and the FLOPs of what no gate of ours can close."""
+def _rows(
+    model: nn.Module, input_shape: Sequence[int] | Tensor | None
+) -> tuple[Counter[nn.Module], Counter[nn.Module], int]:
+    """How many rows or positions each layer writes, and at how many it multiplies by its weight; and the
+    FLOPs of what no gate of ours can close."""
     rows: Counter[nn.Module] = Counter()
+    reads: Counter[nn.Module] = Counter()
     modules = list(model.modules())
     products = [module for module in modules if is_product(module)]
     attentions = [module for module in modules if isinstance(module, nn.MultiheadAttention)]
-    convolutions = [module for module in modules if isinstance(module, CONVOLUTIONS + TRANSPOSED)]
+    convolutions = [module for module in modules if isinstance(module, AnyConv)]
     convolutions = [module for module in convolutions if not isinstance(module, SlicedConv1d | SlicedConv2d)]
     if input_shape is None:
         if convolutions:
             raise ValueError(f"input_shape must be given for a model with convolutions: {convolutions[0]}")
         rows.update(products)
-        return rows, sum(_of_attention(attention, (1, 1, 1, 0)) for attention in attentions)
+        return rows, rows, sum(_of_attention(attention, (1, 1, 1, 0)) for attention in attentions)
     if not (products or convolutions or attentions):
-        return rows, 0
+        return rows, reads, 0
 
     dense = 0
 
-    def see_product(layer: Any, _: Any, y: Tensor) -> None:
+    def see_product(layer: Any, args: Any, kwargs: Any, y: Tensor) -> None:
         rows[layer] += y.numel() // max(units_out(layer), 1)  # an exported layer may have no outputs left
+        x, n = y, units_out(layer)
+        if isinstance(layer, TRANSPOSED):
+            x, n = args[0] if args else kwargs.get("x", kwargs.get("input")), units_in(layer)
+        reads[layer] += x.numel() // max(n, 1)
 
     def see_convolution(layer: Any, args: Any, kwargs: Any, y: Tensor) -> None:
         nonlocal dense
@@ -261,7 +280,7 @@ def _rows(model: nn.Module, input_shape: Sequence[int] | Tensor | None) -> tuple
         counts = [x.numel() // x.shape[-1] for x in given]
         dense += _of_attention(layer, (*counts, counts[0]))
 
-    hooks = [module.register_forward_hook(see_product) for module in products]
+    hooks = [module.register_forward_hook(see_product, with_kwargs=True) for module in products]
     others = [module for module in convolutions if not is_product(module)]
     hooks += [module.register_forward_hook(see_convolution, with_kwargs=True) for module in others]
     hooks += [module.register_forward_hook(see_attention, with_kwargs=True) for module in attentions]
@@ -275,7 +294,7 @@ def _rows(model: nn.Module, input_shape: Sequence[int] | Tensor | None) -> tuple
             module.training = training
         for hook in hooks:
             hook.remove()
-    return rows, dense
+    return rows, reads, dense
 
 
 def _input(model: nn.Module, input_shape: Sequence[int] | Tensor) -> Tensor:

@@ -7,6 +7,7 @@ types and checks that every backend shares.
 from .._gates import ALIGN, Gates, HardConcrete
 from .batch_norm import gated_batch_norm
 from .conv2d import gated_conv2d
+from .convolution import gated_convolution
 from .counts import (
     conv_expected_flops,
     conv_expected_params,
@@ -32,6 +33,7 @@ __all__ = [
     "eval_gates",
     "gated_batch_norm",
     "gated_conv2d",
+    "gated_convolution",
     "gated_group_norm",
     "gated_layer_norm",
     "gated_linear",
