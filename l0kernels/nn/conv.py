@@ -438,7 +438,7 @@ class _GatedTransposed(GatedConv):
     """What the gated transposed convolutions share."""
 
     _dense: ClassVar[type[AnyConv]]
-    _convolution: ClassVar[tuple[Callable[..., Tensor]]]
+    _convolution: ClassVar[Any]
     """torch's function; in a tuple, for it is no method."""
 
     def __init__(
@@ -508,13 +508,14 @@ class _GatedTransposed(GatedConv):
         """
         _checks.check_tensor("x", x)
         gates = self._gates(in_gates, out_gates, out_support)
-        output_padding = self._output_padding(
-            x, output_size, self.stride, self.padding, self.kernel_size, len(self.kernel_size), self.dilation
-        )
+        of_size: Any = self._output_padding  # torch's, of its transposed classes
+        geometry = self.stride, self.padding, self.kernel_size
+        output_padding = of_size(x, output_size, *geometry, len(self.kernel_size), self.dilation)
 
         def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:
             options = self.stride, self.padding, output_padding, groups, self.dilation
-            return self._convolution[0](x, weight, bias, *options)
+            function: Any = type(self)._convolution[0]
+            return function(x, weight, bias, *options)
 
         return gated_convolution(
             convolve, x, self.gated_weight(), self.bias, self.groups, transposed=True, **gates
