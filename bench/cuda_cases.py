@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from l0kernels._calls import Gate, L0LinearCall, LinearCall, MlpCall, Wanted
+from l0kernels._calls import Gate, GateGrads, L0LinearCall, LinearCall, MlpCall, Wanted
 from l0kernels._gates import DEFAULT_DIST, compact, round_up
 from l0kernels.gates import split
 from l0kernels.impl import cuda
@@ -63,8 +63,8 @@ def small_calls(device: str) -> Iterator[Call]:
         for r, c in itertools.product((None, rows), (None, cols, plain)):
             scale: dict[str, Any] = {"scale_rows": True, "scale_cols": True}
             yield Call("pack", partial(cuda.pack, full, r, c, dtype, **scale))
-            grads: dict[str, Any] = {**scale, "theta": full, "dz_rows": True, "dz_cols": True}
-            yield Call("unpack", partial(cuda.unpack, packed, shape, r, c, dtype, **grads))
+            grads = GateGrads(full, rows=True, cols=True)
+            yield Call("unpack", partial(cuda.unpack, packed, shape, r, c, dtype, **scale, grads=grads))
         gates = [torch.randn(n, dtype=z_dtype).to(device) for n in shape]
         terms = [(full, 0, 1, 1)]
         yield Call("coupled", partial(cuda.coupled_penalty, terms, gates, [1.0] * 2, 0.1, DEFAULT_DIST))
@@ -143,7 +143,7 @@ def target_calls(device: str) -> Iterator[Call]:
             into: dict[str, Any] = {"scale_rows": True, "scale_cols": True, "out": out.view(full.shape)}
             unpack = partial(cuda.unpack, buffer, (full.shape[0], full.shape[1]), gr, gc, full.dtype, **into)
             yield Call(f"unpack {what} keep {keep}", unpack, (part + rows * cols) * size)
-            unpack = partial(unpack, theta=full, dz_rows=True, dz_cols=True)
+            unpack = partial(unpack, grads=GateGrads(full, rows=True, cols=True))
             # Of theta, the fractional rows, half of the open ones; of gated columns every sector.
             theta = part // 2 if what == "rows" else read
             yield Call(f"unpack {what} dz keep {keep}", unpack, (part + theta + rows * cols) * size)

@@ -24,6 +24,7 @@ from torch import Tensor
 
 import l0kernels as l0
 from l0kernels import _registry, impl
+from l0kernels._calls import GateGrads
 
 BACKENDS = ("torch", "cpp", "triton", "cuda")
 GROUP_S = 0.6
@@ -203,11 +204,10 @@ def packs(device: torch.device, quick: bool) -> Iterator[Part]:
                 if name is None:
                     a, g, dtype = a.double(), {s: _doubled(gates[s]) for s in gates}, torch.float64
                 sides = [s for s in ("rows", "cols") if dz and g[s] is not None]
-                wanted: dict[str, Any] = {f"{what}_{s}": True for s in sides for what in ("dz", "scale")}
+                scales = {f"scale_{s}": True for s in sides}
+                grads = GateGrads(a if dz else None, "rows" in sides, "cols" in sides)
                 module = _packing(name or "torch")
-                out = module.unpack(
-                    p, a.shape, g["rows"], g["cols"], dtype, theta=a if dz else None, **wanted
-                )
+                out = module.unpack(p, a.shape, g["rows"], g["cols"], dtype, grads=grads, **scales)
                 return [t for t in out if t is not None]
 
             def packed_values(name: str | None, pack: Any = pack, kept: Any = kept, C: int = n_cols) -> Any:

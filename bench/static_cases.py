@@ -10,6 +10,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
+from l0kernels._calls import Conv2dCall, GateGrads, L0LinearCall, LinearCall, MlpCall, Wanted
 from l0kernels._gates import DEFAULT_DIST, HardConcrete, round_up
 from l0kernels.triton_kernels import (
     batch_norm,
@@ -204,11 +205,18 @@ def pack_cases() -> Iterator[Case]:
     yield packed(" strided", matrix(BF16, C, R).t(), BF16, False, True, skip_plain=False)
 
     def unpacked(
-        name: str, dtype: torch.dtype, full: Tensor, rows: bool, cols: bool, dz: bool, **options: Any
+        name: str,
+        dtype: torch.dtype,
+        full: Tensor,
+        rows: bool,
+        cols: bool,
+        dz: bool,
+        full_rows: bool = False,
+        **options: Any,
     ) -> Case:
         row, col = gates(*full.shape)
         given = [round_up(n) if gated else n for n, gated in zip(full.shape, (rows, cols), strict=True)]
-        theta = {"theta": full, "dz_rows": rows and "cols" not in name, "dz_cols": cols} if dz else {}
+        theta = {"grads": GateGrads(full, rows and "cols" not in name, cols, full_rows)} if dz else {}
         call = partial(
             pack.unpack,
             new(*given, dtype=dtype),
@@ -236,8 +244,8 @@ def pack_cases() -> Iterator[Case]:
     yield unpacked(" odd", BF16, matrix(BF16, cols=C + 1), False, True, False)
     yield unpacked(" bias", FP32, matrix(FP32, rows=1), False, True, True)
     # An odd row count leaves z unaligned; with an aligned one sm_90 spills 8 bytes.
-    strided = {"theta": matrix(BF16, R + 1, 2 * C)[:, ::2], "dz_cols": True}
-    yield unpacked(" strided", BF16, matrix(BF16, R + 1), False, True, False, **strided)
+    strided = GateGrads(matrix(BF16, R + 1, 2 * C)[:, ::2], cols=True)
+    yield unpacked(" strided", BF16, matrix(BF16, R + 1), False, True, False, grads=strided)
 
     (gate,) = gates(C)
     for parts in (10, 100):
@@ -269,7 +277,8 @@ def layer(
     x, dy, weight = new(M, K, dtype=dtype), new(M, N, dtype=dtype), new(N, K, dtype=param)
     bias = new(N, dtype=param) if gated or "b" in needs else None
     head = f"{name}{gated} {TYPES[param]} {TYPES[dtype]} {precision}"
-    forward = partial(linear.linear_forward, x, weight, bias, in_gate, out_gate, True, dtype)
+    call = LinearCall(x, weight, bias, in_gate, out_gate, True, dtype)
+    forward = partial(linear.linear_forward, call)
     if not needs:
         yield Case(head, forward, archs, precision, only)
         return
@@ -278,21 +287,7 @@ def layer(
     wanted[4] &= out_gate is not None
     yield Case(
         f"{head} backward",
-        lambda: linear.linear_backward(
-            dy,
-            x,
-            weight,
-            bias,
-            in_gate,
-            out_gate,
-            forward()[1],
-            True,
-            False,
-            False,
-            dtype,
-            wanted,
-            dist,
-        ),
+        lambda: linear.linear_backward(call, dy, forward()[1], Wanted([False] * 2, wanted, dist)),
         archs,
         precision,
         only,
@@ -319,11 +314,10 @@ def chain(
     biases: list[Tensor | None] = [new(w.shape[0], dtype=param) for w in weights]
     first, *rest = gates(*widths)
     layers = new(T, D, dtype=param), weights, biases, [first if gated == "all" else None, *rest]
-    forward = partial(mlp.mlp_forward, *layers, activation, dtype, False)
-    backward = lambda: mlp.mlp_backward(  # noqa: E731
-        new(T, D, dtype=dtype), *layers, forward()[1], activation, dtype, [False] * depth,
-        [*[True] * (1 + 2 * depth), gated == "all", *[True] * (depth - 1)], DEFAULT_DIST,
-    )  # fmt: skip
+    call = MlpCall(*layers, activation, dtype, False)
+    needs = [*[True] * (1 + 2 * depth), gated == "all", *[True] * (depth - 1)]
+    wanted, forward = Wanted([False] * depth, needs, DEFAULT_DIST), partial(mlp.mlp_forward, call)
+    backward = lambda: mlp.mlp_backward(call, new(T, D, dtype=dtype), forward()[1], wanted)  # noqa: E731
     name = f"{activation} {gated} {T} {TYPES[param]} {TYPES[dtype]} {precision}"
     for part in parts.split():
         yield Case(f"{part} {name}", forward if part == "y" else backward, archs, precision, only)
@@ -379,9 +373,9 @@ def gather_cases() -> Iterator[Case]:
         log_alpha = new(4002)
         for M in (128, 20, 16) if precision == "highest" or dtype == BF16 else ():
             x, weight = new(M, 4002, dtype=dtype), new(4002, 4002, dtype=dtype)
-            draw = partial(gather.l0_linear_forward, x, weight, new(4002, dtype=dtype), log_alpha, log_alpha)
-            call = partial(draw, SEED, 0, DEFAULT_DIST, sample.TAU, dtype)
-            yield Case(f"drawn {M} {TYPES[dtype]}", call, ARCHS, precision)
+            bias = new(4002, dtype=dtype)
+            call = L0LinearCall(x, weight, bias, log_alpha, log_alpha, SEED, DEFAULT_DIST, dtype)
+            yield Case(f"drawn {M} {TYPES[dtype]}", partial(gather.l0_linear_forward, call), ARCHS, precision)
     for result in ("x", "w", "b", "in", "out"):
         gated = "in out" if result in ("in", "out") else ""
         yield from small(f"only {result}", (100, 102, 100), gated=gated, needs=result, dist=None, DLOG=False)
@@ -432,15 +426,15 @@ def convolution(
     )
     size, padding = (1, 0) if name == "pointwise" else (3, 1)
     weight, bias = new(n_out, n_in // groups, size, size, dtype=dtype), new(n_out, dtype=dtype)
-    conv = ([stride] * 2, [padding] * 2, [1, 1], groups)
-    layer = x, weight, bias, ins, outs
-    forward = partial(conv2d.conv2d_forward, *layer, True, True, in_packed, out_packed, conv, dtype)
+    call = Conv2dCall(
+        x, weight, bias, ins, outs, True, True, in_packed, out_packed,
+        [stride] * 2, [padding] * 2, [1, 1], groups, dtype,
+    )  # fmt: skip
+    forward = partial(conv2d.conv2d_forward, call)
     name = f"{name} {TYPES[dtype]} {sides or 'ungated'}"
     yield Case(name, forward, archs, precision, only)
-    backward = lambda: conv2d.conv2d_backward(  # noqa: E731
-        dy, *layer, forward()[1], True, True, in_packed, out_packed, False, False, conv, dtype,
-        [True] * 3 + [bool(sides)] * 2, DEFAULT_DIST,
-    )  # fmt: skip
+    wanted = Wanted([False] * 2, [True] * 3 + [bool(sides)] * 2, DEFAULT_DIST)
+    backward = lambda: conv2d.conv2d_backward(call, dy, forward()[1], wanted)  # noqa: E731
     yield Case(f"{name} backward", backward, archs, precision, only)
 
 

@@ -15,7 +15,7 @@ import torch
 import triton
 from triton.testing import do_bench
 
-from l0kernels.triton_kernels.matmul import Config, Operand, matmul
+from l0kernels.triton_kernels.matmul import Config, Epilogue, Halves, Operand, matmul
 
 SHAPE = (8192, 14336, 4096)  # tokens, hidden, model
 CANDIDATES = {
@@ -85,12 +85,12 @@ def works(tokens: int, hidden: int, model: int, dtype: torch.dtype) -> Iterator[
         "linear",
         flops,
         lambda: torch.mm(x, w1.t(), out=up),
-        lambda c: matmul("nt", Operand(x), Operand(w1), Operand(up), *size, config=c),
+        lambda c: matmul("nt", Operand(x), Operand(w1), Operand(up), size, config=c),
     )
     gelu, gelu_backward = torch.nn.functional.gelu, torch.ops.aten.gelu_backward
     yield "up nt gelu", "act", flops, lambda: gelu(torch.addmm(bias, x, w1.t(), out=up)), lambda c: matmul(
-        "nt", Operand(x), both(w1), Operand(None, up), *size, n_gate=gate, epilogue="act", activation="gelu",
-        bias=bias, scale_n=True, saved=a, config=c
+        "nt", Operand(x), both(w1), Operand(None, up), size, n_gate=gate,
+        epilogue=Epilogue("act", "gelu", bias, scale_n=True, saved=a), config=c
     )  # fmt: skip
     yield (
         "down nt",
@@ -98,7 +98,7 @@ def works(tokens: int, hidden: int, model: int, dtype: torch.dtype) -> Iterator[
         flops,
         lambda: torch.mm(h, w2.t(), out=down),
         lambda c: matmul(
-            "nt", Operand(None, h), both(w2), Operand(down), tokens, model, hidden, k_gate=gate, config=c
+            "nt", Operand(None, h), both(w2), Operand(down), (tokens, model, hidden), k_gate=gate, config=c
         ),
     )
     yield (
@@ -106,11 +106,12 @@ def works(tokens: int, hidden: int, model: int, dtype: torch.dtype) -> Iterator[
         "linear",
         flops,
         lambda: torch.mm(dy, w2, out=up),
-        lambda c: matmul("nn", Operand(dy), Operand(w2), Operand(up), tokens, hidden, model, config=c),
+        lambda c: matmul("nn", Operand(dy), Operand(w2), Operand(up), size, config=c),
     )
     yield "dh nn gelu'", "act", flops, lambda: gelu_backward(torch.mm(dy, w2, out=up), a), lambda c: matmul(
-        "nn", Operand(dy), both(w2), Operand(None, up), tokens, hidden, model, n_gate=gate, epilogue="grad",
-        activation="gelu", scale_n=True, saved=a, hidden=Operand(None, h), partial=partial, dz=True, db=True,
+        "nn", Operand(dy), both(w2), Operand(None, up), size, n_gate=gate,
+        epilogue=Epilogue("grad", "gelu", scale_n=True, saved=a, hidden=Operand(None, h), partial=partial,
+                          dz=True, db=True),
         config=c
     )  # fmt: skip
     yield (
@@ -119,7 +120,7 @@ def works(tokens: int, hidden: int, model: int, dtype: torch.dtype) -> Iterator[
         flops,
         lambda: torch.mm(h, w1, out=down),
         lambda c: matmul(
-            "nn", Operand(None, h), both(w1), Operand(down), tokens, model, hidden, k_gate=gate, config=c
+            "nn", Operand(None, h), both(w1), Operand(down), (tokens, model, hidden), k_gate=gate, config=c
         ),
     )
     yield (
@@ -128,7 +129,7 @@ def works(tokens: int, hidden: int, model: int, dtype: torch.dtype) -> Iterator[
         flops,
         lambda: torch.mm(dy.t(), h, out=dw2),
         lambda c: matmul(
-            "tn", Operand(dy), Operand(None, h), both(dw2), model, hidden, tokens, n_gate=gate, config=c
+            "tn", Operand(dy), Operand(None, h), both(dw2), (model, hidden, tokens), n_gate=gate, config=c
         ),
     )
     yield (
@@ -141,11 +142,9 @@ def works(tokens: int, hidden: int, model: int, dtype: torch.dtype) -> Iterator[
             Operand(None, h),
             Operand(x),
             Operand(dw1),
-            hidden,
-            model,
-            tokens,
+            (hidden, model, tokens),
             m_gate=gate,
-            scatter=True,
+            epilogue=Epilogue(scatter=True),
             config=c,
         ),
     )
@@ -153,13 +152,15 @@ def works(tokens: int, hidden: int, model: int, dtype: torch.dtype) -> Iterator[
     wide = new(tokens, 2 * hidden)
     dwide = torch.empty_like(wide)
     yield "up nt swiglu", "glu", 2 * flops, lambda: torch.mm(x, w13.t()), lambda c: matmul(
-        "nt", Operand(x), both(w13), Operand(None, up), *size, n_gate=gate, epilogue="glu", activation="silu",
-        scale_n=True, saved=wide, half_b=(hidden, hidden), half_s=hidden, config=c
+        "nt", Operand(x), both(w13), Operand(None, up), size, n_gate=gate,
+        epilogue=Epilogue("glu", "silu", scale_n=True, saved=wide),
+        halves=Halves(b=(hidden, hidden), saved=hidden), config=c
     )  # fmt: skip
     yield "dh nn swiglu'", "glu", flops, lambda: torch.mm(dy, w2, out=up), lambda c: matmul(
-        "nn", Operand(dy), both(w2), Operand(None, dwide), tokens, hidden, model, n_gate=gate,
-        epilogue="glu_grad", activation="silu", scale_n=True, saved=wide, half_s=hidden, half_c=hidden,
-        hidden=Operand(None, h), partial=partial, dz=True, config=c
+        "nn", Operand(dy), both(w2), Operand(None, dwide), size, n_gate=gate,
+        epilogue=Epilogue("glu_grad", "silu", scale_n=True, saved=wide, hidden=Operand(None, h),
+                          partial=partial, dz=True),
+        halves=Halves(c=hidden, saved=hidden), config=c
     )  # fmt: skip
 
 

@@ -390,12 +390,12 @@ void block_linear_backward(bool is_double, int64_t M, int64_t in, int64_t out, i
 // One side of pack and unpack: its gates (absent: all open), the size, the packed extent, whether z
 // multiplies.
 l0::PackAxis pack_axis(const std::optional<Gate>& gate, int64_t size, int64_t extent, bool scale,
-                       bool z_is_double) {
+                       bool z_is_double, int64_t run = 1) {
   if (!gate) {
     if (extent < size)
       throw std::invalid_argument("extent must hold " + std::to_string(size) + " units, got " +
                                   std::to_string(extent));
-    return {nullptr, nullptr, size, size, extent, false};
+    return {nullptr, nullptr, size, size, extent, false, run};
   }
   const auto& [z, index, count, gate_size, full_grad] = *gate;
   const int64_t open = z_is_double ? checked_open(as<const double>(z), index, count, gate_size)
@@ -408,26 +408,36 @@ l0::PackAxis pack_axis(const std::optional<Gate>& gate, int64_t size, int64_t ex
           size,
           open,
           extent,
-          full_grad};
+          full_grad,
+          run};
+}
+
+// Columns that are runs of entries lie one behind the other.
+void check_run(int64_t run, int64_t stride_col) {
+  if (run < 1 || (run > 1 && stride_col != 1))
+    throw std::invalid_argument("run must be positive, and 1 where columns do not follow each other, got " +
+                                std::to_string(run));
 }
 
 void pack(const Matrix& full, int full_type, int64_t rows, int64_t cols, Address packed, int packed_type,
           int64_t packed_rows, int64_t packed_cols, const std::optional<Gate>& row_gate,
           const std::optional<Gate>& col_gate, bool scale_rows, bool scale_cols, bool z_is_double,
-          int num_threads) {
+          int64_t run, int num_threads) {
   py::gil_scoped_release nogil;
   const auto& [data, stride_row, stride_col] = full;
+  check_run(run, stride_col);
   l0::pack({as<const void>(data), static_cast<l0::DType>(full_type), stride_row, stride_col, as<void>(packed),
-            static_cast<l0::DType>(packed_type), packed_cols,
+            static_cast<l0::DType>(packed_type), packed_cols * run,
             pack_axis(row_gate, rows, packed_rows, scale_rows, z_is_double),
-            pack_axis(col_gate, cols, packed_cols, scale_cols, z_is_double), z_is_double},
+            pack_axis(col_gate, cols, packed_cols, scale_cols, z_is_double, run), z_is_double},
            num_threads);
 }
 
 void unpack(const Matrix& packed, int packed_type, int64_t packed_rows, int64_t packed_cols, Address full,
             int full_type, int64_t rows, int64_t cols, const std::optional<Gate>& row_gate,
             const std::optional<Gate>& col_gate, bool scale_rows, bool scale_cols, bool z_is_double,
-            const Matrix& theta, int theta_type, Address dz_row, Address dz_col, int num_threads) {
+            const Matrix& theta, int theta_type, Address dz_row, Address dz_col, int64_t run,
+            int num_threads) {
   py::gil_scoped_release nogil;
   const auto& [data, stride_row, stride_col] = packed;
   if (stride_col != 1)
@@ -435,12 +445,13 @@ void unpack(const Matrix& packed, int packed_type, int64_t packed_rows, int64_t 
   if ((dz_row && !(row_gate && scale_rows)) || (dz_col && !(col_gate && scale_cols)))
     throw std::invalid_argument("a gate gradient needs the side's gate, and the gate to scale");
   const auto& [theta_data, theta_row, theta_col] = theta;
+  check_run(run, theta_data ? theta_col : 1);
   if ((dz_row || dz_col) && !theta_data && rows && cols)
     throw std::invalid_argument("a gate gradient needs theta, got none");
   l0::unpack(
       {as<const void>(data), static_cast<l0::DType>(packed_type), stride_row, as<void>(full),
        static_cast<l0::DType>(full_type), pack_axis(row_gate, rows, packed_rows, scale_rows, z_is_double),
-       pack_axis(col_gate, cols, packed_cols, scale_cols, z_is_double), z_is_double,
+       pack_axis(col_gate, cols, packed_cols, scale_cols, z_is_double, run), z_is_double,
        as<const void>(theta_data), static_cast<l0::DType>(theta_type), theta_row, theta_col, as<void>(dz_row),
        as<void>(dz_col)},
       num_threads);

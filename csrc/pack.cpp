@@ -2,7 +2,7 @@
 
 #include <cstring>
 #include <stdexcept>
-#include <vector>
+#include <type_traits>
 
 #include "half.h"
 
@@ -24,6 +24,8 @@ void with_type(DType t, F f) {
   throw std::invalid_argument("element type: expected 0..3");
 }
 
+constexpr int64_t kMostColumns = 256;  // of a task of the gate gradient
+
 inline int64_t at(const PackAxis& axis, int64_t i) { return axis.index ? axis.index[i] : i; }
 
 template <typename C>
@@ -31,53 +33,65 @@ inline bool wants_grad(C z, bool full_grad) {
   return full_grad ? z != C(0) : !(z <= C(0) || z >= C(1));
 }
 
+// f(run) with a number that the compiler knows for the common ones.
+template <typename F>
+void with_run(int64_t run, F f) {
+  if (run == 1) return f(std::integral_constant<int64_t, 1>{});
+  if (run == 9) return f(std::integral_constant<int64_t, 9>{});
+  f(run);
+}
+
 // C: the type of the gates and of the arithmetic.
 template <typename C, typename S, typename D>
 void pack_as(const PackParams& p, int num_threads) {
   const C* z_row = static_cast<const C*>(p.rows.z);
   const C* z_col = static_cast<const C*>(p.cols.z);
+  with_run(p.cols.run, [&](auto run) {
 #pragma omp parallel for schedule(static) \
-    num_threads(num_threads) if (num_threads > 1 && p.rows.extent * p.cols.extent > 16384)
-  for (int64_t r = 0; r < p.rows.extent; ++r) {
-    D* dst = static_cast<D*>(p.packed) + r * p.packed_stride;
-    int64_t c = 0;
-    if (r < p.rows.open) {
-      const int64_t row = at(p.rows, r);
-      const S* src = static_cast<const S*>(p.full) + row * p.full_stride_row;
-      const C f = z_row ? z_row[row] : C(1);
-      if (z_col) {
+    num_threads(num_threads) if (num_threads > 1 && p.rows.extent * p.cols.extent * run > 16384)
+    for (int64_t r = 0; r < p.rows.extent; ++r) {
+      D* dst = static_cast<D*>(p.packed) + r * p.packed_stride;
+      int64_t c = 0;
+      if (r < p.rows.open) {
+        const int64_t row = at(p.rows, r);
+        const S* src = static_cast<const S*>(p.full) + row * p.full_stride_row;
+        const C f = z_row ? z_row[row] : C(1);
         for (; c < p.cols.open; ++c) {
           const int64_t col = at(p.cols, c);
-          dst[c] = store_as<D>(load_as<C>(src[col * p.full_stride_col]) * (f * z_col[col]));
+          const C factor = z_col ? f * z_col[col] : f;
+          for (int64_t k = 0; k < run; ++k)
+            dst[c * run + k] = store_as<D>(load_as<C>(src[(col * run + k) * p.full_stride_col]) * factor);
         }
-      } else {
-        for (; c < p.cols.open; ++c)
-          dst[c] = store_as<D>(load_as<C>(src[at(p.cols, c) * p.full_stride_col]) * f);
       }
+      for (c *= run; c < p.cols.extent * run; ++c) dst[c] = store_as<D>(C(0));
     }
-    for (; c < p.cols.extent; ++c) dst[c] = store_as<D>(C(0));
-  }
+  });
 }
 
 template <typename C, typename S, typename D>
 void unpack_as(const UnpackParams& p, int num_threads) {
+  if (p.full == nullptr) return;
   const C* z_row = static_cast<const C*>(p.rows.z);
   const C* z_col = static_cast<const C*>(p.cols.z);
+  with_run(p.cols.run, [&](auto run) {
+    const int64_t width = p.cols.size * run;
 #pragma omp parallel for schedule(static) \
-    num_threads(num_threads) if (num_threads > 1 && p.rows.size * p.cols.size > 16384)
-  for (int64_t r = 0; r < p.rows.size; ++r) {
-    if (p.full == nullptr) continue;
-    const int64_t row = at(p.rows, r);
-    D* dst = static_cast<D*>(p.full) + row * p.cols.size;
-    if (r >= p.rows.open || p.cols.open < p.cols.size) std::memset(dst, 0, sizeof(D) * p.cols.size);
-    if (r >= p.rows.open) continue;
-    const S* src = static_cast<const S*>(p.packed) + r * p.packed_stride;
-    const C f = z_row ? z_row[row] : C(1);
-    for (int64_t c = 0; c < p.cols.open; ++c) {
-      const int64_t col = at(p.cols, c);
-      dst[col] = store_as<D>(load_as<C>(src[c]) * (z_col ? f * z_col[col] : f));
+    num_threads(num_threads) if (num_threads > 1 && p.rows.size * width > 16384)
+    for (int64_t r = 0; r < p.rows.size; ++r) {
+      const int64_t row = at(p.rows, r);
+      D* dst = static_cast<D*>(p.full) + row * width;
+      if (r >= p.rows.open || p.cols.open < p.cols.size) std::memset(dst, 0, sizeof(D) * width);
+      if (r >= p.rows.open) continue;
+      const S* src = static_cast<const S*>(p.packed) + r * p.packed_stride;
+      const C f = z_row ? z_row[row] : C(1);
+      for (int64_t c = 0; c < p.cols.open; ++c) {
+        const int64_t col = at(p.cols, c);
+        const C factor = z_col ? f * z_col[col] : f;
+        for (int64_t k = 0; k < run; ++k)
+          dst[col * run + k] = store_as<D>(load_as<C>(src[c * run + k]) * factor);
+      }
     }
-  }
+  });
 }
 
 template <typename C, typename S, typename Theta>
@@ -88,32 +102,36 @@ void gate_grad_as(const UnpackParams& p, int num_threads) {
   C* dz_col = static_cast<C*>(p.dz_col);
   const S* packed = static_cast<const S*>(p.packed);
   const Theta* theta = static_cast<const Theta*>(p.theta);
+  const int64_t run = p.cols.run;
   if (dz_row) {
 #pragma omp parallel for schedule(dynamic, 16) \
-    num_threads(num_threads) if (num_threads > 1 && p.rows.open * p.cols.open > 16384)
+    num_threads(num_threads) if (num_threads > 1 && p.rows.open * p.cols.open * run > 16384)
     for (int64_t r = 0; r < p.rows.size; ++r) {
       const int64_t row = at(p.rows, r);
       double total = 0.0;
       if (r < p.rows.open && wants_grad(z_row[row], p.rows.full_grad)) {
         for (int64_t c = 0; c < p.cols.open; ++c) {
           const int64_t col = at(p.cols, c);
-          total += double(load_as<C>(packed[r * p.packed_stride + c]) * (z_col ? z_col[col] : C(1)) *
-                          load_as<C>(theta[row * p.theta_stride_row + col * p.theta_stride_col]));
+          const S* grad = packed + r * p.packed_stride + c * run;
+          const Theta* entry = theta + row * p.theta_stride_row + col * run * p.theta_stride_col;
+          for (int64_t k = 0; k < run; ++k)
+            total += double(load_as<C>(grad[k]) * (z_col ? z_col[col] : C(1)) *
+                            load_as<C>(entry[k * p.theta_stride_col]));
         }
       }
       dz_row[row] = C(total);
     }
   }
   if (dz_col) {  // whole rows are read in order; a task owns columns, so that the sum over rows has one order
-    constexpr int64_t kColumns = 256;
+    const int64_t kColumns = run > 1 ? 64 : kMostColumns;
     const int64_t tasks = (p.cols.size + kColumns - 1) / kColumns;
 #pragma omp parallel for schedule(dynamic, 1) \
-    num_threads(num_threads) if (num_threads > 1 && p.rows.open * p.cols.open > 16384)
+    num_threads(num_threads) if (num_threads > 1 && p.rows.open * p.cols.open * run > 16384)
     for (int64_t t = 0; t < tasks; ++t) {
       const int64_t begin = t * kColumns,
                     end = begin + kColumns < p.cols.size ? begin + kColumns : p.cols.size;
-      int64_t wanted[kColumns], count = 0;
-      double total[kColumns] = {};
+      int64_t wanted[kMostColumns], count = 0;
+      double total[kMostColumns] = {};
       for (int64_t c = begin; c < end; ++c) {
         const int64_t col = at(p.cols, c);
         dz_col[col] = C(0);
@@ -122,10 +140,13 @@ void gate_grad_as(const UnpackParams& p, int num_threads) {
       for (int64_t r = 0; count && r < p.rows.open; ++r) {
         const int64_t row = at(p.rows, r);
         const C f = z_row ? z_row[row] : C(1);
-        for (int64_t i = 0; i < count; ++i)
-          total[i] += double(
-              load_as<C>(packed[r * p.packed_stride + wanted[i]]) * f *
-              load_as<C>(theta[row * p.theta_stride_row + at(p.cols, wanted[i]) * p.theta_stride_col]));
+        for (int64_t i = 0; i < count; ++i) {
+          const S* grad = packed + r * p.packed_stride + wanted[i] * run;
+          const Theta* entry =
+              theta + row * p.theta_stride_row + at(p.cols, wanted[i]) * run * p.theta_stride_col;
+          for (int64_t k = 0; k < run; ++k)
+            total[i] += double(load_as<C>(grad[k]) * f * load_as<C>(entry[k * p.theta_stride_col]));
+        }
       }
       for (int64_t i = 0; i < count; ++i) dz_col[at(p.cols, wanted[i])] = C(total[i]);
     }

@@ -17,9 +17,11 @@ struct PackAxis {
   int64_t open;
   int64_t extent;  // packed extent, >= open; the tail is written as zeros
   bool full_grad;
+  int64_t run = 1;  // of columns: entries in a row that stand for one, as the taps of a convolution
 };
 
 // packed[r, c] = full[rows.index[r], cols.index[c]] * z_row * z_col for open r, c; zero up to the extents.
+// Where columns are runs, full_stride_col is 1, and a stride of rows counts entries.
 struct PackParams {
   const void* full;
   DType full_type;

@@ -198,6 +198,7 @@ def pack(
     scale_rows: bool,
     scale_cols: bool,
     z_is_double: bool,
+    run: int,
     num_threads: int,
     /,
 ) -> None: ...
@@ -219,6 +220,7 @@ def unpack(
     theta_type: int,
     dz_row: Address,
     dz_col: Address,
+    run: int,
     num_threads: int,
     /,
 ) -> None: ...

@@ -27,6 +27,25 @@ class Wanted(NamedTuple):
     dist: HardConcrete | None
 
 
+class GateGrads(NamedTuple):
+    """What unpack sums for the gates of a matrix' rows and columns, the products with ``theta``.
+
+    Attributes:
+        theta: what the matrix is the gradient of; without it no gate has one.
+        rows, cols: whether those of that side are wanted.
+        full_rows, full_cols: whether wherever a gate is open, not where it is fractional alone.
+    """
+
+    theta: Tensor | None = None
+    rows: bool = False
+    cols: bool = False
+    full_rows: bool = False
+    full_cols: bool = False
+
+
+NO_GRADS = GateGrads()
+
+
 class LinearCall(NamedTuple):
     """``y = z_out * ((x * z_in) W^T + b)`` in ``dtype``.
 

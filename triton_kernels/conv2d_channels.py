@@ -7,12 +7,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from l0kernels._calls import Gate
 from l0kernels._gates import round_up
 
 from ._launch import address, cdiv, gpu, launch
 from .conv2d_product import _factor
 from .conv2d_tiles import _VEC
-from .matmul import Gate, Operand, _extent
+from .matmul import Operand, _extent
 from .pack import _programs, pack, unpack
 
 _SELECT_ROWS, _SELECT_COLS = 32, 128
@@ -123,13 +124,12 @@ def _operand_rows(rows: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _rows_operand(
-    x: Tensor, gate: Gate | None, packed: bool, dtype: torch.dtype, buffer: Tensor | None = None
+    rows: Tensor, gate: Gate | None, packed: bool, dtype: torch.dtype, buffer: Tensor | None = None
 ) -> Operand:
-    """x for a product: as it lies where it is packed already or has no gate; else packed or natural.
+    """Rows for a product: as it lies where it is packed already or has no gate; else packed or natural.
 
     ``buffer`` is what an earlier call with the same arguments packed.
     """
-    rows = as_rows(x)
     if gate is None or packed:
         return Operand(_operand_rows(rows, dtype))
     always = rows.dtype != dtype or not _is_operand(rows)

@@ -8,17 +8,19 @@ keeps rows by outputs in registers and multiplies channel by channel, in fp32.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from l0kernels._calls import Conv2dCall, Gate, Wanted
 from l0kernels._gates import HardConcrete
 
 from ._launch import cdiv, launch
-from .matmul import Gate, _extent
+from .conv2d_channels import as_rows
+from .conv2d_product import _factor
+from .conv2d_tiles import Window
+from .matmul import _extent
 from .pack import _programs
 from .sample import gate_grad
 
@@ -64,14 +66,6 @@ def _unit(index_ptr, position, size, plain, HAS: tl.constexpr):
         return tl.where(plain, position, tl.load(index_ptr + tl.minimum(position, size - 1)))
     else:
         return position
-
-
-@triton.jit
-def _gate_factor(z_ptr, unit, mask, MODE: tl.constexpr):
-    z = tl.load(z_ptr + unit, mask=mask, other=0.0).to(tl.float32)
-    if MODE == 2:
-        z = tl.where(z != 0.0, 1.0, 0.0)
-    return z
 
 
 @triton.jit(do_not_specialize=_ANY)
@@ -137,7 +131,7 @@ def _direct(
         unit = _unit(n_index_ptr, n, N, n_plain, HAS_N)
         held, z = n < n_open, tl.full((BLOCK_N,), 1.0, tl.float32)
         if HAS_N:
-            z = _gate_factor(n_z_ptr, unit, n < n_open, MODE_N)
+            z = _factor(n_z_ptr, unit, n < n_open, MODE_N)
             held = held & (z != 0.0)
         group = tl.where(held, unit // n_per, 0)
         first, end = _range(k_before_ptr, group, k_per, k_plain, HAS_K)
@@ -149,7 +143,7 @@ def _direct(
             k_unit = _unit(k_index_ptr, k, K, k_plain, HAS_K)
             z_k = tl.full((BLOCK_N,), 1.0, tl.float32)
             if MODE_K:
-                z_k = _gate_factor(k_z_ptr, k_unit, live, MODE_K)
+                z_k = _factor(k_z_ptr, k_unit, live, MODE_K)
             live = live & (z_k != 0.0)
             col = k_unit
             if X_PACKED:
@@ -282,18 +276,16 @@ def _run_direct(
     k_gate: Gate | None,
     modes: tuple[int, int],
     packed: tuple[bool, bool],
-    x_size: tuple[int, int, int],
-    y_size: tuple[int, int],
-    conv: Any,
+    window: Window,
+    groups: int,
     dtype: torch.dtype,
-    transposed: bool,
+    transposed: bool = False,
 ) -> Tensor:
     """y (rows, N) or, transposed, dx from dy; ``modes`` and ``packed`` are those of x and of y."""
-    stride, padding, dilation, groups = conv
-    (images, h, w), (oh, ow), (n_out, n_in) = x_size, y_size, weight.shape[:2]
+    n_out, n_in = weight.shape[:2]
     N, K = (n_in * groups, n_out) if transposed else (n_out, n_in * groups)
     stride_wn, stride_wk = (weight.stride(d) for d in ((1, 0) if transposed else (0, 1)))
-    y = torch.empty(images * oh * ow, N, dtype=dtype, device=x.device)
+    y = torch.empty(window.rows, N, dtype=dtype, device=x.device)
     tiles = cdiv(y.shape[0], _ROWS) * cdiv(N, _COLS)
     if not tiles:
         return y
@@ -302,7 +294,7 @@ def _run_direct(
         (min(tiles, _programs(x.device)),),
         x, weight, y, bias, *(n_gate or (None,) * 3), *(k_gate or (None,) * 3), _before(k_gate),
         N, K, N // groups, K // groups, *x.stride(), stride_wn, stride_wk, weight.stride(2), weight.stride(3),
-        images, h, w, oh, ow, weight.shape[2], weight.shape[3], *stride, *padding, *dilation,
+        *window,
         HAS_N=n_gate is not None, HAS_K=k_gate is not None, MODE_N=modes[1], MODE_K=modes[0],
         HAS_BIAS=bias is not None, X_PACKED=packed[0], Y_PACKED=packed[1], TRANSPOSED=transposed,
         BLOCK_M=_ROWS, BLOCK_N=_COLS, num_warps=_WARPS,
@@ -310,62 +302,41 @@ def _run_direct(
     return y
 
 
-def forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    in_gate: Gate | None,
-    out_gate: Gate | None,
-    scale_in: bool,
-    scale_out: bool,
-    in_packed: bool,
-    out_packed: bool,
-    x_size: tuple[int, int, int],
-    y_size: tuple[int, int],
-    conv: Any,
-    dtype: torch.dtype,
-) -> Tensor:
-    """conv2d.conv2d_forward over rows of pixels."""
-    modes = _mode(in_gate, scale_in), _mode(out_gate, scale_out)
-    packed = in_packed and in_gate is not None, out_packed and out_gate is not None
-    return _run_direct(x, weight, bias, out_gate, in_gate, modes, packed, x_size, y_size, conv, dtype, False)
+def _sides(call: Conv2dCall) -> tuple[tuple[int, int], tuple[bool, bool]]:
+    """The modes of the gates of x and of y, and which of the two are packed."""
+    modes = _mode(call.in_gate, call.scale_in), _mode(call.out_gate, call.scale_out)
+    return modes, (
+        call.in_packed and call.in_gate is not None,
+        call.out_packed and call.out_gate is not None,
+    )
+
+
+def forward(call: Conv2dCall, window: Window) -> Tensor:
+    """conv2d.conv2d_forward, y as rows of pixels."""
+    x, weight, bias, in_gate, out_gate = call[:5]
+    sides = _sides(call)
+    return _run_direct(as_rows(x), weight, bias, out_gate, in_gate, *sides, window, call.groups, call.dtype)
 
 
 def backward(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    share: Tensor | None,
-    in_gate: Gate | None,
-    out_gate: Gate | None,
-    scale_in: bool,
-    scale_out: bool,
-    in_packed: bool,
-    out_packed: bool,
-    full_in: bool,
-    full_out: bool,
-    x_size: tuple[int, int, int],
-    y_size: tuple[int, int],
-    conv: Any,
-    wants: tuple[bool, bool, bool, bool],
-    dist: HardConcrete | None,
+    call: Conv2dCall, dy: Tensor, share: Tensor | None, wanted: Wanted, window: Window
 ) -> tuple[Tensor | None, ...]:
     """dx, dweight, dz_in, dz_out over rows of pixels; ``share``: what the bias adds to dz_out."""
-    need_x, need_w, need_in, need_out = wants
-    stride, padding, dilation, groups = conv
-    (n_out, n_per_in, kh, kw), (images, h, w), (oh, ow) = weight.shape, x_size, y_size
+    _, weight, _, in_gate, out_gate, scale_in, scale_out, *_, groups, _ = call
+    (full_in, full_out), (need_x, need_w, _, need_in, need_out), dist = wanted
+    x = as_rows(call.x)
+    n_out, n_per_in, kh, kw = weight.shape
     n_in = n_per_in * groups
-    packed = in_packed and in_gate is not None, out_packed and out_gate is not None
-    modes = _mode(in_gate, scale_in), _mode(out_gate, scale_out)
+    modes, packed = _sides(call)
     dx = dw = dz_in = dz_out = None
     if need_x:
         dx = _run_direct(
-            dy, weight, None, in_gate, out_gate, modes[::-1], packed[::-1], (images, oh, ow), (h, w), conv,
-            x.dtype, True,
+            dy, weight, None, in_gate, out_gate, modes[::-1], packed[::-1], window.turned, groups, x.dtype,
+            transposed=True,
         )  # fmt: skip
     if not (need_w or need_in or need_out):
         return dx, None, None, None
-    rows, blocks = images * oh * ow, cdiv(n_out, _COLS) * n_per_in * kh * kw
+    rows, blocks = window.rows, cdiv(n_out, _COLS) * n_per_in * kh * kw
     shares = max(1, min(cdiv(rows, _SHARE), cdiv(2 * _programs(dy.device), max(blocks, 1))))
     partial = torch.zeros(shares, n_out, n_per_in, kh * kw, dtype=torch.float32, device=dy.device)
     if partial.numel():
@@ -374,7 +345,7 @@ def backward(
             (cdiv(n_out, _COLS), n_per_in * kh * kw, shares),
             dy, x, partial, *(out_gate or (None,) * 3)[1:], *(in_gate or (None,) * 3)[1:], _before(in_gate),
             n_out, n_in, n_out // groups, n_per_in, *dy.stride(), *x.stride(),
-            images, h, w, oh, ow, kh, kw, *stride, *padding, *dilation, cdiv(rows, shares),
+            *window, cdiv(rows, shares),
             HAS_N=out_gate is not None, HAS_K=in_gate is not None, DY_PACKED=packed[1], X_PACKED=packed[0],
             BLOCK_M=_ROWS, BLOCK_N=_COLS, num_warps=_WARPS,
         )  # fmt: skip

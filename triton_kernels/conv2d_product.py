@@ -9,11 +9,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from l0kernels._calls import Gate
 from l0kernels._gates import round_up
 
 from ._launch import cdiv, gpu, launch
-from .conv2d_tiles import _ANY, _VEC, Config, Conv, choose
-from .matmul import Gate, Operand, _extent, _form, _stride, precision
+from .conv2d_tiles import _ANY, _VEC, Config, Window, choose
+from .matmul import Operand, _extent, _form, _stride, precision
 
 _PACK_N, _PACK_K = 8, 64
 
@@ -369,11 +370,8 @@ def convolve(
     x: Operand,
     weight: Tensor,
     y: Operand,
-    x_size: tuple[int, int, int],
-    y_size: tuple[int, int],
-    kernel: tuple[int, int],
+    window: Window,
     channels: tuple[int, int],
-    conv: Conv,
     *,
     n_gate: Gate | None = None,
     k_gate: Gate | None = None,
@@ -387,21 +385,25 @@ def convolve(
     Args:
         x, y: pixels by channels, natural and/or packed: with both, natural where the gate is plain.
         weight: of pack_weight.
-        x_size, y_size: (images, rows, columns) of x, (rows, columns) of y.
+        window: of x and y; for a gradient the turned one.
         channels: (N, K), of y and of x.
         mode_n: y is multiplied by z of n_gate (1), by a one where it is open (2).
         config: the tile, if not the usual.
     """
     first = next(t for t in x if t is not None)
-    (images, h, w), (oh, ow), (N, K) = x_size, y_size, channels
-    stride, padding, dilation, _ = conv
+    (N, K), (stride_h, stride_w) = channels, window[7:9]
     capability, sms = gpu(first.device.index)
     config = config or choose(N, K, k_gate is not None, first.dtype, capability)
-    phases = math.prod(stride) if transposed else 1
-    steps = (s // math.gcd(s, d) if transposed else 1 for s, d in zip(stride, dilation, strict=True))
-    grid_h, grid_w = (cdiv(oh, stride[0]), cdiv(ow, stride[1])) if transposed else (oh, ow)
-    tiles = cdiv(images * grid_h * grid_w, config.BLOCK_M) * phases * (cdiv(N, config.BLOCK_N) + 1)
-    if images * oh * ow * N == 0:
+    rows, phases, steps = window.rows, 1, (1, 1)
+    if transposed:
+        rows = window.images * cdiv(window.OH, stride_h) * cdiv(window.OW, stride_w)
+        phases = stride_h * stride_w
+        steps = (
+            stride_h // math.gcd(stride_h, window.dilation_h),
+            stride_w // math.gcd(stride_w, window.dilation_w),
+        )
+    tiles = cdiv(rows, config.BLOCK_M) * phases * (cdiv(N, config.BLOCK_N) + 1)
+    if window.rows * N == 0:
         return
     z, index, count = n_gate or (None, None, None)
     launch(
@@ -409,7 +411,7 @@ def convolve(
         (min(tiles, sms * config.CTAS),),
         *x, weight, *y, z, index, count, k_gate and k_gate[2], bias,
         *(_stride(t) // _VEC for t in x), *map(_stride, y), weight.shape[2],
-        N, K, images, h, w, oh, ow, *kernel, *stride, *padding, *dilation, *steps,
+        N, K, *window, *steps,
         HAS_N=n_gate is not None, HAS_K=k_gate is not None, X_FORM=_form(x), Y_FORM=_form(y),
         HAS_BIAS=bias is not None, MODE_N=mode_n, TRANSPOSED=transposed, EVEN_K=K % config.BLOCK_K == 0,
         VEC=_VEC, PRECISION=precision(first.dtype),

@@ -6,10 +6,9 @@ from typing import NamedTuple
 
 import torch
 
-from .matmul import precision
+from l0kernels._calls import Conv2dCall
 
-Conv = tuple[list[int], list[int], list[int], int]
-"""stride, padding, dilation (each of two dimensions) and groups."""
+from .matmul import precision
 
 _VEC = 8  # strides of operands come in units of 8 elements: copies stay wide for 8, 24, 40... channels, too
 _ANY = [
@@ -33,6 +32,45 @@ _ANY = [
     "capacity",
 ]
 """Numbers that change no instruction worth a compilation of its own."""
+
+
+class Window(NamedTuple):
+    """The sizes of a convolution in the order in which its kernels take them: of x, of y, of the taps."""
+
+    images: int
+    H: int
+    W: int
+    OH: int
+    OW: int
+    KH: int
+    KW: int
+    stride_h: int
+    stride_w: int
+    pad_h: int
+    pad_w: int
+    dilation_h: int
+    dilation_w: int
+
+    @property
+    def rows(self) -> int:
+        """Pixels of y."""
+        return self.images * self.OH * self.OW
+
+    @property
+    def turned(self) -> Window:
+        """x and y change roles: that of the gradient of x."""
+        images, h, w, oh, ow, *rest = self
+        return Window(images, oh, ow, h, w, *rest)
+
+
+def window(call: Conv2dCall) -> Window:
+    """The window of a call."""
+    images, _, h, w = call.x.shape
+    _, _, kh, kw = call.weight.shape
+    (stride_h, stride_w), (pad_h, pad_w), (dilation_h, dilation_w) = call.stride, call.padding, call.dilation
+    oh = (h + 2 * pad_h - dilation_h * (kh - 1) - 1) // stride_h + 1
+    ow = (w + 2 * pad_w - dilation_w * (kw - 1) - 1) // stride_w + 1
+    return Window(images, h, w, oh, ow, kh, kw, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w)
 
 
 class Config(NamedTuple):

@@ -7,12 +7,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from l0kernels._calls import Gate
 from l0kernels._gates import round_up
 
 from ._launch import cdiv, gpu, launch
 from .conv2d_product import _column, _columns, _factor
-from .conv2d_tiles import _ANY, _VEC, Config, Conv, choose_dw
-from .matmul import Gate, Operand, _extent, _form, _stride, precision
+from .conv2d_tiles import _ANY, _VEC, Config, Window, choose_dw
+from .matmul import Operand, _extent, _form, _stride, precision
 
 _REDUCE_OUT = 8
 _MAX_SPLITS = 16
@@ -291,9 +292,7 @@ def weight_product(
     grad: Operand,
     inputs: Operand,
     weight: Tensor,
-    x_size: tuple[int, int, int],
-    y_size: tuple[int, int],
-    conv: Conv,
+    window: Window,
     *,
     o_gate: Gate | None = None,
     i_gate: Gate | None = None,
@@ -312,11 +311,10 @@ def weight_product(
         dz_o, dz_i: whether the sums are wanted; ``share`` (out,) fp32, if any, is one more row of the first.
     """
     first = next(t for t in grad if t is not None)
-    (N, K, kh, kw), (images, h, w), (oh, ow) = weight.shape, x_size, y_size
-    stride, padding, dilation, _ = conv
+    N, K, kh, kw = weight.shape
     capability, sms = gpu(first.device.index)
     config = config or choose_dw(N, K, first.dtype, capability)
-    programs, rows = sms * config.CTAS, images * oh * ow
+    programs, rows = sms * config.CTAS, window.rows
     dw = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
     tiles = kh * kw * cdiv(N, config.BLOCK_M) * cdiv(K, config.BLOCK_N)
     area = kh * kw * round_up(N, config.BLOCK_M) * round_up(K, config.BLOCK_N)
@@ -331,7 +329,7 @@ def weight_product(
         (programs,),
         *grad, *inputs, partial, count_o, count_i,
         *(_stride(t) // _VEC for t in (*grad, *inputs)),
-        N, K, images, h, w, oh, ow, kh, kw, *stride, *padding, *dilation, programs, capacity,
+        N, K, *window, programs, capacity,
         **has, DY_FORM=_form(grad), X_FORM=_form(inputs),
         EVEN_O=N % config.BLOCK_M == 0, EVEN_I=K % config.BLOCK_N == 0, VEC=_VEC,
         MAX_SPLITS=_MAX_SPLITS, PRECISION=precision(first.dtype),

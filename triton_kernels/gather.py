@@ -13,13 +13,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from l0kernels._gates import ALIGN, HardConcrete
+from l0kernels._calls import Gate, L0LinearCall, LinearCall, MlpCall, Wanted
+from l0kernels._gates import ALIGN, TAU
 
 from ._launch import launch
 from .gather_kernels import backward_kernel, forward_kernel, sampling_forward_kernel, sum_parts_kernel
 from .matmul import precision as precision_of
-
-Gate = list[Tensor]
 
 MAX_GATES = 4096
 """The longest gate vector that every program of the sampling product draws for itself."""
@@ -124,18 +123,11 @@ def _triple(gate: Gate | None) -> tuple[Tensor | None, Tensor | None, Tensor | N
     return (None, None, None) if gate is None else (gate[0], gate[1], gate[2])
 
 
-def _forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    in_gate: Gate | None,
-    out_gate: Gate | None,
-    scale_out: bool,
-    dtype: torch.dtype,
-    x_packed: bool = False,
-    y_packed: bool = False,
-    activation: str = "identity",
+def linear_forward(
+    call: LinearCall, x_packed: bool = False, y_packed: bool = False, activation: str = "identity"
 ) -> Tensor:
+    """y (M, N) = [z_out] * ((act(x) * z_in) W^T + b), closed outputs exactly 0, or packed. One launch."""
+    x, weight, bias, in_gate, out_gate, scale_out, dtype = call
     M, (N, K) = x.shape[0], weight.shape
     y = torch.empty((M, N), dtype=dtype, device=x.device)
     rows, columns, step, num_warps, num_stages = _forward_tile_for(M, N, FORWARD_TILES)
@@ -175,38 +167,17 @@ def _forward(
     return y
 
 
-def linear_forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    in_gate: Gate | None,
-    out_gate: Gate | None,
-    scale_out: bool,
-    dtype: torch.dtype,
-) -> Tensor:
-    """y (M, N) = [z_out] * ((x * z_in) W^T + b) in ``dtype``, closed outputs exactly 0. One launch."""
-    return _forward(x, weight, bias, in_gate, out_gate, scale_out, dtype)
-
-
 def l0_linear_forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    in_log_alpha: Tensor | None,
-    out_log_alpha: Tensor | None,
-    seed: Tensor,
-    rank: int,
-    dist: HardConcrete,
-    tau: float,
-    dtype: torch.dtype,
+    call: L0LinearCall, rank: int = 0, tau: float = TAU
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y, and z, index and count of the gates given, flat as of ``sample``; one launch.
 
     Args:
-        in_log_alpha, out_log_alpha: float32, contiguous, at most MAX_GATES each; at least one of them. The
-            first given is stream 0.
+        call: its log_alphas are float32, contiguous, at most MAX_GATES each; at least one of them. The first
+            given is stream 0.
         tau: the open share above which a gate vector is plain, its extent the whole capacity.
     """
+    x, weight, bias, in_log_alpha, out_log_alpha, seed, dist, dtype = call
     M, (N, K) = x.shape[0], weight.shape
     sizes = [a.shape[0] for a in (in_log_alpha, out_log_alpha) if a is not None]
     y = torch.empty((M, N), dtype=dtype, device=x.device)
@@ -261,23 +232,18 @@ def l0_linear_forward(
     return y, z, index, count
 
 
-def _backward(
+def linear_backward(
+    call: LinearCall,
     dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    in_gate: Gate | None,
-    out_gate: Gate | None,
-    scale_out: bool,
-    full_in: bool,
-    full_out: bool,
-    dtype: torch.dtype,
-    needs: list[bool],
-    dist: HardConcrete | None,
+    wanted: Wanted,
     dy_packed: bool = False,
     x_packed: bool = False,
     activation: str = "identity",
 ) -> list[Tensor | None]:
+    """dx, dweight, dbias, dz_in, dz_out, each None where not wanted. One launch, or two where a gate's
+    gradient is a long sum."""
+    x, weight, bias, in_gate, out_gate, scale_out, dtype = call
+    (full_in, full_out), needs, dist = wanted
     need_x, need_w, need_b, need_in, need_out = needs
     need_b = need_b and bias is not None
     need_in = need_in and in_gate is not None
@@ -367,72 +333,24 @@ def _backward(
     return [dx, dw, db, dz_in, dz_out]
 
 
-def linear_backward(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    in_gate: Gate | None,
-    out_gate: Gate | None,
-    scale_out: bool,
-    full_in: bool,
-    full_out: bool,
-    dtype: torch.dtype,
-    needs: list[bool],
-    dist: HardConcrete | None = None,
-) -> list[Tensor | None]:
-    """dx, dweight, dbias, dz_in, dz_out, each None where ``needs`` says so; with ``dist`` the gradients of
-    log_alpha in place of those of z. One launch, or two where a gate's gradient is a long sum."""
-    return _backward(dy, x, weight, bias, in_gate, out_gate, scale_out, full_in, full_out, dtype, needs, dist)
-
-
-def mlp_forward(
-    x: Tensor,
-    weights: list[Tensor],
-    biases: list[Tensor | None],
-    gates: list[Gate | None],
-    activation: str,
-    dtype: torch.dtype,
-) -> tuple[Tensor, list[Tensor]]:
+def mlp_forward(call: MlpCall) -> tuple[Tensor, list[Tensor]]:
     """y (M, n_L) and the hidden pre-activations, (M, n_l) each: the open ones first, what follows is never
     written. One launch a layer; the activation and the gate are applied where a layer reads them."""
+    h, weights, biases, gates, activation, dtype, _ = call
     saved: list[Tensor] = []
-    h = x
     last = len(weights) - 1
     for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
-        out_gate = gates[i + 1] if i < last else None
-        h = _forward(
-            h,
-            weight,
-            bias,
-            gates[i],
-            out_gate,
-            False,
-            dtype,
-            x_packed=i > 0,
-            y_packed=i < last,
-            activation=activation if i else "identity",
-        )
+        layer = LinearCall(h, weight, bias, gates[i], gates[i + 1] if i < last else None, False, dtype)
+        h = linear_forward(layer, i > 0, i < last, activation if i else "identity")
         if i < last:
             saved.append(h)
     return h, saved
 
 
-def mlp_backward(
-    dy: Tensor,
-    x: Tensor,
-    weights: list[Tensor],
-    biases: list[Tensor | None],
-    gates: list[Gate | None],
-    saved: list[Tensor],
-    activation: str,
-    dtype: torch.dtype,
-    full: list[bool],
-    needs: list[bool],
-    dist: HardConcrete | None = None,
-) -> list[Tensor | None]:
-    """dx, then dweight, dbias and dz of every layer (with ``dist`` dlog_alpha); ``needs`` has that order;
-    None where it says so. One launch a layer."""
+def mlp_backward(call: MlpCall, dy: Tensor, saved: list[Tensor], wanted: Wanted) -> list[Tensor | None]:
+    """dx, then dweight, dbias and dz of every layer, None where not wanted. One launch a layer."""
+    x, weights, biases, gates, activation, dtype, _ = call
+    full, needs, dist = wanted
     depth = len(weights)
     need_w, need_b, need_z = needs[1 : 1 + depth], needs[1 + depth : 1 + 2 * depth], needs[1 + 2 * depth :]
     dx: Tensor | None = None
@@ -441,22 +359,11 @@ def mlp_backward(
     dz: list[Tensor | None] = [None] * depth
     for i in range(depth - 1, -1, -1):
         below = needs[0] or any(need_w[:i]) or any(need_b[:i]) or any(need_z[:i])
-        dx, dw[i], db[i], dz[i], _ = _backward(
-            dy,
-            saved[i - 1] if i else x,
-            weights[i],
-            biases[i],
-            gates[i],
-            gates[i + 1] if i + 1 < depth else None,
-            False,
-            full[i],
-            False,
-            dtype,
-            [below, need_w[i], need_b[i], need_z[i], False],
-            dist,
-            dy_packed=i + 1 < depth,
-            x_packed=i > 0,
-            activation=activation if i else "identity",
+        out_gate = gates[i + 1] if i + 1 < depth else None
+        layer = LinearCall(saved[i - 1] if i else x, weights[i], biases[i], gates[i], out_gate, False, dtype)
+        asked = Wanted([full[i], False], [below, need_w[i], need_b[i], need_z[i], False], dist)
+        dx, dw[i], db[i], dz[i], _ = linear_backward(
+            layer, dy, asked, i + 1 < depth, i > 0, activation if i else "identity"
         )
         if dx is None:
             break

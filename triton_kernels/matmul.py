@@ -19,10 +19,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from l0kernels._calls import Gate
+
 from ._launch import address, cdiv, gpu, launch
 from .activation import act, act_grad
-
-Gate = list[Tensor]
 
 LAYOUTS = ("nt", "nn", "tn")
 """How A and B are stored: nt A (M, K), B (N, K); nn A (M, K), B (K, N); tn A (K, M), B (K, N)."""
@@ -36,6 +36,58 @@ class Operand(NamedTuple):
 
 
 _ABSENT = Operand()
+
+
+class Epilogue(NamedTuple):
+    """What follows a product, with z and bias those of the column's unit.
+
+    Kinds:
+        linear    C = (A B + bias) * z * z_m, the factors that scale_n and scale_m ask for
+        act       C = act(v) * z, v = A B + bias; ``saved``, if given, gets act'(v) * z
+        glu       C = act(v) * v2 * z, v2 the product with the second half of B; ``saved`` gets the factors of
+                  the gradients of v and of v2, act'(v) * v2 * z and act(v) * z, in two halves
+        grad      C = A B * saved; for relu * z where ``hidden`` is not 0; for identity * z.
+                  partial[0] gets the sums of A B * hidden over the rows of a tile (dz, or z dz where hidden
+                  has z in it), partial[1] those of C (db)
+        glu_grad  C in two halves, A B times the halves of ``saved``; partial[1] and partial[2] their sums
+
+    Attributes:
+        scatter: C is natural and takes row j of the product as its row index[j]; closed rows become 0.
+        partial: (2 or 3, tiles of M, capacity of N) float32; ``dz``, ``db``: which of it are wanted.
+    """
+
+    kind: str = "linear"
+    activation: str = "identity"
+    bias: Tensor | None = None
+    scale_m: bool = False
+    scale_n: bool = False
+    scatter: bool = False
+    saved: Tensor | None = None
+    hidden: Operand = _ABSENT
+    partial: Tensor | None = None
+    dz: bool = False
+    db: bool = False
+
+
+LINEAR = Epilogue()
+
+
+class Halves(NamedTuple):
+    """Operands of two halves: how far they are apart.
+
+    Attributes:
+        k: 2 for a K of two halves, ``a`` columns and ``b`` rows (natural, packed) apart; a GLU has ``b``.
+        c, saved: columns from one half to the other.
+    """
+
+    k: int = 1
+    a: tuple[int, int] = (0, 0)
+    b: tuple[int, int] = (0, 0)
+    c: int = 0
+    saved: int = 0
+
+
+WHOLE = Halves()
 
 
 class Config(NamedTuple):
@@ -545,64 +597,36 @@ def matmul(
     a: Operand,
     b: Operand,
     c: Operand,
-    M: int,
-    N: int,
-    K: int,
+    size: tuple[int, int, int],
     *,
     m_gate: Gate | None = None,
     n_gate: Gate | None = None,
     k_gate: Gate | None = None,
-    epilogue: str = "linear",
-    activation: str = "identity",
-    bias: Tensor | None = None,
-    scale_m: bool = False,
-    scale_n: bool = False,
-    scatter: bool = False,
-    saved: Tensor | None = None,
-    hidden: Operand = _ABSENT,
-    partial: Tensor | None = None,
-    dz: bool = False,
-    db: bool = False,
-    halves: int = 1,
-    half_a: tuple[int, int] = (0, 0),
-    half_b: tuple[int, int] = (0, 0),
-    half_c: int = 0,
-    half_s: int = 0,
+    epilogue: Epilogue = LINEAR,
+    halves: Halves = WHOLE,
     config: Config | None = None,
     pointers: bool = False,
 ) -> None:
     """C = epilogue(A B), written into ``c``.
 
-    Epilogues, with z and bias those of the column's unit:
-        linear    C = (A B + bias) * z * z_m, the factors that scale_n and scale_m ask for
-        act       C = act(v) * z, v = A B + bias; ``saved``, if given, gets act'(v) * z
-        glu       C = act(v) * v2 * z, v2 the product with the second half of B; ``saved`` gets the factors of
-                  the gradients of v and of v2, act'(v) * v2 * z and act(v) * z, in two halves
-        grad      C = A B * saved; for relu * z where ``hidden`` is not 0; for identity * z.
-                  partial[0] gets the sums of A B * hidden over the rows of a tile (dz, or z dz where hidden
-                  has z in it), partial[1] those of C (db)
-        glu_grad  C in two halves, A B times the halves of ``saved``; partial[1] and partial[2] their sums
-
     Args:
         layout: see LAYOUTS.
         a, b, c: in natural order and/or packed; with both, the natural one is read or written if all gates of
             that operand are plain. Rows may have any stride, columns have stride 1.
-        M, N, K: units (not capacities).
+        size: M, N, K, units (not capacities).
         m_gate, n_gate, k_gate: gates of the dimensions.
-        scatter: C is natural and takes row j of the product as its row index[j]; closed rows become 0.
-        partial: (2 or 3, tiles of M, capacity of N) float32.
-        halves: 2 for a K of two halves, half_a columns and half_b rows (natural, packed) apart.
-        half_c, half_s: columns from one half of C, of saved, to the other.
         config: overrides the tile.
         pointers: refuses TMA.
     """
+    M, N, K = size
     if M == 0 or N == 0:
         return
+    kind, activation, bias, scale_m, scale_n, scatter, saved, hidden, partial, dz, db = epilogue
     first = next(t for t in a if t is not None)
     capability, sms = gpu(first.device.index)
     if config is None:
         out = next(t for t in c if t is not None).dtype
-        config = choose(M, N, first.dtype, epilogue, capability, out, _tma_ready(*c))
+        config = choose(M, N, first.dtype, kind, capability, out, _tma_ready(*c))
     tma = not pointers and capability >= 90 and _tma_ready(*a, *b)
     store_tma = tma and not scatter and _tma_ready(*c)
     has_hidden = hidden.full is not None or hidden.packed is not None
@@ -622,12 +646,12 @@ def matmul(
         bias,
         saved, _stride(saved), hidden.full, hidden.packed, _stride(hidden.full), _stride(hidden.packed),
         partial, 0 if partial is None else partial.stride(1), 0 if partial is None else partial.stride(0),
-        half_a[0], half_a[1], half_b[0], half_b[1], half_c, half_s, 0 if bias is None else bias.shape[0] // 2,
+        *halves.a, *halves.b, halves.c, halves.saved, 0 if bias is None else bias.shape[0] // 2,
         HAS_M=m_gate is not None, HAS_N=n_gate is not None, HAS_K=k_gate is not None,
         A_FORM=_form(a), B_FORM=_form(b), C_FORM=_form(c),
-        LAYOUT=layout, EPILOGUE=epilogue, ACT=activation,
+        LAYOUT=layout, EPILOGUE=kind, ACT=activation,
         HAS_BIAS=bias is not None, SCALE_M=scale_m, SCALE_N=scale_n, SCATTER=scatter,
-        SAVE=saved is not None and epilogue in ("act", "glu"), HALVES=halves, DZ=dz, DB=db,
+        SAVE=saved is not None and kind in ("act", "glu"), HALVES=halves.k, DZ=dz, DB=db,
         TMA=tma, STORE_TMA=store_tma, SAVED_TMA=store_tma and saved is not None and _tma_ready(saved),
         HIDDEN_TMA=tma and has_hidden and _tma_ready(*hidden), HIDDEN=_form(hidden),
         PRECISION=precision(first.dtype),

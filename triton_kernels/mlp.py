@@ -7,17 +7,16 @@ gate, so the weight gradient of the next layer needs no scaling.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from l0kernels._arguments import GLU
+from l0kernels._calls import NO_GRADS, Gate, GateGrads, MlpCall, Wanted
 from l0kernels._gates import HardConcrete, round_up
 
 from . import gather
 from .linear import input_grad, natural, operand, weight_grad
-from .matmul import Gate, Operand, matmul, row_tiles
+from .matmul import WHOLE, Epilogue, Halves, Operand, matmul, row_tiles
 from .pack import column_sums, pack, reduce_partials, reduce_partials2
 
 
@@ -32,20 +31,25 @@ def _saves(activation: str) -> bool:
     return activation not in ("relu", "identity")
 
 
-def saved_shapes(
-    x: Tensor, weights: list[Tensor], gated: list[bool], activation: str, dtype: torch.dtype, repack: bool
-) -> list[tuple[int, int]]:
+def _hidden_shapes(call: MlpCall) -> list[tuple[int, int]]:
+    """Of the hidden activations and of their gradients' factors."""
+    shapes = [(call.x.shape[0], round_up(w.shape[1])) for w in call.weights[1:]]
+    if _saves(call.activation):
+        shapes += [(m, n * (2 if call.activation in GLU else 1)) for m, n in shapes]
+    return shapes
+
+
+def mlp_saved_shapes(call: MlpCall) -> list[tuple[int, int]]:
     """Shapes of what mlp_forward saves, in ``dtype``: hidden activations, their gradients' factors, packs."""
-    M = x.shape[0]
+    x, weights, _, gates, activation, dtype, repack = call
     if _gathers(x, weights, activation, dtype):
-        return [(M, w.shape[1]) for w in weights[1:]]
-    shapes = [(M, round_up(w.shape[1])) for w in weights[1:]]
-    if _saves(activation):
-        shapes += [(m, n * (2 if activation in GLU else 1)) for m, n in shapes]
+        return [(x.shape[0], w.shape[1]) for w in weights[1:]]
+    shapes = _hidden_shapes(call)
     if repack:
         return shapes
+    gated = [gate is not None for gate in gates]
     if gated[0]:
-        shapes.append((M, round_up(x.shape[1])))
+        shapes.append((x.shape[0], round_up(x.shape[1])))
     return shapes + [
         shape for i in range(len(weights)) for shape in _pack_shape(weights, i, gated, activation, dtype)
     ]
@@ -98,21 +102,13 @@ def _halves(units: int, out_gate: Gate | None) -> tuple[int, int]:
     return units, units if out_gate is None else round_up(units)
 
 
-def mlp_forward(
-    x: Tensor,
-    weights: list[Tensor],
-    biases: list[Tensor | None],
-    gates: list[Gate | None],
-    activation: str,
-    dtype: torch.dtype,
-    repack: bool,
-) -> tuple[Tensor, list[Tensor]]:
-    """y (M, n_L) and what backward takes over (saved_shapes)."""
+def mlp_forward(call: MlpCall) -> tuple[Tensor, list[Tensor]]:
+    """y (M, n_L) and what backward takes over (mlp_saved_shapes)."""
+    x, weights, biases, gates, activation, dtype, repack = call
     if _gathers(x, weights, activation, dtype):
-        return gather.mlp_forward(x, weights, biases, gates, activation, dtype)
+        return gather.mlp_forward(call)
     gated = [gate is not None for gate in gates]
-    shapes = saved_shapes(x, weights, gated, activation, dtype, repack=True)
-    saved = [torch.empty(shape, dtype=dtype, device=x.device) for shape in shapes]
+    saved = [torch.empty(shape, dtype=dtype, device=x.device) for shape in _hidden_shapes(call)]
     depth, M = len(weights), x.shape[0]
     glu = activation in GLU
     h = operand(x, None, gates[0], dtype)
@@ -122,18 +118,18 @@ def mlp_forward(
         w = _weight(weights[i], gates[i + 1], gates[i], dtype, i == 0, glu)
         out_gate = gates[i + 1]
         packs.append(w.packed)
-        matmul(
-            "nt", h, w, Operand(None, saved[i]), M, N, K,
-            n_gate=out_gate, k_gate=gates[i], epilogue="glu" if glu else "act",
-            activation=GLU.get(activation, activation), bias=biases[i], scale_n=out_gate is not None,
+        after = Epilogue(
+            "glu" if glu else "act", GLU.get(activation, activation), biases[i], scale_n=out_gate is not None,
             saved=saved[depth - 1 + i] if _saves(activation) else None,
-            half_b=_halves(N, out_gate) if glu else (0, 0), half_s=round_up(N) if glu else 0,
         )  # fmt: skip
-        h = Operand(None, saved[i])
+        halves = Halves(b=_halves(N, out_gate), saved=round_up(N)) if glu else WHOLE
+        hidden = Operand(None, saved[i])
+        matmul("nt", h, w, hidden, (M, N, K), n_gate=out_gate, k_gate=gates[i], epilogue=after, halves=halves)
+        h = hidden
     N, K = weights[-1].shape
     y = torch.empty(M, N, dtype=dtype, device=x.device)
     w = _weight(weights[-1], None, gates[-1], dtype, depth == 1, False)
-    matmul("nt", h, w, Operand(y), M, N, K, k_gate=gates[-1], bias=biases[-1])
+    matmul("nt", h, w, Operand(y), (M, N, K), k_gate=gates[-1], epilogue=Epilogue(bias=biases[-1]))
     packs.append(w.packed)
     if not repack:
         needed = [gated[0], *(bool(_pack_shape(weights, i, gated, activation, dtype)) for i in range(depth))]
@@ -141,22 +137,12 @@ def mlp_forward(
     return y, saved
 
 
-def mlp_backward(
-    dy: Tensor,
-    x: Tensor,
-    weights: list[Tensor],
-    biases: list[Tensor | None],
-    gates: list[Gate | None],
-    saved: list[Tensor],
-    activation: str,
-    dtype: torch.dtype,
-    full: list[bool],
-    needs: list[bool],
-    dist: HardConcrete | None = None,
-) -> list[Tensor | None]:
-    """dx, then dweight, dbias, dz (with ``dist`` dlog_alpha) of every layer; None where ``needs`` says so."""
+def mlp_backward(call: MlpCall, dy: Tensor, saved: list[Tensor], wanted: Wanted) -> list[Tensor | None]:
+    """dx, then dweight, dbias, dz of every layer, None where not wanted."""
+    x, weights, biases, gates, activation, dtype, _ = call
+    full, needs, dist = wanted
     if _gathers(x, weights, activation, dtype):
-        return gather.mlp_backward(dy, x, weights, biases, gates, saved, activation, dtype, full, needs, dist)
+        return gather.mlp_backward(call, dy, saved, wanted)
     depth, M = len(weights), x.shape[0]
     glu = activation in GLU
     need_w, need_b, need_z = needs[1 : 1 + depth], needs[1 + depth : 1 + 2 * depth], needs[1 + 2 * depth :]
@@ -168,7 +154,7 @@ def mlp_backward(
     if last_bias is not None and need_b[-1]:
         db[-1] = column_sums(dy, last_bias.dtype)
     gated = [gate is not None for gate in gates]
-    packs = iter(saved[len(saved_shapes(x, weights, gated, activation, dtype, repack=True)) :])
+    packs = iter(saved[len(_hidden_shapes(call)) :])
     x_packed = next(packs, None) if gated[0] else None
     w_packed = [
         next(packs, None) if _pack_shape(weights, i, gated, activation, dtype) else None for i in range(depth)
@@ -185,15 +171,12 @@ def mlp_backward(
                 grad, h, (N, K, M), out_gate, gate, weights[i], theta, full[i], dist, i == 0, halved
             )
             dz[0] = dz_0 if i == 0 else dz[0]
-        below = i > 0 and any([*need_w[:i], *need_b[:i], *need_z[: i + 1]])
-        if not (needs[0] or below):
+        if not (needs[0] or (i > 0 and any([*need_w[:i], *need_b[:i], *need_z[: i + 1]]))):
             break
         w = _weight(weights[i], out_gate, gate, dtype, i == 0, halved, w_packed[i])
-        halves: dict[str, Any] = {}
-        if halved:
-            halves = {"halves": 2, "half_a": (0, _half_width(grad)), "half_b": _halves(N, out_gate)}
+        halves = Halves(2, (0, _half_width(grad)), _halves(N, out_gate)) if halved else WHOLE
         if i == 0:
-            dx = input_grad(grad, w, (M, K, N), gate, out_gate, x.dtype, **halves)
+            dx = input_grad(grad, w, (M, K, N), gate, out_gate, x.dtype, halves)
             break
         width = round_up(K)
         tiles = row_tiles(M, K, dtype, "glu_grad" if glu else "grad", x.device)
@@ -201,16 +184,17 @@ def mlp_backward(
         want_dz = need_z[i] and gate is not None
         partial = torch.empty(3 if glu else 2, tiles, width, device=x.device) if want_db or want_dz else None
         d_hidden = torch.empty(M, width * (2 if glu else 1), dtype=dtype, device=x.device)
-        matmul(
-            "nn", grad, w, Operand(None, d_hidden), M, K, N, n_gate=gate, k_gate=out_gate,
-            epilogue="glu_grad" if glu else "grad", activation=GLU.get(activation, activation),
-            scale_n=gate is not None, saved=saved[depth - 2 + i] if _saves(activation) else None,
-            hidden=Operand(None, saved[i - 1]), partial=partial, dz=want_dz, db=want_db,
-            half_s=width if glu else 0, half_c=width if glu else 0, **halves,
+        after = Epilogue(
+            "glu_grad" if glu else "grad", GLU.get(activation, activation), scale_n=gate is not None,
+            saved=saved[depth - 2 + i] if _saves(activation) else None, hidden=Operand(None, saved[i - 1]),
+            partial=partial, dz=want_dz, db=want_db,
         )  # fmt: skip
+        below = Operand(None, d_hidden)
+        halves = Halves(*halves[:3], width, width) if glu else halves
+        matmul("nn", grad, w, below, (M, K, N), n_gate=gate, k_gate=out_gate, epilogue=after, halves=halves)
         if partial is not None:
             dz[i], db[i - 1] = _finish(partial, gate, K, full[i], dist, want_dz, bias if want_db else None)
-        grad = Operand(None, d_hidden)
+        grad = below
     return [dx, *dw, *db, *dz]
 
 
@@ -265,9 +249,9 @@ def _weight_grad(
         if halved and grad.packed is not None:
             part = Operand(None, grad.packed[:, half * width : (half + 1) * width])
         _, _, dz_half = weight_grad(
-            part, h, size, out_gate, gate, weight.dtype, None if theta is None else theta[rows],
-            full_cols=full, dz_cols=theta is not None, dist=dist, scale_rows=False, scale_cols=scale,
-            out=dw[rows],
+            part, h, size, out_gate, gate, weight.dtype,
+            NO_GRADS if theta is None else GateGrads(theta[rows], cols=True, full_cols=full), dist,
+            scale_rows=False, scale_cols=scale, out=dw[rows],
         )  # fmt: skip
         if dz_half is not None:
             dz = dz_half if dz is None else dz + dz_half

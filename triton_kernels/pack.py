@@ -16,12 +16,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from l0kernels._calls import NO_GRADS, Gate, GateGrads
 from l0kernels._gates import ALIGN, HardConcrete, round_up
 
 from ._launch import cdiv, gpu, launch, per_gpu
 from .hard_concrete import gate_slope
-
-Gate = list[Tensor]
 
 _GATHER_ROWS, _GATHER_COLS = 8, 256  # 16 independent loads in flight per thread with 4 warps
 # How many programs of 4 warps an SM holds, by their registers: one wave, whose programs stride over the rows.
@@ -633,11 +632,7 @@ def unpack(
     *,
     scale_rows: bool = False,
     scale_cols: bool = False,
-    theta: Tensor | None = None,
-    full_rows: bool = False,
-    full_cols: bool = False,
-    dz_rows: bool = False,
-    dz_cols: bool = False,
+    grads: GateGrads = NO_GRADS,
     out: Tensor | None = None,
     skip_plain: bool = False,
     dist: HardConcrete | None = None,
@@ -649,7 +644,7 @@ def unpack(
 
     Args:
         packed: at least the open rows and columns, unit column stride; what is closed is not read.
-        theta: (R, C), any strides; without it there are no gate gradients.
+        grads: the gate gradients; theta (R, C) may have any strides.
         out: where to write, (R, C) with unit column stride.
         skip_plain: where every gate given is plain, leave ``out`` alone: the product wrote it. The gate
             gradients come from ``packed`` all the same.
@@ -661,6 +656,7 @@ def unpack(
     n_rows, n_cols = shape
     device = packed.device
     scale_rows, scale_cols = scale_rows and rows is not None, scale_cols and cols is not None
+    theta, dz_rows, dz_cols, full_rows, full_cols = grads
     dz_rows = dz_rows and rows is not None and theta is not None
     dz_cols = dz_cols and cols is not None and theta is not None
     skip = skip_plain and not (rows is None and cols is None)

@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .._calls import Conv2dCall, Gate, Wanted
+from .._calls import Conv2dCall, Gate, GateGrads, Wanted
 from .._compat import settled
-from .._gates import round_up
 from .memory import empty_grad
 from .packed import PackUnpack, extent, to_log_alpha
 
@@ -72,7 +71,6 @@ class Plan:
         opened: the open output channels: a group whose inputs are all closed leaves them their bias.
         in_valid, out_valid: which entries of the indices are channels and not padding; None for all.
         cell: (groups * outs, ins) the kernels' positions in weight (out * in / groups, ...); None for all.
-        taps: the gate of the columns of weight (out, in * kh * kw) where there is one group.
         empty: no product is left.
     """
 
@@ -83,7 +81,6 @@ class Plan:
     in_valid: Tensor | None = None
     out_valid: Tensor | None = None
     cell: Tensor | None = None
-    taps: Gate | None = None
     empty: bool = False
 
     @property
@@ -102,8 +99,7 @@ def plan(weight: Tensor, groups: int, in_gate: Gate | None, out_gate: Gate | Non
     ins, outs = open_channels(in_gate, n_in), open_channels(out_gate, n_out)
     if groups == 1:
         empty = 0 in (n_in if ins is None else len(ins), n_out if outs is None else len(outs))
-        taps = None if in_gate is None or empty else _with_taps(in_gate, weight)
-        return Plan(1, ins, outs, outs, taps=taps, empty=empty)
+        return Plan(1, ins, outs, outs, empty=empty)
     if ins is None and outs is None:
         return Plan(groups, None, None, None, empty=weight.numel() == 0)
     in_index, in_valid, out_index, out_valid = _by_group(ins, outs, n_in, n_out, groups, weight.device)
@@ -119,17 +115,6 @@ def plan(weight: Tensor, groups: int, in_gate: Gate | None, out_gate: Gate | Non
         out_valid.flatten(),
         cell.flatten(0, 1),
     )
-
-
-def _with_taps(gate: Gate, weight: Tensor) -> Gate:
-    """The gate of every column of weight (out, in * kh * kw)."""
-    n, taps = weight.shape[1], weight.shape[2] * weight.shape[3]
-    if taps == 1:
-        return gate
-    z, index, count = gate
-    spread = index[:n, None] * taps + torch.arange(taps, dtype=torch.int32, device=index.device)
-    z = z.repeat_interleave(taps)
-    return [z, F.pad(spread.view(-1), (0, round_up(n * taps) - n * taps)), count * taps]
 
 
 def _by_group(
@@ -203,9 +188,8 @@ def pack_weight(
         return weight.to(dtype)
     if p.cell is None and p.groups == 1:
         full = weight.reshape(weight.shape[0], -1)
-        scales = {"scale_rows": scale_out, "scale_cols": scale_in}
-        packed = pair.pack(full, out_gate, p.taps, _wide(dtype), **scales).to(dtype)
-        taps = weight.shape[2] * weight.shape[3]
+        scales, taps = {"scale_rows": scale_out, "scale_cols": scale_in}, weight.shape[2] * weight.shape[3]
+        packed = pair.pack(full, out_gate, in_gate, _wide(dtype), run=taps, **scales).to(dtype)
         return packed.view(packed.shape[0], packed.shape[1] // taps, *weight.shape[2:])
     kernels = _grouped_kernels(weight, p)
     for factor in _factors(p, in_gate, out_gate, scale_in, scale_out):
@@ -235,19 +219,14 @@ def unpack_weight(
             grad.reshape(grad.shape[0], -1),
             (weight.shape[0], weight.shape[1] * taps),
             out_gate,
-            p.taps,
+            in_gate,
             weight.dtype,
             scale_rows=scale_out,
             scale_cols=scale_in,
-            theta=weight.reshape(weight.shape[0], -1),
-            full_rows=full[1],
-            full_cols=full[0],
-            dz_rows=needs[2],
-            dz_cols=needs[1],
+            grads=GateGrads(weight.reshape(weight.shape[0], -1), needs[2], needs[1], full[1], full[0]),
             out=empty_grad(weight).view(weight.shape[0], weight.shape[1] * taps),
+            run=taps,
         )
-        if dz_in is not None and taps > 1:
-            dz_in = dz_in.view(-1, taps).sum(1)
         return [dw.view(weight.shape), dz_in, dz_out]
     ins = weight.shape[1] if p.cell is None else p.cell.shape[1]
     kernels = grad.reshape(p.groups, -1, ins, taps)
@@ -312,9 +291,7 @@ def unpack_bias(
         out_gate,
         bias.dtype,
         scale_cols=scale_out,
-        theta=bias[None],
-        full_cols=full,
-        dz_cols=need_z,
+        grads=GateGrads(bias[None], cols=need_z, full_cols=full),
     )
     return db[0], dz
 

@@ -17,10 +17,12 @@ from torch import Tensor
 from .. import _C
 from .._arguments import GLU
 from .._calls import (
+    NO_GRADS,
     BlockCall,
     Conv2dCall,
     DrawnMlpCall,
     Gate,
+    GateGrads,
     L0LinearCall,
     L0MlpCall,
     LinearCall,
@@ -29,9 +31,7 @@ from .._calls import (
 )
 from .._gates import HardConcrete, round_up
 from . import conv2d, joined, packed, portable
-from .joined import ACTIVATIONS as _ACTIVATIONS
-from .joined import TYPES as _TYPES
-from .joined import constants as _constants
+from .joined import ACTIVATIONS, TYPES, constants
 from .memory import empty_grad, fresh, matrix, optional, plain, vector
 from .packed import Term, extent
 
@@ -58,7 +58,7 @@ def _draw(
 ) -> _C.Draw:
     """Where gates are drawn from; the log_alphas are contiguous and bound to a name by the caller."""
     addresses = [vector(a, "log_alpha", dtype, a.numel()) for a in log_alphas]
-    return vector(seed, "seed", torch.int64, 1), rank, _constants(dist), addresses
+    return vector(seed, "seed", torch.int64, 1), rank, constants(dist), addresses
 
 
 def _joined_gates(
@@ -105,7 +105,7 @@ def gate_grad(dz: Tensor, z: Tensor, dist: HardConcrete) -> Tensor:
         fresh(out),
         n,
         dtype == torch.float64,
-        _constants(dist),
+        constants(dist),
     )
     return out
 
@@ -226,19 +226,23 @@ def pack(
     *,
     scale_rows: bool = False,
     scale_cols: bool = False,
+    run: int = 1,
 ) -> Tensor:
-    """full[rows][:, cols], times the gates where asked, in ``dtype``, zero-padded to the extents."""
-    full, (size_rows, size_cols) = plain(full), full.shape
+    """full[rows][:, cols], times the gates where asked, in ``dtype``, zero-padded to the extents.
+
+    ``run``: how many entries in a row are one column.
+    """
+    full, size_rows, size_cols = plain(full), full.shape[0], full.shape[1] // run
     n_rows, n_cols = extent(rows, size_rows, dtype), extent(cols, size_cols, dtype)
-    out = full.new_empty(n_rows, n_cols, dtype=dtype)
+    out = full.new_empty(n_rows, n_cols * run, dtype=dtype)
     z_dtype = _z_dtype(dtype, rows, cols)
     _C.pack(
-        matrix(full, "the matrix", full.dtype, size_rows, size_cols),
-        _TYPES[full.dtype],
+        matrix(full, "the matrix", full.dtype, size_rows, size_cols * run),
+        TYPES[full.dtype],
         size_rows,
         size_cols,
         fresh(out),
-        _TYPES[dtype],
+        TYPES[dtype],
         n_rows,
         n_cols,
         _gate(rows, "the gate of the rows", size_rows, z_dtype),
@@ -246,6 +250,7 @@ def pack(
         scale_rows,
         scale_cols,
         z_dtype == torch.float64,
+        run,
         torch.get_num_threads(),
     )
     return out
@@ -260,42 +265,41 @@ def unpack(
     *,
     scale_rows: bool = False,
     scale_cols: bool = False,
-    theta: Tensor | None = None,
-    full_rows: bool = False,
-    full_cols: bool = False,
-    dz_rows: bool = False,
-    dz_cols: bool = False,
+    grads: GateGrads = NO_GRADS,
     out: Tensor | None = None,
+    run: int = 1,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The matrix of ``shape`` with packed in its open rows and columns, times the gates; gate gradients.
 
-    ``out``: contiguous memory for the matrix.
+    ``out``: contiguous memory for the matrix. ``run``: as of pack.
     """
     packed = plain(packed).contiguous()
-    theta = None if theta is None else plain(theta)
+    theta = None if grads.theta is None else plain(grads.theta)
     out = packed.new_empty(shape, dtype=dtype) if out is None else out
-    dz_row = torch.empty_like(rows[0]) if dz_rows and rows is not None else None
-    dz_col = torch.empty_like(cols[0]) if dz_cols and cols is not None else None
-    (n_rows, n_cols), z_dtype = packed.shape, _z_dtype(packed.dtype, rows, cols)
-    at_packed, stride, _ = matrix(packed, "the packed matrix", packed.dtype, n_rows, n_cols)
+    dz_row = torch.empty_like(rows[0]) if grads.rows and rows is not None else None
+    dz_col = torch.empty_like(cols[0]) if grads.cols and cols is not None else None
+    (n_rows, width), z_dtype = packed.shape, _z_dtype(packed.dtype, rows, cols)
+    n_cols, size_cols = width // run, shape[1] // run
+    at_packed, stride, _ = matrix(packed, "the packed matrix", packed.dtype, n_rows, width)
     _C.unpack(
         (at_packed, stride, 1),  # a lone column may have any stride
-        _TYPES[packed.dtype],
+        TYPES[packed.dtype],
         n_rows,
         n_cols,
         vector(out, "out", dtype, shape[0] * shape[1]),
-        _TYPES[dtype],
+        TYPES[dtype],
         shape[0],
-        shape[1],
-        _gate(rows, "the gate of the rows", shape[0], z_dtype, full_rows),
-        _gate(cols, "the gate of the columns", shape[1], z_dtype, full_cols),
+        size_cols,
+        _gate(rows, "the gate of the rows", shape[0], z_dtype, grads.full_rows),
+        _gate(cols, "the gate of the columns", size_cols, z_dtype, grads.full_cols),
         scale_rows,
         scale_cols,
         z_dtype == torch.float64,
         (0, 0, 0) if theta is None else matrix(theta, "theta", theta.dtype, *shape),
-        0 if theta is None else _TYPES[theta.dtype],
+        0 if theta is None else TYPES[theta.dtype],
         fresh(dz_row),
         fresh(dz_col),
+        run,
         torch.get_num_threads(),
     )
     return out, dz_row, dz_col
@@ -396,7 +400,7 @@ def linear_backward(call: LinearCall, dy: Tensor, saved: list[Tensor], wanted: W
         fresh(db),
         fresh(dz_in),
         fresh(dz_out),
-        None if dist is None else _constants(dist),
+        None if dist is None else constants(dist),
         torch.get_num_threads(),
     )
     return [dx, dw if need_w else None, db if need_b else None, dz_in, dz_out]
@@ -513,7 +517,7 @@ def _mlp_forward(
         dtype == torch.float64,
         M,
         matrix(x, "x", dtype, M, weights[0].shape[1]),
-        _ACTIVATIONS[activation],
+        ACTIVATIONS[activation],
         _layers(M, weights, biases, gates, saved, dtype),
         draw,
         fresh(y),
@@ -575,11 +579,11 @@ def _mlp_backward(
         dtype == torch.float64,
         M,
         matrix(x, "x", dtype, M, weights[0].shape[1]),
-        _ACTIVATIONS[activation],
+        ACTIVATIONS[activation],
         layers,
         matrix(dy, "the gradient", dtype, M, weights[-1].shape[0]),
         fresh(dx),
-        None if dist is None else _constants(dist),
+        None if dist is None else constants(dist),
         torch.get_num_threads(),
     )
     return [dx, *(w if n else None for w, n in zip(dw, need_w, strict=True)), *db, *dz]
@@ -597,9 +601,7 @@ def masked_weight(weight: Tensor, log_alpha: Tensor, seed: Tensor, dist: HardCon
         vector(log_alpha, "log_alpha", dtype, n),
         n,
         vector(seed, "seed", torch.int64, 1),
-        dist.beta,
-        dist.gamma,
-        dist.zeta,
+        *constants(dist),
         fresh(out),
         torch.get_num_threads(),
     )
@@ -630,9 +632,7 @@ def masked_weight_grad(
         vector(log_alpha, "log_alpha", dtype, n),
         n,
         vector(seed, "seed", torch.int64, 1),
-        dist.beta,
-        dist.gamma,
-        dist.zeta,
+        *constants(dist),
         vector(grad, "the gradient", dtype, n),
         fresh(dw),
         fresh(dlog_alpha),

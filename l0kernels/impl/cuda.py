@@ -15,14 +15,22 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .._calls import DrawnMlpCall, Gate, L0LinearCall, L0MlpCall, LinearCall, MlpCall, Wanted
+from .._calls import (
+    NO_GRADS,
+    DrawnMlpCall,
+    Gate,
+    GateGrads,
+    L0LinearCall,
+    L0MlpCall,
+    LinearCall,
+    MlpCall,
+    Wanted,
+)
 from .._compat import foreach_add_, raw_stream
 from .._gates import ALIGN, TAU, HardConcrete, round_up
 from .._native import load
 from . import joined, packed
-from .joined import ACTIVATIONS as _ACTIVATIONS
-from .joined import TYPES as _TYPES
-from .joined import constants as _constants
+from .joined import ACTIVATIONS, TYPES, constants
 from .memory import matrix, optional, strided, vector
 from .packed import Term
 
@@ -156,7 +164,7 @@ def sample(
         first.dtype == torch.float64,
         _address(seed),
         rank,
-        _constants(dist),
+        constants(dist),
         TAU,
         _address(z),
         _address(index),
@@ -177,7 +185,7 @@ def gate_grad(dz: Tensor, z: Tensor, dist: HardConcrete) -> Tensor:
         _address(out),
         z.numel(),
         z.dtype == torch.float64,
-        _constants(dist),
+        constants(dist),
         _where(z),
     )
     return out
@@ -265,7 +273,7 @@ def _penalty(
         kept += [out, in_, row_sums, col_sums]
         rows.append(
             (
-                (_address(m.theta), m.theta.stride(0), _TYPES[m.theta.dtype], n_out, n_cols, decay),
+                (_address(m.theta), m.theta.stride(0), TYPES[m.theta.dtype], n_out, n_cols, decay),
                 (m.run, m.n_in),
                 (_address(out), _address(in_)),
                 (_address(m.d_theta), _address(m.d_out), _address(m.d_in)),
@@ -282,7 +290,7 @@ def _penalty(
         vectors,
         rows,
         dtype == torch.float64,
-        _constants(dist),
+        constants(dist),
         _address(sums),
         _address(tickets),
         _address(total),
@@ -423,11 +431,11 @@ def pack(
         grid = _grid(capacity_rows, capacity_cols, dtype.itemsize, _blocks(full.device, 6))
     _CUDA.pack(
         (_address(full), full.stride(0), full.stride(1)),
-        _TYPES[full.dtype],
+        TYPES[full.dtype],
         _address(out),
         out.stride(0),
         capacity_cols,
-        _TYPES[dtype],
+        TYPES[dtype],
         _side(full, "rows", n_rows, rows, scale_rows),
         _side(full, "cols", n_cols, cols, scale_cols),
         skip_plain and not scale_rows and not scale_cols and not (rows is None and cols is None),
@@ -446,11 +454,7 @@ def unpack(
     *,
     scale_rows: bool = False,
     scale_cols: bool = False,
-    theta: Tensor | None = None,
-    full_rows: bool = False,
-    full_cols: bool = False,
-    dz_rows: bool = False,
-    dz_cols: bool = False,
+    grads: GateGrads = NO_GRADS,
     out: Tensor | None = None,
     skip_plain: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -461,7 +465,7 @@ def unpack(
 
     Args:
         packed: at least the open rows and columns, unit column stride; what is closed is not read.
-        theta: (R, C), any strides; without it there are no gate gradients.
+        grads: the gate gradients; theta (R, C) may have any strides.
         out: where to write, (R, C) with unit column stride.
         skip_plain: where every gate given is plain, leave ``out`` alone: the product wrote it. The gate
             gradients come from ``packed`` all the same.
@@ -469,6 +473,7 @@ def unpack(
     Returns:
         the matrix in ``dtype``, and dz (R,) and (C,), None where not asked for or without a gate.
     """
+    theta, dz_rows, dz_cols, full_rows, full_cols = grads
     if packed.dtype != dtype and (packed.dtype, dtype) not in _CONVERTS:
         packed = packed.to(dtype)
     if theta is not None:
@@ -499,10 +504,10 @@ def unpack(
     _CUDA.unpack(
         _address(packed),
         packed.stride(0),
-        _TYPES[packed.dtype],
+        TYPES[packed.dtype],
         _address(out),
         out.stride(0),
-        _TYPES[dtype],
+        TYPES[dtype],
         _side(packed, "rows", n_rows, rows, scale_rows, full_rows),
         _side(packed, "cols", n_cols, cols, scale_cols, full_cols),
         skip_plain and not (rows is None and cols is None),
@@ -578,7 +583,7 @@ def _empty_gates(log_alphas: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _draw(seed: Tensor, rank: int, dist: HardConcrete) -> _CUDA.SmallDraw:
-    return vector(seed, "seed", torch.int64, 1, seed.device), rank, _constants(dist), TAU
+    return vector(seed, "seed", torch.int64, 1, seed.device), rank, constants(dist), TAU
 
 
 def _cast(dtype: torch.dtype, *tensors: Tensor | None) -> list[Any]:
@@ -647,7 +652,7 @@ def _linear_forward(
     x, weight, bias = _cast(dtype, x, weight, None if bias is None else bias.contiguous())
     y = x.new_empty(M, n_out)
     _CUDA.small_linear_forward(
-        _TYPES[dtype],
+        TYPES[dtype],
         M,
         n_in,
         n_out,
@@ -686,7 +691,7 @@ def linear_backward(call: LinearCall, dy: Tensor, saved: list[Tensor], wanted: W
     if need_in or need_out:
         tickets = _tickets.take(_tiles(n_in) + _tiles(n_out), x, where)
     _CUDA.small_linear_backward(
-        _TYPES[dtype],
+        TYPES[dtype],
         M,
         n_in,
         n_out,
@@ -708,7 +713,7 @@ def linear_backward(call: LinearCall, dy: Tensor, saved: list[Tensor], wanted: W
         _address(out_sums),
         _address(db_sums),
         _address(tickets),
-        None if dist is None else _constants(dist),
+        None if dist is None else constants(dist),
         where,
     )
     grads = [g if g is None or g.dtype == t else g.to(t) for g, t in zip((dx, dw, db), types, strict=True)]
@@ -773,10 +778,10 @@ def _mlp_forward(
     saved = [x.new_empty(M, w.shape[1]) for w in weights[1:]]
     y = x.new_empty(M, weights[-1].shape[0])
     _CUDA.small_mlp_forward(
-        _TYPES[dtype],
+        TYPES[dtype],
         M,
         _matrix(x, x, *x.shape),
-        _ACTIVATIONS[activation],
+        ACTIVATIONS[activation],
         _small_layers(x, weights, biases, gates, saved),
         _address(y),
         draw,
@@ -834,10 +839,10 @@ def _mlp_backward(
     n_tickets = max(_tiles(w.shape[0]) + _tiles(w.shape[1]) for w in weights)
     tickets = _tickets.take(n_tickets, x, where) if any(need_z) else None
     _CUDA.small_mlp_backward(
-        _TYPES[dtype],
+        TYPES[dtype],
         M,
         _matrix(x, x, *x.shape),
-        _ACTIVATIONS[activation],
+        ACTIVATIONS[activation],
         _small_layers(x, weights, biases, gates, saved),
         [
             (_address(dw[i]), _address(db[i]), _address(dz[i]), _address(da[i % 2]), _address(sums[i]))
@@ -847,7 +852,7 @@ def _mlp_backward(
         _matrix(dy, x, M, weights[-1].shape[0]),
         _address(dx),
         _address(tickets),
-        None if dist is None else _constants(dist),
+        None if dist is None else constants(dist),
         where,
     )
     grads = [g if g is None or g.dtype == t else g.to(t) for g, t in zip((dx, *dw, *db), types, strict=True)]

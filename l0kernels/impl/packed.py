@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .._arguments import GLU, ROWS
-from .._calls import BlockCall, Gate, LinearCall, MlpCall, Wanted
+from .._calls import BlockCall, Gate, GateGrads, LinearCall, MlpCall, Wanted
 from .._gates import HardConcrete, round_up
 
 Term = tuple[Tensor, int, int, int]  # weight, numbers of its output's and input's gates or -1, groups
@@ -32,6 +32,7 @@ class PackUnpack(Protocol):
         *,
         scale_rows: bool = ...,
         scale_cols: bool = ...,
+        run: int = ...,
     ) -> Tensor: ...
 
     def unpack(
@@ -44,12 +45,9 @@ class PackUnpack(Protocol):
         *,
         scale_rows: bool = ...,
         scale_cols: bool = ...,
-        theta: Tensor | None = ...,
-        full_rows: bool = ...,
-        full_cols: bool = ...,
-        dz_rows: bool = ...,
-        dz_cols: bool = ...,
+        grads: GateGrads = ...,
         out: Tensor | None = ...,
+        run: int = ...,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]: ...
 
     def gate_grad(self, dz: Tensor, z: Tensor, dist: HardConcrete) -> Tensor: ...
@@ -130,11 +128,7 @@ def linear_backward(p: PackUnpack, call: LinearCall, dy: Tensor, wanted: Wanted)
             weight.dtype,
             scale_rows=scale_out,
             scale_cols=True,
-            theta=weight,
-            full_rows=full_out,
-            full_cols=full_in,
-            dz_rows=need_out,
-            dz_cols=need_in,
+            grads=GateGrads(weight, need_out, need_in, full_out, full_in),
         )
     if bias is not None and (need_b or need_out):
         db_raw = dy_packed.sum(0, keepdim=True, dtype=torch.promote_types(dtype, torch.float32))
@@ -145,9 +139,7 @@ def linear_backward(p: PackUnpack, call: LinearCall, dy: Tensor, wanted: Wanted)
             out_gate,
             bias.dtype,
             scale_cols=scale_out,
-            theta=bias[None],
-            full_cols=full_out,
-            dz_cols=need_out,
+            grads=GateGrads(bias[None], cols=need_out, full_cols=full_out),
         )
         db = db[0]
         if dz_bias is not None:
@@ -278,9 +270,7 @@ def mlp_backward(
                 gates[i],
                 weight.dtype,
                 scale_cols=True,
-                theta=weight,
-                full_cols=full[i],
-                dz_cols=need_z[i],
+                grads=GateGrads(weight, cols=need_z[i], full_cols=full[i]),
             )
         if bias is not None and need_b[i]:
             db_packed = grad.sum(0, keepdim=True, dtype=torch.promote_types(dtype, torch.float32))

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .._calls import Conv2dCall, Gate, LinearCall, MlpCall, Wanted
-from .._gates import HardConcrete, compact
+from .._calls import NO_GRADS, Conv2dCall, Gate, GateGrads, LinearCall, MlpCall, Wanted
+from .._gates import HardConcrete, compact, round_up
 from ..reference.gates import sample_zs
 from . import conv2d, packed
 from .packed import Term, extent
@@ -76,8 +76,14 @@ def pack(
     *,
     scale_rows: bool = False,
     scale_cols: bool = False,
+    run: int = 1,
 ) -> Tensor:
-    """full[rows][:, cols], times the gates where asked, in ``dtype``, zero-padded to the extents."""
+    """full[rows][:, cols], times the gates where asked, in ``dtype``, zero-padded to the extents.
+
+    ``run``: how many entries in a row are one column.
+    """
+    if run > 1:
+        cols = None if cols is None else with_runs(cols, run)
     extents = extent(rows, full.shape[0], dtype), extent(cols, full.shape[1], dtype)
     for dim, gate, scale in ((0, rows, scale_rows), (1, cols, scale_cols)):
         index = _open(gate, full.shape[dim])
@@ -100,17 +106,21 @@ def unpack(
     *,
     scale_rows: bool = False,
     scale_cols: bool = False,
-    theta: Tensor | None = None,
-    full_rows: bool = False,
-    full_cols: bool = False,
-    dz_rows: bool = False,
-    dz_cols: bool = False,
+    grads: GateGrads = NO_GRADS,
     out: Tensor | None = None,
+    run: int = 1,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The matrix of ``shape`` with packed in its open rows and columns, times the gates; gate gradients.
 
-    ``out``: memory for the matrix.
+    ``out``: memory for the matrix. ``run``: as of pack.
     """
+    if run > 1 and cols is not None:
+        dw, dz_row, dz_col = unpack(
+            packed, shape, rows, with_runs(cols, run), dtype,
+            scale_rows=scale_rows, scale_cols=scale_cols, grads=grads, out=out,
+        )  # fmt: skip
+        return dw, dz_row, None if dz_col is None else dz_col.view(-1, run).sum(1)
+    theta, dz_rows, dz_cols, full_rows, full_cols = grads
     z_dtype = next((g[0].dtype for g in (rows, cols) if g is not None), packed.dtype)
     row_index, col_index = _open(rows, shape[0]), _open(cols, shape[1])
     n_rows = shape[0] if row_index is None else len(row_index)
@@ -155,6 +165,15 @@ def unpack(
     if row_index is not None:
         value = value.new_zeros(shape).index_copy_(0, row_index, value)
     return value.contiguous() if out is None else out.copy_(value), dz[0], dz[1]
+
+
+def with_runs(gate: Gate, run: int) -> Gate:
+    """The gate of every entry of a dimension whose units are runs of entries."""
+    z, index, count = gate
+    n = z.shape[0]
+    spread = index[:n, None] * run + torch.arange(run, dtype=torch.int32, device=index.device)
+    z = z.repeat_interleave(run)
+    return [z, F.pad(spread.view(-1), (0, round_up(n * run) - n * run)), count * run]
 
 
 _PACK = SimpleNamespace(pack=pack, unpack=unpack, gate_grad=gate_grad)

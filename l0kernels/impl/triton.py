@@ -9,7 +9,7 @@ from typing import Any, ParamSpec, TypeVar, cast
 import torch
 from torch import Tensor
 
-from .._calls import BlockCall, Conv2dCall, DrawnMlpCall, L0LinearCall, L0MlpCall, LinearCall, MlpCall, Wanted
+from .._calls import BlockCall, DrawnMlpCall, L0LinearCall, L0MlpCall, MlpCall, Wanted
 from .._gates import HardConcrete
 from ..triton_kernels import batch_norm, conv2d, conv2d_channels, gather, linear, masked_linear, mlp, penalty
 from ..triton_kernels import sample as sampling
@@ -18,7 +18,7 @@ from .memory import plain, strided
 P = ParamSpec("P")
 T = TypeVar("T")
 
-_VALUES = frozenset((int, float, bool, str, type(None), torch.dtype, HardConcrete))
+_VALUES = frozenset((int, float, bool, str, type(None), torch.dtype, HardConcrete, Wanted))
 
 
 def _readable(arg: Any) -> Any:
@@ -28,6 +28,8 @@ def _readable(arg: Any) -> Any:
         return arg
     if kind is list or kind is tuple:
         return [_readable(a) for a in arg]
+    if isinstance(arg, tuple):
+        return kind(*map(_readable, arg))
     arg = plain(arg)
     strided(arg, "an operand", arg.device)
     return arg if arg.ndim != 1 or arg.is_contiguous() else arg.contiguous()
@@ -58,15 +60,18 @@ pack_channels = _on_its_device(conv2d_channels.pack_channels)
 unpack_channels = _on_its_device(conv2d_channels.unpack_channels)
 _batch_norm_forward = _on_its_device(batch_norm.batch_norm_forward)
 batch_norm_backward = _on_its_device(batch_norm.batch_norm_backward)
-_linear_forward = _on_its_device(linear.linear_forward)
-_linear_backward = _on_its_device(linear.linear_backward)
-_l0_linear_forward = _on_its_device(gather.l0_linear_forward)
-_mlp_forward = _on_its_device(mlp.mlp_forward)
-_mlp_backward = _on_its_device(mlp.mlp_backward)
+linear_forward = _on_its_device(linear.linear_forward)
+linear_backward = _on_its_device(linear.linear_backward)
+l0_linear_forward = _on_its_device(gather.l0_linear_forward)
+mlp_forward = _on_its_device(mlp.mlp_forward)
+mlp_backward = _on_its_device(mlp.mlp_backward)
+linear_saved_shapes = linear.linear_saved_shapes
+mlp_saved_shapes = mlp.mlp_saved_shapes
+conv2d_saved_shapes = conv2d.conv2d_saved_shapes
 _block_linear_forward = _on_its_device(masked_linear.block_linear_forward)
 _block_linear_backward = _on_its_device(masked_linear.block_linear_backward)
-_conv2d_forward = _on_its_device(conv2d.conv2d_forward)
-_conv2d_backward = _on_its_device(conv2d.conv2d_backward)
+conv2d_forward = _on_its_device(conv2d.conv2d_forward)
+conv2d_backward = _on_its_device(conv2d.conv2d_backward)
 
 
 def draws_within(
@@ -84,38 +89,6 @@ def draws_within(
     return gather.prefers(M, n_out, n_in, dtype) and all(
         a.dtype == torch.float32 and a.shape[0] <= gather.MAX_GATES for a in log_alphas
     )
-
-
-def linear_saved_shapes(call: LinearCall) -> list[tuple[int, int]]:
-    gated = call.in_gate is not None, call.out_gate is not None
-    return linear.linear_saved_shapes(call.x, call.weight, *gated, call.dtype)
-
-
-def linear_forward(call: LinearCall) -> tuple[Tensor, list[Tensor]]:
-    return _linear_forward(*call)
-
-
-def linear_backward(call: LinearCall, dy: Tensor, saved: list[Tensor], wanted: Wanted) -> list[Tensor | None]:
-    (full_in, full_out), needs, dist = wanted
-    return _linear_backward(dy, *call[:5], saved, call.scale_out, full_in, full_out, call.dtype, needs, dist)
-
-
-def l0_linear_forward(call: L0LinearCall, rank: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Draw and product in one launch."""
-    return _l0_linear_forward(*call[:6], rank, call.dist, sampling.TAU, call.dtype)
-
-
-def mlp_saved_shapes(call: MlpCall) -> list[tuple[int, int]]:
-    gated = [gate is not None for gate in call.gates]
-    return mlp.saved_shapes(call.x, call.weights, gated, *call[4:])
-
-
-def mlp_forward(call: MlpCall) -> tuple[Tensor, list[Tensor]]:
-    return _mlp_forward(*call)
-
-
-def mlp_backward(call: MlpCall, dy: Tensor, saved: list[Tensor], wanted: Wanted) -> list[Tensor | None]:
-    return _mlp_backward(dy, *call[:4], saved, call.activation, call.dtype, *wanted)
 
 
 def l0_mlp_forward(
@@ -149,23 +122,6 @@ def block_linear_backward(call: BlockCall, dy: Tensor, wanted: Wanted) -> list[T
 def conv2d_memory_format(x: Tensor, weight: Tensor) -> torch.memory_format:
     """Of y and dx."""
     return torch.channels_last
-
-
-def conv2d_saved_shapes(call: Conv2dCall) -> list[tuple[int, ...]]:
-    gated = call.in_gate is not None, call.out_gate is not None
-    packed = call.in_packed, call.out_packed
-    return conv2d.conv2d_saved_shapes(call.x.shape, call.weight.shape, *gated, *packed, call.conv, call.dtype)
-
-
-def conv2d_forward(call: Conv2dCall) -> tuple[Tensor, list[Tensor]]:
-    return _conv2d_forward(*call[:9], call.conv, call.dtype)
-
-
-def conv2d_backward(call: Conv2dCall, dy: Tensor, saved: list[Tensor], wanted: Wanted) -> list[Tensor | None]:
-    (full_in, full_out), needs, dist = wanted
-    return _conv2d_backward(
-        dy, *call[:5], saved, *call[5:9], full_in, full_out, call.conv, call.dtype, needs, dist
-    )
 
 
 def batch_norm_forward(

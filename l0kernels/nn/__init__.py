@@ -27,6 +27,7 @@ from .penalty import (
     weight_parameters,
 )
 from .sequential import L0Residual, L0Sequential
+from .units import UnitGraph, gate_, ungate_, unit_graph
 
 __all__ = [
     "L0MLP",
@@ -57,6 +58,7 @@ __all__ = [
     "SlicedConv1d",
     "SlicedConv2d",
     "SlicedLinear",
+    "UnitGraph",
     "agree_on_gates",
     "clamp_after_step",
     "clamp_gates_",
@@ -65,6 +67,7 @@ __all__ = [
     "expected_flops",
     "expected_l0",
     "export",
+    "gate_",
     "gate_modules",
     "gate_parameters",
     "independent_gates_",
@@ -72,5 +75,7 @@ __all__ = [
     "open_units",
     "parameter_groups",
     "penalty",
+    "ungate_",
+    "unit_graph",
     "weight_parameters",
 ]

@@ -12,7 +12,7 @@ from torch.library import opcheck
 
 import l0kernels as l0
 from l0kernels import _registry, nn, reference
-from l0kernels._calls import DrawnMlpCall, L0LinearCall, L0MlpCall, LinearCall, MlpCall, Wanted
+from l0kernels._calls import DrawnMlpCall, GateGrads, L0LinearCall, L0MlpCall, LinearCall, MlpCall, Wanted
 from l0kernels._gates import ALIGN, HardConcrete, compact, round_up
 from l0kernels.gates import split
 from l0kernels.impl import cuda
@@ -261,7 +261,7 @@ class TestUnpack:
         theta = torch.randn(shape, dtype=to)
         got, dz_row, dz_col = cuda.unpack(
             on_device(packed), shape, rows, cols, to, scale_rows=scale, scale_cols=scale,
-            theta=layout(on_device(theta)), full_rows=full, full_cols=full, dz_rows=True, dz_cols=True,
+            grads=GateGrads(layout(on_device(theta)), True, True, full, full),
         )  # fmt: skip
         spread = torch.zeros(shape, dtype=torch.float64)
         spread[row_units[:, None], col_units] = values.double()
@@ -292,8 +292,7 @@ class TestUnpack:
             None,
             gate,
             torch.float32,
-            theta=on_device(theta),
-            dz_cols=True,
+            grads=GateGrads(on_device(theta), cols=True),
             skip_plain=True,
         )
         assert out.isnan().all()
@@ -304,7 +303,7 @@ class TestUnpack:
         gate, theta = gate_of(make_z("mixed", 300)), on_device(torch.randn(60, 300))
         packed = on_device(torch.randn(60, 384))
         first, second = (
-            cuda.unpack(packed, (60, 300), None, gate, torch.float32, theta=theta, dz_cols=True)
+            cuda.unpack(packed, (60, 300), None, gate, torch.float32, grads=GateGrads(theta, cols=True))
             for _ in range(2)
         )
         assert torch.equal(first[2], second[2])
@@ -962,7 +961,7 @@ class TestOtherDevices:
         matrix, theta = on_device(torch.randn(300, 304)), torch.randn(300, 300, device="meta")
         gate = gate_of(make_z("few", 300))
         with pytest.raises(RuntimeError, match=refusal("theta")):
-            cuda.unpack(matrix, (300, 300), gate, None, torch.float32, theta=theta, dz_rows=True)
+            cuda.unpack(matrix, (300, 300), gate, None, torch.float32, grads=GateGrads(theta, rows=True))
         with pytest.raises(RuntimeError, match=refusal("theta")):
             cuda.coupled_penalty([(theta, 0, -1, 1)], [on_device(torch.randn(300))], [1.0], 0.1, DIST)
 

@@ -15,6 +15,7 @@ import torch
 
 import l0kernels as l0
 from l0kernels import Gates, reference
+from l0kernels._calls import GateGrads
 from l0kernels._native import native
 from op_checks import LAYOUTS, SEED, compare, make_z, sliced, to_list, transposed, wanted
 
@@ -181,12 +182,8 @@ class TestThreads:
         for n in (1, 2, 3):
             threads(n)
             packed = cpp.pack(full, rows, cols, torch.bfloat16, scale_rows=True, scale_cols=True)
-            flags = dict.fromkeys(
-                ("scale_rows", "scale_cols", "full_rows", "full_cols", "dz_rows", "dz_cols"), True
-            )
-            results.append(
-                [packed, *cpp.unpack(packed, (301, 207), rows, cols, torch.float32, theta=theta, **flags)]
-            )
+            options = {"scale_rows": True, "scale_cols": True, "grads": GateGrads(theta, *[True] * 4)}
+            results.append([packed, *cpp.unpack(packed, (301, 207), rows, cols, torch.float32, **options)])
         for other in results[1:]:
             assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
@@ -384,8 +381,7 @@ class TestCasts:
             for scale_rows, scale_cols, full in itertools.product([False, True], repeat=3):
                 scales = {"scale_rows": scale_rows, "scale_cols": scale_cols}
                 # only gates that multiply have a gradient
-                wants = {"theta": theta, "dz_rows": scale_rows, "dz_cols": scale_cols}
-                options = scales | wants | {"full_rows": full, "full_cols": not full}
+                options = scales | {"grads": GateGrads(theta, scale_rows, scale_cols, full, not full)}
                 got = cpp.unpack(packed, (37, 53), rows, cols, target, **options)
                 expected = portable.unpack(packed, (37, 53), rows, cols, target, **options)
                 error = 2 * EPS[source] + 2 * EPS[target]

@@ -258,14 +258,16 @@ def test_tiles_cover_the_open_columns(n_open):
     z[torch.randperm(n)[:n_open]] = 0.5
     gate = list(Gates.from_z(z)[:3])
     x, weight, dy = draw(1, k, 3, 4), draw(n, k, 2, 1), draw(1, n, 2, 4)
-    conv = ([1, 1], [0, 0], [1, 1], 1)
+    product, gradient = (
+        conv2d_tiles.Window(1, *sizes, 1, 1, 0, 0, 1, 1) for sizes in ((3, 4, 2, 4, 2, 1), (2, 4, 2, 4, 1, 1))
+    )
     y = torch.full((8, n), float("nan"), device=DEVICE)
     packed = conv2d.pack_weight(weight, gate, None, torch.float32)
     rows = conv2d.as_rows(x).contiguous()
     for levels in (1, 2, 3):
         config = conv2d_tiles.Config(16, 64, 16, levels, 4, 2)
         conv2d.convolve(
-            conv2d.Operand(rows), packed, conv2d.Operand(y), (1, 3, 4), (2, 4), (2, 1), (n, k), conv,
+            conv2d.Operand(rows), packed, conv2d.Operand(y), product, (n, k),
             n_gate=gate, mode_n=1, config=config,
         )  # fmt: skip
         exact = F.conv2d(x.double(), weight.double()) * z[:, None, None]
@@ -273,7 +275,7 @@ def test_tiles_cover_the_open_columns(n_open):
         # The narrowing side of dW is that of the inputs: y's channels play x.
         dw, _, parts = conv2d.weight_product(
             conv2d.Operand(draw(8, 8)[:, :4]), conv2d.Operand(conv2d.as_rows(bury(dy, gate))),
-            draw(4, n, 1, 1), (1, 2, 4), (2, 4), conv, i_gate=gate, modes=(0, 1), dz_i=True, config=config,
+            draw(4, n, 1, 1), gradient, i_gate=gate, modes=(0, 1), dz_i=True, config=config,
         )  # fmt: skip
         assert dw.isfinite().all()
         assert parts.isfinite().all()

@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 
+from l0kernels._calls import L0LinearCall, LinearCall, MlpCall, Wanted
 from l0kernels._gates import DEFAULT_DIST, Gates, HardConcrete, round_up
 from l0kernels.reference.gates import sample_gates
 from l0kernels.reference.mlp import ACTIVATIONS
@@ -145,10 +146,11 @@ def check_linear(
                 else:
                     dirty[i][..., closed] = torch.nan
     x_, w_, b_, dy_ = dirty
-    y = gather.linear_forward(x_, w_, b_, in_gate, out_gate, scale_out, dtype)
+    call = LinearCall(x_, w_, b_, in_gate, out_gate, scale_out, dtype)
+    y = gather.linear_forward(call)
     assert y.dtype == dtype
     needs = [True, True, True, z_in is not None, z_out is not None and scale_out]
-    grads = gather.linear_backward(dy_, x_, w_, b_, in_gate, out_gate, scale_out, full, full, dtype, needs)
+    grads = gather.linear_backward(call, dy_, Wanted([full] * 2, needs, None))
     if z_out is not None and not scale_out:
         assert grads[4] is None
         clean, names = clean[:4], LINEAR[:5]
@@ -216,8 +218,9 @@ def test_backward_tiles(tile, monkeypatch):
 def test_an_expanded_gradient():
     x, w = torch.randn(5, 9, device=DEVICE), torch.randn(7, 9, device=DEVICE)
     dy = torch.ones(1, 1, device=DEVICE).expand(5, 7)
+    call = LinearCall(x, w, None, None, None, False, torch.float32)
     dx, dw, *_ = gather.linear_backward(
-        dy, x, w, None, None, None, False, False, False, torch.float32, [True, True, False, False, False]
+        call, dy, Wanted([False] * 2, [True, True, False, False, False], None)
     )
     torch.testing.assert_close(dx, w.sum(0).expand(5, 9))
     torch.testing.assert_close(dw, x.sum(0).expand(7, 9))
@@ -225,11 +228,10 @@ def test_an_expanded_gradient():
 
 @pytest.mark.parametrize("needs", [[i == j for j in range(5)] for i in range(5)] + [[False] * 5], ids=str)
 def test_only_what_is_needed(needs, launches):
-    tensors = [torch.randn(s, device=DEVICE) for s in ((6, 7), (6, 9), (7, 9), (7,))]
-    gates = [gate_of(make_z("mixed", n)) for n in (9, 7)]
-    settings = (True, False, False, torch.float32)
-    every = gather.linear_backward(*tensors, *gates, *settings, [True] * 5)
-    some = gather.linear_backward(*tensors, *gates, *settings, needs)
+    dy, *tensors = (torch.randn(s, device=DEVICE) for s in ((6, 7), (6, 9), (7, 9), (7,)))
+    call = LinearCall(*tensors, *(gate_of(make_z("mixed", n)) for n in (9, 7)), True, torch.float32)
+    every = gather.linear_backward(call, dy, Wanted([False] * 2, [True] * 5, None))
+    some = gather.linear_backward(call, dy, Wanted([False] * 2, needs, None))
     assert len(launches) == 1 + any(needs)
     for value, full, needed in zip(some, every, needs, strict=True):
         if needed:
@@ -240,13 +242,12 @@ def test_only_what_is_needed(needs, launches):
 
 def test_gradients_of_log_alpha():
     dist = HardConcrete(0.5, -0.2, 1.3)
-    tensors = [torch.randn(s, device=DEVICE) for s in ((6, 70), (6, 90), (70, 90), (70,))]
+    dy, *tensors = (torch.randn(s, device=DEVICE) for s in ((6, 70), (6, 90), (70, 90), (70,)))
     gates = [gate_of(make_z("mixed", n)) for n in (90, 70)]
-    settings = (*gates, True, False, False, torch.float32, [True] * 5)
+    call = LinearCall(*tensors, *gates, True, torch.float32)
     for z, dz, dlog in zip(
         (gates[0][0], gates[1][0]),
-        gather.linear_backward(*tensors, *settings)[3:],
-        gather.linear_backward(*tensors, *settings, dist)[3:],
+        *(gather.linear_backward(call, dy, Wanted([False] * 2, [True] * 5, d))[3:] for d in (None, dist)),
         strict=True,
     ):
         s = (z - dist.gamma) / (dist.zeta - dist.gamma)
@@ -265,9 +266,9 @@ def test_sampling_inside_the_product(shape, sides, launches):
     x, w, b = torch.randn(M, K), torch.randn(N, K) / K**0.5, torch.randn(N)
     alphas = [torch.randn(n) if given else None for given, n in zip(sides, (K, N), strict=True)]
     given = [a for a in alphas if a is not None]
-    y, z, index, count = gather.l0_linear_forward(
-        *(on_device(t) for t in (x, w, b, *alphas, seed)), rank, DEFAULT_DIST, 0.5, torch.float32
-    )
+    tensors = (on_device(t) for t in (x, w, b, *alphas, seed))
+    call = L0LinearCall(*tensors, DEFAULT_DIST, torch.float32)
+    y, z, index, count = gather.l0_linear_forward(call, rank, 0.5)
     assert launches == ["sampling_forward_kernel"]
     expected = sample_gates(given, seed=seed, rank=rank)
     sizes = [len(a) for a in given]
@@ -293,18 +294,8 @@ def test_a_long_gate_vector_is_sampled_inside():
     n = gather.MAX_GATES
     x, w, alpha = torch.randn(2, n), torch.randn(3, n) / n**0.5, torch.randn(n)
     seed = torch.tensor([-5])
-    y, z, index, _ = gather.l0_linear_forward(
-        on_device(x),
-        on_device(w),
-        None,
-        on_device(alpha),
-        None,
-        on_device(seed),
-        0,
-        DEFAULT_DIST,
-        0.9,
-        torch.float32,
-    )
+    tensors = (on_device(t) for t in (x, w, None, alpha, None, seed))
+    y, z, index, _ = gather.l0_linear_forward(L0LinearCall(*tensors, DEFAULT_DIST, torch.float32))
     gates = sample_gates(alpha, seed=seed)
     torch.testing.assert_close(z.cpu(), gates.z)
     assert torch.equal(index.cpu(), gates.index)
@@ -315,9 +306,8 @@ def test_a_nan_is_an_open_gate():
     alpha = torch.zeros(5)
     alpha[3] = torch.nan
     x, w, seed = torch.ones(2, 5), torch.ones(3, 5), torch.tensor([1])
-    y, z, index, count = gather.l0_linear_forward(
-        *(on_device(t) for t in (x, w, None, alpha, None, seed)), 0, DEFAULT_DIST, 0.9, torch.float32
-    )
+    tensors = (on_device(t) for t in (x, w, None, alpha, None, seed))
+    y, z, index, count = gather.l0_linear_forward(L0LinearCall(*tensors, DEFAULT_DIST, torch.float32))
     assert torch.equal(z.isnan(), alpha.isnan().to(DEVICE))
     assert 3 in index[: int(count[0])]
     assert y.isnan().all()
@@ -341,11 +331,12 @@ def check_mlp(
         return x
 
     gates = [None if z is None else gate_of(z) for z in zs]
-    args = (on_device(x), [on_device(w) for w in weights], [on_device(b) for b in biases], gates)
-    y, saved = gather.mlp_forward(*args, activation, dtype)
+    params = [on_device(w) for w in weights], [on_device(b) for b in biases]
+    call = MlpCall(on_device(x), *params, gates, activation, dtype, False)
+    y, saved = gather.mlp_forward(call)
     assert [(tuple(a.shape), a.dtype) for a in saved] == [((M, n), dtype) for n in sizes[1:-1]]
     needs = [True] * (1 + 2 * depth) + [z is not None for z in zs] if needs is None else needs
-    grads = gather.mlp_backward(on_device(dy), *args, saved, activation, dtype, [full] * depth, needs)
+    grads = gather.mlp_backward(call, on_device(dy), saved, Wanted([full] * depth, needs, None))
     assert [g is not None for g in grads] == [
         n and t is not None for n, t in zip(needs, [x, *weights, *biases, *zs], strict=True)
     ]

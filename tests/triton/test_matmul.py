@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from l0kernels.triton_kernels.matmul import Config, Operand, matmul
+from l0kernels.triton_kernels.matmul import Config, Epilogue, Halves, Operand, matmul
 from triton_device import DEVICE, INTERPRETED
 from triton_gates import bury, dig, make_gate
 
@@ -55,9 +55,8 @@ def test_hidden_layer_and_its_gradients(keep, activation, plain, pointers):
     h, slope = buffer(M, N), buffer(M, N)
     saves = activation in ("gelu", "silu")
     matmul(
-        "nt", Operand(x), Operand(w, bury(w, gate, None)), Operand(None, h), M, N, K, n_gate=gate,
-        epilogue="act", activation=activation, bias=b, scale_n=True, saved=slope if saves else None,
-        **options,
+        "nt", Operand(x), Operand(w, bury(w, gate, None)), Operand(None, h), (M, N, K), n_gate=gate,
+        epilogue=Epilogue("act", activation, b, scale_n=True, saved=slope if saves else None), **options,
     )  # fmt: skip
     act = {"gelu": torch.nn.functional.gelu, "silu": torch.nn.functional.silu, "relu": torch.relu}.get(
         activation
@@ -71,10 +70,13 @@ def test_hidden_layer_and_its_gradients(keep, activation, plain, pointers):
     dy, w2 = draw(M, D + 6)[:, :D], draw(D, N + 4)[:, :N]
     hidden.backward(dy @ w2)
     da, partial = buffer(M, N), torch.full((2, -(-M // 32), 384), float("nan"), device=DEVICE)
+    after = Epilogue(
+        "grad", activation, scale_n=True, saved=slope if saves else None, hidden=Operand(None, h),
+        partial=partial, dz=True, db=True,
+    )  # fmt: skip
     matmul(
-        "nn", Operand(dy), Operand(w2, bury(w2, None, gate)), Operand(None, da), M, N, D, n_gate=gate,
-        epilogue="grad", activation=activation, scale_n=True, saved=slope if saves else None,
-        hidden=Operand(None, h), partial=partial, dz=True, db=True, **options,
+        "nn", Operand(dy), Operand(w2, bury(w2, None, gate)), Operand(None, da), (M, N, D), n_gate=gate,
+        epilogue=after, **options,
     )  # fmt: skip
     close(dig(da, None, gate, (M, N)), a.grad, D)
     is_open = gate[0] != 0
@@ -83,20 +85,35 @@ def test_hidden_layer_and_its_gradients(keep, activation, plain, pointers):
     close(dig(partial[1].sum(0)[None], None, gate, (1, N))[0], a.grad.sum(0), M * D)
 
     dw2 = buffer(D, N)
-    matmul("tn", Operand(dy), Operand(None, h), Operand(None, dw2), D, N, M, n_gate=gate, **options)
+    matmul("tn", Operand(dy), Operand(None, h), Operand(None, dw2), (D, N, M), n_gate=gate, **options)
     close(dig(dw2, None, gate, (D, N)), dy.T @ hidden.detach(), M * 4)
     dw1 = torch.full((N, K), float("nan"), device=DEVICE)
-    matmul("tn", Operand(None, da), Operand(x), Operand(dw1), N, K, M, m_gate=gate, scatter=True, **options)
+    after = Epilogue(scatter=True)
+    matmul(
+        "tn", Operand(None, da), Operand(x), Operand(dw1), (N, K, M), m_gate=gate, epilogue=after, **options
+    )
     close(dw1, a.grad.T @ x, M * 4)
     assert not dw1[~is_open].any()
     dx = torch.full((M, K), float("nan"), device=DEVICE)
     matmul(
-        "nn", Operand(None, da), Operand(w, bury(w, gate, None)), Operand(dx), M, K, N, k_gate=gate, **options
+        "nn",
+        Operand(None, da),
+        Operand(w, bury(w, gate, None)),
+        Operand(dx),
+        (M, K, N),
+        k_gate=gate,
+        **options,
     )
     close(dx, a.grad @ w, N * 4)
     y = torch.full((M, D), float("nan"), device=DEVICE)
     matmul(
-        "nt", Operand(None, h), Operand(w2, bury(w2, None, gate)), Operand(y), M, D, N, k_gate=gate, **options
+        "nt",
+        Operand(None, h),
+        Operand(w2, bury(w2, None, gate)),
+        Operand(y),
+        (M, D, N),
+        k_gate=gate,
+        **options,
     )
     close(y, hidden.detach() @ w2.T, N * 4)
 
@@ -119,8 +136,9 @@ def test_gated_product_and_its_gradients(keep, activation, plain, pointers):
     packed = torch.cat([bury(w[:N], gate, None), bury(w[N:], gate, None)])
     h, factors = buffer(M, N), buffer(M, 2 * cap)
     matmul(
-        "nt", Operand(x), Operand(w, packed), Operand(None, h), M, N, K, n_gate=gate, epilogue="glu",
-        activation=activation, bias=b, scale_n=True, saved=factors, half_b=(N, cap), half_s=cap, **options,
+        "nt", Operand(x), Operand(w, packed), Operand(None, h), (M, N, K), n_gate=gate,
+        epilogue=Epilogue("glu", activation, b, scale_n=True, saved=factors),
+        halves=Halves(b=(N, cap), saved=cap), **options,
     )  # fmt: skip
     act = {"gelu": torch.nn.functional.gelu, "silu": torch.nn.functional.silu}[activation]
     a, z = (x @ w.T + b).requires_grad_(), gate[0].clone().requires_grad_()
@@ -130,10 +148,13 @@ def test_gated_product_and_its_gradients(keep, activation, plain, pointers):
     dy, w2 = draw(M, D), draw(D, N)
     hidden.backward(dy @ w2)
     da, partial = buffer(M, 2 * cap), torch.full((3, -(-M // 32), cap), float("nan"), device=DEVICE)
+    after = Epilogue(
+        "glu_grad", activation, scale_n=True, saved=factors, hidden=Operand(None, h), partial=partial,
+        dz=True, db=True,
+    )  # fmt: skip
     matmul(
-        "nn", Operand(dy), Operand(w2, bury(w2, None, gate)), Operand(None, da), M, N, D, n_gate=gate,
-        epilogue="glu_grad", activation=activation, scale_n=True, saved=factors, hidden=Operand(None, h),
-        partial=partial, dz=True, db=True, half_s=cap, half_c=cap, **options,
+        "nn", Operand(dy), Operand(w2, bury(w2, None, gate)), Operand(None, da), (M, N, D), n_gate=gate,
+        epilogue=after, halves=Halves(c=cap, saved=cap), **options,
     )  # fmt: skip
     for half in range(2):
         truth = a.grad[:, half * N : (half + 1) * N]
@@ -141,8 +162,8 @@ def test_gated_product_and_its_gradients(keep, activation, plain, pointers):
         close(dig(partial[1 + half].sum(0)[None], None, gate, (1, N))[0], truth.sum(0), 16 * M * D)
     dx = torch.full((M, K), float("nan"), device=DEVICE)
     matmul(
-        "nn", Operand(None, da), Operand(w, packed), Operand(dx), M, K, N, k_gate=gate, halves=2,
-        half_a=(0, cap), half_b=(N, cap), **options,
+        "nn", Operand(None, da), Operand(w, packed), Operand(dx), (M, K, N), k_gate=gate,
+        halves=Halves(2, (0, cap), (N, cap)), **options,
     )  # fmt: skip
     close(dx, a.grad @ w, 16 * N)
 
@@ -155,8 +176,8 @@ def test_natural_or_packed_result_is_decided_on_the_device(keep, scale, plain, p
     x, w, gate = draw(M, K), draw(N, K), make_gate(N, keep, plain)
     y, packed = torch.full((M, N), float("nan"), device=DEVICE), buffer(M, N)
     matmul(
-        "nt", Operand(x), Operand(w, bury(w, gate, None)), Operand(y, packed), M, N, K, n_gate=gate,
-        scale_n=scale, config=TILE, pointers=pointers,
+        "nt", Operand(x), Operand(w, bury(w, gate, None)), Operand(y, packed), (M, N, K), n_gate=gate,
+        epilogue=Epilogue(scale_n=scale), config=TILE, pointers=pointers,
     )  # fmt: skip
     is_plain, _, _ = extents(gate, N)
     truth = x @ w.T * gate[0] if scale else x @ w.T * (1.0 if is_plain else gate[0] != 0)
@@ -169,7 +190,8 @@ def test_sizes(size, pointers):
     M, N, K = size
     x, w, b = draw(M, K), draw(N, K), draw(N)
     y = torch.full((M, N), float("nan"), device=DEVICE)
-    matmul("nt", Operand(x), Operand(w), Operand(y), M, N, K, bias=b, config=TILE, pointers=pointers)
+    after = Epilogue(bias=b)
+    matmul("nt", Operand(x), Operand(w), Operand(y), size, epilogue=after, config=TILE, pointers=pointers)
     close(y, x @ w.T + b, max(K, 1) * 4)
 
 
@@ -181,8 +203,8 @@ def test_rows_are_scaled_and_scattered(keep, plain, pointers):
     packed = bury(a, None, gate)
     c = torch.full((M, N), float("nan"), device=DEVICE)
     matmul(
-        "tn", Operand(a, packed), Operand(b), Operand(c), M, N, K, m_gate=gate, scatter=True, scale_m=True,
-        config=TILE, pointers=pointers,
+        "tn", Operand(a, packed), Operand(b), Operand(c), (M, N, K), m_gate=gate,
+        epilogue=Epilogue(scatter=True, scale_m=True), config=TILE, pointers=pointers,
     )  # fmt: skip
     close(c, (a.T @ b) * gate[0][:, None], 4 * K)
     assert not c[gate[0] == 0].any()

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import l0kernels as l0
+from l0kernels._calls import GateGrads
 from l0kernels.triton_kernels import pack as tp
 from triton_device import DEVICE
 
@@ -178,7 +179,7 @@ def test_a_nan_gate_is_open_and_stays_in_its_column():
     check_pack(full, rows, cols, torch.float32, scale_cols=True)
     value, _, dz = tp.unpack(
         torch.ones(9, 128, device=DEVICE), (9, 300), None, cols.gate, torch.float32,
-        scale_cols=True, theta=full, dz_cols=True,
+        scale_cols=True, grads=GateGrads(full, cols=True),
     )  # fmt: skip
     assert value[:, 7].isnan().all()
     assert not value[:, 8:].isnan().any()
@@ -192,7 +193,7 @@ def test_empty(shape):
     for r, c in ((rows, None), (None, cols), (rows, cols)):
         packed = tp.pack(full, gate(r), gate(c), torch.float32)
         value, dz_r, dz_c = tp.unpack(
-            packed, shape, gate(r), gate(c), torch.float32, theta=full, dz_rows=True, dz_cols=True
+            packed, shape, gate(r), gate(c), torch.float32, grads=GateGrads(full, rows=True, cols=True)
         )
         assert value.shape == shape
         assert (dz_r is None) == (r is None)
@@ -230,8 +231,7 @@ def check_unpack(shape, rows, cols, packed_dtype, dtype, *, scale=(0, 0), full=(
     out = filled(shape, dtype)
     result, dz_rows, dz_cols = tp.unpack(
         packed, shape, gate(rows), gate(cols), dtype,
-        scale_rows=scale[0], scale_cols=scale[1], theta=theta,
-        full_rows=full[0], full_cols=full[1], dz_rows=True, dz_cols=True, out=out,
+        scale_rows=scale[0], scale_cols=scale[1], grads=GateGrads(theta, True, True, *full), out=out,
     )  # fmt: skip
     assert result is out
     expected = dense * z[0][:, None] * z[1]
@@ -324,7 +324,7 @@ def test_unpack_leaves_the_result_alone_where_all_is_plain():
             out = filled(shape, torch.float32)
             _, dz_rows, dz_cols = tp.unpack(
                 packed, shape, gate(r), gate(c), torch.float32,
-                theta=theta, dz_rows=dz, dz_cols=dz, out=out, skip_plain=True,
+                grads=GateGrads(theta, dz, dz), out=out, skip_plain=True,
             )  # fmt: skip
             assert out.isnan().all()
             assert (dz_rows is None) == (not dz or r is None)

@@ -1,0 +1,6 @@
+"""Gates for any model: its units found by running it once, their gates, activations of open units alone."""
+
+from .graph import Group, Member, Pinned, UnitGraph, unit_graph
+from .place import GateGroups, gate_, ungate_
+
+__all__ = ["GateGroups", "Group", "Member", "Pinned", "UnitGraph", "gate_", "ungate_", "unit_graph"]

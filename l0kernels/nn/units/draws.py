@@ -1,0 +1,236 @@
+"""One draw of all gates of a model, and what of each dimension it leaves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from ..._gates import Gates, round_up
+
+
+class Space:
+    """The units of a dimension, in order: what it takes to know which of its entries are open.
+
+    Spaces of one content are one object, so that two tensors lie alike if their spaces are the same.
+
+    Attributes:
+        labels: (size,) int64: the number of each entry's gate among all gates of the model; the number behind
+            the last one stands for an entry that is always open.
+    """
+
+    def __init__(self, labels: Tensor) -> None:
+        self.labels = labels
+        self.size = len(labels)
+        first = int(labels[0]) if len(labels) else 0
+        # Where its gates follow each other, z is a slice of all.
+        self.start = first if torch.equal(labels, torch.arange(first, first + self.size)) else None
+        self._made: dict[object, Space] = {}
+
+
+class Spaces:
+    """The spaces of a model."""
+
+    def __init__(self) -> None:
+        self._known: dict[bytes, Space] = {}
+
+    def of(self, labels: Tensor) -> Space:
+        """The space of these labels."""
+        key = labels.numpy().tobytes()
+        found = self._known.get(key)
+        if found is None:
+            found = self._known[key] = Space(labels)
+        return found
+
+    def repeated(self, space: Space, times: int) -> Space:
+        """Each entry `times` times in a row, as nn.Flatten makes of channels."""
+        if times == 1:
+            return space
+        found = space._made.get(times)
+        if found is None:
+            found = space._made[times] = self.of(space.labels.repeat_interleave(times))
+        return found
+
+    def joined(self, spaces: Sequence[Space]) -> Space:
+        """One behind the other."""
+        key = ("joined", *map(id, spaces))
+        found = spaces[0]._made.get(key)
+        if found is None:
+            found = spaces[0]._made[key] = self.of(torch.cat([space.labels for space in spaces]))
+        return found
+
+    def part(self, space: Space, start: int, stop: int) -> Space:
+        """The entries from `start` to before `stop`."""
+        key = ("part", start, stop)
+        found = space._made.get(key)
+        if found is None:
+            found = space._made[key] = self.of(space.labels[start:stop].clone())
+        return found
+
+
+class Present:
+    """The entries of a space that exist in packed data: the open ones, and closed ones that round up.
+
+    Attributes:
+        index: (n,) int64, which exist, ascending; None: all.
+        n: how many.
+        within: where the open ones lie in packed data, None: they are all that exists.
+        places: where they lie in the whole dimension, None: everywhere.
+    """
+
+    __slots__ = ("index", "n", "places", "within")
+
+    def __init__(self, index: Tensor | None, n: int, within: Tensor | None, places: Tensor | None) -> None:
+        self.index, self.n, self.within, self.places = index, n, within, places
+
+
+class Draw:
+    """The gates of one forward.
+
+    Attributes:
+        z: (gates + 1,) of all gates, with their gradient; the last is 1.
+        is_open: (gates + 1,) bool.
+        exact: whether packed data hold the present units alone; otherwise all, the closed ones zero.
+        backend: that packs weights, where exact.
+        open_all: whether, where exact, no gate is closed.
+    """
+
+    def __init__(self, gates: Sequence[Gates], multiples: Sequence[int], exact: bool, backend: str) -> None:
+        self.exact, self.backend = exact, backend
+        z = [gate.z for gate in gates]
+        self.z = torch.cat([*z, z[0].new_ones(1)])
+        self.is_open = self.z.detach() != 0
+        self._gates = gates
+        self._present: dict[Space, Present] = {}
+        self._scales: dict[tuple[Space, torch.dtype], Tensor] = {}
+        self._sides: dict[tuple[Space, torch.dtype], list[Tensor]] = {}
+        self._static: dict[Space, Gates] = {}
+        self._masks: dict[tuple[Space, torch.dtype], Tensor] = {}
+        self._exists: Tensor | None = None
+        if exact:
+            self._begins = {
+                start: at for at, start in enumerate(accumulate((len(one) for one in z), initial=0))
+            }
+            counts = torch.stack([gate.count for gate in gates])[:, 0].tolist()
+            self._counts = [
+                (n, _rounded(n, len(one), m)) for n, one, m in zip(counts, z, multiples, strict=True)
+            ]
+            self.open_all = all(n == len(one) for n, one in zip(counts, z, strict=True))
+            self._extents = torch.tensor([(n, n) for _, n in self._counts], dtype=torch.int32)
+
+    def present(self, space: Space) -> Present:
+        """What of a space exists in packed data."""
+        found = self._present.get(space)
+        if found is None:
+            found = self._present[space] = self._find(space)
+        return found
+
+    def _group(self, space: Space) -> int | None:
+        """Which gates these are, if they are all of one vector in their order."""
+        at = None if space.start is None else self._begins.get(space.start)
+        return (
+            at if at is not None and at < len(self._gates) and len(self._gates[at].z) == space.size else None
+        )
+
+    def _find(self, space: Space) -> Present:
+        if self.open_all:
+            return Present(None, space.size, None, None)
+        at = self._group(space)
+        if at is None:
+            return self._find_among_all(space)
+        is_open, n = self._counts[at]
+        if n == space.size and is_open == n:
+            return Present(None, n, None, None)
+        order = self._gates[at].index
+        places = order[:is_open].long()
+        if is_open == n:
+            return Present(places, n, None, places)
+        if n == space.size:
+            return Present(None, n, places, places)
+        index = order[:n].sort().values.long()
+        return Present(index, n, self.is_open[index + space.start].nonzero()[:, 0], places)
+
+    def _find_among_all(self, space: Space) -> Present:
+        exists, is_open = self.exists[space.labels], self.is_open[space.labels]
+        index, places = exists.nonzero()[:, 0], is_open.nonzero()[:, 0]
+        if len(places) == space.size:
+            return Present(None, space.size, None, None)
+        if len(index) == space.size:
+            return Present(None, space.size, places, places)
+        within = None if len(places) == len(index) else is_open[index].nonzero()[:, 0]
+        return Present(index, len(index), within, places)
+
+    @property
+    def exists(self) -> Tensor:
+        """(gates + 1,) bool, which units exist in packed data."""
+        if self._exists is None:
+            self._exists, start = self.is_open.clone(), 0
+            for gate, (is_open, n) in zip(self._gates, self._counts, strict=True):
+                self._exists[start + gate.index[is_open:n].long()] = True
+                start += len(gate.z)
+        return self._exists
+
+    def scales(self, space: Space, dtype: torch.dtype) -> Tensor:
+        """z of a space, (size,), with its gradient: float64 for weights of that, else float32."""
+        key = space, torch.float64 if dtype == torch.float64 else torch.float32
+        found = self._scales.get(key)
+        if found is None:
+            z, start = self.z.to(key[1]), space.start
+            whole = start is not None
+            found = z[start : start + space.size] if whole else z.index_select(0, space.labels.to(z.device))
+            self._scales[key] = found
+        return found
+
+    def side(self, space: Space, dtype: torch.dtype, selects: bool) -> list[Tensor] | None:
+        """The gates of one side of a matrix, as pack takes them.
+
+        None: all exist, and where `selects`, which multiplies nothing, that is all there is to say.
+        """
+        present = self.present(space)
+        if selects and present.index is None:
+            return None
+        key = space, torch.float64 if dtype == torch.float64 else torch.float32
+        found = self._sides.get(key)
+        if found is None:
+            found = self._sides[key] = self._side(space, present, dtype)
+        return found
+
+    def _side(self, space: Space, present: Present, dtype: torch.dtype) -> list[Tensor]:
+        z, at = self.scales(space, dtype).detach(), self._group(space)
+        if at is not None and present.index is not None:
+            order = self._gates[at].index
+            if present.within is not None:  # what rounds up stands among the others
+                order = torch.cat([present.index.int(), order[present.n :]])
+            return [z, order, self._extents[at]]
+        index = torch.zeros(round_up(space.size), dtype=torch.int32)
+        if present.index is None:
+            torch.arange(space.size, out=index[: space.size])
+        else:
+            index[: present.n] = present.index
+            index[present.n : space.size] = (~self.exists[space.labels]).nonzero()[:, 0]
+        return [z, index, torch.full((2,), present.n, dtype=torch.int32)]
+
+    def mask(self, space: Space, dtype: torch.dtype) -> Tensor:
+        """1 where an entry of a space is open, 0 elsewhere, (size,)."""
+        key = space, dtype
+        found = self._masks.get(key)
+        if found is None:
+            labels = space.labels.to(self.z.device)
+            found = self._masks[key] = self.is_open.index_select(0, labels).to(dtype)
+        return found
+
+    def gates(self, space: Space) -> Gates:
+        """The gates of a space's entries, as the gated operations take them."""
+        found = self._static.get(space)
+        if found is None:
+            z = self.z.index_select(0, space.labels.to(self.z.device))
+            found = self._static[space] = Gates.from_z(z, full_grad=False)
+        return found
+
+
+def _rounded(n: int, size: int, multiple: int) -> int:
+    """How many of `size` units exist where n are open: convolutions are compiled for each number of channels,
+    so that few numbers should occur, and refuse to have none."""
+    return min(size, max(1, -(-n // multiple)) * multiple)

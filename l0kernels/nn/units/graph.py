@@ -1,0 +1,268 @@
+"""The units of a model: which dimensions of which parameters are one, found by running the model once."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from .trace import Dim, Trace, model_inputs
+
+
+@dataclass(frozen=True)
+class Member:
+    """A dimension of a parameter or buffer that the units of a group lie in.
+
+    Attributes:
+        name: of the parameter or buffer in the model.
+        dim: of it.
+        role: "out": makes the units; "in": reads them; "along": is in between, as a norm's weight.
+        index: (units, times) int64: where each unit lies in that dimension; more than once behind nn.Flatten.
+    """
+
+    name: str
+    dim: int
+    role: str
+    index: Tensor
+
+
+@dataclass(frozen=True)
+class Group:
+    """Units that the same layers make and read; each can be closed for itself.
+
+    Attributes:
+        name: of the first layer that makes them, or reads them where no layer does.
+        units: how many.
+        members: what a closed unit takes with it.
+        parameters: how many parameters that is, of one unit.
+        residual: whether the sum of two branches carries them.
+    """
+
+    name: str
+    units: int
+    members: tuple[Member, ...]
+    parameters: int
+    residual: bool
+
+    @property
+    def layers(self) -> list[str]:
+        """The names of the modules around."""
+        return list(dict.fromkeys(member.name.rpartition(".")[0] for member in self.members))
+
+    @property
+    def makers(self) -> list[str]:
+        """The names of the modules that make the units."""
+        names = [member.name.rpartition(".")[0] for member in self.members if member.role == "out"]
+        return list(dict.fromkeys(names))
+
+
+@dataclass(frozen=True)
+class Pinned:
+    """A dimension of a parameter that cannot be gated, in part or whole, and the function that is why."""
+
+    name: str
+    dim: int
+    units: int
+    why: str
+
+
+@dataclass(frozen=True)
+class UnitGraph:
+    """What :func:`unit_graph` has found.
+
+    Attributes:
+        groups: those that can be gated, in the order of the parameters.
+        pinned: what cannot.
+    """
+
+    groups: tuple[Group, ...]
+    pinned: tuple[Pinned, ...]
+    _sizes: dict[tuple[str, int], int] = field(default_factory=dict, repr=False)
+
+    def __getitem__(self, name: str) -> Group:
+        """The group of this name.
+
+        Raises:
+            KeyError: there is none.
+        """
+        for group in self.groups:
+            if group.name == name:
+                return group
+        raise KeyError(f"no group {name!r}; there are {[group.name for group in self.groups]}")
+
+    def select(
+        self,
+        include: str | Sequence[str] | None = None,
+        exclude: str | Sequence[str] | None = None,
+        residual: bool = True,
+    ) -> list[Group]:
+        """The groups one of whose makers is named by `include`, and none by `exclude`.
+
+        Args:
+            include, exclude: a regular expression for the whole name of a module, or suffixes of names.
+            residual: whether those carried by sums are among them.
+
+        Raises:
+            ValueError: a pattern that names no module around any group.
+        """
+        for what, pattern in (("include", include), ("exclude", exclude)):
+            names = [name for group in self.groups for name in (group.makers or group.layers)]
+            if pattern is not None and not any(_named(name, pattern) for name in names):
+                raise ValueError(
+                    f"{what} must name a layer with units to gate, got {pattern!r}; there are {names}"
+                )
+        found = []
+        for group in self.groups:
+            names = group.makers or group.layers
+            wanted = include is None or any(_named(name, include) for name in names)
+            left = exclude is not None and any(_named(name, exclude) for name in names)
+            if wanted and not left and (residual or not group.residual):
+                found.append(group)
+        return found
+
+    def __str__(self) -> str:
+        rows: list[Sequence[str]] = [("group", "units", "layers", "parameters a unit closes")]
+        for group in self.groups:
+            layers = group.layers
+            names = ", ".join(layers[:4]) + (f" and {len(layers) - 4} more" if len(layers) > 4 else "")
+            kind = " (residual)" if group.residual else ""
+            rows.append((group.name + kind, str(group.units), names, f"{group.parameters:,}"))
+        lines = _table(rows)
+        if self.pinned:
+            rows = [("not gated", "units", "why")]
+            rows += [(f"{pin.name}, dimension {pin.dim}", str(pin.units), pin.why) for pin in self.pinned]
+            lines += ["", *_table(rows)]
+        return "\n".join(lines)
+
+
+def _table(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def _named(name: str, pattern: str | Sequence[str]) -> bool:
+    if isinstance(pattern, str):
+        return re.fullmatch(pattern, name) is not None
+    return any(name == suffix or name.endswith(f".{suffix}") for suffix in pattern)
+
+
+def unit_graph(model: nn.Module, *args: Any, inputs: bool = False, **kwargs: Any) -> UnitGraph:
+    """Runs ``model(*args, **kwargs)`` once and finds which dimensions of its parameters are the same units.
+
+    A unit is an output of a linear layer, a convolution or an embedding, with all that depends on it alone:
+    its row of the weight, its bias, its entry in norms, the columns that read it, and the units that meet it
+    in sums, products and concatenations. Its layers must be called as modules of torch.nn. A function of
+    torch that is not known to treat units one by one pins those that it sees: they are not gated, and
+    :attr:`UnitGraph.pinned` says why. The run is in eval() without gradients and leaves the model as it is;
+    where the control flow depends on data, what counts is the way that this example takes.
+
+    Args:
+        model: any module.
+        *args, **kwargs: an example of its inputs. The batch may have one entry.
+        inputs: whether the inputs' features (or channels) are units, too.
+
+    Raises:
+        ValueError: no example, or one that the model refuses.
+    """
+    if not args and not kwargs:
+        raise ValueError("example must be given: inputs that the model can be called with, got none")
+    trace = Trace(model)
+    modes = {module: module.training for module in model.modules()}
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    try:
+        model.eval()
+        if inputs:
+            model_inputs(trace, (args, kwargs))
+        devices = {p.device.index for p in model.parameters() if p.is_cuda}
+        with torch.no_grad(), torch.random.fork_rng(devices=list(devices)), trace.watching(model):
+            out = model(*args, **kwargs)
+    except Exception as error:
+        raise ValueError(
+            f"example must be inputs that the model takes, got {type(error).__name__}: {error}"
+        ) from error
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+        with torch.no_grad():
+            for name, buffer in model.named_buffers():
+                if name in buffers and not torch.equal(buffer, buffers[name]):
+                    buffer.copy_(buffers[name])
+    for value in pytree.tree_leaves(out):
+        if isinstance(value, Tensor):
+            trace.pin(value, "output of the model")
+    return _build(model, trace)
+
+
+def _build(model: nn.Module, trace: Trace) -> UnitGraph:
+    sets, why = trace.sets, trace.sets.reasons()
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    order = {name: i for i, name in enumerate([*tensors, *(key.name for key in trace.dims)])}
+    places: dict[int, list[tuple[Dim, int]]] = {}
+    for key in sorted(trace.dims, key=lambda key: (order[key.name], key.dim)):
+        for at, label in enumerate(trace.dims[key].tolist()):
+            places.setdefault(sets.find(label), []).append((key, at))
+    summed = {sets.find(label) for labels in trace.sums for label in labels.flatten().tolist() if label}
+
+    pinned = _pinned(trace, why)
+    by_signature: dict[tuple[Any, ...], list[int]] = {}
+    for unit, found in places.items():
+        if unit in why or "in" not in {trace.roles[key] for key, _ in found}:
+            continue
+        signature = tuple(
+            sorted(
+                Counter(key for key, _ in found).items(), key=lambda item: (order[item[0].name], item[0].dim)
+            )
+        )
+        by_signature.setdefault(signature, []).append(unit)
+    groups = [
+        _group(signature, units, places, trace, tensors, summed) for signature, units in by_signature.items()
+    ]
+    sizes = {(key.name, key.dim): len(labels) for key, labels in trace.dims.items()}
+    return UnitGraph(tuple(groups), tuple(pinned), sizes)
+
+
+def _pinned(trace: Trace, why: dict[int, str]) -> Iterator[Pinned]:
+    for key, labels in trace.dims.items():
+        reasons = [why[unit] for unit in map(trace.sets.find, labels.tolist()) if unit in why]
+        if reasons and trace.roles[key] != "along":
+            yield Pinned(key.name, key.dim, len(reasons), reasons[0])
+
+
+def _group(
+    signature: tuple[tuple[Dim, int], ...],
+    units: list[int],
+    places: dict[int, list[tuple[Dim, int]]],
+    trace: Trace,
+    tensors: dict[str, Tensor],
+    summed: set[int],
+) -> Group:
+    members = []
+    for key, times in signature:
+        index = [[at for found, at in places[unit] if found == key] for unit in units]
+        members.append(
+            Member(key.name, key.dim, trace.roles[key], torch.tensor(index).view(len(units), times))
+        )
+    makers = [member for member in members if member.role == "out"] or members
+    name = makers[0].name.rpartition(".")[0] or makers[0].name
+    return Group(name, len(units), tuple(members), _closed_by_one(members, tensors), units[0] in summed)
+
+
+def _closed_by_one(members: Sequence[Member], tensors: dict[str, Tensor]) -> int:
+    """Parameters that one unit closes; what is in two dimensions of it counts once."""
+    total = 0
+    for name in dict.fromkeys(member.name for member in members):
+        t = tensors.get(name)
+        if not isinstance(t, nn.Parameter):
+            continue
+        kept = t.numel()
+        for member in members:
+            if member.name == name:
+                kept = kept // t.shape[member.dim] * (t.shape[member.dim] - member.index.shape[1])
+        total += t.numel() - kept
+    return total

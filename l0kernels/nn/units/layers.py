@@ -1,0 +1,401 @@
+"""What a layer of torch.nn computes of its open units.
+
+In eager mode on a CPU a layer reads and writes packed activations: its parameters are gathered, and torch's
+own function runs on what exists. Elsewhere, where no shape may depend on the gates, closed units are zeros.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ... import _checks
+from ..._autograd import apply
+from ..._calls import GateGrads
+from ...conv2d import gated_conv2d
+from ...impl import module
+from ...impl.memory import empty_grad
+from ...linear import gated_linear
+from .draws import Draw, Space
+from .kinds import Kind
+from .narrow import Narrow, plain
+
+if TYPE_CHECKING:
+    from .place import GateGroups
+
+
+class Units(NamedTuple):
+    """Where the gates of a layer are.
+
+    Attributes:
+        groups: those of the whole model.
+        kind: of the layer.
+        ins, outs: the units that it reads and makes; None: those are always open. A norm has outs alone.
+    """
+
+    groups: GateGroups
+    kind: Kind
+    ins: Space | None
+    outs: Space | None
+
+
+def run(layer: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
+    """The forward of a gated layer."""
+    units: Units = layer._l0_units
+    _checks.check_tensor("x" if units.kind.name != "embedding" else "input", x)
+    draw = units.groups.now()
+    if draw.exact:
+        return getattr(_Exact(units, draw), units.kind.name)(layer, x, *args, **kwargs)
+    return getattr(_Static(units, draw), units.kind.name)(layer, plain(x), *args, **kwargs)
+
+
+class _PackWeight(torch.autograd.Function):
+    """What exists of a weight, the dimension that is read times z, and back."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, z: Tensor | None, sides: _Sides, backend: str) -> Tensor:
+        rows, cols, taps, scaled = sides
+        matrix = weight.reshape(weight.shape[0], -1)
+        scales = {"scale_rows": scaled == 0 and z is not None, "scale_cols": scaled == 1 and z is not None}
+        pair, dtype = module(backend), weight.dtype
+        wide = torch.promote_types(dtype, torch.float32)
+        packed = pair.pack(matrix, rows, cols, wide, run=taps, **scales).to(dtype)
+        ctx.save_for_backward(weight)
+        ctx.settings = sides, scales, backend
+        return packed.view(packed.shape[0], packed.shape[1] // taps, *weight.shape[2:])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (weight,) = ctx.saved_tensors
+        (rows, cols, taps, scaled), scales, backend = ctx.settings
+        matrix = weight.reshape(weight.shape[0], -1)
+        needed = ctx.needs_input_grad[1]
+        dw, dz_rows, dz_cols = module(backend).unpack(
+            grad.reshape(grad.shape[0], -1),
+            (matrix.shape[0], matrix.shape[1]),
+            rows,
+            cols,
+            weight.dtype,
+            **scales,
+            grads=GateGrads(matrix if needed else None, needed and scaled == 0, needed and scaled == 1),
+            out=empty_grad(weight).view(matrix.shape),
+            run=taps,
+        )
+        return dw.view(weight.shape), (dz_rows if scaled == 0 else dz_cols) if needed else None, None, None
+
+
+class _Sides(NamedTuple):
+    """How a weight is packed.
+
+    Attributes:
+        rows, cols: the gates of its first dimension, and of its second with the taps behind; None: all.
+        taps: how many entries stand behind each of the second dimension.
+        scaled: which of the two dimensions is read, and z multiplies.
+    """
+
+    rows: list[Tensor] | None
+    cols: list[Tensor] | None
+    taps: int
+    scaled: int
+
+
+def _along(value: Tensor, dim: int, ndim: int) -> Tensor:
+    """A vector as a tensor of `ndim` dimensions that has it at `dim`."""
+    shape = [1] * ndim
+    shape[dim] = -1
+    return value.view(shape)
+
+
+class _Exact:
+    """Layers of what exists."""
+
+    def __init__(self, units: Units, draw: Draw) -> None:
+        self.units, self.draw = units, draw
+
+    def enter(self, x: Tensor, space: Space | None, dim: int) -> Tensor:
+        """What exists of x, whose dimension `dim` has the units of `space`."""
+        if isinstance(x, Narrow):
+            if x._at is not None and x._at[0] is space and x._at[1] == dim and x._at[2] is self.draw:
+                return x._data
+            x = x.dense()
+        index = None if space is None else self.draw.present(space).index
+        return x if index is None else x.index_select(dim, index)
+
+    def leave(self, y: Tensor, dim: int) -> Tensor:
+        """y, which has what exists of the outputs, as the layer's result."""
+        outs = self.units.outs
+        if outs is None or self.draw.open_all:
+            return y
+        return Narrow.of(y, outs, dim, self.draw, self.units.groups.spaces)
+
+    def index(self, space: Space | None) -> Tensor | None:
+        """What exists of a space, None: all."""
+        return None if space is None else self.draw.present(space).index
+
+    def take(self, parameter: Tensor | None, dim: int = 0) -> Tensor | None:
+        """The present entries of a parameter that has the outputs' units."""
+        index = self.index(self.units.outs)
+        return parameter if parameter is None or index is None else parameter.index_select(dim, index)
+
+    def weight(self, layer: Any) -> Tensor:
+        """The weight of what exists, times z of the inputs."""
+        weight, draw, (_, kind, ins, outs) = layer.weight, self.draw, self.units
+        z = None if ins is None else draw.scales(ins, weight.dtype)
+        taps = weight.shape[2:].numel()
+        first, second = (outs, ins) if kind.cols == 1 else (ins, outs)
+        rows = None if first is None else draw.side(first, weight.dtype, first is not ins)
+        cols = None if second is None else draw.side(second, weight.dtype, second is not ins)
+        if rows is None and cols is None:
+            return weight
+        return apply(_PackWeight, weight, z, _Sides(rows, cols, taps, kind.cols), draw.backend)
+
+    def linear(self, layer: nn.Linear, x: Tensor) -> Tensor:
+        dim = x.ndim - 1
+        x = self.enter(x, self.units.ins, dim)
+        y = F.linear(x, self.weight(layer), self.take(layer.bias))
+        return self.leave(y, dim)
+
+    def conv(self, layer: Any, x: Tensor) -> Tensor:
+        dim = x.ndim - 1 - self.units.kind.spatial
+        if layer.groups > 1:
+            x = self.enter(x, self.units.ins, dim)
+            return self.leave(self.grouped(layer, x), dim)
+        x = self.enter(x, self.units.ins, dim)
+        y = layer._conv_forward(x, self.weight(layer), self.take(layer.bias))
+        return self.leave(y, dim)
+
+    def grouped(self, layer: Any, x: Tensor) -> Tensor:
+        """A group of channels is one unit: so many fewer groups are there."""
+        weight, bias = self.take(layer.weight), self.take(layer.bias)
+        assert weight is not None
+        padding = layer.padding
+        if layer.padding_mode != "zeros":
+            x, padding = F.pad(x, layer._reversed_padding_repeated_twice, mode=layer.padding_mode), 0
+        convolve: Any = (F.conv1d, F.conv2d, F.conv3d)[self.units.kind.spatial - 1]
+        groups = weight.shape[0] // (layer.out_channels // layer.groups)
+        return convolve(x, weight, bias, layer.stride, padding, layer.dilation, groups)
+
+    def transposed(self, layer: Any, x: Tensor, output_size: Any = None) -> Tensor:
+        spatial = self.units.kind.spatial
+        dim = x.ndim - 1 - spatial
+        options = _transposed_options(layer, x, output_size, spatial)
+        x = self.enter(x, self.units.ins, dim)
+        convolve: Any = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[spatial - 1]
+        y = convolve(x, self.weight(layer), self.take(layer.bias), **options)
+        return self.leave(y, dim)
+
+    def batch_norm(self, layer: Any, x: Tensor) -> Tensor:
+        layer._check_input_dim(x)
+        x = self.enter(x, self.units.outs, 1)
+        index, present = self.index(self.units.outs), self.draw.present(cast(Space, self.units.outs))
+        norm = _BatchNorm(layer)
+        some = [t if t is None or index is None else t.index_select(0, index) for t in norm.running]
+        if norm.tracks and index is None and present.places is not None:  # closed ones keep their statistics
+            some = [None if t is None else t.clone() for t in some]
+        y = norm(x, some, self.take(layer.weight), self.take(layer.bias))
+        within, places = present.within, present.places
+        if norm.tracks and places is not None:
+            with torch.no_grad():
+                for whole, part in zip(norm.running, some, strict=True):
+                    if whole is not None and part is not None:
+                        whole.index_copy_(0, places, part if within is None else part.index_select(0, within))
+        return self.leave(y, 1)
+
+    def layer_norm(self, layer: nn.LayerNorm, x: Tensor) -> Tensor:
+        dim = x.ndim - 1
+        x = self.enter(x, self.units.outs, dim)
+        y = F.layer_norm(x, x.shape[-1:], self.take(layer.weight), self.take(layer.bias), layer.eps)
+        return self.leave(y, dim)
+
+    def rms_norm(self, layer: nn.RMSNorm, x: Tensor) -> Tensor:
+        dim = x.ndim - 1
+        x = self.enter(x, self.units.outs, dim)
+        return self.leave(F.rms_norm(x, x.shape[-1:], self.take(layer.weight), layer.eps), dim)
+
+    def group_norm(self, layer: nn.GroupNorm, x: Tensor) -> Tensor:
+        x = self.enter(x, self.units.outs, 1)
+        groups = layer.num_groups if layer.num_groups != layer.num_channels else x.shape[1]
+        return self.leave(
+            F.group_norm(x, groups, self.take(layer.weight), self.take(layer.bias), layer.eps), 1
+        )
+
+    def instance_norm(self, layer: Any, x: Tensor) -> Tensor:
+        layer._check_input_dim(x)
+        dim = 1 if x.ndim == layer._get_no_batch_dim() + 1 else 0
+        x = self.enter(x, self.units.outs, dim)
+        batch = x if dim else x.unsqueeze(0)
+        y = F.instance_norm(
+            batch, None, None, self.take(layer.weight), self.take(layer.bias), True, 0.0, layer.eps
+        )
+        return self.leave(y if dim else y.squeeze(0), dim)
+
+    def prelu(self, layer: nn.PReLU, x: Tensor) -> Tensor:
+        dim = min(1, x.ndim - 1)
+        x = self.enter(x, self.units.outs, dim)
+        return self.leave(F.prelu(x, cast(Tensor, self.take(layer.weight))), dim)
+
+    def embedding(self, layer: nn.Embedding, x: Tensor) -> Tensor:
+        y = _embedded(layer, x)  # gathering the columns of all words would take longer
+        index = self.index(self.units.outs)
+        return self.leave(y if index is None else y.index_select(-1, index), y.ndim - 1)
+
+
+class _BatchNorm:
+    """What torch's batch norm does beside the formula.
+
+    Attributes:
+        tracks: whether this call moves the running statistics.
+        running: mean and variance, None where the batch's are used.
+    """
+
+    def __init__(self, layer: Any) -> None:
+        self._layer = layer
+        self.tracks = layer.training and layer.track_running_stats and layer.running_mean is not None
+        self._momentum = 0.0 if layer.momentum is None else layer.momentum
+        if layer.training and layer.track_running_stats and layer.num_batches_tracked is not None:
+            layer.num_batches_tracked.add_(1)
+            if layer.momentum is None:
+                self._momentum = 1.0 / float(layer.num_batches_tracked)
+        use = not layer.training or layer.track_running_stats
+        self.running = [layer.running_mean, layer.running_var] if use else [None, None]
+
+    def __call__(
+        self, x: Tensor, running: list[Tensor | None], weight: Tensor | None, bias: Tensor | None
+    ) -> Tensor:
+        of_batch = self._layer.training or running[0] is None
+        return F.batch_norm(
+            x, running[0], running[1], weight, bias, of_batch, self._momentum, self._layer.eps
+        )
+
+
+def _embedded(layer: nn.Embedding, x: Tensor) -> Tensor:
+    return F.embedding(
+        x,
+        layer.weight,
+        layer.padding_idx,
+        layer.max_norm,
+        layer.norm_type,
+        layer.scale_grad_by_freq,
+        layer.sparse,
+    )
+
+
+def _transposed_options(layer: Any, x: Tensor, output_size: Any, spatial: int) -> dict[str, Any]:
+    if layer.padding_mode != "zeros":
+        raise ValueError("Only `zeros` padding mode is supported for ConvTranspose")
+    padding = layer._output_padding(
+        x, output_size, layer.stride, layer.padding, layer.kernel_size, spatial, layer.dilation
+    )
+    return {
+        "stride": layer.stride,
+        "padding": layer.padding,
+        "output_padding": padding,
+        "groups": layer.groups,
+        "dilation": layer.dilation,
+    }
+
+
+class _Static:
+    """Layers of dense activations whose closed units are zero."""
+
+    def __init__(self, units: Units, draw: Draw) -> None:
+        self.units, self.draw = units, draw
+
+    def mask(self, y: Tensor, dim: int) -> Tensor:
+        """y, zero where an output is closed."""
+        outs = self.units.outs
+        return y if outs is None else y * _along(self.draw.mask(outs, y.dtype), dim, y.ndim)
+
+    def scaled(self, x: Tensor, dim: int) -> Tensor:
+        """x times z of the inputs."""
+        ins = self.units.ins
+        return x if ins is None else x * _along(self.draw.scales(ins, x.dtype).to(x.dtype), dim, x.ndim)
+
+    def gates(self) -> dict[str, Any]:
+        """As the gated operations take them."""
+        _, _, ins, outs = self.units
+        return {
+            "in_gates": None if ins is None else self.draw.gates(ins),
+            "out_support": None if outs is None else self.draw.gates(outs),
+        }
+
+    def linear(self, layer: nn.Linear, x: Tensor) -> Tensor:
+        return gated_linear(x, layer.weight, layer.bias, **self.gates())
+
+    def conv(self, layer: Any, x: Tensor) -> Tensor:
+        dim = x.ndim - 1 - self.units.kind.spatial
+        if dim == 1 and x.ndim == 4 and layer.groups == 1 and layer.padding_mode == "zeros":
+            stride, dilation = layer.stride, layer.dilation
+            return gated_conv2d(x, layer.weight, layer.bias, stride, layer.padding, dilation, **self.gates())
+        x = x if layer.groups > 1 else self.scaled(x, dim)
+        return self.mask(layer._conv_forward(x, layer.weight, layer.bias), dim)
+
+    def transposed(self, layer: Any, x: Tensor, output_size: Any = None) -> Tensor:
+        spatial = self.units.kind.spatial
+        dim = x.ndim - 1 - spatial
+        options = _transposed_options(layer, x, output_size, spatial)
+        convolve: Any = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[spatial - 1]
+        return self.mask(convolve(self.scaled(x, dim), layer.weight, layer.bias, **options), dim)
+
+    def batch_norm(self, layer: Any, x: Tensor) -> Tensor:
+        layer._check_input_dim(x)
+        norm = _BatchNorm(layer)
+        some = [None if t is None else t.clone() if norm.tracks else t for t in norm.running]
+        y = norm(x, some, layer.weight, layer.bias)
+        if norm.tracks:
+            is_open = self.draw.mask(cast(Space, self.units.outs), torch.bool)
+            with torch.no_grad():
+                for whole, new in zip(norm.running, some, strict=True):
+                    if whole is not None and new is not None:
+                        whole.copy_(torch.where(is_open, new, whole))
+        return self.mask(y, 1)
+
+    def layer_norm(self, layer: nn.LayerNorm, x: Tensor) -> Tensor:
+        return self._normal(layer, x, centred=True)
+
+    def rms_norm(self, layer: nn.RMSNorm, x: Tensor) -> Tensor:
+        return self._normal(layer, x, centred=False)
+
+    def _normal(self, layer: Any, x: Tensor, centred: bool) -> Tensor:
+        outs, wide = self.units.outs, torch.promote_types(x.dtype, torch.float32)
+        assert outs is not None
+        mask = self.draw.mask(outs, wide)
+        n, value = mask.sum().clamp(min=1), x.to(wide) * mask
+        if centred:
+            value = (value - value.sum(-1, keepdim=True) / n) * mask
+        eps = torch.finfo(x.dtype).eps if layer.eps is None else layer.eps
+        y = value * torch.rsqrt(value.square().sum(-1, keepdim=True) / n + eps)
+        if layer.weight is not None:
+            y = y * layer.weight
+        bias = getattr(layer, "bias", None)
+        y = y if bias is None else y + bias
+        return self.mask(y.to(x.dtype), x.ndim - 1)
+
+    def group_norm(self, layer: nn.GroupNorm, x: Tensor) -> Tensor:
+        outs, wide = self.units.outs, torch.promote_types(x.dtype, torch.float32)
+        assert outs is not None
+        mask = (
+            _along(self.draw.mask(outs, wide), 1, x.ndim)
+            .expand(x.shape)
+            .reshape(x.shape[0], layer.num_groups, -1)
+        )
+        n = mask.sum(-1, keepdim=True).clamp(min=1)
+        value = x.to(wide).reshape(mask.shape) * mask
+        value = (value - value.sum(-1, keepdim=True) / n) * mask
+        y = (value * torch.rsqrt(value.square().sum(-1, keepdim=True) / n + layer.eps)).view(x.shape)
+        if layer.weight is not None:
+            y = y * _along(layer.weight, 1, x.ndim) + _along(layer.bias, 1, x.ndim)
+        return self.mask(y.to(x.dtype), 1)
+
+    def instance_norm(self, layer: Any, x: Tensor) -> Tensor:
+        dim = 1 if x.ndim == layer._get_no_batch_dim() + 1 else 0
+        return self.mask(type(layer).__mro__[2].forward(layer, x), dim)  # type: ignore[attr-defined]
+
+    def prelu(self, layer: nn.PReLU, x: Tensor) -> Tensor:
+        return F.prelu(x, layer.weight)
+
+    def embedding(self, layer: nn.Embedding, x: Tensor) -> Tensor:
+        return self.mask(_embedded(layer, x), x.ndim)

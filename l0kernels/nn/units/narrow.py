@@ -1,0 +1,449 @@
+"""Activations of which only the present units exist, on their way through somebody's forward.
+
+To the forward a :class:`Narrow` has its full shape. Functions of torch that treat units one by one run on
+what exists; every other one gets the dense tensor, with zeros for what is closed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from . import table
+from .draws import Draw, Space, Spaces
+
+
+class Narrow(Tensor):
+    """A tensor that reports all units of one dimension, and holds those that exist.
+
+    Its gradient is that of what it holds: torch's code sees that alone, and autograd runs on it.
+    """
+
+    _data: Tensor
+    _at: tuple[Space, int, Draw, Spaces] | None
+
+    @staticmethod
+    def of(data: Tensor, space: Space, dim: int, draw: Draw, spaces: Spaces) -> Narrow:
+        """`data`, whose dimension `dim` holds what `draw` leaves of `space`."""
+        found = data.as_subclass(Narrow)
+        found._data = data
+        found._at = space, dim, draw, spaces
+        return found
+
+    def __new__(cls, *args: Any) -> Narrow:
+        raise TypeError("Narrow is made by gated models alone")
+
+    @property
+    def shape(self) -> torch.Size:  # type: ignore[override]
+        """Of the dense tensor."""
+        shape = self._data.shape
+        if self._at is None:
+            return shape
+        space, dim, _, _ = self._at
+        return torch.Size((*shape[:dim], space.size, *shape[dim + 1 :]))
+
+    def size(self, dim: int | None = None) -> Any:
+        """Of the dense tensor."""
+        return self.shape if dim is None else self.shape[dim]
+
+    def dim(self) -> int:
+        """As of the dense tensor."""
+        return self._data.ndim
+
+    def numel(self) -> int:
+        """Of the dense tensor."""
+        return self.shape.numel()
+
+    nelement = numel
+
+    def dense(self) -> Tensor:
+        """All units, zeros in the closed ones."""
+        if self._at is None:
+            return self._data
+        (space, dim, draw, _), data = self._at, self._data
+        present = draw.present(space)
+        if present.places is None:
+            return data
+        if present.within is not None:
+            data = data.index_select(dim, present.within)
+        shape = self.shape
+        return torch.zeros(shape, dtype=data.dtype, device=data.device).index_copy(dim, present.places, data)
+
+    def __repr__(self, *, tensor_contents: Any = None) -> Any:  # type: ignore[override]
+        return repr(self.dense())
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.dense().__reduce_ex__(protocol)
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        return self.dense().__deepcopy__(memo)
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        rule = RULES.get(func)
+        if rule is not None:
+            out = rule(func, args, kwargs)
+            if out is not None:
+                return out
+        return _on_dense(func, args, kwargs)
+
+
+def plain(value: Any) -> Any:
+    """`value` with dense tensors for narrow ones, in whatever it holds them."""
+    if isinstance(value, Narrow):
+        return value.dense()
+    if isinstance(value, Tensor):
+        return value
+    return pytree.tree_map_only(Narrow, Narrow.dense, value)
+
+
+def _on_dense(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    changed = [args[0]] if _is_in_place(func) else []
+    changed += [kwargs["out"]] if isinstance(kwargs.get("out"), Narrow) else []
+    dense = {id(x): x.dense() for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Narrow)}
+
+    def swap(x: Any) -> Any:
+        return dense[id(x)] if isinstance(x, Narrow) else x
+
+    out = func(*pytree.tree_map(swap, args), **pytree.tree_map(swap, kwargs))
+    for x in changed:  # it holds all units from now on
+        if isinstance(x, Narrow):
+            x._data, x._at = dense[id(x)], None
+            if out is dense[id(x)]:
+                out = x
+    return out
+
+
+def _is_in_place(func: Any) -> bool:
+    name = getattr(func, "__name__", "")
+    return (name.endswith("_") and not name.endswith("__")) or name in _CHANGE
+
+
+_CHANGE = {
+    "__setitem__",
+    "__iadd__",
+    "__isub__",
+    "__imul__",
+    "__itruediv__",
+    "__ior__",
+    "__iand__",
+    "__ixor__",
+}
+
+Rule = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
+"""(function, args, kwargs) -> its result, or None where it must see the dense tensor."""
+
+
+def _like(x: Narrow, data: Any, dim: int | None = None) -> Any:
+    """The result of a function of x: what it holds, at the same or another dimension."""
+    if data is x._data:
+        return x
+    assert x._at is not None
+    space, at, draw, spaces = x._at
+    return Narrow.of(data, space, at if dim is None else dim, draw, spaces)
+
+
+def _is_narrow(x: Any) -> bool:
+    return isinstance(x, Narrow) and x._at is not None
+
+
+def _pointwise(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    x = args[0] if args else kwargs.get("input")
+    if not isinstance(x, Narrow) or x._at is None:
+        return None
+    rest = args[1:]
+    if any(isinstance(a, Tensor) and (a.ndim or isinstance(a, Narrow)) for a in (*rest, *kwargs.values())):
+        if "input" in kwargs and kwargs["input"] is x:
+            return None
+        return _elementwise(func, args, kwargs)
+    if args:
+        return _like(x, func(x._data, *rest, **kwargs))
+    return _like(x, func(**{**kwargs, "input": x._data}))
+
+
+def _elementwise(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    first = next((a for a in args if _is_narrow(a)), None)
+    if first is None or any(isinstance(a, Tensor) for a in kwargs.values()):
+        return None
+    if _is_in_place(func) and args[0] is not first:
+        return None
+    space, dim, draw, spaces = first._at
+    ndim = max([a.ndim for a in args if isinstance(a, Tensor)])
+    end = dim - first._data.ndim  # counted from the end
+    values, scaling = [], func in MULTIPLIES
+    for a in args:
+        if not isinstance(a, Tensor):
+            values.append(a)
+        elif isinstance(a, Narrow):
+            if a._at is None:
+                return None
+            other, at, drawn, _ = a._at
+            if other is not space or drawn is not draw or at - a._data.ndim != end:
+                return None
+            values.append(a._data)
+        elif a.ndim < -end or a.shape[end] == 1:
+            values.append(a)
+        elif a.shape[end] == space.size and (scaling or getattr(a, "_l0_space", None) is space):
+            index = draw.present(space).index
+            values.append(a if index is None else a.index_select(end % a.ndim, index))
+        else:
+            return None
+    out = func(*values, **kwargs)
+    if out is first._data:
+        return first
+    if out.ndim != ndim:
+        return None
+    return Narrow.of(out, space, end + ndim, draw, spaces)
+
+
+def _dims(value: Any, ndim: int) -> list[int]:
+    values = [value] if isinstance(value, int) else [*value]
+    return [int(dim) % ndim for dim in values]
+
+
+def _permuted(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    x = args[0]
+    if not isinstance(x, Narrow) or x._at is None:
+        return None
+    ndim = x._data.ndim
+    # What the function does to a tensor whose sizes are its dimensions' numbers.
+    order = torch.empty(range(1, ndim + 1), device="meta").as_strided(range(1, ndim + 1), range(1, ndim + 1))
+    moved = func(order, *args[1:], **kwargs)
+    return _like(x, func(x._data, *args[1:], **kwargs), moved.shape.index(x._at[1] + 1))
+
+
+def _squeezed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    x = args[0]
+    if not isinstance(x, Narrow) or x._at is None:
+        return None
+    ndim, dim, name = x._data.ndim, x._at[1], func.__name__
+    if name == "unsqueeze":
+        at = args[1] if len(args) > 1 else kwargs["dim"]
+        at %= ndim + 1
+        return _like(x, func(x._data, *args[1:], **kwargs), dim + (at <= dim))
+    if len(args) < 2 and "dim" not in kwargs:
+        gone = [i for i, size in enumerate(x.shape) if size == 1]
+    else:
+        gone = [i for i in _dims(args[1] if len(args) > 1 else kwargs["dim"], ndim) if x.shape[i] == 1]
+    if dim in gone:
+        return None
+    data = x._data.squeeze(tuple(gone)) if gone else x._data
+    return _like(x, data, dim - sum(i < dim for i in gone))
+
+
+def _reshaped(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    x = args[0]
+    if not isinstance(x, Narrow) or x._at is None:
+        return None
+    space, dim, draw, spaces = x._at
+    full = x.shape
+    # A tensor of one element with the shape of x tells which shape is asked for.
+    shape = (
+        func(torch.zeros((), device=x._data.device).expand(full), *args[1:], **kwargs).shape
+        if func is not (Tensor.view)
+        else _view_shape(full, args[1:], kwargs)
+    )
+    if shape is None:
+        return None
+    before, end = full[:dim].numel(), full[: dim + 1].numel()
+    passed = 1
+    for at, size in enumerate(shape):
+        if passed == before and size > 0 and size % space.size == 0:
+            times = size // space.size
+            if end * times <= full.numel() and full[dim + 1 :].numel() % times == 0:
+                if times > 1 and _run(full[dim + 1 :], times) is None:
+                    return None
+                narrow = (*shape[:at], draw.present(space).n * times, *shape[at + 1 :])
+                data = x._data.reshape(narrow)
+                return Narrow.of(data, spaces.repeated(space, times), at, draw, spaces)
+        passed *= size
+    return None
+
+
+def _run(sizes: Sequence[int], product: int) -> int | None:
+    """How many of the first sizes have this product."""
+    total = 1
+    for i, size in enumerate(sizes):
+        if total == product:
+            return i
+        total *= size
+    return len(sizes) if total == product else None
+
+
+def _view_shape(full: torch.Size, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Size | None:
+    if kwargs or not args or isinstance(args[0], torch.dtype):
+        return None
+    sizes = [*(args[0] if isinstance(args[0], Sequence) else args)]
+    if -1 in sizes:
+        at = sizes.index(-1)
+        known = torch.Size(size for size in sizes if size != -1).numel()
+        sizes[at] = full.numel() // known if known else 0
+    return torch.Size(sizes) if torch.Size(sizes).numel() == full.numel() else None
+
+
+def _concatenated(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    tensors = args[0] if args else kwargs["tensors"]
+    at = args[1] if len(args) > 1 else kwargs.get("dim", kwargs.get("axis", 0))
+    if not all(_is_narrow(t) for t in tensors):
+        return None
+    spaces = [t._at for t in tensors]
+    space, dim, draw, known = spaces[0]
+    if any(other[1] != dim or other[2] is not draw for other in spaces):
+        return None
+    data = torch.cat([t._data for t in tensors], at)
+    if at % tensors[0]._data.ndim == dim:
+        return Narrow.of(data, known.joined([other[0] for other in spaces]), dim, draw, known)
+    if any(other[0] is not space for other in spaces):
+        return None
+    return Narrow.of(data, space, dim, draw, known)
+
+
+def _divided(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    x = args[0] if args else kwargs["tensor"]
+    if not isinstance(x, Narrow) or x._at is None:
+        return None
+    space, dim, draw, spaces = x._at
+    sizes = args[1] if len(args) > 1 else next((v for k, v in kwargs.items() if k != "dim"), None)
+    at = (args[2] if len(args) > 2 else kwargs.get("dim", 0)) % x._data.ndim
+    if at != dim:
+        return tuple(_like(x, part) for part in func(x._data, sizes, at))
+    parts = func(torch.arange(space.size), sizes, 0)
+    found, index, start = [], draw.present(space).index, 0
+    for part in parts:
+        stop = start + len(part)
+        piece = spaces.part(space, start, stop)
+        first, last = start, stop
+        if index is not None:
+            first, last = torch.searchsorted(index, torch.tensor([start, stop])).tolist()
+        data = x._data.narrow(dim, first, last - first)
+        mine = draw.present(piece).n
+        if mine != last - first:
+            return None
+        found.append(Narrow.of(data, piece, dim, draw, spaces))
+        start = stop
+    return tuple(found)
+
+
+def _item(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    x, index = args
+    if not isinstance(x, Narrow) or x._at is None:
+        return None
+    parts = list(index) if isinstance(index, tuple) else [index]
+    if not all(part is None or part is Ellipsis or isinstance(part, int | slice) for part in parts):
+        return None
+    if any(isinstance(part, bool) for part in parts):
+        return None
+    taken = sum(part is not None and part is not Ellipsis for part in parts)
+    if Ellipsis in parts:
+        at = parts.index(Ellipsis)
+        parts[at : at + 1] = [slice(None)] * (x._data.ndim - taken)
+    dim, source = 0, 0
+    for part in parts:
+        if part is None:
+            dim += 1
+            continue
+        if source == x._at[1]:
+            if part != slice(None):
+                return None
+            break
+        dim += not isinstance(part, int)
+        source += 1
+    else:
+        dim += x._at[1] - source
+    return _like(x, x._data[tuple(parts)], dim)
+
+
+def _reduced(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    x = args[0]
+    if not isinstance(x, Narrow) or x._at is None or any(isinstance(a, Tensor) for a in args[1:]):
+        return None
+    ndim, at, name = x._data.ndim, x._at[1], func.__name__
+    if name == "norm":
+        return None
+    value = args[1] if len(args) > 1 else kwargs.get("dim")
+    if value is None or isinstance(value, bool):
+        return None
+    dims = _dims(value, ndim)
+    keepdim = kwargs.get("keepdim", len(args) > 2 and args[-1] is True)
+    if at in dims or not dims:
+        return None
+    out = func(x._data, *args[1:], **kwargs)
+    dim = at if keepdim else at - sum(d < at for d in dims)
+    if isinstance(out, Tensor):
+        return _like(x, out, dim)
+    return type(out)([_like(x, part, dim) for part in out]) if isinstance(out, tuple) else None
+
+
+def _over(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    x = args[0]
+    dim = args[1] if len(args) > 1 else kwargs.get("dim")
+    if not isinstance(x, Narrow) or x._at is None or not isinstance(dim, int) or func.__name__ == "normalize":
+        return None
+    return None if dim % x._data.ndim == x._at[1] else _like(x, func(x._data, *args[1:], **kwargs))
+
+
+def _spatial(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    x = args[0] if args else kwargs["input"]
+    if not isinstance(x, Narrow) or x._at is None:
+        return None
+    ndim, name = x._data.ndim, func.__name__
+    spatial = next((int(digit) for digit in "123" if f"{digit}d" in name), ndim - 2)
+    if x._at[1] != ndim - spatial - 1:
+        return None
+    given = {**kwargs, "input": x._data} if not args else kwargs
+    out = func(x._data, *args[1:], **given) if args else func(**given)
+    return _like(x, out) if isinstance(out, Tensor) else tuple(_like(x, part) for part in out)
+
+
+def _padded(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    x, sides = args[0], args[1] if len(args) > 1 else kwargs["pad"]
+    if not isinstance(x, Narrow) or x._at is None:
+        return None
+    touched = {x._data.ndim - 1 - i // 2 for i, size in enumerate(sides) if size}
+    return None if x._at[1] in touched else _like(x, func(x._data, *args[1:], **kwargs))
+
+
+def _looked_at(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return func(args[0]._data, *args[1:], **kwargs)
+
+
+def _length(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return args[0].shape[0]
+
+
+def _rules() -> dict[Any, Rule]:
+    kinds: list[tuple[str, Rule]] = [
+        (table.POINTWISE, _pointwise),
+        (table.ELEMENTWISE, _elementwise),
+        (table.SPATIAL, _spatial),
+        (table.REDUCTIONS, _reduced),
+        (table.OVER, _over),
+        ("permute transpose swapaxes swapdims movedim moveaxis t", _permuted),
+        ("squeeze unsqueeze", _squeezed),
+        ("view reshape flatten unflatten", _reshaped),
+        ("cat concat concatenate", _concatenated),
+        ("chunk split split_with_sizes tensor_split", _divided),
+        ("__getitem__", _item),
+        ("pad", _padded),
+        ("is_floating_point is_complex element_size get_device ndimension is_signed", _looked_at),
+        ("__len__", _length),
+    ]
+    rules: dict[Any, Rule] = {}
+    for names, rule in kinds:
+        for function in table.functions(names):
+            rules[function] = rule
+    names = "device dtype requires_grad ndim is_cuda layout is_cpu is_meta is_leaf grad_fn is_sparse"
+    for name in names.split():
+        rules[getattr(Tensor, name).__get__] = _looked_at
+    return rules
+
+
+MULTIPLIES = {*table.functions("mul multiply __mul__ __rmul__ __imul__")}
+RULES = _rules()

@@ -1,0 +1,340 @@
+"""Gates put into a model, in place, and taken out again."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from ... import _checks, _registry
+from ..._compat import graph_task
+from ..._gates import DEFAULT_DIST, Gates, HardConcrete
+from ...conv2d import is_exact
+from ...penalty import L2Term
+from ..gate import GatedLayer, HardConcreteGate, draw, leaves_no_fast_path
+from .draws import Draw, Space, Spaces
+from .graph import Group, UnitGraph, unit_graph
+from .kinds import kind_of
+from .layers import Units, run
+from .narrow import plain
+
+MULTIPLE = 16
+"""Of channels of convolutions: oneDNN compiles each new number of them, for 2 to 7 ms."""
+
+NAME = "l0_units"
+"""Of the module in a gated model that holds its gates."""
+
+
+class GateGroups(GatedLayer, nn.Module):
+    """The gates of a model that :func:`gate_` has gated: a :class:`HardConcreteGate` for each group of units.
+
+    Attributes:
+        groups: what of :func:`unit_graph` is gated, in the order of the gates.
+        block: so many units in a row are closed together.
+        spaces: where the units lie in the layers.
+    """
+
+    def __init__(self, groups: Sequence[Group], block: int, **options: Any) -> None:
+        super().__init__()
+        self.groups = tuple(groups)
+        self.block = block
+        self.spaces = Spaces()
+        for group in groups:
+            self.add_module(key_of(group), HardConcreteGate(-(-group.units // block), **options))
+        self.multiples = [1] * len(groups)
+        self._local = threading.local()
+
+    @property
+    def gates(self) -> list[HardConcreteGate]:
+        """In the order of the groups."""
+        return [cast(HardConcreteGate, self._modules[key_of(group)]) for group in self.groups]
+
+    def gate_of(self, group: Group) -> HardConcreteGate:
+        """The gate that closes a group's units."""
+        return cast(HardConcreteGate, self._modules[key_of(group)])
+
+    def begin(self, *_: Any) -> None:
+        """The model's forward begins: its layers are to see one draw."""
+        stack = self._stack()
+        stack.append(self._draw())
+        self._local.last = stack[-1]
+
+    def end(self, _: nn.Module, __: Any, out: Any) -> Any:
+        """It ends; what it returns is dense."""
+        stack = self._stack()
+        if stack:
+            stack.pop()
+        return plain(out)
+
+    def now(self) -> Draw:
+        """The draw of the forward that runs; of a checkpoint computed again, that of the last one."""
+        stack = self._stack()
+        if stack:
+            return stack[-1]
+        if graph_task() != -1 and getattr(self._local, "last", None) is not None:
+            return self._local.last
+        return self._draw()
+
+    def _stack(self) -> list[Draw]:
+        local = self._local
+        if not hasattr(local, "stack"):
+            local.stack = []
+        return local.stack
+
+    def _draw(self) -> Draw:
+        gates = self.gates
+        drawn = [
+            self._spread(found, group.units) for found, group in zip(draw(gates), self.groups, strict=True)
+        ]
+        device = gates[0].log_alpha.device
+        backend = _registry.resolve(device, torch.float32, "gated_conv2d")
+        exact = device.type == "cpu" and _checks.readable() and (backend == "reference" or is_exact(backend))
+        return Draw(drawn, self.multiples, exact, "torch" if backend == "reference" else backend)
+
+    def _spread(self, gates: Gates | None, units: int) -> Gates:
+        assert gates is not None
+        if self.block == 1:
+            return gates
+        return Gates.from_z(gates.z.repeat_interleave(self.block)[:units], full_grad=False)
+
+    def gate_groups(self) -> Iterator[tuple[HardConcreteGate, Tensor, int]]:
+        """|g| = what one unit closes, of all of its layers, times the units of a block."""
+        for group, gate in zip(self.groups, self.gates, strict=True):
+            log_alpha, last = gate.whole(), group.units % self.block
+            if not last:
+                yield gate, log_alpha, group.parameters * self.block
+                continue
+            if len(log_alpha) > 1:
+                yield gate, log_alpha[:-1], group.parameters * self.block
+            yield gate, log_alpha[-1:], group.parameters * last
+
+    def l2_terms(self) -> Iterator[tuple[HardConcrete, L2Term]]:
+        """None: they are part of :meth:`l2_rest`."""
+        return iter(())
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_local"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._local = threading.local()
+
+    def extra_repr(self) -> str:
+        return "" if self.block == 1 else f"block={self.block}"
+
+
+def key_of(group: Group) -> str:
+    """The name of a group's gate in its module."""
+    return group.name.replace(".", "_") or "model"
+
+
+class GatedUnits:
+    """Mixin of the layers that :func:`gate_` has gated; each stays an instance of its class."""
+
+    _l0_units: Units
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the class it is of, of open units."""
+        return run(self, *args, **kwargs)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _rebuilt, (type(self).__mro__[2],), self.__getstate__()
+
+
+_gated: dict[type[nn.Module], type[nn.Module]] = {}
+
+
+def _class_of(cls: type[nn.Module]) -> type[nn.Module]:
+    found = _gated.get(cls)
+    if found is None:
+        attributes = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
+        found = _gated[cls] = type(cls.__name__, (GatedUnits, cls), attributes)
+    return found
+
+
+def _rebuilt(cls: type[nn.Module]) -> nn.Module:
+    gated = _class_of(cls)
+    return gated.__new__(gated)
+
+
+def groups_of(model: nn.Module) -> GateGroups | None:
+    """The gates that :func:`gate_` has put into `model`, or None."""
+    found = model._modules.get(NAME)
+    return found if isinstance(found, GateGroups) else None
+
+
+def gate_(
+    model: nn.Module,
+    *args: Any,
+    include: str | Sequence[str] | None = None,
+    exclude: str | Sequence[str] | None = None,
+    inputs: bool = False,
+    residual: bool = True,
+    block: int = 1,
+    droprate_init: float = 0.5,
+    lam: float = 1.0,
+    eval_mode: str = "paper",
+    dist: HardConcrete = DEFAULT_DIST,
+    **kwargs: Any,
+) -> UnitGraph:
+    r"""Gates the units of any model, in place: closed ones are skipped in all layers around them.
+
+    ``model(*args, **kwargs)`` is run once to find the units, see :func:`unit_graph`. Each group of them gets
+    a :class:`HardConcreteGate`; a layer computes ``y = 1[z_out != 0] * f(x * z_in)``: what reads units
+    multiplies them by z, what makes them computes the open ones. All gates are drawn at the beginning of the
+    model's forward. Norms over units that may be closed are those of the open ones (in batch norms a closed
+    channel keeps its statistics).
+
+    Layers stay instances of their classes, with their parameters, names, hooks, dtypes and devices;
+    state_dict has the gates beside them, under ``l0_units``. :func:`penalty`, :class:`GateBank`,
+    :func:`clamp_after_step`, :func:`open_units` and :func:`export` work as with every gated layer.
+
+    On a CPU, in eager mode, activations between two layers hold the open units only, through the model's own
+    forward: functions of torch that treat units one by one run on those, all others get a dense tensor.
+    Elsewhere (a GPU, torch.compile, torch.func, meta tensors) shapes do not depend on the gates: activations
+    are dense, closed units zero, and layers skip inside where l0kernels has an operation for it.
+
+    Args:
+        model: any module; its layers of torch.nn are what is gated.
+        *args, **kwargs: an example of its inputs.
+        include, exclude: which layers' outputs are gated: a regular expression that matches the whole name of
+        a
+            module, or a sequence of last parts of names. None: all, none.
+        inputs: whether the inputs' features (channels, of images) are gated, too.
+        residual: whether units that a sum of two branches carries are.
+        block: so many units in a row share a gate.
+        droprate_init, lam, eval_mode, dist: see :class:`HardConcreteGate`.
+
+    Returns:
+        What is gated, what is not, and why; it prints as a table.
+
+    Raises:
+        ValueError: no example or one that the model refuses, nothing to gate, a pattern that matches nothing,
+        a
+            block below 1, or a model that is gated already. The model is unchanged then.
+    """
+    _check_ungated(model)
+    if not isinstance(block, int) or isinstance(block, bool) or block < 1:
+        raise ValueError(f"block must be a positive int, got {block!r}")
+    graph = unit_graph(model, *args, inputs=inputs, **kwargs)
+    groups = graph.select(include, exclude, residual)
+    if not groups:
+        raise ValueError(f"model must have units to gate, got none:\n{graph}")
+    first = next(iter(model.parameters()))
+    options: dict[str, Any] = {
+        "droprate_init": droprate_init,
+        "lam": lam,
+        "eval_mode": eval_mode,
+        "dist": dist,
+    }
+    gates = GateGroups(groups, block, device=first.device, dtype=first.dtype, **options)
+    _place(model, gates, graph._sizes)
+    gates.train(model.training)
+    return UnitGraph(tuple(groups), graph.pinned, graph._sizes)
+
+
+def _check_ungated(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, GateGroups):
+            raise ValueError(
+                f"model must not be gated already, got gates in {name!r}; ungate_ takes them out"
+            )
+
+
+def _place(model: nn.Module, gates: GateGroups, sizes: dict[tuple[str, int], int]) -> None:
+    labels: dict[tuple[str, int], Tensor] = {}
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    start, total = 0, sum(group.units for group in gates.groups)
+    for group in gates.groups:
+        for member in group.members:
+            key = member.name, member.dim
+            found = labels.setdefault(key, torch.full((sizes[key],), total))
+            found[member.index] = (start + torch.arange(group.units))[:, None]
+        start += group.units
+    spaces = {key: gates.spaces.of(found) for key, found in labels.items()}
+    placed: list[Units] = []
+    by_tensor = {(id(tensors[name]), dim): one for (name, dim), one in spaces.items() if name in tensors}
+    for (name, _), one in spaces.items():
+        if name in tensors:
+            tensors[name].__dict__["_l0_space"] = one
+    for name, module in model.named_modules():
+        kind = kind_of(module)
+        if kind is None:
+            continue
+
+        def space(of: str, dim: int, module: nn.Module = module) -> Space | None:
+            value = module._parameters.get(of)
+            return by_tensor.get((id(module._buffers.get(of) if value is None else value), dim))
+
+        if kind.is_product:
+            units = Units(gates, kind, space("weight", kind.cols), space("weight", kind.rows))
+            if getattr(module, "groups", 1) > 1:  # what it reads is what it makes, group by group
+                outs = units.outs
+                each = cast(int, module.out_channels) // cast(int, module.groups)
+                ins = cast(int, module.in_channels) // cast(int, module.groups)
+                if outs is not None:
+                    of_inputs = outs.labels[::each].repeat_interleave(ins)
+                    units = units._replace(ins=gates.spaces.of(of_inputs))
+        elif kind.name == "embedding":
+            units = Units(gates, kind, None, space("weight", 1))
+        else:
+            own = [space(of, 0) for of in ("weight", "bias", "running_mean")]
+            outs = next((one for one in own if one is not None), spaces.get((f"{name}.", 0)))
+            units = Units(gates, kind, None, outs)
+        if units.ins is None and units.outs is None:
+            continue
+        placed.append(units)
+        module.__dict__["_l0_units"] = units
+        module.__class__ = _class_of(type(module))
+        module.register_forward_pre_hook(leaves_no_fast_path)
+    exact = {gate for units in placed if units.kind.is_exact for gate in (units.ins, units.outs)}
+    closed_exactly = torch.zeros(total + 1, dtype=torch.bool)
+    for one in exact - {None}:
+        closed_exactly[cast(Space, one).labels] = True
+    convolved = torch.zeros(total + 1, dtype=torch.bool)
+    for units in placed:
+        for one in (units.ins, units.outs):
+            if units.kind.spatial and one is not None:
+                convolved[one.labels] = True
+    start = 0
+    for at, group in enumerate(gates.groups):
+        if convolved[start] and not closed_exactly[start]:
+            gates.multiples[at] = MULTIPLE
+        start += group.units
+    model.add_module(NAME, gates)
+    model.register_forward_pre_hook(gates.begin, prepend=True)
+    model.register_forward_hook(gates.end, always_call=True)
+
+
+def ungate_(model: nn.Module) -> nn.Module:
+    """Undoes :func:`gate_`: the layers are dense again, their parameters as they are now.
+
+    Raises:
+        ValueError: the model is not gated.
+    """
+    gates = groups_of(model)
+    if gates is None:
+        raise ValueError(f"model must be gated by gate_, got a {type(model).__name__} that is not")
+    for module in model.modules():
+        if isinstance(module, GatedUnits):
+            cls = type(module).__mro__[2]
+            del module.__dict__["_l0_units"]
+            module.__class__ = cls
+            _drop(module._forward_pre_hooks, leaves_no_fast_path)
+        for value in (*module._parameters.values(), *module._buffers.values()):
+            if value is not None:
+                value.__dict__.pop("_l0_space", None)
+    _drop(model._forward_pre_hooks, gates.begin)
+    _drop(model._forward_hooks, gates.end)
+    for key in [k for k in model._forward_hooks_always_called if k not in model._forward_hooks]:
+        del model._forward_hooks_always_called[key]
+    del model._modules[NAME]
+    return model
+
+
+def _drop(hooks: Any, hook: Any) -> None:
+    for key in [key for key, value in hooks.items() if value == hook]:
+        del hooks[key]

@@ -1,0 +1,602 @@
+"""Runs a model once and follows its units through every function of torch that it calls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from . import table
+from .kinds import kind_of
+from .labels import UnionFind, across, along, shortened, spread, varying
+
+
+class Call(NamedTuple):
+    """One call of a function of torch that the model has made."""
+
+    func: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    out: Any
+
+    @property
+    def name(self) -> str:
+        name = getattr(self.func, "__name__", str(self.func))
+        owner = getattr(self.func, "__self__", None)
+        return getattr(owner, "__name__", name) if name == "__get__" else name
+
+    def get(self, at: int, name: str, default: Any = None) -> Any:
+        """An argument by position or name."""
+        return self.args[at] if len(self.args) > at else self.kwargs.get(name, default)
+
+    def tensors(self) -> list[Tensor]:
+        return [a for a in pytree.tree_leaves((self.args, self.kwargs)) if isinstance(a, Tensor)]
+
+    def results(self) -> list[Tensor]:
+        return [a for a in pytree.tree_leaves(self.out) if isinstance(a, Tensor)]
+
+
+class Dim(NamedTuple):
+    """A dimension of a parameter or buffer, by its first name in the model."""
+
+    name: str
+    dim: int
+
+
+class Trace(TorchFunctionMode):
+    """What is found while the model runs.
+
+    Attributes:
+        sets: the units.
+        dims: of each dimension of a parameter or buffer that has units, their labels.
+        roles: what the dimension is to its layer: "out" makes the units, "in" reads them, "along" is between.
+        sums: labels of the sums of two branches.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.sets = UnionFind()
+        self.dims: dict[Dim, Tensor] = {}
+        self.roles: dict[Dim, str] = {}
+        self.sums: list[Tensor] = []
+        self.stack: list[tuple[str, nn.Module]] = []
+        self._names: dict[int, str] = {}
+        self._owned: list[Tensor] = []
+        self._labels: dict[int, Tensor] = {}
+        self._alive: list[Tensor] = []  # an address is not given away again
+        self._busy = False
+        for name, value in [*model.named_parameters(), *model.named_buffers()]:
+            self._names.setdefault(id(value), name)
+            self._owned.append(value)
+
+    # ---- labels
+
+    def labels(self, x: Tensor) -> Tensor | None:
+        """The labels of x, or None: no units."""
+        return self._labels.get(id(x))
+
+    def set(self, x: Tensor, labels: Tensor | None) -> None:
+        """x has these labels."""
+        self._alive.append(x)
+        if labels is None:
+            self._labels.pop(id(x), None)
+            return
+        assert labels.shape == x.shape, (labels.shape, x.shape)
+        self._labels[id(x)] = spread(labels)
+
+    def is_owned(self, x: Any) -> bool:
+        """Whether x is a parameter or buffer of the model."""
+        return id(x) in self._names
+
+    def dim(self, x: Tensor, dim: int, role: str) -> Tensor:
+        """The labels of a dimension of a parameter or buffer."""
+        key = Dim(self._names[id(x)], dim)
+        if key not in self.dims:
+            self.dims[key] = self.sets.fresh(x.shape[dim])
+        if self.roles.get(key) != "in":
+            self.roles[key] = role
+        return self.dims[key]
+
+    def between(self, name: str, n: int) -> Tensor:
+        """The labels of a layer that has units and no parameter of them."""
+        key = Dim(f"{name}.", 0)
+        if key not in self.dims:
+            self.dims[key], self.roles[key] = self.sets.fresh(n), "along"
+        return self.dims[key]
+
+    def where(self, call: Call) -> str:
+        """The place of a call, in words."""
+        name = next((name for name, _ in reversed(self.stack) if name), "")
+        return f"{call.name} in {name}" if name else f"{call.name} in the model's forward"
+
+    def pin(self, x: Tensor | None, why: str) -> None:
+        """Has no unit of x be gated; of a parameter: in any dimension."""
+        if x is None:
+            return
+        if self.is_owned(x):
+            for key, known in self.dims.items():
+                if key.name == self._names[id(x)]:
+                    self.sets.pin(known, why)
+            for dim in range(x.ndim):
+                if Dim(self._names[id(x)], dim) not in self.dims and x.shape[dim] < 1 << 20:
+                    self.sets.pin(self.dim(x, dim, "along"), why)
+        labels = self.labels(x)
+        if labels is not None:
+            self.sets.pin(shortened([labels])[0], why)
+
+    # ---- the model runs
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if self._busy:
+            return func(*args, **kwargs or {})
+        self._busy = True
+        try:
+            call = Call(func, args, kwargs or {}, func(*args, **kwargs or {}))
+            self._see(call)
+            return call.out
+        finally:
+            self._busy = False
+
+    def _see(self, call: Call) -> None:
+        if not any(self.is_owned(t) or id(t) in self._labels for t in call.tensors()):
+            self._none(call)
+            return
+        rule = RULES.get(call.func)
+        if rule is None:
+            self.unknown(call)
+            return
+        rule(self, call)
+
+    def _none(self, call: Call) -> None:
+        for out in call.results():  # an address may have been another tensor's
+            self.set(out, None)
+
+    def unknown(self, call: Call) -> None:
+        """A function of which nothing is known, or not with these operands."""
+        if not call.results() and (call.func in LOOKS or call.name == "__get__"):
+            return
+        for x in call.tensors():
+            self.pin(x, self.where(call))
+        same = {id(x) for x in call.tensors()}
+        for out in call.results():
+            if id(out) not in same:
+                self.set(out, None)
+
+    def hidden(self, func: Any, args: Any) -> None:
+        """An operation that no function of torch has called: a custom autograd.Function, a script."""
+        if self._busy:
+            return
+        for x in pytree.tree_leaves(args):
+            if isinstance(x, Tensor) and (id(x) in self._labels or self.is_owned(x)):
+                place = next((name for name, _ in reversed(self.stack) if name), "the model's forward")
+                self.pin(x, f"{func} in {place}, out of sight")
+
+    @contextmanager
+    def watching(self, model: nn.Module) -> Iterator[None]:
+        """Knows which module runs."""
+        handles = []
+        for name, module in model.named_modules():
+
+            def enter(module: nn.Module, _: Any, name: str = name) -> None:
+                self.stack.append((name, module))
+
+            def leave(module: nn.Module, _: Any, __: Any) -> None:
+                self.stack.pop()
+
+            handles.append(module.register_forward_pre_hook(enter, prepend=True))
+            handles.append(module.register_forward_hook(leave, always_call=True))
+        try:
+            with _Hidden(self), self:
+                yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+class _Hidden(TorchDispatchMode):
+    """Sees what the function mode does not."""
+
+    def __init__(self, trace: Trace) -> None:
+        super().__init__()
+        self._trace = trace
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self._trace.hidden(func, (args, kwargs))
+        return func(*args, **kwargs or {})
+
+
+Rule = Callable[[Trace, Call], None]
+
+
+# ---- rules
+
+
+def _pointwise(trace: Trace, call: Call) -> None:
+    x = call.tensors()[0]
+    if trace.is_owned(x):
+        trace.unknown(call)
+        return
+    others = [t for t in call.tensors()[1:] if t.numel() > 1]
+    if others:
+        _elementwise(trace, call)
+        return
+    labels = trace.labels(x)
+    for out in call.results():
+        if labels is not None and out.shape == x.shape:
+            trace.set(out, labels)
+        elif out is not x:
+            trace.pin(x, trace.where(call))
+
+
+def _aligned(labels: Tensor, shape: torch.Size) -> Tensor:
+    return labels.expand(shape)
+
+
+def _elementwise(trace: Trace, call: Call) -> None:
+    results = call.results()
+    if len(results) != 1:
+        trace.unknown(call)
+        return
+    shape, tensors = (
+        results[0].shape,
+        [t for t in call.tensors() if t.numel() != 1 or trace.labels(t) is not None],
+    )
+    if any(torch.broadcast_shapes(t.shape, shape) != shape for t in tensors):
+        trace.unknown(call)
+        return
+    labelled = [
+        (t, spread(_aligned(labels, shape))) for t in tensors if (labels := trace.labels(t)) is not None
+    ]
+    if not labelled:
+        trace._none(call)
+        return
+    _, most = max(labelled, key=lambda pair: len(varying(pair[1])))
+    dims = varying(most)
+    for x, labels in labelled:
+        if varying(labels) != dims:  # they meet along different dimensions
+            trace.pin(x, trace.where(call))
+            if varying(labels):
+                trace.sets.pin(shortened([most])[0], trace.where(call))
+        elif labels is not most:
+            first, second = shortened([most, labels])
+            trace.sets.join(first.flatten(), second.flatten(), trace.where(call))
+    for x in tensors:
+        if trace.labels(x) is not None:
+            continue
+        wide = [dim for dim in dims if _size_at(x, dim, len(shape)) > 1]
+        if not wide:
+            continue
+        units = along(most, dims[0]) if len(dims) == 1 else None
+        if trace.is_owned(x) and units is not None:
+            own = dims[0] - (len(shape) - x.ndim)
+            trace.sets.join(units, trace.dim(x, own, "along"), trace.where(call))
+        else:
+            trace.sets.pin(shortened([most])[0], f"{trace.where(call)}, with what has no units")
+    if call.func in SUMS and len(labelled) > 1:
+        trace.sums.append(shortened([most])[0])
+    trace.set(results[0], most)
+
+
+def _size_at(x: Tensor, dim: int, ndim: int) -> int:
+    own = dim - (ndim - x.ndim)
+    return x.shape[own] if own >= 0 else 1
+
+
+def _quotient(trace: Trace, call: Call) -> None:
+    divisor = call.get(1, "other")
+    if isinstance(divisor, Tensor) and trace.labels(divisor) is not None:
+        trace.unknown(call)
+    else:
+        _elementwise(trace, call)
+
+
+def _move(trace: Trace, call: Call) -> None:
+    def label(x: Any) -> Any:
+        if not isinstance(x, Tensor):
+            return x
+        labels = trace.labels(x)
+        if labels is None and trace.is_owned(x) and x.is_floating_point() and 0 < x.ndim < 4:
+            labels = across(trace.dim(x, x.ndim - 1, "along"), -1, x.shape)
+        if labels is None:  # an index is one of itself
+            return torch.zeros((), dtype=torch.int64).expand(x.shape) if x.is_floating_point() else x
+        return labels
+
+    args, kwargs = pytree.tree_map(label, (call.args, call.kwargs))
+    try:
+        moved = call.out if not call.results() else call.func(*args, **kwargs)
+    except Exception:  # what cannot be done to labels is not known
+        trace.unknown(call)
+        return
+    found = [a for a in pytree.tree_leaves(moved) if isinstance(a, Tensor)]
+    for out, labels in zip(call.results(), found, strict=True):
+        if out.shape != labels.shape:
+            trace.unknown(call)
+            return
+        trace.set(out, labels)
+
+
+def _set_item(trace: Trace, call: Call) -> None:
+    x, index, value = call.args
+    labels, new = trace.labels(x), trace.labels(value) if isinstance(value, Tensor) else None
+    if labels is None and new is None:
+        return
+    if labels is None or new is None or not isinstance(value, Tensor):
+        if isinstance(value, Tensor) and value.numel() > 1:
+            trace.pin(x, trace.where(call))
+            trace.pin(value, trace.where(call))
+        return
+    first, second = shortened([labels[index], new])
+    trace.sets.join(first.flatten(), second.flatten(), trace.where(call))
+
+
+def _channels(trace: Trace, call: Call, x: Tensor, dim: int) -> Tensor | None:
+    """The labels along a dimension, None if there are none or, pinned, if they vary along others."""
+    labels = trace.labels(x)
+    if labels is None:
+        return None
+    found = along(labels, dim)
+    if found is None:
+        trace.pin(x, trace.where(call))
+    return found
+
+
+def _reduction(trace: Trace, call: Call) -> None:
+    x = call.args[0]
+    labels = trace.labels(x) if isinstance(x, Tensor) else None
+    if labels is None or not call.results() or len(call.tensors()) > 1:
+        trace.unknown(call)
+        return
+    at = 2 if call.name == "norm" else 1
+    dims, keepdim = call.get(at, "dim"), call.kwargs.get("keepdim", call.args[-1] is True)
+    if dims is None or isinstance(dims, Tensor):
+        dims = range(x.ndim)
+    dims = sorted({int(d) % x.ndim for d in ([dims] if isinstance(dims, int) else dims)}, reverse=True)
+    if set(dims) & set(varying(labels)) or not dims:
+        trace.pin(x, trace.where(call))
+        trace._none(call)
+        return
+    for dim in dims:
+        labels = labels.narrow(dim, 0, 1) if keepdim else labels.select(dim, 0)
+    for out in call.results():
+        trace.set(out, labels if out.shape == labels.shape else None)
+        if out.shape != labels.shape:
+            trace.pin(x, trace.where(call))
+
+
+def _over(trace: Trace, call: Call) -> None:
+    x = call.args[0]
+    labels = trace.labels(x)
+    default = 1 if call.name == "normalize" else None
+    dim = call.get(2 if call.name == "normalize" else 1, "dim", default)
+    if labels is None or not isinstance(dim, int) or dim % x.ndim in varying(labels):
+        trace.unknown(call)
+        return
+    trace.set(call.results()[0], labels)
+
+
+def _spatial(trace: Trace, call: Call) -> None:
+    x = call.args[0] if call.args else call.kwargs["input"]
+    out, spatial = call.results()[0], x.ndim - 2
+    for digit in "123":
+        if f"{digit}d" in call.name:
+            spatial = int(digit)
+    dim = x.ndim - spatial - 1
+    units = _channels(trace, call, x, dim)
+    if units is None or dim < 0 or out.ndim != x.ndim or out.shape[dim] != len(units):
+        trace.unknown(call)
+        return
+    for out in call.results():
+        trace.set(out, across(units, dim, out.shape))
+
+
+def _pad(trace: Trace, call: Call) -> None:
+    x, sides = call.get(0, "input"), call.get(1, "pad")
+    labels = trace.labels(x)
+    touched = {x.ndim - 1 - i // 2 for i, size in enumerate(sides) if size}
+    if labels is None or touched & set(varying(labels)):
+        trace.unknown(call)
+        return
+    out = call.results()[0]
+    for dim in touched:
+        labels = labels.narrow(dim, 0, 1)
+    trace.set(out, labels.expand(out.shape))
+
+
+def _pixel_shuffle(trace: Trace, call: Call) -> None:
+    x, factor = call.get(0, "input"), call.get(1, "upscale_factor")
+    units = _channels(trace, call, x, x.ndim - 3)
+    if units is None:
+        trace.unknown(call)
+        return
+    out, cells = call.results()[0], units.view(-1, factor * factor)
+    for column in cells.unbind(1)[1:]:
+        trace.sets.join(cells[:, 0], column, trace.where(call))
+    trace.set(out, across(cells[:, 0], x.ndim - 3, out.shape))
+
+
+def _layer(trace: Trace, call: Call, weight: Any) -> nn.Module | None:
+    """The module that makes this call, if it is a layer of torch.nn whose own weight this is."""
+    if not trace.stack:
+        return None
+    module = trace.stack[-1][1]
+    known = kind_of(module) is not None and module._parameters.get("weight") is weight
+    return module if known and (weight is None or trace.is_owned(weight)) else None
+
+
+def _refuse_layer(trace: Trace, call: Call) -> None:
+    """A product that is no layer's: its parameters and what it reads stay as they are."""
+    trace.unknown(call)
+
+
+def _product(trace: Trace, call: Call) -> None:
+    x, weight = call.get(0, "input"), call.get(1, "weight")
+    module = _layer(trace, call, weight)
+    if module is None:
+        _refuse_layer(trace, call)
+        return
+    kind = kind_of(module)
+    assert kind is not None
+    bias, out = module._parameters.get("bias"), call.results()[0]
+    dim = x.ndim - 1 - kind.spatial
+    labels, units = trace.labels(x), None
+    if labels is not None and not (varying(labels) and dim not in varying(labels)):
+        units = _channels(trace, call, x, dim)
+    elif labels is not None and kind.spatial == 0:  # a product over another dimension than that of the units
+        why = f"{trace.where(call)}, over another dimension than that of the units"
+        for parameter in (weight, bias):
+            trace.pin(parameter, why)
+        trace.set(out, labels.narrow(dim, 0, 1).expand(out.shape))
+        return
+    elif labels is not None:
+        trace.pin(x, trace.where(call))
+    groups = getattr(module, "groups", 1)
+    if groups > 1:
+        _grouped(trace, call, x, weight, bias, groups, units, dim)
+        return
+    cols = trace.dim(weight, kind.cols, "in")
+    if units is None:
+        trace.sets.pin(cols, f"{trace.where(call)}, of what has no units")
+    else:
+        trace.sets.join(units, cols, trace.where(call))
+    rows = trace.dim(weight, kind.rows, "out")
+    if bias is not None:
+        trace.sets.join(rows, trace.dim(bias, 0, "along"), trace.where(call))
+    trace.set(out, across(rows, dim, out.shape))
+
+
+def _grouped(
+    trace: Trace,
+    call: Call,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    groups: int,
+    units: Tensor | None,
+    dim: int,
+) -> None:
+    """Of a grouped convolution the channels of a group are one unit, with those that it makes of them."""
+    kind = kind_of(trace.stack[-1][1])
+    assert kind is not None
+    if kind.rows != 0 or units is None:
+        trace.unknown(call)
+        return
+    out, rows = call.results()[0], trace.dim(weight, 0, "along")
+    ins, outs = units.view(groups, -1), rows.view(groups, -1)
+    for columns in (ins, outs):
+        for column in columns.unbind(1):
+            trace.sets.join(ins[:, 0], column, trace.where(call))
+    if bias is not None:
+        trace.sets.join(rows, trace.dim(bias, 0, "along"), trace.where(call))
+    trace.set(out, across(rows, dim, out.shape))
+
+
+def _norm(trace: Trace, call: Call) -> None:
+    """Batch, instance and group norms: parameters and statistics have the channels, at dimension 1."""
+    x = call.get(0, "input")
+    module = trace.stack[-1][1] if trace.stack else None
+    kind = None if module is None else kind_of(module)
+    if kind is None or not kind.is_norm or module is None:
+        trace.unknown(call)
+        return
+    own = [
+        t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None and t.ndim == 1
+    ]
+    given = [t for t in call.tensors() if t is not x]
+    if any(all(t is not mine for mine in own) for t in given):
+        trace.unknown(call)
+        return
+    last = call.name in ("layer_norm", "rms_norm")
+    if last and len(call.get(1, "normalized_shape")) != 1:
+        trace.unknown(call)
+        return
+    dim = x.ndim - 1 if last else 1 if x.ndim > 1 else 0
+    labels = trace.labels(x)
+    if last and labels is not None and dim not in varying(labels) and varying(labels):
+        for parameter in own:
+            trace.pin(parameter, f"{trace.where(call)}, over another dimension than that of the units")
+        trace.set(call.results()[0], labels)  # each unit by itself
+        return
+    units = _channels(trace, call, x, dim)
+    if units is None:
+        trace.unknown(call)
+        return
+    if call.name == "group_norm" and call.get(1, "num_groups") not in (1, len(units)):
+        # As many channels are open in one group as in another: the group's size stays a whole number.
+        cells = units.view(call.get(1, "num_groups"), -1)
+        for row in cells[1:]:
+            trace.sets.join(cells[0], row, trace.where(call))
+    for parameter in own:
+        trace.sets.join(units, trace.dim(parameter, 0, "along"), trace.where(call))
+    if not own:
+        trace.sets.join(units, trace.between(trace.stack[-1][0], len(units)), trace.where(call))
+    trace.set(call.results()[0], across(units, dim, x.shape))
+
+
+def _embedding(trace: Trace, call: Call) -> None:
+    weight = call.get(1, "weight")
+    if _layer(trace, call, weight) is None:
+        trace.unknown(call)
+        return
+    out = call.results()[0]
+    trace.set(out, across(trace.dim(weight, 1, "out"), -1, out.shape))
+
+
+def _prelu(trace: Trace, call: Call) -> None:
+    x, weight = call.get(0, "input"), call.get(1, "weight")
+    labels = trace.labels(x)
+    if labels is None or weight.numel() == 1:
+        trace.set(call.results()[0], labels)
+        return
+    units = _channels(trace, call, x, min(1, x.ndim - 1))
+    if units is None or not trace.is_owned(weight) or _layer(trace, call, weight) is None:
+        trace.unknown(call)
+        return
+    trace.sets.join(units, trace.dim(weight, 0, "along"), trace.where(call))
+    trace.set(call.results()[0], labels)
+
+
+def _rules() -> dict[Any, Rule]:
+    kinds: list[tuple[str, Rule]] = [
+        (table.POINTWISE, _pointwise),
+        (table.ELEMENTWISE, _elementwise),
+        (table.QUOTIENTS, _quotient),
+        (table.MOVES, _move),
+        (table.REDUCTIONS, _reduction),
+        (table.OVER, _over),
+        (table.SPATIAL, _spatial),
+        ("linear conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d", _product),
+        ("batch_norm instance_norm group_norm layer_norm rms_norm", _norm),
+        ("embedding", _embedding),
+        ("prelu", _prelu),
+        ("pad", _pad),
+        ("pixel_shuffle", _pixel_shuffle),
+        ("__setitem__", _set_item),
+    ]
+    rules: dict[Any, Rule] = {}
+    for names, rule in kinds:
+        for function in table.functions(names):
+            rules[function] = rule
+    for name in ("T", "mT", "data"):
+        rules[getattr(Tensor, name).__get__] = _move
+    return rules
+
+
+RULES = _rules()
+SUMS = {*table.functions(table.SUMS)}
+LOOKS = {*table.functions(table.LOOKS)}
+
+
+def model_inputs(trace: Trace, values: Sequence[Any]) -> None:
+    """Has each feature or channel of the inputs be a unit."""
+    for x in pytree.tree_leaves(values):
+        if isinstance(x, Tensor) and x.is_floating_point() and x.ndim > 1:
+            dim = 1 if x.ndim != 3 else -1
+            trace.set(x, across(trace.sets.fresh(x.shape[dim]), dim, x.shape))
