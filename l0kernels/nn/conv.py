@@ -1,6 +1,6 @@
 """Convolutions with gates on their input channels, their output channels, or both."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, ClassVar, Literal, TypeVar, cast
 
 import torch
