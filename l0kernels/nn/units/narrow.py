@@ -414,6 +414,15 @@ def _looked_at(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return func(args[0]._data, *args[1:], **kwargs)
 
 
+def _hooked(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Who waits for the gradient waits for that of all units: from here on x holds them."""
+    x = args[0]
+    if isinstance(x, Narrow):
+        x._data, x._at = x.dense(), None
+        return func(x._data, *args[1:], **kwargs)
+    return None
+
+
 def _length(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return args[0].shape[0]
 
@@ -434,6 +443,7 @@ def _rules() -> dict[Any, Rule]:
         ("pad", _padded),
         ("is_floating_point is_complex element_size get_device ndimension is_signed", _looked_at),
         ("__len__", _length),
+        ("register_hook retain_grad register_post_accumulate_grad_hook", _hooked),
     ]
     rules: dict[Any, Rule] = {}
     for names, rule in kinds:
