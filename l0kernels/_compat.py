@@ -39,6 +39,8 @@ def break_graph(why: str) -> None:
 
 graph_task: Any = torch._C._current_graph_task_id
 """The backward pass that this thread runs (-1: none): who draws in one computes a checkpoint again."""
+current_node: Any = torch._C._current_autograd_node
+"""The node of the graph that this thread's backward pass runs, None: none."""
 after_backward: Any = torch.autograd.Variable._execution_engine.queue_callback
 """Calls a function at the end of the backward pass that runs; hooks of tensors end too soon."""
 operator_names: Any = torch._C._dispatch_get_all_op_names

@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._compat import AnyConv
 from .chain import Known, Part, Product, flatten, inside, is_feed_forward, is_product, known_before, link
+from .conv import GatedConv
 from .export import SlicedConv1d, SlicedConv2d
 from .gate import HardConcreteGate, gate_modules
 from .linear import L0Linear
@@ -18,7 +20,6 @@ from .steps import is_linear, is_norm, units_in, units_out
 from .units.place import GatedUnits
 from .units.sizes import open_counts
 
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 Openness = Callable[[HardConcreteGate], Tensor]
 
@@ -129,14 +130,14 @@ def _flops(model: nn.Module, input_shape: Sequence[int] | Tensor | None, opennes
     gate_modules(model)  # refuses what torch would not call
     check_none_flat(model)
     products = _products(model)
-    rows, of_parameters, dense = _rows(model, input_shape)
+    rows, reads, of_parameters, dense = _rows(model, input_shape)
     of_units = open_counts(model, openness)
     counts = [n * of_units[parameter] for parameter, n in of_parameters.items() if parameter in of_units]
     dense += sum(n * p.numel() for p, n in of_parameters.items() if p not in of_units)
     for layer, product in products.items():
         if is_product(layer):
             weights, biases = _count(product, openness)
-            counts.append(rows[layer] * (2 * weights + biases))
+            counts.append(2 * reads[layer] * weights + rows[layer] * biases)
     return _total(counts, dense)
 
 
@@ -170,17 +171,27 @@ def _count(product: Product, openness: Openness) -> tuple[Tensor, Tensor]:
     rows = _units(product.out_gates, layer, n_out, openness, product.halves)
     if is_norm(layer):
         return rows.sum() * (layer.weight is not None), rows.sum() * (layer.bias is not None)
-    own = None
     groups, taps = (1, 1) if is_linear(layer) else (layer.groups, layer.weight.shape[2:].numel())
-    if isinstance(layer, L0Linear) and layer.weight_gate is not None:
-        own = layer.spread(openness(layer.weight_gate))
-        weights = rows @ own @ cols
+    own = _own(layer, openness)
+    if own is not None:
+        weights, taps = rows @ own @ cols, 1
     else:
         weights = taps * rows.view(groups, -1).sum(1).dot(cols.view(groups, -1).sum(1))
     if not set(product.in_gates).isdisjoint(product.out_gates):
         at_out, at_in, difference = _meeting(product, n_in, n_out, groups, openness)
         weights = weights + taps * (difference if own is None else difference * own[at_out, at_in]).sum()
     return weights, rows.sum() * (layer.bias is not None)
+
+
+def _own(layer: Any, openness: Openness) -> Tensor | None:
+    """(out, in): how many of the weights between two units are open, as far as gates per weight decide."""
+    if isinstance(layer, L0Linear) and layer.weight_gate is not None:
+        return layer.spread(openness(layer.weight_gate))
+    if not isinstance(layer, GatedConv) or layer.weight_gate is None:
+        return None
+    each = openness(layer.weight_gate).flatten(2).sum(2)
+    blocks = each.view(layer.groups, -1, each.shape[1])
+    return torch.block_diag(*(blocks.mT if layer.transposed else blocks))
 
 
 def _meeting(
@@ -243,15 +254,17 @@ def _total(counts: Sequence[Tensor], rest: int) -> Tensor:
 
 def _rows(
     model: nn.Module, input_shape: Sequence[int] | Tensor | None
-) -> tuple[Counter[nn.Module], Counter[nn.Parameter], int]:
-    """How many rows or positions reach each layer, the FLOPs for each element of parameters of layers that
-    :func:`gate_` has gated, and the FLOPs of what no gate of ours can close."""
+) -> tuple[Counter[nn.Module], Counter[nn.Module], Counter[nn.Parameter], int]:
+    """How many rows or positions each layer writes, and at how many it multiplies by its weight; the FLOPs
+    for each element of parameters of layers that :func:`gate_` has gated; and the FLOPs of what no gate of
+    ours can close."""
     rows: Counter[nn.Module] = Counter()
+    reads: Counter[nn.Module] = Counter()
     of_parameters: Counter[nn.Parameter] = Counter()
     modules = list(model.modules())
     products = [module for module in modules if is_product(module)]
     attentions = [module for module in modules if isinstance(module, nn.MultiheadAttention)]
-    convolutions = [module for module in modules if isinstance(module, CONVOLUTIONS + TRANSPOSED)]
+    convolutions = [module for module in modules if isinstance(module, AnyConv)]
     convolutions = [module for module in convolutions if not isinstance(module, SlicedConv1d | SlicedConv2d)]
     by_units: list[nn.Module] = [module for module in modules if _is_product_of_units(module)]
 
@@ -266,14 +279,19 @@ def _rows(
         rows.update(products)
         for layer in by_units:
             count(layer, 1, 1)
-        return rows, of_parameters, sum(_of_attention(attention, (1, 1, 1, 0)) for attention in attentions)
+        closed = sum(_of_attention(attention, (1, 1, 1, 0)) for attention in attentions)
+        return rows, rows, of_parameters, closed
     if not (products or convolutions or attentions or by_units):
-        return rows, of_parameters, 0
+        return rows, reads, of_parameters, 0
 
     dense = 0
 
-    def see_product(layer: Any, _: Any, y: Tensor) -> None:
+    def see_product(layer: Any, args: Any, kwargs: Any, y: Tensor) -> None:
         rows[layer] += y.numel() // max(units_out(layer), 1)  # an exported layer may have no outputs left
+        x, n = y, units_out(layer)
+        if isinstance(layer, TRANSPOSED):
+            x, n = args[0] if args else kwargs.get("x", kwargs.get("input")), units_in(layer)
+        reads[layer] += x.numel() // max(n, 1)
 
     def see_convolution(layer: Any, args: Any, kwargs: Any, y: Tensor) -> None:
         nonlocal dense
@@ -292,7 +310,7 @@ def _rows(
         counts = [x.numel() // x.shape[-1] for x in given]
         dense += _of_attention(layer, (*counts, counts[0]))
 
-    hooks = [module.register_forward_hook(see_product) for module in products]
+    hooks = [module.register_forward_hook(see_product, with_kwargs=True) for module in products]
     others = [module for module in convolutions if not is_product(module) and module not in by_units]
     hooks += [module.register_forward_hook(see_units, with_kwargs=True) for module in by_units]
     hooks += [module.register_forward_hook(see_convolution, with_kwargs=True) for module in others]
@@ -307,11 +325,11 @@ def _rows(
             module.training = training
         for hook in hooks:
             hook.remove()
-    return rows, of_parameters, dense
+    return rows, reads, of_parameters, dense
 
 
 def _is_product_of_units(layer: nn.Module) -> bool:
-    return isinstance(layer, GatedUnits) and isinstance(layer, (nn.Linear, *CONVOLUTIONS, *TRANSPOSED))
+    return isinstance(layer, GatedUnits) and isinstance(layer, nn.Linear | AnyConv)
 
 
 def _input(model: nn.Module, input_shape: Sequence[int] | Tensor) -> Tensor:

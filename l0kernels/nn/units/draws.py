@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ... import _checks
 from ..._gates import Gates, round_up
 
 
@@ -97,7 +100,7 @@ class Draw:
         is_open: (gates + 1,) bool.
         exact: whether packed data hold the present units alone; otherwise all, the closed ones zero.
         backend: that packs weights, where exact.
-        open_all: whether, where exact, no gate is closed.
+        open_all, one_all: whether, where exact, no gate is closed, and whether all are 1.
     """
 
     def __init__(self, gates: Sequence[Gates], multiples: Sequence[int], exact: bool, backend: str) -> None:
@@ -121,6 +124,8 @@ class Draw:
                 (n, _rounded(n, len(one), m)) for n, one, m in zip(counts, z, multiples, strict=True)
             ]
             self.open_all = all(n == len(one) for n, one in zip(counts, z, strict=True))
+            # z = 1 has no gradient: what reads such units may as well not know of gates.
+            self.one_all = self.open_all and bool((self.z.detach() == 1).all())
             self._extents = torch.tensor([(n, n) for _, n in self._counts], dtype=torch.int32)
 
     def present(self, space: Space) -> Present:
@@ -153,7 +158,8 @@ class Draw:
         if n == space.size:
             return Present(None, n, places, places)
         index = order[:n].sort().values.long()
-        return Present(index, n, self.is_open[index + space.start].nonzero()[:, 0], places)
+        within = self.is_open.index_select(0, space.labels).index_select(0, index).nonzero()[:, 0]
+        return Present(index, n, within, places)
 
     def _find_among_all(self, space: Space) -> Present:
         exists, is_open = self.exists[space.labels], self.is_open[space.labels]
@@ -180,9 +186,13 @@ class Draw:
         key = space, torch.float64 if dtype == torch.float64 else torch.float32
         found = self._scales.get(key)
         if found is None:
-            z, start = self.z.to(key[1]), space.start
-            whole = start is not None
-            found = z[start : start + space.size] if whole else z.index_select(0, space.labels.to(z.device))
+            start = space.start
+            with _unwatched():
+                z = self.z.to(key[1])
+                if start is None:
+                    found = z.index_select(0, space.labels.to(z.device))
+                else:
+                    found = z[start : start + space.size]
             self._scales[key] = found
         return found
 
@@ -192,7 +202,7 @@ class Draw:
         None: all exist, and where `selects`, which multiplies nothing, that is all there is to say.
         """
         present = self.present(space)
-        if selects and present.index is None:
+        if self.one_all or (selects and present.index is None):
             return None
         key = space, torch.float64 if dtype == torch.float64 else torch.float32
         found = self._sides.get(key)
@@ -228,9 +238,21 @@ class Draw:
         """The gates of a space's entries, as the gated operations take them."""
         found = self._static.get(space)
         if found is None:
-            z = self.z.index_select(0, space.labels.to(self.z.device))
+            with _unwatched():
+                z = self.z.index_select(0, space.labels.to(self.z.device))
             found = self._static[space] = Gates.from_z(z, full_grad=False)
         return found
+
+
+def _unwatched() -> AbstractContextManager[Any]:
+    """A checkpoint does not count what is made in it: computed again, it finds that made."""
+    if torch.compiler.is_compiling() or _checks.functorch_active():
+        return nullcontext()
+    return torch.autograd.graph.saved_tensors_hooks(_same, _same)
+
+
+def _same(x: Tensor) -> Tensor:
+    return x
 
 
 def _rounded(n: int, size: int, multiple: int) -> int:

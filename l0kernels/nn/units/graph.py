@@ -37,7 +37,8 @@ class Group:
     """Units that the same layers make and read; each can be closed for itself.
 
     Attributes:
-        name: of the first layer that makes them, or reads them where no layer does.
+        name: of the first layer that makes them, or reads them where no layer does, with "/2" and so on where
+            that layer makes the units of other groups, too.
         units: how many.
         members: what a closed unit takes with it.
         parameters: how many parameters that is, of one unit.
@@ -141,6 +142,11 @@ class UnitGraph:
         return "\n".join(lines)
 
 
+def key_of(name: str) -> str:
+    """The name of the gate of the group of this name, among the gates of a model."""
+    return name.replace(".", "_").replace("/", "_") or "model"
+
+
 def _table(rows: Sequence[Sequence[str]]) -> list[str]:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
@@ -220,9 +226,15 @@ def _build(model: nn.Module, trace: Trace) -> UnitGraph:
             )
         )
         by_signature.setdefault(signature, []).append(unit)
-    groups = [
-        _group(signature, units, places, trace, tensors, summed) for signature, units in by_signature.items()
-    ]
+    groups, known = [], set[str]()
+    for signature, units in by_signature.items():
+        group = _group(signature, units, places, trace, tensors, summed)
+        name, times = group.name, 1
+        while key_of(name) in known:  # what one layer makes, and several read
+            times += 1
+            name = f"{group.name}/{times}"
+        known.add(key_of(name))
+        groups.append(replace(group, name=name))
     sizes = {(key.name, key.dim): len(labels) for key, labels in trace.dims.items()}
     return UnitGraph(tuple(_named_apart(groups)), tuple(pinned), sizes)
 

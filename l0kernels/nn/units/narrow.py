@@ -6,12 +6,14 @@ what exists; every other one gets the dense tensor, with zeros for what is close
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
+from torch.utils.checkpoint import CheckpointFunction
 
 from . import table
 from .draws import Draw, Space, Spaces
@@ -23,16 +25,26 @@ class Narrow(Tensor):
     Its gradient is that of what it holds: torch's code sees that alone, and autograd runs on it.
     """
 
-    _data: Tensor
+    _held: Tensor
     _at: tuple[Space, int, Draw, Spaces] | None
 
     @staticmethod
     def of(data: Tensor, space: Space, dim: int, draw: Draw, spaces: Spaces) -> Narrow:
         """`data`, whose dimension `dim` holds what `draw` leaves of `space`."""
         found = data.as_subclass(Narrow)
-        found._data = data
+        found._held = data
         found._at = space, dim, draw, spaces
         return found
+
+    @property
+    def _data(self) -> Tensor:
+        """What exists, as a plain tensor."""
+        held = self._held
+        if self._at is not None and not held.requires_grad and torch.is_grad_enabled():
+            with torch._C.DisableTorchFunctionSubclass():
+                if _REQUIRES_GRAD.__get__(self):  # autograd has made this the result of a Function
+                    held = self._held = self.as_subclass(Tensor)
+        return held
 
     def __new__(cls, *args: Any) -> Narrow:
         raise TypeError("Narrow is made by gated models alone")
@@ -87,12 +99,38 @@ class Narrow(Tensor):
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if not torch.is_grad_enabled() and args and isinstance(args[0], Narrow):
+            at = args[0]._at
+            if at is not None and at[2].z.requires_grad:
+                refuse_function()
         rule = RULES.get(func)
         if rule is not None:
             out = rule(func, args, kwargs)
             if out is not None:
                 return out
         return _on_dense(func, args, kwargs)
+
+
+_REQUIRES_GRAD: Any = Tensor.requires_grad
+_GRAD: Any = Tensor.grad
+_APPLY = torch.autograd.Function.apply.__func__.__code__  # type: ignore[attr-defined]
+
+
+def refuse_function() -> None:
+    """RuntimeError in a torch.autograd.Function: its backward is not that of what exists of gated units."""
+    frame: Any = sys._getframe(2)
+    while frame is not None:
+        if frame.f_code is _APPLY:
+            cls = frame.f_locals["cls"]
+            if cls is CheckpointFunction:
+                raise RuntimeError(
+                    "torch.utils.checkpoint must have use_reentrant=False in a gated model, got True"
+                )
+            raise RuntimeError(
+                f"{cls.__name__}.apply must not get or make gated units, got some: the example that gate_ "
+                "ran in eval() did not show it; exclude the layers around it"
+            )
+        frame = frame.f_back
 
 
 def plain(value: Any) -> Any:
@@ -115,7 +153,7 @@ def _on_dense(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     out = func(*pytree.tree_map(swap, args), **pytree.tree_map(swap, kwargs))
     for x in changed:  # it holds all units from now on
         if isinstance(x, Narrow):
-            x._data, x._at = dense[id(x)], None
+            x._held, x._at = dense[id(x)], None
             if out is dense[id(x)]:
                 out = x
     return out
@@ -159,6 +197,8 @@ def _pointwise(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if not isinstance(x, Narrow) or x._at is None:
         return None
     rest = args[1:]
+    if func in _LIKE_ANOTHER:
+        return _like(x, func(x._data, *plain(rest), **plain(kwargs)))
     if any(isinstance(a, Tensor) and (a.ndim or isinstance(a, Narrow)) for a in (*rest, *kwargs.values())):
         if "input" in kwargs and kwargs["input"] is x:
             return None
@@ -214,8 +254,7 @@ def _permuted(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return None
     ndim = x._data.ndim
     # What the function does to a tensor whose sizes are its dimensions' numbers.
-    order = torch.empty(range(1, ndim + 1), device="meta").as_strided(range(1, ndim + 1), range(1, ndim + 1))
-    moved = func(order, *args[1:], **kwargs)
+    moved = func(torch.empty([*range(1, ndim + 1)], device="meta"), *args[1:], **kwargs)
     return _like(x, func(x._data, *args[1:], **kwargs), moved.shape.index(x._at[1] + 1))
 
 
@@ -324,7 +363,7 @@ def _divided(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             first, last = torch.searchsorted(index, torch.tensor([start, stop])).tolist()
         data = x._data.narrow(dim, first, last - first)
         mine = draw.present(piece).n
-        if mine != last - first:
+        if mine != last - first or not mine:  # not every function takes what has no channel at all
             return None
         found.append(Narrow.of(data, piece, dim, draw, spaces))
         start = stop
@@ -371,11 +410,11 @@ def _reduced(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if value is None or isinstance(value, bool):
         return None
     dims = _dims(value, ndim)
-    keepdim = kwargs.get("keepdim", len(args) > 2 and args[-1] is True)
     if at in dims or not dims:
         return None
     out = func(x._data, *args[1:], **kwargs)
-    dim = at if keepdim else at - sum(d < at for d in dims)
+    kept = (out if isinstance(out, Tensor) else out[0]).ndim == ndim
+    dim = at if kept else at - sum(d < at for d in dims)
     if isinstance(out, Tensor):
         return _like(x, out, dim)
     return type(out)([_like(x, part, dim) for part in out]) if isinstance(out, tuple) else None
@@ -392,6 +431,8 @@ def _over(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 def _spatial(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     x = args[0] if args else kwargs["input"]
     if not isinstance(x, Narrow) or x._at is None:
+        return None
+    if any(isinstance(a, Narrow) for a in pytree.tree_leaves((args, kwargs)) if a is not x):
         return None
     ndim, name = x._data.ndim, func.__name__
     spatial = next((int(digit) for digit in "123" if f"{digit}d" in name), ndim - 2)
@@ -415,12 +456,31 @@ def _looked_at(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 def _hooked(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Who waits for the gradient waits for that of all units: from here on x holds them."""
-    x = args[0]
-    if isinstance(x, Narrow):
-        x._data, x._at = x.dense(), None
-        return func(x._data, *args[1:], **kwargs)
-    return None
+    """The hook sees, and may change, the gradient of all units."""
+    x, hook = args
+    if x._at is None:
+        return func(x._data, hook)
+    index = x._at[2].present(x._at[0]).index
+
+    def narrow(grad: Tensor) -> Tensor | None:
+        found = hook(_like(x, grad).dense())
+        return found if found is None or index is None else found.index_select(x._at[1], index)
+
+    return func(x._data, narrow)
+
+
+def _gradient(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    x, grad = args[0], func(args[0]._data)
+    return grad if grad is None or x._at is None else _like(x, grad)
+
+
+def _set(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    func(args[0]._data, *args[1:])
+    return True  # nobody sees it; None would ask for the dense tensor
+
+
+def _made_new(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return func(args[0]._data, *args[1:], **kwargs) if isinstance(args[0], Narrow) else None
 
 
 def _length(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -443,17 +503,21 @@ def _rules() -> dict[Any, Rule]:
         ("pad", _padded),
         ("is_floating_point is_complex element_size get_device ndimension is_signed", _looked_at),
         ("__len__", _length),
-        ("register_hook retain_grad register_post_accumulate_grad_hook", _hooked),
+        ("register_hook", _hooked),
+        ("retain_grad", _set),
+        ("new_zeros new_ones new_empty new_full", _made_new),
     ]
     rules: dict[Any, Rule] = {}
     for names, rule in kinds:
         for function in table.functions(names):
             rules[function] = rule
+    rules[_REQUIRES_GRAD.__set__], rules[_GRAD.__get__] = _set, _gradient
     names = "device dtype requires_grad ndim is_cuda layout is_cpu is_meta is_leaf grad_fn is_sparse"
     for name in names.split():
         rules[getattr(Tensor, name).__get__] = _looked_at
     return rules
 
 
+_LIKE_ANOTHER = {*table.functions("to type_as")}
 MULTIPLIES = {*table.functions("mul multiply __mul__ __rmul__ __imul__")}
 RULES = _rules()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import threading
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, cast
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ... import _checks, _registry
-from ..._compat import graph_task
+from ..._compat import current_node, graph_task
 from ..._gates import DEFAULT_DIST, Gates, HardConcrete
 from ...conv2d import is_exact
 from ...penalty import L2Term
@@ -24,11 +24,13 @@ from .kinds import kind_of
 from .layers import Units, run
 from .narrow import plain
 
-MULTIPLE = 16
-"""Of channels of convolutions: oneDNN compiles each new number of them, for 2 to 7 ms."""
+MULTIPLE = 8
+"""Of channels of convolutions: products of matrices are faster so, and oneDNN compiles each new number."""
 
 NAME = "l0_units"
 """Of the module in a gated model that holds its gates."""
+_RECENT = 8
+"""So many forwards may come before the backward pass of the first, whose checkpoints look for their draw."""
 
 
 class GateGroups(GatedLayer, nn.Module):
@@ -62,6 +64,7 @@ class GateGroups(GatedLayer, nn.Module):
         self.multiples = [1] * len(groups)
         self._made: dict[Any, Any] = {}
         self._local = threading.local()
+        self._recent: deque[Draw] = deque(maxlen=_RECENT)
 
     @property
     def gates(self) -> list[HardConcreteGate]:
@@ -144,7 +147,9 @@ class GateGroups(GatedLayer, nn.Module):
             self.mark(model)
         stack = self._stack()
         stack.append(self._draw())
-        self._local.last = stack[-1]
+        self._recent.append(stack[-1])
+        if (node := stack[-1].z.grad_fn) is not None and _checks.readable():
+            cast(Any, node).metadata[NAME] = True
 
     def end(self, _: nn.Module, __: Any, out: Any) -> Any:
         """It ends; what it returns is dense."""
@@ -154,13 +159,31 @@ class GateGroups(GatedLayer, nn.Module):
         return plain(out)
 
     def now(self) -> Draw:
-        """The draw of the forward that runs; of a checkpoint computed again, that of the last one."""
+        """The draw of the forward that runs; of a checkpoint computed again, that of its forward."""
         stack = self._stack()
         if stack:
             return stack[-1]
-        if graph_task() != -1 and getattr(self._local, "last", None) is not None:
-            return self._local.last
+        if graph_task() != -1 and self._recent and self.training:
+            return self._behind(current_node())
         return self._draw()
+
+    def _behind(self, node: Any) -> Draw:
+        """The draw that the result of a node of autograd's graph, which a backward pass runs, comes from."""
+        recent = [*self._recent]
+        draws = {draw.z.grad_fn: draw for draw in recent if draw.z.grad_fn is not None}
+        if len(recent) == 1 or node is None:
+            return recent[-1]
+        seen, front = {node}, [node]
+        while front:
+            behind = [other for node in front for other, _ in node.next_functions if other is not None]
+            front = [node for node in dict.fromkeys(behind) if node not in seen]
+            found = next((draws[node] for node in front if node in draws), None)
+            if found is not None:
+                return found
+            if any(node.name() == "CatBackward0" and NAME in node.metadata for node in front):
+                raise RuntimeError(f"a checkpoint must be computed again before {_RECENT} more forwards")
+            seen.update(front)
+        return recent[-1]
 
     def _stack(self) -> list[Draw]:
         local = self._local
@@ -200,12 +223,13 @@ class GateGroups(GatedLayer, nn.Module):
         return iter(())
 
     def __getstate__(self) -> dict[str, Any]:
-        left_out = ("_local", "_is_marked")
+        left_out = ("_local", "_is_marked", "_recent")
         return {name: value for name, value in self.__dict__.items() if name not in left_out}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._local = threading.local()
+        self._recent = deque(maxlen=_RECENT)
 
     def extra_repr(self) -> str:
         return "" if self.block == 1 else f"block={self.block}"
@@ -387,22 +411,24 @@ def _place(model: nn.Module, gates: GateGroups, sizes: dict[tuple[str, int], int
         module.__dict__["_l0_units"] = units
         module.__class__ = _class_of(type(module))
         module.register_forward_pre_hook(leaves_no_fast_path)
-    exact = {gate for units in placed if units.kind.is_exact for gate in (units.ins, units.outs)}
-    closed_exactly = torch.zeros(total + 1, dtype=torch.bool)
-    for one in exact - {None}:
-        closed_exactly[cast(Space, one).labels] = True
-    convolved = torch.zeros(total + 1, dtype=torch.bool)
-    for units in placed:
-        for one in (units.ins, units.outs):
-            if units.kind.spatial and one is not None:
-                convolved[one.labels] = True
-    start = 0
-    for at, group in enumerate(gates.groups):
-        if convolved[start] and not closed_exactly[start]:
-            gates.multiples[at] = MULTIPLE
-        start += group.units
+    _round(gates, placed, total)
     model.add_module(NAME, gates)
     gates.hook(model)
+
+
+def _round(gates: GateGroups, placed: Sequence[Units], total: int) -> None:
+    """Sets the multiples: of what convolutions see, unless the statistics of a norm would see it, too."""
+    convolved, exact = (torch.zeros(total + 1, dtype=torch.bool) for _ in range(2))
+    for units in placed:
+        for space in (units.ins, units.outs):
+            if space is not None:
+                convolved[space.labels] |= units.kind.spatial > 0
+                exact[space.labels] |= units.kind.is_exact
+    start = 0
+    for at, group in enumerate(gates.groups):
+        if convolved[start] and not exact[start]:
+            gates.multiples[at] = MULTIPLE
+        start += group.units
 
 
 def ungate_(model: nn.Module) -> nn.Module:

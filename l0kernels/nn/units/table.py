@@ -15,15 +15,15 @@ POINTWISE = """
     abs acos alpha_dropout asinh atan bernoulli bfloat16 bool celu ceil clamp clamp_max clamp_min clip clone
     contiguous cos cosh cpu cuda deg2rad detach double dropout elu erf exp expm1 feature_alpha_dropout
     feature_dropout fix float floor frac gelu half hardshrink hardsigmoid hardswish hardtanh int isfinite
-    isinf isnan leaky_relu log1p logical_not logsigmoid long mish nan_to_num neg negative positive pow relu
-    relu6 round rrelu selu sgn sigmoid sign silu sin sinh softplus softshrink softsign sqrt square tan tanh
-    tanhshrink threshold to trunc type type_as zeros_like ones_like empty_like rand_like randn_like full_like
-    requires_grad_ masked_fill nan_to_num dropout1d dropout2d dropout3d
+    isinf isnan leaky_relu log1p logical_not logsigmoid long mish nan_to_num neg negative positive pow
+    __pow__ __rpow__ relu relu6 round rrelu selu sgn sigmoid sign silu sin sinh softplus softshrink softsign
+    square tan tanh tanhshrink threshold to trunc type type_as zeros_like ones_like empty_like rand_like
+    randn_like full_like requires_grad_ masked_fill nan_to_num dropout1d dropout2d dropout3d
 """
-"""Each element by itself, finite where it is 0."""
+"""Each element by itself; value and derivative are finite where it is 0."""
 
 ELEMENTWISE = """
-    add sub subtract rsub mul multiply lerp addcmul addcdiv where maximum minimum fmax fmin hypot atan2
+    add sub subtract rsub mul multiply lerp addcmul where maximum minimum fmax fmin
     copysign eq ne lt le gt ge equal_ greater greater_equal less less_equal not_equal logical_and logical_or
     logical_xor __and__ __or__ __xor__ bitwise_and bitwise_or bitwise_xor __add__ __radd__ __iadd__ __sub__
     __rsub__ __isub__ __mul__ __rmul__ __imul__
@@ -33,7 +33,7 @@ ELEMENTWISE = """
 SUMS = "add sub subtract rsub lerp __add__ __radd__ __iadd__ __sub__ __rsub__ __isub__"
 """Those of them that make a residual stream of two branches."""
 
-QUOTIENTS = "div divide true_divide floor_divide __truediv__ __itruediv__ __div__ remainder fmod"
+QUOTIENTS = "div divide true_divide floor_divide addcdiv __truediv__ __itruediv__ __div__ remainder fmod"
 """Not finite where the second operand is 0: that may have no units."""
 
 MOVES = """

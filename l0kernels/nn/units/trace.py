@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -161,7 +162,7 @@ class Trace(TorchFunctionMode):
 
     def unknown(self, call: Call) -> None:
         """A function of which nothing is known, or not with these operands."""
-        if not call.results() and (call.func in LOOKS or call.name == "__get__"):
+        if not call.results() and (call.func in LOOKS or getattr(call.func, "__name__", "") == "__get__"):
             return
         for x in call.tensors():
             self.pin(x, self.where(call))
@@ -171,13 +172,20 @@ class Trace(TorchFunctionMode):
                 self.set(out, None)
 
     def hidden(self, func: Any, args: Any) -> None:
-        """An operation that no function of torch has called: a custom autograd.Function, a script."""
+        """An operation that no function of torch has called: a script, an operator of its own."""
         if self._busy:
             return
         for x in pytree.tree_leaves(args):
             if isinstance(x, Tensor) and (id(x) in self._labels or self.is_owned(x)):
                 place = next((name for name, _ in reversed(self.stack) if name), "the model's forward")
                 self.pin(x, f"{func} in {place}, out of sight")
+
+    def profile(self, frame: Any, event: str, _: Any) -> None:
+        """Sees a torch.autograd.Function, whose backward may be anything, begin: what it takes is pinned."""
+        if event == "call" and frame.f_code is _APPLY and not self._busy:
+            given = frame.f_locals
+            values = (given.get("args"), given.get("kwargs"))
+            self.hidden(given["cls"].__name__, values)
 
     @contextmanager
     def watching(self, model: nn.Module) -> Iterator[None]:
@@ -193,12 +201,18 @@ class Trace(TorchFunctionMode):
 
             handles.append(module.register_forward_pre_hook(enter, prepend=True))
             handles.append(module.register_forward_hook(leave, always_call=True))
+        profiler = sys.getprofile()
         try:
+            sys.setprofile(self.profile)
             with _Hidden(self), self:
                 yield
         finally:
+            sys.setprofile(profiler)
             for handle in handles:
                 handle.remove()
+
+
+_APPLY = torch.autograd.Function.apply.__func__.__code__  # type: ignore[attr-defined]
 
 
 class _Hidden(TorchDispatchMode):
@@ -221,10 +235,12 @@ Rule = Callable[[Trace, Call], None]
 
 def _pointwise(trace: Trace, call: Call) -> None:
     x = call.tensors()[0]
-    if trace.is_owned(x):
+    if trace.is_owned(x) or (call.name in POWERS and not _is_smooth_at_0(call)):
         trace.unknown(call)
         return
     others = [t for t in call.tensors()[1:] if t.numel() > 1]
+    if call.name in ("to", "type_as"):  # of the other that is its type
+        others = []
     if others:
         _elementwise(trace, call)
         return
@@ -234,6 +250,18 @@ def _pointwise(trace: Trace, call: Call) -> None:
             trace.set(out, labels)
         elif out is not x:
             trace.pin(x, trace.where(call))
+
+
+POWERS = ("pow", "pow_", "__pow__")
+
+
+def _is_smooth_at_0(call: Call) -> bool:
+    """Whether a power and its derivative are finite at 0."""
+    exponent = call.get(1, "exponent", call.kwargs.get("other"))
+    base = call.get(0, "self", call.kwargs.get("input"))
+    if not isinstance(base, Tensor):
+        return True
+    return isinstance(exponent, int | float) and (exponent >= 1 or exponent == 0)
 
 
 def _aligned(labels: Tensor, shape: torch.Size) -> Tensor:
@@ -290,8 +318,13 @@ def _size_at(x: Tensor, dim: int, ndim: int) -> int:
     return x.shape[own] if own >= 0 else 1
 
 
+def _fresh(trace: Trace, call: Call) -> None:
+    """A new tensor, which takes dtype and device of another one."""
+    trace._none(call)
+
+
 def _quotient(trace: Trace, call: Call) -> None:
-    divisor = call.get(1, "other")
+    divisor = call.get(2, "tensor2") if call.name.startswith("addcdiv") else call.get(1, "other")
     if isinstance(divisor, Tensor) and trace.labels(divisor) is not None:
         trace.unknown(call)
     else:
@@ -299,6 +332,14 @@ def _quotient(trace: Trace, call: Call) -> None:
 
 
 def _move(trace: Trace, call: Call) -> None:
+    moved_ones = {id(t) for t in pytree.tree_leaves(call.args[:1] or call.kwargs) if isinstance(t, Tensor)}
+    others = [t for t in call.tensors() if id(t) not in moved_ones]
+    if call.name in ("view_as", "reshape_as", "expand_as"):  # asks for the other's shape
+        others = []
+    if any(trace.labels(t) is not None for t in others):  # units say what is moved
+        trace.unknown(call)
+        return
+
     def label(x: Any) -> Any:
         if not isinstance(x, Tensor):
             return x
@@ -311,7 +352,7 @@ def _move(trace: Trace, call: Call) -> None:
 
     args, kwargs = pytree.tree_map(label, (call.args, call.kwargs))
     try:
-        moved = call.out if not call.results() else call.func(*args, **kwargs)
+        moved = _moved(call.func, args, kwargs)
     except Exception:  # what cannot be done to labels is not known
         trace.unknown(call)
         return
@@ -323,8 +364,19 @@ def _move(trace: Trace, call: Call) -> None:
         trace.set(out, labels)
 
 
+def _moved(func: Any, args: Any, kwargs: Any) -> Any:
+    try:
+        return func(*args, **kwargs)
+    except RuntimeError:  # a view that labels, which lie otherwise, have after a copy
+        args = pytree.tree_map_only(Tensor, Tensor.contiguous, args)
+        return func(*args, **kwargs)
+
+
 def _set_item(trace: Trace, call: Call) -> None:
     x, index, value = call.args
+    if any(trace.labels(t) is not None for t in pytree.tree_leaves(index) if isinstance(t, Tensor)):
+        trace.unknown(call)
+        return
     labels, new = trace.labels(x), trace.labels(value) if isinstance(value, Tensor) else None
     if labels is None and new is None:
         return
@@ -355,8 +407,8 @@ def _reduction(trace: Trace, call: Call) -> None:
         trace.unknown(call)
         return
     at = 2 if call.name == "norm" else 1
-    dims, keepdim = call.get(at, "dim"), call.kwargs.get("keepdim", call.args[-1] is True)
-    if dims is None or isinstance(dims, Tensor):
+    dims, keepdim = call.get(at, "dim"), call.results()[0].ndim == x.ndim
+    if dims is None or isinstance(dims, bool | Tensor):
         dims = range(x.ndim)
     dims = sorted({int(d) % x.ndim for d in ([dims] if isinstance(dims, int) else dims)}, reverse=True)
     if set(dims) & set(varying(labels)) or not dims:
@@ -390,7 +442,8 @@ def _spatial(trace: Trace, call: Call) -> None:
             spatial = int(digit)
     dim = x.ndim - spatial - 1
     units = _channels(trace, call, x, dim)
-    if units is None or dim < 0 or out.ndim != x.ndim or out.shape[dim] != len(units):
+    others = any(trace.labels(t) is not None or trace.is_owned(t) for t in call.tensors() if t is not x)
+    if others or units is None or dim < 0 or out.ndim != x.ndim or out.shape[dim] != len(units):
         trace.unknown(call)
         return
     for out in call.results():
@@ -401,12 +454,24 @@ def _pad(trace: Trace, call: Call) -> None:
     x, sides = call.get(0, "input"), call.get(1, "pad")
     labels = trace.labels(x)
     touched = {x.ndim - 1 - i // 2 for i, size in enumerate(sides) if size}
-    if labels is None or touched & set(varying(labels)):
+    if labels is None:
         trace.unknown(call)
         return
     out = call.results()[0]
     for dim in touched:
-        labels = labels.narrow(dim, 0, 1)
+        if dim not in varying(labels):
+            labels = labels.narrow(dim, 0, 1)
+            continue
+        units, at = _channels(trace, call, x, dim), 2 * (x.ndim - 1 - dim)
+        before, behind = sides[at : at + 2]
+        zeros = call.get(2, "mode", "constant") == "constant" and not call.get(3, "value")
+        if units is None or not zeros or before < 0 or behind < 0 or call.name != "pad":
+            trace.unknown(call)
+            return
+        units = torch.cat(
+            [trace.sets.fresh(before), units, trace.sets.fresh(behind)]
+        )  # zeros may be any unit's
+        labels = across(units, dim, [*labels.shape[:dim], len(units), *labels.shape[dim + 1 :]])
     trace.set(out, labels.expand(out.shape))
 
 
@@ -451,8 +516,9 @@ def _product(trace: Trace, call: Call) -> None:
         units = _channels(trace, call, x, dim)
     elif labels is not None and kind.spatial == 0:  # a product over another dimension than that of the units
         why = f"{trace.where(call)}, over another dimension than that of the units"
-        for parameter in (weight, bias):
-            trace.pin(parameter, why)
+        trace.sets.pin(trace.dim(weight, kind.cols, "in"), why)
+        trace.sets.pin(trace.dim(weight, kind.rows, "out"), why)
+        trace.pin(bias, why)
         trace.set(out, labels.narrow(dim, 0, 1).expand(out.shape))
         return
     elif labels is not None:
@@ -579,6 +645,7 @@ def _rules() -> dict[Any, Rule]:
         ("pad", _pad),
         ("pixel_shuffle", _pixel_shuffle),
         ("__setitem__", _set_item),
+        ("new_zeros new_ones new_empty new_full new_empty_strided", _fresh),
     ]
     rules: dict[Any, Rule] = {}
     for names, rule in kinds:

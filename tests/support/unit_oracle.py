@@ -1,0 +1,253 @@
+"""What a gated model computes, written out densely: the reference of the tests of gated units.
+
+It shares no code with l0kernels.nn.units but for the graph: the plain model, with hooks that multiply what a
+layer reads by z and what it makes by the support, and norms of the open units by their formulas.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils import _pytree as pytree
+
+import l0kernels as l0
+
+
+def expand(v: Tensor, dim: int, ndim: int) -> Tensor:
+    shape = [1] * ndim
+    shape[dim] = -1
+    return v.view(shape)
+
+
+def set_gates(graph: l0.nn.UnitGraph, model: nn.Module, pattern: str, seed: int = 0) -> None:
+    """log_alpha that closes or opens gates for certain, or leaves them to chance."""
+    generator = torch.Generator().manual_seed(seed)
+    gates = model.l0_units.gates
+    one = int(torch.randint(len(gates), (1,), generator=generator))
+    with torch.no_grad():
+        for at, gate in enumerate(gates):
+            n = gate.log_alpha.numel()
+            half = torch.where(torch.rand(n, generator=generator) < 0.5, -40.0, 40.0)
+            values = {
+                "open": torch.full((n,), 40.0),
+                "closed": torch.full((n,), -40.0),
+                "half": half,
+                "one group closed": torch.full((n,), -40.0 if at == one else 40.0),
+                "one unit open": torch.where(torch.arange(n) == n // 2, 40.0, -40.0),
+                "fractional": torch.rand(n, generator=generator) - 0.5,
+                "mixed": torch.where(torch.rand(n, generator=generator) < 0.5, half, 0.0),
+            }
+            gate.log_alpha.copy_(values[pattern])
+
+
+PATTERNS = ["open", "closed", "half", "one group closed", "one unit open", "fractional", "mixed"]
+
+
+class Oracle:
+    """The plain model under given gates.
+
+    Args:
+        plain: the model before gate_.
+        graph: of gate_.
+        z: of each group, one value a unit.
+        masks: whether what layers make is zero where it is closed; the semantics do not depend on it.
+    """
+
+    def __init__(self, plain: nn.Module, graph: l0.nn.UnitGraph, z: list[Tensor], masks: bool = True) -> None:
+        self.model = copy.deepcopy(plain)
+        self.z, self.masks = z, masks
+        names: dict[int, str] = {}
+        tensors = [*self.model.named_parameters(), *self.model.named_buffers()]
+        for name, value in tensors:
+            names.setdefault(id(value), name)
+        self.sizes = {name: value.shape for name, value in tensors}
+        self.members: dict[tuple[str, int], list[tuple[int, Tensor]]] = {}
+        for at, group in enumerate(graph.groups):
+            for member in group.members:
+                self.members.setdefault((member.name, member.dim), []).append((at, member.index))
+        for name, module in self.model.named_modules():
+            self.hook(module, name, names)
+
+    def along(self, key: tuple[str, int], size: int) -> Tensor | None:
+        """z of each entry of a dimension, 1 where it is not gated."""
+        if key not in self.members:
+            return None
+        value = torch.ones(size, dtype=torch.float64)
+        for at, index in self.members[key]:
+            value = value.index_copy(0, index.flatten(), self.z[at].repeat_interleave(index.shape[1]))
+        return value
+
+    def hook(self, module: nn.Module, name: str, names: dict[int, str]) -> None:
+        def of(parameter: str, dim: int) -> Tensor | None:
+            value = module._parameters.get(parameter)
+            value = module._buffers.get(parameter) if value is None else value
+            return None if value is None else self.along((names[id(value)], dim), value.shape[dim])
+
+        spatial = next((d for d in (1, 2, 3) if f"{d}d" in type(module).__name__), 0)
+        if isinstance(module, nn.Linear | nn.modules.conv._ConvNd):
+            rows, cols = (1, 0) if getattr(module, "transposed", False) else (0, 1)
+            ins = of("weight", cols) if getattr(module, "groups", 1) == 1 else None
+            outs = of("weight", rows)
+            dim = -1 - spatial
+            if ins is not None:
+                module.register_forward_pre_hook(lambda _, a: (a[0] * expand(ins, dim, a[0].ndim), *a[1:]))
+        elif isinstance(module, nn.Embedding):
+            outs, dim = of("weight", 1), -1
+        else:
+            found = [of(what, 0) for what in ("weight", "bias", "running_mean")]
+            outs = next((one for one in found if one is not None), None)
+            dim = 1
+            if isinstance(
+                module, nn.LayerNorm | nn.RMSNorm | nn.GroupNorm | nn.modules.instancenorm._InstanceNorm
+            ):
+                dim = -1 if isinstance(module, nn.LayerNorm | nn.RMSNorm) else 1
+                key = (f"{name}.", 0)
+                if outs is None and key in self.members:
+                    size = sum(index.numel() for _, index in self.members[key])
+                    size = module.normalized_shape[0] if dim == -1 else getattr(module, "num_channels", size)
+                    outs = self.along(key, size)
+                if outs is not None and not isinstance(module, nn.modules.instancenorm._InstanceNorm):
+                    support = (outs.detach() != 0).double()
+                    module.forward = lambda x: normal(module, x, support)
+            elif not isinstance(module, _BatchNorm | nn.PReLU):
+                return
+        if outs is None:
+            return
+        is_open = outs.detach() != 0
+        if isinstance(module, _BatchNorm):
+            module.forward = lambda x: batch_normal(module, x, is_open)
+        if self.masks and not isinstance(module, nn.PReLU):
+            module.register_forward_hook(lambda _, __, y: y * expand(is_open.double(), dim, y.ndim))
+
+
+def batch_normal(norm: Any, x: Tensor, is_open: Tensor) -> Tensor:
+    """Batch norm; closed channels keep their statistics."""
+    dims = [dim for dim in range(x.ndim) if dim != 1]
+    mean, variance = x.mean(dims), x.var(dims, correction=0)
+    if norm.training and norm.running_mean is not None:
+        n = x.numel() // x.shape[1]
+        norm.num_batches_tracked += 1
+        rate = norm.momentum if norm.momentum is not None else 1 / float(norm.num_batches_tracked)
+        for value, new in ((norm.running_mean, mean), (norm.running_var, variance * n / (n - 1))):
+            value.copy_(torch.where(is_open, (1 - rate) * value + rate * new.detach(), value))
+    elif norm.running_mean is not None:
+        mean, variance = norm.running_mean.clone(), norm.running_var.clone()
+    y = (x - expand(mean, 1, x.ndim)) / expand(torch.sqrt(variance + norm.eps), 1, x.ndim)
+    return y if norm.weight is None else y * expand(norm.weight, 1, x.ndim) + expand(norm.bias, 1, x.ndim)
+
+
+def normal(norm: Any, x: Tensor, support: Tensor) -> Tensor:
+    """LayerNorm, RMSNorm and GroupNorm of the open units."""
+    last = not isinstance(norm, nn.GroupNorm)
+    value, mask = x, expand(support, -1 if last else 1, x.ndim).expand_as(x)
+    if not last:
+        value, mask = (t.reshape(len(x), norm.num_groups, -1) for t in (value, mask))
+    n = mask.sum(-1, keepdim=True).clamp(min=1)
+    mean = 0 if isinstance(norm, nn.RMSNorm) else (value * mask).sum(-1, keepdim=True) / n
+    variance = ((value - mean).square() * mask).sum(-1, keepdim=True) / n
+    eps = torch.finfo(x.dtype).eps if norm.eps is None else norm.eps
+    y = ((value - mean) / torch.sqrt(variance + eps)).reshape(x.shape)
+    bias, dim = getattr(norm, "bias", None), -1 if last else 1
+    y = y if norm.weight is None else y * expand(norm.weight, dim, x.ndim)
+    return y if bias is None else y + expand(bias, dim, x.ndim)
+
+
+def tensors_of(out: Any) -> list[Tensor]:
+    return [t for t in pytree.tree_leaves(out) if isinstance(t, Tensor)]
+
+
+def loss_of(out: Any) -> Tensor:
+    """A number that all entries of all results have a different weight in."""
+    total = torch.zeros((), dtype=torch.float64)
+    for t in tensors_of(out):
+        weights = torch.linspace(-1, 1, t.numel(), dtype=t.dtype).reshape(t.shape)
+        total = total + (t * weights).sum() + (t.square() * weights.flip(0)).sum()
+    return total
+
+
+def float_inputs(args: Any) -> list[Tensor]:
+    return [t for t in tensors_of(args) if t.is_floating_point()]
+
+
+def check(
+    plain: nn.Module,
+    model: nn.Module,
+    graph: l0.nn.UnitGraph,
+    args: tuple[Any, ...],
+    what: str,
+    tolerance: float = 1e-7,
+) -> None:
+    """Results, gradients and statistics of a gated model equal the oracle's.
+
+    Args:
+        plain: the model before gate_, with the state of `model`.
+        model: gated.
+        graph: of gate_.
+        args: its inputs.
+        what: said where it differs.
+    """
+
+    def near(mine: Tensor | None, other: Tensor | None, of: str) -> None:
+        mine = torch.zeros_like(other) if mine is None and other is not None else mine
+        other = torch.zeros_like(mine) if other is None and mine is not None else other
+        if mine is None or other is None:
+            return
+
+        def message(text: str) -> str:
+            return f"{what}: {of}: {text}"
+
+        torch.testing.assert_close(mine, other, rtol=tolerance, atol=tolerance, msg=message)
+
+    inputs = [t.detach().clone().requires_grad_() for t in float_inputs(args)]
+    given = iter(inputs)
+    args = pytree.tree_map(lambda t: next(given) if t.is_floating_point() else t, args)
+    plain.train(model.training)
+    plain.load_state_dict({k: v for k, v in model.state_dict().items() if not k.startswith("l0_units")})
+    out = model(*args)
+    for t in tensors_of(out):
+        assert type(t) is Tensor, f"{what}: {type(t)} comes out"
+    groups = model.l0_units
+    drawn = groups._recent[-1].z
+    sizes = [group.units for group in groups.groups]
+    z = [part.detach().double().requires_grad_() for part in drawn[:-1].split(sizes)]
+    loss = loss_of(out)
+    parameters = dict(model.named_parameters())
+    model.zero_grad()
+    loss.backward(retain_graph=True)
+    grads = [t.grad for t in (*parameters.values(), *inputs)]
+    state = {name: b.clone() for name, b in model.named_buffers()}
+
+    oracle = Oracle(plain, graph, z)
+    args = pytree.tree_map(lambda t: t.detach().clone() if isinstance(t, Tensor) else t, args)
+    others = [t.requires_grad_() for t in float_inputs(args)]
+    expected = oracle.model(*args)
+    for i, (mine, other) in enumerate(zip(tensors_of(out), tensors_of(expected), strict=True)):
+        near(mine, other, f"result {i}")
+    theirs = dict(oracle.model.named_parameters())
+    loss_of(expected).backward()
+    found = [t.grad for t in (*theirs.values(), *z, *others)]
+    by_name = dict(zip(theirs, found, strict=False))
+    for name, grad in zip(parameters, grads, strict=False):
+        if name in by_name:
+            near(grad, by_name[name], f"gradient of {name}")
+    for i, (mine, other) in enumerate(
+        zip(grads[len(parameters) :], found[len(theirs) + len(z) :], strict=True)
+    ):
+        near(mine, other, f"gradient of input {i}")
+    for name, b in oracle.model.named_buffers():
+        near(state[name], b, f"buffer {name}")
+    if drawn.requires_grad:
+        expected_dz = [
+            torch.zeros_like(v) if g is None else g for v, g in zip(z, found[len(theirs) :], strict=False)
+        ]
+        alphas = [gate.log_alpha for gate in groups.gates]
+        wanted = torch.autograd.grad(
+            drawn, alphas, torch.cat([*expected_dz, drawn.new_zeros(1)]).to(drawn.dtype), retain_graph=True
+        )
+        mine = [grads[list(parameters).index(name)] for name in parameters if name.startswith("l0_units")]
+        for group, a, b in zip(graph.groups, mine, wanted, strict=True):
+            near(a, b, f"gradient of log_alpha of {group.name}")
