@@ -1,6 +1,8 @@
 // Python's door to the CPU kernels: addresses, sizes and strides in, nothing of torch. Python allocates and
 // validates shapes; what only the data tells (counts, indices, NaN) is checked here. Element type: is_double
 // chooses between fp32 and fp64.
+#include <array>
+
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -390,12 +392,12 @@ void block_linear_backward(bool is_double, int64_t M, int64_t in, int64_t out, i
 // One side of pack and unpack: its gates (absent: all open), the size, the packed extent, whether z
 // multiplies.
 l0::PackAxis pack_axis(const std::optional<Gate>& gate, int64_t size, int64_t extent, bool scale,
-                       bool z_is_double, int64_t run = 1) {
+                       bool z_is_double, int64_t run = 1, bool apart = false) {
   if (!gate) {
     if (extent < size)
       throw std::invalid_argument("extent must hold " + std::to_string(size) + " units, got " +
                                   std::to_string(extent));
-    return {nullptr, nullptr, size, size, extent, false, run};
+    return {nullptr, nullptr, size, size, extent, false, run, apart};
   }
   const auto& [z, index, count, gate_size, full_grad] = *gate;
   const int64_t open = z_is_double ? checked_open(as<const double>(z), index, count, gate_size)
@@ -409,7 +411,8 @@ l0::PackAxis pack_axis(const std::optional<Gate>& gate, int64_t size, int64_t ex
           open,
           extent,
           full_grad,
-          run};
+          run,
+          apart};
 }
 
 // Columns that are runs of entries lie one behind the other.
@@ -422,14 +425,14 @@ void check_run(int64_t run, int64_t stride_col) {
 void pack(const Matrix& full, int full_type, int64_t rows, int64_t cols, Address packed, int packed_type,
           int64_t packed_rows, int64_t packed_cols, const std::optional<Gate>& row_gate,
           const std::optional<Gate>& col_gate, bool scale_rows, bool scale_cols, bool z_is_double,
-          int64_t run, int num_threads) {
+          int64_t run, bool apart, int num_threads) {
   py::gil_scoped_release nogil;
   const auto& [data, stride_row, stride_col] = full;
   check_run(run, stride_col);
   l0::pack({as<const void>(data), static_cast<l0::DType>(full_type), stride_row, stride_col, as<void>(packed),
             static_cast<l0::DType>(packed_type), packed_cols * run,
             pack_axis(row_gate, rows, packed_rows, scale_rows, z_is_double),
-            pack_axis(col_gate, cols, packed_cols, scale_cols, z_is_double, run), z_is_double},
+            pack_axis(col_gate, cols, packed_cols, scale_cols, z_is_double, run, apart), z_is_double},
            num_threads);
 }
 
@@ -437,7 +440,7 @@ void unpack(const Matrix& packed, int packed_type, int64_t packed_rows, int64_t 
             int full_type, int64_t rows, int64_t cols, const std::optional<Gate>& row_gate,
             const std::optional<Gate>& col_gate, bool scale_rows, bool scale_cols, bool z_is_double,
             const Matrix& theta, int theta_type, Address dz_row, Address dz_col, int64_t run,
-            int num_threads) {
+            bool apart, int num_threads) {
   py::gil_scoped_release nogil;
   const auto& [data, stride_row, stride_col] = packed;
   if (stride_col != 1)
@@ -451,10 +454,65 @@ void unpack(const Matrix& packed, int packed_type, int64_t packed_rows, int64_t 
   l0::unpack(
       {as<const void>(data), static_cast<l0::DType>(packed_type), stride_row, as<void>(full),
        static_cast<l0::DType>(full_type), pack_axis(row_gate, rows, packed_rows, scale_rows, z_is_double),
-       pack_axis(col_gate, cols, packed_cols, scale_cols, z_is_double, run), z_is_double,
+       pack_axis(col_gate, cols, packed_cols, scale_cols, z_is_double, run, apart), z_is_double,
        as<const void>(theta_data), static_cast<l0::DType>(theta_type), theta_row, theta_col, as<void>(dz_row),
        as<void>(dz_col)},
       num_threads);
+}
+
+using Shape = std::array<int64_t, 14>;
+
+l0::ConvShape conv_shape(const Shape& s) {
+  const l0::ConvShape shape = {s[0], s[1], s[2], s[3], s[4], s[5], s[6], s[7], s[8], s[9], s[10], s[11], s[12], s[13]};
+  const auto size = [](int64_t n, int64_t kernel, int64_t stride, int64_t pad, int64_t dilation) {
+    return (n + 2 * pad - dilation * (kernel - 1) - 1) / stride + 1;
+  };
+  for (int64_t i = 0; i < 14; ++i) {
+    const bool may_be_zero = i < 4 || i == 8 || i == 9 || i > 11;
+    if (s[i] < (may_be_zero ? 0 : 1) || s[i] > (int64_t(1) << 40))
+      throw std::invalid_argument("shape: number " + std::to_string(i) + " is " + std::to_string(s[i]));
+  }
+  if (shape.out_h != size(shape.H, shape.kernel_h, shape.stride_h, shape.pad_h, shape.dilation_h) ||
+      shape.out_w != size(shape.W, shape.kernel_w, shape.stride_w, shape.pad_w, shape.dilation_w))
+    throw std::invalid_argument("shape: the output is not that of the convolution");
+  return shape;
+}
+
+void im2col(bool is_double, const Shape& shape, Address x, Address col, int num_threads) {
+  py::gil_scoped_release nogil;
+  const l0::ConvShape s = conv_shape(shape);
+  if (is_double)
+    l0::kernels<double>().im2col(s, as<const double>(x), as<double>(col), num_threads);
+  else
+    l0::kernels<float>().im2col(s, as<const float>(x), as<float>(col), num_threads);
+}
+
+void col2im(bool is_double, const Shape& shape, Address col, Address x, int num_threads) {
+  py::gil_scoped_release nogil;
+  const l0::ConvShape s = conv_shape(shape);
+  if (is_double)
+    l0::kernels<double>().col2im(s, as<const double>(col), as<double>(x), num_threads);
+  else
+    l0::kernels<float>().col2im(s, as<const float>(col), as<float>(x), num_threads);
+}
+
+template <typename T>
+void depthwise_as(const l0::ConvShape& s, Address x, Address w, Address y, Address dy, Address dx,
+                  Address dw_parts, int num_threads) {
+  const l0::DepthwiseParams<T> p = {s,           as<const T>(x), as<const T>(w), as<T>(y),
+                                    as<const T>(dy), as<T>(dx),      as<T>(dw_parts)};
+  (dy ? l0::kernels<T>().depthwise_grad : l0::kernels<T>().depthwise)(p, num_threads);
+}
+
+// Forward where there is no dy.
+void depthwise(bool is_double, const Shape& shape, Address x, Address w, Address y, Address dy, Address dx,
+               Address dw_parts, int num_threads) {
+  py::gil_scoped_release nogil;
+  const l0::ConvShape s = conv_shape(shape);
+  if (s.taps() > l0::kMostTaps)
+    throw std::invalid_argument("shape: at most " + std::to_string(l0::kMostTaps) + " taps, got " +
+                                std::to_string(s.taps()));
+  (is_double ? depthwise_as<double> : depthwise_as<float>)(s, x, w, y, dy, dx, dw_parts, num_threads);
 }
 
 // Asks for 2 MB pages under an allocation that nobody has written yet; the allocation stays whose it is.
@@ -509,5 +567,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("block_linear_backward", &block_linear_backward);
   m.def("pack", &pack);
   m.def("unpack", &unpack);
+  m.def("im2col", &im2col);
+  m.def("col2im", &col2im);
+  m.def("depthwise", &depthwise);
   m.def("advise_huge_pages", &advise_huge_pages);
 }

@@ -3,6 +3,7 @@
 #pragma once
 #include <cstdint>
 
+#include "conv.h"
 #include "gemm.h"
 
 namespace l0 {
@@ -97,6 +98,10 @@ struct Kernels {
   void (*squares)(const SquaresParams<T>&, T* row_sums, T* col_sums, int num_threads);
   // grad[o, j] = p_row[o] p_col[j] w[o, j]
   void (*squares_grad)(const SquaresParams<T>&, T* grad, int num_threads);
+  void (*im2col)(const ConvShape&, const T* x, T* col, int num_threads);  // conv.h
+  void (*col2im)(const ConvShape&, const T* col, T* x, int num_threads);
+  void (*depthwise)(const DepthwiseParams<T>&, int num_threads);
+  void (*depthwise_grad)(const DepthwiseParams<T>&, int num_threads);
 };
 
 template <typename T>

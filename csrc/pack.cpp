@@ -33,12 +33,16 @@ inline bool wants_grad(C z, bool full_grad) {
   return full_grad ? z != C(0) : !(z <= C(0) || z >= C(1));
 }
 
-// f(run) with a number that the compiler knows for the common ones.
+// f(entries of a column, from one to the next in packed rows, from one column to the next there), numbers that
+// the compiler knows for the common ones.
 template <typename F>
-void with_run(int64_t run, F f) {
-  if (run == 1) return f(std::integral_constant<int64_t, 1>{});
-  if (run == 9) return f(std::integral_constant<int64_t, 9>{});
-  f(run);
+void with_run(const PackAxis& cols, F f) {
+  using One = std::integral_constant<int64_t, 1>;
+  using Nine = std::integral_constant<int64_t, 9>;
+  if (cols.run == 1) return f(One{}, One{}, One{});
+  if (cols.apart) return cols.run == 9 ? f(Nine{}, cols.extent, One{}) : f(cols.run, cols.extent, One{});
+  if (cols.run == 9) return f(Nine{}, One{}, Nine{});
+  f(cols.run, One{}, cols.run);
 }
 
 // C: the type of the gates and of the arithmetic.
@@ -46,7 +50,7 @@ template <typename C, typename S, typename D>
 void pack_as(const PackParams& p, int num_threads) {
   const C* z_row = static_cast<const C*>(p.rows.z);
   const C* z_col = static_cast<const C*>(p.cols.z);
-  with_run(p.cols.run, [&](auto run) {
+  with_run(p.cols, [&](auto run, auto next, auto step) {
 #pragma omp parallel for schedule(static) \
     num_threads(num_threads) if (num_threads > 1 && p.rows.extent * p.cols.extent * run > 16384)
     for (int64_t r = 0; r < p.rows.extent; ++r) {
@@ -60,10 +64,12 @@ void pack_as(const PackParams& p, int num_threads) {
           const int64_t col = at(p.cols, c);
           const C factor = z_col ? f * z_col[col] : f;
           for (int64_t k = 0; k < run; ++k)
-            dst[c * run + k] = store_as<D>(load_as<C>(src[(col * run + k) * p.full_stride_col]) * factor);
+            dst[c * step + k * next] =
+                store_as<D>(load_as<C>(src[(col * run + k) * p.full_stride_col]) * factor);
         }
       }
-      for (c *= run; c < p.cols.extent * run; ++c) dst[c] = store_as<D>(C(0));
+      for (; c < p.cols.extent; ++c)
+        for (int64_t k = 0; k < run; ++k) dst[c * step + k * next] = store_as<D>(C(0));
     }
   });
 }
@@ -73,7 +79,7 @@ void unpack_as(const UnpackParams& p, int num_threads) {
   if (p.full == nullptr) return;
   const C* z_row = static_cast<const C*>(p.rows.z);
   const C* z_col = static_cast<const C*>(p.cols.z);
-  with_run(p.cols.run, [&](auto run) {
+  with_run(p.cols, [&](auto run, auto next, auto step) {
     const int64_t width = p.cols.size * run;
 #pragma omp parallel for schedule(static) \
     num_threads(num_threads) if (num_threads > 1 && p.rows.size * width > 16384)
@@ -88,7 +94,7 @@ void unpack_as(const UnpackParams& p, int num_threads) {
         const int64_t col = at(p.cols, c);
         const C factor = z_col ? f * z_col[col] : f;
         for (int64_t k = 0; k < run; ++k)
-          dst[col * run + k] = store_as<D>(load_as<C>(src[c * run + k]) * factor);
+          dst[col * run + k] = store_as<D>(load_as<C>(src[c * step + k * next]) * factor);
       }
     }
   });
@@ -102,7 +108,7 @@ void gate_grad_as(const UnpackParams& p, int num_threads) {
   C* dz_col = static_cast<C*>(p.dz_col);
   const S* packed = static_cast<const S*>(p.packed);
   const Theta* theta = static_cast<const Theta*>(p.theta);
-  const int64_t run = p.cols.run;
+  const int64_t run = p.cols.run, next = p.cols.apart ? p.cols.extent : 1, step = p.cols.apart ? 1 : run;
   if (dz_row) {
 #pragma omp parallel for schedule(dynamic, 16) \
     num_threads(num_threads) if (num_threads > 1 && p.rows.open * p.cols.open * run > 16384)
@@ -112,10 +118,10 @@ void gate_grad_as(const UnpackParams& p, int num_threads) {
       if (r < p.rows.open && wants_grad(z_row[row], p.rows.full_grad)) {
         for (int64_t c = 0; c < p.cols.open; ++c) {
           const int64_t col = at(p.cols, c);
-          const S* grad = packed + r * p.packed_stride + c * run;
+          const S* grad = packed + r * p.packed_stride + c * step;
           const Theta* entry = theta + row * p.theta_stride_row + col * run * p.theta_stride_col;
           for (int64_t k = 0; k < run; ++k)
-            total += double(load_as<C>(grad[k]) * (z_col ? z_col[col] : C(1)) *
+            total += double(load_as<C>(grad[k * next]) * (z_col ? z_col[col] : C(1)) *
                             load_as<C>(entry[k * p.theta_stride_col]));
         }
       }
@@ -141,11 +147,11 @@ void gate_grad_as(const UnpackParams& p, int num_threads) {
         const int64_t row = at(p.rows, r);
         const C f = z_row ? z_row[row] : C(1);
         for (int64_t i = 0; i < count; ++i) {
-          const S* grad = packed + r * p.packed_stride + wanted[i] * run;
+          const S* grad = packed + r * p.packed_stride + wanted[i] * step;
           const Theta* entry =
               theta + row * p.theta_stride_row + at(p.cols, wanted[i]) * run * p.theta_stride_col;
           for (int64_t k = 0; k < run; ++k)
-            total[i] += double(load_as<C>(grad[k]) * f * load_as<C>(entry[k * p.theta_stride_col]));
+            total[i] += double(load_as<C>(grad[k * next]) * f * load_as<C>(entry[k * p.theta_stride_col]));
         }
       }
       for (int64_t i = 0; i < count; ++i) dz_col[at(p.cols, wanted[i])] = C(total[i]);

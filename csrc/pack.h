@@ -18,6 +18,7 @@ struct PackAxis {
   int64_t extent;  // packed extent, >= open; the tail is written as zeros
   bool full_grad;
   int64_t run = 1;  // of columns: entries in a row that stand for one, as the taps of a convolution
+  bool apart = false;  // of packed columns: the first entries of all runs, the second ones, ...
 };
 
 // packed[r, c] = full[rows.index[r], cols.index[c]] * z_row * z_col for open r, c; zero up to the extents.

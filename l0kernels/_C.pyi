@@ -199,6 +199,7 @@ def pack(
     scale_cols: bool,
     z_is_double: bool,
     run: int,
+    apart: bool,
     num_threads: int,
     /,
 ) -> None: ...
@@ -221,6 +222,21 @@ def unpack(
     dz_row: Address,
     dz_col: Address,
     run: int,
+    apart: bool,
+    num_threads: int,
+    /,
+) -> None: ...
+def im2col(is_double: bool, shape: Sequence[int], x: Address, col: Address, num_threads: int, /) -> None: ...
+def col2im(is_double: bool, shape: Sequence[int], col: Address, x: Address, num_threads: int, /) -> None: ...
+def depthwise(
+    is_double: bool,
+    shape: Sequence[int],
+    x: Address,
+    w: Address,
+    y: Address,
+    dy: Address,
+    dx: Address,
+    dw_parts: Address,
     num_threads: int,
     /,
 ) -> None: ...

@@ -19,6 +19,7 @@ from .gates import Gates, HardConcrete, eval_gates, sample_gates
 from .linear import gated_linear, l0_linear
 from .masked_linear import masked_linear
 from .mlp import gated_mlp, l0_mlp
+from .norm import gated_group_norm, gated_layer_norm, gated_rms_norm
 from .penalty import l0_penalty, l2_penalty
 
 __version__ = "0.1.0"
@@ -31,8 +32,11 @@ __all__ = [
     "eval_gates",
     "gated_batch_norm",
     "gated_conv2d",
+    "gated_group_norm",
+    "gated_layer_norm",
     "gated_linear",
     "gated_mlp",
+    "gated_rms_norm",
     "l0_linear",
     "l0_mlp",
     "l0_penalty",

@@ -9,7 +9,15 @@ from typing import Any
 from torch import Tensor
 
 from . import _checks
-from ._gates import EVAL_MODES, Gates, HardConcrete, check_dist, check_gates, check_not_nan
+from ._gates import (
+    EVAL_MODES,
+    Gates,
+    HardConcrete,
+    check_dist,
+    check_gates,
+    check_layer_gates,
+    check_not_nan,
+)
 
 GLU = {"swiglu": "silu", "geglu": "gelu"}
 """Gated products: the activation of the first half of a hidden layer's rows, which multiplies the second."""
@@ -78,6 +86,43 @@ def check_conv2d(
     _checks.check_device("x", x, weight.device, "weight")
     _checks.check_same_dtype("x", x, "weight", weight)
     _checks.check_bias(weight, bias)
+
+
+def check_convolution(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    groups: int,
+    transposed: bool = False,
+    in_gates: Gates | None = None,
+    out_gates: Gates | None = None,
+    out_support: Gates | None = None,
+) -> None:
+    """Checks of ``x ([N,] in, ...)``, ``weight (out, in / groups, ...)``, transposed ``(in, out / groups,
+    ...)``, ``bias (out,)`` or None, and the gates of both sides."""
+    _checks.check_floating("x", x)
+    _checks.check_floating("weight", weight)
+    if weight.ndim < 3:
+        raise ValueError(f"weight must have shape (out, in / groups, ...), got {tuple(weight.shape)}")
+    _checks.check_count("groups", groups, 1, 2**31)
+    if weight.shape[0] % groups:
+        raise ValueError(f"groups must divide the {weight.shape[0]} rows of weight, got {groups}")
+    sizes = weight.shape[0], weight.shape[1] * groups
+    n_in, n_out = sizes if transposed else sizes[::-1]
+    batch = x.ndim == weight.ndim
+    if not (batch or x.ndim == weight.ndim - 1) or x.shape[1 if batch else 0] != n_in:
+        spatial = ", ".join({1: "L", 2: "HW", 3: "DHW"}.get(weight.ndim - 2, "..."))
+        raise ValueError(
+            f"x must have shape (N, {n_in}, {spatial}) or ({n_in}, {spatial}), got {tuple(x.shape)}"
+        )
+    _checks.check_device("x", x, weight.device, "weight")
+    _checks.check_same_dtype("x", x, "weight", weight)
+    if bias is not None:
+        _checks.check_floating("bias", bias)
+        _checks.check_shape("bias", bias, (n_out,), "one per output channel of weight")
+        _checks.check_device("bias", bias, weight.device, "weight")
+        _checks.check_same_dtype("bias", bias, "weight", weight)
+    check_layer_gates(n_in, n_out, weight.device, in_gates, out_gates, out_support)
 
 
 def pair(name: str, value: Any, low: int) -> list[int]:
@@ -158,6 +203,56 @@ def check_batch_norm(
         raise ValueError(
             f"x must hold more than one value per channel where training is True, got {tuple(x.shape)}"
         )
+
+
+def check_layer_norm(
+    x: Tensor,
+    normalized_shape: Any,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float | None,
+    gates: Gates | None,
+) -> tuple[int, ...]:
+    """Checks of ``x (..., *normalized_shape)`` and what goes with it; normalized_shape as a tuple."""
+    _checks.check_floating("x", x)
+    is_several = isinstance(normalized_shape, Sequence) and not isinstance(normalized_shape, str)
+    shape = tuple(normalized_shape) if is_several else (normalized_shape,)
+    for size in shape:
+        _checks.check_count("normalized_shape", size, 1, 2**31)
+    if not shape or tuple(x.shape[-len(shape) :]) != shape:
+        raise ValueError(f"x must have shape (..., {', '.join(map(str, shape))}), got {tuple(x.shape)}")
+    for name, value in (("weight", weight), ("bias", bias)):
+        if value is not None:
+            _checks.check_floating(name, value)
+            _checks.check_shape(name, value, shape, "normalized_shape")
+            _checks.check_device(name, value, x.device, "x")
+    if eps is not None:
+        _checks.check_number("eps", eps)
+    if gates is not None:
+        if len(shape) != 1:
+            raise ValueError(
+                f"normalized_shape must be of the last dimension alone where gates are given, got {shape}"
+            )
+        check_gates("gates", gates, shape[0], x.device, "feature of x")
+    return shape
+
+
+def check_group_norm(
+    x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> None:
+    """Checks of ``x (N, channels, ...)`` and of vectors (channels,)."""
+    _checks.check_floating("x", x)
+    if x.ndim < 2:
+        raise ValueError(f"x must have shape (N, channels, ...), got {tuple(x.shape)}")
+    _checks.check_count("num_groups", num_groups, 1, 2**31)
+    if x.shape[1] % num_groups:
+        raise ValueError(f"num_groups must divide the {x.shape[1]} channels of x, got {num_groups}")
+    for name, value in (("weight", weight), ("bias", bias)):
+        if value is not None:
+            _checks.check_floating(name, value)
+            _checks.check_shape(name, value, (x.shape[1],), "one per channel of x")
+            _checks.check_device(name, value, x.device, "x")
+    _checks.check_number("eps", eps)
 
 
 def check_masked(

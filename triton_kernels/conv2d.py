@@ -71,23 +71,26 @@ def conv2d_forward(call: Conv2dCall) -> tuple[Tensor, list[Tensor]]:
     where the gate is plain. y is zero where closed and channels_last; a channels_last x is read as it lies.
     """
     x, weight, bias, in_gate, out_gate, scale_in, scale_out, in_packed, out_packed, *_, dtype = call
-    at = window(call)
-    if call.groups != 1:
-        return as_images(conv2d_groups.forward(call, at), at.images, at.OH, at.OW), []
-    rows, pointwise, out_packed = as_rows(x), _pointwise(call), out_packed and out_gate is not None
+    (n, _, h, w), rows = x.shape, as_rows(x)
+    pointwise, out_packed = _pointwise(call), out_packed and out_gate is not None
     if pointwise and not in_packed and not out_packed:
         y, saved = linear_forward(_over_pixels(call, rows))
-        return as_images(y, at.images, at.OH, at.OW), saved
+        return as_images(y, n, h, w), saved
+    at = window(call)
+    if call.groups != 1:
+        return as_images(conv2d_groups.forward(call, rows, at), n, at.OH, at.OW), []
     inputs = _rows_operand(rows, in_gate, in_packed, dtype)
     if pointwise:
         y, _ = affine(_over_pixels(call, rows), inputs, out_packed)
     else:
-        w = pack_weight(weight, out_gate, in_gate, dtype, mode_k=_mode(in_gate, scale_in))
+        packed = pack_weight(weight, out_gate, in_gate, dtype, mode_k=_mode(in_gate, scale_in))
         (n_out, n_in), mode_n = weight.shape[:2], _mode(out_gate, scale_out)
         c = result(at.rows, n_out, None if out_packed else out_gate, dtype, x.device)
-        convolve(inputs, w, c, at, (n_out, n_in), n_gate=out_gate, k_gate=in_gate, bias=bias, mode_n=mode_n)
+        convolve(
+            inputs, packed, c, at, (n_out, n_in), n_gate=out_gate, k_gate=in_gate, bias=bias, mode_n=mode_n
+        )
         y = placed(c, out_gate)
-    return as_images(y, at.images, at.OH, at.OW), [] if inputs.packed is None else [inputs.packed]
+    return as_images(y, n, at.OH, at.OW), [] if inputs.packed is None else [inputs.packed]
 
 
 def conv2d_backward(call: Conv2dCall, dy: Tensor, saved: list[Tensor], wanted: Wanted) -> list[Tensor | None]:
@@ -97,7 +100,7 @@ def conv2d_backward(call: Conv2dCall, dy: Tensor, saved: list[Tensor], wanted: W
     dbias and a dense dx.
     """
     x, weight, bias, in_gate, out_gate, _, scale_out, in_packed, out_packed, *_, dtype = call
-    at, out_packed = window(call), out_packed and out_gate is not None
+    (n, _, h, w), out_packed = x.shape, out_packed and out_gate is not None
     need_x, need_w, need_b, need_in, need_out = wanted.needs
     need_in, need_out = need_in and in_gate is not None, need_out and out_gate is not None
     wanted = Wanted(wanted.full, [need_x, need_w, need_b, need_in, need_out], wanted.dist)
@@ -120,7 +123,7 @@ def conv2d_backward(call: Conv2dCall, dy: Tensor, saved: list[Tensor], wanted: W
                 dz_out = conv2d_groups._masked(sums, out_gate[0], wanted.full[1], wanted.dist)
             return [dx, torch.zeros_like(weight) if need_w else None, db, dz_in, dz_out]
         if call.groups != 1:
-            dx, dw, dz_in, dz_out = conv2d_groups.backward(call, rows, share, wanted, at)
+            dx, dw, dz_in, dz_out = conv2d_groups.backward(call, rows, share, wanted, window(call))
         else:
             grad, inputs = _rows_operand(rows, out_gate, out_packed, dtype), Operand(None)
             if reads_x:
@@ -131,9 +134,9 @@ def conv2d_backward(call: Conv2dCall, dy: Tensor, saved: list[Tensor], wanted: W
                 if reads_x:
                     dw, dz_in, dz_out = weight_grad_of(layer, grad, inputs, out_gate, share, wanted)
             else:
-                dx, dw, dz_in, dz_out = _conv_backward(call, grad, inputs, share, wanted, at)
+                dx, dw, dz_in, dz_out = _conv_backward(call, grad, inputs, share, wanted, window(call))
     dw = dw.view(weight.shape) if pointwise and dw is not None else dw
-    return [None if dx is None else as_images(dx, at.images, at.H, at.W), dw, db, dz_in, dz_out]
+    return [None if dx is None else as_images(dx, n, h, w), dw, db, dz_in, dz_out]
 
 
 def _conv_backward(

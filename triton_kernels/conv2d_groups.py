@@ -311,11 +311,11 @@ def _sides(call: Conv2dCall) -> tuple[tuple[int, int], tuple[bool, bool]]:
     )
 
 
-def forward(call: Conv2dCall, window: Window) -> Tensor:
-    """conv2d.conv2d_forward, y as rows of pixels."""
-    x, weight, bias, in_gate, out_gate = call[:5]
+def forward(call: Conv2dCall, x: Tensor, window: Window) -> Tensor:
+    """conv2d.conv2d_forward over rows of pixels."""
+    _, weight, bias, in_gate, out_gate = call[:5]
     sides = _sides(call)
-    return _run_direct(as_rows(x), weight, bias, out_gate, in_gate, *sides, window, call.groups, call.dtype)
+    return _run_direct(x, weight, bias, out_gate, in_gate, *sides, window, call.groups, call.dtype)
 
 
 def backward(

@@ -14,7 +14,7 @@ from l0kernels._gates import round_up
 
 from ._launch import cdiv, gpu, launch
 from .conv2d_tiles import _ANY, _VEC, Config, Window, choose
-from .matmul import Operand, _extent, _form, _stride, precision
+from .matmul import Operand, _extent, _form, _pick, _stride, precision
 
 _PACK_N, _PACK_K = 8, 64
 
@@ -253,21 +253,12 @@ def _conv(
     BLOCK_K: tl.constexpr,
     LEVELS: tl.constexpr,
 ):
-    # *_FORM: 0 natural, 1 packed, 2 decided here.
     n_extent, n_open, n_plain = _extent(n_count_ptr, N, HAS_N)
     k_extent, k_open, k_plain = _extent(k_count_ptr, K, HAS_K)
-    x_ptr, stride_x = x_full_ptr, stride_x_full
-    if X_FORM == 1:
-        x_ptr, stride_x = x_packed_ptr, stride_x_packed
-    if X_FORM == 2:
-        x_ptr = tl.where(k_plain, x_full_ptr, x_packed_ptr)
-        stride_x = tl.where(k_plain, stride_x_full, stride_x_packed)
-    y_ptr, stride_y = y_full_ptr, stride_y_full
-    if Y_FORM == 1:
-        y_ptr, stride_y = y_packed_ptr, stride_y_packed
-    if Y_FORM == 2:
-        y_ptr = tl.where(n_plain, y_full_ptr, y_packed_ptr)
-        stride_y = tl.where(n_plain, stride_y_full, stride_y_packed)
+    x_ptr = _pick(x_full_ptr, x_packed_ptr, k_plain, X_FORM)
+    stride_x = _pick(stride_x_full, stride_x_packed, k_plain, X_FORM)
+    y_ptr = _pick(y_full_ptr, y_packed_ptr, n_plain, Y_FORM)
+    stride_y = _pick(stride_y_full, stride_y_packed, n_plain, Y_FORM)
     stride_x = stride_x.to(tl.int64) * VEC
     stride_y = stride_y.to(tl.int64)
     # What x holds beyond the open channels up to here is zero; natural rows may be cut short of a chunk.
@@ -390,7 +381,7 @@ def convolve(
         mode_n: y is multiplied by z of n_gate (1), by a one where it is open (2).
         config: the tile, if not the usual.
     """
-    first = next(t for t in x if t is not None)
+    first = x.given
     (N, K), (stride_h, stride_w) = channels, window[7:9]
     capability, sms = gpu(first.device.index)
     config = config or choose(N, K, k_gate is not None, first.dtype, capability)

@@ -13,7 +13,7 @@ from l0kernels._gates import round_up
 from ._launch import cdiv, gpu, launch
 from .conv2d_product import _column, _columns, _factor
 from .conv2d_tiles import _ANY, _VEC, Config, Window, choose_dw
-from .matmul import Operand, _extent, _form, _stride, precision
+from .matmul import Operand, _extent, _form, _pick, _stride, precision
 
 _REDUCE_OUT = 8
 _MAX_SPLITS = 16
@@ -148,18 +148,10 @@ def _conv_dw(
 ):
     o_extent, o_open, o_plain = _extent(o_count_ptr, N, HAS_N)
     i_extent, i_open, i_plain = _extent(i_count_ptr, K, HAS_K)
-    dy_ptr, stride_dy = dy_full_ptr, stride_dy_full
-    if DY_FORM == 1:
-        dy_ptr, stride_dy = dy_packed_ptr, stride_dy_packed
-    if DY_FORM == 2:
-        dy_ptr = tl.where(o_plain, dy_full_ptr, dy_packed_ptr)
-        stride_dy = tl.where(o_plain, stride_dy_full, stride_dy_packed)
-    x_ptr, stride_x = x_full_ptr, stride_x_full
-    if X_FORM == 1:
-        x_ptr, stride_x = x_packed_ptr, stride_x_packed
-    if X_FORM == 2:
-        x_ptr = tl.where(i_plain, x_full_ptr, x_packed_ptr)
-        stride_x = tl.where(i_plain, stride_x_full, stride_x_packed)
+    dy_ptr = _pick(dy_full_ptr, dy_packed_ptr, o_plain, DY_FORM)
+    stride_dy = _pick(stride_dy_full, stride_dy_packed, o_plain, DY_FORM)
+    x_ptr = _pick(x_full_ptr, x_packed_ptr, i_plain, X_FORM)
+    stride_x = _pick(stride_x_full, stride_x_packed, i_plain, X_FORM)
     stride_dy = stride_dy.to(tl.int64) * VEC
     stride_x = stride_x.to(tl.int64) * VEC
     o_limit = tl.cdiv(o_extent, VEC) * VEC
@@ -310,7 +302,7 @@ def weight_product(
         modes: of the gates of the outputs and inputs, as in pack_weight.
         dz_o, dz_i: whether the sums are wanted; ``share`` (out,) fp32, if any, is one more row of the first.
     """
-    first = next(t for t in grad if t is not None)
+    first = grad.given
     N, K, kh, kw = weight.shape
     capability, sms = gpu(first.device.index)
     config = config or choose_dw(N, K, first.dtype, capability)

@@ -89,7 +89,7 @@ def linear_saved_shapes(call: LinearCall) -> list[tuple[int, int]]:
 
 def linear_forward(call: LinearCall) -> tuple[Tensor, list[Tensor]]:
     """y (M, N) = z_out * ((x * z_in) W^T + b), x (M, K), weight (N, K); what backward needs."""
-    (M, K), N = call.x.shape, call.weight.shape[0]
+    M, (N, K) = call.x.shape[0], call.weight.shape
     if gather.prefers(M, N, K, call.dtype):
         return gather.linear_forward(call), []
     a = operand(call.x, None, call.in_gate, call.dtype)
@@ -101,11 +101,11 @@ def linear_forward(call: LinearCall) -> tuple[Tensor, list[Tensor]]:
 def affine(call: LinearCall, inputs: Operand, out_packed: bool = False) -> tuple[Tensor, Operand]:
     """y of linear_forward for x in ``inputs``, packed as out_gate says where asked; and its weight."""
     x, weight, bias, in_gate, out_gate, scale_out, dtype = call
-    (M, K), N = x.shape, weight.shape[0]
+    M, (N, K) = x.shape[0], weight.shape
     out_gate = support(out_gate, scale_out)
     w = operand(weight, out_gate, in_gate, dtype, scale_cols=in_gate is not None)
     y = result(M, N, None if out_packed else out_gate, dtype, x.device)
-    after = Epilogue(bias=bias, scale_n=out_gate is not None)
+    after = Epilogue("linear", "identity", bias, False, out_gate is not None)
     matmul("nt", inputs, w, y, (M, N, K), n_gate=out_gate, k_gate=in_gate, epilogue=after)
     return placed(y, out_gate), w
 
@@ -113,7 +113,7 @@ def affine(call: LinearCall, inputs: Operand, out_packed: bool = False) -> tuple
 def linear_backward(call: LinearCall, dy: Tensor, saved: list[Tensor], wanted: Wanted) -> list[Tensor | None]:
     """dx, dweight, dbias, dz_in, dz_out, None where not wanted. ``saved``: of forward, or []."""
     x, weight, bias, in_gate, out_gate, scale_out, dtype = call
-    (M, K), N = x.shape, weight.shape[0]
+    M, (N, K) = x.shape[0], weight.shape
     if gather.prefers(M, N, K, dtype):
         return gather.linear_backward(call, dy, wanted)
     need_x, need_w, need_b, need_in, need_out = wanted.needs
@@ -190,7 +190,7 @@ def input_grad(
     packed: bool = False,
 ) -> Tensor:
     """dx (M, K) = grad W for a weight with z on its columns; ``packed``: dx stays as ``gate`` packs it."""
-    device = next(t for t in grad if t is not None).device
+    device = grad.given.device
     dx = result(size[0], size[1], None if packed else gate, out_dtype, device)
     matmul("nn", grad, weight, dx, size, n_gate=gate, k_gate=k_gate, halves=halves)
     return placed(dx, gate)
@@ -215,7 +215,7 @@ def weight_grad(
     Rows alone scatter within the product; with columns, or for a gate gradient, an unpack follows.
     """
     N, K, _ = size
-    device = next(t for t in grad if t is not None).device
+    device = grad.given.device
     dw = torch.empty(N, K, dtype=out_dtype, device=device) if out is None else out
     scale_rows, scale_cols = scale_rows and rows is not None, scale_cols and cols is not None
     if grads.theta is None and cols is None:

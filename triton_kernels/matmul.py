@@ -21,7 +21,7 @@ from torch import Tensor
 
 from l0kernels._calls import Gate
 
-from ._launch import address, cdiv, gpu, launch
+from ._launch import cdiv, gpu, launch
 from .activation import act, act_grad
 
 LAYOUTS = ("nt", "nn", "tn")
@@ -33,6 +33,13 @@ class Operand(NamedTuple):
 
     full: Tensor | None = None
     packed: Tensor | None = None
+
+    @property
+    def given(self) -> Tensor:
+        """One of the two."""
+        some = self.packed if self.full is None else self.full
+        assert some is not None
+        return some
 
 
 _ABSENT = Operand()
@@ -114,6 +121,18 @@ def _extent(count_ptr, size, HAS: tl.constexpr):
         return tl.where(plain, size, extent), tl.where(plain, size, n_open), plain
     else:
         return size, size, True
+
+
+@triton.jit
+def _pick(full, packed, plain, FORM: tl.constexpr):
+    """What belongs to the form of an operand that is read or written: 0 natural, 1 packed, 2 by ``plain``."""
+    if FORM == 0:
+        return full
+    else:
+        if FORM == 1:
+            return packed
+        else:
+            return tl.where(plain, full, packed)
 
 
 @triton.jit
@@ -343,44 +362,30 @@ def _matmul(
     SUBTILES: tl.constexpr,
     FLATTEN: tl.constexpr,
 ):
-    # *_FORM and HIDDEN: 0 natural, 1 packed, 2 decided here. HALVES 2: K is two halves, gate and up of a GLU.
+    # *_FORM and HIDDEN: see _pick. HALVES 2: K is two halves, gate and up of a GLU.
     GLU: tl.constexpr = EPILOGUE == "glu"
     m_extent, m_open, m_plain = _extent(m_count_ptr, M, HAS_M)
     n_extent, n_open, n_plain = _extent(n_count_ptr, N, HAS_N)
     k_extent, _, k_plain = _extent(k_count_ptr, K, HAS_K)
 
-    a_ptr, stride_a, half_a = a_full_ptr, stride_a_full, half_a_full
-    if A_FORM == 1:
-        a_ptr, stride_a, half_a = a_packed_ptr, stride_a_packed, half_a_packed
-    if A_FORM == 2:
-        natural_a = m_plain & k_plain
-        a_ptr = tl.where(natural_a, a_full_ptr, a_packed_ptr)
-        stride_a = tl.where(natural_a, stride_a_full, stride_a_packed)
-        half_a = tl.where(natural_a, half_a_full, half_a_packed)
-    b_ptr, stride_b, half_b = b_full_ptr, stride_b_full, half_b_full
-    if B_FORM == 1:
-        b_ptr, stride_b, half_b = b_packed_ptr, stride_b_packed, half_b_packed
-    if B_FORM == 2:
-        natural_b = n_plain & k_plain
-        b_ptr = tl.where(natural_b, b_full_ptr, b_packed_ptr)
-        stride_b = tl.where(natural_b, stride_b_full, stride_b_packed)
-        half_b = tl.where(natural_b, half_b_full, half_b_packed)
-    c_ptr, stride_c = c_full_ptr, stride_c_full
-    h_ptr, stride_h = hidden_full_ptr, stride_h_full
-    if HIDDEN == 1:
-        h_ptr, stride_h = hidden_packed_ptr, stride_h_packed
+    natural = m_plain & k_plain
+    a_ptr = _pick(a_full_ptr, a_packed_ptr, natural, A_FORM)
+    stride_a = _pick(stride_a_full, stride_a_packed, natural, A_FORM)
+    half_a = _pick(half_a_full, half_a_packed, natural, A_FORM)
+    natural = n_plain & k_plain
+    b_ptr = _pick(b_full_ptr, b_packed_ptr, natural, B_FORM)
+    stride_b = _pick(stride_b_full, stride_b_packed, natural, B_FORM)
+    half_b = _pick(half_b_full, half_b_packed, natural, B_FORM)
     c_cols = n_extent
-    if C_FORM == 1:
-        c_ptr, stride_c = c_packed_ptr, stride_c_packed
-        if HAS_N:
-            c_cols = tl.cdiv(n_extent, 128) * 128  # consumers find zeros up to here
-    if C_FORM == 2:
-        natural_c = m_plain & n_plain
-        c_ptr = tl.where(natural_c, c_full_ptr, c_packed_ptr)
-        stride_c = tl.where(natural_c, stride_c_full, stride_c_packed)
-        if HIDDEN == 2:
-            h_ptr = tl.where(natural_c, hidden_full_ptr, hidden_packed_ptr)
-            stride_h = tl.where(natural_c, stride_h_full, stride_h_packed)
+    if C_FORM == 1 and HAS_N:
+        c_cols = tl.cdiv(n_extent, 128) * 128  # consumers find zeros up to here
+    natural = m_plain & n_plain
+    c_ptr = _pick(c_full_ptr, c_packed_ptr, natural, C_FORM)
+    stride_c = _pick(stride_c_full, stride_c_packed, natural, C_FORM)
+    h_ptr, stride_h = hidden_full_ptr, stride_h_full
+    if HIDDEN:  # no function returns the None that there may be else
+        h_ptr = _pick(hidden_full_ptr, hidden_packed_ptr, natural, HIDDEN)
+        stride_h = _pick(stride_h_full, stride_h_packed, natural, HIDDEN)
     stride_a = stride_a.to(tl.int64)
     stride_b = stride_b.to(tl.int64)
     stride_c = stride_c.to(tl.int64)
@@ -577,7 +582,7 @@ def _tma_ready(*tensors: Tensor | None) -> bool:
     for t in tensors:
         if t is not None:
             stride_row, stride_col = t.stride()
-            if stride_col != 1 or stride_row * t.itemsize % 16 or address(t) % 16:
+            if stride_col != 1 or stride_row * t.itemsize % 16 or t.data_ptr() % 16:
                 return False
     return True
 
@@ -622,13 +627,14 @@ def matmul(
     if M == 0 or N == 0:
         return
     kind, activation, bias, scale_m, scale_n, scatter, saved, hidden, partial, dz, db = epilogue
-    first = next(t for t in a if t is not None)
+    first = a.given
     capability, sms = gpu(first.device.index)
+    aligned = _tma_ready(*c)
     if config is None:
-        out = next(t for t in c if t is not None).dtype
-        config = choose(M, N, first.dtype, kind, capability, out, _tma_ready(*c))
+        out = c.given.dtype
+        config = choose(M, N, first.dtype, kind, capability, out, aligned)
     tma = not pointers and capability >= 90 and _tma_ready(*a, *b)
-    store_tma = tma and not scatter and _tma_ready(*c)
+    store_tma = tma and not scatter and aligned
     has_hidden = hidden.full is not None or hidden.packed is not None
     if tma:
         ensure_allocator()

@@ -227,10 +227,12 @@ def pack(
     scale_rows: bool = False,
     scale_cols: bool = False,
     run: int = 1,
+    apart: bool = False,
 ) -> Tensor:
     """full[rows][:, cols], times the gates where asked, in ``dtype``, zero-padded to the extents.
 
-    ``run``: how many entries in a row are one column.
+    ``run``: how many entries in a row are one column; ``apart``: in the result the first entries of all
+    columns stand together, then the second ones, and so on.
     """
     full, size_rows, size_cols = plain(full), full.shape[0], full.shape[1] // run
     n_rows, n_cols = extent(rows, size_rows, dtype), extent(cols, size_cols, dtype)
@@ -251,6 +253,7 @@ def pack(
         scale_cols,
         z_dtype == torch.float64,
         run,
+        apart,
         torch.get_num_threads(),
     )
     return out
@@ -268,10 +271,11 @@ def unpack(
     grads: GateGrads = NO_GRADS,
     out: Tensor | None = None,
     run: int = 1,
+    apart: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The matrix of ``shape`` with packed in its open rows and columns, times the gates; gate gradients.
 
-    ``out``: contiguous memory for the matrix. ``run``: as of pack.
+    ``out``: contiguous memory for the matrix. ``run``, ``apart``: as of pack.
     """
     packed = plain(packed).contiguous()
     theta = None if grads.theta is None else plain(grads.theta)
@@ -300,6 +304,7 @@ def unpack(
         fresh(dz_row),
         fresh(dz_col),
         run,
+        apart,
         torch.get_num_threads(),
     )
     return out, dz_row, dz_col

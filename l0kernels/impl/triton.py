@@ -9,7 +9,7 @@ from typing import Any, ParamSpec, TypeVar, cast
 import torch
 from torch import Tensor
 
-from .._calls import BlockCall, DrawnMlpCall, L0LinearCall, L0MlpCall, MlpCall, Wanted
+from .._calls import BlockCall, Conv2dCall, DrawnMlpCall, L0LinearCall, L0MlpCall, LinearCall, MlpCall, Wanted
 from .._gates import HardConcrete
 from ..triton_kernels import batch_norm, conv2d, conv2d_channels, gather, linear, masked_linear, mlp, penalty
 from ..triton_kernels import sample as sampling
@@ -19,6 +19,8 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 _VALUES = frozenset((int, float, bool, str, type(None), torch.dtype, HardConcrete, Wanted))
+_RECORDS = frozenset((LinearCall, L0LinearCall, MlpCall, Conv2dCall))
+_SEVERAL = _RECORDS | {list}
 
 
 def _readable(arg: Any) -> Any:
@@ -28,8 +30,8 @@ def _readable(arg: Any) -> Any:
         return arg
     if kind is list or kind is tuple:
         return [_readable(a) for a in arg]
-    if isinstance(arg, tuple):
-        return kind(*map(_readable, arg))
+    if kind in _RECORDS:
+        return tuple.__new__(kind, map(_readable, arg))
     arg = plain(arg)
     strided(arg, "an operand", arg.device)
     return arg if arg.ndim != 1 or arg.is_contiguous() else arg.contiguous()
@@ -42,7 +44,7 @@ def _on_its_device(launcher: Callable[P, T]) -> Callable[P, T]:
     @functools.wraps(launcher)
     def launch(*given: Any) -> T:
         args = [_readable(a) for a in given]
-        device = (args[0] if isinstance(args[0], Tensor) else args[0][0]).device
+        device = (args[0][0] if type(args[0]) in _SEVERAL else args[0]).device
         if device.type != "cuda" or device.index == torch.cuda.current_device():
             return on_device(*args)
         with torch.cuda.device(device):

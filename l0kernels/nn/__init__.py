@@ -1,8 +1,15 @@
 """How it is trained: layers that own gates, penalty and size of a model, export to plain torch."""
 
 from .bank import Draw, GateBank
-from .batch_norm import L0BatchNorm2d
-from .conv import L0Conv1d, L0Conv2d
+from .batch_norm import L0BatchNorm1d, L0BatchNorm2d, L0BatchNorm3d
+from .conv import (
+    L0Conv1d,
+    L0Conv2d,
+    L0Conv3d,
+    L0ConvTranspose1d,
+    L0ConvTranspose2d,
+    L0ConvTranspose3d,
+)
 from .counts import eval_flops, eval_l0, expected_flops, expected_l0, open_units
 from .distributed import agree_on_gates, independent_gates_, keep_gates_whole
 from .export import Residual, ScatterOutputs, SelectInputs, SlicedConv1d, SlicedConv2d, SlicedLinear, export
@@ -10,6 +17,7 @@ from .feed_forward import GatedProduct, L0FeedForward
 from .gate import GatedLayer, HardConcreteGate, gate_modules
 from .linear import L0Linear
 from .mlp import L0MLP
+from .norm import L0GroupNorm, L0LayerNorm, L0RMSNorm
 from .penalty import (
     clamp_after_step,
     clamp_gates_,
@@ -28,11 +36,20 @@ __all__ = [
     "GatedLayer",
     "GatedProduct",
     "HardConcreteGate",
+    "L0BatchNorm1d",
     "L0BatchNorm2d",
+    "L0BatchNorm3d",
     "L0Conv1d",
     "L0Conv2d",
+    "L0Conv3d",
+    "L0ConvTranspose1d",
+    "L0ConvTranspose2d",
+    "L0ConvTranspose3d",
     "L0FeedForward",
+    "L0GroupNorm",
+    "L0LayerNorm",
     "L0Linear",
+    "L0RMSNorm",
     "L0Residual",
     "L0Sequential",
     "Residual",

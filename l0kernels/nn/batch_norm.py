@@ -1,47 +1,38 @@
 """Batch norm that keeps closed channels closed."""
 
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from .._compat import AnyBatchNorm
 from ..batch_norm import gated_batch_norm
 from ..conv2d import Packed
 from ..gates import Gates
 from .gate import Unscriptable
 from .linear import copy_parameters_
 
+Self = TypeVar("Self", bound="L0BatchNorm")
 
-class L0BatchNorm2d(Unscriptable, nn.BatchNorm2d):
-    r"""``torch.nn.BatchNorm2d`` over open channels: a closed channel is exactly 0 and its statistics stay.
 
-    ``y_c = 1[z_c != 0] * ((x_c - mean_c) / sqrt(var_c + eps) * weight_c + bias_c)``, mean and var of the
-    batch in training, the running ones in evaluation; the running statistics of a closed channel are not
-    updated. Without gates, or with all of them open, it is ``torch.nn.BatchNorm2d``, whose arguments,
-    parameters, buffers and state_dict it has. The value of z takes no part.
+class L0BatchNorm(Unscriptable, AnyBatchNorm):
+    """What the batch norms of open channels share."""
 
-    In an :class:`L0Sequential` the gates are found: those that close its input, or those of the next layer
-    that needs only what they leave open. Behind an ungated channel an ``nn.BatchNorm2d`` would make of zeros
-    the constant ``bias``: there the chain of packed channels ends.
-
-    With ``momentum=None`` (``torch.optim.swa_utils.update_bn`` sets it for a while) the statistics of a
-    channel are its average over the batches in which it was open. How many those were is not in the
-    state_dict, which is ``torch.nn.BatchNorm2d``'s: after loading, every channel counts
-    ``num_batches_tracked``.
-    """
+    dense: ClassVar[type[AnyBatchNorm]]
+    """torch's class."""
 
     batches_open: Tensor
     """(channels,) int64, a buffer once momentum was None."""
 
     @classmethod
-    def from_dense(cls, norm: nn.BatchNorm2d) -> "L0BatchNorm2d":
+    def from_dense(cls: type[Self], norm: AnyBatchNorm) -> Self:
         """A layer with copies of `norm`'s parameters and statistics, on its device, in its dtype and mode.
 
         Raises:
-            TypeError: `norm` is not a ``torch.nn.BatchNorm2d``.
+            TypeError: `norm` is not torch's batch norm of as many dimensions.
         """
-        if not isinstance(norm, nn.BatchNorm2d):
-            raise TypeError(f"norm must be a torch.nn.BatchNorm2d, got {type(norm).__name__}")
+        if not isinstance(norm, cls.dense):
+            raise TypeError(f"norm must be a torch.nn.{cls.dense.__name__}, got {type(norm).__name__}")
         like = norm.weight if norm.affine else norm.running_mean
         options: dict[str, Any] = {} if like is None else {"device": like.device, "dtype": like.dtype}
         layer = cls(
@@ -61,14 +52,15 @@ class L0BatchNorm2d(Unscriptable, nn.BatchNorm2d):
         """The norm of the open channels.
 
         Args:
-            x: (N, C, H, W), or Packed, which carries its gates.
+            x: what torch's layer takes, or Packed images, which carry their gates.
             gates: C gates that say which channels are open; None: all.
 
         Returns:
             As x; zeros in closed channels.
         """
-        if isinstance(x, Tensor):
-            self._check_input_dim(x)
+        data = x.data if isinstance(x, Packed) else x
+        if isinstance(data, Tensor):
+            self._check_input_dim(data)
         if self.training and self.track_running_stats and self.num_batches_tracked is not None:
             if self.momentum is None:
                 return self._averaged(x, gates)
@@ -132,3 +124,39 @@ class L0BatchNorm2d(Unscriptable, nn.BatchNorm2d):
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         self._buffers.pop("batches_open", None)
+
+
+class L0BatchNorm2d(L0BatchNorm, nn.BatchNorm2d):
+    r"""``torch.nn.BatchNorm2d`` over open channels: a closed channel is exactly 0 and its statistics stay.
+
+    ``y_c = 1[z_c != 0] * ((x_c - mean_c) / sqrt(var_c + eps) * weight_c + bias_c)``, mean and var of the
+    batch in training, the running ones in evaluation; the running statistics of a closed channel are not
+    updated. Without gates, or with all of them open, it is ``torch.nn.BatchNorm2d``, whose arguments,
+    parameters, buffers and state_dict it has. The value of z takes no part.
+
+    In an :class:`L0Sequential` the gates are found: those that close its input, or those of the next layer
+    that needs only what they leave open. Behind an ungated channel an ``nn.BatchNorm2d`` would make of zeros
+    the constant ``bias``: there the chain of packed channels ends.
+
+    With ``momentum=None`` (``torch.optim.swa_utils.update_bn`` sets it for a while) the statistics of a
+    channel are its average over the batches in which it was open. How many those were is not in the
+    state_dict, which is ``torch.nn.BatchNorm2d``'s: after loading, every channel counts
+    ``num_batches_tracked``.
+    """
+
+    dense = nn.BatchNorm2d
+
+
+class L0BatchNorm1d(L0BatchNorm, nn.BatchNorm1d):
+    """``torch.nn.BatchNorm1d`` over open channels, of (N, C) or (N, C, L); see :class:`L0BatchNorm2d`.
+
+    Its gates are those that its forward is given: an :class:`L0Sequential` finds none for it.
+    """
+
+    dense = nn.BatchNorm1d
+
+
+class L0BatchNorm3d(L0BatchNorm, nn.BatchNorm3d):
+    """``torch.nn.BatchNorm3d`` over open channels, of (N, C, D, H, W); see :class:`L0BatchNorm2d`."""
+
+    dense = nn.BatchNorm3d

@@ -5,7 +5,8 @@ a convolution) of one layer is an input unit of the next if only modules stand b
 one by one. A closed input makes the unit useless to the layer before. A closed output is zero, and stays so
 through modules with f(0) = 0: the layer behind can drop that input. Behind ``nn.Flatten`` a channel is as
 many features as it has positions. A batch norm treats channels one by one, but of zeros it makes its bias:
-only an :class:`L0BatchNorm2d` in an :class:`L0Sequential` knows which channels are closed, and keeps them so.
+only an :class:`L0BatchNorm2d` (1d, 3d) in an :class:`L0Sequential` knows which channels are closed, and keeps
+them so.
 It knows what its own container tells it: an L0Sequential or L0Residual in a plain ``nn.Sequential`` is called
 with an input of which it knows nothing, whatever closed channels there are in it.
 Everything else (another module, the two ends of an :class:`L0Residual`, the end of the container) is a
@@ -19,11 +20,13 @@ from typing import NamedTuple, TypeGuard, cast
 
 from torch import nn
 
+from .._compat import AnyConv
 from .feed_forward import L0FeedForward
 from .gate import HardConcreteGate
 from .mlp import ACTIVATIONS, L0MLP
 from .sequential import L0Sequential, Step, Value, follow, is_residual, is_sequential
 from .steps import (
+    FEATURES,
     behind_flatten,
     is_conv,
     is_flatten,
@@ -36,7 +39,7 @@ from .steps import (
     units_out,
 )
 
-Layer = nn.Linear | nn.Conv1d | nn.Conv2d
+Layer = nn.Linear | AnyConv
 GateModules = tuple[HardConcreteGate, ...]
 
 
@@ -83,6 +86,7 @@ class Product:
         out_gates: gates that close its outputs, its own and those of the layer behind. A gate that has more
             gates than there are outputs closes one where all of its features are closed.
         follows, leads: whether a layer of the chain stands directly before, behind.
+        dim: where it reads and writes its units, from the end.
         zeros: of a norm: the gates whose closed channels it makes zero, in its container.
         halves: whether out_gates stand for both halves of the outputs: the two arguments of a gated product.
     """
@@ -93,6 +97,7 @@ class Product:
     out_gates: GateModules
     follows: bool
     leads: bool
+    dim: int = FEATURES
     zeros: GateModules = ()
     halves: bool = False
 
@@ -166,23 +171,25 @@ def link(parts: Sequence[Part], known: Known = NOTHING) -> list[Product]:
     for at, (part, before) in enumerate(zip(parts, known_before(parts, known), strict=True)):
         module, (value, told) = part.module, before
         if is_product(module) or is_norm(module):
-            follows = bool(products) and border < products[-1].step and value.dim == unit_dim(module)
+            place = unit_dim(module, value.dim)
+            follows = bool(products) and border < products[-1].step and value.dim == place
             if follows:
                 behind = products[-1].step + 1
                 flat = any(is_flatten(other.module) for other in parts[behind:at])
-                follows = _fits(products[-1].layer, module, flat)
+                follows = _fits(products[-1], module, place, flat)
             if follows:
                 products[-1] = replace(products[-1], leads=True)
             zeros: GateModules = ()
             if not is_norm(module):
-                closed = value.closed if value.dim == unit_dim(module) else ()
+                closed = value.closed if value.dim == place else ()
                 closed = tuple(gate for gate in closed if units_in(module) % gate.n == 0)
             else:
-                closed = told.closed[:1] if part.step.keeps_closed else ()
-                zeros = closed = tuple(gate for gate in closed if gate.n == units_in(module))
+                keeps = part.step.keeps_closed and told.dim == unit_dim(module, told.dim)
+                closed = told.closed[:1] if keeps else ()
+                zeros = closed = tuple(gate for gate in closed if units_in(module) % gate.n == 0)
             in_gates = union(closed, own_gates(module, "in_gate"))
             out_gates = own_gates(module, "out_gate")
-            products.append(Product(module, at, in_gates, out_gates, follows, leads=False, zeros=zeros))
+            products.append(Product(module, at, in_gates, out_gates, follows, False, place, zeros))
         elif is_flatten(module):
             border = at if behind_flatten(value.dim, value.ndim) is None else border
         elif not treats_units(module, value.dim):
@@ -193,6 +200,7 @@ def link(parts: Sequence[Part], known: Known = NOTHING) -> list[Product]:
         if product.leads:
             reader = products[i + 1]
             wanted = reader.in_gates if is_norm(reader.layer) else own_gates(reader.layer, "in_gate")
+            wanted = _fit_runs(wanted, units_out(product.layer))
         if is_norm(product.layer):  # it computes what it is asked for, of what is open
             wanted = union(product.in_gates, wanted)
             product = replace(product, in_gates=wanted)
@@ -200,14 +208,17 @@ def link(parts: Sequence[Part], known: Known = NOTHING) -> list[Product]:
     return products
 
 
-def _fits(before: nn.Module, layer: nn.Module, flat: bool) -> bool:
+def _fits(before: Product, layer: nn.Module, dim: int, flat: bool) -> bool:
     """Whether the units that `before` writes are those that `layer` reads, behind nn.Flatten where `flat`."""
-    n, size = units_out(before), units_in(layer)
-    if is_linear(before):
-        return is_linear(layer) and not flat and n == size
+    n, size = units_out(before.layer), units_in(layer)
     if flat:
-        return is_linear(layer) and size % n == 0
-    return not is_linear(layer) and n == size
+        return is_linear(layer) and before.dim != FEATURES and size % n == 0
+    return before.dim == dim and n == size
+
+
+def _fit_runs(gates: GateModules, n: int) -> GateModules:
+    """Those whose runs begin and end with units out of n; others end within a channel's features."""
+    return tuple(gate for gate in gates if n % gate.n == 0 or gate.n % n == 0)
 
 
 def own_gates(layer: nn.Module, side: str) -> GateModules:

@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._compat import AnyConv
 from .chain import Known, Part, Product, flatten, inside, is_feed_forward, is_product, known_before, link
+from .conv import GatedConv
 from .export import SlicedConv1d, SlicedConv2d
 from .gate import HardConcreteGate, gate_modules
 from .linear import L0Linear
@@ -15,14 +17,18 @@ from .penalty import weight_parameters
 from .ranks import check_none_flat
 from .sequential import is_residual
 from .steps import is_linear, is_norm, units_in, units_out
+from .units.place import GatedUnits
+from .units.sizes import open_counts
 
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 Openness = Callable[[HardConcreteGate], Tensor]
 
 
 def open_units(model: nn.Module) -> list[int]:
-    """Open gates of each gate vector under its evaluation gate, in the order of :func:`gate_modules`."""
+    """Open gates of each gate vector under its evaluation gate, in the order of :func:`gate_modules`.
+
+    Of a model that :func:`gate_` has gated ``model.l0_units.open_units()`` says it by the groups' names.
+    """
     return [int(gate.eval_gates().count[0]) for gate in gate_modules(model)]
 
 
@@ -38,6 +44,9 @@ def expected_l0(model: nn.Module) -> Tensor:
     block gates on top of them, the two parameters of a batch norm between convolutions with its channels,
     every other parameter in full, log_alpha not at all. Where a gate meets itself, as in a depthwise
     convolution with one gate on both sides, or behind nn.Flatten, it counts p, not p^2.
+
+    In a model that :func:`gate_` has gated an element counts the product of P(open) over the gates of its
+    units, whichever parameter it is of.
 
     Returns:
         A float64 scalar, differentiable in log_alpha (for a constraint on the size, say).
@@ -81,8 +90,9 @@ def eval_flops(model: nn.Module, input_shape: Sequence[int] | Tensor | None = No
 
     ``export(model)`` spends as much where all that is closed can be left out. It spends more for weight and
     block gates, for a grouped convolution, of which whole groups stay, for a convolution that is closed
-    altogether, of which one channel of zeros stays on each side, and for closed units of which a plain norm
-    or an activation with f(0) != 0 makes constants that the next layer reads.
+    altogether, of which one channel of zeros stays on each side, for closed units of which a plain norm
+    or an activation with f(0) != 0 makes constants that the next layer reads, and for what it keeps of a
+    model that :func:`gate_` has gated: one unit of a closed group, and groups that have to stay whole.
     """
     with torch.no_grad():
         return round(_flops(model, input_shape, _is_open).item())
@@ -102,6 +112,7 @@ def _l0(model: nn.Module, openness: Openness) -> Tensor:
     gate_modules(model)  # refuses what torch would not call
     check_none_flat(model)
     products = _products(model)
+    of_units = open_counts(model, openness)
     counted = {part for layer in products for part in layer.modules()}
     counts = [_count(product, openness) for product in products.values()]
     rest = {
@@ -109,20 +120,24 @@ def _l0(model: nn.Module, openness: Openness) -> Tensor:
         for module in model.modules()
         if module not in counted and not isinstance(module, HardConcreteGate)
         for parameter in module.parameters(recurse=False)
+        if parameter not in of_units
     }
-    return _total([weights + biases for weights, biases in counts], sum(rest.values()))
+    counts_of_layers = [weights + biases for weights, biases in counts]
+    return _total([*counts_of_layers, *of_units.values()], sum(rest.values()))
 
 
 def _flops(model: nn.Module, input_shape: Sequence[int] | Tensor | None, openness: Openness) -> Tensor:
     gate_modules(model)  # refuses what torch would not call
     check_none_flat(model)
     products = _products(model)
-    rows, dense = _rows(model, input_shape)
-    counts = []
+    rows, reads, of_parameters, dense = _rows(model, input_shape)
+    of_units = open_counts(model, openness)
+    counts = [n * of_units[parameter] for parameter, n in of_parameters.items() if parameter in of_units]
+    dense += sum(n * p.numel() for p, n in of_parameters.items() if p not in of_units)
     for layer, product in products.items():
         if is_product(layer):
             weights, biases = _count(product, openness)
-            counts.append(rows[layer] * (2 * weights + biases))
+            counts.append(2 * reads[layer] * weights + rows[layer] * biases)
     return _total(counts, dense)
 
 
@@ -156,17 +171,27 @@ def _count(product: Product, openness: Openness) -> tuple[Tensor, Tensor]:
     rows = _units(product.out_gates, layer, n_out, openness, product.halves)
     if is_norm(layer):
         return rows.sum() * (layer.weight is not None), rows.sum() * (layer.bias is not None)
-    own = None
     groups, taps = (1, 1) if is_linear(layer) else (layer.groups, layer.weight.shape[2:].numel())
-    if isinstance(layer, L0Linear) and layer.weight_gate is not None:
-        own = layer.spread(openness(layer.weight_gate))
-        weights = rows @ own @ cols
+    own = _own(layer, openness)
+    if own is not None:
+        weights, taps = rows @ own @ cols, 1
     else:
         weights = taps * rows.view(groups, -1).sum(1).dot(cols.view(groups, -1).sum(1))
     if not set(product.in_gates).isdisjoint(product.out_gates):
         at_out, at_in, difference = _meeting(product, n_in, n_out, groups, openness)
         weights = weights + taps * (difference if own is None else difference * own[at_out, at_in]).sum()
     return weights, rows.sum() * (layer.bias is not None)
+
+
+def _own(layer: Any, openness: Openness) -> Tensor | None:
+    """(out, in): how many of the weights between two units are open, as far as gates per weight decide."""
+    if isinstance(layer, L0Linear) and layer.weight_gate is not None:
+        return layer.spread(openness(layer.weight_gate))
+    if not isinstance(layer, GatedConv) or layer.weight_gate is None:
+        return None
+    each = openness(layer.weight_gate).flatten(2).sum(2)
+    blocks = each.view(layer.groups, -1, each.shape[1])
+    return torch.block_diag(*(blocks.mT if layer.transposed else blocks))
 
 
 def _meeting(
@@ -227,26 +252,46 @@ def _total(counts: Sequence[Tensor], rest: int) -> Tensor:
     return sum(counts, torch.tensor(float(rest), dtype=torch.float64, device=device))
 
 
-def _rows(model: nn.Module, input_shape: Sequence[int] | Tensor | None) -> tuple[Counter[nn.Module], int]:
-    """How many rows or positions reach each layer, and the FLOPs of what no gate of ours can close."""
+def _rows(
+    model: nn.Module, input_shape: Sequence[int] | Tensor | None
+) -> tuple[Counter[nn.Module], Counter[nn.Module], Counter[nn.Parameter], int]:
+    """How many rows or positions each layer writes, and at how many it multiplies by its weight; the FLOPs
+    for each element of parameters of layers that :func:`gate_` has gated; and the FLOPs of what no gate of
+    ours can close."""
     rows: Counter[nn.Module] = Counter()
+    reads: Counter[nn.Module] = Counter()
+    of_parameters: Counter[nn.Parameter] = Counter()
     modules = list(model.modules())
     products = [module for module in modules if is_product(module)]
     attentions = [module for module in modules if isinstance(module, nn.MultiheadAttention)]
-    convolutions = [module for module in modules if isinstance(module, CONVOLUTIONS + TRANSPOSED)]
+    convolutions = [module for module in modules if isinstance(module, AnyConv)]
     convolutions = [module for module in convolutions if not isinstance(module, SlicedConv1d | SlicedConv2d)]
+    by_units: list[nn.Module] = [module for module in modules if _is_product_of_units(module)]
+
+    def count(layer: Any, n_in: int, n_out: int) -> None:
+        of_parameters[layer.weight] += 2 * (n_in if isinstance(layer, TRANSPOSED) else n_out)
+        if layer.bias is not None:
+            of_parameters[layer.bias] += n_out
+
     if input_shape is None:
         if convolutions:
             raise ValueError(f"input_shape must be given for a model with convolutions: {convolutions[0]}")
         rows.update(products)
-        return rows, sum(_of_attention(attention, (1, 1, 1, 0)) for attention in attentions)
-    if not (products or convolutions or attentions):
-        return rows, 0
+        for layer in by_units:
+            count(layer, 1, 1)
+        closed = sum(_of_attention(attention, (1, 1, 1, 0)) for attention in attentions)
+        return rows, rows, of_parameters, closed
+    if not (products or convolutions or attentions or by_units):
+        return rows, reads, of_parameters, 0
 
     dense = 0
 
-    def see_product(layer: Any, _: Any, y: Tensor) -> None:
+    def see_product(layer: Any, args: Any, kwargs: Any, y: Tensor) -> None:
         rows[layer] += y.numel() // max(units_out(layer), 1)  # an exported layer may have no outputs left
+        x, n = y, units_out(layer)
+        if isinstance(layer, TRANSPOSED):
+            x, n = args[0] if args else kwargs.get("x", kwargs.get("input")), units_in(layer)
+        reads[layer] += x.numel() // max(n, 1)
 
     def see_convolution(layer: Any, args: Any, kwargs: Any, y: Tensor) -> None:
         nonlocal dense
@@ -255,14 +300,19 @@ def _rows(model: nn.Module, input_shape: Sequence[int] | Tensor | None) -> tuple
         dense += 2 * taps * (x if isinstance(layer, TRANSPOSED) else y).numel()
         dense += y.numel() * (layer.bias is not None)
 
+    def see_units(layer: Any, args: Any, kwargs: Any, y: Tensor) -> None:
+        x = args[0] if args else kwargs["input"]
+        count(layer, x.numel() // units_in(layer), y.numel() // units_out(layer))
+
     def see_attention(layer: Any, args: Any, kwargs: Any, _: Any) -> None:
         nonlocal dense
         given = [*args, *(kwargs[name] for name in ("query", "key", "value")[len(args) :])][:3]
         counts = [x.numel() // x.shape[-1] for x in given]
         dense += _of_attention(layer, (*counts, counts[0]))
 
-    hooks = [module.register_forward_hook(see_product) for module in products]
-    others = [module for module in convolutions if not is_product(module)]
+    hooks = [module.register_forward_hook(see_product, with_kwargs=True) for module in products]
+    others = [module for module in convolutions if not is_product(module) and module not in by_units]
+    hooks += [module.register_forward_hook(see_units, with_kwargs=True) for module in by_units]
     hooks += [module.register_forward_hook(see_convolution, with_kwargs=True) for module in others]
     hooks += [module.register_forward_hook(see_attention, with_kwargs=True) for module in attentions]
     modes = [module.training for module in modules]
@@ -275,7 +325,11 @@ def _rows(model: nn.Module, input_shape: Sequence[int] | Tensor | None) -> tuple
             module.training = training
         for hook in hooks:
             hook.remove()
-    return rows, dense
+    return rows, reads, of_parameters, dense
+
+
+def _is_product_of_units(layer: nn.Module) -> bool:
+    return isinstance(layer, GatedUnits) and isinstance(layer, nn.Linear | AnyConv)
 
 
 def _input(model: nn.Module, input_shape: Sequence[int] | Tensor) -> Tensor:

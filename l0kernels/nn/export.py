@@ -9,8 +9,10 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
+from .. import _checks
+from .._compat import AnyBatchNorm
 from .bank import GateBank
-from .batch_norm import L0BatchNorm2d
+from .batch_norm import L0BatchNorm
 from .chain import (
     GateModules,
     Known,
@@ -24,15 +26,20 @@ from .chain import (
     link,
     own_gates,
 )
+from .conv import GatedConv
 from .feed_forward import L0FeedForward
 from .gate import GatedLayer, HardConcreteGate, gate_modules, leaves_no_fast_path
-from .linear import L0Linear
+from .linear import L0Linear, over_runs
 from .mlp import L0MLP
+from .norm import L0GroupNorm, L0LayerNorm, L0RMSNorm, plain_norm
 from .ranks import gathered
 from .reads import Reads, is_foreign, reads_of
 from .sequential import L0Residual, L0Sequential, Value, is_residual, is_sequential
-from .steps import UNKNOWN, is_conv, is_linear, is_norm, own_gate, unit_dim, units_in, units_out
+from .steps import NORMS, UNKNOWN, conv_kind, is_conv, is_linear, is_norm, own_gate, units_in, units_out
+from .units.place import GatedUnits, GateGroups
+from .units.shrink import shrunk
 
+UNIT_NORMS = (L0LayerNorm, L0RMSNorm, L0GroupNorm)
 LISTS = (nn.ModuleList, nn.ModuleDict)
 CONTENTS = {
     L0MLP: {"activation", "draw", "layers", "repack_in_backward"},
@@ -165,7 +172,7 @@ def _dim(dim: int) -> str:
     return "" if dim == -1 else f", dim={dim}"
 
 
-def export(model: nn.Module, *, batched: bool = True) -> nn.Module:
+def export(model: nn.Module, *, batched: bool = True, multiple_of: int = 1) -> nn.Module:
     """A smaller model of plain torch modules with the outputs of ``model.eval()``, itself in eval mode.
 
     Every L0Linear becomes an ``nn.Linear`` and every L0Conv2d an ``nn.Conv2d`` of its open units, every
@@ -191,6 +198,13 @@ def export(model: nn.Module, *, batched: bool = True) -> nn.Module:
     ``parametrize``, ``prune``, ``weight_norm`` and ``spectral_norm``, computed in eval() without a step of
     their buffers. A weight that two such layers share becomes one for each.
 
+    A model that :func:`gate_` has gated keeps its classes and forwards: its layers are of their own classes
+    again, without their closed units, z in the columns that read the open ones, and say so in their sizes.
+    The result is run on random inputs like the example that gate_ was given. Groups of units that meet a size
+    which stands in a forward stay whole, closed units all zeros, as do features of the model's inputs; of a
+    group without an open unit one of zeros stays. A weight that two layers share, of which one multiplies it
+    by z, becomes one for each.
+
     Sharded parameters (DTensor) are gathered: all ranks export, and have the same model.
 
     Args:
@@ -198,6 +212,9 @@ def export(model: nn.Module, *, batched: bool = True) -> nn.Module:
         batched: whether images come in batches. Single ones are another matter for ``nn.Flatten``, which
             makes rows of their channels: with False channels are all there in front of it. With True an
             exported model that has lost channels there fails on a single image.
+        multiple_of: of a model that gate_ has gated: each group keeps a multiple of so many units (or all),
+            the likeliest of the closed ones as zeros. Groups that a norm is over (layer, RMS, group norms)
+            keep what is open.
 
     Returns:
         The exported model. It pickles, and its parameters can be trained on. Where nothing is kept it scripts
@@ -205,13 +222,25 @@ def export(model: nn.Module, *, batched: bool = True) -> nn.Module:
 
     Raises:
         ValueError: a NaN in a log_alpha, gates on the meta device, or a gated layer as out_proj of a
-            ``torch.nn.MultiheadAttention``, which would not call it.
+            ``torch.nn.MultiheadAttention``, which would not call it; multiple_of is below 1, or above it for
+            a model that gate_ has not gated; a part of a model that gate_ has gated, or one in which a size
+            that stands in a forward is that of units which a norm is over.
     """
+    _checks.check_count("multiple_of", multiple_of, 1, 2**31)
     gates = gate_modules(model)  # refuses what torch would not call
     if any(gate.log_alpha.is_meta for gate in gates):
         raise ValueError("model must hold values, got gates on the meta device")
+    by_units = any(isinstance(part, GateGroups | GatedUnits) for part in model.modules())
+    if multiple_of != 1 and not by_units:
+        raise ValueError(f"multiple_of must be 1 for a model that gate_ has not gated, got {multiple_of}")
     with torch.inference_mode(False), torch.no_grad():
         model = _at_rest(gathered(model))
+        if by_units:
+            while type(model).__name__ == "OptimizedModule":
+                model = cast(nn.Module, model._orig_mod)
+            model = shrunk(model, multiple_of)
+            if not any(isinstance(part, HardConcreteGate) for part in model.modules()):
+                return model.eval()
         return _Export(model, batched).alone(model).eval()
 
 
@@ -304,7 +333,9 @@ class _Export:
         if is_product(module):
             return self._layer(module)
         if is_norm(module):
-            return _sliced_norm(module) if isinstance(module, L0BatchNorm2d) else self._copy(module)
+            return _sliced_norm(module) if isinstance(module, L0BatchNorm) else self._copy(module)
+        if isinstance(module, UNIT_NORMS):
+            return plain_norm(module)
         if is_feed_forward(module):
             return _export_feed_forward(module)
         for child in module.children():
@@ -316,13 +347,13 @@ class _Export:
 
     def _is_kept(self, module: nn.Module) -> bool:
         """Whether something of `module` beside its outputs counts, or it is not known how they come about."""
-        ours = isinstance(module, GatedLayer | L0BatchNorm2d | L0MLP | L0Residual | L0Sequential)
+        ours = isinstance(module, (GatedLayer, L0BatchNorm, *UNIT_NORMS, L0MLP, L0Residual, L0Sequential))
         if _is_watched(module):
             return ours or is_container(module)
         if not ours:
             return False
         if not (is_container(module) or is_residual(module) or is_feed_forward(module)):
-            if not (is_product(module) or is_norm(module)):
+            if not (is_product(module) or is_norm(module) or type(module) in UNIT_NORMS):
                 return True
             reads = self._reads.get(module)
             if reads is None:
@@ -357,9 +388,13 @@ class _Export:
 
     def _layer(self, layer: Any) -> nn.Module:
         around = [parent for parent, _ in self._around.get(layer, ())]
-        if any(not (_is_foreign(parent) or isinstance(parent, (*LISTS, nn.Sequential))) for parent in around):
+        inside = any(not (_is_foreign(p) or isinstance(p, (*LISTS, nn.Sequential))) for p in around)
+        if inside or not (layer is self._model or isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d)):
             # Modules of torch.nn may multiply by the weight themselves: it is whole, with the gates in it.
-            return self._copy(layer) if _is_plain(layer) else _sliced(layer, None, None)
+            # So is a layer that may be called with more than x, a transposed convolution's output_size.
+            if _is_plain(layer):
+                return self._copy(layer)
+            return _sliced(layer, None, None) if is_linear(layer) else _sliced_conv(layer, None, None)
         parts = self._chain([Part(layer, None)], self._nothing)
         if len(parts) == 1:
             return parts[0]
@@ -389,11 +424,11 @@ class _Export:
             layer: Any = product.layer
             if product.follows and held is not None:
                 held = _spread(held, units_out(products[place - 2].layer), units_in(layer))
-            exported += _select(held, own.read, units_in(layer), unit_dim(layer))
+            exported += _select(held, own.read, units_in(layer), product.dim)
             exported.append(self._copy(layer) if own.is_whole else own.sliced())
             held = own.write
             if held is not None and not product.leads:
-                exported.append(ScatterOutputs(held, units_out(layer), unit_dim(layer)))
+                exported.append(ScatterOutputs(held, units_out(layer), product.dim))
                 held = None
         return exported
 
@@ -425,6 +460,8 @@ def _has_more(layer: nn.Module) -> bool:
     """Whether a layer has more than its kind has, which the modules around it may use."""
     if is_norm(layer):
         plain: nn.Module = nn.BatchNorm2d(1)
+    elif isinstance(layer, UNIT_NORMS):
+        plain = plain_norm(layer)
     else:
         plain = nn.Conv2d(1, 1, 1) if is_conv(layer) else nn.Linear(1, 1)
     known = {*vars(plain), *plain._parameters, *plain._buffers}
@@ -547,9 +584,9 @@ def _sliced(
         if layer.weight_gate is not None:
             weight = weight * layer.spread(layer.weight_gate.eval_gates().z)
         if layer.in_gate is not None:
-            weight = weight * layer.in_gate.eval_gates().z
+            weight = weight * over_runs(layer.in_gate.eval_gates().z, layer.in_features)
         if layer.out_gate is not None:
-            z_out = layer.out_gate.eval_gates().z
+            z_out = over_runs(layer.out_gate.eval_gates().z, layer.out_features)
             weight = weight * z_out[:, None]
             bias = None if bias is None else bias * z_out
     if read is not None:
@@ -571,15 +608,19 @@ def _sliced_conv(layer: Any, read: Tensor | None, write: Tensor | None) -> nn.Mo
     """The convolution times its evaluation gates, restricted to some channels, of a grouped one to groups."""
     weight, bias = layer.weight, layer.bias
     in_gate, out_gate = own_gate(layer, "in_gate"), own_gate(layer, "out_gate")
+    if isinstance(layer, GatedConv) and layer.weight_gate is not None:
+        weight = weight * layer.weight_gate.eval_gates().z.view(weight.shape)
+    if layer.transposed:
+        weight = _turned(weight, layer.groups)
     outs, per_group, *kernel = weight.shape
     if in_gate is not None:
-        z_in = in_gate.eval_gates().z.view(layer.groups, 1, per_group)
+        z_in = over_runs(in_gate.eval_gates().z, layer.in_channels).view(layer.groups, 1, per_group)
         weight = weight.view(layer.groups, -1, per_group, *kernel) * z_in.view(
             *z_in.shape, *[1] * len(kernel)
         )
         weight = weight.view(outs, per_group, *kernel)
     if out_gate is not None:
-        z_out = out_gate.eval_gates().z
+        z_out = over_runs(out_gate.eval_gates().z, layer.out_channels)
         weight = weight * z_out.view(-1, 1, *[1] * len(kernel))
         bias = None if bias is None else bias * z_out
     if read is not None and layer.groups == 1:
@@ -589,32 +630,34 @@ def _sliced_conv(layer: Any, read: Tensor | None, write: Tensor | None) -> nn.Mo
         bias = None if bias is None else bias[write]
 
     n_in = layer.in_channels if read is None else len(read)
-    kind = nn.Conv1d if isinstance(layer, nn.Conv1d) else nn.Conv2d
-    conv: Any = kind(
-        1,
-        1,
-        layer.kernel_size,
-        layer.stride,
-        layer.padding,
-        layer.dilation,
-        bias=bias is not None,
-        padding_mode=layer.padding_mode,
-        device="meta",
-    )
+    kind = conv_kind(layer)
+    assert kind is not None
+    geometry = ["kernel_size", "stride", "padding", "dilation", "padding_mode"]
+    geometry += ["output_padding"] if layer.transposed else []
+    options = {name: getattr(layer, name) for name in geometry}
+    conv: Any = kind(1, 1, bias=bias is not None, device="meta", **options)
     conv.in_channels, conv.out_channels = n_in, weight.shape[0]
     conv.groups = layer.groups if layer.groups == 1 else n_in // per_group
+    weight = _turned(weight, conv.groups) if layer.transposed else weight
     conv.weight = _parameter(weight, layer.weight)
     if bias is not None:
         conv.bias = _parameter(bias, layer.bias)
     return conv
 
 
+def _turned(weight: Tensor, groups: int) -> Tensor:
+    """(out, in / groups, ...) of a transposed convolution's weight (in, out / groups, ...), and back."""
+    rows, cols, *kernel = weight.shape
+    parts = weight.view(groups, rows // groups, cols, *kernel).transpose(1, 2)
+    return parts.reshape(groups * cols, rows // groups, *kernel)
+
+
 def _sliced_norm(
-    layer: nn.BatchNorm2d,
+    layer: AnyBatchNorm,
     read: Tensor | None = None,
     is_open: Tensor | None = None,
     like: Tensor | None = None,
-) -> nn.BatchNorm2d:
+) -> AnyBatchNorm:
     """The norm of the channels `read`; of these it makes zeros but for those that are open.
 
     like: tells the dtype and device of a norm without tensors.
@@ -623,7 +666,7 @@ def _sliced_norm(
     read = torch.arange(n, device=None if is_open is None else is_open.device) if read is None else read
     zeros = torch.ones(n, dtype=torch.bool, device=read.device)
     zeros = zeros[:0] if is_open is None else zeros.index_fill(0, is_open, False)[read]
-    norm = nn.BatchNorm2d(
+    norm = next(kind for kind in NORMS if isinstance(layer, kind))(
         len(read),
         layer.eps,
         layer.momentum,

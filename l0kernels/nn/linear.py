@@ -45,7 +45,8 @@ class L0Linear(GatedLayer, nn.Linear):
         gate: what is gated, see the table.
         in_gate, out_gate: a gate to use on that side instead of an own one, e.g. one shared with another
             layer (which then has to be drawn once and passed to both forwards, see
-            :class:`HardConcreteGate`).
+            :class:`HardConcreteGate`). Of k gates, k a divisor of the features, each closes a run of
+            features / k: a head, or a channel behind ``nn.Flatten``.
         droprate_init, lam, eval_mode, dist: of the layer's own gates, see :class:`HardConcreteGate`.
 
     Raises:
@@ -150,11 +151,15 @@ class L0Linear(GatedLayer, nn.Linear):
         if self.weight_gate is not None:
             return self._weight_gated(x, in_gates, out_gates)
         own, given = (self.in_gate, self.out_gate), (released(in_gates), released(out_gates))
-        if given[0] is None and given[1] is None:
+        runs = has_runs(self)
+        if given[0] is None and given[1] is None and not runs:
             (in_source, out_source), seed, dist = sources_of(own)
             return linear(x, self.weight, self.bias, in_source, out_source, seed, dist)
         drawn = draw([gate if gates is None else None for gate, gates in zip(own, given, strict=True)])
         in_gates, out_gates = (a if b is None else b for a, b in zip(drawn, given, strict=True))
+        if runs:
+            in_gates = gates_of_units(in_gates, self.in_gate, self.in_features)
+            out_gates = gates_of_units(out_gates, self.out_gate, self.out_features)
         return gated_linear(x, self.weight, self.bias, in_gates=in_gates, out_gates=out_gates)
 
     def _weight_gated(self, x: Tensor, in_gates: Gates | None, out_gates: Gates | None) -> Tensor:
@@ -177,20 +182,26 @@ class L0Linear(GatedLayer, nn.Linear):
             dist=gate.dist,
         )
 
+    @property
+    def _sizes(self) -> tuple[int, int]:
+        return self.in_features, self.out_features
+
     def gate_groups(self) -> Iterator[tuple[HardConcreteGate, Tensor, int]]:
-        """|g| = out_features (input gate), in_features + 1 for a bias (output gate), or the block's area."""
+        """|g| = out_features (input gate), in_features + 1 for a bias (output gate), or the block's area; of
+        a gate that closes several units the sum of theirs."""
         in_gate, out_gate, weight_gate = self.in_gate, self.out_gate, self.weight_gate
+        inputs, outputs = self.in_features, self.out_features
         if in_gate is not None:
-            yield in_gate, in_gate.whole(), self.out_features
+            yield in_gate, in_gate.whole(), inputs // in_gate.n * outputs
         if out_gate is not None:
-            yield out_gate, out_gate.whole(), self.in_features + (self.bias is not None)
+            yield out_gate, out_gate.whole(), outputs // out_gate.n * (inputs + (self.bias is not None))
         if weight_gate is not None:
             for log_alpha, area in self._blocks(weight_gate.whole()):
                 yield weight_gate, log_alpha, area
 
     def l2_terms(self) -> Iterator[tuple[HardConcrete, L2Term]]:
         """Weight, and the bias if an output gate closes it."""
-        return two_sided_terms(self.in_gate, self.out_gate, self.weight, self.bias)
+        return two_sided_terms(self, self._sizes)
 
     def l2_rest(self, weight_decay: float) -> Tensor | None:
         """All of a layer with weight gates; p - p^2 of the weights where a gate meets itself."""
@@ -202,8 +213,16 @@ class L0Linear(GatedLayer, nn.Linear):
         gate = self.in_gate
         if gate is None or gate is not self.out_gate:
             return None
-        p_open = gate.dist.p_open(gate.whole())
-        return weight_decay / 2 * ((p_open - p_open**2) * squares(whole(self.weight).diagonal())).sum()
+        p_open, weight, sizes = (
+            gate.dist.p_open(gate.whole()),
+            whole(self.weight),
+            (self.in_features, self.out_features),
+        )
+        if sizes == (gate.n, gate.n):
+            meeting = squares(weight.diagonal())
+        else:
+            meeting = meeting_squares(gate, weight, sizes)
+        return weight_decay / 2 * ((p_open - p_open**2) * meeting).sum()
 
     def _blocks(self, log_alpha: Tensor) -> Iterator[tuple[Tensor, int]]:
         """log_alpha split by the area of its blocks: those at the lower and right edge may be cropped."""
@@ -256,7 +275,7 @@ def is_hooked(module: nn.Module) -> bool:
 
 def is_only_weight(module: nn.Module) -> bool:
     """Whether a call of `module` is the product with its weight and gates, which others may compute, then."""
-    return type(module).forward in _PRODUCTS and not is_hooked(module)
+    return type(module).forward in _PRODUCTS and not is_hooked(module) and not has_runs(module)
 
 
 def has_gates_beside(module: nn.Module, side: str | None = None) -> bool:
@@ -277,21 +296,58 @@ def copy_parameters_(target: nn.Module, source: nn.Module) -> None:
 
 
 def two_sided_terms(
-    in_gate: HardConcreteGate | None,
-    out_gate: HardConcreteGate | None,
-    weight: Tensor,
-    bias: Tensor | None,
-    groups: int = 1,
+    layer: Any, sizes: tuple[int, int], groups: int = 1, swap: bool = False
 ) -> Iterator[tuple[HardConcrete, L2Term]]:
-    """The L2 terms of a layer with gates on its inputs, its outputs, or both."""
-    gate = in_gate or out_gate
+    """The L2 terms of a layer of `sizes`, inputs and outputs, with gates on one of them, or on both.
+
+    swap: whether the inputs are the rows of weight, as in transposed convolutions.
+    """
+    gate = layer.in_gate or layer.out_gate
     if gate is None:
         return
-    check_not_flat(weight)
-    out = None if out_gate is None else out_gate.whole()
-    yield gate.dist, L2Term(weight, out, None if in_gate is None else in_gate.whole(), groups)
-    if out is not None and bias is not None:
-        yield gate.dist, L2Term(bias, out, None)
+    check_not_flat(layer.weight)
+    in_, out = (
+        None if own is None else over_runs(own.whole(), n)
+        for own, n in zip((layer.in_gate, layer.out_gate), sizes, strict=True)
+    )
+    rows, cols = (in_, out) if swap else (out, in_)
+    yield gate.dist, L2Term(layer.weight, rows, cols, groups)
+    if out is not None and layer.bias is not None:
+        yield gate.dist, L2Term(layer.bias, out, None)
+
+
+def over_runs(values: Tensor, n: int) -> Tensor:
+    """Values of gates as values of the n units: each gate closes a run of them."""
+    return values if len(values) == n else values.repeat_interleave(n // len(values))
+
+
+def gates_of_units(gates: Gates | None, gate: HardConcreteGate | None, n: int) -> Gates | None:
+    """Gates of the n units, of gates that `gate` has drawn, which may have one for each run of units."""
+    if gates is None or gate is None or gate.n == n or len(gates.z) != gate.n:
+        return gates
+    return Gates.from_z(over_runs(gates.z, n), full_grad=gates.full_grad)
+
+
+def has_runs(layer: Any) -> bool:
+    """Whether a linear layer has a gate that closes several units."""
+    own = layer._modules
+    in_gate, out_gate = own.get("in_gate"), own.get("out_gate")
+    if in_gate is not None and in_gate.n != layer.in_features:
+        return True
+    return out_gate is not None and out_gate.n != layer.out_features
+
+
+def meeting_squares(
+    gate: HardConcreteGate, weight: Tensor, sizes: tuple[int, int], groups: int = 1, swap: bool = False
+) -> Tensor:
+    """(gate.n,): the squares of the weights whose input and output are closed by one and the same gate."""
+    rows, cols = sizes if swap else sizes[::-1]
+    at = torch.arange(rows, device=weight.device)[:, None]
+    group = at // (rows // groups)
+    behind = group * (cols // groups) + torch.arange(cols // groups, device=weight.device)
+    meets = at // (rows // gate.n) == behind // (cols // gate.n)
+    sums = squares(weight).reshape(rows, cols // groups, -1).sum(2)
+    return (sums * meets).sum(1).view(gate.n, -1).sum(1)
 
 
 def squares(parameter: Tensor) -> Tensor:
@@ -309,7 +365,8 @@ def check_one_dist(in_gate: HardConcreteGate | None, out_gate: HardConcreteGate 
 def check_given(
     name: str, given: HardConcreteGate | None, size: int, gate: Gating, gated: tuple[str, ...]
 ) -> bool:
-    """Whether that side is gated; `given` must then be a vector of `size` gates or None, otherwise None."""
+    """Whether that side is gated; `given` must then be None or a vector of gates, as many as the `size` units
+    or a number that divides it, otherwise None."""
     if gate not in gated:
         if given is not None:
             raise ValueError(
@@ -325,9 +382,12 @@ def check_given(
                 "which layers that draw from log_alpha themselves would pass by: override eval_gates for "
                 "other evaluation gates, or draw others and hand them to the layer's forward"
             )
-        if given.log_alpha.shape != (size,):
-            shape = tuple(given.log_alpha.shape)
-            raise ValueError(f"{name} must have log_alpha of shape ({size},), got {shape}")
+        shape = tuple(given.log_alpha.shape)
+        if len(shape) != 1 or size % shape[0]:
+            raise ValueError(
+                f"{name} must have log_alpha of shape ({size},), got {shape}: fewer gates, which close as "
+                f"many runs of units, must divide {size}"
+            )
     return True
 
 

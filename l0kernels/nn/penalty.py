@@ -13,6 +13,8 @@ from ..gates import HardConcrete
 from ..penalty import L2Term, coupled_penalty, l0_penalty
 from .gate import GatedLayer, HardConcreteGate, gate_modules, is_frozen, refuse_bypassed
 from .ranks import is_sharded, l2_of_shards
+from .units.place import NAME, GateGroups
+from .units.sizes import L2Terms
 
 LIMIT = math.log(100)
 
@@ -22,8 +24,9 @@ def penalty(model: nn.Module, *, weight_decay: float = 0.0) -> Tensor:
 
     |g| is the number of parameters that the gate closes: out_features for an input gate, in_features (+ 1
     with a bias) for an output gate, the area of a block, 1 for a weight, and for a hidden unit of
-    :class:`L0FeedForward` its rows, their biases and its column. A shared gate counts the groups of all its
-    layers; a gate that no layer owns counts |g| = 1. Between an input and an output gate the second term is
+    :class:`L0FeedForward` its rows, their biases and its column; for a unit of a model that :func:`gate_` has
+    gated, what :attr:`UnitGraph.groups` says. A shared gate counts the groups of all its layers; a gate that
+    no layer owns counts |g| = 1. Between an input and an output gate the second term is
     weight_decay/2 * sum_oi p_o p_i theta_oi^2. Ungated parameters, and the bias of a layer without output
     gates, are left to the optimiser. Add ``penalty(model) / N`` to a mean loss, N the size of the training
     set (Louizos, Welling, Kingma, ICLR 2018, eq. 9, 12 and appendix A).
@@ -51,7 +54,11 @@ def penalty(model: nn.Module, *, weight_decay: float = 0.0) -> Tensor:
     # The walk takes a microsecond per module; a cache of it could not see a module replaced.
     layers: list[GatedLayer] = []
     gates: list[HardConcreteGate] = []
+    units: list[L2Terms] = []
     for module in model.modules():
+        gates_of_units = module._modules.get(NAME) if weight_decay else None
+        if isinstance(gates_of_units, GateGroups) and not is_frozen(gates_of_units):
+            units.append(L2Terms(module))
         if isinstance(module, HardConcreteGate):
             if not module.frozen:
                 gates.append(module)
@@ -67,6 +74,7 @@ def penalty(model: nn.Module, *, weight_decay: float = 0.0) -> Tensor:
     groups += [(gate, gate.whole(), 1) for gate in gates if gate not in owned]
 
     terms = [term for layer in layers for term in layer.l2_terms()] if weight_decay else []
+    terms += [term for of_units in units for term in of_units.terms]
     sharded = [term for term in terms if is_sharded(term[1].weight)]
     if sharded:
         terms = [term for term in terms if not is_sharded(term[1].weight)]
@@ -75,6 +83,9 @@ def penalty(model: nn.Module, *, weight_decay: float = 0.0) -> Tensor:
         total = total + l2_of_shards(weight, weight_decay, out, in_, n_groups, dist)
     for layer in layers if weight_decay else []:
         rest = layer.l2_rest(weight_decay)
+        total = total if rest is None else total + rest
+    for of_units in units:
+        rest = of_units.rest(weight_decay)
         total = total if rest is None else total + rest
     return total
 

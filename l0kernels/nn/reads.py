@@ -23,8 +23,10 @@ ANY_MODULE = {"__dict__", "_modules", "children", "get_submodule", "getattr", "m
 ANY_MODULE |= {"attrgetter", "named_modules", "vars"}
 OPENERS = {"enumerate", "filter", "iter", "len", "list", "map", "reduce", "reversed", "tuple", "zip"}
 """Functions that take a container apart."""
-KINDS = {"GatedLayer", "HardConcreteGate", "L0BatchNorm2d", "L0Conv1d", "L0Conv2d", "L0FeedForward"}
-KINDS |= {"L0Linear", "L0MLP", "L0Residual", "L0Sequential"}
+KINDS = {"GatedLayer", "HardConcreteGate", "L0FeedForward", "L0Linear", "L0MLP", "L0Residual", "L0Sequential"}
+KINDS |= {"L0BatchNorm1d", "L0BatchNorm2d", "L0BatchNorm3d", "L0GroupNorm", "L0LayerNorm", "L0RMSNorm"}
+KINDS |= {"L0Conv1d", "L0Conv2d", "L0Conv3d"}
+KINDS |= {"L0ConvTranspose1d", "L0ConvTranspose2d", "L0ConvTranspose3d"}
 SILENT = {"EXTENDED_ARG", "NOP", "PRECALL"}
 METHOD_BIT = sys.version_info >= (3, 12)
 """Whether LOAD_ATTR tells by a bit of its argument that the attribute is called."""

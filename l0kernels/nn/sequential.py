@@ -16,10 +16,18 @@ from ..conv2d import Packed, is_exact, packed_conv2d, unpack_channels
 from ..gates import Gates, attach
 from ..linear import gated_linear, linear
 from ..mlp import chain, gated_mlp
-from .batch_norm import L0BatchNorm2d
-from .conv import L0Conv1d, L0Conv2d
+from .batch_norm import L0BatchNorm
+from .conv import GatedConv
 from .gate import HardConcreteGate, Unscriptable, draw, draws_of, enter, leave
-from .linear import L0Linear, has_gates_beside, is_hooked, is_only_weight, over_rows
+from .linear import (
+    L0Linear,
+    gates_of_units,
+    has_gates_beside,
+    has_runs,
+    is_hooked,
+    is_only_weight,
+    over_rows,
+)
 from .mlp import L0MLP
 from .ranks import held, is_sharded
 from .steps import (
@@ -43,31 +51,35 @@ Drawn = Mapping[HardConcreteGate, Gates]
 class _Container(Unscriptable):
     """What L0Sequential and L0Residual share."""
 
-    _norms: tuple[str, ...]
-    """The names of the norms of open channels, as the container was made."""
+    _norms: dict[str, str]
+    """The names of the norms of open channels, as the container was made, and their kinds."""
 
     def _set_norms(self) -> None:
         modules = cast(nn.Module, self).named_modules()
-        self._norms = tuple(name for name, module in modules if isinstance(module, L0BatchNorm2d))
+        self._norms = {name: _kind(module) for name, module in modules if isinstance(module, L0BatchNorm)}
 
     def add_module(self, name: str, module: nn.Module | None) -> None:
-        """As of torch.nn.Module, but for what convert_sync_batchnorm puts in place of an L0BatchNorm2d."""
+        """As of torch.nn.Module, but for what convert_sync_batchnorm puts in place of an L0BatchNorm."""
         before = cast(nn.Module, self)._modules.get(name)
-        if isinstance(module, nn.SyncBatchNorm) and isinstance(before, L0BatchNorm2d):
-            _refuse_sync(name)
+        if isinstance(module, nn.SyncBatchNorm) and isinstance(before, L0BatchNorm):
+            _refuse_sync(name, _kind(before))
         super().add_module(name, module)  # type: ignore[misc]
 
     def check_norms(self) -> None:
         """RuntimeError where that happened within a container of torch."""
-        for name in self._norms:
+        for name, kind in self._norms.items():
             if isinstance(cast(nn.Module, self).get_submodule(name), nn.SyncBatchNorm):
-                _refuse_sync(name)
+                _refuse_sync(name, kind)
 
 
-def _refuse_sync(name: str) -> None:
+def _kind(norm: L0BatchNorm) -> str:
+    return f"L0{norm.dense.__name__}"
+
+
+def _refuse_sync(name: str, kind: str) -> None:
     raise RuntimeError(
-        f"{name!r} must be the L0BatchNorm2d that it was, got a SyncBatchNorm, which knows of no closed "
-        "channels: leave L0BatchNorm2d out of SyncBatchNorm.convert_sync_batchnorm"
+        f"{name!r} must be the {kind} that it was, got a SyncBatchNorm, which knows of no closed "
+        f"channels: leave {kind} out of SyncBatchNorm.convert_sync_batchnorm"
     )
 
 
@@ -168,7 +180,7 @@ class Step(NamedTuple):
     @property
     def keeps_closed(self) -> bool:
         """Of a norm: whether closed channels are zero behind it."""
-        return self.gated and isinstance(self.module, L0BatchNorm2d)
+        return self.gated and isinstance(self.module, L0BatchNorm)
 
 
 class Value(NamedTuple):
@@ -219,7 +231,7 @@ def _is_watched(container: nn.Module) -> bool:
     """
     if not is_hooked(container):
         return False
-    norms = any(isinstance(module, L0BatchNorm2d) for module in container.modules())
+    norms = any(isinstance(module, L0BatchNorm) for module in container.modules())
     return not norms or "forward" in container.__dict__
 
 
@@ -239,7 +251,10 @@ def _behind(step: Step, value: Value) -> Value:
         gate = own_gate(module, "out_gate")
         return Value(() if gate is None else (gate,), unit_dim(module), ndim)
     if is_norm(module):
-        return Value(closed if step.keeps_closed else (), unit_dim(module), None if ndim is None else 4)
+        place = unit_dim(module, dim)
+        if ndim is not None and not isinstance(module, nn.BatchNorm1d):
+            ndim = 1 - place
+        return Value(closed if step.keeps_closed else (), place or None, ndim)
     if is_residual(module):
         body = follow(steps_of(module.body, True), value)[-1]
         shortcut = follow(steps_of(module.shortcut, True), value)[-1]
@@ -337,12 +352,13 @@ def _plan(steps: Sequence[Step], value: Value, wanted: _Wanted | None) -> tuple[
             ops.append(_Op("conv", module, (own, out_gate, support)))
             wanted = _Wanted.of(own, module)
         elif is_norm(module) and steps[i].keeps_closed:
-            if before.closed and before.dim == unit_dim(module):
-                gate = before.closed[0] if before.closed[0].n == module.num_features else None
+            place = unit_dim(module, before.dim)
+            if before.closed and before.dim == place:
+                gate = before.closed[0] if module.num_features % before.closed[0].n == 0 else None
             else:
-                gate = _gate_at(wanted, unit_dim(module), module.num_features)
+                gate = _gate_at(wanted, place, module.num_features)
             ops.append(_Op("norm", module, (gate,)))
-            wanted = wanted if wanted is not None and wanted.dim == unit_dim(module) else None
+            wanted = wanted if wanted is not None and wanted.dim == place else None
         elif is_residual(module):
             body, first = _plan(steps_of(module.body, True), before, wanted)
             shortcut, second = None, None
@@ -391,7 +407,7 @@ def _chains(module: nn.Module) -> bool:
     """Whether `module` is a linear layer that is gated on its inputs at most."""
     if not is_linear(module) or is_hooked(module):
         return False
-    return not isinstance(module, L0Linear) or (module.out_gate is None and module.weight_gate is None)
+    return not has_gates_beside(module, "in_gate") and not has_runs(module)
 
 
 class _Flat(NamedTuple):
@@ -477,11 +493,15 @@ class _Forward:
     def conv(self, op: _Op, x: Activation) -> Activation:
         layer = op.module
         in_gates, out_gates, support = map(self.gates, op.gates)
-        if not is_conv2d(layer) or is_hooked(layer) or not _packs(x):
+        of_weights = isinstance(layer, GatedConv) and layer.weight_gate is not None
+        if not is_conv2d(layer) or is_hooked(layer) or not _packs(x) or of_weights:
             x = _dense(x)
-            if isinstance(layer, L0Conv1d | L0Conv2d):
-                return layer(x, held(layer, in_gates), held(layer, out_gates), held(layer, support))
-            return layer(x)
+            if not isinstance(layer, GatedConv):
+                return layer(x)
+            given = [held(layer, gates) for gates in (in_gates, out_gates, support)]
+            return layer(x, None, *given) if layer.transposed else layer(x, *given)
+        if isinstance(layer, GatedConv):
+            in_gates, out_gates = layer.of_channels(in_gates, out_gates)
         padding: Any = layer.padding
         if layer.padding_mode != "zeros":
             sides, mode, padding = layer._reversed_padding_repeated_twice, layer.padding_mode, 0
@@ -502,7 +522,8 @@ class _Forward:
     def norm(self, op: _Op, x: Activation) -> Activation:
         if isinstance(x, Packed) and not is_hooked(op.module):
             return op.module(x)
-        return op.module(_dense(x), self.gates(op.gates[0]))
+        norm = cast(L0BatchNorm, op.module)
+        return norm(_dense(x), gates_of_units(self.gates(op.gates[0]), op.gates[0], norm.num_features))
 
     def keep(self, op: _Op, x: Activation) -> Activation:
         return op.module(_dense(x)) if is_hooked(op.module) else _mapped(x, op.module)
@@ -539,6 +560,9 @@ class _Forward:
             x = _dense(x)
             return layer(x) if gated is None else gated(x, held(gated, in_gates), held(gated, out_gates))
         weight, bias = layer.weight, layer.bias
+        if gated is not None:
+            in_gates = gates_of_units(in_gates, gated.in_gate, gated.in_features)
+            out_gates = gates_of_units(out_gates, gated.out_gate, gated.out_features)
         return gated_linear(x.data, weight, bias, in_gates=x.within(in_gates), out_gates=out_gates)
 
     def stretch(self, op: _Op, x: Activation) -> Activation:

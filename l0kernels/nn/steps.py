@@ -4,8 +4,17 @@ from typing import Any, TypeGuard
 
 from torch import nn
 
-from .batch_norm import L0BatchNorm2d
-from .conv import L0Conv1d, L0Conv2d
+from .._compat import AnyBatchNorm, AnyConv
+from .batch_norm import L0BatchNorm
+from .conv import (
+    GatedConv,
+    L0Conv1d,
+    L0Conv2d,
+    L0Conv3d,
+    L0ConvTranspose1d,
+    L0ConvTranspose2d,
+    L0ConvTranspose3d,
+)
 from .linear import L0Linear
 from .mlp import ACTIVATIONS
 
@@ -33,22 +42,44 @@ POINTWISE = ZERO_KEEPING | {nn.Hardsigmoid, nn.Hardtanh, nn.LogSigmoid, nn.Sigmo
 CHANNELWISE = {
     nn.AdaptiveAvgPool1d: 1,
     nn.AdaptiveAvgPool2d: 2,
+    nn.AdaptiveAvgPool3d: 3,
     nn.AdaptiveMaxPool1d: 1,
     nn.AdaptiveMaxPool2d: 2,
+    nn.AdaptiveMaxPool3d: 3,
     nn.AvgPool1d: 1,
     nn.AvgPool2d: 2,
+    nn.AvgPool3d: 3,
     nn.Dropout1d: 1,
     nn.Dropout2d: 2,
+    nn.Dropout3d: 3,
     nn.MaxPool1d: 1,
     nn.MaxPool2d: 2,
+    nn.MaxPool3d: 3,
     nn.ReflectionPad1d: 1,
     nn.ReflectionPad2d: 2,
+    nn.ReflectionPad3d: 3,
     nn.ReplicationPad1d: 1,
     nn.ReplicationPad2d: 2,
+    nn.ReplicationPad3d: 3,
     nn.ZeroPad1d: 1,
     nn.ZeroPad2d: 2,
+    nn.ZeroPad3d: 3,
 }
 """Of each channel by itself, and zero where that is zero: how many dimensions they work on, the last ones."""
+
+CONVOLUTIONS: dict[type[Any], type[GatedConv]] = {
+    nn.Conv1d: L0Conv1d,
+    nn.Conv2d: L0Conv2d,
+    nn.Conv3d: L0Conv3d,
+    nn.ConvTranspose1d: L0ConvTranspose1d,
+    nn.ConvTranspose2d: L0ConvTranspose2d,
+    nn.ConvTranspose3d: L0ConvTranspose3d,
+}
+"""torch's, and their gated kin."""
+PLAIN = (nn.Conv1d, nn.Conv2d)
+"""Of these containers know torch's own, too."""
+
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 FEATURES = -1
 """Where the units of a value lie, as a dimension from its end: features in the last one."""
@@ -64,25 +95,32 @@ def is_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
 
 def is_conv2d(module: nn.Module) -> TypeGuard[nn.Conv2d]:
     """Whether `module` computes as nn.Conv2d or L0Conv2d."""
-    return type(module).forward in (nn.Conv2d.forward, L0Conv2d.forward) and _convolves(module, nn.Conv2d)
+    return conv_kind(module) is nn.Conv2d
 
 
-def _convolves(module: nn.Module, kind: type[nn.Conv1d | nn.Conv2d]) -> bool:
-    """Whether the step that torch's forward leaves to its subclasses is that of `kind`."""
-    return getattr(type(module), "_conv_forward", None) is kind._conv_forward
+def conv_kind(module: nn.Module) -> type[Any] | None:
+    """The convolution of torch as which `module` computes, gated or in PLAIN; None if it is none."""
+    kind, forward = type(module), type(module).forward
+    for dense, gated in CONVOLUTIONS.items():
+        forwards = (dense.forward, gated.forward) if dense in PLAIN else (gated.forward,)
+        if isinstance(module, dense) and forward in forwards:
+            # torch's forward leaves a step to its subclasses
+            same = getattr(kind, "_conv_forward", None) is getattr(dense, "_conv_forward", None)
+            return dense if same else None
+    return None
 
 
-def is_conv(module: nn.Module) -> TypeGuard[nn.Conv1d | nn.Conv2d]:
-    """Whether `module` computes as nn.Conv1d, nn.Conv2d or their gated kin."""
-    if type(module).forward in (nn.Conv1d.forward, L0Conv1d.forward):
-        return _convolves(module, nn.Conv1d)
-    return is_conv2d(module)
+def is_conv(module: nn.Module) -> TypeGuard[AnyConv]:
+    """Whether `module` computes as a gated convolution, or as nn.Conv1d or nn.Conv2d."""
+    return isinstance(module, AnyConv) and conv_kind(module) is not None
 
 
-def is_norm(module: nn.Module) -> TypeGuard[nn.BatchNorm2d]:
-    """Whether `module` computes as nn.BatchNorm2d or L0BatchNorm2d."""
+def is_norm(module: nn.Module) -> TypeGuard[AnyBatchNorm]:
+    """Whether `module` computes as nn.BatchNorm2d or an L0BatchNorm."""
     forward = type(module).forward
-    return isinstance(module, nn.BatchNorm2d) and forward in (nn.BatchNorm2d.forward, L0BatchNorm2d.forward)
+    if isinstance(module, L0BatchNorm):
+        return forward is L0BatchNorm.forward
+    return isinstance(module, nn.BatchNorm2d) and forward is nn.BatchNorm2d.forward
 
 
 def is_flatten(module: nn.Module) -> bool:
@@ -90,11 +128,19 @@ def is_flatten(module: nn.Module) -> bool:
     return type(module) is nn.Flatten and (module.start_dim, module.end_dim) == (1, -1)
 
 
-def unit_dim(layer: nn.Module) -> int:
-    """Where a linear layer, a convolution or a batch norm reads and writes its units, from the end."""
+def unit_dim(layer: Any, dim: int | None = None) -> int:
+    """Where a linear layer, a convolution or a batch norm reads and writes its units, from the end.
+
+    dim: where the value has its units, as far as that is known: a norm of (N, C) or (N, C, L) reads either;
+        0 if it is not.
+    """
     if is_linear(layer):
         return FEATURES
-    return -2 if isinstance(layer, nn.Conv1d) else -3
+    if isinstance(layer, nn.BatchNorm1d):
+        return dim if dim in (-1, -2) else 0
+    if isinstance(layer, AnyBatchNorm):
+        return -4 if isinstance(layer, nn.BatchNorm3d) else -3
+    return -1 - len(layer.kernel_size)
 
 
 def treats_units(module: nn.Module, dim: int | None) -> bool:
@@ -149,7 +195,7 @@ def units_out(layer: Any) -> int:
 
 def own_gate(layer: nn.Module, side: str) -> Any:
     """The gate that `layer` has as in_gate or out_gate, None if it has none."""
-    return getattr(layer, side) if isinstance(layer, L0Linear | L0Conv1d | L0Conv2d) else None
+    return getattr(layer, side) if isinstance(layer, L0Linear | GatedConv) else None
 
 
 def activation_name(module: nn.Module) -> str | None:

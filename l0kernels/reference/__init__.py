@@ -7,6 +7,7 @@ types and checks that every backend shares.
 from .._gates import ALIGN, Gates, HardConcrete
 from .batch_norm import gated_batch_norm
 from .conv2d import gated_conv2d
+from .convolution import gated_convolution
 from .counts import (
     conv_expected_flops,
     conv_expected_params,
@@ -18,6 +19,7 @@ from .gates import eval_gates, sample_gates, sample_gates_per_example
 from .linear import gated_linear, l0_linear
 from .masked_linear import masked_linear
 from .mlp import gated_mlp, l0_mlp
+from .norm import gated_group_norm, gated_layer_norm, gated_rms_norm
 from .penalty import l0_penalty, l2_penalty
 from .philox import philox4x32, uniform
 
@@ -31,8 +33,12 @@ __all__ = [
     "eval_gates",
     "gated_batch_norm",
     "gated_conv2d",
+    "gated_convolution",
+    "gated_group_norm",
+    "gated_layer_norm",
     "gated_linear",
     "gated_mlp",
+    "gated_rms_norm",
     "l0_linear",
     "l0_mlp",
     "l0_penalty",

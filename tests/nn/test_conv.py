@@ -325,8 +325,8 @@ def test_unbatched_and_empty():
 
 def test_bad_arguments():
     gate = nn.HardConcreteGate(4)
-    with pytest.raises(ValueError, match=r"gate must be 'in', 'out', 'both' or None, got 'weight'"):
-        nn.L0Conv2d(4, 4, 1, gate="weight")
+    with pytest.raises(ValueError, match=r"gate must be 'in', 'out', 'both', 'weight' or None, got 'some'"):
+        nn.L0Conv2d(4, 4, 1, gate="some")
     with pytest.raises(ValueError, match="in_gate must be None with gate='out'"):
         nn.L0Conv2d(4, 4, 1, in_gate=gate)
     with pytest.raises(ValueError, match=r"out_gate must have log_alpha of shape \(5,\), got \(4,\)"):

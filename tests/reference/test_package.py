@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from l0kernels import reference
+import l0kernels
+from l0kernels import nn, reference
 
 
 def test_exports_exist_and_are_documented():
@@ -67,3 +68,19 @@ def test_only_formulas_are_taken_from_the_reference():
             for module, names in imports(file):
                 if module.startswith("l0kernels.reference") and names:
                     assert names == TAKEN.get(file.name), file.name
+
+
+KNOWN = {*l0kernels.__all__, *nn.__all__, *reference.__all__}
+
+
+def test_no_function_has_more_than_12_parameters():
+    """A record says it better; Triton's kernels take none, and signatures that users know stay."""
+    for file in (*PACKAGE.rglob("*.py"), *(PACKAGE / "triton_kernels").glob("*.py")):
+        tree = ast.parse(file.read_text())
+        public = {n for node in tree.body if getattr(node, "name", None) in KNOWN for n in ast.walk(node)}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef) and node not in public:
+                of_triton = any("triton.jit" in ast.unparse(d) for d in node.decorator_list)
+                given = node.args
+                names = [*given.posonlyargs, *given.args, *given.kwonlyargs, given.vararg, given.kwarg]
+                assert of_triton or len([*filter(None, names)]) <= 12, (file.name, node.name)

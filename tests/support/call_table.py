@@ -170,6 +170,19 @@ def _norm(training):
     return _function(make)
 
 
+def _units_norm(name, *options, bias=True):
+    def make():
+        gates = l0.Gates.from_z((torch.arange(8) % 3 > 0).to(torch.get_default_dtype()))
+
+        def call(x, *vectors):
+            y = getattr(l0, name)(x.mT if name == "gated_group_norm" else x, *options, *vectors, gates=gates)
+            return y.flatten()
+
+        return [_randn(3, 4, 8), *(_randn(8) for _ in range(1 + bias))], call
+
+    return _function(make)
+
+
 def _bank():
     chain = nn.L0MLP([20, 12, 5])
     bank, x = nn.GateBank(chain), _randn(ROWS, 20).requires_grad_()
@@ -228,6 +241,9 @@ FUNCTIONS = {
     },
     "packed_conv2d": {"": _function(_packed)},
     "gated_batch_norm": {"training": _norm(True), "evaluating": _norm(False)},
+    "gated_layer_norm": {"": _units_norm("gated_layer_norm", 8)},
+    "gated_rms_norm": {"": _units_norm("gated_rms_norm", 8, bias=False)},
+    "gated_group_norm": {"": _units_norm("gated_group_norm", 4)},
 }
 """By public function; packed_conv2d brings pack_channels and unpack_channels along."""
 

@@ -32,6 +32,9 @@ class Space:
         self.start = first if torch.equal(labels, torch.arange(first, first + self.size)) else None
         self._made: dict[object, Space] = {}
 
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_made": {}}  # its keys are addresses
+
 
 class Spaces:
     """The spaces of a model."""
@@ -97,7 +100,7 @@ class Draw:
         is_open: (gates + 1,) bool.
         exact: whether packed data hold the present units alone; otherwise all, the closed ones zero.
         backend: that packs weights, where exact.
-        open_all: whether, where exact, no gate is closed.
+        open_all, one_all: whether, where exact, no gate is closed, and whether all are 1.
     """
 
     def __init__(self, gates: Sequence[Gates], multiples: Sequence[int], exact: bool, backend: str) -> None:
@@ -121,6 +124,8 @@ class Draw:
                 (n, _rounded(n, len(one), m)) for n, one, m in zip(counts, z, multiples, strict=True)
             ]
             self.open_all = all(n == len(one) for n, one in zip(counts, z, strict=True))
+            # z = 1 has no gradient: what reads such units may as well not know of gates.
+            self.one_all = self.open_all and bool((self.z.detach() == 1).all())
             self._extents = torch.tensor([(n, n) for _, n in self._counts], dtype=torch.int32)
 
     def present(self, space: Space) -> Present:
@@ -153,7 +158,8 @@ class Draw:
         if n == space.size:
             return Present(None, n, places, places)
         index = order[:n].sort().values.long()
-        return Present(index, n, self.is_open[index + space.start].nonzero()[:, 0], places)
+        within = self.is_open.index_select(0, space.labels).index_select(0, index).nonzero()[:, 0]
+        return Present(index, n, within, places)
 
     def _find_among_all(self, space: Space) -> Present:
         exists, is_open = self.exists[space.labels], self.is_open[space.labels]
@@ -183,10 +189,10 @@ class Draw:
             start = space.start
             with _unwatched():
                 z = self.z.to(key[1])
-                whole = start is not None
-                found = (
-                    z[start : start + space.size] if whole else z.index_select(0, space.labels.to(z.device))
-                )
+                if start is None:
+                    found = z.index_select(0, space.labels.to(z.device))
+                else:
+                    found = z[start : start + space.size]
             self._scales[key] = found
         return found
 
@@ -196,7 +202,7 @@ class Draw:
         None: all exist, and where `selects`, which multiplies nothing, that is all there is to say.
         """
         present = self.present(space)
-        if selects and present.index is None:
+        if self.one_all or (selects and present.index is None):
             return None
         key = space, torch.float64 if dtype == torch.float64 else torch.float32
         found = self._sides.get(key)

@@ -236,7 +236,16 @@ def _build(model: nn.Module, trace: Trace) -> UnitGraph:
         known.add(key_of(name))
         groups.append(replace(group, name=name))
     sizes = {(key.name, key.dim): len(labels) for key, labels in trace.dims.items()}
-    return UnitGraph(tuple(groups), tuple(pinned), sizes)
+    return UnitGraph(tuple(_named_apart(groups)), tuple(pinned), sizes)
+
+
+def _named_apart(groups: Sequence[Group]) -> Iterator[Group]:
+    """A layer whose units fall into several groups names the first, and the others with a number."""
+    seen: Counter[str] = Counter()
+    for group in groups:
+        seen[group.name] += 1
+        n = seen[group.name]
+        yield group if n == 1 else replace(group, name=f"{group.name}#{n}")
 
 
 def _pinned(trace: Trace, why: dict[int, str]) -> Iterator[Pinned]:

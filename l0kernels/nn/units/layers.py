@@ -13,12 +13,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ... import _checks
-from ..._autograd import apply
-from ..._calls import GateGrads
 from ...conv2d import gated_conv2d
-from ...impl import module
-from ...impl.memory import empty_grad
+from ...impl import im2col
+from ...impl.im2col import Geometry
 from ...linear import gated_linear
+from ...narrow import Sides, narrow_conv2d, narrow_depthwise, narrow_weight
 from .draws import Draw, Space
 from .kinds import Kind
 from .narrow import Narrow, plain, refuse_function
@@ -54,54 +53,9 @@ def run(layer: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
     return getattr(_Static(units, draw), units.kind.name)(layer, plain(x), *args, **kwargs)
 
 
-class _PackWeight(torch.autograd.Function):
-    """What exists of a weight, the dimension that is read times z, and back."""
-
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, z: Tensor | None, sides: _Sides, backend: str) -> Tensor:
-        rows, cols, taps, scaled = sides
-        matrix = weight.reshape(weight.shape[0], -1)
-        scales = {"scale_rows": scaled == 0 and z is not None, "scale_cols": scaled == 1 and z is not None}
-        pair, dtype = module(backend), weight.dtype
-        wide = torch.promote_types(dtype, torch.float32)
-        packed = pair.pack(matrix, rows, cols, wide, run=taps, **scales).to(dtype)
-        ctx.save_for_backward(weight)
-        ctx.settings = sides, scales, backend
-        return packed.view(packed.shape[0], packed.shape[1] // taps, *weight.shape[2:])
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (weight,) = ctx.saved_tensors
-        (rows, cols, taps, scaled), scales, backend = ctx.settings
-        matrix = weight.reshape(weight.shape[0], -1)
-        needed = ctx.needs_input_grad[1]
-        dw, dz_rows, dz_cols = module(backend).unpack(
-            grad.reshape(grad.shape[0], -1),
-            (matrix.shape[0], matrix.shape[1]),
-            rows,
-            cols,
-            weight.dtype,
-            **scales,
-            grads=GateGrads(matrix if needed else None, needed and scaled == 0, needed and scaled == 1),
-            out=empty_grad(weight).view(matrix.shape),
-            run=taps,
-        )
-        return dw.view(weight.shape), (dz_rows if scaled == 0 else dz_cols) if needed else None, None, None
-
-
-class _Sides(NamedTuple):
-    """How a weight is packed.
-
-    Attributes:
-        rows, cols: the gates of its first dimension, and of its second with the taps behind; None: all.
-        taps: how many entries stand behind each of the second dimension.
-        scaled: which of the two dimensions is read, and z multiplies.
-    """
-
-    rows: list[Tensor] | None
-    cols: list[Tensor] | None
-    taps: int
-    scaled: int
+def autocasts() -> bool:
+    """Whether torch computes products on a CPU in another dtype than that of their operands."""
+    return torch.is_autocast_enabled("cpu")
 
 
 def _along(value: Tensor, dim: int, ndim: int) -> Tensor:
@@ -142,17 +96,18 @@ class _Exact:
         index = self.index(self.units.outs)
         return parameter if parameter is None or index is None else parameter.index_select(dim, index)
 
+    def sides(self, weight: Tensor) -> tuple[Tensor | None, Sides]:
+        """z of the inputs, and how the weight is packed."""
+        draw, (_, kind, ins, outs) = self.draw, self.units
+        z = None if ins is None else draw.scales(ins, weight.dtype)
+        made = None if outs is None else draw.side(outs, weight.dtype, True)
+        read = None if ins is None else draw.side(ins, weight.dtype, False)
+        rows, cols = (made, read) if kind.cols == 1 else (read, made)
+        return z, Sides(rows, cols, kind.cols, draw.backend)
+
     def weight(self, layer: Any) -> Tensor:
         """The weight of what exists, times z of the inputs."""
-        weight, draw, (_, kind, ins, outs) = layer.weight, self.draw, self.units
-        z = None if ins is None else draw.scales(ins, weight.dtype)
-        taps = weight.shape[2:].numel()
-        first, second = (outs, ins) if kind.cols == 1 else (ins, outs)
-        rows = None if first is None else draw.side(first, weight.dtype, first is not ins)
-        cols = None if second is None else draw.side(second, weight.dtype, second is not ins)
-        if rows is None and cols is None:
-            return weight
-        return apply(_PackWeight, weight, z, _Sides(rows, cols, taps, kind.cols), draw.backend)
+        return narrow_weight(layer.weight, *self.sides(layer.weight))
 
     def linear(self, layer: nn.Linear, x: Tensor) -> Tensor:
         dim = x.ndim - 1
@@ -162,12 +117,30 @@ class _Exact:
 
     def conv(self, layer: Any, x: Tensor) -> Tensor:
         dim = x.ndim - 1 - self.units.kind.spatial
-        if layer.groups > 1:
-            x = self.enter(x, self.units.ins, dim)
-            return self.leave(self.grouped(layer, x), dim)
         x = self.enter(x, self.units.ins, dim)
+        if layer.groups > 1:
+            return self.leave(self.grouped(layer, x), dim)
+        geometry = self.geometry(layer, x)
+        if geometry is not None:
+            z, sides = self.sides(layer.weight)
+            return self.leave(narrow_conv2d(x, layer.weight, self.take(layer.bias), z, sides, geometry), dim)
         y = layer._conv_forward(x, self.weight(layer), self.take(layer.bias))
         return self.leave(y, dim)
+
+    def geometry(self, layer: Any, x: Tensor) -> Geometry | None:
+        """How the convolution is computed as a product of matrices, None where torch's is asked: while all
+        channels exist it compiles nothing."""
+        dtype, backend = x.dtype, self.draw.backend
+        if (
+            self.draw.open_all
+            or x.ndim != 4
+            or layer.padding_mode != "zeros"
+            or isinstance(layer.padding, str)
+        ):
+            return None
+        if backend != "cpp" or dtype != layer.weight.dtype or not im2col.serves(dtype) or autocasts():
+            return None
+        return Geometry(layer.stride, layer.padding, layer.dilation)
 
     def grouped(self, layer: Any, x: Tensor) -> Tensor:
         """A group of channels is one unit: so many fewer groups are there."""
@@ -178,6 +151,10 @@ class _Exact:
             x, padding = F.pad(x, layer._reversed_padding_repeated_twice, mode=layer.padding_mode), 0
         convolve: Any = (F.conv1d, F.conv2d, F.conv3d)[self.units.kind.spatial - 1]
         groups = weight.shape[0] // (layer.out_channels // layer.groups)
+        geometry = self.geometry(layer, x) if groups == weight.shape[0] == x.shape[1] else None
+        if geometry is not None and weight.shape[2:].numel() <= im2col.MOST_TAPS:
+            y = narrow_depthwise(x, weight, geometry)
+            return y if bias is None else y + _along(bias, 1, 4)
         return convolve(x, weight, bias, layer.stride, padding, layer.dilation, groups)
 
     def transposed(self, layer: Any, x: Tensor, output_size: Any = None) -> Tensor:

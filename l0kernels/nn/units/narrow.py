@@ -127,8 +127,8 @@ def refuse_function() -> None:
                     "torch.utils.checkpoint must have use_reentrant=False in a gated model, got True"
                 )
             raise RuntimeError(
-                f"{cls.__name__}.apply must not get or make gated units, got some: the example that gate_ ran "
-                "in eval() did not show it; exclude the layers around it"
+                f"{cls.__name__}.apply must not get or make gated units, got some: the example that gate_ "
+                "ran in eval() did not show it; exclude the layers around it"
             )
         frame = frame.f_back
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -17,13 +18,14 @@ from ...conv2d import is_exact
 from ...penalty import L2Term
 from ..gate import GatedLayer, HardConcreteGate, draw, leaves_no_fast_path
 from .draws import Draw, Space, Spaces
-from .graph import Group, UnitGraph, key_of, unit_graph
+from .example import Example, example_of
+from .graph import Group, UnitGraph, unit_graph
 from .kinds import kind_of
 from .layers import Units, run
 from .narrow import plain
 
-MULTIPLE = 16
-"""Of channels of convolutions: oneDNN compiles each new number of them, for 2 to 7 ms."""
+MULTIPLE = 8
+"""Of channels of convolutions: products of matrices are faster so, and oneDNN compiles each new number."""
 
 NAME = "l0_units"
 """Of the module in a gated model that holds its gates."""
@@ -38,34 +40,106 @@ class GateGroups(GatedLayer, nn.Module):
         groups: what of :func:`unit_graph` is gated, in the order of the gates.
         block: so many units in a row are closed together.
         spaces: where the units lie in the layers.
+        places: those of each parameter and buffer of the model, by its name and dimension.
+        example: what the model was run with, without its values; None where that cannot be made again.
     """
+
+    _is_marked: bool = False
+    """Whether the model's tensors know their spaces, which copies of parameters forget."""
 
     def __init__(self, groups: Sequence[Group], block: int, **options: Any) -> None:
         super().__init__()
         self.groups = tuple(groups)
         self.block = block
         self.spaces = Spaces()
+        self.places: dict[str, dict[int, Space]] = {}
+        self.example: Example | None = None
+        self._keys: dict[str, str] = {}
         for group in groups:
-            self.add_module(key_of(group.name), HardConcreteGate(-(-group.units // block), **options))
+            key = re.sub(r"\W", "_", group.name) or "model"
+            while hasattr(self, key):
+                key += "_"
+            self._keys[group.name] = key
+            self.add_module(key, HardConcreteGate(-(-group.units // block), **options))
         self.multiples = [1] * len(groups)
+        self._made: dict[Any, Any] = {}
         self._local = threading.local()
         self._recent: deque[Draw] = deque(maxlen=_RECENT)
 
     @property
     def gates(self) -> list[HardConcreteGate]:
         """In the order of the groups."""
-        return [cast(HardConcreteGate, self._modules[key_of(group.name)]) for group in self.groups]
+        return [cast(HardConcreteGate, self._modules[key]) for key in self._keys.values()]
 
     def gate_of(self, group: Group) -> HardConcreteGate:
         """The gate that closes a group's units."""
-        return cast(HardConcreteGate, self._modules[key_of(group.name)])
+        return cast(HardConcreteGate, self._modules[self._keys[group.name]])
+
+    def open_units(self) -> dict[str, int]:
+        """How many units of each group are open under its evaluation gate, by the group's name."""
+        return {
+            group.name: int((self._spread(gate.eval_gates(), group.units).z != 0).sum())
+            for group, gate in zip(self.groups, self.gates, strict=True)
+        }
+
+    def gate_of_unit(self) -> Tensor:
+        """(units + 1,) int64: which of all gates closes each unit; the last number: none."""
+        found = self._made.get("gate_of_unit")
+        if found is None:
+            parts, start = [], 0
+            for group in self.groups:
+                parts.append(start + torch.arange(group.units) // self.block)
+                start += -(-group.units // self.block)
+            found = self._made["gate_of_unit"] = torch.cat([*parts, torch.tensor([start])])
+        return found
+
+    def gate_index(self, space: Space, device: torch.device) -> Tensor:
+        """Which of all gates closes each entry of a space, (size,)."""
+        key = "gate_index", space, device
+        if key not in self._made:
+            self._made[key] = self.gate_of_unit()[space.labels].to(device)
+        return self._made[key]
+
+    def whole_gate(self, space: Space) -> int | None:
+        """The number of the HardConcreteGate whose gates are those of a space's entries, in order."""
+        key = "whole_gate", space
+        if key not in self._made:
+            of, start, found = self.gate_of_unit()[space.labels], 0, None
+            for at, group in enumerate(self.groups):
+                n = -(-group.units // self.block)
+                found = at if torch.equal(of, torch.arange(start, start + n)) else found
+                start += n
+            self._made[key] = found
+        return self._made[key]
+
+    def meeting(self, rows: Space, cols: Space) -> Tensor | None:
+        """(3, n): rows, columns and gates where both are of one gate; None: there is none."""
+        key = "meeting", rows, cols
+        if key not in self._made:  # by _place, before anything is compiled
+            of = self.gate_of_unit()
+            first, second = of[rows.labels], of[cols.labels]
+            both = (first[:, None] == second) & (first[:, None] != of[-1])
+            at = both.nonzero().T
+            self._made[key] = torch.stack([*at, first[at[0]]]) if at.numel() else None
+        return self._made[key]
 
     def forward(self, x: Any) -> Any:
-        """x: in a model that is an nn.Sequential, this is its last module."""
+        """x: an nn.Sequential, whose last part this is, calls it."""
         return x
 
-    def begin(self, *_: Any) -> None:
+    def mark(self, model: nn.Module) -> None:
+        """Has each parameter and buffer of `model` that has units know its space."""
+        tensors = tensors_of(model)
+        for name, spaces in self.places.items():
+            if name in tensors:
+                for space in spaces.values():
+                    tensors[name].__dict__["_l0_space"] = space
+        self._is_marked = True
+
+    def begin(self, model: nn.Module, *_: Any) -> None:
         """The model's forward begins: its layers are to see one draw."""
+        if not self._is_marked:
+            self.mark(model)
         stack = self._stack()
         stack.append(self._draw())
         self._recent.append(stack[-1])
@@ -140,11 +214,12 @@ class GateGroups(GatedLayer, nn.Module):
             yield gate, log_alpha[-1:], group.parameters * last
 
     def l2_terms(self) -> Iterator[tuple[HardConcrete, L2Term]]:
-        """None: they are part of :meth:`l2_rest`."""
+        """None: :func:`penalty` asks the model that has the weights, see `sizes.L2Terms`."""
         return iter(())
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in ("_local", "_recent")}
+        left_out = ("_local", "_is_marked", "_recent")
+        return {name: value for name, value in self.__dict__.items() if name not in left_out}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -153,6 +228,11 @@ class GateGroups(GatedLayer, nn.Module):
 
     def extra_repr(self) -> str:
         return "" if self.block == 1 else f"block={self.block}"
+
+
+def tensors_of(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters and buffers of a model by their first names."""
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
 class GatedUnits:
@@ -255,6 +335,7 @@ def gate_(
         "dist": dist,
     }
     gates = GateGroups(groups, block, device=first.device, dtype=first.dtype, **options)
+    gates.example = example_of(args, kwargs, first.dtype)
     _place(model, gates, graph._sizes)
     gates.train(model.training)
     return UnitGraph(tuple(groups), graph.pinned, graph._sizes)
@@ -270,7 +351,7 @@ def _check_ungated(model: nn.Module) -> None:
 
 def _place(model: nn.Module, gates: GateGroups, sizes: dict[tuple[str, int], int]) -> None:
     labels: dict[tuple[str, int], Tensor] = {}
-    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    tensors = tensors_of(model)
     start, total = 0, sum(group.units for group in gates.groups)
     for group in gates.groups:
         for member in group.members:
@@ -281,9 +362,13 @@ def _place(model: nn.Module, gates: GateGroups, sizes: dict[tuple[str, int], int
     spaces = {key: gates.spaces.of(found) for key, found in labels.items()}
     placed: list[Units] = []
     by_tensor = {(id(tensors[name]), dim): one for (name, dim), one in spaces.items() if name in tensors}
-    for (name, _), one in spaces.items():
-        if name in tensors:
-            tensors[name].__dict__["_l0_space"] = one
+    for (name, dim), one in spaces.items():
+        gates.places.setdefault(name, {})[dim] = one
+        gates.whole_gate(one)
+    for sides in gates.places.values():
+        if sides.keys() == {0, 1}:
+            gates.meeting(sides[0], sides[1])
+    gates.mark(model)
     for name, module in model.named_modules():
         kind = kind_of(module)
         if kind is None:
@@ -314,23 +399,25 @@ def _place(model: nn.Module, gates: GateGroups, sizes: dict[tuple[str, int], int
         module.__dict__["_l0_units"] = units
         module.__class__ = _class_of(type(module))
         module.register_forward_pre_hook(leaves_no_fast_path)
-    exact = {gate for units in placed if units.kind.is_exact for gate in (units.ins, units.outs)}
-    closed_exactly = torch.zeros(total + 1, dtype=torch.bool)
-    for one in exact - {None}:
-        closed_exactly[cast(Space, one).labels] = True
-    convolved = torch.zeros(total + 1, dtype=torch.bool)
-    for units in placed:
-        for one in (units.ins, units.outs):
-            if units.kind.spatial and one is not None:
-                convolved[one.labels] = True
-    start = 0
-    for at, group in enumerate(gates.groups):
-        if convolved[start] and not closed_exactly[start]:
-            gates.multiples[at] = MULTIPLE
-        start += group.units
+    _round(gates, placed, total)
     model.add_module(NAME, gates)
     model.register_forward_pre_hook(gates.begin, prepend=True)
     model.register_forward_hook(gates.end, always_call=True)
+
+
+def _round(gates: GateGroups, placed: Sequence[Units], total: int) -> None:
+    """Sets the multiples: of what convolutions see, unless the statistics of a norm would see it, too."""
+    convolved, exact = (torch.zeros(total + 1, dtype=torch.bool) for _ in range(2))
+    for units in placed:
+        for space in (units.ins, units.outs):
+            if space is not None:
+                convolved[space.labels] |= units.kind.spatial > 0
+                exact[space.labels] |= units.kind.is_exact
+    start = 0
+    for at, group in enumerate(gates.groups):
+        if convolved[start] and not exact[start]:
+            gates.multiples[at] = MULTIPLE
+        start += group.units
 
 
 def ungate_(model: nn.Module) -> nn.Module:

@@ -1,0 +1,168 @@
+"""Products of what exists: layers whose weights are gathered by the open units around, on a CPU.
+
+Inputs and outputs hold the existing units alone. The weight is packed, its columns times z, and its gradient
+is scattered back, with zeros for what does not exist.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ._autograd import apply
+from ._calls import GateGrads
+from .impl import im2col, module
+from .impl.im2col import Geometry
+from .impl.memory import empty_grad
+
+Gate = list[Tensor]  # z, index, count of Gates; the first count[0] of index exist
+
+
+class Sides(NamedTuple):
+    """How a weight is packed.
+
+    Attributes:
+        rows, cols: the gates of its first and second dimension; None: all exist.
+        scaled: which of the two z multiplies, the one that is read.
+        backend: that packs.
+    """
+
+    rows: Gate | None
+    cols: Gate | None
+    scaled: int
+    backend: str
+
+
+def _scales(sides: Sides, z: Tensor | None) -> dict[str, bool]:
+    return {
+        "scale_rows": sides.scaled == 0 and z is not None,
+        "scale_cols": sides.scaled == 1 and z is not None,
+    }
+
+
+def _unpacked(
+    grad: Tensor, weight: Tensor, sides: Sides, scales: dict[str, bool], need_z: bool, **layout: Any
+) -> tuple[Tensor, Tensor | None]:
+    """dweight and dz from the gradient of the packed weight, a matrix."""
+    matrix = weight.reshape(weight.shape[0], -1)
+    dw, dz_rows, dz_cols = module(sides.backend).unpack(
+        grad,
+        (matrix.shape[0], matrix.shape[1]),
+        sides.rows,
+        sides.cols,
+        weight.dtype,
+        **scales,
+        grads=GateGrads(
+            matrix if need_z else None, need_z and sides.scaled == 0, need_z and sides.scaled == 1
+        ),
+        out=empty_grad(weight).view(matrix.shape),
+        run=weight.shape[2:].numel(),
+        **layout,
+    )
+    return dw.view(weight.shape), (dz_rows if sides.scaled == 0 else dz_cols) if need_z else None
+
+
+class _Weight(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, z: Tensor | None, sides: Sides) -> Tensor:
+        scales, taps, dtype = _scales(sides, z), weight.shape[2:].numel(), weight.dtype
+        matrix, wide = weight.reshape(weight.shape[0], -1), torch.promote_types(dtype, torch.float32)
+        packed = (
+            module(sides.backend).pack(matrix, sides.rows, sides.cols, wide, run=taps, **scales).to(dtype)
+        )
+        ctx.save_for_backward(weight)
+        ctx.settings = sides, scales
+        return packed.view(packed.shape[0], packed.shape[1] // taps, *weight.shape[2:])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (weight,), (sides, scales) = ctx.saved_tensors, ctx.settings
+        grad = grad.reshape(grad.shape[0], -1)
+        dw, dz = _unpacked(grad, weight, sides, scales, ctx.needs_input_grad[1])
+        return dw, dz, None
+
+
+def narrow_weight(weight: Tensor, z: Tensor | None, sides: Sides) -> Tensor:
+    """The rows and columns of a weight (rows, cols, *taps) that exist, the read side times z.
+
+    Args:
+        weight: of a linear layer or a convolution.
+        z: (cols,) of the columns, of the rows where ``sides.scaled`` is 0; None: 1. Its gradient comes where
+            0 < z < 1.
+    """
+    if sides.rows is None and sides.cols is None:
+        return weight
+    return apply(_Weight, weight, z, sides)
+
+
+class _Conv2d(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        z: Tensor | None,
+        sides: Sides,
+        geometry: Geometry,
+    ) -> Tensor:
+        x = x.contiguous(memory_format=torch.channels_last)
+        kh, kw = weight.shape[2:]
+        scales, matrix = _scales(sides, z), weight.reshape(weight.shape[0], -1)
+        pack = module(sides.backend).pack
+        packed = pack(matrix, sides.rows, sides.cols, weight.dtype, run=kh * kw, apart=True, **scales)
+        shape = im2col.shape_of(x, (kh, kw), geometry)
+        ctx.save_for_backward(x, weight, packed)
+        ctx.settings = sides, scales, shape
+        return im2col.forward(x, packed, bias, shape)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        (x, weight, packed), (sides, scales, shape) = ctx.saved_tensors, ctx.settings
+        need_x, need_w, need_b, need_z, *_ = ctx.needs_input_grad
+        dy = dy.contiguous(memory_format=torch.channels_last)
+        dx, grad = im2col.backward(dy, x, packed, shape, need_x, need_w or need_z)
+        dw = dz = None
+        if grad is not None:
+            dw, dz = _unpacked(grad, weight, sides, scales, need_z, apart=True)
+        db = im2col.rows(dy).sum(0) if need_b else None
+        return dx, dw if need_w else None, db, dz, None, None
+
+
+def narrow_conv2d(
+    x: Tensor, weight: Tensor, bias: Tensor | None, z: Tensor | None, sides: Sides, geometry: Geometry
+) -> Tensor:
+    """conv2d of existing channels x (N, c, H, W) to those of the outputs, in channels_last memory.
+
+    Args:
+        weight: of all channels, (out, in, kh, kw), float32 or float64.
+        bias: of the existing outputs.
+        z, sides: as of :func:`narrow_weight`.
+    """
+    return apply(_Conv2d, x, weight, bias, z, sides, geometry)
+
+
+class _Depthwise(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
+        x = x.contiguous(memory_format=torch.channels_last)
+        kh, kw = weight.shape[2:]
+        taps = weight.reshape(weight.shape[0], kh * kw).t().contiguous()
+        shape = im2col.shape_of(x, (kh, kw), geometry)
+        ctx.save_for_backward(x, taps)
+        ctx.settings = shape, weight.shape
+        return im2col.depthwise(x, taps, shape)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        (x, taps), (shape, of_weight) = ctx.saved_tensors, ctx.settings
+        dy = dy.contiguous(memory_format=torch.channels_last)
+        dx, dw = im2col.depthwise_grad(dy, x, taps, shape, *ctx.needs_input_grad[:2])
+        return dx, None if dw is None else dw.t().reshape(of_weight), None
+
+
+def narrow_depthwise(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
+    """conv2d of each channel of x (N, c, H, W) with its own kernel of weight (c, 1, kh, kw)."""
+    return apply(_Depthwise, x, weight, geometry)

@@ -1,0 +1,378 @@
+"""A gated model without its gates: layers of their own classes, narrower by what is closed."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from .draws import Space
+from .graph import Group
+from .layers import Units
+from .place import GatedUnits, GateGroups, groups_of, tensors_of, ungate_
+
+STATISTICS = ("running_mean", "running_var")
+
+
+def shrunk(model: nn.Module, multiple_of: int) -> nn.Module:
+    """`model`, at rest and ours to take apart, with each gated model in it made narrower."""
+    hosts = [module for module in model.modules() if groups_of(module) is not None]
+    inside: set[Any] = {part for host in hosts for part in host.modules()}
+    for name, module in model.named_modules():
+        if isinstance(module, GatedUnits) and module not in inside:
+            raise ValueError(
+                f"model must have the gates of its layers, got {name or type(module).__name__!r} of a "
+                "model that gate_ has gated, without that model: export the whole, and take the part of that"
+            )
+    for host in hosts:
+        smaller = _shrunk(host, multiple_of)
+        for module in model.modules():
+            for name, child in module._modules.items():
+                if child is host:
+                    module._modules[name] = smaller
+        model = smaller if model is host else model
+    return model
+
+
+def _shrunk(host: nn.Module, multiple_of: int) -> nn.Module:
+    gates = cast(GateGroups, groups_of(host))
+    plan = _Plan(host, gates, multiple_of)
+    check = _Check(host, gates)
+    free = [group for group in plan.narrowed if group.name not in plan.needed]
+    out, found = check.of(plan.cut(free))
+    if found is None:
+        return out
+    # Some of them meet a size that stands in a forward: those stay whole, with zeros.
+    out, wrong = check.of(plan.cut([]))
+    if wrong is not None:
+        raise ValueError(
+            f"model must compute the same without its closed units, got another result: {wrong}. "
+            f"Units of {sorted(plan.needed) or 'no group'} must go, since a norm is over the open ones; "
+            "a size that stands in a forward is in their way"
+        )
+    alone = [group for group in free if check.of(plan.cut([group]))[1] is None]
+    if len(alone) > 1:
+        both, wrong = check.of(plan.cut(alone))
+        if wrong is None:
+            return both
+        chosen: list[Group] = []
+        for group in alone:
+            both, wrong = check.of(plan.cut([*chosen, group]))
+            if wrong is None:
+                chosen, out = [*chosen, group], both
+        return out
+    return check.of(plan.cut(alone))[0] if alone else out
+
+
+class _Plan:
+    """What of each unit is kept: all of it, its place with zeros, or nothing.
+
+    Attributes:
+        narrowed: the groups of which something can go.
+        needed: the names of those of which all that is closed must go: a norm is over them.
+    """
+
+    def __init__(self, host: nn.Module, gates: GateGroups, multiple_of: int) -> None:
+        self._host, self._gates = host, gates
+        self._layers: list[Any] = [m for m in host.modules() if isinstance(m, GatedUnits)]
+        starts: list[int] = []
+        z, total = [], 0
+        for group, gate in zip(gates.groups, gates.gates, strict=True):
+            starts.append(total)
+            total += group.units
+            z.append(gates._spread(gate.eval_gates(), group.units).z.detach().cpu())
+        self._z = torch.cat([*z, z[0].new_ones(1)])  # behind all units stands what is always open
+        self._open = self._z != 0
+        self._of = {
+            group.name: slice(at, at + group.units) for group, at in zip(gates.groups, starts, strict=True)
+        }
+        self.needed, mixed = self._normed()
+        fixed = self._fixed()
+        self._kept = self._open.clone()
+        self.narrowed: list[Group] = []
+        for group, gate in zip(gates.groups, gates.gates, strict=True):
+            place = self._of[group.name]
+            n_open = int(self._open[place].sum())
+            if group.name in fixed:
+                self._kept[place] = True
+                continue
+            wanted = n_open
+            if group.name not in self.needed:
+                wanted = min(group.units, max(-(-n_open // multiple_of) * multiple_of, 1))
+            elif group.name not in mixed:
+                wanted = max(n_open, 1)
+            if wanted > n_open:
+                likely = gate.whole().detach().flatten().cpu().repeat_interleave(gates.block)[: group.units]
+                likely = likely.double().masked_fill(self._open[place], torch.inf)
+                self._kept[place][likely.argsort(descending=True, stable=True)[:wanted]] = True
+            if not self._kept[place].all():
+                self.narrowed.append(group)
+
+    def _names(self, space: Space) -> set[str]:
+        """The groups whose units lie in a space."""
+        return {name for name, place in self._of.items() if _holds(space.labels, place)}
+
+    def _normed(self) -> tuple[set[str], set[str]]:
+        """The groups that a norm is over; of these, those that have company there."""
+        needed: set[str] = set()
+        mixed: set[str] = set()
+        for layer in self._layers:
+            units = layer._l0_units
+            if not _is_over_units(layer, units):
+                continue
+            space = cast(Space, units.outs)
+            names = self._names(space)
+            needed |= names
+            if len(names) > 1 or bool((space.labels == len(self._z) - 1).any()):
+                mixed |= names
+        return needed, mixed
+
+    def _fixed(self) -> set[str]:
+        """The groups whose units stay, with zeros: the model's inputs, words that are kept to a norm."""
+        fixed = {group.name for group in self._gates.groups if all(m.role != "out" for m in group.members)}
+        for layer in self._layers:
+            if isinstance(layer, nn.Embedding) and layer.max_norm is not None:
+                fixed |= self._names(cast(Any, layer)._l0_units.outs)
+        return fixed - self.needed
+
+    def cut(self, groups: Iterable[Group]) -> nn.Module:
+        """A copy of the model whose closed units are gone, of `groups` and those that must; else zero.
+
+        It shares with the model what stays as it is.
+        """
+        kept = self._kept.clone()
+        gone = {group.name for group in groups} | self.needed
+        for name, place in self._of.items():
+            if name not in gone:
+                kept[place] = True
+        host = self._host
+        memo = {id(t): t for t in (*host.parameters(), *host.buffers())}
+        copied = copy.deepcopy(host, cast(dict[int, Any], memo))
+        units = {layer: layer._l0_units for layer in copied.modules() if isinstance(layer, GatedUnits)}
+        places = cast(GateGroups, groups_of(copied)).places
+        tensors = tensors_of(copied)
+        sides = {id(tensors[name]): places[name] for name in places if name in tensors}
+        ungate_(copied)
+        cutter = _Cutter(kept, self._open, self._z, sides)
+        for module in copied.modules():
+            cutter.parameters(module, units.get(cast(Any, module)))
+        for layer, own in units.items():
+            _resize(cast(Any, layer), own, cutter.count)
+        return copied
+
+
+def _holds(labels: Tensor, place: slice) -> bool:
+    return bool(((labels >= place.start) & (labels < place.stop)).any())
+
+
+def _is_over_units(layer: Any, units: Units) -> bool:
+    """Whether a closed unit must be gone for the open ones to be normalised right."""
+    name = units.kind.name
+    return name in ("layer_norm", "rms_norm") or (
+        name == "group_norm" and layer.num_groups != layer.num_channels
+    )
+
+
+class _Cutter:
+    """Makes tensors narrower, each once for each way in which it is used."""
+
+    def __init__(self, kept: Tensor, is_open: Tensor, z: Tensor, sides: dict[int, dict[int, Space]]) -> None:
+        self._kept, self._open, self._z, self._sides = kept, is_open, z, sides
+        self._made: dict[tuple[int, Space | None], Tensor] = {}
+
+    def count(self, space: Space) -> int:
+        """How many entries of a space stay."""
+        return int(self._kept[space.labels].sum())
+
+    def parameters(self, module: nn.Module, units: Units | None) -> None:
+        """Makes those of `module` narrower, and its buffers."""
+        for values in (module._parameters, module._buffers):
+            for name, value in values.items():
+                if value is None or id(value) not in self._sides:
+                    continue
+                reads = units is not None and units.kind.is_product and name == "weight"
+                reads = reads and getattr(module, "groups", 1) == 1
+                scaled = units.kind.cols if units is not None and reads else None
+                values[name] = self._cut(value, scaled, name)  # type: ignore[assignment]
+
+    def _cut(self, value: Tensor, scaled: int | None, name: str) -> Tensor:
+        sides = self._sides[id(value)]
+        space = None if scaled is None else sides.get(scaled)
+        if space is not None and bool((self._z[space.labels][self._open[space.labels]] == 1).all()):
+            space = None  # zeros are everybody's: a weight that is tied stays so
+        key = id(value), space
+        found = self._made.get(key)
+        if found is not None:
+            return found
+        data = value.detach()
+        for dim, side in sides.items():
+            data = self._side(data, dim, side, name, factor=space is not None and dim == scaled)
+        if data.data_ptr() == value.data_ptr():
+            data = data.clone()
+        is_parameter = isinstance(value, nn.Parameter)
+        found = nn.Parameter(data, requires_grad=value.requires_grad) if is_parameter else data
+        self._made[key] = found
+        self._sides_of_copy(found)
+        return found
+
+    def _sides_of_copy(self, made: Tensor) -> None:
+        """What is made has no sides, though an address may have been another's."""
+        self._sides.pop(id(made), None)
+
+    def _side(self, data: Tensor, dim: int, space: Space, name: str, factor: bool) -> Tensor:
+        labels = space.labels
+        kept = self._kept[labels]
+        if not bool(kept.all()):
+            data = data.index_select(dim, kept.nonzero()[:, 0].to(data.device))
+        labels = labels[kept]
+        closed = ~self._open[labels]
+        if factor:
+            data = data * _along(self._z[labels].to(data.device, data.dtype), dim, data.ndim)
+        elif bool(closed.any()) and name != "running_var":
+            data = data.index_fill(dim, closed.nonzero()[:, 0].to(data.device), 0)
+        return data
+
+
+def _along(value: Tensor, dim: int, ndim: int) -> Tensor:
+    shape = [1] * ndim
+    shape[dim] = -1
+    return value.view(shape)
+
+
+def _resize(layer: Any, units: Units, count: Callable[[Space], int]) -> None:
+    """Has a layer's attributes say its sizes."""
+    name, ins, outs = units.kind.name, units.ins, units.outs
+    n_in = None if ins is None else count(ins)
+    n_out = None if outs is None else count(outs)
+    if units.kind.is_product:
+        groups = getattr(layer, "groups", 1)
+        if groups > 1:  # whole groups go
+            assert n_out is not None
+            layer.groups = groups * n_out // layer.out_channels
+        read, made = ("in_features", "out_features") if name == "linear" else ("in_channels", "out_channels")
+        if n_in is not None:
+            setattr(layer, read, n_in)
+        if n_out is not None:
+            setattr(layer, made, n_out)
+        return
+    assert n_out is not None
+    if name in ("batch_norm", "instance_norm"):
+        layer.num_features = n_out
+    elif name in ("layer_norm", "rms_norm"):
+        layer.normalized_shape = (n_out,)
+    elif name == "group_norm":
+        layer.num_groups = n_out if layer.num_groups == layer.num_channels else layer.num_groups
+        layer.num_channels = n_out
+    elif name == "embedding":
+        layer.embedding_dim = n_out
+    elif name == "prelu":
+        layer.num_parameters = n_out
+
+
+class _Fault(NamedTuple):
+    """Why a model that has been made narrower is not right."""
+
+    where: str
+    what: str
+
+    def __str__(self) -> str:
+        return f"{self.what}{f' in {self.where}' if self.where else ''}"
+
+
+class _Check:
+    """Compares with the gated model, on random inputs like the example that gate_ was given."""
+
+    def __init__(self, host: nn.Module, gates: GateGroups) -> None:
+        self._host = host
+        self._wanted: list[Any] | None = None
+        like = next((p for p in host.parameters() if p.is_floating_point()), None)
+        if gates.example is None or like is None:
+            return
+        devices = [like.device] if like.is_cuda else []
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(0)
+            self._inputs = gates.example.make(like)
+        self._devices = devices
+        try:
+            self._wanted = self._run(host)
+        except Exception:  # its inputs cannot be random
+            self._wanted = None
+            return
+
+    def of(self, model: nn.Module) -> tuple[nn.Module, _Fault | None]:
+        """The model, and what is wrong with it."""
+        return model, self._fault(model)
+
+    def _fault(self, model: nn.Module) -> _Fault | None:
+        if self._wanted is None:
+            return None
+        stack: list[str] = []
+        handles = []
+        for name, module in model.named_modules():
+
+            def enter(_: nn.Module, __: Any, name: str = name) -> None:
+                stack.append(name)
+
+            def leave(_: nn.Module, __: Any, ___: Any) -> None:
+                stack.pop()
+
+            handles.append(module.register_forward_pre_hook(enter))
+            handles.append(module.register_forward_hook(leave))  # not after an error: there it is
+        try:
+            out = self._run(model)
+        except Exception as error:
+            where = next((name for name in reversed(stack) if name), "the model's forward")
+            return _Fault(where, f"{type(error).__name__} ({error})")
+        finally:
+            for handle in handles:
+                handle.remove()
+        if [_shape(a) for a in out] != [_shape(b) for b in self._wanted]:
+            return _Fault("", "outputs of another shape")
+        if _differ(out, self._wanted) and not self._is_random():
+            return _Fault("", "other outputs")
+        return None
+
+    def _is_random(self) -> bool:
+        """Whether the gated model itself gives other outputs each time."""
+        assert self._wanted is not None
+        return _differ(self._wanted, self._run(self._host, seed=2))
+
+    def _run(self, model: nn.Module, seed: int = 1) -> list[Any]:
+        args, kwargs = pytree.tree_map_only(Tensor, Tensor.clone, self._inputs)
+        with torch.no_grad(), torch.random.fork_rng(devices=self._devices):
+            torch.manual_seed(seed)
+            return _tensors(model(*args, **kwargs))
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    """Those in an output, which may be a record of a class of its own."""
+    found: list[Tensor] = []
+    for leaf in pytree.tree_leaves(value):
+        if isinstance(leaf, Tensor):
+            found.append(leaf)
+        elif hasattr(leaf, "__dict__") and not isinstance(leaf, type | nn.Module):
+            found += [x for x in pytree.tree_leaves(vars(leaf)) if isinstance(x, Tensor)]
+    return found
+
+
+def _shape(x: Tensor) -> tuple[Any, ...]:
+    return tuple(x.shape), x.dtype
+
+
+def _differ(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> bool:
+    """Whether outputs differ by more than rounding makes of them; those of ints may, at ties."""
+    for a, b in zip(ours, theirs, strict=True):
+        if not a.is_floating_point() or not a.numel():
+            continue
+        tolerance = 1e-3 if a.dtype in (torch.float32, torch.float64) else 5e-2
+        a, b = a.double(), b.double()
+        if not torch.equal(a.isfinite(), b.isfinite()):
+            return True
+        a, b = (torch.where(x.isfinite(), x, 0) for x in (a, b))
+        if (a - b).abs().max() > tolerance * b.abs().max() + 1e-12:
+            return True
+    return False
