@@ -335,8 +335,9 @@ def has_gradient(net: Net, x: Tensor) -> bool:
     try:
         unit_oracle.loss_of(copy.deepcopy(net)(x)).backward()
     except RuntimeError as error:
-        assert "inplace" in str(error)
-        return False
+        if "inplace" in str(error):
+            return False
+        raise
     return True
 
 
@@ -361,8 +362,9 @@ def check_net(seed: int) -> int:
     try:
         graph = l0.nn.gate_(net, x, **options)
     except ValueError as error:
-        assert "units to gate" in str(error), f"net {seed}: {error}"
-        return 0
+        if "units to gate" in str(error):
+            return 0
+        raise
     pattern, train = rng.choice(unit_oracle.PATTERNS), rng.random() < 0.6
     static, multiple = rng.random() < 0.3, rng.choice([0, 0, 2, 4])
     what = f"net {seed}, {pattern}, {'train' if train else 'eval'}, {'static' if static else 'exact'}"
