@@ -263,10 +263,13 @@ class Net(nn.Module):
         elif kind == "again":  # a layer is called twice
             layers = [step for step in self.steps if step[0] == "layer"]
             step = rng.choice(layers)
-            weight = self.parts[step[2][0]]._parameters.get("weight")
-            if weight is not None and weight.ndim == (4 if x.ndim == 4 else 2) and weight.shape[1] == units:
-                if not isinstance(self.parts[step[2][0]], nn.Embedding | nn.ConvTranspose2d):
-                    self.add(step)
+            part = self.parts[step[2][0]]
+            weight = getattr(part, "weight", None)
+            fits = (
+                weight is not None and weight.ndim == (4 if x.ndim == 4 else 2) and weight.shape[1] == units
+            )
+            if fits and not isinstance(part, nn.Embedding | nn.ConvTranspose2d):
+                self.add(step)
         else:
             return False
         return True

@@ -162,8 +162,8 @@ class GateGroups(GatedLayer, nn.Module):
             return self._behind(current_node())
         if self._draws():
             raise RuntimeError(
-                "a gated layer must be called by the forward of the model that gate_ has gated, which draws its "
-                "gates: call that model, or eval() it"
+                "a gated layer must be called by the forward of the model that gate_ has gated, which draws "
+                "its gates: call that model, or eval() it"
             )
         return self._draw()
 
