@@ -36,7 +36,7 @@ from .ranks import gathered
 from .reads import Reads, is_foreign, reads_of
 from .sequential import L0Residual, L0Sequential, Value, is_residual, is_sequential
 from .steps import NORMS, UNKNOWN, conv_kind, is_conv, is_linear, is_norm, own_gate, units_in, units_out
-from .units.place import GatedUnits, GateGroups
+from .units.place import GatedUnits, GateGroups, relink
 from .units.shrink import shrunk
 
 UNIT_NORMS = (L0LayerNorm, L0RMSNorm, L0GroupNorm)
@@ -234,7 +234,10 @@ def export(model: nn.Module, *, batched: bool = True, multiple_of: int = 1) -> n
     if multiple_of != 1 and not by_units:
         raise ValueError(f"multiple_of must be 1 for a model that gate_ has not gated, got {multiple_of}")
     with torch.inference_mode(False), torch.no_grad():
-        model = _at_rest(gathered(model))
+        whole = gathered(model)
+        if whole is not model:
+            relink(whole)
+        model = _at_rest(whole)
         if by_units:
             while type(model).__name__ == "OptimizedModule":
                 model = cast(nn.Module, model._orig_mod)

@@ -61,6 +61,20 @@ def images() -> nn.Module:
     )
 
 
+def units() -> nn.Module:
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, bias=False),
+        nn.GELU(),
+        nn.Conv2d(8, 6, 3),
+        nn.Flatten(),
+        nn.Linear(24, 9),
+        nn.LayerNorm(9),
+    )
+    model.append(nn.Linear(9, 3))
+    l0.nn.gate_(model, torch.randn(1, 3, 6, 6))
+    return model
+
+
 MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "in": (lambda: l0.nn.L0Linear(12, 9), (5, 12)),
     "both": (lambda: l0.nn.L0Linear(12, 9, gate="both"), (5, 12)),
@@ -68,6 +82,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "block": (lambda: l0.nn.L0Linear(12, 9, gate=(2, 5)), (5, 12)),
     "conv": (lambda: l0.nn.L0Conv2d(3, 7, 3, gate="both"), (2, 3, 5, 5)),
     "mlp": (mlp, (5, 6)),
+    "units": (units, (2, 3, 6, 6)),
     "feed_forward": (lambda: l0.nn.L0FeedForward(6, 15, "gelu"), (5, 6)),
     "swiglu": (lambda: l0.nn.L0FeedForward(6, 15, "swiglu"), (5, 6)),
     "sequential": (images, (2, 3, 6, 6)),
@@ -311,7 +326,7 @@ def fully_shard_with_whole_gates_trains_as_one_process(rank: int) -> None:
         got = trained(sharded, sharded, halves[rank], weight_decay=0.3)
         for a, b in zip(got, want, strict=True):
             torch.testing.assert_close(a, b, msg=lambda m, name=name: f"{name}: {m}")
-        assert all(are_equal(gate) for gate in gates)
+        assert all(are_equal(gate) for gate in l0.nn.gate_parameters(sharded))
 
 
 @check

@@ -371,7 +371,7 @@ class _Static:
 
     def instance_norm(self, layer: Any, x: Tensor) -> Tensor:
         dim = 1 if x.ndim == layer._get_no_batch_dim() + 1 else 0
-        return self.mask(type(layer).__mro__[2].forward(layer, x), dim)  # type: ignore[attr-defined]
+        return self.mask(layer._l0_class.forward(layer, x), dim)
 
     def prelu(self, layer: nn.PReLU, x: Tensor) -> Tensor:
         return F.prelu(x, layer.weight)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 import threading
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Iterator, Sequence
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -136,6 +136,11 @@ class GateGroups(GatedLayer, nn.Module):
                     tensors[name].__dict__["_l0_space"] = space
         self._is_marked = True
 
+    def hook(self, model: nn.Module) -> None:
+        """Has each forward of `model` begin and end a draw."""
+        model.register_forward_pre_hook(self.begin, prepend=True)
+        model.register_forward_hook(self.end, always_call=True)
+
     def begin(self, model: nn.Module, *_: Any) -> None:
         """The model's forward begins: its layers are to see one draw."""
         if not self._is_marked:
@@ -247,13 +252,15 @@ class GatedUnits:
     """Mixin of the layers that :func:`gate_` has gated; each stays an instance of its class."""
 
     _l0_units: Units
+    _l0_class: ClassVar[type[nn.Module]]
+    """That it is of without gates; a class that shards it may stand before its own."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the class it is of, of open units."""
         return run(self, *args, **kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _rebuilt, (type(self).__mro__[2],), self.__getstate__()
+        return _rebuilt, (self._l0_class,), self.__getstate__()
 
 
 _gated: dict[type[nn.Module], type[nn.Module]] = {}
@@ -262,7 +269,12 @@ _gated: dict[type[nn.Module], type[nn.Module]] = {}
 def _class_of(cls: type[nn.Module]) -> type[nn.Module]:
     found = _gated.get(cls)
     if found is None:
-        attributes = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
+        attributes = {
+            "__module__": cls.__module__,
+            "__qualname__": cls.__qualname__,
+            "__doc__": cls.__doc__,
+            "_l0_class": cls,
+        }
         found = _gated[cls] = type(cls.__name__, (GatedUnits, cls), attributes)
     return found
 
@@ -409,8 +421,7 @@ def _place(model: nn.Module, gates: GateGroups, sizes: dict[tuple[str, int], int
         module.register_forward_pre_hook(leaves_no_fast_path)
     _round(gates, placed, total)
     model.add_module(NAME, gates)
-    model.register_forward_pre_hook(gates.begin, prepend=True)
-    model.register_forward_hook(gates.end, always_call=True)
+    gates.hook(model)
 
 
 def _round(gates: GateGroups, placed: Sequence[Units], total: int) -> None:
@@ -439,9 +450,8 @@ def ungate_(model: nn.Module) -> nn.Module:
         raise ValueError(f"model must be gated by gate_, got a {type(model).__name__} that is not")
     for module in model.modules():
         if isinstance(module, GatedUnits):
-            cls = type(module).__mro__[2]
             del module.__dict__["_l0_units"]
-            module.__class__ = cls
+            module.__class__ = cast(Any, module)._l0_class
             _drop(module._forward_pre_hooks, leaves_no_fast_path)
         for value in (*module._parameters.values(), *module._buffers.values()):
             if value is not None:
@@ -452,6 +462,29 @@ def ungate_(model: nn.Module) -> nn.Module:
         del model._forward_hooks_always_called[key]
     del model._modules[NAME]
     return model
+
+
+def relink(model: nn.Module) -> None:
+    """Has the layers and hooks of a model that was copied module by module go by the copy of its gates."""
+    for host in model.modules():
+        gates = groups_of(host)
+        if gates is None:
+            continue
+        for module in host.modules():
+            if isinstance(module, GatedUnits):
+                module.__dict__["_l0_units"] = module._l0_units._replace(groups=gates)
+        for name in ("_forward_pre_hooks", "_forward_hooks"):  # which are those of the source
+            hooks = vars(host)[name].items()
+            others = [(key, hook) for key, hook in hooks if not _is_ours(hook)]
+            host.__dict__[name] = OrderedDict(others)
+        always = vars(host)["_forward_hooks_always_called"]
+        kept = [(key, value) for key, value in always.items() if key in host._forward_hooks]
+        host.__dict__["_forward_hooks_always_called"] = OrderedDict(kept)
+        gates.hook(host)
+
+
+def _is_ours(hook: Any) -> bool:
+    return isinstance(getattr(hook, "__self__", None), GateGroups)
 
 
 def _drop(hooks: Any, hook: Any) -> None:

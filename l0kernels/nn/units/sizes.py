@@ -119,7 +119,7 @@ class L2Terms:
     def _add(self, parameter: nn.Parameter, sides: dict[int, Space]) -> None:
         device = parameter.device
         theta: Tensor = parameter
-        if len(sides) == 1:
+        if len(sides) == 1 and (0 in sides or not ranks.is_sharded(parameter)):
             ((dim, space),) = sides.items()
             theta = theta if dim == 0 else theta.movedim(dim, 0)
             self.terms.append((self._dist, L2Term(theta, self._side(space), None)))
