@@ -129,7 +129,7 @@ class _Conv2d(torch.autograd.Function):
         shape = im2col.shape_of(x, (kh, kw), geometry)
         ctx.save_for_backward(x, weight, packed)
         ctx.settings = sides, scales, shape
-        return im2col.forward(x, packed, bias, shape)
+        return im2col.forward(x, packed, bias, shape).detach()  # no view: it may change in place
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
@@ -166,7 +166,7 @@ class _Depthwise(torch.autograd.Function):
         shape = im2col.shape_of(x, (kh, kw), geometry)
         ctx.save_for_backward(x, taps)
         ctx.settings = shape, weight.shape
-        return im2col.depthwise(x, taps, shape)
+        return im2col.depthwise(x, taps, shape).detach()
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:

@@ -39,6 +39,8 @@ def shape_of(x: Tensor, kernel: tuple[int, int], geometry: Geometry) -> Shape:
     (stride, padding, dilation), out = geometry, []
     for n, k, s, p, d in zip((H, W), kernel, stride, padding, dilation, strict=True):
         out.append((n + 2 * p - d * (k - 1) - 1) // s + 1)
+    if min(out) < 1:
+        raise RuntimeError(f"images must have no fewer pixels than kernels reach, {kernel}, got {(H, W)}")
     return (N, H, W, C, *kernel, *stride, *padding, *dilation, *out)
 
 

@@ -158,6 +158,9 @@ def _on_dense(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     changed = [args[0]] if _is_in_place(func) else []
     changed += [kwargs["out"]] if isinstance(kwargs.get("out"), Narrow) else []
     dense = {id(x): x.dense() for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Narrow)}
+    for x in changed:
+        if isinstance(x, Narrow) and dense[id(x)] is not x._held:  # autograd keeps what dense() has read
+            dense[id(x)] = _like(x, x._data.clone()).dense()
 
     def swap(x: Any) -> Any:
         return dense[id(x)] if isinstance(x, Narrow) else x
@@ -314,6 +317,8 @@ def _reshaped(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
                 if times > 1 and _run(full[dim + 1 :], times) is None:
                     return None
                 narrow = (*shape[:at], draw.present(space).n * times, *shape[at + 1 :])
+                if not x._data.retains_grad:  # as of the dense tensor, the result is a view
+                    x._held = x._data.contiguous()
                 data = x._data.reshape(narrow)
                 return Narrow.of(data, spaces.repeated(space, times), at, draw, spaces)
         passed *= size

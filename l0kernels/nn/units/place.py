@@ -165,7 +165,15 @@ class GateGroups(GatedLayer, nn.Module):
             return stack[-1]
         if graph_task() != -1 and self._recent and self.training:
             return self._behind(current_node())
+        if self._draws():
+            raise RuntimeError(
+                "a gated layer must be called by the forward of the model that gate_ has gated, which draws "
+                "its gates: call that model, or eval() it"
+            )
         return self._draw()
+
+    def _draws(self) -> bool:
+        return any(gate.draws for gate in self.gates)
 
     def _behind(self, node: Any) -> Draw:
         """The draw that the result of a node of autograd's graph, which a backward pass runs, comes from."""
