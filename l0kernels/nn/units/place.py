@@ -143,7 +143,7 @@ class GateGroups(GatedLayer, nn.Module):
 
     def begin(self, model: nn.Module, *_: Any) -> None:
         """The model's forward begins: its layers are to see one draw."""
-        if not self._is_marked:
+        if not self._is_marked and _checks.readable():
             self.mark(model)
         stack = self._stack()
         stack.append(self._draw())
