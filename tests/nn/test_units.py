@@ -213,9 +213,7 @@ def test_refused_where_nothing_is_gated():
 
 def test_refused_where_sizes_are_missing():
     model = nn.Sequential(nn.LazyLinear(5), nn.ReLU(), nn.LazyLinear(3))
-    with pytest.raises(
-        ValueError, match="model must have sizes, which its first call gives it, got '0.weight'"
-    ):
+    with pytest.raises(ValueError, match=r"which its first call gives it, got '0\.weight' without one"):
         l0.nn.gate_(model, torch.randn(2, 4))
     assert isinstance(model[0], nn.LazyLinear)
 
@@ -588,7 +586,7 @@ def test_export():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("train", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_compile(train):
     model = nn.Sequential(nn.Conv2d(1, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 2, 3)).double()
     args = (unit_nets.image(1),)
@@ -603,18 +601,19 @@ def test_compile(train):
         torch.testing.assert_close(mine.grad, other.grad)
 
 
-@pytest.mark.parametrize(
-    "name", [name for name in l0.nn.units.table.POINTWISE.split() if hasattr(F, name) or hasattr(torch, name)]
-)
-def test_functions_are_smooth_where_units_are_closed(name):
+def test_functions_are_smooth_where_units_are_closed():
     """A zero behind a closed gate gives neither value nor gradient that is not finite."""
-    function = getattr(F, name, None) or getattr(torch, name)
-    x = torch.zeros(4, requires_grad=True)
-    try:
-        y = function(x)
-    except (TypeError, RuntimeError):
-        pytest.skip("takes more than a tensor")
-    assert y.float().isfinite().all()
-    if y.requires_grad:
-        y.sum().backward()
-        assert x.grad.isfinite().all()
+    seen = 0
+    for name in l0.nn.units.table.POINTWISE.split():
+        function = getattr(F, name, None) or getattr(torch, name, None)
+        x = torch.zeros(4, requires_grad=True)
+        try:
+            y = function(x)
+        except (TypeError, RuntimeError):  # none of that name, or it takes more than a tensor
+            continue
+        seen += 1
+        assert y.float().isfinite().all(), name
+        if y.requires_grad:
+            y.sum().backward()
+            assert x.grad.isfinite().all(), name
+    assert seen > 50

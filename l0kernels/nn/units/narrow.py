@@ -85,7 +85,7 @@ class Narrow(Tensor):
         shape = self.shape
         return torch.zeros(shape, dtype=data.dtype, device=data.device).index_copy(dim, present.places, data)
 
-    def take(self, value: Tensor) -> None:
+    def settle(self, value: Tensor) -> None:
         """Takes on the value of a function in place, which :meth:`dense` has been given to."""
         assert self._at is not None
         space, dim, draw, _ = self._at
@@ -170,7 +170,7 @@ def _on_dense(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if isinstance(x, Narrow):
             value = dense[id(x)]
             if x._at is not None:
-                x.take(value)
+                x.settle(value)
             if out is value:
                 out = x
     return out
