@@ -85,7 +85,7 @@ class _Weight(torch.autograd.Function):
 
 
 class _Whole(torch.autograd.Function):
-    """All of a weight whose gates are 1: these have a gradient of 0, as processes expect of all parameters."""
+    """All of a weight whose gates are 1: they have a gradient of 0, as processes expect of all parameters."""
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, z: Tensor) -> Tensor:

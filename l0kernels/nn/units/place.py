@@ -44,8 +44,6 @@ class GateGroups(GatedLayer, nn.Module):
         example: what the model was run with, without its values; None where that cannot be made again.
     """
 
-    """Whether the model's tensors know their spaces, which copies of parameters forget."""
-
     def __init__(self, groups: Sequence[Group], block: int, **options: Any) -> None:
         super().__init__()
         self.groups = tuple(groups)
