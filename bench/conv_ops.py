@@ -7,7 +7,7 @@ from types import ModuleType
 
 import torch
 import torch.nn.functional as F
-from ops import LAM, OPS, Case, Draw, Forward, add_modules, add_providers, open_parameters, torch_gate
+from ops import LAM, Case, Draw, Forward, add_modules, add_providers, open_parameters, torch_gate
 from torch import Tensor, nn
 
 import l0kernels as l0
@@ -259,4 +259,4 @@ def block(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, exac
     return case
 
 
-ALL_OPS: dict[str, Callable[..., Case]] = {**OPS, "conv": conv, "lenet5": lenet5, "block": block}
+CONV_OPS: dict[str, Callable[..., Case]] = {"conv": conv, "lenet5": lenet5, "block": block}

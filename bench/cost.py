@@ -10,9 +10,13 @@ the time, fixed costs do (launches, autograd).
 import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
+import torch
+from nets import NETS
 from registry import DENSE, WORKS, Work, keep_name
 from rows import Row, latest, machine, read
 from table import PASS_NAMES, Found, device_files, header, kind_of, line
@@ -157,8 +161,41 @@ def _block(shape: tuple[int, ...], at: Share, size: int) -> Parts:
     return forward + norms, backward + norms + norms, 18 * C * C + 4 * C
 
 
+@cache
+def _layers(name: str, shape: tuple[int, ...]) -> list[tuple[Any, int, int]]:
+    """The layers of a net that have weights, as they are called, elements of their inputs and outputs."""
+    found: list[tuple[Any, int, int]] = []
+    with torch.device("meta"):
+        net = NETS[name](1000, *shape[4:])
+        for module in net.modules():
+            if getattr(module, "weight", None) is not None:
+                module.register_forward_hook(lambda m, args, y: found.append((m, args[0].numel(), y.numel())))
+        net(torch.empty(shape[:4]))
+    return found
+
+
+def _net(name: str, shape: tuple[int, ...], at: Share, size: int) -> Parts:
+    forward = backward = NOTHING
+    layers = _layers(name, shape)
+    for layer, n_in, n_out in layers:
+        if isinstance(layer, torch.nn.BatchNorm2d):
+            moved = Cost(0, 3 * size * at(0) * n_in)  # reads twice, writes
+            forward, backward = forward + moved, backward + moved + moved
+            continue
+        groups, weight = getattr(layer, "groups", 1), layer.weight.numel()
+        first, last = layer is layers[0][0], layer is layers[-1][0]
+        x, y = (n * (1.0 if end else at(0)) for n, end in ((n_in, first), (n_out, last)))
+        share = at(0) if groups > 1 else (x / n_in) * (y / n_out)
+        flops = 2 * share * n_out * layer.weight[0].numel()
+        forward += Cost(flops, size * (x + share * weight + y))
+        backward += Cost(flops, size * (x + y + weight))
+        backward += NOTHING if first else Cost(flops, size * (x + y + share * weight))
+    return forward, backward, sum(p.numel() for layer, *_ in layers for p in layer.parameters())
+
+
 _FORMULAS: dict[str, Formula] = {"linear": _linear, "ffn": _ffn(1), "swiglu": _ffn(2), "chain": _chain}
 _FORMULAS |= {"conv": _conv, "lenet5": _lenet5, "block": _block}
+_FORMULAS |= {name: partial(_net, name) for name in ("resnet18", "mobilenet_v2")}
 
 
 @dataclass(frozen=True)

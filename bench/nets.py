@@ -1,5 +1,7 @@
 """ResNets and MobileNetV2 in plain torch.nn, their parameters named and shaped as in torchvision."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -77,8 +79,8 @@ class ResNet(nn.Module):
         return self.fc(torch.flatten(self.avgpool(x), 1))
 
 
-def resnet18(num_classes: int = 1000) -> ResNet:
-    return ResNet(BasicBlock, (2, 2, 2, 2), num_classes)
+def resnet18(num_classes: int = 1000, stages: int = 4) -> ResNet:
+    return ResNet(BasicBlock, tuple(2 if i < stages else 0 for i in range(4)), num_classes)
 
 
 def resnet34(num_classes: int = 1000) -> ResNet:
@@ -111,11 +113,11 @@ class MobileNetV2(nn.Module):
         *((6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1)),
     )
 
-    def __init__(self, num_classes: int = 1000) -> None:
+    def __init__(self, num_classes: int = 1000, stages: int = 7) -> None:
         super().__init__()
         self.features = nn.Sequential(nn.Sequential(*conv_norm(3, 32, 3, 2), nn.ReLU6(inplace=True)))
         n_in = 32
-        for expand, n_out, depth, stride in self.STAGES:
+        for expand, n_out, depth, stride in self.STAGES[:stages]:
             for j in range(depth):
                 self.features.append(InvertedResidual(n_in, n_out, 1 if j else stride, expand))
                 n_in = n_out
@@ -126,9 +128,14 @@ class MobileNetV2(nn.Module):
         return self.classifier(self.features(x).mean((2, 3)))
 
 
-def mobilenet_v2(num_classes: int = 1000) -> MobileNetV2:
-    return MobileNetV2(num_classes)
+def mobilenet_v2(num_classes: int = 1000, stages: int = 7) -> MobileNetV2:
+    return MobileNetV2(num_classes, stages)
 
 
-NETS = {"resnet18": resnet18, "resnet34": resnet34, "resnet50": resnet50, "mobilenet_v2": mobilenet_v2}
-"""Nets by name, each made of num_classes."""
+NETS: dict[str, Callable[..., nn.Module]] = {
+    "resnet18": resnet18,
+    "resnet34": resnet34,
+    "resnet50": resnet50,
+    "mobilenet_v2": mobilenet_v2,
+}
+"""Nets by name, each made of num_classes; `stages`: so many of the net, for tests."""

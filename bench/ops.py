@@ -74,6 +74,7 @@ class Case:
     truths: dict[str, Forward]
     providers: dict[str, Provider] = field(default_factory=dict)
     kinks: int = 0  # units of a layer whose derivative jumps: ReLU, maxima
+    kinked: float = 1e-2  # relative error of gradients that many of them make
 
     @property
     def device(self) -> torch.device:
@@ -502,4 +503,4 @@ OPS: dict[str, Callable[..., Case]] = {
     "swiglu": partial(feed_forward, "swiglu"),
     "chain": chain,
 }
-"""Those of convolutions stand in conv_ops.py."""
+"""Those of convolutions stand in conv_ops.py, of whole nets in net_ops.py."""

@@ -92,7 +92,7 @@ class Work:
 
 
 def _targets(
-    stock: Sequence[float], fair: Sequence[float] = (), keeps: Sequence[Keep] = TABLE_KEEPS
+    stock: Sequence[float | None], fair: Sequence[float] = (), keeps: Sequence[Keep] = TABLE_KEEPS
 ) -> dict[Keep, tuple[float | None, float | None]]:
     fairs: Sequence[float | None] = fair or [None] * len(stock)
     return dict(zip(keeps, zip(stock, fairs, strict=True), strict=True))
@@ -100,6 +100,7 @@ def _targets(
 
 LENET = (100, 784, 300, 100, 10)
 LENET5 = (100, 1, 28, 28)
+IMAGES = (16, 3, 64, 64)
 TOKENS = (64, 256, 1024, 4096, 16384)  # M of the sweep over a 4096-square linear layer
 STEP = ("step",)
 
@@ -155,6 +156,24 @@ WORKS = (
         "cpu",
         "WRN-28-10 block, 160 channels, batch 16",
         targets=_targets((1.1, 0.65, 0.40), keeps=(1.0, 0.5, 0.25)),
+    ),
+    Work(
+        "resnet18",
+        IMAGES,
+        "cpu",
+        "ResNet-18, whole step, 16 x 3 x 64 x 64",
+        passes=STEP,
+        ours="nn",
+        targets=_targets((1.05, 0.93, 0.60, 0.35, 0.22)),
+    ),
+    Work(
+        "mobilenet_v2",
+        IMAGES,
+        "cpu",
+        "MobileNetV2, whole step, 16 x 3 x 64 x 64",
+        passes=STEP,
+        ours="nn",
+        targets=_targets((1.15, None, 0.80, 0.60, 0.50)),
     ),
     Work("conv", (100, 20, 12, 12, 50, 5), "cpu", "convolution 100 x 20 x 12 x 12, 50 of 5 x 5"),
     Work("conv", (100, 1, 28, 28, 20, 5), "cpu", full=True),
@@ -226,6 +245,8 @@ QUICK = {
     "conv": (5, 6, 9, 9, 10, 3),
     "lenet5": (7, 1, 28, 28),
     "block": (3, 12, 7, 7),
+    "resnet18": (4, 3, 16, 16, 2),
+    "mobilenet_v2": (4, 3, 16, 16, 2),
 }
 """Tiny shapes: do they run, and are they right?"""
 

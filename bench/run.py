@@ -20,9 +20,9 @@ from typing import Any
 
 import torch
 from check import Checker, context, precision
-from conv_ops import ALL_OPS
 from cost import cost
 from measure import PATIENCE_S, Exchange, Step, Timed, captured, clock_of, interleave, launches, peak_mb
+from net_ops import ALL_OPS
 from ops import Case, Provider, usable_backend
 from registry import (
     AT_FEW_KEEPS,

@@ -6,8 +6,8 @@ Every run is kept in .benchmarks under its commit; ``ARGS=--benchmark-compare`` 
 import pytest
 import torch
 from check import context
-from conv_ops import ALL_OPS
 from measure import Timed
+from net_ops import ALL_OPS
 from ops import trained_log_alpha, usable_backend
 
 import l0kernels as l0

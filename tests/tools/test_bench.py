@@ -4,10 +4,10 @@ from dataclasses import replace
 
 import check
 import compare
-import conv_ops
 import cost
 import measure
 import micro
+import net_ops
 import ops
 import plot
 import pytest
@@ -60,10 +60,10 @@ def test_densities_are_set_in_place_for_every_copy_and_for_each_vector():
 
 
 def pair(op, shape=None, dtype=torch.float32):
-    return tuple(conv_ops.ALL_OPS[op](shape or QUICK[op], dtype, CPU, exact) for exact in (False, True))
+    return tuple(net_ops.ALL_OPS[op](shape or QUICK[op], dtype, CPU, exact) for exact in (False, True))
 
 
-@pytest.mark.parametrize("op", sorted(conv_ops.ALL_OPS))
+@pytest.mark.parametrize("op", sorted(net_ops.ALL_OPS))
 def test_every_provider_is_right_at_every_density(op):
     case, exact = pair(op)
     checker = check.Checker(case, exact, "float32")
@@ -323,7 +323,7 @@ def test_what_a_machine_lacks_is_named_but_ours_must_run(tmp_path, monkeypatch, 
     def broken(*args):
         raise RuntimeError("not here")
 
-    linear = conv_ops.ALL_OPS["linear"]
+    linear = net_ops.ALL_OPS["linear"]
 
     def build(*args, **kwargs):
         case = linear(*args, **kwargs)
@@ -366,7 +366,7 @@ def test_works_are_chosen_by_device_op_shape_and_dtype():
     assert not registry.chosen("cpu", "linear", dtype="tf32")
     assert {w.shape[0] for w in full if w.shape[1:] == (4096, 4096)} >= {64, 256, 512, 1024, 4096, 16384}
     for work in WORKS:
-        assert work.op in conv_ops.ALL_OPS
+        assert work.op in net_ops.ALL_OPS
         assert work.op in QUICK
         assert cost.cost(work.op, work.shape, 0.5, work.main_pass, work.dtype).flops > 0
         assert {keep for keep in work.targets if not isinstance(keep, tuple)} <= set(TABLE_KEEPS)
@@ -375,7 +375,7 @@ def test_works_are_chosen_by_device_op_shape_and_dtype():
 # ---- cost
 
 
-@pytest.mark.parametrize("op", sorted(conv_ops.ALL_OPS))
+@pytest.mark.parametrize("op", sorted(net_ops.ALL_OPS))
 def test_cost_falls_to_what_stays_dense(op):
     dense, half, none = (cost.cost(op, QUICK[op], keep, "fwd+bwd", "float32") for keep in (1.0, 0.5, 0.0))
     assert dense.flops > half.flops > none.flops >= 0

@@ -9,8 +9,8 @@ import gpu_check
 import pytest
 import rows
 import torch
-from conv_ops import ALL_OPS
 from gpu_check import ROOT, Done
+from net_ops import ALL_OPS
 from registry import KEEPS, WORKS
 
 
