@@ -43,7 +43,8 @@ test: $(STAMP)
 test-all: test
 	$(PY) -m pytest -n 2 -m long
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 -m long tests/triton || [ $$? -eq 5 ]
-	L0KERNELS_FUZZ_NETS=5000 OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 tests/nn/test_fuzz_nets.py tests/nn/test_fuzz_export.py
+	L0KERNELS_FUZZ_NETS=5000 OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 tests/nn/test_fuzz_nets.py tests/nn/test_fuzz_export.py \
+		tests/nn/test_fuzz_units.py
 	L0KERNELS_FUZZ_OPS=2000 OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 tests/ops/test_fuzz.py
 	L0KERNELS_FUZZ_OPS=20 TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 tests/triton/test_fuzz.py
 	$(PY) tests/support/sanitized.py

@@ -84,6 +84,19 @@ class _Weight(torch.autograd.Function):
         return dw, dz, None
 
 
+class _Whole(torch.autograd.Function):
+    """All of a weight whose gates are 1: they have a gradient of 0, as processes expect of all parameters."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, z: Tensor) -> Tensor:
+        ctx.like = z
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return grad, torch.zeros_like(ctx.like) if ctx.needs_input_grad[1] else None
+
+
 def narrow_weight(weight: Tensor, z: Tensor | None, sides: Sides) -> Tensor:
     """The rows and columns of a weight (rows, cols, *taps) that exist, the read side times z.
 
@@ -93,7 +106,7 @@ def narrow_weight(weight: Tensor, z: Tensor | None, sides: Sides) -> Tensor:
             0 < z < 1.
     """
     if sides.rows is None and sides.cols is None:
-        return weight
+        return weight if z is None or not z.requires_grad else apply(_Whole, weight, z)
     return apply(_Weight, weight, z, sides)
 
 
@@ -116,7 +129,7 @@ class _Conv2d(torch.autograd.Function):
         shape = im2col.shape_of(x, (kh, kw), geometry)
         ctx.save_for_backward(x, weight, packed)
         ctx.settings = sides, scales, shape
-        return im2col.forward(x, packed, bias, shape)
+        return im2col.forward(x, packed, bias, shape).detach()  # no view: it may change in place
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
@@ -153,7 +166,7 @@ class _Depthwise(torch.autograd.Function):
         shape = im2col.shape_of(x, (kh, kw), geometry)
         ctx.save_for_backward(x, taps)
         ctx.settings = shape, weight.shape
-        return im2col.depthwise(x, taps, shape)
+        return im2col.depthwise(x, taps, shape).detach()
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:

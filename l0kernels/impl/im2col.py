@@ -39,6 +39,8 @@ def shape_of(x: Tensor, kernel: tuple[int, int], geometry: Geometry) -> Shape:
     (stride, padding, dilation), out = geometry, []
     for n, k, s, p, d in zip((H, W), kernel, stride, padding, dilation, strict=True):
         out.append((n + 2 * p - d * (k - 1) - 1) // s + 1)
+    if min(out) < 1:
+        raise RuntimeError(f"images must have no fewer pixels than kernels reach, {kernel}, got {(H, W)}")
     return (N, H, W, C, *kernel, *stride, *padding, *dilation, *out)
 
 
@@ -52,9 +54,10 @@ def rows(x: Tensor) -> Tensor:
     return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
 
 
-def images(matrix: Tensor, N: int, H: int, W: int) -> Tensor:
-    """The other way."""
-    return matrix.view(N, H, W, matrix.shape[1]).permute(0, 3, 1, 2)
+def _images(like: Tensor, N: int, C: int, H: int, W: int) -> tuple[Tensor, Tensor]:
+    """Unwritten images, no view, for users may change them in place; and as a matrix."""
+    out = torch.empty((N, C, H, W), dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
+    return out, out.permute(0, 2, 3, 1).view(N * H * W, C)
 
 
 def _is_product(shape: Shape) -> bool:
@@ -90,23 +93,25 @@ def _scratch(x: Tensor, shape: Shape) -> Tensor:
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None, shape: Shape) -> Tensor:
     """y of images x for a packed weight (out, kh * kw * C), whose columns are taps of all channels."""
     N, H, W, *_, out_h, out_w = shape
-    source, w = rows(x), weight.t()
+    source, w, each = rows(x), weight.t(), out_h * out_w
+    made, y = _images(x, N, weight.shape[0], out_h, out_w)
     if _is_product(shape):
-        y = source @ w if bias is None else torch.addmm(bias, source, w)
-        return images(y, N, out_h, out_w)
-    y, each = x.new_empty(N * out_h * out_w, weight.shape[0]), out_h * out_w
-    if N:
+        _product(source, w, bias, y)
+    elif N:
         col = _scratch(x, shape)
         for first, part in _chunks(shape, x.element_size()):
             n = part[0]
             some = col[: n * each]
             _im2col(source[first * H * W : (first + n) * H * W], part, some)
-            out = y[first * each : (first + n) * each]
-            if bias is None:
-                torch.mm(some, w, out=out)
-            else:
-                torch.addmm(bias, some, w, out=out)
-    return images(y, N, out_h, out_w)
+            _product(some, w, bias, y[first * each : (first + n) * each])
+    return made
+
+
+def _product(a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    if bias is None:
+        torch.mm(a, b, out=out)
+    else:
+        torch.addmm(bias, a, b, out=out)
 
 
 def backward(
@@ -114,12 +119,13 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None]:
     """dx, and dweight packed as weight."""
     N, H, W, C, *_, out_h, out_w = shape
-    source, grads = rows(x), rows(dy)
+    source, grads, each = rows(x), rows(dy), out_h * out_w
+    made, dx = _images(x, N, C, H, W) if need_x else (None, source)
     if _is_product(shape):
-        dw = grads.t() @ source if need_w else None
-        return images(grads @ weight, N, H, W) if need_x else None, dw
+        if need_x:
+            torch.mm(grads, weight, out=dx)
+        return made, grads.t() @ source if need_w else None
     dw = torch.zeros_like(weight) if need_w else None
-    dx, each = x.new_empty(N * H * W, C), out_h * out_w
     if N:
         col = _scratch(x, shape)
         for first, part in _chunks(shape, x.element_size()):
@@ -132,17 +138,17 @@ def backward(
             if need_x:
                 torch.mm(grad, weight, out=some)
                 _col2im(some, part, dx[here])
-    return images(dx, N, H, W) if need_x else None, dw
+    return made, dw
 
 
 def depthwise(x: Tensor, weight: Tensor, shape: Shape) -> Tensor:
     """y of images x for kernels (kh * kw, C), a channel of which sees its own alone."""
     N, _, _, C, *_, out_h, out_w = shape
-    source, y = rows(x), x.new_empty(N * out_h * out_w, C)
+    source, (made, y) = rows(x), _images(x, N, C, out_h, out_w)
     w = vector(weight, "weight", x.dtype, weight.numel())
     address = vector(source, "x", x.dtype, source.numel())
     _C.depthwise(x.dtype == torch.float64, shape, address, w, fresh(y), 0, 0, 0, torch.get_num_threads())
-    return images(y, N, out_h, out_w)
+    return made
 
 
 def depthwise_grad(
@@ -151,7 +157,7 @@ def depthwise_grad(
     """dx, and dweight as weight."""
     N, H, W, C = shape[:4]
     source, grads = rows(x), rows(dy)
-    dx = x.new_empty(N * H * W, C) if need_x else None
+    made, dx = _images(x, N, C, H, W) if need_x else (None, None)
     parts = x.new_empty(N, weight.shape[0], C) if need_w else None
     if grads.numel() and (need_x or need_w):
         _C.depthwise(
@@ -165,4 +171,4 @@ def depthwise_grad(
             fresh(parts),
             torch.get_num_threads(),
         )
-    return None if dx is None else images(dx, N, H, W), None if parts is None else parts.sum(0)
+    return made, None if parts is None else parts.sum(0)

@@ -263,10 +263,13 @@ class Net(nn.Module):
         elif kind == "again":  # a layer is called twice
             layers = [step for step in self.steps if step[0] == "layer"]
             step = rng.choice(layers)
-            weight = self.parts[step[2][0]]._parameters.get("weight")
-            if weight is not None and weight.ndim == (4 if x.ndim == 4 else 2) and weight.shape[1] == units:
-                if not isinstance(self.parts[step[2][0]], nn.Embedding | nn.ConvTranspose2d):
-                    self.add(step)
+            part = self.parts[step[2][0]]
+            weight = getattr(part, "weight", None)
+            fits = (
+                weight is not None and weight.ndim == (4 if x.ndim == 4 else 2) and weight.shape[1] == units
+            )
+            if fits and not isinstance(part, nn.Embedding | nn.ConvTranspose2d):
+                self.add(step)
         else:
             return False
         return True
@@ -335,8 +338,9 @@ def has_gradient(net: Net, x: Tensor) -> bool:
     try:
         unit_oracle.loss_of(copy.deepcopy(net)(x)).backward()
     except RuntimeError as error:
-        assert "inplace" in str(error)
-        return False
+        if "inplace" in str(error):
+            return False
+        raise
     return True
 
 
@@ -361,8 +365,9 @@ def check_net(seed: int) -> int:
     try:
         graph = l0.nn.gate_(net, x, **options)
     except ValueError as error:
-        assert "units to gate" in str(error), f"net {seed}: {error}"
-        return 0
+        if "units to gate" in str(error):
+            return 0
+        raise
     pattern, train = rng.choice(unit_oracle.PATTERNS), rng.random() < 0.6
     static, multiple = rng.random() < 0.3, rng.choice([0, 0, 2, 4])
     what = f"net {seed}, {pattern}, {'train' if train else 'eval'}, {'static' if static else 'exact'}"

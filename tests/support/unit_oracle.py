@@ -267,7 +267,7 @@ def perturb(model: nn.Module, graph: l0.nn.UnitGraph, z: list[Tensor]) -> None:
 
 
 def check_graph(plain: nn.Module, graph: l0.nn.UnitGraph, z: list[Tensor], args: Any, what: str) -> None:
-    """Nothing that the graph says belongs to a closed unit is seen in the result; only columns are multiplied."""
+    """Nothing that the graph says belongs to a closed unit is seen in the result: columns alone have z."""
     other = copy.deepcopy(plain)
     perturb(other, graph, z)
     with torch.no_grad():

@@ -31,9 +31,19 @@ class Space:
         # Where its gates follow each other, z is a slice of all.
         self.start = first if torch.equal(labels, torch.arange(first, first + self.size)) else None
         self._made: dict[object, Space] = {}
+        self._labels: dict[torch.device, Tensor] = {}
+
+    def labels_on(self, device: torch.device) -> Tensor:
+        """The labels on a device: brought there once, for that waits."""
+        found = self.labels if device.type == "cpu" else self._labels.get(device)
+        if found is None:
+            found = self.labels.to(device)
+            if _checks.readable():
+                self._labels[device] = found
+        return found
 
     def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_made": {}}  # its keys are addresses
+        return {**self.__dict__, "_made": {}, "_labels": {}}  # the keys of _made are addresses
 
 
 class Spaces:
@@ -100,7 +110,7 @@ class Draw:
         is_open: (gates + 1,) bool.
         exact: whether packed data hold the present units alone; otherwise all, the closed ones zero.
         backend: that packs weights, where exact.
-        open_all, one_all: whether, where exact, no gate is closed, and whether all are 1.
+        open_all, one_all: whether, where exact, no gate is closed, and whether all are 1, for good.
     """
 
     def __init__(self, gates: Sequence[Gates], multiples: Sequence[int], exact: bool, backend: str) -> None:
@@ -125,7 +135,7 @@ class Draw:
             ]
             self.open_all = all(n == len(one) for n, one in zip(counts, z, strict=True))
             # z = 1 has no gradient: what reads such units may as well not know of gates.
-            self.one_all = self.open_all and bool((self.z.detach() == 1).all())
+            self.one_all = self.open_all and not self.z.requires_grad and bool((self.z == 1).all())
             self._extents = torch.tensor([(n, n) for _, n in self._counts], dtype=torch.int32)
 
     def present(self, space: Space) -> Present:
@@ -190,7 +200,7 @@ class Draw:
             with _unwatched():
                 z = self.z.to(key[1])
                 if start is None:
-                    found = z.index_select(0, space.labels.to(z.device))
+                    found = z.index_select(0, space.labels_on(z.device))
                 else:
                     found = z[start : start + space.size]
             self._scales[key] = found
@@ -230,7 +240,7 @@ class Draw:
         key = space, dtype
         found = self._masks.get(key)
         if found is None:
-            labels = space.labels.to(self.z.device)
+            labels = space.labels_on(self.z.device)
             found = self._masks[key] = self.is_open.index_select(0, labels).to(dtype)
         return found
 
@@ -239,7 +249,7 @@ class Draw:
         found = self._static.get(space)
         if found is None:
             with _unwatched():
-                z = self.z.index_select(0, space.labels.to(self.z.device))
+                z = self.z.index_select(0, space.labels_on(self.z.device))
             found = self._static[space] = Gates.from_z(z, full_grad=False)
         return found
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 from .trace import Dim, Trace, model_inputs
@@ -178,6 +179,9 @@ def unit_graph(model: nn.Module, *args: Any, inputs: bool = False, **kwargs: Any
     """
     if not args and not kwargs:
         raise ValueError("example must be given: inputs that the model can be called with, got none")
+    lazy = [name for name, p in (*model.named_parameters(), *model.named_buffers()) if is_lazy(p)]
+    if lazy:
+        raise ValueError(f"model must have sizes, which its first call gives it, got {lazy[0]!r} without one")
     trace = Trace(model)
     modes = {module: module.training for module in model.modules()}
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
@@ -199,10 +203,18 @@ def unit_graph(model: nn.Module, *args: Any, inputs: bool = False, **kwargs: Any
             for name, buffer in model.named_buffers():
                 if name in buffers and not torch.equal(buffer, buffers[name]):
                     buffer.copy_(buffers[name])
-    for value in pytree.tree_leaves(out):
-        if isinstance(value, Tensor):
-            trace.pin(value, "output of the model")
+    for value in _tensors_in(out):
+        trace.pin(value, "output of the model")
     return _build(model, trace)
+
+
+def _tensors_in(value: Any, depth: int = 3) -> Iterator[Tensor]:
+    """The tensors in what a model returns, in the attributes of its own classes, too."""
+    for leaf in pytree.tree_leaves(value):
+        if isinstance(leaf, Tensor):
+            yield leaf
+        elif depth and not isinstance(leaf, nn.Module):
+            yield from _tensors_in([*getattr(leaf, "__dict__", {}).values()], depth - 1)
 
 
 def _build(model: nn.Module, trace: Trace) -> UnitGraph:

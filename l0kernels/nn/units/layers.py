@@ -288,11 +288,6 @@ class _Static:
         outs = self.units.outs
         return y if outs is None else y * _along(self.draw.mask(outs, y.dtype), dim, y.ndim)
 
-    def scaled(self, x: Tensor, dim: int) -> Tensor:
-        """x times z of the inputs."""
-        ins = self.units.ins
-        return x if ins is None else x * _along(self.draw.scales(ins, x.dtype).to(x.dtype), dim, x.ndim)
-
     def gates(self) -> dict[str, Any]:
         """As the gated operations take them."""
         _, _, ins, outs = self.units
@@ -304,20 +299,31 @@ class _Static:
     def linear(self, layer: nn.Linear, x: Tensor) -> Tensor:
         return gated_linear(x, layer.weight, layer.bias, **self.gates())
 
+    def folded(self, layer: Any) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias, z of the inputs and zeros of closed outputs in them: smaller than activations."""
+        weight, bias, (_, kind, ins, outs) = layer.weight, layer.bias, self.units
+        if ins is not None and getattr(layer, "groups", 1) == 1:
+            z = self.draw.scales(ins, weight.dtype).to(weight.dtype)
+            weight = weight * _along(z, kind.cols, weight.ndim)
+        if outs is not None:
+            mask = self.draw.mask(outs, weight.dtype)
+            weight = weight * _along(mask, kind.rows, weight.ndim)
+            bias = None if bias is None else bias * mask
+        return weight, bias
+
     def conv(self, layer: Any, x: Tensor) -> Tensor:
         dim = x.ndim - 1 - self.units.kind.spatial
-        if dim == 1 and x.ndim == 4 and layer.groups == 1 and layer.padding_mode == "zeros":
+        # On a GPU torch's dense convolution is faster than what skips: 8 ms a step of ResNet-18 beside 33.
+        if x.is_cpu and dim == 1 and x.ndim == 4 and layer.groups == 1 and layer.padding_mode == "zeros":
             stride, dilation = layer.stride, layer.dilation
             return gated_conv2d(x, layer.weight, layer.bias, stride, layer.padding, dilation, **self.gates())
-        x = x if layer.groups > 1 else self.scaled(x, dim)
-        return self.mask(layer._conv_forward(x, layer.weight, layer.bias), dim)
+        return layer._conv_forward(x, *self.folded(layer))
 
     def transposed(self, layer: Any, x: Tensor, output_size: Any = None) -> Tensor:
         spatial = self.units.kind.spatial
-        dim = x.ndim - 1 - spatial
         options = _transposed_options(layer, x, output_size, spatial)
         convolve: Any = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[spatial - 1]
-        return self.mask(convolve(self.scaled(x, dim), layer.weight, layer.bias, **options), dim)
+        return convolve(x, *self.folded(layer), **options)
 
     def batch_norm(self, layer: Any, x: Tensor) -> Tensor:
         layer._check_input_dim(x)

@@ -85,7 +85,7 @@ class Narrow(Tensor):
         shape = self.shape
         return torch.zeros(shape, dtype=data.dtype, device=data.device).index_copy(dim, present.places, data)
 
-    def take(self, value: Tensor) -> None:
+    def settle(self, value: Tensor) -> None:
         """Takes on the value of a function in place, which :meth:`dense` has been given to."""
         assert self._at is not None
         space, dim, draw, _ = self._at
@@ -158,6 +158,9 @@ def _on_dense(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     changed = [args[0]] if _is_in_place(func) else []
     changed += [kwargs["out"]] if isinstance(kwargs.get("out"), Narrow) else []
     dense = {id(x): x.dense() for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Narrow)}
+    for x in changed:
+        if isinstance(x, Narrow) and dense[id(x)] is not x._held:  # autograd keeps what dense() has read
+            dense[id(x)] = _like(x, x._data.clone()).dense()
 
     def swap(x: Any) -> Any:
         return dense[id(x)] if isinstance(x, Narrow) else x
@@ -167,7 +170,7 @@ def _on_dense(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if isinstance(x, Narrow):
             value = dense[id(x)]
             if x._at is not None:
-                x.take(value)
+                x.settle(value)
             if out is value:
                 out = x
     return out
@@ -314,6 +317,8 @@ def _reshaped(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
                 if times > 1 and _run(full[dim + 1 :], times) is None:
                     return None
                 narrow = (*shape[:at], draw.present(space).n * times, *shape[at + 1 :])
+                if not x._data.retains_grad:  # as of the dense tensor, the result is a view
+                    x._held = x._data.contiguous()
                 data = x._data.reshape(narrow)
                 return Narrow.of(data, spaces.repeated(space, times), at, draw, spaces)
         passed *= size

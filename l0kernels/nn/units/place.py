@@ -44,9 +44,6 @@ class GateGroups(GatedLayer, nn.Module):
         example: what the model was run with, without its values; None where that cannot be made again.
     """
 
-    _is_marked: bool = False
-    """Whether the model's tensors know their spaces, which copies of parameters forget."""
-
     def __init__(self, groups: Sequence[Group], block: int, **options: Any) -> None:
         super().__init__()
         self.groups = tuple(groups)
@@ -127,15 +124,6 @@ class GateGroups(GatedLayer, nn.Module):
         """x: an nn.Sequential, whose last part this is, calls it."""
         return x
 
-    def mark(self, model: nn.Module) -> None:
-        """Has each parameter and buffer of `model` that has units know its space."""
-        tensors = tensors_of(model)
-        for name, spaces in self.places.items():
-            if name in tensors:
-                for space in spaces.values():
-                    tensors[name].__dict__["_l0_space"] = space
-        self._is_marked = True
-
     def hook(self, model: nn.Module) -> None:
         """Has each forward of `model` begin and end a draw."""
         model.register_forward_pre_hook(self.begin, prepend=True)
@@ -143,8 +131,6 @@ class GateGroups(GatedLayer, nn.Module):
 
     def begin(self, model: nn.Module, *_: Any) -> None:
         """The model's forward begins: its layers are to see one draw."""
-        if not self._is_marked:
-            self.mark(model)
         stack = self._stack()
         stack.append(self._draw())
         self._recent.append(stack[-1])
@@ -165,7 +151,15 @@ class GateGroups(GatedLayer, nn.Module):
             return stack[-1]
         if graph_task() != -1 and self._recent and self.training:
             return self._behind(current_node())
+        if self._draws():
+            raise RuntimeError(
+                "a gated layer must be called by the forward of the model that gate_ has gated, which draws "
+                "its gates: call that model, or eval() it"
+            )
         return self._draw()
+
+    def _draws(self) -> bool:
+        return any(gate.draws for gate in self.gates)
 
     def _behind(self, node: Any) -> Draw:
         """The draw that the result of a node of autograd's graph, which a backward pass runs, comes from."""
@@ -223,7 +217,7 @@ class GateGroups(GatedLayer, nn.Module):
         return iter(())
 
     def __getstate__(self) -> dict[str, Any]:
-        left_out = ("_local", "_is_marked", "_recent")
+        left_out = ("_local", "_recent")
         return {name: value for name, value in self.__dict__.items() if name not in left_out}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -380,7 +374,6 @@ def _place(model: nn.Module, gates: GateGroups, sizes: dict[tuple[str, int], int
     for sides in gates.places.values():
         if sides.keys() == {0, 1}:
             gates.meeting(sides[0], sides[1])
-    gates.mark(model)
     for name, module in model.named_modules():
         kind = kind_of(module)
         if kind is None:
@@ -445,9 +438,6 @@ def ungate_(model: nn.Module) -> nn.Module:
             del module.__dict__["_l0_units"]
             module.__class__ = cast(Any, module)._l0_class
             _drop(module._forward_pre_hooks, leaves_no_fast_path)
-        for value in (*module._parameters.values(), *module._buffers.values()):
-            if value is not None:
-                value.__dict__.pop("_l0_space", None)
     _drop(model._forward_pre_hooks, gates.begin)
     _drop(model._forward_hooks, gates.end)
     for key in [k for k in model._forward_hooks_always_called if k not in model._forward_hooks]:

@@ -1,0 +1,181 @@
+"""Products of what exists, on a CPU: weights packed with their taps, convolutions as products of matrices."""
+
+import itertools
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import l0kernels as l0
+from l0kernels import narrow
+from l0kernels._gates import round_up
+from l0kernels._native import native
+from l0kernels.impl import im2col, module
+from l0kernels.impl.im2col import Geometry
+
+needs_native = pytest.mark.skipif(native is None, reason="no native kernels")
+
+GEOMETRIES = [
+    ((1, 1), Geometry((1, 1), (0, 0), (1, 1))),
+    ((1, 1), Geometry((2, 2), (0, 0), (1, 1))),
+    ((3, 3), Geometry((1, 1), (1, 1), (1, 1))),
+    ((3, 2), Geometry((2, 1), (2, 0), (1, 3))),
+    ((5, 4), Geometry((1, 3), (0, 4), (2, 1))),
+    ((2, 2), Geometry((2, 2), (0, 1), (1, 1))),
+]
+SIZES = [(0, 3, 5), (1, 1, 1), (3, 8, 5), (2, 17, 16)]  # images, channels read, channels made
+
+
+@pytest.fixture(autouse=True)
+def poisoned(poison):
+    """Unwritten memory reads as NaN."""
+
+
+def gate(n, exist, generator):
+    """A gate as pack takes it, of `exist` of n units, some of which are closed; and which exist."""
+    index = torch.randperm(n, generator=generator)[:exist].sort().values
+    z = torch.zeros(n, dtype=torch.float64)
+    z[index] = torch.rand(exist, dtype=torch.float64, generator=generator) * 1.2
+    z[index[: exist // 3]] = 0
+    z.clamp_(max=1)
+    absent = torch.tensor([i for i in range(n) if i not in set(index.tolist())], dtype=torch.int64)
+    order = torch.zeros(round_up(n))
+    order[:n] = torch.cat([index, absent])
+    return [z, order.int(), torch.full((2,), exist, dtype=torch.int32)], index
+
+
+def near(got, expected, dtype):
+    bound = 2000 * torch.finfo(dtype).eps
+    torch.testing.assert_close(got.double(), expected.double(), rtol=bound, atol=bound)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@needs_native
+def test_convolutions(isa, dtype):
+    """narrow_conv2d and every gradient against torch's convolution of the gathered weight in float64."""
+    generator = torch.Generator().manual_seed(1)
+    for (kernel, geometry), (n, ins, outs) in itertools.product(GEOMETRIES, SIZES):
+        full_in, full_out = ins + 3, outs + 2
+        (z, *order), read = gate(full_in, ins, generator)
+        rows, made = gate(full_out, outs, generator)
+        x = torch.randn(n, ins, 9, 8, dtype=dtype)
+        weight = torch.randn(full_out, full_in, *kernel, dtype=dtype)
+        bias = torch.randn(outs, dtype=dtype)
+        z, rows[0] = z.to(dtype), rows[0].to(dtype)
+        leaves = [t.clone().requires_grad_() for t in (x, weight, bias, z)]
+        sides = narrow.Sides(rows, [leaves[3].detach(), *order], 1, "cpp")
+        y = narrow.narrow_conv2d(*leaves, sides, geometry)
+        exact = [t.detach().double().requires_grad_() for t in leaves]
+        packed = exact[1][made][:, read] * exact[3][read][:, None, None]
+        right = F.conv2d(exact[0], packed, exact[2], *geometry)
+        near(y, right, dtype)
+        assert y.is_contiguous(memory_format=torch.channels_last)
+        assert not y._is_view()
+        dy = torch.randn_like(y)
+        got = torch.autograd.grad(y, leaves, dy)
+        expected = [*torch.autograd.grad(right, exact, dy.double())]
+        expected[3] = expected[3].masked_fill((z <= 0) | (z >= 1), 0)
+        for mine, theirs in zip(got, expected, strict=True):
+            near(mine, theirs, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@needs_native
+def test_depthwise(isa, dtype):
+    for (kernel, geometry), n, channels in itertools.product(GEOMETRIES, (0, 1, 3), (1, 7, 33)):
+        leaves = [
+            torch.randn(n, channels, 9, 8, dtype=dtype, requires_grad=True),
+            torch.randn(channels, 1, *kernel, dtype=dtype, requires_grad=True),
+        ]
+        y = narrow.narrow_depthwise(*leaves, geometry)
+        exact = [t.detach().double().requires_grad_() for t in leaves]
+        right = F.conv2d(*exact, None, *geometry, groups=channels)
+        near(y, right, dtype)
+        dy = torch.randn_like(y)
+        for mine, theirs in zip(
+            torch.autograd.grad(y, leaves, dy),
+            torch.autograd.grad(right, exact, dy.double()),
+            strict=True,
+        ):
+            near(mine, theirs, dtype)
+
+
+@needs_native
+def test_chunks_and_threads_change_nothing(threads, monkeypatch):
+    """Whatever is made at a time, by however many threads: depthwise to the bit."""
+    x, weight = torch.randn(5, 40, 12, 12), torch.randn(40, 1, 3, 3)
+    geometry, dy = Geometry((1, 1), (1, 1), (1, 1)), torch.randn(5, 40, 12, 12)
+
+    def run():
+        leaves = [x.clone().requires_grad_(), weight.clone().requires_grad_()]
+        y = narrow.narrow_depthwise(*leaves, geometry)
+        return y, *torch.autograd.grad(y, leaves, dy)
+
+    first = run()
+    threads(3)
+    for a, b in zip(first, run(), strict=True):
+        assert torch.equal(a, b)
+    kernel = torch.randn(8, 9 * 40)
+    shape = im2col.shape_of(x, (3, 3), geometry)
+    whole = im2col.forward(x, kernel, None, shape)
+    monkeypatch.setattr(im2col, "CHUNK", 1)
+    torch.testing.assert_close(im2col.forward(x, kernel, None, shape), whole, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("backend", ["torch", pytest.param("cpp", marks=needs_native)])
+@pytest.mark.parametrize("run", [1, 2, 9])
+def test_runs_are_columns_with_several_entries(backend, run):
+    """pack and unpack of runs are those of a matrix in which each column's gate stands for its entries."""
+    generator = torch.Generator().manual_seed(run)
+    pair = module(backend)
+    for (rows, made), (cols, read), (scale_rows, scale_cols) in [
+        (gate(7, 4, generator), gate(6, 5, generator), scales)
+        for scales in ((False, True), (True, False), (True, True))
+    ]:
+        full = torch.randn(7, 6 * run, dtype=torch.float64)
+        packed = pair.pack(
+            full, rows, cols, torch.float64, scale_rows=scale_rows, scale_cols=scale_cols, run=run
+        )
+        factor = torch.ones(7, 6, dtype=torch.float64)
+        factor = factor * rows[0][:, None] if scale_rows else factor
+        factor = factor * cols[0] if scale_cols else factor
+        scaled = (full.view(7, 6, run) * factor[:, :, None])[made][:, read]
+        torch.testing.assert_close(packed, scaled.reshape(len(made), -1))
+        out = torch.full((7, 6 * run), float("nan"), dtype=torch.float64)
+        grads = l0._calls.GateGrads(full, scale_rows, scale_cols)
+        dw, dz_rows, dz_cols = pair.unpack(
+            packed, (7, 6 * run), rows, cols, torch.float64,
+            scale_rows=scale_rows, scale_cols=scale_cols, grads=grads, out=out, run=run,
+        )  # fmt: skip
+        right = torch.zeros(7, 6, run, dtype=torch.float64)
+        right[made[:, None], read] = scaled
+        terms = right * full.view(7, 6, run)
+        torch.testing.assert_close(dw, (right * factor[:, :, None]).view(7, -1))
+        for dz, z, other, scale, dim in (
+            (dz_rows, rows[0], cols[0] if scale_cols else torch.ones(6).double(), scale_rows, 1),
+            (dz_cols, cols[0], (rows[0] if scale_rows else torch.ones(7).double())[:, None], scale_cols, 0),
+        ):
+            if scale:
+                expected = (terms.sum(2) * other).sum(dim).masked_fill((z <= 0) | (z >= 1), 0)
+                torch.testing.assert_close(dz, expected)
+            else:
+                assert dz is None
+
+
+@needs_native
+def test_native_code_refuses_shapes_that_do_not_fit():
+    x = torch.zeros(1, 4, 5, 5)
+    good = im2col.shape_of(x, (3, 3), Geometry((1, 1), (1, 1), (1, 1)))
+    at = x.data_ptr()
+    for change in ((12, 6), (13, 4), (6, 0), (4, -1), (0, -1)):
+        shape = [*good]
+        shape[change[0]] = change[1]
+        with pytest.raises(ValueError, match="shape: "):
+            native.im2col(False, shape, at, at, 1)
+        with pytest.raises(ValueError, match="shape: "):
+            native.depthwise(False, shape, at, at, at, 0, 0, 0, 1)
+    wide = im2col.shape_of(torch.zeros(1, 4, 20, 20), (9, 9), Geometry((1, 1), (1, 1), (1, 1)))
+    with pytest.raises(ValueError, match="at most 64 taps, got 81"):
+        native.depthwise(False, wide, at, at, at, 0, 0, 0, 1)
+    with pytest.raises(ValueError, match="run must be positive"):
+        module("cpp").pack(torch.zeros(4, 6).t(), None, None, torch.float32, run=2)
