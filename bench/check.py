@@ -12,7 +12,8 @@ import l0kernels as l0
 
 SEED = 20_260
 SLACK = 4.0  # times the error of the plain formula in the same dtype: another order of summation
-NOISE = 100.0  # times that where the plain formula finds nothing but rounding errors of a gradient of 0
+UNDONE = 1e-12  # of the largest gradient, all that fp64 leaves of one of what a norm behind it undoes
+NOISE = 1e-4  # of the largest gradient, as much as float32 may leave of it
 FLOOR = 1e-6  # gradients of gates are sums that cancel, of few gates: the plain formula may have been lucky
 MANY_KINKS = 100_000
 """Of so many units some lie so near a kink that float32 rounds them to its other side; each makes 1e-3."""
@@ -75,7 +76,11 @@ class Checker:
             if not errors[0] <= SANE:
                 raise RuntimeError(f"the formula {name} itself differs from fp64 by {errors[0]:.1e}")
             bounds = [SLACK * max(error, self._eps, FLOOR) for error in errors]
-            bounds = [bound if bound < 1 else NOISE * bound for bound in bounds]
+            norms = [t.norm().item() for t in truth]
+            largest = max(norms[1:])
+            for i, norm in enumerate(norms):
+                if 0 < norm < UNDONE * largest:
+                    bounds[i] = max(bounds[i], NOISE * largest / norm)
             found = truth, [bounds[0], *(max(bound, self._grad_floor) for bound in bounds[1:])]
             if name == "dense":
                 self._dense = found  # at every density
