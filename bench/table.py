@@ -172,7 +172,9 @@ def targets(works: Sequence[Work], found: Found) -> str:
             measured.append(pair(ratio(row, "stock"), ratio(row, "fair")))
             wanted.append(pair(f"{stock:g}" if stock else "", f"{fair:g}" if fair else ""))
             verdicts.append(
-                pair(
+                ""
+                if not (stock or fair)
+                else pair(
                     verdict(row["stock"], str(stock)) if row and row["stock"] and stock else "",
                     verdict(row["fair"], str(fair)) if row and row["fair"] and fair else "",
                 )
