@@ -128,7 +128,7 @@ class _Exact:
         return self.leave(y, dim)
 
     def geometry(self, layer: Any, x: Tensor) -> Geometry | None:
-        """How the convolution is computed as a product of matrices, None where torch's is asked: that compiles
+        """How the convolution is computed as a product of matrices, None where torch is asked: that compiles
         little where all channels exist, or all that are read and few numbers of those that are made."""
         dtype, backend = x.dtype, self.draw.backend
         if (
