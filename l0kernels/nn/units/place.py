@@ -46,6 +46,8 @@ class GateGroups(GatedLayer, nn.Module):
 
     _is_marked: bool = False
     """Whether the model's tensors know their spaces, which copies of parameters forget."""
+    _backwards: Sequence[dict[int, Any]] = ()
+    """The backward hooks of the model's modules, as they are at any time."""
 
     def __init__(self, groups: Sequence[Group], block: int, **options: Any) -> None:
         super().__init__()
@@ -134,7 +136,15 @@ class GateGroups(GatedLayer, nn.Module):
             if name in tensors:
                 for space in spaces.values():
                     tensors[name].__dict__["_l0_space"] = space
+        parts = [*model.modules()]
+        self._backwards = [
+            hooks for part in parts for hooks in (part._backward_hooks, part._backward_pre_hooks)
+        ]
         self._is_marked = True
+
+    def _is_seen_by_functions(self, model: nn.Module) -> bool:
+        """Whether hooks hand activations to functions of autograd, which take dense ones."""
+        return any(self._backwards) or hasattr(type(model), "unshard")  # fully_shard's
 
     def hook(self, model: nn.Module) -> None:
         """Has each forward of `model` begin and end a draw."""
@@ -146,7 +156,7 @@ class GateGroups(GatedLayer, nn.Module):
         if not self._is_marked:
             self.mark(model)
         stack = self._stack()
-        stack.append(self._draw())
+        stack.append(self._draw(model))
         self._recent.append(stack[-1])
         if (node := stack[-1].z.grad_fn) is not None and _checks.readable():
             cast(Any, node).metadata[NAME] = True
@@ -191,7 +201,7 @@ class GateGroups(GatedLayer, nn.Module):
             local.stack = []
         return local.stack
 
-    def _draw(self) -> Draw:
+    def _draw(self, model: nn.Module | None = None) -> Draw:
         gates = self.gates
         drawn = [
             self._spread(found, group.units) for found, group in zip(draw(gates), self.groups, strict=True)
@@ -199,6 +209,7 @@ class GateGroups(GatedLayer, nn.Module):
         device = gates[0].log_alpha.device
         backend = _registry.resolve(device, torch.float32, "gated_conv2d")
         exact = device.type == "cpu" and _checks.readable() and (backend == "reference" or is_exact(backend))
+        exact = exact and (model is None or not self._is_seen_by_functions(model))
         return Draw(drawn, self.multiples, exact, "torch" if backend == "reference" else backend)
 
     def _spread(self, gates: Gates | None, units: int) -> Gates:
@@ -223,7 +234,7 @@ class GateGroups(GatedLayer, nn.Module):
         return iter(())
 
     def __getstate__(self) -> dict[str, Any]:
-        left_out = ("_local", "_is_marked", "_recent")
+        left_out = ("_local", "_is_marked", "_backwards", "_recent")
         return {name: value for name, value in self.__dict__.items() if name not in left_out}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
