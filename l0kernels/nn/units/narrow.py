@@ -85,6 +85,18 @@ class Narrow(Tensor):
         shape = self.shape
         return torch.zeros(shape, dtype=data.dtype, device=data.device).index_copy(dim, present.places, data)
 
+    def take(self, value: Tensor) -> None:
+        """Takes on the value of a function in place, which :meth:`dense` has been given to."""
+        assert self._at is not None
+        space, dim, draw, _ = self._at
+        if value is self._held:
+            self._at = None if value.shape[dim : dim + 1] != (space.size,) else self._at
+        elif value.shape != self.shape or value.dtype != self._held.dtype:
+            self._held, self._at = value, None  # it holds all units from now on
+        else:  # as others see that have a view of it
+            index = draw.present(space).index
+            self._data.copy_(value if index is None else value.index_select(dim, index))
+
     def __repr__(self, *, tensor_contents: Any = None) -> Any:  # type: ignore[override]
         return repr(self.dense())
 
@@ -151,10 +163,12 @@ def _on_dense(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return dense[id(x)] if isinstance(x, Narrow) else x
 
     out = func(*pytree.tree_map(swap, args), **pytree.tree_map(swap, kwargs))
-    for x in changed:  # it holds all units from now on
+    for x in changed:
         if isinstance(x, Narrow):
-            x._held, x._at = dense[id(x)], None
-            if out is dense[id(x)]:
+            value = dense[id(x)]
+            if x._at is not None:
+                x.take(value)
+            if out is value:
                 out = x
     return out
 
@@ -217,20 +231,20 @@ def _elementwise(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
     space, dim, draw, spaces = first._at
     ndim = max([a.ndim for a in args if isinstance(a, Tensor)])
     end = dim - first._data.ndim  # counted from the end
-    values, scaling = [], func in MULTIPLIES
+    values = []
     for a in args:
         if not isinstance(a, Tensor):
             values.append(a)
         elif isinstance(a, Narrow):
             if a._at is None:
-                return None
+                return _elementwise(func, tuple(b._data if b is a else b for b in args), kwargs)
             other, at, drawn, _ = a._at
             if other is not space or drawn is not draw or at - a._data.ndim != end:
                 return None
             values.append(a._data)
         elif a.ndim < -end or a.shape[end] == 1:
             values.append(a)
-        elif a.shape[end] == space.size and (scaling or getattr(a, "_l0_space", None) is space):
+        elif a.shape[end] == space.size:  # what meets closed units there meets no one's
             index = draw.present(space).index
             values.append(a if index is None else a.index_select(end % a.ndim, index))
         else:
@@ -490,7 +504,7 @@ def _length(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 def _rules() -> dict[Any, Rule]:
     kinds: list[tuple[str, Rule]] = [
         (table.POINTWISE, _pointwise),
-        (table.ELEMENTWISE, _elementwise),
+        (f"{table.ELEMENTWISE} {table.QUOTIENTS}", _elementwise),
         (table.SPATIAL, _spatial),
         (table.REDUCTIONS, _reduced),
         (table.OVER, _over),
@@ -509,7 +523,8 @@ def _rules() -> dict[Any, Rule]:
     ]
     rules: dict[Any, Rule] = {}
     for names, rule in kinds:
-        for function in table.functions(names):
+        in_place = rule not in (_permuted, _squeezed, _reshaped)  # those have it be of another shape
+        for function in table.functions(names, in_place):
             rules[function] = rule
     rules[_REQUIRES_GRAD.__set__], rules[_GRAD.__get__] = _set, _gradient
     names = "device dtype requires_grad ndim is_cuda layout is_cpu is_meta is_leaf grad_fn is_sparse"
@@ -519,5 +534,4 @@ def _rules() -> dict[Any, Rule]:
 
 
 _LIKE_ANOTHER = {*table.functions("to type_as")}
-MULTIPLIES = {*table.functions("mul multiply __mul__ __rmul__ __imul__")}
 RULES = _rules()

@@ -1,0 +1,548 @@
+"""gate_ and unit_graph on nets of every kind, against the oracle of unit_oracle."""
+
+import copy
+import threading
+
+import pytest
+import torch
+import unit_nets
+import unit_oracle
+from torch import nn
+from torch.nn import functional as F
+
+import l0kernels as l0
+from l0kernels import _checks
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+
+
+@pytest.fixture(autouse=True)
+def one_thread(seeded):
+    """Small products wait for each other's threads."""
+
+
+@pytest.fixture
+def static(monkeypatch):
+    """As where no shape may depend on the gates."""
+    monkeypatch.setattr(_checks, "readable", lambda: False)
+
+
+def gated(name, **options):
+    """A net, the same before it was gated, what is gated, and the example."""
+    torch.manual_seed(0)
+    model, args = unit_nets.NETS[name]()
+    plain = copy.deepcopy(model)
+    return model, plain, l0.nn.gate_(model, *args, **options), args
+
+
+def check(case, pattern, train, what=""):
+    model, plain, graph, args = case
+    model.train(train)
+    unit_oracle.set_gates(graph, model, pattern)
+    unit_oracle.check(plain, model, graph, args, f"{pattern}, {'train' if train else 'eval'}{what}")
+
+
+SERVED = [name for name in unit_nets.NETS if name != "checkpointed_reentrant"]
+
+
+@pytest.mark.parametrize("name", SERVED)
+def test_open_units_alone(name):
+    case = gated(name)
+    for pattern in ("open", "closed", "one group closed", "one unit open", "fractional", "mixed"):
+        check(case, pattern, True)
+    for pattern in ("half", "mixed"):
+        check(case, pattern, False)
+    rounded = case[0].l0_units
+    for multiple in (4, 8):
+        rounded.multiples = [1 if m == 1 else multiple for m in rounded.multiples]
+        check(case, "half", True, f", rounded to {multiple}")
+
+
+@pytest.mark.parametrize("name", SERVED)
+def test_dense_with_zeros(name, static):
+    case = gated(name)
+    for pattern, train in (("open", True), ("closed", True), ("mixed", True), ("half", False)):
+        check(case, pattern, train)
+
+
+@pytest.mark.parametrize("name", SERVED)
+def test_with_every_unit_open_it_is_the_model(name):
+    model, plain, graph, args = gated(name)
+    unit_oracle.set_gates(graph, model, "open")
+    model.eval(), plain.eval()
+    for mine, other in zip(*map(unit_oracle.tensors_of, (model(*args), plain(*args))), strict=True):
+        assert torch.allclose(mine, other, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", SERVED)
+def test_nothing_else_reads_a_unit(name):
+    model, plain, graph, args = gated(name)
+    plain.eval()
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(3):
+        z = [(torch.rand(group.units, generator=generator) < 0.5).double() for group in graph.groups]
+        unit_oracle.check_graph(plain, graph, z, args, name)
+    for one in range(len(graph.groups)):
+        z = [torch.full((group.units,), float(at != one)).double() for at, group in enumerate(graph.groups)]
+        unit_oracle.check_graph(plain, graph, z, args, f"{name}, {graph.groups[one].name}")
+
+
+GROUPS = {
+    "resnet": {"body.0.0": 4, "body.1.conv1": 4, "body.2.conv1": 6, "body.2.conv2": 6, "body.3.conv1": 6},
+    "resnet_option_a": {
+        "body.0.0": 4,
+        "body.2.conv2": 2,
+        "body.1.conv1": 4,
+        "body.2.conv1": 6,
+        "body.3.conv1": 6,
+    },
+    "mobilenet_v2": {"body.0.0": 4, "body.1.conv.0": 6, "body.2.conv.0": 8, "body.2.conv.6": 5},
+    "densenet": {
+        "body.0.0": 4,
+        "body.1.convs.0": 3,
+        "body.1.convs.1": 3,
+        "body.4": 5,
+        "body.6.convs.0": 2,
+        "body.6.convs.1": 2,
+    },
+    "unet": {"down1.0": 4, "down2.0": 5, "bottom.0": 6, "up2": 5, "mix2.0": 5, "up1": 4, "mix1.0": 4},
+    "convnext": {"body.0": 4, "body.1.up": 8, "body.2.up": 8},
+    "mixer": {"patch": 4, "blocks.0.channels.0": 6, "blocks.1.channels.0": 6},
+    "vgg": {"features.0": 4, "features.3": 5, "head.0": 6},
+    "resnext": {"body.0.0": 4, "body.1.a": 3, "body.1.c": 8, "body.2.a": 3, "body.2.c": 8},
+    "norms": {"0": 6, "3": 2, "6": 4, "8": 4},
+    "glu": {"0": 5, "1.up": 6, "1.down": 5, "2.gate": 4},
+    "tied": {"up": 9, "down": 6},
+    "constants": {"conv": 4, "fc1": 5},
+    "hand_attention": {"0": 8, "2.gate": 6},
+    "attention": {"up": 12},
+    "encoder_layer": {"1.linear1": 12},
+    "pixel_shuffle": {"0": 4, "2": 2},
+    "branches": {"a": 3, "a/2": 3, "a/3": 3},
+}
+
+
+@pytest.mark.parametrize("name", GROUPS)
+def test_groups(name):
+    model, args = unit_nets.NETS[name]()
+    graph = l0.nn.unit_graph(model, *args)
+    assert {group.name: group.units for group in graph.groups} == GROUPS[name]
+
+
+PINNED = {
+    "mixer": ("blocks.0.tokens.0.weight", 0, "over another dimension"),
+    "hand_attention": ("1.v.weight", 0, "scaled_dot_product_attention in 1"),
+    "attention": ("embed.weight", 1, "multi_head_attention_forward in attention"),
+    "gru": ("embed.weight", 1, "gru in gru"),
+    "custom": ("b.weight", 0, "Cube in the model's forward, out of sight"),
+    "parametrized": ("0.weight", 0, "linear in 2"),
+    "branches": ("b.weight", 0, "mean in the model's forward"),
+    "towers": ("towers.words.weight", 0, "output of the model"),
+    "vgg": ("head.4.weight", 0, "log_softmax in the model's forward"),
+}
+
+
+@pytest.mark.parametrize("name", PINNED)
+def test_what_is_not_gated_says_why(name):
+    model, args = unit_nets.NETS[name]()
+    graph = l0.nn.unit_graph(model, *args)
+    tensor, dim, why = PINNED[name]
+    found = [pin for pin in graph.pinned if (pin.name, pin.dim) == (tensor, dim)]
+    assert why in found[0].why
+    assert why in str(graph)
+
+
+# ---- what is refused
+
+
+def state_of(model):
+    hooks = [
+        (len(m._forward_hooks), len(m._forward_pre_hooks), type(m), m.training, *m._modules)
+        for m in model.modules()
+    ]
+    return {k: v.clone() for k, v in model.state_dict().items()}, hooks, [*model.__dict__]
+
+
+def unchanged(model, before):
+    after = state_of(model)
+    assert before[1:] == after[1:]
+    assert before[0].keys() == after[0].keys()
+    assert all(torch.equal(before[0][k], after[0][k]) for k in after[0])
+
+
+REFUSED = [
+    ((), {}, "example must be given"),
+    ((torch.randn(2, 4, 8, 8),), {}, "example must be inputs that the model takes, got RuntimeError"),
+    (("x",), {}, "example must be inputs that the model takes, got"),
+    ((unit_nets.image(),), {"include": "conv9"}, "include must name a layer with units to gate, got 'conv9'"),
+    (
+        (unit_nets.image(),),
+        {"exclude": ["conv9"]},
+        r"exclude must name a layer with units to gate, got \['conv9'\]",
+    ),
+    ((unit_nets.image(),), {"exclude": ".*"}, "model must have units to gate, got none"),
+    ((unit_nets.image(),), {"block": 0}, "block must be a positive int, got 0"),
+    ((unit_nets.image(),), {"block": True}, "block must be a positive int, got True"),
+    ((unit_nets.image(),), {"block": 1.5}, "block must be a positive int, got 1.5"),
+    ((unit_nets.image(),), {"droprate_init": 2.0}, "droprate_init"),
+    ((unit_nets.image(),), {"eval_mode": "mode"}, "eval_mode"),
+    ((unit_nets.image(),), {"lam": -1.0}, "lam"),
+]
+
+
+@pytest.mark.parametrize(("args", "options", "message"), REFUSED)
+def test_refused(args, options, message):
+    model, _ = unit_nets.NETS["mobilenet_v3"]()
+    model.body[1].eval()
+    before = state_of(model)
+    with pytest.raises(ValueError, match=message):
+        l0.nn.gate_(model, *args, **options)
+    unchanged(model, before)
+
+
+def test_refused_where_nothing_is_gated():
+    model = nn.Sequential(nn.Linear(3, 3))
+    before = state_of(model)
+    with pytest.raises(ValueError, match="model must have units to gate, got none"):
+        l0.nn.gate_(model, torch.randn(2, 3))
+    unchanged(model, before)
+    with pytest.raises(ValueError, match="model must be gated by gate_, got a Sequential that is not"):
+        l0.nn.ungate_(model)
+
+
+def test_refused_where_it_is_gated():
+    model, _, _, args = gated("resnet")
+    before = state_of(model)
+    for outer in (model, nn.Sequential(model)):
+        with pytest.raises(ValueError, match="model must not be gated already"):
+            l0.nn.gate_(outer, *args)
+    unchanged(model, before)
+
+
+def test_ungated_is_unchanged():
+    torch.manual_seed(0)
+    model, args = unit_nets.NETS["mobilenet_v3"]()
+    before = state_of(model)
+    l0.nn.gate_(model, *args)
+    assert l0.nn.ungate_(model) is model
+    unchanged(model, before)
+
+
+def test_reentrant_checkpoints_are_refused():
+    model, _, _, args = gated("checkpointed_reentrant")
+    with pytest.raises(RuntimeError, match="use_reentrant=False in a gated model, got True"):
+        model(*args)
+    model.eval()
+    model(*args)
+
+
+def test_custom_functions_of_training_alone_are_refused():
+    model, args = unit_nets.Custom(in_eval=False).double(), (unit_nets.rows(3, 4),)
+    graph = l0.nn.gate_(model, *args)
+    assert {group.name for group in graph.groups} == {"a", "b"}
+    unit_oracle.set_gates(graph, model, "half")
+    with pytest.raises(RuntimeError, match=r"Cube\.apply must not get or make gated units, got some"):
+        model(*args)
+
+
+# ---- options
+
+
+def test_include_and_exclude():
+    def groups(**options):
+        return [group.name for group in gated("resnet", **options)[2].groups]
+
+    assert groups(include=r".*\.conv1") == ["body.1.conv1", "body.2.conv1", "body.3.conv1"]
+    assert groups(include=["conv1"]) == ["body.1.conv1", "body.2.conv1", "body.3.conv1"]
+    assert groups(include=["conv1"], exclude=r"body\.3.*") == ["body.1.conv1", "body.2.conv1"]
+    assert groups(residual=False) == ["body.1.conv1", "body.2.conv1", "body.3.conv1"]
+    assert groups(exclude="body.0.0") == ["body.1.conv1", "body.2.conv1", "body.2.conv2", "body.3.conv1"]
+
+
+@pytest.mark.parametrize("name", ["resnet", "densenet", "glu", "vgg", "shufflenet"])
+@pytest.mark.parametrize("options", [{"block": 3}, {"block": 64}, {"inputs": True}, {"residual": False}])
+def test_options(name, options):
+    case = gated(name, **options)
+    check(case, "mixed", True)
+    check(case, "half", False)
+    for group, gate in zip(case[2].groups, case[0].l0_units.gates, strict=True):
+        assert gate.n == -(-group.units // options.get("block", 1))
+    if "inputs" in options:
+        assert any(not group.makers for group in case[2].groups)
+
+
+def test_every_parameter_has_a_gradient():
+    """Where ranks close different units, none waits for another's."""
+    for name in ("resnet", "convnext", "glu"):
+        model, _, graph, args = gated(name)
+        for pattern in ("closed", "open", "mixed"):
+            unit_oracle.set_gates(graph, model, pattern)
+            model.zero_grad()
+            unit_oracle.loss_of(model(*args)).backward()
+            assert [n for n, p in model.named_parameters() if p.grad is None] == []
+
+
+# ---- the model among others
+
+
+def test_hooks_see_all_units():
+    model, plain, graph, args = gated("resnet")
+    unit_oracle.set_gates(graph, model, "half")
+    model.eval()
+    z = [*model.l0_units._draw().z[:-1].split([group.units for group in graph.groups])]
+    oracle = unit_oracle.Oracle(plain.eval(), graph, [v.detach().double() for v in z])
+    seen, expected = {}, {}
+    for net, found in ((model, seen), (oracle.model, expected)):
+        for name in ("body.1.conv1", "body.1.bn1", "body.2.conv2"):
+            net.get_submodule(name).register_forward_hook(
+                lambda module, args, out, found=found, name=name: found.update({name: (out.shape, out + 0)})
+            )
+    model(*args), oracle.model(*args)
+    for name, (shape, value) in expected.items():
+        assert seen[name][0] == shape
+        torch.testing.assert_close(seen[name][1] + torch.zeros(shape).double(), value)
+        assert seen[name][1].tolist() == seen[name][1].detach().numpy().tolist()
+
+
+def test_hooks_may_change_what_passes():
+    model, plain, graph, args = gated("vgg")
+    unit_oracle.set_gates(graph, model, "half")
+    z = [*model.eval().l0_units._draw().z[:-1].split([group.units for group in graph.groups])]
+    oracle = unit_oracle.Oracle(plain.eval(), graph, [v.detach().double() for v in z]).model
+    for net in (model, oracle):
+        net.features[0].register_forward_hook(lambda module, args, out: out.flip(-1) * 2)
+        net.head[0].register_forward_pre_hook(lambda module, args: (args[0] + 1,))
+    torch.testing.assert_close(model(*args), oracle(*args))
+
+
+def test_gradients_of_activations():
+    """retain_grad and hooks of tensors tell the gradients of all units."""
+    model, plain, graph, args = gated("vgg")
+    unit_oracle.set_gates(graph, model, "half")
+    z = [*model.eval().l0_units._draw().z[:-1].split([group.units for group in graph.groups])]
+    oracle = unit_oracle.Oracle(plain.eval(), graph, [v.detach().double() for v in z]).model
+    found = []
+    for net in (model, oracle):
+        kept = []
+
+        def keep(module, args, out, kept=kept):
+            out.retain_grad()
+            kept.append(out)
+            out.register_hook(lambda grad: kept.append(grad) or 2 * grad)
+
+        net.features[3].register_forward_hook(keep)
+        unit_oracle.loss_of(net(*args)).backward()
+        found.append([kept[0].grad + 0, kept[1], net.features[0].weight.grad])
+    for mine, other in zip(*found, strict=True):
+        assert mine.shape == other.shape
+    torch.testing.assert_close(found[0][1] * (found[1][1] != 0), found[1][1])
+    torch.testing.assert_close(found[0][2], found[1][2])
+
+
+def test_threads_have_draws_of_their_own():
+    model, _, graph, args = gated("vgg")
+    unit_oracle.set_gates(graph, model, "mixed")
+    model.eval()
+    expected, found = model(*args), []
+
+    def work():
+        with torch.no_grad():
+            found.extend(torch.equal(model(*args), expected) for _ in range(20))
+
+    threads = [threading.Thread(target=work) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [True] * 60
+
+
+class Calls(nn.Module):
+    """A gated model in another one, which calls it within its own forward."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner, self.out = inner, nn.Linear(3, 2).double()
+
+    def forward(self, x):
+        return self.out(self.inner(x) + self.inner(x.flip(0)))
+
+
+def test_a_gated_model_in_another():
+    inner, plain, graph, args = gated("vgg")
+    unit_oracle.set_gates(graph, inner, "half")
+    outer = Calls(inner).eval()
+    z = [*inner.l0_units._draw().z[:-1].split([group.units for group in graph.groups])]
+    other = unit_oracle.Oracle(plain.eval(), graph, [v.detach().double() for v in z]).model
+    torch.testing.assert_close(outer(*args), outer.out(other(*args) + other(args[0].flip(0))))
+
+
+def test_a_forward_that_fails_leaves_no_draw():
+    model, _, _, args = gated("vgg")
+    with pytest.raises(RuntimeError):
+        model(torch.randn(2, 3, 3, 3).double())
+    assert model.l0_units._stack() == []
+    model(*args)
+    handle = model.register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model(*args)
+    assert model.l0_units._stack() == []
+    handle.remove()
+
+
+@pytest.mark.parametrize("name", ["vgg", "convnext", "densenet", "encoder_layer", "encoder"])
+def test_without_gradients(name):
+    model, _, graph, args = gated(name)
+    unit_oracle.set_gates(graph, model, "mixed")
+    model.eval()
+    expected = model(*args)
+    for context in (torch.no_grad(), torch.inference_mode()):
+        with context:
+            torch.testing.assert_close(model(*args), expected)
+    model.train()
+    with torch.no_grad():
+        model(*args)
+
+
+@pytest.mark.parametrize("name", ["vgg", "convnext", "resnet", "glu"])
+def test_autocast(name):
+    model, plain, graph, args = gated(name)
+    model, plain, args = model.float(), plain.float(), tuple(arg.float() for arg in args)
+    unit_oracle.set_gates(graph, model, "half")
+    model.eval()
+    z = [*model.l0_units._draw().z[:-1].split([group.units for group in graph.groups])]
+    oracle = unit_oracle.Oracle(plain.eval().double(), graph, [v.detach().double() for v in z]).model
+    expected = oracle(*(arg.double() for arg in args))
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model(*args)
+    scale = expected.abs().max()
+    torch.testing.assert_close(out.double() / scale, expected / scale, rtol=0, atol=0.05)
+    out.float().square().sum().backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
+def test_checkpoints_find_the_draw_of_their_forward():
+    """Several forwards may come before one backward pass."""
+    model, _, graph, _ = gated("checkpointed")
+    unit_oracle.set_gates(graph, model, "mixed")
+    found = []
+    for training in (True, False):  # with checkpoints, without
+        torch.manual_seed(3)
+        model.zero_grad()
+        model.train(training)
+        model.l0_units.train()
+        total = sum(unit_oracle.loss_of(model(unit_nets.rows(3, 4))) for _ in range(3))
+        total.backward()
+        found.append([p.grad.clone() for p in model.parameters()])
+    for mine, other in zip(*found, strict=True):
+        torch.testing.assert_close(mine, other)
+
+
+def test_checkpoints_of_too_many_forwards_are_refused():
+    model, _, graph, _ = gated("checkpointed")
+    unit_oracle.set_gates(graph, model, "half")
+    losses = [unit_oracle.loss_of(model(unit_nets.rows(3, 4))) for _ in range(9)]
+    with pytest.raises(RuntimeError, match="must be computed again before 8 more forwards"):
+        sum(losses).backward()
+
+
+def test_a_checkpoint_around_the_model():
+    found = []
+    for checkpointed in (True, False):
+        model, _, graph, args = gated("vgg")
+        unit_oracle.set_gates(graph, model, "mixed")
+        torch.manual_seed(1)
+        if checkpointed:
+            out = torch.utils.checkpoint.checkpoint(model, *args, use_reentrant=False)
+        else:
+            out = model(*args)
+        unit_oracle.loss_of(out).backward()
+        found.append([p.grad for p in model.parameters()])
+    for mine, other in zip(*found, strict=True):
+        torch.testing.assert_close(mine, other)
+
+
+def test_copies_and_pickles():
+    model, _, graph, args = gated("resnet")
+    unit_oracle.set_gates(graph, model, "half")
+    model.eval()
+    other = copy.deepcopy(model)
+    torch.testing.assert_close(other(*args), model(*args))
+    unit_oracle.set_gates(graph, other, "closed")
+    assert not torch.allclose(other(*args), model(*args))
+
+
+# ---- where shapes may not depend on the gates
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_functional_call_and_grad(train):
+    for name in ("convnext", "glu") if train else ("vgg", "convnext", "twice"):
+        model, _, graph, args = gated(name)
+        unit_oracle.set_gates(graph, model, "half")
+        model.train(train)
+        unit_oracle.loss_of(model(*args)).backward()
+        values = {k: v.detach() for k, v in (*model.named_parameters(), *model.named_buffers())}
+
+        def loss(parameters, values=values, model=model, args=args):
+            return unit_oracle.loss_of(torch.func.functional_call(model, {**values, **parameters}, args))
+
+        grads = torch.func.grad(loss)({k: values[k] for k, _ in model.named_parameters()})
+        for key, parameter in model.named_parameters():
+            grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            torch.testing.assert_close(grads[key], grad, rtol=1e-6, atol=1e-6)
+
+
+def test_vmap():
+    for name in ("vgg", "glu"):
+        model, _, graph, args = gated(name)
+        unit_oracle.set_gates(graph, model, "half")
+        model.eval()
+        x = torch.randn(3, *args[0].shape).double()
+        torch.testing.assert_close(torch.func.vmap(model)(x), torch.stack([model(one) for one in x]))
+
+
+def test_meta():
+    model, _, _, args = gated("mobilenet_v3")
+    assert model.to("meta")(*(arg.to("meta") for arg in args)).shape == (2, 3)
+
+
+def test_export():
+    model, _, graph, args = gated("vgg")
+    unit_oracle.set_gates(graph, model, "half")
+    model.eval()
+    exported = torch.export.export(model, args)
+    torch.testing.assert_close(exported.module()(*args), model(*args))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("train", [False, True])
+def test_compile(train):
+    model = nn.Sequential(nn.Conv2d(1, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 2, 3)).double()
+    args = (unit_nets.image(1),)
+    unit_oracle.set_gates(l0.nn.gate_(model, *args), model, "half")
+    model.train(train)
+    compiled = torch.compile(copy.deepcopy(model), backend="aot_eager")
+    unit_oracle.loss_of(model(*args)).backward()
+    out = compiled(*args)
+    unit_oracle.loss_of(out).backward()
+    torch.testing.assert_close(out, model(*args))
+    for mine, other in zip(compiled.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, other.grad)
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in l0.nn.units.table.POINTWISE.split() if hasattr(F, name) or hasattr(torch, name)]
+)
+def test_functions_are_smooth_where_units_are_closed(name):
+    """A zero behind a closed gate gives neither value nor gradient that is not finite."""
+    function = getattr(F, name, None) or getattr(torch, name)
+    x = torch.zeros(4, requires_grad=True)
+    try:
+        y = function(x)
+    except (TypeError, RuntimeError):
+        pytest.skip("takes more than a tensor")
+    assert y.float().isfinite().all()
+    if y.requires_grad:
+        y.sum().backward()
+        assert x.grad.isfinite().all()
