@@ -130,10 +130,12 @@ def _flops(model: nn.Module, input_shape: Sequence[int] | Tensor | None, opennes
     gate_modules(model)  # refuses what torch would not call
     check_none_flat(model)
     products = _products(model)
-    rows, reads, of_parameters, dense = _rows(model, input_shape)
+    rows, reads, of_names, dense = _rows(model, input_shape)
+    # By name: a sharded parameter is another one within the forward.
+    of_parameters = [(getattr(layer, name), n) for (layer, name), n in of_names.items()]
     of_units = open_counts(model, openness)
-    counts = [n * of_units[parameter] for parameter, n in of_parameters.items() if parameter in of_units]
-    dense += sum(n * p.numel() for p, n in of_parameters.items() if p not in of_units)
+    counts = [n * of_units[parameter] for parameter, n in of_parameters if parameter in of_units]
+    dense += sum(n * p.numel() for p, n in of_parameters if p not in of_units)
     for layer, product in products.items():
         if is_product(layer):
             weights, biases = _count(product, openness)
@@ -254,13 +256,13 @@ def _total(counts: Sequence[Tensor], rest: int) -> Tensor:
 
 def _rows(
     model: nn.Module, input_shape: Sequence[int] | Tensor | None
-) -> tuple[Counter[nn.Module], Counter[nn.Module], Counter[nn.Parameter], int]:
+) -> tuple[Counter[nn.Module], Counter[nn.Module], Counter[tuple[nn.Module, str]], int]:
     """How many rows or positions each layer writes, and at how many it multiplies by its weight; the FLOPs
     for each element of parameters of layers that :func:`gate_` has gated; and the FLOPs of what no gate of
     ours can close."""
     rows: Counter[nn.Module] = Counter()
     reads: Counter[nn.Module] = Counter()
-    of_parameters: Counter[nn.Parameter] = Counter()
+    of_names: Counter[tuple[nn.Module, str]] = Counter()
     modules = list(model.modules())
     products = [module for module in modules if is_product(module)]
     attentions = [module for module in modules if isinstance(module, nn.MultiheadAttention)]
@@ -269,9 +271,9 @@ def _rows(
     by_units: list[nn.Module] = [module for module in modules if _is_product_of_units(module)]
 
     def count(layer: Any, n_in: int, n_out: int) -> None:
-        of_parameters[layer.weight] += 2 * (n_in if isinstance(layer, TRANSPOSED) else n_out)
+        of_names[layer, "weight"] += 2 * (n_in if isinstance(layer, TRANSPOSED) else n_out)
         if layer.bias is not None:
-            of_parameters[layer.bias] += n_out
+            of_names[layer, "bias"] += n_out
 
     if input_shape is None:
         if convolutions:
@@ -280,9 +282,9 @@ def _rows(
         for layer in by_units:
             count(layer, 1, 1)
         closed = sum(_of_attention(attention, (1, 1, 1, 0)) for attention in attentions)
-        return rows, rows, of_parameters, closed
+        return rows, rows, of_names, closed
     if not (products or convolutions or attentions or by_units):
-        return rows, reads, of_parameters, 0
+        return rows, reads, of_names, 0
 
     dense = 0
 
@@ -325,7 +327,7 @@ def _rows(
             module.training = training
         for hook in hooks:
             hook.remove()
-    return rows, reads, of_parameters, dense
+    return rows, reads, of_names, dense
 
 
 def _is_product_of_units(layer: nn.Module) -> bool:

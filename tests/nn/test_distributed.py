@@ -62,15 +62,8 @@ def images() -> nn.Module:
 
 
 def units() -> nn.Module:
-    model = nn.Sequential(
-        nn.Conv2d(3, 8, 3, bias=False),
-        nn.GELU(),
-        nn.Conv2d(8, 6, 3),
-        nn.Flatten(),
-        nn.Linear(24, 9),
-        nn.LayerNorm(9),
-    )
-    model.append(nn.Linear(9, 3))
+    layers = [nn.Conv2d(3, 8, 3, bias=False), nn.GELU(), nn.Conv2d(8, 6, 3), nn.Flatten(), nn.Linear(24, 9)]
+    model = nn.Sequential(*layers, nn.LayerNorm(9), nn.Linear(9, 3))
     l0.nn.gate_(model, torch.randn(1, 3, 6, 6))
     return model
 

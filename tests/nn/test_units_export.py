@@ -7,6 +7,7 @@ import pickle
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
 
@@ -790,3 +791,68 @@ def test_optimiser_helpers():
     optimizer.step()
     assert all(p.abs().max() <= 2 for p in l0.nn.gate_parameters(model))
     assert groups_of(l0.nn.ungate_(model)) is None
+
+
+def test_hooks_see_the_gradients_of_all_units():
+    model, x = gated("mixer", closed=0.5)
+    model.double().train()
+    l0.nn.GateBank(model, seed=3).draw()
+
+    def gradients():
+        model.zero_grad()
+        model(x).square().sum().backward()
+        return [p.grad.clone() for p in model.parameters()]
+
+    before, seen = gradients(), []
+    layers = [m for m in model.modules() if isinstance(m, nn.Linear | nn.LayerNorm)]
+    handles = [
+        m.register_full_backward_hook(lambda m, gi, go: seen.append((m, go[0].shape[-1]))) for m in layers
+    ]
+    for a, b in zip(gradients(), before, strict=True):
+        torch.testing.assert_close(a, b)
+    assert set(seen) == {(m, m.out_features if isinstance(m, nn.Linear) else 8) for m in layers}
+    for handle in handles:
+        handle.remove()
+    for a, b in zip(gradients(), before, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.fixture
+def group(tmp_path):
+    """A process group of this process alone."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+@pytest.mark.usefixtures("group")
+@pytest.mark.parametrize("kept", [False, True])
+@pytest.mark.parametrize("name", [name for name in NETS if name != "mixer"])
+def test_sharded(name, kept):
+    """All blocks and layers with norms of their own sharded apart; the gates whole or sharded."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    alone, x = gated(name)
+    wanted = l0.nn.penalty(alone, weight_decay=0.1)
+    model = copy.deepcopy(alone)
+    options = {"mesh": init_device_mesh("cpu", (1,))}
+    if kept:
+        options["ignored_params"] = l0.nn.keep_gates_whole(model)
+    l0.nn.agree_on_gates(3)
+    for module in model.modules():
+        if isinstance(module, BasicBlock | InvertedResidual | nn.GroupNorm | nn.PReLU):
+            fully_shard(module, **options)
+    fully_shard(model, **options)
+    assert_same(model(x), alone(x))
+    torch.testing.assert_close(l0.nn.penalty(model, weight_decay=0.1), wanted)
+    assert l0.nn.eval_l0(model) == l0.nn.eval_l0(alone)
+    assert l0.nn.eval_flops(model, x.shape) == l0.nn.eval_flops(alone, x.shape)
+    small = l0.nn.export(model)
+    assert_same(small(x), alone(x))
+    assert [p.shape for p in small.parameters()] == [p.shape for p in l0.nn.export(alone).parameters()]
+    assert_same(model(x), alone(x))  # it is as it was
+    model.train()
+    (model(x).square().sum() + l0.nn.penalty(model, weight_decay=0.1)).backward()
+    assert all(p.grad is not None for p in model.parameters())

@@ -110,7 +110,7 @@ class Draw:
         is_open: (gates + 1,) bool.
         exact: whether packed data hold the present units alone; otherwise all, the closed ones zero.
         backend: that packs weights, where exact.
-        open_all, one_all: whether, where exact, no gate is closed, and whether all are 1, for good.
+        open_all, one_all: whether, where exact, no gate is closed, and whether all are 1.
     """
 
     def __init__(self, gates: Sequence[Gates], multiples: Sequence[int], exact: bool, backend: str) -> None:
@@ -135,7 +135,7 @@ class Draw:
             ]
             self.open_all = all(n == len(one) for n, one in zip(counts, z, strict=True))
             # z = 1 has no gradient: what reads such units may as well not know of gates.
-            self.one_all = self.open_all and not self.z.requires_grad and bool((self.z == 1).all())
+            self.one_all = self.open_all and bool((self.z.detach() == 1).all())
             self._extents = torch.tensor([(n, n) for _, n in self._counts], dtype=torch.int32)
 
     def present(self, space: Space) -> Present:

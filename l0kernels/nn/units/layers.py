@@ -128,11 +128,12 @@ class _Exact:
         return self.leave(y, dim)
 
     def geometry(self, layer: Any, x: Tensor) -> Geometry | None:
-        """How the convolution is computed as a product of matrices, None where torch's is asked: while all
-        channels exist it compiles nothing."""
+        """How the convolution is computed as a product of matrices, None where torch is asked: that compiles
+        little where all channels exist, or all that are read and few numbers of those that are made."""
         dtype, backend = x.dtype, self.draw.backend
         if (
             self.draw.open_all
+            or self.units.ins is None
             or x.ndim != 4
             or layer.padding_mode != "zeros"
             or isinstance(layer.padding, str)

@@ -44,6 +44,9 @@ class GateGroups(GatedLayer, nn.Module):
         example: what the model was run with, without its values; None where that cannot be made again.
     """
 
+    _backwards: Sequence[dict[int, Any]] = ()
+    """The backward hooks of the model's modules, as they are at any time."""
+
     def __init__(self, groups: Sequence[Group], block: int, **options: Any) -> None:
         super().__init__()
         self.groups = tuple(groups)
@@ -124,6 +127,15 @@ class GateGroups(GatedLayer, nn.Module):
         """x: an nn.Sequential, whose last part this is, calls it."""
         return x
 
+    def _is_seen_by_functions(self, model: nn.Module) -> bool:
+        """Whether hooks hand activations to functions of autograd, which take dense ones."""
+        if not self._backwards:
+            parts = [*model.modules()]
+            self._backwards = [
+                hooks for part in parts for hooks in (part._backward_hooks, part._backward_pre_hooks)
+            ]
+        return any(self._backwards) or hasattr(type(model), "unshard")  # fully_shard's
+
     def hook(self, model: nn.Module) -> None:
         """Has each forward of `model` begin and end a draw."""
         model.register_forward_pre_hook(self.begin, prepend=True)
@@ -132,7 +144,7 @@ class GateGroups(GatedLayer, nn.Module):
     def begin(self, model: nn.Module, *_: Any) -> None:
         """The model's forward begins: its layers are to see one draw."""
         stack = self._stack()
-        stack.append(self._draw())
+        stack.append(self._draw(model))
         self._recent.append(stack[-1])
         if (node := stack[-1].z.grad_fn) is not None and _checks.readable():
             cast(Any, node).metadata[NAME] = True
@@ -185,7 +197,7 @@ class GateGroups(GatedLayer, nn.Module):
             local.stack = []
         return local.stack
 
-    def _draw(self) -> Draw:
+    def _draw(self, model: nn.Module | None = None) -> Draw:
         gates = self.gates
         drawn = [
             self._spread(found, group.units) for found, group in zip(draw(gates), self.groups, strict=True)
@@ -193,6 +205,7 @@ class GateGroups(GatedLayer, nn.Module):
         device = gates[0].log_alpha.device
         backend = _registry.resolve(device, torch.float32, "gated_conv2d")
         exact = device.type == "cpu" and _checks.readable() and (backend == "reference" or is_exact(backend))
+        exact = exact and (model is None or not self._is_seen_by_functions(model))
         return Draw(drawn, self.multiples, exact, "torch" if backend == "reference" else backend)
 
     def _spread(self, gates: Gates | None, units: int) -> Gates:
@@ -217,7 +230,7 @@ class GateGroups(GatedLayer, nn.Module):
         return iter(())
 
     def __getstate__(self) -> dict[str, Any]:
-        left_out = ("_local", "_recent")
+        left_out = ("_local", "_backwards", "_recent")
         return {name: value for name, value in self.__dict__.items() if name not in left_out}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
