@@ -11,11 +11,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from . import _ops
 from ._autograd import apply
 from ._calls import GateGrads
 from .impl import im2col, module
 from .impl.im2col import Geometry
-from .impl.memory import empty_grad
+from .impl.memory import empty_grad, plain
 
 Gate = list[Tensor]  # z, index, count of Gates; the first count[0] of index exist
 
@@ -78,6 +79,7 @@ class _Weight(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        _ops.refuse_second_derivative("narrow_weight")
         (weight,), (sides, scales) = ctx.saved_tensors, ctx.settings
         grad = grad.reshape(grad.shape[0], -1)
         dw, dz = _unpacked(grad, weight, sides, scales, ctx.needs_input_grad[1])
@@ -121,7 +123,7 @@ class _Conv2d(torch.autograd.Function):
         sides: Sides,
         geometry: Geometry,
     ) -> Tensor:
-        x = x.contiguous(memory_format=torch.channels_last)
+        x = plain(x).contiguous(memory_format=torch.channels_last)
         kh, kw = weight.shape[2:]
         scales, matrix = _scales(sides, z), weight.reshape(weight.shape[0], -1)
         pack = module(sides.backend).pack
@@ -133,9 +135,10 @@ class _Conv2d(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        _ops.refuse_second_derivative("narrow_conv2d")
         (x, weight, packed), (sides, scales, shape) = ctx.saved_tensors, ctx.settings
         need_x, need_w, need_b, need_z, *_ = ctx.needs_input_grad
-        dy = dy.contiguous(memory_format=torch.channels_last)
+        dy = plain(dy).contiguous(memory_format=torch.channels_last)
         dx, grad = im2col.backward(dy, x, packed, shape, need_x, need_w or need_z)
         dw = dz = None
         if grad is not None:
@@ -160,7 +163,7 @@ def narrow_conv2d(
 class _Depthwise(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
-        x = x.contiguous(memory_format=torch.channels_last)
+        x = plain(x).contiguous(memory_format=torch.channels_last)
         kh, kw = weight.shape[2:]
         taps = weight.reshape(weight.shape[0], kh * kw).t().contiguous()
         shape = im2col.shape_of(x, (kh, kw), geometry)
@@ -170,8 +173,9 @@ class _Depthwise(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        _ops.refuse_second_derivative("narrow_depthwise")
         (x, taps), (shape, of_weight) = ctx.saved_tensors, ctx.settings
-        dy = dy.contiguous(memory_format=torch.channels_last)
+        dy = plain(dy).contiguous(memory_format=torch.channels_last)
         dx, dw = im2col.depthwise_grad(dy, x, taps, shape, *ctx.needs_input_grad[:2])
         return dx, None if dw is None else dw.t().reshape(of_weight), None
 

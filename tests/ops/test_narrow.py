@@ -179,3 +179,25 @@ def test_native_code_refuses_shapes_that_do_not_fit():
         native.depthwise(False, wide, at, at, at, 0, 0, 0, 1)
     with pytest.raises(ValueError, match="run must be positive"):
         module("cpp").pack(torch.zeros(4, 6).t(), None, None, torch.float32, run=2)
+
+
+@needs_native
+def test_second_derivatives_are_refused_and_views_are_taken_for_their_values():
+    geometry = Geometry((1, 1), (1, 1), (1, 1))
+    x = torch.randn(2, 3, 5, 5, requires_grad=True)
+    weight = torch.randn(4, 3, 3, 3, requires_grad=True)
+    rows, made = gate(4, 3, torch.Generator().manual_seed(0))
+    sides = narrow.Sides([t.float() if t.is_floating_point() else t for t in rows], None, 1, "cpp")
+    calls = {
+        "narrow_conv2d": lambda x, w: narrow.narrow_conv2d(x, w, None, None, sides, geometry),
+        "narrow_depthwise": lambda x, w: narrow.narrow_depthwise(x, w[:3, :1], geometry),
+        "narrow_weight": lambda x, w: F.conv2d(x, narrow.narrow_weight(w, None, sides), padding=1),
+    }
+    for name, call in calls.items():
+        with pytest.raises(RuntimeError, match=name):
+            torch.autograd.grad(call(x, weight).square().sum(), weight, create_graph=True)
+        negated = torch.complex(torch.zeros(2, 3, 5, 5), -x.detach()).conj().imag
+        assert negated.is_neg()
+        torch.testing.assert_close(call(negated, weight), call(x.detach(), weight))
+    right = F.conv2d(x, weight[made], padding=1)
+    torch.testing.assert_close(calls["narrow_conv2d"](x, weight), right, rtol=1e-4, atol=1e-4)
