@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm as AnyBatchNorm  # noqa: F401  no public base has all three
 from torch.nn.modules.conv import _ConvNd as AnyConv  # noqa: F401  the base of Conv1d and Conv2d
+from torch.nn.modules.instancenorm import _InstanceNorm as AnyInstanceNorm  # noqa: F401
+from torch.utils import _pytree as pytree  # noqa: F401  the values in whatever holds them
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack as mode_stack  # noqa: F401
 
 # What surrounds a call: asked for on every one, before anything else.
@@ -50,6 +52,12 @@ raw_stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 """The address of a device's current stream; torch.cuda.current_stream makes an object around it."""
 unsafe_view: Any = torch.ops.aten._unsafe_view.default
 """A view that autograd takes for none, so that the result of an operator may be changed in place: no copy."""
+
+# Functions of torch as a tensor's __torch_function__ meets them.
+function_homes: Any = (torch._C._nn, torch._C._VariableFunctions)
+"""Where those are that torch and torch.nn.functional only hand on."""
+without_torch_function: Any = torch._C.DisableTorchFunctionSubclass
+"""Within it a subclass of Tensor is what torch's own code sees."""
 
 # Lists of tensors, a call for all of them instead of a launch for each.
 foreach_add_: Any = torch._foreach_add_

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
-from torch.utils import _pytree as pytree
 
+from ..._compat import pytree
 from .trace import Dim, Trace, model_inputs
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from torch import nn
-from torch.nn.modules.instancenorm import _InstanceNorm
+
+from ..._compat import AnyInstanceNorm
 
 
 class Kind(NamedTuple):
@@ -66,7 +67,7 @@ def kind_of(module: nn.Module) -> Kind | None:
             continue
         if kind.name == "conv" and cls._conv_forward is not base._conv_forward:  # type: ignore[attr-defined]
             return None
-        if isinstance(module, _InstanceNorm) and module.track_running_stats:
+        if isinstance(module, AnyInstanceNorm) and module.track_running_stats:
             return None
         return kind
     return None

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ... import _checks
+from ..._compat import batch_norm
 from ...conv2d import gated_conv2d
 from ...impl import im2col
 from ...impl.im2col import Geometry
@@ -246,9 +247,7 @@ class _BatchNorm:
         self, x: Tensor, running: list[Tensor | None], weight: Tensor | None, bias: Tensor | None
     ) -> Tensor:
         of_batch = self._layer.training or running[0] is None
-        return F.batch_norm(
-            x, running[0], running[1], weight, bias, of_batch, self._momentum, self._layer.eps
-        )
+        return batch_norm(x, running[0], running[1], weight, bias, of_batch, self._momentum, self._layer.eps)
 
 
 def _embedded(layer: nn.Embedding, x: Tensor) -> Tensor:

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import CheckpointFunction
 
+from ..._compat import pytree, without_torch_function
 from . import table
 from .draws import Draw, Space, Spaces
 
@@ -41,7 +41,7 @@ class Narrow(Tensor):
         """What exists, as a plain tensor."""
         held = self._held
         if self._at is not None and not held.requires_grad and torch.is_grad_enabled():
-            with torch._C.DisableTorchFunctionSubclass():
+            with without_torch_function():
                 if _REQUIRES_GRAD.__get__(self):  # autograd has made this the result of a Function
                     held = self._held = self.as_subclass(Tensor)
         return held

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
+from ..._compat import pytree
 from .draws import Space
 from .graph import Group
 from .layers import Units

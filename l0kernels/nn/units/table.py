@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..._compat import function_homes
+
 Function = Callable[..., Any]
 
 POINTWISE = """
@@ -69,7 +71,7 @@ LOOKS = """
 
 
 def _homes() -> list[Any]:
-    return [torch, Tensor, F, torch._C._nn, torch._C._VariableFunctions, torch.special]
+    return [torch, Tensor, F, *function_homes, torch.special]
 
 
 def functions(names: str | Iterable[str], in_place: bool = True) -> list[Function]:

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ..._compat import pytree
 from . import table
 from .kinds import kind_of
 from .labels import UnionFind, across, along, shortened, spread, varying
