@@ -33,6 +33,19 @@ def fake_mode() -> Any:
     return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
 
 
+def running_function(frame: Any) -> type[torch.autograd.Function] | None:
+    """The torch.autograd.Function whose forward runs in `frame` or around it, or None."""
+    kinds, classes = {}, [torch.autograd.Function]
+    for cls in classes:
+        classes += cls.__subclasses__()
+        kinds[getattr(cls.forward, "__code__", None)] = cls
+    while frame is not None:
+        if frame.f_code in kinds:
+            return kinds[frame.f_code]
+        frame = frame.f_back
+    return None
+
+
 def break_graph(why: str) -> None:
     """Has Dynamo go on in eager mode from here; with fullgraph=True its error says why."""
     if torch.compiler.is_compiling():

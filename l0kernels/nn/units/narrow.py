@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointFunction
 
-from ..._compat import pytree, without_torch_function
+from ..._compat import pytree, running_function, without_torch_function
 from . import table
 from .draws import Draw, Space, Spaces
 
@@ -125,24 +125,18 @@ class Narrow(Tensor):
 
 _REQUIRES_GRAD: Any = Tensor.requires_grad
 _GRAD: Any = Tensor.grad
-_APPLY = torch.autograd.Function.apply.__func__.__code__  # type: ignore[attr-defined]
 
 
 def refuse_function() -> None:
     """RuntimeError in a torch.autograd.Function: its backward is not that of what exists of gated units."""
-    frame: Any = sys._getframe(2)
-    while frame is not None:
-        if frame.f_code is _APPLY:
-            cls = frame.f_locals["cls"]
-            if cls is CheckpointFunction:
-                raise RuntimeError(
-                    "torch.utils.checkpoint must have use_reentrant=False in a gated model, got True"
-                )
-            raise RuntimeError(
-                f"{cls.__name__}.apply must not get or make gated units, got some: the example that gate_ "
-                "ran in eval() did not show it; exclude the layers around it"
-            )
-        frame = frame.f_back
+    cls = running_function(sys._getframe(2))
+    if cls is CheckpointFunction:
+        raise RuntimeError("torch.utils.checkpoint must have use_reentrant=False in a gated model, got True")
+    if cls is not None:
+        raise RuntimeError(
+            f"{cls.__name__}.apply must not get or make gated units, got some: the example that gate_ ran in "
+            "eval() did not show it; exclude the layers around it"
+        )
 
 
 def plain(value: Any) -> Any:

@@ -72,6 +72,7 @@ class Trace(TorchFunctionMode):
         self._labels: dict[int, Tensor] = {}
         self._alive: list[Tensor] = []  # an address is not given away again
         self._busy = False
+        self._function: type[torch.autograd.Function] | None = None  # that is about to begin
         for name, value in [*model.named_parameters(), *model.named_buffers()]:
             self._names.setdefault(id(value), name)
             self._owned.append(value)
@@ -180,12 +181,16 @@ class Trace(TorchFunctionMode):
                 place = next((name for name, _ in reversed(self.stack) if name), "the model's forward")
                 self.pin(x, f"{func} in {place}, out of sight")
 
-    def profile(self, frame: Any, event: str, _: Any) -> None:
+    def profile(self, frame: Any, event: str, called: Any) -> None:
         """Sees a torch.autograd.Function, whose backward may be anything, begin: what it takes is pinned."""
-        if event == "call" and frame.f_code is _APPLY and not self._busy:
-            given = frame.f_locals
-            values = (given.get("args"), given.get("kwargs"))
-            self.hidden(given["cls"].__name__, values)
+        if event == "c_call" and getattr(called, "__name__", "") == "apply":
+            cls = getattr(called, "__self__", None)
+            if isinstance(cls, type) and issubclass(cls, torch.autograd.Function):
+                self._function = cls
+        elif event == "call" and self._function is not None and not self._busy:
+            if frame.f_code is getattr(self._function.forward, "__code__", None):
+                self.hidden(self._function.__name__, [*frame.f_locals.values()])
+                self._function = None
 
     @contextmanager
     def watching(self, model: nn.Module) -> Iterator[None]:
@@ -210,9 +215,6 @@ class Trace(TorchFunctionMode):
             sys.setprofile(profiler)
             for handle in handles:
                 handle.remove()
-
-
-_APPLY = torch.autograd.Function.apply.__func__.__code__  # type: ignore[attr-defined]
 
 
 class _Hidden(TorchDispatchMode):
