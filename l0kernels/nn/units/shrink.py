@@ -211,8 +211,7 @@ class _Cutter:
         data = value.detach()
         for dim, side in sides.items():
             data = self._side(data, dim, side, name, factor=space is not None and dim == scaled)
-        if data.data_ptr() == value.data_ptr():
-            data = data.clone()
+        data = data.clone()  # it may be a view
         is_parameter = isinstance(value, nn.Parameter)
         found = nn.Parameter(data, requires_grad=value.requires_grad) if is_parameter else data
         self._made[key] = found
