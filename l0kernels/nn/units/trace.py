@@ -188,9 +188,11 @@ class Trace(TorchFunctionMode):
             if isinstance(cls, type) and issubclass(cls, torch.autograd.Function):
                 self._function = cls
         elif event == "call" and self._function is not None and not self._busy:
-            if frame.f_code is getattr(self._function.forward, "__code__", None):
-                self.hidden(self._function.__name__, [*frame.f_locals.values()])
-                self._function = None
+            cls = self._function
+            if frame.f_code is not getattr(cls.forward, "__code__", None):
+                return
+            self.hidden(cls.__name__, [*frame.f_locals.values()])
+            self._function = None
 
     @contextmanager
     def watching(self, model: nn.Module) -> Iterator[None]:
