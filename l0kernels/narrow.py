@@ -131,7 +131,7 @@ class _Conv2d(torch.autograd.Function):
         shape = im2col.shape_of(x, (kh, kw), geometry)
         ctx.save_for_backward(x, weight, packed)
         ctx.settings = sides, scales, shape
-        return im2col.forward(x, packed, bias, shape).detach()  # no view: it may change in place
+        return im2col.forward(x, packed, bias, shape)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
@@ -169,7 +169,7 @@ class _Depthwise(torch.autograd.Function):
         shape = im2col.shape_of(x, (kh, kw), geometry)
         ctx.save_for_backward(x, taps)
         ctx.settings = shape, weight.shape
-        return im2col.depthwise(x, taps, shape).detach()
+        return im2col.depthwise(x, taps, shape)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:

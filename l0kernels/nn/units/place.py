@@ -318,14 +318,13 @@ def gate_(
     On a CPU, in eager mode, activations between two layers hold the open units only, through the model's own
     forward: functions of torch that treat units one by one run on those, all others get a dense tensor.
     Elsewhere (a GPU, torch.compile, torch.func, meta tensors) shapes do not depend on the gates: activations
-    are dense, closed units zero, and layers skip inside where l0kernels has an operation for it.
+    are dense, closed units zero; linear layers skip inside, on a CPU ungrouped 2-D convolutions, too.
 
     Args:
         model: any module; its layers of torch.nn are what is gated.
         *args, **kwargs: an example of its inputs.
-        include, exclude: which layers' outputs are gated: a regular expression that matches the whole name of
-        a
-            module, or a sequence of last parts of names. None: all, none.
+        include, exclude: which layers' outputs are gated: a regular expression that matches the whole name
+            of a module, or a sequence of last parts of names. None: all, none.
         inputs: whether the inputs' features (channels, of images) are gated, too.
         residual: whether units that a sum of two branches carries are.
         block: so many units in a row share a gate.
@@ -335,9 +334,8 @@ def gate_(
         What is gated, what is not, and why; it prints as a table.
 
     Raises:
-        ValueError: no example or one that the model refuses, nothing to gate, a pattern that matches nothing,
-        a
-            block below 1, or a model that is gated already. The model is unchanged then.
+        ValueError: no example or one that the model refuses, nothing to gate, a pattern that matches
+            nothing, a block below 1, or a model that is gated already. The model is unchanged then.
     """
     _check_ungated(model)
     if not isinstance(block, int) or isinstance(block, bool) or block < 1:
