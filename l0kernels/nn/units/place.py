@@ -71,10 +71,6 @@ class GateGroups(GatedLayer, nn.Module):
         """In the order of the groups."""
         return [cast(HardConcreteGate, self._modules[key]) for key in self._keys.values()]
 
-    def gate_of(self, group: Group) -> HardConcreteGate:
-        """The gate that closes a group's units."""
-        return cast(HardConcreteGate, self._modules[self._keys[group.name]])
-
     def open_units(self) -> dict[str, int]:
         """How many units of each group are open under its evaluation gate, by the group's name."""
         return {
