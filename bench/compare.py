@@ -1,15 +1,12 @@
-"""Two sets of rows side by side: ``python bench/compare.py A.csv B.csv``; ``FILE@COMMIT`` takes a commit's.
+"""Sets two files of rows side by side, B over A; FILE@COMMIT takes the newest rows of one commit. B
+differs from A only where the ranges p20 to p80 of the two lie apart: those rows are listed, the largest
+ratio on top."""
 
-B / A is a difference only where the ranges p20 to p80 of the two lie apart; those are listed first, the
-largest on top, the others with --all. With --fail-above R the exit status is 1 if one is slower by more.
-"""
-
-import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import cli
 from rows import KEY, Row, latest, machine, read
 from table import header, line
 
@@ -77,7 +74,9 @@ def render(found: Sequence[Pair]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = cli.parser(
+        __doc__, "compare.py bench/results/nvidia-h200.csv@26281ab bench/results/nvidia-h200.csv"
+    )
     parser.add_argument("a", help="FILE or FILE@COMMIT")
     parser.add_argument("b", help="FILE or FILE@COMMIT")
     parser.add_argument("--all", action="store_true", help="also what is the same within the spread")
@@ -102,4 +101,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    cli.run(main)

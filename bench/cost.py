@@ -1,13 +1,10 @@
-"""What an op must compute and move, against what was measured: ``python bench/cost.py [CSV]``.
+"""Sets what a work must compute and move against what was measured, and names what limits it. Bytes are
+those of a step that reads each operand of a product and writes each result once (nothing stays in a cache
+between products; gradients of closed units are written, as zeros). The processor's rate is the best of
+any large dense row of that dtype in the file (of another one, where there is none), its bandwidth that of
+the row `copy`. What takes longest at these rates limits a work; where both together explain less than
+half of the time, fixed costs do (launches, autograd)."""
 
-Bytes are those of a step that reads each operand of a product and writes each result once (nothing stays in
-a cache between products); gradients of closed units are written, as zeros. The processor's rate is the best
-of any large dense row of that dtype in the file (of another one, where there is none), its bandwidth that of
-the row `copy`. What takes longest at these rates limits a work; where both together explain less than half of
-the time, fixed costs do (launches, autograd).
-"""
-
-import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
@@ -15,11 +12,13 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import cli
 import torch
+from found import Found, device_files, load
 from nets import NETS
 from registry import DENSE, WORKS, Work, keep_name
-from rows import Row, latest, machine, read
-from table import PASS_NAMES, Found, device_files, header, kind_of, line
+from rows import Row, machine
+from table import PASS_NAMES, header, line
 
 ITEMSIZE = {"float32": 4, "tf32": 4, "bfloat16": 2}
 
@@ -230,16 +229,15 @@ def limit(compute: float | None, memory: float | None, measured: float) -> str:
     return "compute" if compute >= memory else "memory"
 
 
-def report(works: Sequence[Work], rows: Sequence[Row]) -> str:
+def report(works: Sequence[Work], found: Found) -> str:
     """For each work, pass, mode and density: what must be done, how long that takes, what was measured."""
-    found, rates = Found(rows), Rates.seen(rows)
+    rates = Rates.seen(found.rows)
     head = ("op, pass, mode", "keep", "backend", "GFLOP", "MB", "ms for FLOPs", "ms for bytes", "measured ms")
     lines = header(*head, "explained", "limited by")
     figure = lambda value: "?" if value is None else f"{value:.3g}"  # noqa: E731
     for work in works:
-        for row in found.rows:
-            key = (row["op"], row["shape"], row["dtype"], row["provider"])
-            if key != (work.op, work.shape_name, work.dtype, work.provider):
+        for row in found.of(work):
+            if row["provider"] != work.provider:
                 continue
             share = open_share(work, row["keep"])
             need = cost(work.op, work.shape, share, row["pass"], work.dtype)
@@ -268,19 +266,23 @@ def open_share(work: Work, name: str) -> float | list[float]:
     return float(name)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = cli.parser(__doc__, "cost.py --op ffn bench/results/nvidia-h200.csv")
     parser.add_argument("paths", nargs="*", type=Path, help="default: every device's in bench/results")
     parser.add_argument("--op", help="only this op")
-    args = parser.parse_args()
-    for path in args.paths or device_files():
-        rows = latest(read(path))
-        rates = Rates.seen(rows)
-        works = [w for w in WORKS if w.device == kind_of(rows) and args.op in (None, w.op)]
+    args = parser.parse_args(argv)
+    try:
+        sources = load(args.paths or device_files())
+    except ValueError as error:
+        parser.error(str(error))
+    for found in sources:
+        rates = Rates.seen(found.rows)
+        works = [w for w in WORKS if w.device == found.kind and args.op in (None, w.op)]
         seen = [f"{name} {rate / 1e9:.3g} TFLOP/s" for name, rate in rates.flops.items()]
         seen += [f"copy {rates.bytes / 1e6:.3g} GB/s" if rates.bytes else "copy not measured"]
-        print(machine(rows), ", ".join(seen), report(works, rows), sep="\n\n", end="\n\n")
+        print(machine(found.rows), ", ".join(seen), report(works, found), sep="\n\n", end="\n\n")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

@@ -1,18 +1,16 @@
-"""Calls of every CUDA launcher: small ones for the sanitizers, those of the target table for timing and ncu.
+"""Calls every CUDA launcher: with `small` once, at small sizes, for the sanitizers; with `target` at
+those of the target table, timed in CUDA graphs, a line of JSON each. Needs a GPU and the extension
+l0kernels._CUDA."""
 
-``python bench/cuda_cases.py small`` runs the small ones once. ``python bench/cuda_cases.py target`` times the
-others in CUDA graphs and writes a line of JSON each; with ``--once`` it only launches them, for a profiler.
-"""
-
-import argparse
 import itertools
 import json
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import cli
 import torch
 from torch import Tensor
 
@@ -184,12 +182,12 @@ def time_us(run: Callable[[], object]) -> list[float]:
     return [p20, median, p80]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("which", choices=("small", "target"))
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = cli.parser(__doc__, "cuda_cases.py target --only pack")
+    parser.add_argument("which", choices=("small", "target"), help="for the sanitizers, or for timing")
     parser.add_argument("--once", action="store_true", help="only launch")
     parser.add_argument("--only", default="", help="calls whose name contains this")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     reason = cuda.why_not()
     if reason is not None:
         raise SystemExit(f"the CUDA kernels cannot run: {reason}")
@@ -217,7 +215,8 @@ def main() -> None:
         if call.target_us:
             row["target_us"] = call.target_us
         print(json.dumps(row), flush=True)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

@@ -1,13 +1,16 @@
-"""Nsight Compute's figures of each CUDA kernel: ``python bench/cuda_ncu.py OUT.csv``, a row per launch."""
+"""Writes Nsight Compute's figures of each CUDA kernel to a CSV file, a row per launch; needs a GPU and
+ncu."""
 
-import argparse
 import csv
 import io
 import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+
+import cli
 
 METRICS = {
     "gpu__time_duration.sum": "us",
@@ -49,12 +52,12 @@ def number(text: str | None, scale: float) -> str:
         return ""
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = cli.parser(__doc__, "cuda_ncu.py profile.csv --only pack")
     parser.add_argument("out", type=Path)
     parser.add_argument("--only", default="", help="calls whose name contains this")
     parser.add_argument("--limit-s", type=float, default=300.0)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     ncu = shutil.which("ncu") or shutil.which("/usr/local/cuda/bin/ncu")
     if ncu is None:
         print("ncu is not installed")
@@ -96,4 +99,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    cli.run(main)

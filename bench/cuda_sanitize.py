@@ -1,25 +1,26 @@
-"""compute-sanitizer over every CUDA kernel at small sizes: ``python bench/cuda_sanitize.py``; 0 if clean.
+"""Runs every CUDA kernel at small sizes under compute-sanitizer, one line per tool; exit status 0 if all
+are clean. memcheck finds accesses out of bounds, racecheck shared memory without a barrier, initcheck
+memory that nobody wrote, synccheck barriers that not every thread reaches; a report is printed whole.
+Needs a GPU."""
 
-memcheck (out of bounds), racecheck (shared memory without a barrier), initcheck (memory that nobody wrote),
-synccheck (barriers that not every thread reaches). One line per tool; a report is printed whole.
-"""
-
-import argparse
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+
+import cli
 
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 FOUND = 9  # exit status that tells a finding from a failure to run
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = cli.parser(__doc__, "cuda_sanitize.py --tool memcheck")
     parser.add_argument("--tool", choices=TOOLS, action="append", help="default: all")
     parser.add_argument("--limit-s", type=float, default=240.0, help="per tool")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     sanitizer = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
     if sanitizer is None:
         print("compute-sanitizer is not installed")
@@ -48,4 +49,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    cli.run(main)

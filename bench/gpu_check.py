@@ -1,10 +1,8 @@
-"""Everything that needs a GPU, in one call: ``python bench/gpu_check.py [--part NAME]``, ``make gpu-check``.
-
-Runs with the machine's own Python, without a network and without installing the package: a temporary folder
-maps the checkout to `l0kernels`. Each part is a process of its own with a time limit; what fails is named and
-the rest goes on. Rows go to bench/results/<device>.csv as they are measured, the log to <device>.log beside
-it, both also to --out. When --budget-s is over, parts are dropped by name.
-"""
+"""Runs everything that needs a GPU: tests, sanitizers, timings, the example (`make gpu-check`). It takes
+the machine's own Python, no network and no installed package: a temporary folder maps the checkout to
+`l0kernels`. Each part is a process of its own with a time limit; what fails is named and the rest goes
+on. Rows go to bench/results/<device>.csv as they are measured, the log to <device>.log beside it, both
+also to --out. When --budget-s is over, parts are dropped by name."""
 
 import argparse
 import contextlib
@@ -24,6 +22,7 @@ from importlib import util
 from pathlib import Path
 from typing import NamedTuple
 
+import cli
 from cuda_sanitize import TOOLS
 from rows import results_of
 
@@ -564,7 +563,7 @@ def run_parts(check: Check, names: Sequence[str]) -> Iterator[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = cli.parser(__doc__, "gpu_check.py --part environment tests")
     parser.add_argument("--part", nargs="+", choices=list(PARTS), help="only these")
     parser.add_argument("--budget-s", type=float, default=BUDGET_S, help="default %(default)s")
     parser.add_argument(
@@ -616,4 +615,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 if __name__ == "__main__":
     if util.find_spec("torch") is None:
         sys.exit(f"{sys.executable} has no torch: name another one, make gpu-check PYTHON=...")
-    sys.exit(main())
+    cli.run(main)

@@ -1,12 +1,8 @@
-"""The primitives, our backends side by side: ``python bench/micro.py [--device cuda] [--quick]``.
-
+"""Times the primitives, our backends side by side, and appends the rows to bench/results/<device>.csv.
 Each is compared with backend "torch" in fp64 before it is timed. The product stands beside cuBLAS and
-everything that only moves bytes beside a plain copy. `table.py --micro` renders the rows.
-"""
+everything that only moves bytes beside a plain copy. `table.py --micro` renders the rows."""
 
-import argparse
 import itertools
-import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,6 +11,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import cli
 import torch
 from check import SEED, context, relative_error
 from measure import Step, Timed, captured, clock_of, interleave
@@ -430,7 +427,7 @@ def run(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = cli.parser(__doc__, "micro.py --device cuda --budget-s 60")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument(
         "--csv", type=Path, help="rows are appended to it; default bench/results/<device>.csv"
@@ -449,4 +446,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    cli.run(main)

@@ -28,7 +28,7 @@ PROVIDERS = {
     "dense": "torch.nn as installed",
     "dense_compiled": "torch.nn under torch.compile",
     "dense_epilogue": "torch.nn, forward alone, GELU in cuBLAS's epilogue (its tanh form)",
-    "dense_channels_last": "torch.nn in channels_last memory, x made so in each call",
+    "dense_channels_last": "torch.nn in channels last memory, x made so in each call",
     "dense_own": "the ungated op on our engine",
     "masked": "weight * z, then the dense product: the original implementation's formula",
     "masked_compiled": "the same under torch.compile",
@@ -59,7 +59,7 @@ class Work:
     op: str
     shape: tuple[int, ...]
     device: str
-    title: str = ""  # in the README; "" is not in it
+    title: str = ""  # in the tables; "" is not in them
     dtype: str = "float32"
     passes: tuple[str, ...] = ("fwd+bwd",)
     mode: str = "eager"
@@ -236,6 +236,15 @@ WORKS = (
     Work("ffn", (8192, 768, 3072), "cuda", dtype="bfloat16", full=True),
     Work("swiglu", (8192, 4096, 14336), "cuda", dtype="bfloat16", full=True),
 )
+
+NETS = {
+    "resnet18": "ResNet-18, 16 images of 64 x 64",
+    "mobilenet_v2": "MobileNetV2, 16 images of 64 x 64",
+    "ffn": "transformer's feed-forward block",
+    "lenet5": "LeNet-5-Caffe, batch 100",
+    "chain": "LeNet-300-100, batch 100",
+}
+"""The README's table: ops and what they are called there, on every device."""
 
 QUICK = {
     "linear": (32, 64, 48),

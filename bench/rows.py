@@ -23,6 +23,8 @@ peak_mb: allocated by torch within a call. launches: kernels and copies of a cal
 largest relative one against fp64. stock, fair: time over that of `dense`, and of the fastest ungated one."""
 APART = 1.6
 """By how much an exchange takes longer once the cores share no cache: figures of both are not mixed."""
+GENERATIONS = {"25-1": "Zen 3, AVX2", "25-17": "Zen 4, AVX-512"}
+"""AMD's names, and the widest vectors, by family and model."""
 KEY = ("op", "shape", "dtype", "keep", "pass", "mode", "provider")
 Row = dict[str, str]
 
@@ -144,15 +146,32 @@ def latest(rows: Iterable[Row]) -> list[Row]:
     return list(found.values())
 
 
-def machine(rows: Sequence[Row]) -> str:
+def machine(rows: Sequence[Row], brief: bool = False) -> str:
     """Device, versions, commits and dates that a set of rows came from."""
-    row = rows[-1]
-    commits = ", ".join(dict.fromkeys(row["commit"] for row in rows))
+
+    def each(name: str, form: str) -> str:
+        values = [value for value in dict.fromkeys(row[name] for row in rows) if value]
+        several = " and ".join(filter(None, (", ".join(values[:-1]), *values[-1:])))
+        return form.format(several, "s" * (len(values) > 1)) if values else ""
+
     dates = sorted({row["date"] for row in rows})
-    cores = f"{row['cores']} cores, {row['threads']} threads, " if row["cores"] else ""
     far = len(apart(rows))
-    places = f", {far} of {len(rows)} figures with the cores apart" if far else ""
-    return (
-        f"{row['device']}, {cores}torch {row['torch']}, {row['environment']}, Python {row['python']}, "
-        f"commit {commits}, {' to '.join(dict.fromkeys((dates[0], dates[-1])))}{places}"
-    ).replace(", ,", ",")
+    on_gpu = any(row["environment"].startswith("CUDA") for row in rows)
+    parts = (
+        " and ".join(device_name(name) for name in dict.fromkeys(row["device"] for row in rows)),
+        "" if on_gpu else each("cores", "{} cores"),
+        each("torch", "torch {}"),
+        "" if brief else each("environment", "{}"),
+        "" if brief else each("python", "Python {}"),
+        each("commit", "commit{1} {0}"),
+        " to ".join(dict.fromkeys((dates[0], dates[-1]))),
+        f"{far} of {len(rows)} figures with the cores apart" if far and not brief else "",
+    )
+    return ", ".join(filter(None, parts))
+
+
+def device_name(device: str) -> str:
+    """A processor's name, with its generation for the numbers of family and model where that is known."""
+    name, _, generation = device.rpartition(" ")
+    known = GENERATIONS.get(generation)
+    return f"{name} ({known})" if known else device

@@ -1,9 +1,7 @@
-"""Time ops against dense: ``python bench/run.py [--op linear] [--device cuda] [--quick]``; see registry.py.
-
-Every provider is compared with fp64, then timed interleaved with the others of its op, density and pass; a
-wrong one is named, not timed, and fails the run. Rows are appended to bench/results/<device>.csv as they are
-measured (with --quick only to --csv); table.py renders them, plot.py draws them, cost.py explains them.
-"""
+"""Times ops against dense and appends the rows to bench/results/<device>.csv as they are measured. Every
+provider is compared with fp64 first, then timed interleaved with the others of its op, density and pass;
+a wrong one is named, not timed, and fails the run. registry.py lists what is timed, table.py renders the
+rows, plot.py draws them, cost.py explains them."""
 
 import argparse
 import itertools
@@ -18,6 +16,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+import cli
 import torch
 from check import Checker, context, precision
 from cost import cost
@@ -354,7 +353,7 @@ def run(works: Sequence[Work], args: argparse.Namespace, deadline: float) -> tup
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = cli.parser(__doc__, "run.py --op linear --shape 100x784x300 --keep 0.5")
     add = parser.add_argument
     add("--op", choices=sorted(ALL_OPS), help="only this op")
     add("--shape", help="with --op, only this shape, as in 100x784x300; it need not be listed")
@@ -410,4 +409,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    cli.run(main)

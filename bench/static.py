@@ -1,23 +1,20 @@
-"""What the compiler makes of every Triton kernel, no GPU needed: ``python bench/static.py [--arch 90]``.
+"""Shows what the compiler makes of every Triton kernel; needs no GPU. Compiles each variant of
+static_cases.py for the chips that launch it and prints registers, spilled bytes, shared memory and the
+counts of the instructions that decide its speed; exit status 1 if one of them is not as it must be."""
 
-Compiles each variant of static_cases for the chips that launch it and prints
-registers, spilled bytes, shared memory and the counts of the instructions that decide its speed.
-"""
-
-import argparse
 import multiprocessing
 import os
 import re
 import subprocess
-import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import cli
 import triton
 from static_cases import ARCHS, Variant, variants
 from triton.backends.compiler import GPUTarget
@@ -175,12 +172,12 @@ class Compiler:
         self._pool.shutdown(cancel_futures=True)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = cli.parser(__doc__, "static.py --arch 90 --module matmul")
     parser.add_argument("--arch", type=int, nargs="+", choices=ARCHS, default=list(ARCHS))
     parser.add_argument("--module", choices=modules(), help="only this one of triton_kernels")
     parser.add_argument("--filter", default="", help="only variants whose name holds this")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     wanted = [job for job in jobs(args.arch, args.module) if args.filter in job.variant]
     columns = [field.name for field in fields(Report) if field.name not in ("name", "arch", "error")]
     width = max([len(job.variant) for job in wanted], default=0) + 2
@@ -197,8 +194,8 @@ def main() -> None:
     finally:
         compiler.close()
     print(f"{len(wanted)} compiled, {bad} with problems")
-    sys.exit(bool(bad))
+    return int(bad > 0)
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

@@ -1,10 +1,7 @@
-"""Step time over a training run: ``python bench/training.py [NAME] [--data DIR]``; plot.py draws it.
+"""Times steps over a training run and writes them to bench/results/<device>-training.csv, which plot.py
+draws. It trains an example, which times the same net dense in every epoch; each row holds the medians of
+a stretch of epochs."""
 
-Trains an example, which times the same net dense in every epoch, and writes <device>-training.csv in
-bench/results: a row for each of at most POINTS stretches of epochs, with the medians of their step times.
-"""
-
-import argparse
 import csv
 import subprocess
 import sys
@@ -13,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 
+import cli
 from rows import RESULTS, Row, append, common_fields, read, slug
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -57,7 +55,7 @@ def replace_run(path: Path, rows: Sequence[Row]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = cli.parser(__doc__, "training.py digits --epochs 100")
     parser.add_argument("run", nargs="?", choices=list(EXAMPLES), default="digits")
     parser.add_argument("--data", type=Path, help="folder of MNIST's four idx .gz files")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
@@ -84,4 +82,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    cli.run(main)

@@ -1,16 +1,13 @@
-"""TFLOP/s of the product's tiles against torch's product, on this GPU: ``python bench/tune.py [--quick]``.
+"""Prints TFLOP/s of the product's tiles beside torch's product, on this GPU: what decides `choose` in
+triton_kernels/matmul.py. Every use of the product is timed at full extent, where nothing is skipped: the
+share of the dense library's rate is the price of all that the kernel can do."""
 
-What it prints decides ``choose`` in triton_kernels/matmul.py. Every use of the product is timed at full
-extent, where nothing is skipped: the share of the dense library's rate is the price of all the kernel can do.
-"""
-
-import argparse
 import itertools
 import multiprocessing
-import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+import cli
 import torch
 import triton
 from triton.testing import do_bench
@@ -176,10 +173,10 @@ def compile_only(task: tuple[int, int]) -> str:
         return f"{name} {tuple(CANDIDATES[kind][candidate])}: {type(error).__name__} {str(error)[:200]}"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = cli.parser(__doc__, "tune.py --quick")
     parser.add_argument("--quick", action="store_true", help="the first two candidates of each use")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     tasks = [
         (i, j)
         for i, (_, kind, *_) in enumerate(works(256, 512, 256, torch.bfloat16))
@@ -200,8 +197,8 @@ def main() -> None:
                 print(f"    {ours_rate:6.0f}  {ours_rate / base:5.3f}  {tuple(config)}", flush=True)
             except Exception as error:
                 print(f"    {tuple(config)} {type(error).__name__} {str(error)[:100]}", flush=True)
-                sys.exc_info()
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

@@ -1,12 +1,11 @@
-"""gate_ on torchvision's classifiers, one of each family: ``python bench/zoo.py [NAME ...]`` prints a table.
+"""Gates one net of each family of torchvision's classifiers and prints a table: with random weights, half
+of its gates closed, each takes a training step and is exported. Needs torchvision (tested: torch 2.14.1,
+torchvision 0.29.1)."""
 
-Needs torchvision (tested: torch 2.14.1, torchvision 0.29.1). Each net, with random weights, is gated, half of
-its gates are closed, it takes a training step and is exported.
-"""
-
-import argparse
 import time
+from collections.abc import Sequence
 
+import cli
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -64,18 +63,19 @@ def row(name: str) -> tuple[str, ...]:
     return (*cells, f"{difference:.0e}", f"{sum(p.numel() for p in small.parameters()) / before:.2f}")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = cli.parser(__doc__, "zoo.py resnet18 vit_b_16")
     parser.add_argument(
         "names", nargs="*", default=NAMES.split(), help="of torchvision.models; default: all below"
     )
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     print(f"torch {torch.__version__}\n\n| {' | '.join(HEADER)} |\n|{'---|' * len(HEADER)}")
     start = time.monotonic()
     for name in args.names:
         print(f"| {' | '.join(row(name))} |", flush=True)
     print(f"\n{len(args.names)} nets in {time.monotonic() - start:.0f} s")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)
