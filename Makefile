@@ -15,7 +15,7 @@ help:
 	@echo "make train-lenet5, train-wrn  the same with convolutions: LeNet-5-Caffe, a wide residual net"
 	@echo "make test       ruff, mypy, pytest (ARGS= for pytest's options)"
 	@echo "make test-all   the same and what is only long: every variant, more random nets and calls, sanitizers"
-	@echo "make bench-cpu  the CPU rows, tables and plots, under ten minutes; adds to bench/results (ARGS=--full: hours)"
+	@echo "make bench-cpu  the CPU rows, tables and plots, under ten minutes; adds to bench/results, rewrites the tables (ARGS=--full: hours)"
 	@echo "make bench      pytest-benchmark of the core operations (ARGS=--benchmark-compare: beside the last run)"
 	@echo "make static     registers, shared memory and instructions of every Triton kernel; needs no GPU"
 	@echo "make gpu-check  on a GPU machine, with its own Python and no network: tests and timings, fourteen minutes"
@@ -63,7 +63,7 @@ bench-cpu: $(STAMP)
 	$(PY) bench/run.py --device cpu --budget-s 390 $(ARGS) || failed=1; \
 	$(PY) bench/micro.py --device cpu --budget-s 30 || failed=1; \
 	$(PY) bench/training.py digits || failed=1; \
-	$(PY) bench/plot.py && $(PY) bench/table.py || failed=1; \
+	$(PY) bench/plot.py && $(PY) bench/table.py && $(PY) bench/table.py --write || failed=1; \
 	exit $$failed
 
 bench: $(STAMP)

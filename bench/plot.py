@@ -277,6 +277,10 @@ def draw_training(rows: Sequence[Row]) -> Figure:
     return figure
 
 
+def result_files() -> list[Path]:
+    return [*device_files(), *sorted(RESULTS.glob("*-training.csv"))]
+
+
 def pictures(paths: Sequence[Path]) -> Iterator[Picture]:
     """Those that results files give."""
     sources: dict[Path, Found] = {}
@@ -303,7 +307,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="exit status 1 if a picture is not of its rows")
     args = parser.parse_args(argv)
     stale = False
-    for picture in pictures(args.paths or [*device_files(), *sorted(RESULTS.glob("*-training.csv"))]):
+    for picture in pictures(args.paths or result_files()):
         if not args.check:
             picture.save()
             print(f"{picture.out}: {picture.out.stat().st_size / 1024:.0f} kB")

@@ -175,9 +175,11 @@ class Compiler:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = cli.parser(__doc__, "static.py --arch 90 --module matmul")
     parser.add_argument("--arch", type=int, nargs="+", choices=ARCHS, default=list(ARCHS))
-    parser.add_argument("--module", choices=modules(), help="only this one of triton_kernels")
+    parser.add_argument("--module", help="only this one of triton_kernels")
     parser.add_argument("--filter", default="", help="only variants whose name holds this")
     args = parser.parse_args(argv)
+    if args.module and args.module not in modules():
+        parser.error(f"--module: expected one of {', '.join(modules())}, got {args.module}")
     wanted = [job for job in jobs(args.arch, args.module) if args.filter in job.variant]
     columns = [field.name for field in fields(Report) if field.name not in ("name", "arch", "error")]
     width = max([len(job.variant) for job in wanted], default=0) + 2

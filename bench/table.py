@@ -9,7 +9,7 @@ from typing import NamedTuple
 import cli
 import documents
 from found import Found, break_even, curve, device_files, load
-from registry import DENSE, FEW_KEEPS, NETS, PROVIDERS, TABLE_KEEPS, WORKS, Keep, Work, keep_name
+from registry import FEW_KEEPS, NETS, PROVIDERS, TABLE_KEEPS, WORKS, Keep, Work, keep_name
 from rows import RESULTS, Row, machine
 
 MISSING = "-"
@@ -24,9 +24,8 @@ OTHERS = {
 KINDS = {"cpu": "CPU", "cuda": "GPU"}
 COMMANDS = {"cpu": "make bench-cpu", "cuda": "make gpu-check"}
 MARKS = "¹²³⁴⁵⁶⁷⁸⁹"
-FAIRLY = (
-    1.1  # where the fastest dense way is so much faster than torch.nn as installed, the small table says so
-)
+FAIRLY = 1.1
+"""By how much a dense variant must be faster than torch.nn as installed for the small table to name it."""
 
 
 def line(*cells: str) -> str:
@@ -89,8 +88,8 @@ def ratio_lines(work: Work, found: Found) -> list[Line]:
         for keep in work.own_keeps:
             modes = dict.fromkeys(mode for mode, _ in ways)
             rows = [row for mode in modes if (row := found.row(work, keep, name, mode))]
-            cells = [cell(keep), *[""] * len(TABLE_KEEPS)]
-            lines.append(Line(work, f"the same, {keep_name(keep)} units open", cells, rows, found))
+            title = f"the same, {keep_name(keep)} units open: {cell(keep)}"
+            lines.append(Line(work, title, [""] * (len(TABLE_KEEPS) + 1), rows, found))
     return lines
 
 
@@ -125,7 +124,7 @@ def origins(rows: Sequence[Row], brief: bool = False) -> str:
     """The machines, versions, commits and dates of rows, with the marks of the lines."""
     devices = dict.fromkeys(row["device"] for row in rows)
     texts = [machine([row for row in rows if row["device"] == device], brief) for device in devices]
-    return "; ".join(f"{MARKS[i]} {text}" for i, text in enumerate(texts)) if len(texts) > 1 else texts[0]
+    return ". ".join(f"{MARKS[i]} {text}" for i, text in enumerate(texts)) if len(texts) > 1 else texts[0]
 
 
 def ratios(sources: Iterable[Found], kind: str) -> str:
@@ -173,8 +172,8 @@ def nets(sources: Iterable[Found]) -> str:
         ]
         cells = [cell for one in of_op.values() for cell in (one.cells if one else [""] * len(heads[0]))]
         text.append(line(" ".join([title, *marks]), *cells))
-    places = [f"{name} {origins(rows, brief=True)}" for name, rows in used.items()]
-    return "\n".join([*text, "", f"{'; '.join(places)}.", *net_notes(columns)])
+    places = [f"{name}: {origins(rows, brief=True)}." for name, rows in used.items()]
+    return "\n".join([*text, "", *places, *net_notes(columns)])
 
 
 def net_lines(sources: Iterable[Found], kind: str) -> dict[str, Line]:
@@ -205,18 +204,20 @@ def net_notes(columns: dict[str, dict[str, Line]]) -> list[str]:
     if "GPU" in columns:
         notes.append("GPU steps are replayed from a CUDA graph.")
     keep = FEW_KEEPS[1]
-    faster: dict[tuple[str, str], list[str]] = {}
+    slower = []
     for name, lines in columns.items():
-        for one in lines.values():
-            row = next((row for row in one.rows if row["keep"] == keep_name(keep)), None)
-            if row and float(row["fair"]) > FAIRLY * float(row["stock"]):
-                rows = [one.found.row(one.work, keep, way, row["mode"]) for way in DENSE]
-                way = min((r for r in rows if r), key=lambda r: float(r["ms"]))["provider"]
-                text = f"{one.title.partition(',')[0]} {ratio(row, 'fair')}"
-                faster.setdefault((name, PROVIDERS[way].partition(",")[0]), []).append(text)
-    if faster:
-        ways = [f"{', '.join(texts)} ({name}, {way})" for (name, way), texts in faster.items()]
-        notes.append(f"Against the fastest dense way at keep {short(keep)}: {'; '.join(ways)}.")
+        halves = [
+            (one, one.found.row(one.work, keep, one.work.provider, one.rows[0]["mode"]))
+            for one in lines.values()
+        ]
+        figures = [
+            f"{one.title.partition(',')[0]} {ratio(row, 'fair')}"
+            for one, row in halves
+            if row and float(row["fair"]) > FAIRLY * float(row["stock"])
+        ]
+        slower += [f"{name} {', '.join(figures)}"] if figures else []
+    if slower:
+        notes.append(f"Against the fastest dense variant, at keep {short(keep)}: {'; '.join(slower)}.")
     return notes
 
 

@@ -3,7 +3,6 @@
 from dataclasses import replace
 
 import check
-import compare
 import cost
 import measure
 import micro
@@ -14,10 +13,9 @@ import pytest
 import registry
 import rows
 import run
-import table
 import torch
 import training
-from registry import KEEPS, QUICK, TABLE_KEEPS, WORKS, Work
+from registry import KEEPS, QUICK, TABLE_KEEPS, WORKS
 
 CPU = torch.device("cpu")
 
@@ -392,103 +390,6 @@ def test_cost_of_a_linear_layer_is_the_sum_of_its_products():
     assert found.bytes == 2 * 3 * (M * K + K * N + M * N)
 
 
-# ---- rows and tables
-
-
-def test_rows_refuse_a_file_with_other_columns(tmp_path):
-    path = tmp_path / "results" / "a.csv"
-    rows.append(path, [{"op": "linear"}])
-    rows.append(path, [{"op": "ffn"}])
-    assert [row["op"] for row in rows.read(path)] == ["linear", "ffn"]
-    path.write_text("a,b\n")
-    with pytest.raises(ValueError, match="expected the columns"):
-        rows.append(path, [{"op": "linear"}])
-
-
-@pytest.mark.parametrize("path", table.device_files(), ids=lambda path: path.stem)
-def test_every_results_file_has_our_columns_and_renders(path):
-    found = rows.read(path)
-    assert list(found[0]) == list(rows.FIELDS)
-    for row in found:
-        assert float(row["ms_p20"]) <= float(row["ms"]) <= float(row["ms_p80"])
-    text = table.readme(found)
-    assert found[-1]["device"] in text
-    assert found[-1]["torch"] in text
-    for work in table.titled(table.kind_of(found)):
-        assert f"| {work.title}" in text
-
-
-def test_commit_can_be_given(monkeypatch):
-    monkeypatch.setenv("L0KERNELS_COMMIT", "abc")
-    assert rows.commit() == "abc"
-    assert rows.slug("NVIDIA H200 (x)") == "nvidia-h200-x"
-
-
-WORK = Work("linear", (512, 4096, 4096), "cpu", "a layer", targets={0.5: (0.27, 0.54), (3, 2): (0.4, None)})
-
-
-def row(**values):
-    base = dict.fromkeys(rows.FIELDS, "")
-    base |= {"op": "linear", "shape": "512x4096x4096", "dtype": "float32", "pass": "fwd+bwd", "mode": "eager"}
-    return base | {"provider": "cpp", "ms": "1", "device": "a CPU", "date": "d"} | values
-
-
-def test_the_newest_row_counts_and_verdicts_name_what_is_missed():
-    found = table.Found(
-        [
-            row(keep="0.5", stock="0.9", fair="0.9"),
-            row(keep="0.5", stock="0.54", fair="0.5"),
-            row(keep="3-2", stock="0.3", fair="0.3"),
-        ]
-    )
-    assert [r["stock"] for r in found.rows] == ["0.54", "0.3"]
-    text = table.targets([WORK], found)
-    assert "| not measured | not measured | 0.54 / 0.50 | not measured | not measured |" in text
-    assert "|  |  | 0.27 / 0.54 |  |  |" in text
-    assert "| +100 % / met |" in text
-    assert "| · 3-2 open: 0.30 / 0.30, target 0.4 / -, met / - |" in text
-    text = table.ratios([WORK], found)
-    assert (
-        "| a layer | not measured | not measured | 0.54 / 0.50 | not measured | not measured | .50 / .50 |"
-        in text
-    )
-    assert "| · at 3-2 open: 0.30 / 0.30 |" in text
-
-
-@pytest.mark.parametrize(
-    ("curve", "wanted"),
-    [
-        ([(1.0, 0.9), (0.5, 0.5)], 1.0),
-        ([(1.0, 1.2), (0.9, 1.1), (0.5, 0.7), (0.1, 0.2)], 0.8),
-        ([(1.0, 1.2), (0.5, 1.1)], None),
-        ([(1.0, 1.5), (0.0, 1.0)], 0.0),
-        ([], None),
-    ],
-)
-def test_break_even_is_interpolated(curve, wanted):
-    found = table.break_even(curve)
-    assert found == wanted if wanted is None else found == pytest.approx(wanted)
-
-
-def test_times_say_what_was_not_measured():
-    found = table.Found([row(keep="1", provider="dense", ms="7"), row(keep="0.5", provider="dense", ms="8")])
-    text = table.times([WORK], found)
-    assert "| ms at keep 1 / .5 / .1 | torch.nn, dense | l0kernels |" in text
-    assert "| a layer | 7 / 8 / - | not measured |" in text
-
-
-def test_the_table_of_primitives_names_the_faster_backend_and_the_default():
-    common = {"op": "sample", "shape": "1x784", "keep": "0.5", "pass": "fwd", "mode": "graph"}
-    common |= {"ms_p20": "0.001", "ms_p80": "0.003"}
-    found = [row(provider=name, ms=ms, **common) for name, ms in (("triton", "0.003"), ("cuda", "0.002"))]
-    text = table.micro(found)
-    default = micro.default_of("sample", ["triton", "cuda"])
-    note = "cuda" if default == "cuda" else "triton, 50 % slower"
-    assert f"triton 3 (1-3); cuda 2 (1-3) | cuda | {note} |" in text
-    assert micro.default_of("unpack_rows_dz", ["torch", "cpp"]) == "cpp"
-    assert micro.default_of("small_chain", ["triton", "cuda"]) == "cuda"
-
-
 # ---- primitives
 
 
@@ -524,49 +425,7 @@ def test_micro_names_a_source_that_fails_and_measures_the_others(tmp_path, monke
     assert float(found["gbps"]) > 0
 
 
-# ---- what is made of the rows
-
-
-def sweep(**values):
-    ratios = {"1": "1.2", "0.5": "0.6", "0.1": "0.2"}
-    return [row(keep=keep, stock=ratio, fair=ratio, **values) for keep, ratio in ratios.items()]
-
-
-def test_compare_names_only_what_exceeds_the_spread(tmp_path, capsys):
-    same = {"ms_p20": "0.9", "ms_p80": "1.1"}
-    first = [row(keep="1", ms="1", **same), row(keep="0.5", ms="1", **same), row(keep="0.1", ms="1", **same)]
-    second = [
-        row(keep="1", ms="1.05", ms_p20="1", ms_p80="1.2"),
-        row(keep="0.5", ms="2", ms_p20="1.9", ms_p80="2.1", commit="abc"),
-    ]
-    a, b = tmp_path / "a.csv", tmp_path / "b.csv"
-    rows.append(a, first)
-    rows.append(b, second)
-    assert compare.main([str(a), str(b)]) == 0
-    out = capsys.readouterr().out
-    assert "| 1 | 2 | 2.000 | 10.0 %, 5.0 % | slower |" in out
-    assert "1.050" not in out
-    assert "2 rows in both, 1 only in A, 0 only in B: 0 faster, 1 slower, 1 within the spread" in out
-    assert compare.main([str(a), str(b), "--fail-above", "0.5"]) == 1
-    assert compare.main([str(a), str(b), "--fail-above", "1.5"]) == 0
-    assert compare.main([str(b), str(a), "--all"]) == 0
-    assert "| faster |" in capsys.readouterr().out
-    assert [r["keep"] for r in compare.load(f"{b}@abc")] == ["0.5"]
-    with pytest.raises(SystemExit):
-        compare.main([str(a), f"{b}@none"])
-
-
-def test_plots_come_from_rows_and_say_where_they_are_from(tmp_path):
-    path = tmp_path / "a-cpu.csv"
-    dense = row(keep="1", provider="dense", stock="1")
-    rows.append(path, [*sweep(provider="cpp"), *sweep(provider="masked"), dense])
-    out = plot.plot(path)
-    text = out.read_text()
-    assert out.name == "a-cpu-speedup.svg"
-    assert len(text) < 60_000
-    for words in ("linear 512 x 4096 x 4096", "from keep 0.83 down", "1 / keep", "a CPU", "break-even"):
-        assert words in text, words
-    assert plot.plot(path).read_text() == text  # the same rows, the same bytes
+# ---- training runs
 
 
 def test_training_rows_are_medians_of_stretches_and_replace_those_of_the_same_run(tmp_path):
@@ -582,25 +441,13 @@ def test_training_rows_are_medians_of_stretches_and_replace_those_of_the_same_ru
         named = [dict.fromkeys(training.FIELDS, "x") | r | {"run": run_name, "cores": "2"} for r in found]
         training.replace_run(path, named)
     assert [r["run"] for r in rows.read(path)] == ["mnist"] * 10 + ["digits"] * 10
-    out = plot.plot(path)
-    assert out.name == "a-training.svg"
-    assert "digits: test error 50.00%" in out.read_text()
+    assert plot.main([str(path)]) == 0
+    drawn = (tmp_path / "a-training.svg").read_text()
+    assert "LeNet-300-100, 8 x 8 digits" in drawn
+    assert "error 50.00%, FLOPs 100% of dense" in drawn
 
 
 def test_training_without_its_data_says_so(capsys):
     with pytest.raises(SystemExit):
         training.main(["mnist"])
     assert "expected --data" in capsys.readouterr().err
-
-
-def test_the_cost_report_names_what_limits():
-    assert cost.limit(8.0, 1.0, 10.0) == "compute"
-    assert cost.limit(1.0, 8.0, 10.0) == "memory"
-    assert cost.limit(1.0, 1.0, 10.0) == "fixed costs"
-    assert cost.limit(1.0, None, 10.0) == ""
-    dense = row(keep="1", provider="dense", tflops="0.2", ms="100")
-    copy = row(op="copy", keep="1", provider="copy", gbps="40")
-    ours = row(keep="0.5", ms="150", tflops="0.17")
-    text = cost.report([WORK], [dense, copy, ours])
-    assert "| 0.5 | cpp | 25.8 | 176 | 129 | 4.4 | 150 | 86% | compute |" in text
-    assert cost.open_share(replace(WORK, gate_sizes=(6, 4)), "3-2") == [0.5, 0.5]
