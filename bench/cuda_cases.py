@@ -1,14 +1,11 @@
-"""Calls every CUDA launcher: with `small` once, at small sizes, for the sanitizers; with `target` at
-those of the target table, timed in CUDA graphs, a line of JSON each. Needs a GPU and the extension
-l0kernels._CUDA."""
+"""Launches every CUDA kernel once and names each call: with `small` at small sizes, edges included, for
+the sanitizers; with `target` at the sizes of the target table, for a profiler (micro.py times them).
+Needs a GPU and the extension l0kernels._CUDA."""
 
 import itertools
-import json
-import statistics
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import cli
 import torch
@@ -19,15 +16,10 @@ from l0kernels._gates import DEFAULT_DIST, compact, round_up
 from l0kernels.gates import split
 from l0kernels.impl import cuda
 
-IN_GRAPH, REPLAYS = 20, 15
 
-
-@dataclass
-class Call:
+class Call(NamedTuple):
     name: str
     run: Callable[[], object]
-    moved: int = 0  # bytes that have to be read and written at least
-    target_us: float | None = None
 
 
 def gate(n: int, keep: float, device: str) -> list[Tensor]:
@@ -112,45 +104,36 @@ def chain(
 
 
 def target_calls(device: str) -> Iterator[Call]:
-    """What the issue sets figures for, at the sizes it names."""
+    """The shapes of the target table: 14336 gates of a linear layer's rows, and of the next one's columns."""
     seed = torch.tensor([5]).to(device)
     large = [torch.randn(14336).to(device) for _ in range(32)]
     lenet = [torch.randn(n).to(device) for n in (784, 300, 100)]
-    for name, vectors, target in (("32 x 14336", large, 4.0), ("784 300 100", lenet, None)):
-        yield Call(f"sample {name}", partial(cuda.sample, vectors, seed, 0, DEFAULT_DIST), 0, target)
+    for name, vectors in (("32 x 14336", large), ("784 300 100", lenet)):
+        yield Call(f"sample {name}", partial(cuda.sample, vectors, seed, 0, DEFAULT_DIST))
         yield Call(f"penalty {name}", partial(cuda.l0_penalty, vectors, [1.0] * len(vectors), DEFAULT_DIST))
     rows, cols = 14336, 4096
     weight = torch.randn(rows, cols, device=device).to(torch.bfloat16)
-    size = weight.element_size()
     out = torch.empty_like(weight)
-    yield Call("copy", partial(out.copy_, weight), 2 * weight.nbytes)
-    # The shapes of the Triton rows: 14336 gates of a linear layer's rows, and of the next one's columns.
     for keep in (1.0, 0.5, 0.1):
         g = gate(rows, keep, device)
-        part = int(g[2][0]) * cols
         gated: list[tuple[str, Tensor, Any, Any]] = [
             ("rows", weight, g, None),
             ("columns", weight.view(cols, rows), None, g),
         ]
         for what, full, gr, gc in gated:
-            # Of a row that is open every sector is read, unless few columns are.
-            read = part if what == "rows" else min(rows * cols, 16 * part)
             buffer = cuda.pack(full, gr, gc, full.dtype, skip_plain=False)
             pack = partial(cuda.pack, full, gr, gc, full.dtype, skip_plain=False, out=buffer)
-            yield Call(f"pack {what} keep {keep}", pack, (read + part) * size)
+            yield Call(f"pack {what} keep {keep}", pack)
             into: dict[str, Any] = {"scale_rows": True, "scale_cols": True, "out": out.view(full.shape)}
             unpack = partial(cuda.unpack, buffer, (full.shape[0], full.shape[1]), gr, gc, full.dtype, **into)
-            yield Call(f"unpack {what} keep {keep}", unpack, (part + rows * cols) * size)
+            yield Call(f"unpack {what} keep {keep}", unpack)
             unpack = partial(unpack, grads=GateGrads(full, rows=True, cols=True))
-            # Of theta, the fractional rows, half of the open ones; of gated columns every sector.
-            theta = part // 2 if what == "rows" else read
-            yield Call(f"unpack {what} dz keep {keep}", unpack, (part + theta + rows * cols) * size)
+            yield Call(f"unpack {what} dz keep {keep}", unpack)
     terms, gates = [(weight, 0, 1, 1)], [torch.randn(n, device=device) for n in (rows, cols)]
-    coupled = partial(cuda.coupled_penalty, terms, gates, [0.0] * 2, 0.1, DEFAULT_DIST)
-    yield Call("l2 penalty", coupled, weight.nbytes)
+    yield Call("l2 penalty", partial(cuda.coupled_penalty, terms, gates, [0.0] * 2, 0.1, DEFAULT_DIST))
     one = torch.ones((), device=device)
     gradient = partial(cuda.coupled_penalty_grad, terms, gates, one, 0.1, DEFAULT_DIST)
-    yield Call("l2 penalty, gradient of the weight", gradient, 2 * weight.nbytes)
+    yield Call("l2 penalty, gradient of the weight", gradient)
     for keep in (1.0, 0.9, 0.5, 0.25, 0.1):
         yield Call(
             f"784-300-100-10 forward and backward keep {keep}",
@@ -158,63 +141,20 @@ def target_calls(device: str) -> Iterator[Call]:
         )
 
 
-def time_us(run: Callable[[], object]) -> list[float]:
-    """Microseconds per call in a CUDA graph of IN_GRAPH calls: p20, median, p80 of REPLAYS."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            run()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(IN_GRAPH):
-            run()
-    times = []
-    for _ in range(REPLAYS + 3):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) / IN_GRAPH * 1e3)
-    p20, _, median, p80 = (statistics.quantiles(times[3:], n=10)[i] for i in (1, 3, 4, 7))
-    return [p20, median, p80]
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     parser = cli.parser(__doc__, "cuda_cases.py target --only pack")
-    parser.add_argument("which", choices=("small", "target"), help="for the sanitizers, or for timing")
-    parser.add_argument("--once", action="store_true", help="only launch")
+    parser.add_argument("which", choices=("small", "target"), help="for the sanitizers, or for a profiler")
     parser.add_argument("--only", default="", help="calls whose name contains this")
     args = parser.parse_args(argv)
     reason = cuda.why_not()
     if reason is not None:
         raise SystemExit(f"the CUDA kernels cannot run: {reason}")
     torch.manual_seed(0)
-    copy_gbs = None
     for call in (small_calls if args.which == "small" else target_calls)("cuda"):
-        if args.only not in call.name and call.name != "copy":
-            continue
-        if args.which == "small" or args.once:
+        if args.only in call.name:
             call.run()
             torch.cuda.synchronize()
             print(f"{call.name}: launched", flush=True)
-            continue
-        p20, median, p80 = time_us(call.run)
-        row: dict[str, object] = {
-            "name": call.name,
-            "us": round(median, 2),
-            "p20": round(p20, 2),
-            "p80": round(p80, 2),
-        }
-        if call.moved:
-            gbs = call.moved / median / 1e3
-            copy_gbs = gbs if call.name == "copy" else copy_gbs
-            row |= {"gb_s": round(gbs), "of_copy": round(gbs / copy_gbs, 3) if copy_gbs else None}
-        if call.target_us:
-            row["target_us"] = call.target_us
-        print(json.dumps(row), flush=True)
     return 0
 
 

@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     cases = str(Path(__file__).resolve().parent / "cuda_cases.py")
     command = [ncu, "--csv", "--page=raw", "--print-units=base", f"--metrics={','.join(METRICS)}"]
     command += ["--kernel-name-base=demangled", "--kernel-name=regex:l0::cuda", "--target-processes=all"]
-    command += [sys.executable, cases, "target", "--once", f"--only={args.only}"]
+    command += [sys.executable, cases, "target", f"--only={args.only}"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=args.limit_s, check=False)
     except subprocess.TimeoutExpired:

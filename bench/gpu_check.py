@@ -168,6 +168,7 @@ class Check:
             "PYTHONPATH": os.pathsep.join(paths),
             "PYTHONUNBUFFERED": "1",
             "PYTHONDONTWRITEBYTECODE": "1",
+            "L0KERNELS_COMMIT": self.args.commit,
             **more,
         }
         env.pop("TRITON_INTERPRET", None)
@@ -178,6 +179,18 @@ class Check:
     def fail(self, what: str) -> None:
         self.failures.append(what)
         self.log(f"  FAILED {what}")
+
+    def run(self, what: str, command: Sequence[str | Path], limit_s: float, last: int = 1000) -> Done:
+        """Runs Python with these arguments; the `last` lines of what it prints go into the log."""
+        done = call([sys.executable, *command], limit_s, self.env(), self.work)
+        self.log.details(what, done)
+        for line in done.output.strip().splitlines()[-last:]:
+            if not line.endswith(": first call"):
+                self.log(f"  {line[:500]}")
+        if done.code != 0:
+            ended = "out of time" if done.code is None else f"exit {done.code}"
+            self.fail(f"{what}: {ended} after {done.seconds:.0f} s")
+        return done
 
     def copy_results(self) -> None:
         for path in sorted(self.csv.parent.glob(f"{self.csv.stem}*")):
@@ -208,12 +221,7 @@ def environment(check: Check) -> None:
         query = "--query-gpu=name,driver_version,clocks.sm,clocks.mem,temperature.gpu,power.draw"
         done = call(["nvidia-smi", query, "--format=csv,noheader"], 30, check.env(), check.work)
         check.log(f"  nvidia-smi: {done.output.strip()}")
-    done = call([sys.executable, "-m", "l0kernels"], 90, check.env(), check.work)
-    check.log.details("python -m l0kernels", done)
-    for line in done.output.strip().splitlines():
-        check.log(f"  {line}")
-    if done.code != 0:
-        check.fail("environment: python -m l0kernels")
+    check.run("python -m l0kernels", ["-m", "l0kernels"], 90)
 
 
 class Counts(NamedTuple):
@@ -352,14 +360,15 @@ def tests(check: Check) -> None:
 
 def bench_command(check: Check, part: str, budget_s: float) -> list[str | Path]:
     script = ROOT / "bench" / ("micro.py" if part == "micro" else "run.py")
-    command: list[str | Path] = [sys.executable, script, "--csv", check.csv, "--budget-s", f"{budget_s:.0f}"]
+    command: list[str | Path] = [script, "--csv", check.csv, "--budget-s", f"{budget_s:.0f}"]
     if part != "micro":
         command += ["--op", part]
     return [*command, "--device", "cpu", "--quick"] if check.args.dry else [*command, "--device", "cuda"]
 
 
 def warm_up(check: Check, op: str, limit_s: float) -> Done:
-    return call([*bench_command(check, op, limit_s), "--warm"], limit_s, check.env(), check.work)
+    command = [sys.executable, *bench_command(check, op, limit_s), "--warm"]
+    return call(command, limit_s, check.env(), check.work)
 
 
 def retry_options(done: Done, without: list[str]) -> list[str] | None:
@@ -387,17 +396,10 @@ def bench(part: str, limit_s: float) -> Callable[[Check], None]:
             seconds = end - time.monotonic()
             if seconds < 10:
                 break
-            command = [*bench_command(check, part, seconds - 8), *options]
-            done = call(command, seconds, check.env(L0KERNELS_COMMIT=check.args.commit), check.work)
-            check.log.details(f"bench {part}", done)
-            for line in done.output.strip().splitlines():
-                if not line.endswith(": first call"):
-                    check.log(f"  {line[:220]}")
+            done = check.run(f"bench {part}", [*bench_command(check, part, seconds - 8), *options], seconds)
             check.copy_results()
             if done.code == 0:
                 return
-            what = "out of time" if done.code is None else f"exit {done.code}"
-            check.fail(f"{part}: {what} after {done.seconds:.0f} s")
             more = retry_options(done, without)
             if more is None:
                 return
@@ -414,25 +416,12 @@ def sanitize(check: Check) -> None:
     limit_s = min(80.0, check.share)
     script = ROOT / "bench" / "cuda_sanitize.py"
     with ThreadPoolExecutor(len(TOOLS)) as pool:
-        runs = {}
+        runs = []
         for tool in TOOLS:
-            command: list[str | Path] = [
-                sys.executable,
-                script,
-                "--tool",
-                tool,
-                "--limit-s",
-                f"{limit_s - 4:.0f}",
-            ]
-            runs[pool.submit(call, command, limit_s, check.env(), check.work)] = tool
+            command: list[str | Path] = [script, "--tool", tool, "--limit-s", f"{limit_s - 4:.0f}"]
+            runs.append(pool.submit(check.run, f"sanitize {tool}", command, limit_s))
         for run in as_completed(runs):
-            tool, done = runs[run], run.result()
-            check.log.details(f"sanitize {tool}", done)
-            for line in done.output.strip().splitlines()[:TAIL]:
-                check.log(f"  {line[:220]}")
-            if done.code != 0:
-                what = "out of time" if done.code is None else f"exit {done.code}"
-                check.fail(f"sanitize {tool}: {what} after {done.seconds:.0f} s")
+            run.result()
 
 
 def ncu(check: Check) -> None:
@@ -464,7 +453,7 @@ def example(check: Check) -> None:
         check.log(f"  example: skipped, no {', '.join(missing)}")
         return
     device = "cpu" if check.args.dry else "cuda"
-    script: list[str | Path] = [sys.executable, ROOT / "examples" / "train_lenet300.py", "--device", device]
+    script: list[str | Path] = [ROOT / "examples" / "train_lenet300.py", "--device", device]
     runs: list[tuple[str, list[str | Path]]] = [("digits", ["--epochs", "1" if check.args.dry else "10"])]
     mnist = check.args.data or ROOT / "shared" / "data" / "mnist"
     if mnist.is_dir():
@@ -473,12 +462,7 @@ def example(check: Check) -> None:
         check.log(f"  MNIST: skipped, not at hand in {mnist}")
     for name, options in runs:
         command = [*script, *options, "--out", check.work / f"lenet-{name}"]
-        done = call(command, min(60.0, check.share), check.env(), check.work)
-        check.log.details(f"example {name}", done)
-        for line in done.output.strip().splitlines()[-16:]:
-            check.log(f"  {line[:200]}")
-        if done.code != 0:
-            check.fail(f"example {name}: exit {done.code}")
+        check.run(f"example {name}", command, min(60.0, check.share), last=16)
 
 
 def report(check: Check) -> None:
@@ -492,27 +476,13 @@ def report(check: Check) -> None:
     else:
         scripts.append([ROOT / "bench" / "plot.py", check.csv])
     for command in scripts:
-        done = call([sys.executable, *command], min(60.0, check.share), check.env(), check.work)
-        check.log.details(f"report {command[0]}", done)
-        for line in done.output.strip().splitlines():
-            check.log(line)
-        if done.code != 0:
-            check.fail(f"report: exit {done.code}")
+        check.run(f"report {Path(command[0]).name}", command, min(60.0, check.share))
     check.copy_results()
 
 
 def tune(check: Check) -> None:
     """The product's tiles, for choose() in triton_kernels/matmul.py; not a part of a whole check."""
-    script = ROOT / "bench" / "tune.py"
-    if not script.exists():
-        check.log("  tune: skipped, there is no bench/tune.py")
-        return
-    done = call([sys.executable, script], check.left, check.env(), check.work)
-    check.log.details("tune", done)
-    for line in done.output.strip().splitlines():
-        check.log(f"  {line[:220]}")
-    if done.code != 0:
-        check.fail(f"tune: exit {done.code}")
+    check.run("tune", [ROOT / "bench" / "tune.py"], check.left)
 
 
 class Part(NamedTuple):

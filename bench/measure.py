@@ -12,10 +12,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from statistics import mean
 from typing import Any, NamedTuple
 
 import torch
-from rows import APART
+from rows import APART, Row
 
 Step = Callable[[int], object]
 
@@ -63,6 +64,21 @@ class Timed:
     def quantile(self, q: float) -> float:
         ordered = sorted(self.ms)
         return ordered[min(len(ordered) - 1, round(q * (len(ordered) - 1)))]
+
+    def columns(self, on_cpu: bool) -> Row:
+        """What a row holds of it."""
+        found = {
+            name: f"{self.quantile(q):.4g}" for name, q in (("ms", 0.5), ("ms_p20", 0.2), ("ms_p80", 0.8))
+        }
+        found["calls"] = str(len(self.ms))
+        if on_cpu:
+            found |= {
+                "blocks": str(self.blocks),
+                "rejected": str(self.rejected),
+                "faults": f"{mean(block.faults for block in self.kept):.3g}",
+                "exchange_us": f"{self.exchange_us:.3g}",
+            }
+        return found
 
     def call(self, i: int) -> None:
         if self.setup is not None:

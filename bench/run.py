@@ -13,7 +13,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
 import cli
@@ -205,7 +204,6 @@ class Bench:
         }
         targets = work.targets.get(keep, (None, None))
         counts = (pass_, mode) == (work.main_pass, work.mode)
-        on_cpu = self.device.type == "cpu"
         for name, result in timed.items():
             tflops = rates[name].flops / ms[name] / 1e9
             wanted = targets if counts and name == work.provider else (None, None)
@@ -217,14 +215,7 @@ class Bench:
                 "pass": pass_,
                 "mode": mode,
                 "provider": name,
-                "ms": f"{ms[name]:.4g}",
-                "ms_p20": f"{result.quantile(0.2):.4g}",
-                "ms_p80": f"{result.quantile(0.8):.4g}",
-                "calls": str(len(result.ms)),
-                "blocks": str(result.blocks) if on_cpu else "",
-                "rejected": str(result.rejected) if on_cpu else "",
-                "faults": f"{mean(block.faults for block in result.kept):.3g}" if on_cpu else "",
-                "exchange_us": f"{result.exchange_us:.3g}" if on_cpu else "",
+                **result.columns(self.device.type == "cpu"),
                 "tflops": f"{tflops:.4g}",
                 "of_dense": f"{tflops / (rates['dense'].flops / stock / 1e9):.3f}" if stock else "",
                 "gbps": f"{rates[name].bytes / ms[name] / 1e6:.4g}",
