@@ -21,6 +21,7 @@ from nets import NETS
 from registry import Work
 from rows import RESULTS, Row, device_name, machine, read
 from table import Line, net_lines
+from training import EXAMPLES
 
 WIDTH = 830  # of README, in px
 PX = 1 / 72  # inches: the SVG backend counts 72 units to an inch
@@ -233,11 +234,15 @@ def draw_nets(lines: Sequence[Line]) -> Figure:
 
 # ---- training runs
 
-RUNS = {
-    "digits": "LeNet-300-100, 8 x 8 digits",
-    "mnist": "LeNet-300-100, MNIST",
-    "lenet5": "LeNet-5-Caffe, MNIST",
-}
+TRAINED = {"train_lenet5.py": "LeNet-5-Caffe", "train_lenet300.py": "LeNet-300-100"}
+
+
+def run_title(run: str) -> str:
+    """The net and what it learns; of a run that training.py no longer has, its name."""
+    if run not in EXAMPLES:
+        return run
+    script, needs = EXAMPLES[run]
+    return f"{TRAINED[script]}, {'MNIST' if needs else 'digits'}"
 
 
 def draw_training(rows: Sequence[Row]) -> Figure:
@@ -269,7 +274,7 @@ def draw_training(rows: Sequence[Row]) -> Figure:
                 color=curves[name][1],
             )
         last = part[-1]
-        axis.set_title(RUNS.get(run, run), fontsize=12, pad=22)
+        axis.set_title(run_title(run), fontsize=12, pad=22)
         told = f"error {float(last['test_error']):.2%}, FLOPs {float(last['expected_flops']):.0%} of dense"
         axis.text(0, 1.04, told, transform=axis.transAxes, fontsize=11, color=FAINT)
         axis.set_xlabel("epoch")

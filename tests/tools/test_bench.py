@@ -443,7 +443,9 @@ def test_training_rows_are_medians_of_stretches_and_replace_those_of_the_same_ru
     assert [r["run"] for r in rows.read(path)] == ["mnist"] * 10 + ["digits"] * 10
     assert plot.main([str(path)]) == 0
     drawn = (tmp_path / "a-training.svg").read_text()
-    assert "LeNet-300-100, 8 x 8 digits" in drawn
+    assert plot.run_title("mnist") == "LeNet-300-100, MNIST"
+    assert plot.run_title("of before") == "of before"
+    assert all(f"<!-- {plot.run_title(name)} -->" in drawn for name in ("mnist", "digits"))
     assert "error 50.00%, FLOPs 100% of dense" in drawn
 
 
