@@ -217,8 +217,19 @@ def export(model: nn.Module, *, batched: bool = True, multiple_of: int = 1) -> n
             keep what is open.
 
     Returns:
-        The exported model. It pickles, and its parameters can be trained on. Where nothing is kept it scripts
-        and goes through ``torch.export`` if the modules of other kinds in it do.
+        The exported model. Its parameters can be trained on. It pickles, and a pickle (``torch.save`` of a
+        model) names classes: to load it takes l0kernels where one of ours is in it, :class:`SelectInputs`,
+        :class:`ScatterOutputs`, :class:`Residual`, :class:`GatedProduct`, the Sliced ones, or a gated module
+        that is kept. A model that gate_ had gated has none. This loads with torch alone::
+
+            small = export(model)
+            batches = {0: torch.export.Dim("batch")}  # of any size
+            program = torch.export.export(small, (x,), dynamic_shapes=(batches,))
+            torch.export.save(program, path)
+            loaded = torch.export.load(path).module()
+
+        It works, as does ``torch.jit.script(small).save(path)``, where nothing is kept and the modules of
+        other kinds in it allow it.
 
     Raises:
         ValueError: a NaN in a log_alpha, gates on the meta device, or a gated layer as out_proj of a

@@ -4,12 +4,17 @@ import copy
 import io
 import math
 import pickle
+import pickletools
+import subprocess
+import sys
+import textwrap
 import warnings
 
 import pytest
 import torch
 
 from l0kernels import nn
+from op_checks import count_open
 
 
 def spread(model, seed=0, std=3.0):
@@ -61,7 +66,7 @@ def test_layer(kind, mode, bias):
     layer = spread(nn.L0Linear(37, 29, bias, gate=kind, eval_mode=mode))
     small = check(layer, 5, 37)
     (linear,) = (m for m in small.modules() if isinstance(m, torch.nn.Linear))
-    open_units = dict(zip(nn.gate_modules(layer), nn.open_units(layer), strict=True))
+    open_units = dict(zip(nn.gate_modules(layer), count_open(layer), strict=True))
     assert linear.in_features == open_units.get(layer.in_gate, 37) == linear.weight.shape[1]
     assert linear.out_features == open_units.get(layer.out_gate, 29) == linear.weight.shape[0]
     assert size(small) < size(layer)
@@ -92,7 +97,7 @@ def test_mlp(activation, gate_input):
     small = check(mlp, 6, 40)
     assert size(small) == nn.eval_l0(mlp)
     widths = [m.in_features for m in small if isinstance(m, torch.nn.Linear)]
-    assert widths[-len(nn.open_units(mlp)) :] == nn.open_units(mlp)
+    assert widths[-len(count_open(mlp)) :] == count_open(mlp)
     assert isinstance(small[0], nn.SelectInputs) == gate_input
 
 
@@ -184,7 +189,7 @@ def test_sequential(name, seed):
 
 def test_hidden_units_vanish_from_ungated_neighbours():
     model = spread(torch.nn.Sequential(torch.nn.Linear(12, 9), torch.nn.Sigmoid(), nn.L0Linear(9, 4)))
-    (n_open,) = nn.open_units(model)
+    (n_open,) = count_open(model)
     small = check(model, 6, 12)
     assert [m.weight.shape for m in (small[0], small[2])] == [(n_open, 12), (4, n_open)]
 
@@ -232,7 +237,7 @@ def test_a_shared_gate():
     )
     spread(model)
     small = check(model, 6, 12)
-    assert small[0].out_features == small[1].in_features == nn.open_units(model)[0]
+    assert small[0].out_features == small[1].in_features == count_open(model)[0]
 
 
 def test_a_layer_used_twice_in_a_chain():
@@ -380,6 +385,48 @@ def check_conv(model, *shape, counted=True):
     return small
 
 
+def classes_in(model):
+    """The classes that a pickle of `model` names."""
+    file = io.BytesIO()
+    pickle.Pickler(file, protocol=2).dump(model)
+    names = [arg for op, arg, _ in pickletools.genops(file.getvalue()) if op.name == "GLOBAL"]
+    return {name.split()[1] for name in names if name.startswith("l0kernels")}
+
+
+def test_what_an_export_needs_to_be_loaded():
+    torch.manual_seed(0)
+    mlp = spread(nn.L0MLP([20, 12, 3]))
+    assert classes_in(nn.export(mlp)) == {"SelectInputs"}
+    inside = spread(nn.L0MLP([20, 12, 3], gate_input=False))
+    assert classes_in(nn.export(inside)) == set()
+    model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 3))
+    nn.gate_(model, torch.randn(1, 8))
+    assert classes_in(nn.export(spread(model))) == set()
+
+
+SAVED = textwrap.dedent(nn.export.__doc__.split("torch alone::")[1].split("It works")[0])
+LOADS = """
+import sys
+sys.modules["l0kernels"] = None  # importing it is an error
+import torch
+x, y = torch.load(sys.argv[2])
+torch.testing.assert_close(torch.export.load(sys.argv[1]).module()(x), y)
+"""
+
+
+def test_the_docstring_saves_what_loads_without_the_package(tmp_path):
+    torch.manual_seed(0)
+    model, x = spread(nn.L0MLP([20, 12, 3])), torch.randn(5, 20)
+    path = str(tmp_path / "small.pt2")
+    names = {"torch": torch, "export": nn.export, "model": model, "x": x, "path": path}
+    exec(SAVED, names)
+    x = torch.randn(9, 20)
+    torch.testing.assert_close(names["loaded"](x), model.eval()(x))
+    data = str(tmp_path / "data.pt")
+    torch.save((x, model(x)), data)
+    subprocess.run([sys.executable, "-c", LOADS, path, data], check=True, timeout=300)
+
+
 @pytest.mark.parametrize("kind", ["in", "out", "both"])
 @pytest.mark.parametrize("mode", ["paper", "median", "topk"])
 @pytest.mark.parametrize("bias", [True, False])
@@ -387,7 +434,7 @@ def test_convolution(kind, mode, bias):
     layer = spread(nn.L0Conv2d(11, 13, 3, 2, 1, bias=bias, gate=kind, eval_mode=mode))
     small = check_conv(layer, 2, 11, 6, 5)
     (conv,) = (m for m in small.modules() if isinstance(m, torch.nn.Conv2d))
-    open_units = dict(zip(nn.gate_modules(layer), nn.open_units(layer), strict=True))
+    open_units = dict(zip(nn.gate_modules(layer), count_open(layer), strict=True))
     assert conv.in_channels == open_units.get(layer.in_gate, 11) == conv.weight.shape[1]
     assert conv.out_channels == open_units.get(layer.out_gate, 13) == conv.weight.shape[0]
 
@@ -546,7 +593,7 @@ def test_groups_vanish_whole(kind):
 def test_widths_between_convolutions():
     modules, shape = CONVOLUTIONS["lenet5"]
     model = spread(nn.L0Sequential(*modules())).eval()
-    first, second, *_ = nn.open_units(model)
+    first, second, *_ = count_open(model)
     small = check_conv(model, *shape)
     convs = [m for m in small if isinstance(m, torch.nn.Conv2d)]
     assert convs[0].out_channels == convs[1].in_channels == first
