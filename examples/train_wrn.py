@@ -224,7 +224,7 @@ def train(args: argparse.Namespace) -> nn.L0Sequential:
             ratio = f"{median(dense_times):9.1f}  {ours / median(dense_times):7.2f}x" if dense_times else ""
             print(
                 f"{step:6}  {loss:8.4f}  {'-' if error is None else f'{error:.2%}':>10}  "
-                f"{sum(nn.open_units(net)):6} of {channels:4}  "
+                f"{sum(units.open for units in nn.open_units(net).values()):6} of {channels:4}  "
                 f"{nn.expected_flops(net, shape).item() / flops:8.1%}  {ours:8.1f} {ratio}",
                 flush=True,
             )

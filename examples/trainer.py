@@ -228,7 +228,7 @@ class Run:
             epoch=epoch,
             loss=loss,
             test_error=wrong.double().mean().item(),
-            open_units=tuple(nn.open_units(average)),
+            open_units=tuple(units.open for units in nn.open_units(average).values()),
             expected_flops=nn.expected_flops(self.gated.model, self.shape).item() / self.dense_flops,
             actual_flops=nn.eval_flops(average, self.shape) / self.dense_flops,
             step_ms=gated_timer.median_ms(),

@@ -1,4 +1,19 @@
-"""How it is trained: layers that own gates, penalty and size of a model, export to plain torch."""
+"""How it is trained: layers that own gates, penalty and size of a model, export to plain torch.
+
+A whole training, for N examples in batches::
+
+    model = l0.nn.L0MLP([64, 64, 2])                                # a gate on each input of each layer
+    optimizer = torch.optim.Adam(l0.nn.parameter_groups(model), lr=1e-3)
+    l0.nn.clamp_after_step(optimizer, model)                        # keeps closed gates within reach
+    for x, target in batches:
+        loss = torch.nn.functional.cross_entropy(model(x), target)
+        loss = loss + l0.nn.penalty(model) / N
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    print(l0.nn.summary(model))                                     # what is open
+    small = l0.nn.export(model)                                     # plain torch.nn, without what is closed
+"""
 
 from .bank import Draw, GateBank
 from .batch_norm import L0BatchNorm1d, L0BatchNorm2d, L0BatchNorm3d
@@ -10,7 +25,7 @@ from .conv import (
     L0ConvTranspose2d,
     L0ConvTranspose3d,
 )
-from .counts import eval_flops, eval_l0, expected_flops, expected_l0, open_units
+from .counts import eval_flops, eval_l0, expected_flops, expected_l0
 from .distributed import agree_on_gates, independent_gates_, keep_gates_whole
 from .export import Residual, ScatterOutputs, SelectInputs, SlicedConv1d, SlicedConv2d, SlicedLinear, export
 from .feed_forward import GatedProduct, L0FeedForward
@@ -27,12 +42,14 @@ from .penalty import (
     weight_parameters,
 )
 from .sequential import L0Residual, L0Sequential
+from .summary import GateSummary, Open, Summary, open_units, summary
 from .units import UnitGraph, gate_, ungate_, unit_graph
 
 __all__ = [
     "L0MLP",
     "Draw",
     "GateBank",
+    "GateSummary",
     "GatedLayer",
     "GatedProduct",
     "HardConcreteGate",
@@ -52,12 +69,14 @@ __all__ = [
     "L0RMSNorm",
     "L0Residual",
     "L0Sequential",
+    "Open",
     "Residual",
     "ScatterOutputs",
     "SelectInputs",
     "SlicedConv1d",
     "SlicedConv2d",
     "SlicedLinear",
+    "Summary",
     "UnitGraph",
     "agree_on_gates",
     "clamp_after_step",
@@ -75,6 +94,7 @@ __all__ = [
     "open_units",
     "parameter_groups",
     "penalty",
+    "summary",
     "ungate_",
     "unit_graph",
     "weight_parameters",

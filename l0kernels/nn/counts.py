@@ -24,14 +24,6 @@ TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 Openness = Callable[[HardConcreteGate], Tensor]
 
 
-def open_units(model: nn.Module) -> list[int]:
-    """Open gates of each gate vector under its evaluation gate, in the order of :func:`gate_modules`.
-
-    Of a model that :func:`gate_` has gated ``model.l0_units.open_units()`` says it by the groups' names.
-    """
-    return [int(gate.eval_gates().count[0]) for gate in gate_modules(model)]
-
-
 def expected_l0(model: nn.Module) -> Tensor:
     r"""E[parameters that are not closed]: k (sum p_in)(sum p_out) + sum p_out for the bias, of all layers.
 

@@ -12,6 +12,7 @@ import torch
 
 import l0kernels as l0
 from l0kernels import Gates, nn, reference
+from op_checks import count_open
 
 SHAPES = {1: (7,), 2: (5, 4), 3: (4, 3, 3)}
 PAIRS = {name: (getattr(nn, f"L0{name}"), getattr(torch.nn, name)) for name in (
@@ -537,7 +538,7 @@ def check_counts(model, sides, other=0):
     assert nn.expected_l0(model).item() == pytest.approx(expected + other, rel=1e-6)
     pattern = {gate: (gate.eval_gates().z != 0).int().tolist() for gate in gates}
     assert nn.eval_l0(model) == sum(sum(alive(*side, pattern)) for side in sides) + other
-    assert nn.open_units(model) == [sum(pattern[gate]) for gate in gates]
+    assert count_open(model) == [sum(pattern[gate]) for gate in gates]
     return pattern
 
 

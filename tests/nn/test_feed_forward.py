@@ -12,6 +12,7 @@ import torch.utils.checkpoint
 
 from l0kernels import nn, reference
 from l0kernels._arguments import GLU, ROWS
+from op_checks import count_open
 
 D, H = 13, 29
 L = math.log(0.1 / 1.1)
@@ -169,7 +170,7 @@ def test_counts_and_penalty_by_hand(activation, bias):
     assert nn.expected_flops(block).item() == pytest.approx(flops, rel=1e-6)
     assert nn.expected_flops(block, (5, 3, D)).item() == pytest.approx(15 * flops, rel=1e-6)
     n_open = int((block.hidden_gate.eval_gates().z != 0).sum())
-    assert nn.open_units(block) == [n_open]
+    assert count_open(block) == [n_open]
     assert 0 < n_open < H
     assert nn.eval_l0(block) == group * n_open + D * down_bias
     assert nn.eval_flops(block, (7, D)) == 7 * (
@@ -229,7 +230,7 @@ def test_export(activation, level):
     assert not small.training
     assert not nn.gate_modules(small)
     up, act, down = small.mlp
-    (n_open,) = nn.open_units(model)
+    (n_open,) = count_open(model)
     assert (n_open == 0, n_open == H) == (level == -60.0, level == 60.0)
     assert type(up) is type(down) is torch.nn.Linear
     assert (up.out_features, down.in_features) == (n_open * ROWS[activation], n_open)
@@ -251,7 +252,7 @@ def test_export_of_frozen_and_double():
     x = torch.randn(6, D, dtype=torch.float64)
     torch.testing.assert_close(small(x), block.eval()(x))
     again = nn.L0FeedForward.from_dense(small)
-    assert again.d_hidden == nn.open_units(block)[0]
+    assert again.d_hidden == count_open(block)[0]
 
 
 def test_a_subclass_with_its_own_forward_is_kept_with_frozen_gates():
@@ -319,7 +320,7 @@ def test_learns():
     torch.manual_seed(0)
     x = torch.randn(256, 8)
     target = torch.stack([x[:, 0] * x[:, 1]] * 8, 1)
-    block = nn.L0FeedForward(8, 32, "swiglu", droprate_init=0.2)
+    block = nn.L0FeedForward(8, 32, "swiglu", droprate_init=0.2, lam=1.0)
     optimizer = torch.optim.Adam(block.parameters(), 3e-2)
     size = nn.expected_l0(block).item()
     nn.clamp_after_step(optimizer, block)

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import l0kernels as l0
 from l0kernels import nn, reference
+from op_checks import count_open
 
 RELU, POOL = torch.nn.ReLU, torch.nn.MaxPool2d
 
@@ -453,7 +454,7 @@ def test_channels_stay_packed(monkeypatch):
     for i in (1, 4):
         model[i] = Watched()
     model.eval()(torch.randn(3, 1, 14, 14))
-    n, m, *_ = nn.open_units(model)
+    n, m, *_ = count_open(model)
     assert 0 < n < 6
     assert 0 < m < 10
     assert seen == [(n, 12, 12), (m, 4, 4)]
@@ -462,7 +463,7 @@ def test_channels_stay_packed(monkeypatch):
     model = spread(block())
     model[2] = Watched()
     model.eval()(torch.randn(2, 3, 5, 5))
-    assert seen == [(nn.open_units(model)[0], 5, 5)]
+    assert seen == [(count_open(model)[0], 5, 5)]
 
 
 @pytest.mark.parametrize("gated", [True, False])

@@ -18,6 +18,11 @@ SEED = torch.tensor([20240229], dtype=torch.int64)
 KINDS = ("mixed", "open", "closed", "few")
 
 
+def count_open(model):
+    """How many gates of each vector of a model are open in eval()."""
+    return [units.open for units in l0.nn.open_units(model).values()]
+
+
 def make_z(kind, n, dtype=torch.float32):
     """n gates: closed, fractional and full ones mixed, all open, all closed, or a few fractional ones."""
     if kind == "open":

@@ -71,13 +71,6 @@ class GateGroups(GatedLayer, nn.Module):
         """In the order of the groups."""
         return [cast(HardConcreteGate, self._modules[key]) for key in self._keys.values()]
 
-    def open_units(self) -> dict[str, int]:
-        """How many units of each group are open under its evaluation gate, by the group's name."""
-        return {
-            group.name: int((self._spread(gate.eval_gates(), group.units).z != 0).sum())
-            for group, gate in zip(self.groups, self.gates, strict=True)
-        }
-
     def gate_of_unit(self) -> Tensor:
         """(units + 1,) int64: which of all gates closes each unit; the last number: none."""
         found = self._made.get("gate_of_unit")
@@ -294,7 +287,7 @@ def gate_(
     residual: bool = True,
     block: int = 1,
     droprate_init: float = 0.5,
-    lam: float = 1.0,
+    lam: float = 0.1,
     eval_mode: str = "paper",
     dist: HardConcrete = DEFAULT_DIST,
     **kwargs: Any,
