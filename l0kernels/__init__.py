@@ -6,7 +6,8 @@ In short::
 
     gates = l0.sample_gates(log_alpha)                       # z, and which gates are open
     y = l0.gated_linear(x, weight, bias, in_gates=gates)     # costs what is open
-    loss = criterion(y) + l0.l0_penalty(log_alpha, group_size=weight.shape[0], lam=1e-4)
+    l0_norm = l0.l0_penalty(log_alpha, group_size=weight.shape[0], lam=0.1)
+    loss = criterion(y, target) + l0_norm / N                # a mean loss; N training examples
 """
 
 import torch as _torch  # before the native extension: both must share one OpenMP runtime  # noqa: F401

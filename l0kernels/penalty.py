@@ -106,7 +106,8 @@ def l0_penalty(
         log_alpha: any shape, float32 or float64, or a sequence of such of one dtype on one device.
         group_size: |g|, the parameters behind one gate: a number, or one per tensor of the sequence.
         lam: the weight of the penalty: a number, or one per tensor of the sequence; a number may be a 0-d
-            tensor, too: a schedule of it then compiles once.
+            tensor, too: a schedule of it then compiles once. Beside a mean loss over N training examples, add
+            the result divided by N, and lam is the paper's lambda (0.1 for a fully connected net).
         dist: the distribution's constants.
 
     Returns:

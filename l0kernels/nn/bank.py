@@ -14,6 +14,7 @@ from ..gates import Gates, sample_gates, sample_with_expected
 from . import ranks
 from .gate import HardConcreteGate, enter, gate_modules, leave, set_drawn
 from .linear import L0Linear
+from .notices import note_entered, watch_bank
 from .ranks import KEY_STEP
 
 
@@ -47,6 +48,8 @@ class Draw:
         self._before: dict[int, list[list[list[Gates | Tensor | None]]]] = {}
 
     def __enter__(self) -> "Draw":
+        if not torch.compiler.is_compiling():
+            note_entered()
         held = [enter(gate, drawn) for gate, drawn in self._drawn.items()]
         self._before.setdefault(_thread_number(), []).append(held)
         return self
@@ -74,7 +77,7 @@ class GateBank(nn.Module):
         bank = GateBank(model)
         for x, target in batches:
             bank.draw()
-            loss = criterion(model(x), target) + penalty(model) / N
+            loss = criterion(model(x), target) + penalty(model) / N  # N training examples
 
     A draw holds until the next one, until :meth:`clear`, or until the model moves to another device or dtype.
     Every forward in between has its gates, recomputation under ``torch.utils.checkpoint`` included (a
@@ -110,6 +113,8 @@ class GateBank(nn.Module):
     step: Tensor
     _alone: bool = False
     """Whether the seed was drawn before there was a process group to agree on it."""
+    _cleared: bool = False
+    """Whether clear() was called."""
 
     def __init__(self, model: nn.Module, *, seed: int | None = None, rank: int = 0) -> None:
         super().__init__()
@@ -135,6 +140,7 @@ class GateBank(nn.Module):
         # In tuples they stay the model's modules.
         self._vectors = tuple(gate for gate in gates if gate not in per_weight)
         self._weights = tuple(gate for gate in gates if gate in per_weight)
+        watch_bank(self)
 
     def draw(self, *, expected: bool = False) -> Draw:
         """Draws every gate in train(), in one call of sample_gates (one per device, dtype and distribution).
@@ -189,6 +195,8 @@ class GateBank(nn.Module):
         """Ends the draw: every gate draws for itself again."""
         for gate in self._gates:
             set_drawn(gate, None)
+        if not torch.compiler.is_compiling():
+            self._cleared = True
 
     def _keys(self, n: int) -> Sequence[Tensor]:
         """n fresh seeds, each (1,) int64 on the device."""

@@ -24,6 +24,7 @@ from .linear import (
     squares,
     two_sided_terms,
 )
+from .notices import watch_shared
 from .ranks import check_not_flat, released, whole
 
 GATINGS = ("in", "out", "both", "weight", None)
@@ -83,9 +84,9 @@ class GatedConv(GatedLayer, AnyConv):
         return F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode), 0
 
     def _gates(
-        self, in_gates: Gates | None, out_gates: Gates | None, out_support: Gates | None
+        self, x: Tensor, in_gates: Gates | None, out_gates: Gates | None, out_support: Gates | None
     ) -> dict[str, Any]:
-        """One gate per channel on each side, drawn where none are given; nothing where weights are gated."""
+        """One gate per channel on each side, drawn for x if not given; nothing where weights are gated."""
         in_gates, out_gates, out_support = released(in_gates), released(out_gates), released(out_support)
         if self.weight_gate is not None:
             if in_gates is not None or out_gates is not None or out_support is not None:
@@ -95,12 +96,9 @@ class GatedConv(GatedLayer, AnyConv):
             return {}
         if out_support is not None and self.out_gate is not None:
             raise ValueError("out_support must be None for a layer whose outputs are gated, got gates")
-        own_in, own_out = draw(
-            (
-                self.in_gate if in_gates is None else None,
-                self.out_gate if out_gates is None else None,
-            )
-        )
+        own = self.in_gate if in_gates is None else None, self.out_gate if out_gates is None else None
+        watch_shared(self, own, x)
+        own_in, own_out = draw(own)
         in_gates, out_gates = self.of_channels(
             own_in if in_gates is None else in_gates, own_out if out_gates is None else out_gates
         )
@@ -224,7 +222,7 @@ class L0Conv2d(GatedConv, nn.Conv2d):
         in_gate: HardConcreteGate | None = None,
         out_gate: HardConcreteGate | None = None,
         droprate_init: float = 0.5,
-        lam: float = 1.0,
+        lam: float = 0.1,
         eval_mode: str = "paper",
         dist: HardConcrete = DEFAULT_DIST,
     ) -> None:
@@ -282,7 +280,7 @@ class L0Conv2d(GatedConv, nn.Conv2d):
                 :func:`l0kernels.gated_conv2d`.
         """
         _checks.check_tensor("x", x)
-        gates = self._gates(in_gates, out_gates, out_support)
+        gates = self._gates(x, in_gates, out_gates, out_support)
         if self.weight_gate is not None:
             check_convolution(x, self.weight, self.bias, self.groups)
             return self._conv_forward(x, self.gated_weight(), self.bias)
@@ -316,7 +314,7 @@ class L0Conv1d(GatedConv, nn.Conv1d):
         in_gate: HardConcreteGate | None = None,
         out_gate: HardConcreteGate | None = None,
         droprate_init: float = 0.5,
-        lam: float = 1.0,
+        lam: float = 0.1,
         eval_mode: str = "paper",
         dist: HardConcrete = DEFAULT_DIST,
     ) -> None:
@@ -351,7 +349,7 @@ class L0Conv1d(GatedConv, nn.Conv1d):
     ) -> Tensor:
         """x (N, in_channels, L) -> (N, out_channels, L'), N or none; see :meth:`L0Conv2d.forward`."""
         _checks.check_tensor("x", x)
-        gates = self._gates(in_gates, out_gates, out_support)
+        gates = self._gates(x, in_gates, out_gates, out_support)
         if self.weight_gate is not None:
             check_convolution(x, self.weight, self.bias, self.groups)
             return self._conv_forward(x, self.gated_weight(), self.bias)
@@ -391,7 +389,7 @@ class L0Conv3d(GatedConv, nn.Conv3d):
         in_gate: HardConcreteGate | None = None,
         out_gate: HardConcreteGate | None = None,
         droprate_init: float = 0.5,
-        lam: float = 1.0,
+        lam: float = 0.1,
         eval_mode: str = "paper",
         dist: HardConcrete = DEFAULT_DIST,
     ) -> None:
@@ -426,7 +424,7 @@ class L0Conv3d(GatedConv, nn.Conv3d):
     ) -> Tensor:
         """x (N, in_channels, D, H, W) -> (N, out_channels, D', H', W'), N or none; see
         :meth:`L0Conv2d.forward`."""
-        gates = self._gates(in_gates, out_gates, out_support)
+        gates = self._gates(x, in_gates, out_gates, out_support)
         return gated_convolution(self._convolve, x, self.gated_weight(), self.bias, self.groups, **gates)
 
     def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:
@@ -460,7 +458,7 @@ class _GatedTransposed(GatedConv):
         in_gate: HardConcreteGate | None = None,
         out_gate: HardConcreteGate | None = None,
         droprate_init: float = 0.5,
-        lam: float = 1.0,
+        lam: float = 0.1,
         eval_mode: str = "paper",
         dist: HardConcrete = DEFAULT_DIST,
     ) -> None:
@@ -507,7 +505,7 @@ class _GatedTransposed(GatedConv):
             (N, out_channels, ...) or (out_channels, ...).
         """
         _checks.check_tensor("x", x)
-        gates = self._gates(in_gates, out_gates, out_support)
+        gates = self._gates(x, in_gates, out_gates, out_support)
         of_size: Any = self._output_padding  # torch's, of its transposed classes
         geometry = self.stride, self.padding, self.kernel_size
         output_padding = of_size(x, output_size, *geometry, len(self.kernel_size), self.dilation)

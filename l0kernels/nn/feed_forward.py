@@ -82,7 +82,7 @@ class L0FeedForward(GatedLayer, nn.Module):
         *,
         bias: bool | Sequence[bool] = True,
         droprate_init: float = 0.5,
-        lam: float = 1.0,
+        lam: float = 0.1,
         eval_mode: str = "paper",
         dist: HardConcrete = DEFAULT_DIST,
         repack_in_backward: bool = False,

@@ -49,8 +49,10 @@ class HardConcreteGate(Unscriptable, nn.Module):
         n: number of gates, or a shape (weight and block gates keep log_alpha in the shape of what they gate).
         droprate_init: d in (0, 1); log_alpha ~ N(log(1 - d) - log d, 0.01). It is *not* P(z = 0), which is
             .168 at .5.
-        lam: weight of these gates in :func:`penalty`, >= 0; an attribute that a schedule may assign, also
-            between the calls of a compiled step, which takes it without compiling anew.
+        lam: the paper's lambda, >= 0: the price of every parameter that an open gate keeps, where the
+            objective is a mean loss plus ``penalty(model) / N`` over N training examples. 0.1 is the paper's
+            for its fully connected net (section 4.1). An attribute that a schedule may assign, also between
+            the calls of a compiled step, which takes it without compiling anew.
         eval_mode: "paper", "median" or "topk", see :func:`l0kernels.eval_gates`.
         dist: the constants of the distribution.
         device, dtype: of log_alpha; a dtype below fp32 means fp32.
@@ -67,6 +69,10 @@ class HardConcreteGate(Unscriptable, nn.Module):
     """Whether each rank of a process group draws for itself; a plain attribute."""
     lam_tensor: Tensor
     """lam, (), float64, on the device of log_alpha: an input of compiled graphs, a number is a constant."""
+    shared: bool = False
+    """Whether a layer was handed it, so that another one may have it, too."""
+    searches: int = 0
+    """How often it was looked for in what led to a draw of it, see `notices`."""
     _drawn: Gates | Tensor | None = None
     """Of a GateBank: the detached gates or, where they are not kept, their seed; never copied or saved."""
     _threads: "_Threads | None" = None
@@ -79,7 +85,7 @@ class HardConcreteGate(Unscriptable, nn.Module):
         n: int | Sequence[int],
         *,
         droprate_init: float = 0.5,
-        lam: float = 1.0,
+        lam: float = 0.1,
         eval_mode: str = "paper",
         dist: HardConcrete = DEFAULT_DIST,
         device: torch.device | str | int | None = None,
@@ -144,6 +150,8 @@ class HardConcreteGate(Unscriptable, nn.Module):
             _checks.refuse_traced_draw()
         if isinstance(drawn, Gates):
             return attach(self.gathered().flatten(), drawn, self.dist)
+        if self.shared and not torch.compiler.is_compiling():
+            self.__dict__["_last_draw"] = (weakref.ref(self), None, 0)
         return sample_gates(self.gathered().flatten(), seed=self.fresh_seed(), dist=self.dist)
 
     @property
@@ -272,7 +280,7 @@ class HardConcreteGate(Unscriptable, nn.Module):
         return {name: value for name, value in self.__dict__.items() if name not in left_out}
 
 
-OF_A_DRAW = ("_drawn", "_drawer", "_threads")
+OF_A_DRAW = ("_drawn", "_drawer", "_last_draw", "_threads")
 
 
 class _Thread:

@@ -12,6 +12,7 @@ from ..linear import gated_linear, linear
 from ..masked_linear import block_linear, masked_linear
 from ..penalty import L2Term
 from .gate import GatedLayer, HardConcreteGate, draw, sources_of
+from .notices import watch_shared
 from .ranks import check_not_flat, released, whole
 
 Gating = str | tuple[int, int] | None
@@ -71,7 +72,7 @@ class L0Linear(GatedLayer, nn.Linear):
         in_gate: HardConcreteGate | None = None,
         out_gate: HardConcreteGate | None = None,
         droprate_init: float = 0.5,
-        lam: float = 1.0,
+        lam: float = 0.1,
         eval_mode: str = "paper",
         dist: HardConcrete = DEFAULT_DIST,
     ) -> None:
@@ -153,9 +154,12 @@ class L0Linear(GatedLayer, nn.Linear):
         own, given = (self.in_gate, self.out_gate), (released(in_gates), released(out_gates))
         runs = has_runs(self)
         if given[0] is None and given[1] is None and not runs:
+            watch_shared(self, own, x)
             (in_source, out_source), seed, dist = sources_of(own)
             return linear(x, self.weight, self.bias, in_source, out_source, seed, dist)
-        drawn = draw([gate if gates is None else None for gate, gates in zip(own, given, strict=True)])
+        missing = [gate if gates is None else None for gate, gates in zip(own, given, strict=True)]
+        watch_shared(self, missing, x)
+        drawn = draw(missing)
         in_gates, out_gates = (a if b is None else b for a, b in zip(drawn, given, strict=True))
         if runs:
             in_gates = gates_of_units(in_gates, self.in_gate, self.in_features)
@@ -388,6 +392,7 @@ def check_given(
                 f"{name} must have log_alpha of shape ({size},), got {shape}: fewer gates, which close as "
                 f"many runs of units, must divide {size}"
             )
+        given.shared = True
     return True
 
 

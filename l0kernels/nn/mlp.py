@@ -12,6 +12,7 @@ from .._gates import DEFAULT_DIST, Gates, HardConcrete
 from ..mlp import chain
 from .gate import draw, sources_of
 from .linear import L0Linear, copy_parameters_, has_gates_beside, is_only_weight, over_rows
+from .notices import watch_shared
 from .ranks import held, is_sharded, released
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {
@@ -57,7 +58,7 @@ class L0MLP(nn.Module):
         bias: bool | Sequence[bool] = True,
         gate_input: bool = True,
         droprate_init: float | Sequence[float] = 0.5,
-        lam: float | Sequence[float] = 1.0,
+        lam: float | Sequence[float] = 0.1,
         eval_mode: str = "paper",
         dist: HardConcrete = DEFAULT_DIST,
         repack_in_backward: bool = False,
@@ -158,11 +159,11 @@ class L0MLP(nn.Module):
         if not all(is_only_weight(layer) and not has_gates_beside(layer, "in_gate") for layer in layers):
             return self._one_by_one(x, gates)
         weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
-        sources, seed, dist = (
-            sources_of([getattr(layer, "in_gate", None) for layer in layers])
-            if gates is None
-            else (gates, None, DEFAULT_DIST)
-        )
+        if gates is not None:
+            return chain(x, weights, biases, gates, self.activation, self.repack_in_backward)
+        own = [getattr(layer, "in_gate", None) for layer in layers]
+        watch_shared(self, own, x)
+        sources, seed, dist = sources_of(own)
         return chain(x, weights, biases, sources, self.activation, self.repack_in_backward, seed, dist)
 
     def _one_by_one(self, x: Tensor, gates: Sequence[Gates | None] | None) -> Tensor:

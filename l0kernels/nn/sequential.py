@@ -29,6 +29,7 @@ from .linear import (
     over_rows,
 )
 from .mlp import L0MLP
+from .notices import watch_shared
 from .ranks import held, is_sharded
 from .steps import (
     UNKNOWN,
@@ -452,6 +453,7 @@ def _forward(module: Any, x: Any, given: Drawn | None) -> Tensor:
     gates = list(dict.fromkeys(gate for op in ops for gate in op.own_gates() if gate is not None))
     given = given or {}
     missing = [gate for gate in gates if gate not in given]
+    watch_shared(module, missing, x)
     with torch.no_grad():  # the ops that take log_alpha itself need no node between z and it
         fresh = draw(missing)
     drawn = {gate: given[gate] for gate in gates if gate in given}

@@ -137,7 +137,7 @@ def test_copies():
 
 def test_repr_names_what_matters():
     assert repr(nn.HardConcreteGate(3)) == (
-        "HardConcreteGate(3, droprate_init=0.5, lam=1.0, eval_mode='paper')"
+        "HardConcreteGate(3, droprate_init=0.5, lam=0.1, eval_mode='paper')"
     )
     assert "(2, 3)" in repr(nn.HardConcreteGate((2, 3)))
     assert "beta=0.5" in repr(nn.HardConcreteGate(3, dist=reference.HardConcrete(beta=0.5)))

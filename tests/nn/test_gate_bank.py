@@ -196,7 +196,8 @@ def test_clear():
     assert gate.draws
     assert not torch.equal(gate().z, gate().z)
     torch.manual_seed(3)
-    y = model(X)
+    with pytest.warns(UserWarning, match="drawn twice in one forward"):
+        y = model(X)
     torch.manual_seed(3)
     assert torch.equal(model(X), y)
     nn.GateBank(model)  # a bank that never draws changes nothing

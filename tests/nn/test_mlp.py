@@ -229,7 +229,7 @@ def test_learns():
     torch.manual_seed(0)
     x = torch.randn(256, 8)
     target = x[:, 0] * x[:, 1]
-    mlp = nn.L0MLP((8, 32, 1), "gelu", droprate_init=0.2)
+    mlp = nn.L0MLP((8, 32, 1), "gelu", droprate_init=0.2, lam=1.0)
     optimizer = torch.optim.Adam(mlp.parameters(), 1e-2)
     nn.clamp_after_step(optimizer, mlp)
     with torch.no_grad():
