@@ -14,7 +14,7 @@ from ..gates import Gates, sample_gates, sample_with_expected
 from . import ranks
 from .gate import HardConcreteGate, enter, gate_modules, leave, set_drawn
 from .linear import L0Linear
-from .notices import note_entered, watch_bank
+from .notices import forget_bank, note_entered, watch_bank
 from .ranks import KEY_STEP
 
 
@@ -215,7 +215,7 @@ class GateBank(nn.Module):
         if torch.compiler.is_compiling():
             if self._alone and ranks.are_several():
                 raise RuntimeError(
-                    "the bank is older than the process group, and its seed this rank's alone: make it after "
+                    "a GateBank made before the process group has a seed of this rank alone: make it after "
                     "init_process_group, give it a seed, or draw once before compiling"
                 )
             return self._next_keys(n, device)
@@ -237,6 +237,9 @@ class GateBank(nn.Module):
     def _next_keys(self, n: int, device: torch.device) -> Sequence[Tensor]:
         if self.step.device != device:  # once: the model has moved since
             self.to(device)
+        eager_cuda = device.type == "cuda" and not torch.compiler.is_compiling()
+        if eager_cuda and torch.cuda.is_current_stream_capturing():
+            forget_bank(self)  # replays draw, and nobody here sees them
         step, first = self.step, self.rank << 40
         if n > 1:
             step = step + torch.arange(first, first + n, device=device)

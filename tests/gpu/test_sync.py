@@ -1,5 +1,7 @@
 """On a GPU the host never waits within an operation, and a CUDA graph of it draws anew at every replay."""
 
+import warnings
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -235,6 +237,52 @@ def test_no_sync_in_a_training_step(kind):
     with no_sync():
         losses += [step() for _ in range(3)]
     assert all(loss.isfinite() for loss in losses)
+
+
+def test_no_sync_where_closed_layers_are_looked_for(monkeypatch):
+    monkeypatch.setattr(l0.nn.notices, "LOOK_EVERY", 1)
+    model = net("mlp")
+    optimizer = torch.optim.SGD(l0.nn.gate_parameters(model), lr=1.0)
+    l0.nn.clamp_after_step(optimizer, model)
+    closed, opened = (layer.in_gate.log_alpha for layer in (model.layers[1], model.layers[0]))
+    for log_alpha, value in ((closed, -4.0), (opened, -2.0)):
+        log_alpha.data.fill_(value)
+        log_alpha.grad = torch.zeros_like(log_alpha)
+    seen = []
+    monkeypatch.setattr(l0.nn.notices, "_warn", seen.append)
+    for _ in range(6):
+        with no_sync():
+            optimizer.step()
+    (warning,) = seen
+    assert "layers.1.in_gate" in warning
+    assert "layers.0" not in warning
+
+
+def test_draws_of_a_captured_step_are_not_missed():
+    model = net("mlp")
+    bank = l0.nn.GateBank(model)
+    optimizer = torch.optim.SGD(l0.nn.parameter_groups(model), lr=0.01)
+    x = torch.randn(M, IN, device=DEVICE)
+
+    def gradients():
+        bank.draw()
+        optimizer.zero_grad(set_to_none=False)
+        model(x).square().mean().backward()
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            gradients()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        gradients()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(4):
+            graph.replay()
+            optimizer.step()
 
 
 def test_no_sync_in_a_draw_with_its_expected_counts():

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 import l0kernels as l0
 from l0kernels import nn
-from l0kernels.nn.notices import LOOK_EVERY
+from l0kernels.nn.notices import LOOK_EVERY, Closing
 
 TWICE = "a gate that layers share was drawn twice in one forward"
 NO_DRAW = "a GateBank did not draw before the last two steps"
@@ -393,6 +393,23 @@ def test_gates_with_evaluation_gates_of_their_own_are_not_judged():
     optimizer = trained(model)
     close(model.in_gate)
     steps(model, optimizer, 3 * LOOK_EVERY)
+
+
+def test_what_a_device_has_not_found_yet_is_read_later():
+    class Event:
+        done = False
+
+        def query(self):
+            return self.done
+
+    gate, event = nn.HardConcreteGate(3), Event()
+    closing = Closing({gate: "gate"})
+    closing._asked += [([gate], torch.tensor([-1.0]), event), ([gate], torch.tensor([-1.0]), event)]
+    closing._read()
+    event.done = True
+    with pytest.warns(UserWarning, match=f"{CLOSED}, of gate"):
+        closing._read()
+    assert not closing._asked
 
 
 def test_after_the_handle_is_removed_nothing_looks():
