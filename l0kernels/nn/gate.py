@@ -243,9 +243,9 @@ class HardConcreteGate(Unscriptable, nn.Module):
         if log_alpha.numel() != self.n or ranks.is_released(log_alpha):
             raise RuntimeError(
                 f"log_alpha must hold the n={self.n} gates of {type(self).__name__}, got "
-                f"{log_alpha.numel()} with memory or not: who has resized it by hand sets n, too; "
-                "under FullyShardedDataParallel it is flattened and sharded, and whole within a forward "
-                "only. Keep gates whole: "
+                f"{log_alpha.numel()} elements, or none with memory. If you have resized it, set n, too. "
+                "FullyShardedDataParallel flattens and shards it, and gathers it within a forward only: keep "
+                "gates whole, as in "
                 "FullyShardedDataParallel(model, use_orig_params=True, "
                 "ignored_states=l0kernels.nn.keep_gates_whole(model))"
             )

@@ -115,8 +115,8 @@ class _Agreement:
                     warnings.warn(
                         f"rank {rank} has drawn gates {draws} times in {step} optimiser steps, rank 0 "
                         f"{first} times: if both train one model, their gates differ. Draw with "
-                        "l0kernels.nn.GateBank, or call l0kernels.nn.agree_on_gates() on all ranks where "
-                        "they are abreast again",
+                        "l0kernels.nn.GateBank, or call l0kernels.nn.agree_on_gates() on all ranks at one "
+                        "point of the training",
                         UserWarning,
                         stacklevel=4,
                     )
@@ -227,8 +227,8 @@ def _exchanged(store: Any, key: str, proposal: int, rank: int) -> int:
             store.wait([key], PATIENCE)
         except RuntimeError:
             warnings.warn(
-                f"rank {rank} waits for rank 0 to draw gates, and will draw the same. If it has none: "
-                "l0kernels.nn.agree_on_gates() on all ranks, or independent_gates_(model)",
+                f"rank {rank} waits for rank 0 to draw gates, and draws the same. If rank 0 has no gates, "
+                "call l0kernels.nn.agree_on_gates() on all ranks, or independent_gates_(model) on this one",
                 UserWarning,
                 stacklevel=2,
             )
@@ -236,7 +236,7 @@ def _exchanged(store: Any, key: str, proposal: int, rank: int) -> int:
     except RuntimeError as error:
         raise RuntimeError(
             f"rank {rank} draws gates and has waited in vain for rank 0, which has drawn none "
-            "and so given no seed: call l0kernels.nn.agree_on_gates() on all ranks after "
+            "and given no seed: call l0kernels.nn.agree_on_gates() on all ranks after "
             "init_process_group, or l0kernels.nn.independent_gates_(model) on this one"
         ) from error
 
