@@ -335,9 +335,9 @@ def mixed_precision_leaves_whole_gates_alone(rank: int) -> None:
             fully_shard(layer, mesh=MESH[0], mp_policy=policy, ignored_params=gates)
         fully_shard(model, mesh=MESH[0], mp_policy=policy, ignored_params=gates)
         x = of_seed(1, lambda: torch.randn(5, 6))
-        for bank in (None, l0.nn.GateBank(model)):
+        for draws in (False, True):
             before = copy.deepcopy(alone)
-            trained(model, model, x, bank)
+            trained(model, model, x, l0.nn.GateBank(model) if draws else None)
             l0.nn.GateBank(model).clear()
             assert all(gate.dtype == torch.float32 and are_equal(gate) for gate in gates)
             assert all(p.dtype == torch.float32 for p in model.parameters())
