@@ -189,8 +189,8 @@ class L0Conv2d(GatedConv, nn.Conv2d):
     open.
 
     Args:
-        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device,
-            dtype: as in ``torch.nn.Conv2d``.
+        in_channels, out_channels, kernel_size, stride, padding, dilation: as in ``torch.nn.Conv2d``.
+        groups, bias, padding_mode, device, dtype: as there.
         gate: what is gated, see the table.
         in_gate, out_gate: a gate to use on that side instead of an own one, e.g. one shared with another
             layer (which then has to be drawn once and passed to both forwards, as :class:`L0Sequential`

@@ -1,0 +1,94 @@
+"""README and the manual: links lead somewhere, commands and paths exist, generated tables are as generated."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+from manual import PAGES, ROOT, blocks, prose
+
+import l0kernels as l0
+
+LINK = re.compile(r"(?<!\\)\[[^\]]*\]\(([^)\s]+)[^)]*\)|(?:src|href)=\"([^\"]+)\"")
+FOLDERS = "bench|csrc|docs|examples|l0kernels|tests|triton_kernels"
+MAKEFILE = (ROOT / "Makefile").read_text()
+TARGETS = set(re.findall(r"^([\w-]+):", MAKEFILE, re.MULTILINE))
+CODE = re.compile(r"`([^`\n]+)`")
+LANGUAGES = {"python", "sh", "text", "make"}
+
+
+def slugs(text):
+    """The anchors of a page's headings, as Python-Markdown and GitHub make them."""
+    found = []
+    for heading in re.findall(r"^#+ (.*)$", prose(text), re.MULTILINE):
+        plain = re.sub(r"[`*]|\[([^\]]*)\]\([^)]*\)", r"\1", heading)
+        found.append(re.sub(r"[\s]+", "-", re.sub(r"[^\w\s-]", "", plain).strip().lower()))
+    return found
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_links_lead_somewhere(name):
+    text = PAGES[name].read_text()
+    for found in LINK.finditer(prose(text)):
+        target = found[1] or found[2]
+        if re.match(r"https?://", target):
+            continue
+        path, _, anchor = target.partition("#")
+        page = (PAGES[name].parent / path).resolve() if path else PAGES[name]
+        assert page.exists(), f"{target}: no such file"
+        if anchor and not anchor.startswith("l0kernels"):  # those of the API are mkdocs' to check
+            assert anchor in slugs(page.read_text()), f"{target}: no such heading"
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_commands_exist(name):
+    text = PAGES[name].read_text()
+    lines = [line for block in blocks(text) if block.language == "sh" for line in block.source.split("\n")]
+    lines += CODE.findall(prose(text))
+    for line in lines:
+        for target in re.findall(r"(?:^|&& )make ([a-z][\w-]*)", line):
+            assert target in TARGETS, f"make {target}: no such target"
+        for script in re.findall(r"(?:^|\s)(?:python|torchrun) (?:--\S+ )*(\S+\.py)", line):
+            assert (ROOT / script).exists() or "/" not in script, f"{script}: no such file"
+
+
+@pytest.mark.parametrize("name", [name for name in PAGES if name != "README.md"])
+def test_paths_and_names_exist(name):
+    """Those in code: files of the repository, and names of the package."""
+    text = PAGES[name].read_text()
+    for code in CODE.findall(prose(text)):
+        for path in re.findall(rf"(?<![\w/.])(?:{FOLDERS})/[\w./-]*\w(?![\w*])", code):
+            assert (ROOT / path).exists(), f"{path}: no such file"
+        for dotted in re.findall(r"\bl0((?:\.[A-Za-z_]\w*)+)", code):
+            value = l0
+            for part in dotted.split(".")[1:]:
+                assert hasattr(value, part), f"l0{dotted}: no such name"
+                value = getattr(value, part)
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_languages_are_known(name):
+    """Blocks of another name would not be looked at."""
+    found = {block.language for block in blocks(PAGES[name].read_text())}
+    assert found <= LANGUAGES | ({""} if name == "README.md" else set())
+
+
+def test_every_public_name_has_an_entry():
+    pages = ["docs/api/functions.md", "docs/api/nn.md"]
+    entries = re.findall(r"^::: (\S+)$", "\n".join(PAGES[page].read_text() for page in pages), re.MULTILINE)
+    assert len(entries) == len(set(entries))
+    names = {f"l0kernels.{name}" for name in l0.__all__} - {"l0kernels.nn", "l0kernels.reference"}
+    assert set(entries) == names | {f"l0kernels.nn.{name}" for name in l0.nn.__all__}
+
+
+def test_every_reference_has_an_entry():
+    entries = re.findall(r"^::: (\S+)$", PAGES["docs/api/reference.md"].read_text(), re.MULTILINE)
+    constants = {"ALIGN", "Gates", "HardConcrete"}  # of the public page
+    assert set(entries) == {f"l0kernels.reference.{name}" for name in set(l0.reference.__all__) - constants}
+
+
+@pytest.mark.parametrize("script", ["tables", "pictures"])
+def test_what_scripts_write_is_as_they_write_it(script):
+    command = [sys.executable, str(ROOT / "docs" / "scripts" / f"{script}.py"), "--check"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
