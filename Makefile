@@ -7,7 +7,7 @@ PY     := $(VENV)/bin/python
 STAMP  := $(VENV)/.installed
 ARGS   ?=
 
-.PHONY: help train train-lenet5 train-wrn test test-all static bench bench-cpu gpu-check venv clean
+.PHONY: help train train-lenet5 train-wrn test test-all docs static bench bench-cpu gpu-check venv clean
 .DELETE_ON_ERROR:
 
 help:
@@ -15,6 +15,7 @@ help:
 	@echo "make train-lenet5, train-wrn  the same with convolutions: LeNet-5-Caffe, a wide residual net"
 	@echo "make test       ruff, mypy, pytest (ARGS= for pytest's options)"
 	@echo "make test-all   the same and what is only long: every variant, more random nets and calls, sanitizers"
+	@echo "make docs       the manual, as pages for a browser: site/index.html"
 	@echo "make bench-cpu  the CPU rows, tables and plots, under ten minutes; adds to bench/results, rewrites the tables (ARGS=--full: hours)"
 	@echo "make bench      pytest-benchmark of the core operations (ARGS=--benchmark-compare: beside the last run)"
 	@echo "make static     registers, shared memory and instructions of every Triton kernel; needs no GPU"
@@ -38,6 +39,7 @@ test: $(STAMP)
 	$(PY) -m pytest -n 2 --dist loadgroup $(ARGS)
 	@# The Triton kernels run in a process of their own, under Triton's interpreter; 5: ARGS chose none of these.
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadgroup tests/triton $(ARGS) || [ $$? -eq 5 ]
+	$(DOCS)
 
 # Each part in a process of its own, one after the other; the first that fails ends it.
 test-all: test
@@ -48,6 +50,13 @@ test-all: test
 	L0KERNELS_FUZZ_OPS=2000 OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 tests/ops/test_fuzz.py
 	L0KERNELS_FUZZ_OPS=20 TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 tests/triton/test_fuzz.py
 	$(PY) tests/support/sanitized.py
+
+# Reads the sources and imports none; the variable silences a notice about the next major version of mkdocs.
+DOCS = NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
+
+docs: $(STAMP)
+	$(DOCS)
+	@echo "site/index.html"
 
 static: $(STAMP)
 	$(PY) bench/static.py $(ARGS)
@@ -85,5 +94,5 @@ $(STAMP): $(PY) pyproject.toml constraints.txt $(wildcard setup.py) $(shell find
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build dist runs *.egg-info l0kernels/*.so .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist runs site *.egg-info l0kernels/*.so .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

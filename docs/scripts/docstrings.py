@@ -1,7 +1,7 @@
 """Of mkdocstrings: docstrings are written for people who read the source, and become Markdown here.
 
-``:class:`GateBank` `` becomes a link, the block behind ``::`` one of code, a table of ``====`` rules one of text.
-The files stay as they are.
+``:class:`GateBank` `` becomes a link, the block behind ``::`` one of code, a table of ``====`` rules one of
+text. The files stay as they are.
 """
 
 import ast
@@ -65,7 +65,9 @@ def fenced(lines: list[str], indent: int, language: str) -> list[str]:
 
 def markdown(docstring: str) -> str:
     """The docstring with its blocks of code and tables in fences, and links for roles."""
-    lines, made, paragraph = docstring.split("\n"), [], []
+    lines = docstring.split("\n")
+    made: list[str] = []
+    paragraph: list[str] = []
 
     def flush() -> None:
         if paragraph:

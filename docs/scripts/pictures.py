@@ -1,7 +1,7 @@
 """Draws the manual's pictures into docs/assets: ``python docs/scripts/pictures.py [--check]``.
 
-They have no background, and colours that are legible on white and on black. With --check it writes nothing and
-fails where a file is not what it would write.
+They have no background, and colours that are legible on white and on black. With --check it writes nothing
+and fails where a file is not what it would write.
 """
 
 import argparse
@@ -20,6 +20,7 @@ import l0kernels as l0  # noqa: E402
 ASSETS = ROOT / "docs" / "assets"
 TEXT, LINE, OPEN, PART, SHUT = "#7b8794", "#8c96a1", "#2f8fd0", "#e08a1e", "#8c96a1"
 GATES = 16
+EXAMPLES = {-3.0: "mostly closed", 0.0: "undecided", 3.0: "mostly open"}
 
 
 def text(x: float, y: float, words: str, *, size: int = 14, anchor: str = "middle", fill: str = TEXT) -> str:
@@ -37,9 +38,9 @@ def path(points: Sequence[tuple[float, float]], stroke: str, width: float = 2) -
 
 
 def picture(width: int, height: int, title: str, parts: Sequence[str]) -> str:
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" role="img"'
-    body = "\n".join(parts)
-    return f'{head} font-family="sans-serif">\n<title>{title}</title>\n{body}\n</svg>\n'
+    size = f'viewBox="0 0 {width} {height}" width="{width}"'
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img" font-family="sans-serif">'
+    return "\n".join([head, f"<title>{title}</title>", *parts, "</svg>", ""])
 
 
 def short(value: float) -> str:
@@ -51,7 +52,7 @@ def distribution() -> str:
     dist = l0.HardConcrete()
     parts = []
     width, bottom, height = 250, 190, 130
-    for i, (log_alpha, name) in enumerate(((-3.0, "mostly closed"), (0.0, "undecided"), (3.0, "mostly open"))):
+    for i, (log_alpha, name) in enumerate(EXAMPLES.items()):
         left = 40 + i * width
         right = left + 170
         a = torch.tensor(log_alpha, dtype=torch.float64)
@@ -73,7 +74,8 @@ def distribution() -> str:
         for at, label in ((left, "0"), (right, "1")):
             parts.append(text(at, bottom + 20, label))
         parts.append(text((left + right) / 2, bottom + 20, "z"))
-    parts.append(text(400, 238, "bars: the share of draws that are exactly 0 or exactly 1; line: the density between, in a scale of its own"))
+    bars = "bars: the share of draws that are exactly 0 or exactly 1"
+    parts.append(text(400, 238, f"{bars}; line: the density between, in a scale of its own"))
     return picture(800, 250, "The hard-concrete distribution at three parameters", parts)
 
 

@@ -1,4 +1,4 @@
-"""Writes the generated tables of the manual between their markers: ``python docs/scripts/tables.py [--check]``.
+"""Writes the generated tables of the manual: ``python docs/scripts/tables.py [--check]``.
 
 A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->``. What the backends serve comes from
 l0kernels/_registry.py, the classifiers from bench/results/zoo.md. With --check it writes nothing and fails

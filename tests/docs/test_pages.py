@@ -1,4 +1,4 @@
-"""README and the manual: links lead somewhere, commands and paths exist, generated tables are as generated."""
+"""README and the manual: links lead somewhere, commands and paths exist, what is generated is up to date."""
 
 import re
 import subprocess

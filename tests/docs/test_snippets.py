@@ -1,8 +1,8 @@
 """Every block of Python in README and the manual runs as printed.
 
 The blocks of a page run top to bottom in one namespace, in an empty folder, with warnings as errors. A block
-``text title="Output"`` is what the block of Python before it prints, where ``...`` stands for anything. A page
-with ``run: torchrun N`` at its top is a script that N processes run together.
+``text title="Output"`` is what the block of Python before it prints, where ``...`` stands for anything. A
+page with ``run: torchrun N`` at its top is a script that N processes run together.
 """
 
 import contextlib
@@ -83,7 +83,8 @@ def test_script_page(name, tmp_path):
         "what a script prints is not compared"
     )
     script = tmp_path / "page.py"
-    script.write_text("".join("\n" * 2 + block.source for block in PYTHON[name]))
+    strict = 'import warnings\nwarnings.filterwarnings("error", module="__main__|l0kernels")\n'
+    script.write_text("\n\n".join([strict, *(block.source for block in PYTHON[name])]))
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={run[1]}", "--standalone"]
     done = subprocess.run(
         [*command, str(script)],
