@@ -13,9 +13,7 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
-
-import l0kernels as l0  # noqa: E402
+import l0kernels as l0
 
 ASSETS = ROOT / "docs" / "assets"
 TEXT, LINE, OPEN, PART, SHUT = "#7b8794", "#8c96a1", "#2f8fd0", "#e08a1e", "#8c96a1"
@@ -125,10 +123,10 @@ def gate_vector() -> str:
 PICTURES = {"hard-concrete.svg": distribution, "gate-vector.svg": gate_vector}
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing, fail where a file would change")
-    check = parser.parse_args().check
+    check = parser.parse_args(argv).check
     changed = []
     for name, draw in PICTURES.items():
         file, drawn = ASSETS / name, draw()

@@ -14,10 +14,8 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
-
-from l0kernels import _registry  # noqa: E402
-from l0kernels.impl import cuda  # noqa: E402
+from l0kernels import _registry
+from l0kernels.impl import cuda
 
 DOCS = ROOT / "docs"
 
@@ -113,10 +111,10 @@ def written(page: str, name: str, made: str) -> str:
     return marked.sub(lambda found: f"{found[1]}\n{made}\n\n{found[2]}", page)
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing, fail where a page would change")
-    check = parser.parse_args().check
+    check = parser.parse_args(argv).check
     changed = []
     for name, tables in TABLES.items():
         file = DOCS / name
