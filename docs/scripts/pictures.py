@@ -12,9 +12,9 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parents[2]
 import l0kernels as l0
 
+ROOT = Path(__file__).resolve().parents[2]
 ASSETS = ROOT / "docs" / "assets"
 TEXT, LINE, OPEN, PART, SHUT = "#7b8794", "#8c96a1", "#2f8fd0", "#e08a1e", "#8c96a1"
 GATES = 16

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parents[2]
 from l0kernels import _registry
 from l0kernels.impl import cuda
 
+ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
 
 DEVICES = {"reference": "any", "torch": "any", "cpp": "CPU", "triton": "GPU", "cuda": "GPU"}
