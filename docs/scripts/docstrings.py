@@ -29,13 +29,19 @@ def public(package: str) -> frozenset[str]:
     raise ValueError(f"{package} has no __all__")
 
 
+def path_of(package: str, name: str) -> str:
+    """The entry of a public name: a module of the same name hides it from who only reads the sources."""
+    hidden = (ROOT / package.replace(".", "/") / f"{name}.py").exists()
+    return f"{package}.{name}.{name}" if hidden else f"{package}.{name}"
+
+
 def linked(role: re.Match[str]) -> str:
     """A link to the public name of a role; to its class for what is in a class."""
     text = role[1].removeprefix("l0kernels.nn.").removeprefix("l0kernels.")
     first = text.split(".")[0]
     for package in ("l0kernels.nn", "l0kernels"):
         if first in public(package):
-            return f"[`{text}`][{package}.{first}]"
+            return f"[`{text}`][{path_of(package, first)}]"
     return f"`{text}`"
 
 

@@ -53,9 +53,9 @@ def distribution() -> str:
     for i, (log_alpha, name) in enumerate(EXAMPLES.items()):
         left = 40 + i * width
         right = left + 170
-        a = torch.tensor(log_alpha, dtype=torch.float64)
+        a, shown = torch.tensor(log_alpha, dtype=torch.float64), f"{log_alpha:+g}" if log_alpha else "0"
         shut, full = 1 - dist.p_open(a).item(), dist.p_one(a).item()
-        parts.append(text((left + right) / 2, 26, f"log α = {log_alpha:+g}: {name}", size=15))
+        parts.append(text((left + right) / 2, 26, f"log α = {shown}: {name}", size=15))
         parts.append(path([(left - 14, bottom), (right + 14, bottom)], LINE, 1))
         for at, share, fill in ((left, shut, SHUT), (right, full, OPEN)):
             parts.append(box(at - 9, bottom - height * share, 18, height * share, fill, 0.85))

@@ -74,18 +74,23 @@ def test_every_block_is_read(name):
     assert found <= LANGUAGES | ({""} if name == "README.md" else set())
 
 
+def entries(*names):
+    """The public names that the API's pages have entries of; of some the module's name, and theirs, stand."""
+    text = "\n".join(PAGES[f"docs/api/{name}.md"].read_text() for name in names)
+    found = [re.sub(r"\.(\w+)\.\1$", r".\1", name) for name in re.findall(r"^::: (\S+)$", text, re.MULTILINE)]
+    assert len(found) == len(set(found))
+    return set(found)
+
+
 def test_every_public_name_has_an_entry():
-    pages = ["docs/api/functions.md", "docs/api/nn.md"]
-    entries = re.findall(r"^::: (\S+)$", "\n".join(PAGES[page].read_text() for page in pages), re.MULTILINE)
-    assert len(entries) == len(set(entries))
     names = {f"l0kernels.{name}" for name in l0.__all__} - {"l0kernels.nn", "l0kernels.reference"}
-    assert set(entries) == names | {f"l0kernels.nn.{name}" for name in l0.nn.__all__}
+    assert entries("functions", "nn") == names | {f"l0kernels.nn.{name}" for name in l0.nn.__all__}
 
 
 def test_every_reference_has_an_entry():
-    entries = re.findall(r"^::: (\S+)$", PAGES["docs/api/reference.md"].read_text(), re.MULTILINE)
-    constants = {"ALIGN", "Gates", "HardConcrete"}  # of the public page
-    assert set(entries) == {f"l0kernels.reference.{name}" for name in set(l0.reference.__all__) - constants}
+    elsewhere = {"ALIGN", "Gates", "HardConcrete"}
+    names = {f"l0kernels.reference.{name}" for name in set(l0.reference.__all__) - elsewhere}
+    assert entries("reference") == names
 
 
 @pytest.mark.parametrize("script", ["tables", "pictures"])
