@@ -6,6 +6,8 @@ VENV   := .venv
 PY     := $(VENV)/bin/python
 STAMP  := $(VENV)/.installed
 ARGS   ?=
+# Reads the sources and imports none; the variable silences a notice about the next major version of mkdocs.
+DOCS = NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
 
 .PHONY: help train train-lenet5 train-wrn test test-all docs static bench bench-cpu gpu-check venv clean
 .DELETE_ON_ERROR:
@@ -50,9 +52,6 @@ test-all: test
 	L0KERNELS_FUZZ_OPS=2000 OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 tests/ops/test_fuzz.py
 	L0KERNELS_FUZZ_OPS=20 TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 tests/triton/test_fuzz.py
 	$(PY) tests/support/sanitized.py
-
-# Reads the sources and imports none; the variable silences a notice about the next major version of mkdocs.
-DOCS = NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
 
 docs: $(STAMP)
 	$(DOCS)
