@@ -4,8 +4,12 @@
 PYTHON ?= python3
 VENV   := .venv
 PY     := $(VENV)/bin/python
-STAMP  := $(VENV)/.installed
+PIP    := $(PY) -m pip install --quiet --disable-pip-version-check -c $(VENV)/constraints.txt
 ARGS   ?=
+# Two sets of packages: all, and what the examples need, which is there sooner; all serves the examples, too.
+STAMP    := $(VENV)/.installed
+EXAMPLES := $(if $(wildcard $(STAMP)),$(STAMP),$(VENV)/.examples)
+SOURCES  := pyproject.toml constraints.txt setup.py $(shell find csrc -type f 2>/dev/null)
 
 .PHONY: help train train-lenet5 train-wrn test test-all static bench bench-cpu gpu-check venv clean
 .DELETE_ON_ERROR:
@@ -22,13 +26,13 @@ help:
 	@echo "make venv       only set up .venv"
 	@echo "make clean      remove .venv, builds and caches"
 
-train: $(STAMP)
+train: $(EXAMPLES)
 	$(PY) examples/train_lenet300.py $(ARGS)
 
-train-lenet5: $(STAMP)
+train-lenet5: $(EXAMPLES)
 	$(PY) examples/train_lenet5.py $(ARGS)
 
-train-wrn: $(STAMP)
+train-wrn: $(EXAMPLES)
 	$(PY) examples/train_wrn.py $(or $(ARGS),--steps 20 --depth 10 --width 2)
 
 test: $(STAMP)
@@ -76,12 +80,39 @@ $(PY):
 	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
 	  echo "cannot make $(VENV): $(PYTHON) needs the venv and ensurepip modules (Debian: apt install python3-venv)" >&2; exit 1; }
 
-$(STAMP): $(PY) pyproject.toml constraints.txt $(wildcard setup.py) $(shell find csrc -type f 2>/dev/null)
+# Sets up for extra $(1), $(2) in words; CUDA kernels: $(3). The compiler needs nothing of torch: both run at once.
+define setup
+	@echo "Setting up $(VENV) for $(2): once, a minute or two with a CPU build of torch (0.2 GB; a CUDA build: 3 GB)."
+	@echo "1/3 tools that build"
+	@grep -v '^triton==' constraints.txt > $(VENV)/constraints.txt
+	@$(PIP) setuptools pybind11 ninja
+	@echo "2/3 torch; meanwhile the kernels are compiled"
+	@$(PIP) torch & torch=$$!; \
+	L0KERNELS_CUDA=$${L0KERNELS_CUDA:-$(3)} $(PIP) --no-deps --no-build-isolation -e . || { kill $$torch; exit 1; }; \
+	wait $$torch
+	@echo "3/3 the packages of $(2)"
 	@# A CUDA build of torch brings the one triton it goes with; only without one does the tested pin apply.
-	grep -v '^triton==' constraints.txt > $(VENV)/constraints.txt
-	$(PY) -m pip install -c $(VENV)/constraints.txt torch
-	$(PY) -m pip show -qq triton || cp constraints.txt $(VENV)/constraints.txt
-	$(PY) -m pip install -c $(VENV)/constraints.txt -e ".[dev]"
+	@$(PY) -m pip show -qq triton || cp constraints.txt $(VENV)/constraints.txt
+	@$(PIP) "l0kernels[$(1)]"
+	@$(PY) -m l0kernels | head -1
+	@touch $@
+endef
+
+$(VENV)/.examples: $(PY) $(SOURCES)
+	$(call setup,examples,the examples,$$(nvidia-smi -L >/dev/null 2>&1 && echo auto || echo 0))
+
+$(STAMP): $(PY) $(SOURCES)
+	$(call setup,dev,development,auto)
+
+# Built in an environment of its own; MANYLINUX of auditwheel says which, by the symbols that were linked.
+sdist: $(VENV)/.dist
+	$(PY) -m build --sdist
+
+wheel: $(VENV)/.dist
+	$(PY) tests/support/wheels.py $(ARGS)
+
+$(VENV)/.dist: $(STAMP)
+	$(PIP) "l0kernels[dist]"
 	@touch $@
 
 clean:
