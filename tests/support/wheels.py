@@ -1,12 +1,12 @@
 """Builds a wheel that others can install, and looks into it.
 
-python tests/support/wheels.py              # dist/l0kernels-...-manylinux_..._x86_64.whl, the CPU kernels in it
+python tests/support/wheels.py              # dist/l0kernels-*-manylinux_*.whl, the CPU kernels in it
 L0KERNELS_CUDA=1 python tests/support/wheels.py --out /tmp/dist
 
-auditwheel names the oldest glibc that the extension runs on, which is of the machine that builds: for older ones
-build in a manylinux container, as .github/workflows/ci.yml does. The CUDA kernels are left out unless
-L0KERNELS_CUDA=1: they add 8 MB for the few who have a GPU and no nvcc. libgomp stays out: the extension is to
-share torch's, and a second one would start threads of its own.
+auditwheel names the oldest glibc that the extension runs on, which depends on the machine that builds: for
+older ones build in a manylinux container, as .github/workflows/ci.yml does. The CUDA kernels are left out
+unless L0KERNELS_CUDA=1, since most machines have no use for them. libgomp stays out: the extension is to share
+torch's, and a second one would start threads of its own.
 """
 
 import argparse
@@ -81,7 +81,7 @@ def build(out: Path) -> Path:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--out", type=Path, default=ROOT / "dist", help="folder for the wheel (default: dist)")
+    parser.add_argument("--out", type=Path, default=ROOT / "dist", help="a folder (default: %(default)s)")
     wheel = build(parser.parse_args().out)
     print(f"{wheel}: {wheel.stat().st_size / 1e6:.1f} MB")
 
