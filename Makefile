@@ -11,7 +11,7 @@ STAMP    := $(VENV)/.installed
 EXAMPLES := $(if $(wildcard $(STAMP)),$(STAMP),$(VENV)/.examples)
 SOURCES  := pyproject.toml constraints.txt setup.py $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: help train train-lenet5 train-wrn test test-all static bench bench-cpu gpu-check venv clean
+.PHONY: help train train-lenet5 train-wrn test test-all static bench bench-cpu gpu-check venv sdist wheel test-install clean
 .DELETE_ON_ERROR:
 
 help:
@@ -24,6 +24,8 @@ help:
 	@echo "make static     registers, shared memory and instructions of every Triton kernel; needs no GPU"
 	@echo "make gpu-check  on a GPU machine, with its own Python and no network: tests and timings, fourteen minutes"
 	@echo "make venv       only set up .venv"
+	@echo "make wheel      dist/: a wheel with the CPU kernels for others (L0KERNELS_CUDA=1: the CUDA kernels, too); make sdist"
+	@echo "make test-install  install in every way in fresh environments and use it (ARGS= interpreters that have a torch)"
 	@echo "make clean      remove .venv, builds and caches"
 
 train: $(EXAMPLES)
@@ -104,12 +106,15 @@ $(VENV)/.examples: $(PY) $(SOURCES)
 $(STAMP): $(PY) $(SOURCES)
 	$(call setup,dev,development,auto)
 
-# Built in an environment of its own; MANYLINUX of auditwheel says which, by the symbols that were linked.
 sdist: $(VENV)/.dist
 	$(PY) -m build --sdist
 
 wheel: $(VENV)/.dist
 	$(PY) tests/support/wheels.py $(ARGS)
+
+# Fresh environments of these interpreters, each with a torch: make test-install ARGS="py310/bin/python"
+test-install: $(STAMP)
+	$(PY) tests/support/environments.py $(ARGS)
 
 $(VENV)/.dist: $(STAMP)
 	$(PIP) "l0kernels[dist]"

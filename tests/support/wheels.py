@@ -5,8 +5,8 @@ L0KERNELS_CUDA=1 python tests/support/wheels.py --out /tmp/dist
 
 auditwheel names the oldest glibc that the extension runs on, which depends on the machine that builds: for
 older ones build in a manylinux container, as .github/workflows/ci.yml does. The CUDA kernels are left out
-unless L0KERNELS_CUDA=1, since most machines have no use for them. libgomp stays out: the extension is to share
-torch's, and a second one would start threads of its own.
+unless L0KERNELS_CUDA=1, since most machines have no use for them. libgomp stays out: the extension is to
+share torch's, and a second one would start threads of its own.
 """
 
 import argparse
@@ -82,7 +82,12 @@ def build(out: Path) -> Path:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "dist", help="a folder (default: %(default)s)")
-    wheel = build(parser.parse_args().out)
+    parser.add_argument("--check", type=Path, nargs="+", metavar="WHEEL", help="only look into these")
+    args = parser.parse_args()
+    if args.check:
+        bad = [f"{wheel.name} {problem}" for wheel in args.check for problem in problems(wheel)]
+        sys.exit("\n".join(bad) if bad else 0)
+    wheel = build(args.out)
     print(f"{wheel}: {wheel.stat().st_size / 1e6:.1f} MB")
 
 
