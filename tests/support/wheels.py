@@ -28,7 +28,7 @@ def problems(wheel: Path, extensions: tuple[str, ...] = ("_C",)) -> list[str]:
     """What a wheel lacks, or has and should not."""
     found = []
     with zipfile.ZipFile(wheel) as archive:
-        names = set(archive.namelist())
+        names = {name for name in archive.namelist() if not name.endswith("/")}
         metadata = next(name for name in names if name.endswith(".dist-info/METADATA"))
         requires = re.findall(r"^Requires-Dist: (\S+?)[\s><=;]", archive.read(metadata).decode(), re.M)
     modules = {

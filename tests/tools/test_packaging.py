@@ -385,9 +385,7 @@ def test_a_checkout_that_hides_the_installed_package_is_named(built, tmp_path):
         archive.extractall(site)
     shutil.copytree(ROOT / "l0kernels", checkout / "l0kernels", ignore=shutil.ignore_patterns("*.so"))
     (checkout / "setup.py").touch()
-    code = (
-        "import sys; sys.meta_path[:] = [f for f in sys.meta_path if 'Editable' not in f.__name__]\n" + MAIN
-    )
+    code = f"import sys; sys.meta_path[:] = [f for f in sys.meta_path if 'Editable' not in str(f)]\n{MAIN}"
     first, second = run_python(code, checkout, PYTHONPATH=f"{checkout}:{site}").splitlines()[:2]
     assert "To get more: leave this folder (see below)" in first
     assert second.startswith(
