@@ -4,7 +4,7 @@
 PYTHON ?= python3
 VENV   := .venv
 PY     := $(VENV)/bin/python
-PIP    := $(PY) -m pip install --quiet --disable-pip-version-check -c $(VENV)/constraints.txt
+PIP    := $(PY) -m pip install --quiet --quiet --disable-pip-version-check -c $(VENV)/constraints.txt
 ARGS   ?=
 # Two sets of packages: all, and what the examples need, which is there sooner; all serves the examples, too.
 STAMP    := $(VENV)/.installed
@@ -79,7 +79,7 @@ bench: $(STAMP)
 venv: $(STAMP)
 
 $(PY):
-	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
 	  echo "cannot make $(VENV): $(PYTHON) needs the venv and ensurepip modules (Debian: apt install python3-venv)" >&2; exit 1; }
 
 # Sets up for extra $(1), $(2) in words; CUDA kernels: $(3). The compiler needs nothing of torch: both run at once.

