@@ -4,12 +4,17 @@
 PYTHON ?= python3
 VENV   := .venv
 PY     := $(VENV)/bin/python
-STAMP  := $(VENV)/.installed
+PIP    := $(PY) -m pip install --quiet --quiet --disable-pip-version-check -c $(VENV)/constraints.txt
 ARGS   ?=
-# Reads the sources and imports none; the variable silences a notice about the next major version of mkdocs.
-DOCS = NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
+# Two sets of packages: all, and what the examples need, which is there sooner; all serves the examples, too.
+STAMP    := $(VENV)/.installed
+EXAMPLES := $(if $(wildcard $(STAMP)),$(STAMP),$(VENV)/.examples)
+SOURCES  := pyproject.toml constraints.txt setup.py $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: help train train-lenet5 train-wrn test test-all docs static bench bench-cpu gpu-check venv clean
+# Reads the sources and imports none; the variable silences a notice about the next major version of mkdocs.
+DOCS     := NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
+
+.PHONY: help train train-lenet5 train-wrn test test-all docs static bench bench-cpu gpu-check venv sdist wheel test-install clean
 .DELETE_ON_ERROR:
 
 help:
@@ -23,15 +28,17 @@ help:
 	@echo "make static     registers, shared memory and instructions of every Triton kernel; needs no GPU"
 	@echo "make gpu-check  on a GPU machine, with its own Python and no network: tests and timings, fourteen minutes"
 	@echo "make venv       only set up .venv"
+	@echo "make wheel      dist/: a wheel with the CPU kernels for others (L0KERNELS_CUDA=1: the CUDA kernels, too); make sdist"
+	@echo "make test-install  install in every way in fresh environments and use it (ARGS= interpreters that have a torch)"
 	@echo "make clean      remove .venv, builds and caches"
 
-train: $(STAMP)
+train: $(EXAMPLES)
 	$(PY) examples/train_lenet300.py $(ARGS)
 
-train-lenet5: $(STAMP)
+train-lenet5: $(EXAMPLES)
 	$(PY) examples/train_lenet5.py $(ARGS)
 
-train-wrn: $(STAMP)
+train-wrn: $(EXAMPLES)
 	$(PY) examples/train_wrn.py $(or $(ARGS),--steps 20 --depth 10 --width 2)
 
 test: $(STAMP)
@@ -81,15 +88,45 @@ bench: $(STAMP)
 venv: $(STAMP)
 
 $(PY):
-	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
 	  echo "cannot make $(VENV): $(PYTHON) needs the venv and ensurepip modules (Debian: apt install python3-venv)" >&2; exit 1; }
 
-$(STAMP): $(PY) pyproject.toml constraints.txt $(wildcard setup.py) $(shell find csrc -type f 2>/dev/null)
+# Sets up for extra $(1), $(2) in words; CUDA kernels: $(3). The compiler needs nothing of torch: both run at once.
+define setup
+	@echo "Setting up $(VENV) for $(2): once, a minute or two with a CPU build of torch (0.2 GB; a CUDA build: 3 GB)."
+	@echo "1/3 tools that build"
+	@grep -v '^triton==' constraints.txt > $(VENV)/constraints.txt
+	@$(PIP) setuptools pybind11 ninja
+	@echo "2/3 torch; meanwhile the kernels are compiled"
+	@$(PIP) torch & torch=$$!; \
+	L0KERNELS_CUDA=$${L0KERNELS_CUDA:-$(3)} $(PIP) --no-deps --no-build-isolation -e . || { kill $$torch; exit 1; }; \
+	wait $$torch
+	@echo "3/3 the packages of $(2)"
 	@# A CUDA build of torch brings the one triton it goes with; only without one does the tested pin apply.
-	grep -v '^triton==' constraints.txt > $(VENV)/constraints.txt
-	$(PY) -m pip install -c $(VENV)/constraints.txt torch
-	$(PY) -m pip show -qq triton || cp constraints.txt $(VENV)/constraints.txt
-	$(PY) -m pip install -c $(VENV)/constraints.txt -e ".[dev]"
+	@$(PY) -m pip show -qq triton || cp constraints.txt $(VENV)/constraints.txt
+	@$(PIP) "l0kernels[$(1)]"
+	@$(PY) -m l0kernels | head -1
+	@touch $@
+endef
+
+$(VENV)/.examples: $(PY) $(SOURCES)
+	$(call setup,examples,the examples,$$(nvidia-smi -L >/dev/null 2>&1 && echo auto || echo 0))
+
+$(STAMP): $(PY) $(SOURCES)
+	$(call setup,dev,development,auto)
+
+sdist: $(VENV)/.dist
+	$(PY) -m build --sdist
+
+wheel: $(VENV)/.dist
+	$(PY) tests/support/wheels.py $(ARGS)
+
+# Fresh environments of these interpreters, each with a torch: make test-install ARGS="py310/bin/python"
+test-install: $(STAMP)
+	$(PY) tests/support/environments.py $(ARGS)
+
+$(VENV)/.dist: $(STAMP)
+	$(PIP) "l0kernels[dist]"
 	@touch $@
 
 clean:

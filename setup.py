@@ -3,7 +3,8 @@
 L0KERNELS_CPP=auto|0|1 (default auto): build l0kernels._C from csrc/ when a C++ compiler is there, never, or
 fail without one. L0KERNELS_CUDA=auto|0|1: the same for l0kernels._CUDA from csrc/cuda/ and nvcc; no GPU is
 needed, and TORCH_CUDA_ARCH_LIST ("8.0 9.0a 10.0+PTX") chooses what it is built for. MAX_JOBS compilers run at
-once, as many as there are processors unless set.
+once, as many as there are processors unless set. What an earlier build has left is never installed for what
+this one leaves out.
 """
 
 import os
@@ -15,11 +16,12 @@ import sys
 import sysconfig
 from glob import glob
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from pybind11 import get_include
 from pybind11.setup_helpers import ParallelCompile, Pybind11Extension
 from setuptools import Extension, setup
+from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
 
 CHOICES = {name: os.environ.get(f"L0KERNELS_{name}", "auto") for name in ("CPP", "CUDA")}
@@ -36,7 +38,15 @@ HOST_FLAGS = "-fPIC,-fvisibility=hidden,-Wall,-Wextra"
 CUDA_FLAGS = ["-std=c++17", "-O3", "-Xcompiler", HOST_FLAGS]
 STRICT = "-Werror all-warnings"  # of kernels; the bindings are the host compiler's, whichever it is
 ARCHITECTURES = "8.0 9.0a 10.0+PTX"
+BINARIES = (".so", ".pyd", ".dylib")
 JOBS = int(os.environ.get("MAX_JOBS") or 0) or os.cpu_count() or 1
+
+WITHOUT = {
+    "l0kernels._C": "CPU tensors will be computed in plain torch, which is slower. For the native kernels "
+    "install a C++ compiler (Debian: apt install g++; conda: conda install gxx), then l0kernels again",
+    "l0kernels._CUDA": "CUDA tensors will be computed by Triton kernels alone. For those of small layers "
+    "install nvcc and ninja, then l0kernels again; L0KERNELS_CUDA=0 asks for none",
+}
 
 # nvcc lists the headers that it reads: a touched one rebuilds only what includes it.
 NINJA = """\
@@ -89,8 +99,38 @@ def escaped(path: Path) -> str:
     return re.sub(r"([$ :])", r"$\1", str(path))
 
 
+class Build(build):
+    """Starts without an earlier build's modules, and has build_ext run where there is nothing to build."""
+
+    sub_commands: ClassVar = [(n, None if n == "build_ext" else when) for n, when in build.sub_commands]
+
+    def run(self) -> None:
+        for path in Path(self.build_lib).rglob("*"):
+            if path.is_file() and path.suffix not in BINARIES:
+                path.unlink()
+        super().run()
+
+
 class OptionalBuildExt(build_ext):
     """Leaves an extension out, with a warning, where it cannot be built and was not asked for."""
+
+    def run(self) -> None:
+        built = {ext.name for ext in self.extensions or []}
+        for name in ("l0kernels._C", "l0kernels._CUDA"):
+            if name not in built:
+                self.remove(name)
+        super().run()
+
+    def remove(self, name: str) -> None:
+        """Takes away what an earlier build has made of extension ``name`` where this one writes."""
+        path = Path(*name.split("."))
+        # A folder for wheels is installed whole, other Pythons' extensions with it; the sources stay theirs.
+        left = [p for p in (Path(self.build_lib, path.parent)).glob(f"{path.name}.*") if p.suffix in BINARIES]
+        left += [path.with_name(path.name + sysconfig.get_config_var("EXT_SUFFIX"))] if self.inplace else []
+        for old in left:
+            if old.exists():
+                old.unlink()
+                print(f"removed {old}, which an earlier build has left", file=sys.stderr)
 
     def build_extension(self, ext: Any) -> None:
         try:
@@ -101,9 +141,9 @@ class OptionalBuildExt(build_ext):
         except Exception as error:  # setuptools has no common base for "no compiler" and "compiler failed"
             if not ext.optional:
                 raise
-            print(f"warning: l0kernels is installed without {ext.name}: {error}", file=sys.stderr)
+            self.remove(ext.name)
             print(
-                "warning: other implementations will be used; python -m l0kernels shows what is there",
+                f"warning: l0kernels is installed without {ext.name}: {error}\nwarning: {WITHOUT[ext.name]}",
                 file=sys.stderr,
             )
 
@@ -169,4 +209,4 @@ if CHOICES["CUDA"] == "1" or (CHOICES["CUDA"] == "auto" and sys.platform == "lin
     wanted.append(cuda)
 
 ParallelCompile("MAX_JOBS", default=0).install()
-setup(ext_modules=wanted, cmdclass={"build_ext": OptionalBuildExt})
+setup(ext_modules=wanted, cmdclass={"build": Build, "build_ext": OptionalBuildExt})

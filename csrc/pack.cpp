@@ -33,16 +33,25 @@ inline bool wants_grad(C z, bool full_grad) {
   return full_grad ? z != C(0) : !(z <= C(0) || z >= C(1));
 }
 
+// Types that training moves; the others, checks in float64 and one half precision to the other, get fewer loops.
+template <typename C, typename S, typename D>
+constexpr bool kCommon = std::is_same_v<C, float> && !std::is_same_v<S, double> && !std::is_same_v<D, double> &&
+                         (std::is_same_v<S, D> || std::is_same_v<S, float> || std::is_same_v<D, float>);
+
 // f(entries of a column, from one to the next in packed rows, from one column to the next there), numbers that
 // the compiler knows for the common ones.
-template <typename F>
+template <bool common, typename F>
 void with_run(const PackAxis& cols, F f) {
   using One = std::integral_constant<int64_t, 1>;
   using Nine = std::integral_constant<int64_t, 9>;
   if (cols.run == 1) return f(One{}, One{}, One{});
-  if (cols.apart) return cols.run == 9 ? f(Nine{}, cols.extent, One{}) : f(cols.run, cols.extent, One{});
-  if (cols.run == 9) return f(Nine{}, One{}, Nine{});
-  f(cols.run, One{}, cols.run);
+  if constexpr (common) {
+    if (cols.apart) return cols.run == 9 ? f(Nine{}, cols.extent, One{}) : f(cols.run, cols.extent, One{});
+    if (cols.run == 9) return f(Nine{}, One{}, Nine{});
+    f(cols.run, One{}, cols.run);
+  } else {
+    f(cols.run, cols.apart ? cols.extent : 1, cols.apart ? 1 : cols.run);
+  }
 }
 
 // C: the type of the gates and of the arithmetic.
@@ -50,7 +59,7 @@ template <typename C, typename S, typename D>
 void pack_as(const PackParams& p, int num_threads) {
   const C* z_row = static_cast<const C*>(p.rows.z);
   const C* z_col = static_cast<const C*>(p.cols.z);
-  with_run(p.cols, [&](auto run, auto next, auto step) {
+  with_run<kCommon<C, S, D>>(p.cols, [&](auto run, auto next, auto step) {
 #pragma omp parallel for schedule(static) \
     num_threads(num_threads) if (num_threads > 1 && p.rows.extent * p.cols.extent * run > 16384)
     for (int64_t r = 0; r < p.rows.extent; ++r) {
@@ -79,7 +88,7 @@ void unpack_as(const UnpackParams& p, int num_threads) {
   if (p.full == nullptr) return;
   const C* z_row = static_cast<const C*>(p.rows.z);
   const C* z_col = static_cast<const C*>(p.cols.z);
-  with_run(p.cols, [&](auto run, auto next, auto step) {
+  with_run<kCommon<C, S, D>>(p.cols, [&](auto run, auto next, auto step) {
     const int64_t width = p.cols.size * run;
 #pragma omp parallel for schedule(static) \
     num_threads(num_threads) if (num_threads > 1 && p.rows.size * width > 16384)

@@ -10,18 +10,28 @@ In short::
     loss = criterion(y, target) + l0_norm / N                # a mean loss; N training examples
 """
 
+import gc as _gc
+
 import torch as _torch  # before the native extension: both must share one OpenMP runtime  # noqa: F401
 
-from . import nn, reference
-from ._registry import backends, use_backend
-from .batch_norm import gated_batch_norm
-from .conv2d import Packed, gated_conv2d, pack_channels, packed_conv2d, unpack_channels
-from .gates import Gates, HardConcrete, eval_gates, sample_gates
-from .linear import gated_linear, l0_linear
-from .masked_linear import masked_linear
-from .mlp import gated_mlp, l0_mlp
-from .norm import gated_group_norm, gated_layer_norm, gated_rms_norm
-from .penalty import l0_penalty, l2_penalty
+# What is made here lives on. A collection meanwhile would look through all that torch has made, which costs
+# more than the import.
+_collects = _gc.isenabled()
+_gc.disable()
+try:
+    from . import nn, reference
+    from ._registry import backends, use_backend
+    from .batch_norm import gated_batch_norm
+    from .conv2d import Packed, gated_conv2d, pack_channels, packed_conv2d, unpack_channels
+    from .gates import Gates, HardConcrete, eval_gates, sample_gates
+    from .linear import gated_linear, l0_linear
+    from .masked_linear import masked_linear
+    from .mlp import gated_mlp, l0_mlp
+    from .norm import gated_group_norm, gated_layer_norm, gated_rms_norm
+    from .penalty import l0_penalty, l2_penalty
+finally:
+    if _collects:
+        _gc.enable()
 
 __version__ = "0.1.0"
 

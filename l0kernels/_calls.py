@@ -1,7 +1,5 @@
 """What the operators of a layer are called with: a record an operator, made once and handed down whole."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

@@ -28,6 +28,12 @@ VMAP_MODE: Any = torch._C._parse_dispatch_key("VmapMode")
 looked up for 3 us."""
 
 
+def register_fake(library: torch.library.Library, name: str, fake: Any) -> None:
+    """torch.library.register_fake for ``name`` of l0kernels, without a search for the caller's source."""
+    holder = torch._library.simple_registry.singleton.find(f"l0kernels::{name}").fake_impl
+    library._registration_handles.append(holder.register(fake, "l0kernels", lib=library))
+
+
 def fake_mode() -> Any:
     """The FakeTensorMode at work, or None, without importing it."""
     return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ._calls import Gate
 from ._checks import PLAIN, check_tensor
-from ._compat import count_modes, functorch_active, operator_names
+from ._compat import count_modes, functorch_active, operator_names, register_fake
 from ._flops import tell_counters
 from ._gates import HardConcrete
 from .impl import made_of_torch, native
@@ -24,6 +24,7 @@ from .impl.memory import NotPlain, check_not_freed, plain
 LIBRARY = torch.library.Library("l0kernels", "DEF")
 _PLAIN = frozenset((*PLAIN, type(None)))
 _dist = functools.lru_cache(HardConcrete)
+_hints = functools.cache(get_type_hints)  # of a record; those of a forward and its backward are the same
 
 
 def _constants(dist: HardConcrete | None) -> list[float]:
@@ -69,7 +70,7 @@ class _Layout:
         self.parts: list[tuple[Any, int]] = []  # the record's type or None, and how many arguments it takes
         fields: dict[str, Any] = {}
         for name, hint in hints.items():
-            own = get_type_hints(hint) if _is_record(hint) else {name: hint}
+            own = _hints(hint) if _is_record(hint) else {name: hint}
             self.parts.append((hint if _is_record(hint) else None, len(own)))
             fields |= own
         self.names = list(fields)
@@ -186,9 +187,7 @@ def operator(fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callabl
 
         LIBRARY.impl(name, lambda *flat: run(*layout.gather(flat)), "CompositeExplicitAutograd")
         LIBRARY.impl(name, torch.library.fallthrough_kernel, "Autograd")
-        torch.library.register_fake(
-            f"l0kernels::{name}", lambda *flat: fake(*layout.gather(flat)), lib=LIBRARY
-        )
+        register_fake(LIBRARY, name, lambda *flat: fake(*layout.gather(flat)))
 
         def is_plain(args: tuple[Any, ...]) -> bool:
             for i, field in places:

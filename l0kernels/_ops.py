@@ -3,8 +3,6 @@
 _operator.py says how they are called; a gradient that is not wanted comes back as a tensor of size 0.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

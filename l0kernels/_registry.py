@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import os
+import sys
 import threading
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -102,7 +104,9 @@ def _why_no_cuda() -> str | None:
 @functools.cache
 def _why_no_triton() -> str | None:
     if util.find_spec("triton") is None:
-        return "the package triton is not installed"
+        return "the package triton is not installed (pip install triton; a CUDA torch brings its own)"
+    if util.find_spec("l0kernels.triton_kernels") is None:
+        return _native.why_not_there("l0kernels.triton_kernels", "the checkout was not installed")
     if not torch.cuda.is_available() and not _interpreted():
         return "there is no CUDA device (TRITON_INTERPRET=1 runs the kernels on the CPU, slowly, for tests)"
     return None
@@ -132,21 +136,21 @@ CUDA_FIRST = frozenset({"gated_linear", "gated_mlp", "l2_penalty"})
 """Where the CUDA kernels come before Triton's: the products of small layers, as measured on an H200, and what
 only they have."""
 
-_MEASURED = "triton, faster when last timed beside the CUDA kernel, on an H200"
+_TRITON_OR_CUDA = "triton; cuda where it is asked for"
 _ONLY_TRITON = "triton, the only one"
 ON_CUDA = {
-    "sample": _MEASURED,
-    "gate_grad": "triton, not measured beside the CUDA kernel",
-    "l0_penalty": _MEASURED,
-    "l2_penalty": "cuda, the only kernels, not measured beside plain torch, which serves without them",
+    "sample": _TRITON_OR_CUDA,
+    "gate_grad": _TRITON_OR_CUDA,
+    "l0_penalty": _TRITON_OR_CUDA,
+    "l2_penalty": "cuda, the only kernels; plain torch without them",
     "gated_linear": "cuda up to 2**27 products (M * in * out) and 4096 units, timed on an H200; else triton",
     "gated_mlp": "cuda where every layer is as small as that; triton else, and for swiglu and geglu",
     "gated_conv2d": _ONLY_TRITON,
     "gated_batch_norm": _ONLY_TRITON,
     "masked_linear": _ONLY_TRITON,
     "block_linear": _ONLY_TRITON,
-    "pack": _MEASURED,
-    "unpack": _MEASURED,
+    "pack": _TRITON_OR_CUDA,
+    "unpack": _TRITON_OR_CUDA,
 }
 """Which backend serves tensors on a GPU unless one is asked for, and why."""
 
@@ -173,13 +177,37 @@ def resolve(device: torch.device, dtype: torch.dtype, primitive: str) -> str:
         return name
     kind = device.type
     if kind in ("cpu", "meta"):
-        return "torch" if _native.native is None else "cpp"
+        if _native.native is not None:
+            return "cpp"
+        if kind == "cpu":
+            _warn_of_fallback("CPU", "in plain torch, which is slower", "torch", _native.why_not)
+        return "torch"
     if kind == "cuda" and dtype in TRITON_DTYPES:
         if primitive in CUDA_FIRST and primitive not in _PRODUCTS and _why_no_cuda() is None:
             return "cuda"
         if _why_no_triton() is None:
             return "triton"
+        _warn_of_fallback("CUDA", "densely, closed gates and all", "reference", _why_no_triton())
     return "reference"  # the "torch" backend would ask the GPU for the counts, a sync per layer
+
+
+_warned: set[str] = set()  # of these kinds of tensors
+
+
+def _warn_of_fallback(kind: str, how: str, name: str, why: str | None) -> None:
+    """Says once what the fastest backend for a kind of tensors is not there for; who asks for one, knows."""
+    if kind in _warned or torch.compiler.is_compiling():
+        return
+    _warned.add(kind)
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("l0kernels"):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(
+        f"l0kernels computes {kind} tensors {how}: {why}. `python -m l0kernels` says how to get more; "
+        f"L0KERNELS_BACKEND={name} or l0kernels.use_backend({name!r}) asks for this and silences the warning",
+        UserWarning,
+        stacklevel=level,
+    )
 
 
 _PRODUCTS = ("gated_linear", "gated_mlp")

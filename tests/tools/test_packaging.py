@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import textwrap
 import zipfile
@@ -13,12 +14,14 @@ import pytest
 import torch
 
 import l0kernels
+import wheels
 
 ROOT = Path(__file__).resolve().parents[2]
-SOURCES = ["pyproject.toml", "setup.py", "MANIFEST.in", "LICENSE", "README.md", "constraints.txt"]
-FOLDERS = ["l0kernels", "triton_kernels", "csrc"]
+NOT_COPIED = (".git", ".venv", "build", "dist", "runs", "*.so", "*.egg-info", "__pycache__", ".*_cache")
 
 HAS_EXTENSION = bool(list((ROOT / "l0kernels").glob("_C.*.so")))
+SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
+PLATFORM = f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
 pytestmark = pytest.mark.xdist_group("packaging")  # one worker builds
 needs_extension = pytest.mark.skipif(not HAS_EXTENSION, reason="no l0kernels._C: built without a compiler")
 
@@ -46,24 +49,29 @@ def run_python(code, cwd, **environment):
 def built(tmp_path_factory):
     """(sdist, wheel); the wheel is built from the unpacked sdist, so the sdist is known to suffice."""
     source, dist = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("dist")
-    for name in SOURCES:
-        shutil.copy(ROOT / name, source / name)
-    for name in FOLDERS:
-        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
-
-    def backend(hook, cwd):
-        # Without a compiler the wheel must still build, and the test stays quick.
-        code = f"import setuptools.build_meta as b; b.{hook}({str(dist)!r})"
-        run_python(code, cwd, CC="no-such-compiler", CXX="no-such-compiler", L0KERNELS_CUDA="0")
-
-    backend("build_sdist", source)
+    ignored = shutil.ignore_patterns(*NOT_COPIED)
+    shutil.copytree(ROOT, source, ignore=ignored, symlinks=True, dirs_exist_ok=True)
+    build("build_sdist", source, dist)
     (sdist,) = dist.glob("*.tar.gz")
     unpacked = tmp_path_factory.mktemp("unpacked")
     with tarfile.open(sdist) as archive:
         archive.extractall(unpacked, filter="data")
-    backend("build_wheel", next(unpacked.iterdir()))
+    place = next(unpacked.iterdir())
+    # What earlier builds have left, for this wheel and beside the sources, and a module that is no more.
+    for folder in ("build/lib/l0kernels", f"build/lib.{PLATFORM}/l0kernels", "l0kernels"):
+        (place / folder).mkdir(parents=True, exist_ok=True)
+        (place / folder / f"_CUDA{SUFFIX}").write_text("left")
+    (place / f"build/lib.{PLATFORM}/l0kernels/gone.py").write_text("left")
+    build("build_wheel", place, dist)
     (wheel,) = dist.glob("*.whl")
     return sdist, wheel
+
+
+def build(hook, cwd, dist, **environment):
+    """Calls the build backend. Without a compiler it must still build, and the test stays quick."""
+    code = f"import setuptools.build_meta as b; b.{hook}({str(dist)!r})"
+    given = {"CC": "no-such-compiler", "CXX": "no-such-compiler", "L0KERNELS_CUDA": "0", **environment}
+    return run_python(code, cwd, **given)
 
 
 def sources(folder, suffixes):
@@ -81,8 +89,38 @@ def test_sdist_has_every_source(built):
         names = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
     wanted = sources("csrc", {".h", ".cpp", ".cu", ".cuh"}) | sources("l0kernels", {".py", ".pyi"})
     wanted |= sources("triton_kernels", {".py"}) | {"LICENSE", "pyproject.toml", "setup.py"}
+    wanted |= {"CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "Makefile", "constraints.txt"}
+    for folder in ("tests", "bench", "examples", "typings"):  # `make test` reads them
+        wanted |= sources(folder, {".py", ".h", ".cpp", ".csv", ".pyi"})
     assert wanted <= names, sorted(wanted - names)
     assert not [name for name in names if name.endswith((".so", ".pyc"))]
+
+
+def test_sdist_runs_its_own_tests(built, tmp_path):
+    sdist, _ = built
+    with tarfile.open(sdist) as archive:
+        archive.extractall(tmp_path, filter="data")
+    (place,) = tmp_path.iterdir()
+    files = ["tests/reference/test_penalty.py", "tests/tools/test_nets.py", "tests/ops/test_penalty.py"]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", *files]
+    done = subprocess.run(
+        command, cwd=place, env=clean_environment(), capture_output=True, text=True, timeout=600, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert " passed" in done.stdout
+
+
+def test_an_extension_that_is_not_wanted_is_taken_away_from_beside_the_sources(tmp_path):
+    place = tmp_path / "l0kernels"
+    shutil.copy(ROOT / "setup.py", tmp_path)
+    (tmp_path / "pyproject.toml").write_text('[project]\nname = "x"\nversion = "0"\n')
+    place.mkdir()
+    for name in (f"_C{SUFFIX}", f"_CUDA{SUFFIX}", "_C.other-python.so", "_C.pyi"):
+        (place / name).touch()
+    arguments = ["setup.py", "-q", "build_ext", "--inplace"]
+    code = f"import runpy, sys; sys.argv = {arguments}; runpy.run_path('setup.py')"
+    run_python(code, tmp_path, L0KERNELS_CPP="0", L0KERNELS_CUDA="0")
+    assert {path.name for path in place.iterdir()} == {"_C.other-python.so", "_C.pyi"}
 
 
 def test_wheel_has_every_module_and_maps_triton_kernels(built):
@@ -95,7 +133,9 @@ def test_wheel_has_every_module_and_maps_triton_kernels(built):
     assert "l0kernels/py.typed" in names
     top = {name.split("/")[0] for name in names}
     assert {name for name in top if not name.endswith(".dist-info")} == {"l0kernels"}
-    assert not [name for name in names if name.endswith((".h", ".cpp", ".so"))]
+    assert not [name for name in names if name.endswith((".h", ".cpp", ".so", "/gone.py"))]
+    assert wheels.problems(wheel, ()) == []
+    assert wheels.problems(wheel) == ["has the binaries [], expected those of ['_C']"]
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
 
@@ -108,10 +148,8 @@ def test_wheel_metadata(built):
     assert f"Version: {l0kernels.__version__}" in fields
     assert "License-Expression: MIT" in fields
     required = [line.split(": ", 1)[1] for line in fields if line.startswith("Requires-Dist: ")]
-    assert [line for line in required if "extra ==" not in line] == [
-        "torch>=2.10",
-        'triton>=3.4; platform_system == "Linux"',
-    ]
+    assert [line for line in required if "extra ==" not in line] == ["torch>=2.10"]
+    assert 'triton>=3.4; platform_system == "Linux" and extra == "triton"' in required
 
 
 def test_wheel_without_a_compiler_works(built, tmp_path):
@@ -266,7 +304,20 @@ def test_import_loads_nothing_heavy(tmp_path):
     )
     loaded = set(run_python(code, tmp_path).split())
     assert "l0kernels" in loaded
-    assert not loaded & {"triton", "numpy", "matplotlib", "scipy", "sklearn", "tqdm", "setuptools"}
+    heavy = {"triton", "numpy", "matplotlib", "scipy", "sklearn", "tqdm", "setuptools", "sympy", "networkx"}
+    assert not loaded & heavy
+
+
+def test_import_loads_little_of_torch_and_collects_nothing(tmp_path):
+    code = """
+import gc, sys, torch
+before, collected = set(sys.modules), []
+gc.callbacks.append(lambda phase, info: collected.append(info["generation"]))
+import l0kernels
+more = sorted(name for name in set(sys.modules) - before if not name.startswith("l0kernels"))
+print(more, 2 in collected, gc.isenabled(), "torch._dynamo" in sys.modules, "torch._inductor" in sys.modules)
+"""
+    assert run_python(code, tmp_path).strip() == "['torch.nn.utils.prune'] False True False False"
 
 
 TRAIN_STEP = """
@@ -297,10 +348,81 @@ def test_missing_extension_is_named_and_never_replaced_silently(tmp_path):
     assert "cpp" in run_python(code, tmp_path)
 
 
-def test_main_prints_versions_and_table(tmp_path):
-    out = run_python("import runpy; runpy.run_module('l0kernels', run_name='__main__')", tmp_path)
+MAIN = "import runpy; runpy.run_module('l0kernels', run_name='__main__')"
+
+
+def test_main_says_in_a_line_what_is_used_and_how_to_get_more(tmp_path):
+    out = run_python(MAIN, tmp_path)
     for word in (l0kernels.__version__, torch.__version__, "reference", "torch", "cpp"):
         assert word in out
+    assert out.startswith(f"Used here: {'native kernels' if HAS_EXTENSION else 'plain torch'}")
+    out = run_python(f"import sys; sys.modules['l0kernels._C'] = None; {MAIN}", tmp_path)
+    assert out.startswith("Used here: plain torch on the CPU")
+    assert "To get more: install a C++ compiler and install l0kernels again" in out.splitlines()[0]
+    asked = run_python(MAIN, tmp_path, L0KERNELS_BACKEND="torch").splitlines()[0]
+    assert "L0KERNELS_BACKEND asks for 'torch' everywhere" in asked
+
+
+def test_main_into_a_pipe_that_closes(tmp_path):
+    command = f"'{sys.executable}' -m l0kernels | head -1"
+    done = subprocess.run(
+        ["bash", "-c", command],
+        cwd=ROOT,
+        env=clean_environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout.startswith("Used here: ")
+    assert done.stdout.count("\n") == 1
+    assert done.stderr == ""
+
+
+def test_a_checkout_that_hides_the_installed_package_is_named(built, tmp_path):
+    _, wheel = built
+    site, checkout = tmp_path / "site", tmp_path / "checkout"
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(site)
+    shutil.copytree(ROOT / "l0kernels", checkout / "l0kernels", ignore=shutil.ignore_patterns("*.so"))
+    (checkout / "setup.py").touch()
+    code = f"import sys; sys.meta_path[:] = [f for f in sys.meta_path if 'Editable' not in str(f)]\n{MAIN}"
+    first, second = run_python(code, checkout, PYTHONPATH=f"{checkout}:{site}").splitlines()[:2]
+    assert "To get more: leave this folder (see below)" in first
+    assert second.startswith(
+        f"This is {checkout}/l0kernels, which hides the installed package in {site}/l0kernels"
+    )
+    # The reason stands wherever the extension is missed, too.
+    asked = code.replace(MAIN, "import l0kernels as l0\nwith l0.use_backend('cpp'): pass")
+    with pytest.raises(AssertionError, match=f"is not in {checkout}/l0kernels, which hides the installed"):
+        run_python(asked, checkout, PYTHONPATH=f"{checkout}:{site}")
+    alone = code.replace(MAIN, "import l0kernels as l0; print(l0.backends()['sample']['cpp'])")
+    assert "`pip install -e .` in the checkout builds it" in run_python(
+        alone, checkout, PYTHONPATH=str(checkout)
+    )
+
+
+FIRST_OPERATION = """
+import sys, warnings
+sys.modules["l0kernels._C"] = None
+import torch, l0kernels as l0
+def draw():
+    return l0.sample_gates(torch.zeros(3)), l0.l0_linear(torch.ones(2, 3), torch.ones(4, 3))
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    {code}
+print(*(f"{{w.filename}}:{{w.message}}" for w in caught), sep="\\n")
+"""
+
+
+@pytest.mark.parametrize("code", ["draw(); draw()", "with l0.use_backend('torch'): draw()"])
+def test_plain_torch_in_place_of_the_extension_warns_once(tmp_path, code):
+    asked = "use_backend" in code
+    said = run_python(FIRST_OPERATION.format(code=code), tmp_path).strip().splitlines()
+    assert len(said) == (0 if asked else 1)
+    if said:
+        assert said[0].startswith("<string>:l0kernels computes CPU tensors in plain torch, which is slower: ")
+        assert "L0KERNELS_BACKEND=torch" in said[0]
+    assert not run_python(FIRST_OPERATION.format(code="draw()"), tmp_path, L0KERNELS_BACKEND="torch").strip()
 
 
 @needs_extension

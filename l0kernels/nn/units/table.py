@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -77,11 +78,13 @@ def _homes() -> list[Any]:
 def functions(names: str | Iterable[str], in_place: bool = True) -> list[Function]:
     """torch's functions and methods of these names, their forms in place among them."""
     found = []
+    homes = [(home, vars(home) if isinstance(home, ModuleType) else None) for home in _homes()]
     for name in names.split() if isinstance(names, str) else names:
         forms = [name, f"{name}_"] if in_place and not name.startswith("__") else [name]
-        for home in _homes():
+        for home, members in homes:
             for form in forms:
-                value = getattr(home, form, None)
+                # torch's own search for a name that it lacks takes long.
+                value = getattr(home, form, None) if members is None else members.get(form)
                 if callable(value):
                     found.append(value)
                 elif home is Tensor and value is not None:  # an attribute
