@@ -134,7 +134,7 @@ PINNED = {
     "mixer": ("blocks.0.tokens.0.weight", 0, "over another dimension"),
     "hand_attention": ("1.v.weight", 0, "scaled_dot_product_attention in 1"),
     "attention": ("embed.weight", 1, "multi_head_attention_forward in attention"),
-    "gru": ("embed.weight", 1, "gru in gru"),
+    "projected": ("embed.weight", 1, "lstm in lstm"),
     "custom": ("b.weight", 0, "Cube in the model's forward, out of sight"),
     "parametrized": ("0.weight", 0, "linear in 2"),
     "branches": ("b.weight", 0, "mean in the model's forward"),

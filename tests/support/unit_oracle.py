@@ -7,11 +7,12 @@ layer reads by z and what it makes by the support, and norms of the open units b
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 from torch.utils import _pytree as pytree
 
 import l0kernels as l0
@@ -87,6 +88,19 @@ class Oracle:
             value = module._buffers.get(parameter) if value is None else value
             return None if value is None else self.along((names[id(value)], dim), value.shape[dim])
 
+        if isinstance(module, nn.RNNBase | nn.RNNCellBase):
+            suffix = "_l0" if isinstance(module, nn.RNNBase) else ""
+            found = [of(f"{weight}{suffix}", 1) for weight in ("weight_ih", "weight_hh")]
+            sizes = (module.input_size, module.hidden_size)
+            z_in, z = (
+                torch.ones(n, dtype=torch.float64) if v is None else v
+                for v, n in zip(found, sizes, strict=True)
+            )
+            support = (z.detach() != 0).double() if self.masks else torch.ones_like(z)
+            run = stacked if suffix else celled
+            if any(v is not None for v in found):
+                module.forward = lambda x, hx=None: run(module, Gated(z_in, z, support), x, hx)
+            return
         spatial = next((d for d in (1, 2, 3) if f"{d}d" in type(module).__name__), 0)
         if isinstance(module, nn.Linear | nn.modules.conv._ConvNd):
             rows, cols = (1, 0) if getattr(module, "transposed", False) else (0, 1)
@@ -154,6 +168,85 @@ def normal(norm: Any, x: Tensor, support: Tensor) -> Tensor:
     bias, dim = getattr(norm, "bias", None), -1 if last else 1
     y = y if norm.weight is None else y * expand(norm.weight, dim, x.ndim)
     return y if bias is None else y + expand(bias, dim, x.ndim)
+
+
+class Gated(NamedTuple):
+    """z of the inputs and hidden units of a recurrent layer, and which of the latter are open."""
+
+    z_in: Tensor
+    z: Tensor
+    support: Tensor
+
+
+def recurrent_step(
+    layer: Any, gated: Gated, suffix: str, x: Tensor, state: list[Tensor], scale: Tensor
+) -> list[Tensor]:
+    """One time step of one layer and direction: h, and c of an LSTM, by the formulas of torch's docs."""
+    h, c = state[0], state[-1]
+    kinds = {"RNN_TANH": torch.tanh, "RNN_RELU": torch.relu}
+    mode = getattr(layer, "mode", None) or type(layer).__name__.removesuffix("Cell")
+    mode = f"RNN_{layer.nonlinearity.upper()}" if mode == "RNN" else mode
+    biases = [getattr(layer, f"bias_{of}{suffix}", None) for of in ("ih", "hh")]
+    a = (x * scale) @ getattr(layer, f"weight_ih{suffix}").T + (0 if biases[0] is None else biases[0])
+    b = (h * gated.z) @ getattr(layer, f"weight_hh{suffix}").T + (0 if biases[1] is None else biases[1])
+    if mode in kinds:
+        return [kinds[mode](a + b) * gated.support]
+    if mode == "GRU":
+        (r, u, n), (r2, u2, n2) = a.chunk(3, -1), b.chunk(3, -1)
+        u = torch.sigmoid(u + u2)
+        n = torch.tanh(n + torch.sigmoid(r + r2) * n2)
+        return [((1 - u) * n + u * h) * gated.support]
+    i, f, g, o = (a + b).chunk(4, -1)
+    c = (torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)) * gated.support
+    return [torch.sigmoid(o) * torch.tanh(c), c]
+
+
+def celled(cell: Any, gated: Gated, x: Tensor, hx: Any) -> Any:
+    """nn.RNNCell, GRUCell and LSTMCell."""
+    pair = isinstance(cell, nn.LSTMCell)
+    zeros = x.new_zeros(*x.shape[:-1], cell.hidden_size)
+    state = [zeros] * (1 + pair) if hx is None else [*hx] if pair else [hx]
+    state = recurrent_step(cell, gated, "", x, [v * gated.support for v in state], gated.z_in)
+    return tuple(state) if pair else state[0]
+
+
+def stacked(layer: Any, gated: Gated, x: Any, hx: Any) -> Any:
+    """nn.RNN, GRU and LSTM without dropout, loops over layers, directions and time."""
+    given, pair, ways = x, layer.mode == "LSTM", 1 + layer.bidirectional
+    batched = isinstance(x, PackedSequence) or x.ndim == 3
+    if isinstance(given, PackedSequence):
+        x, lengths = pad_packed_sequence(given)
+    else:
+        x = x if batched else x[:, None]
+        x = x.transpose(0, 1) if layer.batch_first and batched else x
+        lengths = torch.full((x.shape[1],), len(x))
+    if hx is None:
+        hx = [x.new_zeros(layer.num_layers * ways, x.shape[1], layer.hidden_size)] * (1 + pair)
+    else:
+        hx = [v if batched else v[:, None] for v in (hx if pair else [hx])]
+    scale, last = gated.z_in, []
+    for at in range(layer.num_layers):
+        outs = []
+        for way in range(ways):
+            suffix = f"_l{at}{'_reverse' if way else ''}"
+            state = [v[ways * at + way] * gated.support for v in hx]
+            found: list[Tensor] = [x] * len(x)
+            for t in reversed(range(len(x))) if way else range(len(x)):
+                runs = (t < lengths)[:, None]
+                new = recurrent_step(layer, gated, suffix, x[t], state, scale)
+                state = [torch.where(runs, a, b) for a, b in zip(new, state, strict=True)]
+                found[t] = torch.where(runs, state[0], 0)
+            outs.append(torch.stack(found))
+            last.append(state)
+        x, scale = torch.cat(outs, -1), gated.z.repeat(ways)
+    states = tuple(torch.stack(v) for v in zip(*last, strict=True))
+    if not batched:
+        x, states = x[:, 0], tuple(v[:, 0] for v in states)
+    if isinstance(given, PackedSequence):
+        x = pack_padded_sequence(x, lengths, enforce_sorted=given.sorted_indices is None)
+    elif layer.batch_first and batched:
+        x = x.transpose(0, 1)
+    return x, states if pair else states[0]
 
 
 def tensors_of(out: Any) -> list[Tensor]:

@@ -30,6 +30,7 @@ class Space:
         first = int(labels[0]) if len(labels) else 0
         # Where its gates follow each other, z is a slice of all.
         self.start = first if torch.equal(labels, torch.arange(first, first + self.size)) else None
+        self.tiles: dict[int, Space] = {}
         self._made: dict[object, Space] = {}
         self._labels: dict[torch.device, Tensor] = {}
 
@@ -67,6 +68,15 @@ class Spaces:
         found = space._made.get(times)
         if found is None:
             found = space._made[times] = self.of(space.labels.repeat_interleave(times))
+        return found
+
+    def tiled(self, space: Space, times: int) -> Space:
+        """All of them `times` times, as the gates of a recurrent layer have its units."""
+        if times == 1:
+            return space
+        found = space.tiles.get(times)
+        if found is None:
+            found = space.tiles[times] = self.of(space.labels.repeat(times))
         return found
 
     def joined(self, spaces: Sequence[Space]) -> Space:
@@ -110,11 +120,13 @@ class Draw:
         is_open: (gates + 1,) bool.
         exact: whether packed data hold the present units alone; otherwise all, the closed ones zero.
         backend: that packs weights, where exact.
+        recurrent: recurrent layers of this draw, while the forward that it is of runs; else None.
         open_all, one_all: whether, where exact, no gate is closed, and whether all are 1.
     """
 
     def __init__(self, gates: Sequence[Gates], multiples: Sequence[int], exact: bool, backend: str) -> None:
         self.exact, self.backend = exact, backend
+        self.recurrent: dict[Any, Any] | None = None
         z = [gate.z for gate in gates]
         self.z = torch.cat([*z, z[0].new_ones(1)])
         self.is_open = self.z.detach() != 0
@@ -197,7 +209,7 @@ class Draw:
         found = self._scales.get(key)
         if found is None:
             start = space.start
-            with _unwatched():
+            with unwatched():
                 z = self.z.to(key[1])
                 if start is None:
                     found = z.index_select(0, space.labels_on(z.device))
@@ -248,13 +260,13 @@ class Draw:
         """The gates of a space's entries, as the gated operations take them."""
         found = self._static.get(space)
         if found is None:
-            with _unwatched():
+            with unwatched():
                 z = self.z.index_select(0, space.labels_on(self.z.device))
             found = self._static[space] = Gates.from_z(z, full_grad=False)
         return found
 
 
-def _unwatched() -> AbstractContextManager[Any]:
+def unwatched() -> AbstractContextManager[Any]:
     """A checkpoint does not count what is made in it: computed again, it finds that made."""
     if torch.compiler.is_compiling() or _checks.functorch_active():
         return nullcontext()

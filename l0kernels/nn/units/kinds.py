@@ -36,6 +36,14 @@ class Kind(NamedTuple):
     def is_product(self) -> bool:
         return self.name in ("linear", "conv", "transposed")
 
+    @property
+    def is_recurrent(self) -> bool:
+        return self.name == "recurrent"
+
+    def reads(self, parameter: str) -> bool:
+        """Whether the columns of a parameter of this name are multiplied by what the layer reads."""
+        return parameter == "weight" if self.is_product else self.is_recurrent and "weight" in parameter
+
 
 _BASES: list[tuple[type[nn.Module], Kind]] = [
     (nn.Linear, Kind("linear")),
@@ -56,6 +64,12 @@ _BASES: list[tuple[type[nn.Module], Kind]] = [
     (nn.GroupNorm, Kind("group_norm")),
     (nn.Embedding, Kind("embedding")),
     (nn.PReLU, Kind("prelu")),
+    (nn.RNN, Kind("recurrent")),
+    (nn.GRU, Kind("recurrent")),
+    (nn.LSTM, Kind("recurrent")),
+    (nn.RNNCell, Kind("recurrent")),
+    (nn.GRUCell, Kind("recurrent")),
+    (nn.LSTMCell, Kind("recurrent")),
 ]
 
 
@@ -69,5 +83,19 @@ def kind_of(module: nn.Module) -> Kind | None:
             return None
         if isinstance(module, AnyInstanceNorm) and module.track_running_stats:
             return None
+        if getattr(module, "proj_size", 0):  # its outputs are other units than its cells
+            return None
         return kind
     return None
+
+
+def recurrent_names(module: nn.Module) -> list[str]:
+    """The names of the parameters of a recurrent layer, as torch takes them: first W_ih, then W_hh."""
+    if isinstance(module, nn.RNNBase):
+        return module._flat_weights_names
+    return ["weight_ih", "weight_hh", "bias_ih", "bias_hh"]
+
+
+def reads_inputs(name: str) -> bool:
+    """Whether a parameter of a recurrent layer of this name multiplies what the layer is given."""
+    return name in ("weight_ih", "weight_ih_l0", "weight_ih_l0_reverse")

@@ -17,10 +17,11 @@ from ..._gates import DEFAULT_DIST, Gates, HardConcrete
 from ...conv2d import is_exact
 from ...penalty import L2Term
 from ..gate import GatedLayer, HardConcreteGate, draw, leaves_no_fast_path
+from . import recurrent
 from .draws import Draw, Space, Spaces
 from .example import Example, example_of
 from .graph import Group, UnitGraph, unit_graph
-from .kinds import kind_of
+from .kinds import kind_of, recurrent_names
 from .layers import Units, run
 from .narrow import plain
 
@@ -134,6 +135,7 @@ class GateGroups(GatedLayer, nn.Module):
         """The model's forward begins: its layers are to see one draw."""
         stack = self._stack()
         stack.append(self._draw(model))
+        stack[-1].recurrent = {}
         self._recent.append(stack[-1])
         if (node := stack[-1].z.grad_fn) is not None and _checks.readable():
             cast(Any, node).metadata[NAME] = True
@@ -142,7 +144,7 @@ class GateGroups(GatedLayer, nn.Module):
         """It ends; what it returns is dense."""
         stack = self._stack()
         if stack:
-            stack.pop()
+            stack.pop().recurrent = None
         return plain(out)
 
     def now(self) -> Draw:
@@ -251,6 +253,14 @@ class GatedUnits:
         return _rebuilt, (self._l0_class,), self.__getstate__()
 
 
+class GatedRecurrent(GatedUnits):
+    """Mixin of recurrent ones."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the class it is of, of open units."""
+        return recurrent.run(self, *args, **kwargs)
+
+
 _gated: dict[type[nn.Module], type[nn.Module]] = {}
 
 
@@ -263,7 +273,8 @@ def _class_of(cls: type[nn.Module]) -> type[nn.Module]:
             "__doc__": cls.__doc__,
             "_l0_class": cls,
         }
-        found = _gated[cls] = type(cls.__name__, (GatedUnits, cls), attributes)
+        mixin = GatedRecurrent if issubclass(cls, nn.RNNBase | nn.RNNCellBase) else GatedUnits
+        found = _gated[cls] = type(cls.__name__, (mixin, cls), attributes)
     return found
 
 
@@ -392,6 +403,10 @@ def _place(model: nn.Module, gates: GateGroups, sizes: dict[tuple[str, int], int
                 if outs is not None:
                     of_inputs = outs.labels[::each].repeat_interleave(ins)
                     units = units._replace(ins=gates.spaces.of(of_inputs))
+        elif kind.is_recurrent:
+            first, second = recurrent_names(module)[:2]
+            units = Units(gates, kind, space(first, 1), space(second, 1))
+            recurrent.prepare(module, units)
         elif kind.name == "embedding":
             units = Units(gates, kind, None, space("weight", 1))
         else:

@@ -194,7 +194,7 @@ class _Cutter:
             for name, value in values.items():
                 if value is None or id(value) not in self._sides:
                     continue
-                reads = units is not None and units.kind.is_product and name == "weight"
+                reads = units is not None and units.kind.reads(name)
                 reads = reads and getattr(module, "groups", 1) == 1
                 scaled = units.kind.cols if units is not None and reads else None
                 values[name] = self._cut(value, scaled, name)  # type: ignore[assignment]
@@ -257,6 +257,12 @@ def _resize(layer: Any, units: Units, count: Callable[[Space], int]) -> None:
             setattr(layer, read, n_in)
         if n_out is not None:
             setattr(layer, made, n_out)
+        return
+    if units.kind.is_recurrent:
+        layer.input_size = layer.input_size if n_in is None else n_in
+        layer.hidden_size = layer.hidden_size if n_out is None else n_out
+        if isinstance(layer, nn.RNNBase):
+            layer._init_flat_weights()
         return
     assert n_out is not None
     if name in ("batch_norm", "instance_norm"):

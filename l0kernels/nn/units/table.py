@@ -62,6 +62,10 @@ SPATIAL = """
 """
 """Of each channel by itself, over the dimensions behind."""
 
+RECURRENT = "rnn_tanh rnn_relu gru lstm rnn_tanh_cell rnn_relu_cell gru_cell lstm_cell"
+SEQUENCES = "_pack_padded_sequence _pad_packed_sequence"
+"""What torch.nn.utils.rnn calls to leave out padding, and to put it back."""
+
 LOOKS = """
     size dim numel nelement ndimension stride is_contiguous is_floating_point is_complex element_size
     get_device storage_offset __len__ is_nonzero_ is_conj is_inference is_same_size data_ptr_ untyped_storage_

@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..._compat import pytree
-from . import table
+from . import table, trace_recurrent
 from .kinds import kind_of
 from .labels import UnionFind, across, along, shortened, spread, varying
 
@@ -58,6 +58,7 @@ class Trace(TorchFunctionMode):
         dims: of each dimension of a parameter or buffer that has units, their labels.
         roles: what the dimension is to its layer: "out" makes the units, "in" reads them, "along" is between.
         sums: labels of the sums of two branches.
+        recurrent: the recurrent layers that have been called.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -66,6 +67,7 @@ class Trace(TorchFunctionMode):
         self.dims: dict[Dim, Tensor] = {}
         self.roles: dict[Dim, str] = {}
         self.sums: list[Tensor] = []
+        self.recurrent: set[nn.Module] = set()
         self.stack: list[tuple[str, nn.Module]] = []
         self._names: dict[int, str] = {}
         self._owned: list[Tensor] = []
@@ -646,6 +648,8 @@ def _rules() -> dict[Any, Rule]:
         ("batch_norm instance_norm group_norm layer_norm rms_norm", _norm),
         ("embedding", _embedding),
         ("prelu", _prelu),
+        (table.RECURRENT, trace_recurrent.recurrence),
+        (table.SEQUENCES, trace_recurrent.sequences),
         ("pad", _pad),
         ("pixel_shuffle", _pixel_shuffle),
         ("__setitem__", _set_item),
