@@ -29,7 +29,9 @@ def test_nets_are_of_every_kind():
     for seed in range(600):
         net, _ = fuzz_units.random_net(seed)
         seen.update({type(part).__name__ for part in net.parts})
-        seen.update({what for kind, what, _, _ in net.steps if kind in ("activation", "image", "rows")})
+        seen.update(
+            {what for kind, what, _, _ in net.steps if kind in ("activation", "image", "rows", "recurrent")}
+        )
         seen.update({kind for kind, _, _, _ in net.steps})
         uses = Counter(step[2][0] for step in net.steps if step[0] == "layer")
         seen["a layer twice"] += max(uses.values()) > 1
@@ -37,6 +39,8 @@ def test_nets_are_of_every_kind():
     kinds = ["Conv2d", "ConvTranspose2d", "Linear", "Embedding", "BatchNorm2d", "BatchNorm1d", "GroupNorm"]
     kinds += ["InstanceNorm2d", "LayerNorm", "RMSNorm", "PReLU", "add", "cat", "glu", "shuffle", "last"]
     kinds += ["squeeze", "value", "attention", "pool", "a layer twice", "two results"]
+    kinds += ["RNN", "GRU", "LSTM", "RNNCell", "GRUCell", "LSTMCell", "recurrent"]
+    kinds += ["all", "last", "cell", "given", "packed"]
     kinds += [*fuzz_units.ACTIVATIONS, *fuzz_units.IMAGE, *fuzz_units.ROWS]
     assert {kind for kind in kinds if not seen[kind]} == set()
     a, b = fuzz_units.random_net(7), fuzz_units.random_net(7)

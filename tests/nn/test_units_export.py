@@ -162,6 +162,33 @@ class Loop(nn.Module):
         return self.last(x)
 
 
+class Tagger(nn.Module):
+    """A stack of both directions."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 6), nn.Linear(14, 3)
+        self.lstm = nn.LSTM(6, 7, 2, batch_first=True, bidirectional=True)
+
+    def forward(self, x):
+        return self.last(F.relu(self.lstm(self.first(x))[0]))
+
+
+class Reader(nn.Module):
+    """A cell in a loop, its first state learned; what it has read is read again."""
+
+    def __init__(self):
+        super().__init__()
+        self.cell, self.start = nn.GRUCell(4, 8), nn.Parameter(torch.randn(8))
+        self.rnn, self.last = nn.RNN(8, 6, bias=False), nn.Linear(6, 3)
+
+    def forward(self, x):
+        states = [self.start.expand(len(x), -1)]
+        for t in range(x.shape[1]):
+            states.append(self.cell(x[:, t], states[-1]))
+        return self.last(self.rnn(torch.stack(states))[1][-1])
+
+
 def mlp():
     return nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 9), nn.Tanh(), nn.Linear(9, 3))
 
@@ -175,6 +202,8 @@ NETS = {
     "dense": (Dense, IMAGES),
     "hourglass": (Hourglass, torch.Size((2, 2, 12))),
     "loop": (Loop, torch.Size((2, 2, 6, 6))),
+    "tagger": (Tagger, torch.Size((3, 5, 4))),
+    "reader": (Reader, torch.Size((3, 5, 4))),
 }
 
 
@@ -281,11 +310,18 @@ def test_layers_say_their_sizes(name):
                 new = nn.GroupNorm(options["num_groups"], module.num_channels)
             elif isinstance(module, nn.Embedding):
                 new = nn.Embedding(module.num_embeddings, module.embedding_dim)
+            elif isinstance(module, nn.LSTM):
+                new = nn.LSTM(module.input_size, module.hidden_size, 2, batch_first=True, bidirectional=True)
+            elif isinstance(module, nn.RNN | nn.GRUCell):
+                new = type(module)(module.input_size, module.hidden_size, bias=module.bias)
             elif isinstance(module, nn.PReLU):
                 new = nn.PReLU(module.num_parameters)
             else:
                 continue
             new.load_state_dict(module.state_dict())
+    if name == "tagger":
+        assert small.lstm.input_size == small.first.out_features < 6
+        assert 2 * small.lstm.hidden_size == small.last.in_features < 14
     if name == "hourglass":
         assert small.bare.num_features == small.up.out_channels < 6
         assert small.grouped.groups * 3 == small.grouped.out_channels == small.up.in_channels

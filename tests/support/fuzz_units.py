@@ -14,6 +14,7 @@ import torch
 import unit_oracle
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import l0kernels as l0
 from l0kernels import _checks
@@ -115,6 +116,29 @@ def set_first(x: Tensor) -> Tensor:
     return y
 
 
+def recurrent(layer: Any, what: str, x: Tensor) -> Tensor:
+    """What people take of recurrent layers and cells: all steps or the last ones, states begun otherwise."""
+    if isinstance(layer, nn.RNNCellBase):
+        state: Any = torch.ones(len(x), layer.hidden_size, dtype=x.dtype) if what == "given" else None
+        state = (state, state) if state is not None and isinstance(layer, nn.LSTMCell) else state
+        found = []
+        for t in range(x.shape[1]):
+            state = layer(x[:, t], state)
+            found.append(state if isinstance(state, Tensor) else state[what == "cell"])
+        return found[-1] if what == "last" else torch.stack(found, 1)
+    if what == "packed":
+        at = 0 if layer.batch_first else 1
+        lengths = torch.arange(x.shape[at]) % x.shape[1 - at] + 1
+        x = pack_padded_sequence(x, lengths, layer.batch_first, enforce_sorted=False)
+        return pad_packed_sequence(layer(x)[0], layer.batch_first)[0]
+    y, state = layer(x)
+    if what == "given":
+        y, state = layer(x, state)
+    if what in ("last", "cell"):
+        return (state if isinstance(state, Tensor) else state[what == "cell"])[-1]
+    return y
+
+
 class Net(nn.Module):
     """Steps (kind, what, parts of self.parts, index of an earlier value) over a value.
 
@@ -163,6 +187,8 @@ class Net(nn.Module):
             value = self.values[parts[0]]
             value = value.view(-1, 1, 1) if x.ndim == 4 else value
             return x * value if what == "*" else x + value
+        if kind == "recurrent":
+            return recurrent(layers[0], what, x)
         if kind == "attention":
             q, k, v = (layer(x) for layer in layers)
             return x + torch.softmax(q @ k.transpose(-1, -2), -1) @ v
@@ -313,7 +339,7 @@ class Net(nn.Module):
         rng, units = self.rng, self.x.shape[-1]
         if self.common():
             return
-        kind = rng.choice(["linear", "linear", "norm", "rows", "attention"])
+        kind = rng.choice(["linear", "linear", "norm", "rows", "attention", "recurrent"])
         if kind == "linear":
             self.add(self.layer(nn.Linear(units, rng.choice([4, 6, 8]), bias=rng.random() < 0.7)))
         elif kind == "norm":
@@ -322,6 +348,14 @@ class Net(nn.Module):
             self.add(self.layer(rng.choice(norms)))
         elif kind == "rows":
             self.add(("rows", rng.choice([*ROWS]), (), 0))
+        elif kind == "recurrent" and self.x.ndim == 3:
+            cls = rng.choice([nn.RNN, nn.GRU, nn.LSTM, nn.RNNCell, nn.GRUCell, nn.LSTMCell])
+            options: dict[str, Any] = {"bias": rng.random() < 0.7}
+            if issubclass(cls, nn.RNNBase):
+                options["num_layers"], options["bidirectional"] = rng.choice([1, 2]), rng.random() < 0.4
+                options["batch_first"] = rng.random() < 0.5
+            what = rng.choice(["all", "last", "cell", "given", "packed"])
+            self.add(("recurrent", what, (self.part(cls(units, rng.choice([3, 4, 6]), **options)),), 0))
         elif kind == "attention" and self.x.ndim == 3:
             parts = [nn.Linear(units, 4), nn.Linear(units, 4), nn.Linear(units, units)]
             self.add(("attention", None, tuple(map(self.part, parts)), 0))

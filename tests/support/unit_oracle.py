@@ -297,7 +297,7 @@ def check(
 
     inputs = [t.detach().clone().requires_grad_() for t in float_inputs(args)]
     given = iter(inputs)
-    args = pytree.tree_map(lambda t: next(given) if t.is_floating_point() else t, args)
+    args = pytree.tree_map_only(Tensor, lambda t: next(given) if t.is_floating_point() else t, args)
     plain.train(model.training)
     plain.load_state_dict({k: v for k, v in model.state_dict().items() if not k.startswith("l0_units")})
     out = model(*args)

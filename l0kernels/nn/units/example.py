@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 
 from ..._compat import pytree
 
@@ -57,7 +58,7 @@ def example_of(args: Any, kwargs: Any, dtype: torch.dtype | None) -> Example | N
 
     `dtype`: of the model's parameters.
     """
-    leaves = pytree.tree_leaves((args, kwargs))
+    leaves = pytree.tree_leaves((args, kwargs), is_leaf=lambda x: isinstance(x, PackedSequence))
     if not all(x is None or isinstance(x, Tensor | bool | int | float | str) for x in leaves):
         return None
     if any(x.is_sparse or x.is_nested or x.is_meta for x in leaves if isinstance(x, Tensor)):

@@ -33,6 +33,12 @@ class UnionFind:
             a = parent[a]
         return a
 
+    def named(self, labels: Tensor) -> Tensor:
+        """`labels` by the numbers that stand for their sets."""
+        short = shortened([labels])[0]
+        names = [self.find(label) for label in short.flatten().tolist()]
+        return torch.tensor(names, dtype=labels.dtype).view(short.shape).expand(labels.shape)
+
     def join(self, a: Tensor, b: Tensor, why: str) -> None:
         """Makes one of the sets of each pair; a number beside a 0, which is no unit, is pinned."""
         for x, y in zip(a.tolist(), b.tolist(), strict=True):

@@ -22,7 +22,10 @@ from ...narrow import narrow_weight
 from .draws import Draw, Space, unwatched
 from .kinds import reads_inputs, recurrent_names
 from .layers import Units, _along, _Exact, _Static
-from .narrow import plain, refuse_function
+from .narrow import RULES, plain, refuse_function
+from .narrow_recurrent import rules
+
+RULES.update(rules())
 
 
 def run(layer: Any, input: Any, hx: Any = None) -> Any:

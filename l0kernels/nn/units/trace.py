@@ -92,7 +92,10 @@ class Trace(TorchFunctionMode):
             self._labels.pop(id(x), None)
             return
         assert labels.shape == x.shape, (labels.shape, x.shape)
-        self._labels[id(x)] = spread(labels)
+        labels = spread(labels)
+        if len(varying(labels)) > 1:  # by other numbers for the same units, it may be
+            labels = spread(self.sets.named(labels))
+        self._labels[id(x)] = labels
 
     def is_owned(self, x: Any) -> bool:
         """Whether x is a parameter or buffer of the model."""

@@ -1,0 +1,62 @@
+"""Functions around recurrent layers that run on what exists, as those of `narrow.py` do: time taken apart and
+put together, sequences packed without their padding.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from . import table
+from .narrow import Narrow, Rule, _is_narrow, _like
+
+
+def _taken_apart(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """select, unbind and index_select along another dimension than that of the units."""
+    x = args[0]
+    if not _is_narrow(x) or kwargs or any(isinstance(a, Narrow) for a in args[1:]):
+        return None
+    dim, at = x._at[1], (args[1] if len(args) > 1 else 0) % x._data.ndim
+    if at == dim:
+        return None
+    out = func(x._data, *args[1:])
+    left = dim - (at < dim and func not in _KEEP)
+    return (
+        _like(x, out, left) if isinstance(out, torch.Tensor) else tuple(_like(x, part, left) for part in out)
+    )
+
+
+def _stacked(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    tensors = args[0] if args else kwargs["tensors"]
+    at = args[1] if len(args) > 1 else kwargs.get("dim", 0)
+    if not all(_is_narrow(t) for t in tensors):
+        return None
+    space, dim, draw, spaces = tensors[0]._at
+    if any(t._at[0] is not space or t._at[1] != dim or t._at[2] is not draw for t in tensors):
+        return None
+    data = torch.stack([t._data for t in tensors], at)
+    return Narrow.of(data, space, dim + (at % data.ndim <= dim), draw, spaces)
+
+
+def _packed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Two dimensions, time and examples, become one, or one becomes two."""
+    x = args[0]
+    leading, change = (2, -1) if func.__name__ == "_pack_padded_sequence" else (1, 1)
+    if not _is_narrow(x) or kwargs or x._at[1] < leading:
+        return None
+    out, sizes = func(x._data, *args[1:])
+    return _like(x, out, x._at[1] + change), sizes
+
+
+def rules() -> dict[Any, Rule]:
+    """By function."""
+    kinds: list[tuple[str, Rule]] = [
+        ("select unbind index_select", _taken_apart),
+        ("stack", _stacked),
+        (table.SEQUENCES, _packed),
+    ]
+    return {function: rule for names, rule in kinds for function in table.functions(names, False)}
+
+
+_KEEP = {*table.functions("index_select", False)}
