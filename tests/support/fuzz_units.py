@@ -294,6 +294,7 @@ class Net(nn.Module):
             fits = (
                 weight is not None and weight.ndim == (4 if x.ndim == 4 else 2) and weight.shape[1] == units
             )
+            fits = fits and getattr(part, "groups", 1) == 1
             if fits and not isinstance(part, nn.Embedding | nn.ConvTranspose2d):
                 self.add(step)
         else:

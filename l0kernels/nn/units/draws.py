@@ -209,7 +209,7 @@ class Draw:
         found = self._scales.get(key)
         if found is None:
             start = space.start
-            with unwatched():
+            with _unwatched():
                 z = self.z.to(key[1])
                 if start is None:
                     found = z.index_select(0, space.labels_on(z.device))
@@ -260,13 +260,13 @@ class Draw:
         """The gates of a space's entries, as the gated operations take them."""
         found = self._static.get(space)
         if found is None:
-            with unwatched():
+            with _unwatched():
                 z = self.z.index_select(0, space.labels_on(self.z.device))
             found = self._static[space] = Gates.from_z(z, full_grad=False)
         return found
 
 
-def unwatched() -> AbstractContextManager[Any]:
+def _unwatched() -> AbstractContextManager[Any]:
     """A checkpoint does not count what is made in it: computed again, it finds that made."""
     if torch.compiler.is_compiling() or _checks.functorch_active():
         return nullcontext()

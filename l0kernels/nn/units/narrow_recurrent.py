@@ -9,13 +9,13 @@ from typing import Any
 import torch
 
 from . import table
-from .narrow import Narrow, Rule, _is_narrow, _like
+from .narrow import Narrow, Rule, _like
 
 
 def _taken_apart(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """select, unbind and index_select along another dimension than that of the units."""
     x = args[0]
-    if not _is_narrow(x) or kwargs or any(isinstance(a, Narrow) for a in args[1:]):
+    if not isinstance(x, Narrow) or x._at is None or kwargs or any(isinstance(a, Narrow) for a in args[1:]):
         return None
     dim, at = x._at[1], (args[1] if len(args) > 1 else 0) % x._data.ndim
     if at == dim:
@@ -30,10 +30,11 @@ def _taken_apart(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
 def _stacked(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     tensors = args[0] if args else kwargs["tensors"]
     at = args[1] if len(args) > 1 else kwargs.get("dim", 0)
-    if not all(_is_narrow(t) for t in tensors):
+    places = [t._at for t in tensors if isinstance(t, Narrow) and t._at is not None]
+    if len(places) != len(tensors) or not places:
         return None
-    space, dim, draw, spaces = tensors[0]._at
-    if any(t._at[0] is not space or t._at[1] != dim or t._at[2] is not draw for t in tensors):
+    space, dim, draw, spaces = places[0]
+    if any(other[0] is not space or other[1] != dim or other[2] is not draw for other in places):
         return None
     data = torch.stack([t._data for t in tensors], at)
     return Narrow.of(data, space, dim + (at % data.ndim <= dim), draw, spaces)
@@ -43,7 +44,7 @@ def _packed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Two dimensions, time and examples, become one, or one becomes two."""
     x = args[0]
     leading, change = (2, -1) if func.__name__ == "_pack_padded_sequence" else (1, 1)
-    if not _is_narrow(x) or kwargs or x._at[1] < leading:
+    if not isinstance(x, Narrow) or x._at is None or kwargs or x._at[1] < leading:
         return None
     out, sizes = func(x._data, *args[1:])
     return _like(x, out, x._at[1] + change), sizes

@@ -309,7 +309,9 @@ def gate_(
     a :class:`HardConcreteGate`; a layer computes ``y = 1[z_out != 0] * f(x * z_in)``: what reads units
     multiplies them by z, what makes them computes the open ones. All gates are drawn at the beginning of the
     model's forward. Norms over units that may be closed are those of the open ones (in batch norms a closed
-    channel keeps its statistics).
+    channel keeps its statistics). The units of recurrent layers are their hidden units: closed ones are 0 at
+    every time step, and z multiplies h_{t-1} where weight_hh reads it; the layers and directions of a stack
+    share their gates.
 
     Layers stay instances of their classes, with their parameters, names, hooks, dtypes and devices;
     state_dict has the gates beside them, under ``l0_units``. :func:`penalty`, :class:`GateBank`,

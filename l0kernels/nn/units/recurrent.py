@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from ... import _checks
 from ...narrow import narrow_weight
-from .draws import Draw, Space, unwatched
+from .draws import Draw, Space, _unwatched
 from .kinds import reads_inputs, recurrent_names
 from .layers import Units, _along, _Exact, _Static
 from .narrow import RULES, plain, refuse_function
@@ -120,7 +120,7 @@ class _Side:
         cls = layer._l0_class
         small = cls.__new__(cls)
         small.__dict__.update(vars(layer))
-        with unwatched():
+        with _unwatched():
             values = {name: self._parameter(layer, name) for name in recurrent_names(layer)}
         small.__dict__["_parameters"] = values
         flat: list[Any] = [*values.values()]
