@@ -116,6 +116,8 @@ class Base:
         place = self.folder / f"environment of {name}"
         self.call([self.python, "-m", "venv", str(place)])
         python = str(place / "bin" / "python")
+        # Before Python 3.12 a new environment has an old setuptools, which would come first.
+        self.call([python, "-m", "pip", "uninstall", "-q", "-y", "setuptools"])
         site = self.call([python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]).strip()
         Path(site, "zz_seen.pth").write_text("".join(f"{folder}\n" for folder in (*folders, self.site)))
         return python
