@@ -117,6 +117,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description="Draw the picture of a run from its metrics.csv.",
         epilog="example: python examples/picture.py runs/lenet5-mnist5k --out docs/assets/train.png",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("run", type=Path, help="folder of a run")
     parser.add_argument("--out", type=Path, help="of the picture, default curves.png in that folder")

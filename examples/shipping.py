@@ -73,7 +73,7 @@ def ship(run: "Run", path: Path) -> str:
             f"Export: {kept:,} of {of:,} parameters are left, {of / max(kept, 1):.1f} times fewer; its "
             f"outputs for all {len(x):,} test images are those of the gated net, within {difference:.1e}.",
             f"Inference of {len(x[:IMAGES])} images takes {ours:.2f} ms, of the dense net {theirs:.2f} ms: "
-            f"{theirs / ours:.1f} times faster.",
+            f"{theirs / ours:.1f} times as fast.",
             f"torch.export.load({str(path)!r}).module() runs it without l0kernels; {pickle}.",
         )
     )

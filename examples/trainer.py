@@ -179,14 +179,14 @@ class Run:
         self.loss = 0.0  # the sum over the steps of this epoch
         self.history: list[Epoch] = []
 
-        # The dense net before the seed is set: with or without it the gated one sees the same random numbers.
+        torch.manual_seed(config.seed)
         net = example.dense().to(self.device)
         self.shape = (1, *self.data.train_x.shape[1:])
         self.dense_flops = l0.nn.eval_flops(net, self.shape)
         self.dense = (
             Learner(net, example.optimizer(net.parameters(), config.lr), None) if config.dense else None
         )
-        torch.manual_seed(config.seed)
+        torch.manual_seed(config.seed)  # again: the gated net starts alike if the dense one is another
         net = example.gated(config.lambdas).to(self.device)
         groups = l0.nn.parameter_groups(net, gate_lr=config.gate_lr)
         self.gated = Learner(net, example.optimizer(groups, config.lr), len(train_y))

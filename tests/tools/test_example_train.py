@@ -7,6 +7,7 @@ import re
 import shlex
 import signal
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import files
@@ -109,7 +110,7 @@ def test_metrics_are_the_history(finished):
     assert sizes == run.gates == [784, 300, 100]
     assert names == list(train_lenet300.EXAMPLE.units)
     assert [row.epoch for row in history] == [1, 2, 3]
-    for before, after in zip(history, history[1:], strict=False):
+    for before, after in pairwise(history):
         assert before.seconds < after.seconds
         assert before.dense_seconds < after.dense_seconds
 
@@ -141,7 +142,7 @@ def test_labels_at_the_ends_of_lines_do_not_meet():
     picture._label_ends(axes, [(y, str(i), "k") for i, y in enumerate((0.5, 0.51, 0.52, 1.0, 0.99))])
     at = sorted((text.xy[1], text.get_text()) for text in axes.texts)
     assert [name for _, name in at] == ["0", "1", "2", "4", "3"]
-    assert all(b - a >= 0.15 - 1e-9 for (a, _), (b, _) in zip(at, at[1:], strict=False))
+    assert all(b - a >= 0.15 - 1e-9 for (a, _), (b, _) in pairwise(at))
     assert 0 < at[0][0] < at[-1][0] < 1
 
 
@@ -360,8 +361,8 @@ def test_a_full_disk_does_not_lose_the_net(options, tmp_path, monkeypatch, capsy
     out, other = tmp_path / "out", tmp_path / "other"
     other.mkdir()
     monkeypatch.setattr(files.tempfile, "tempdir", str(other))
-    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
-        full_disk(patch, out)
+    full_disk(monkeypatch, out)
+    with pytest.raises(SystemExit) as stop:
         trainer.run_script(lambda: train_lenet300.main(options(out)))
     printed = capsys.readouterr().out
     assert all(f"epoch {i} is not saved, training goes on: cannot write" in printed for i in (1, 2, 3))
@@ -400,7 +401,7 @@ def test_write_whole_keeps_the_old_file_on_an_error(tmp_path, monkeypatch):
     path = tmp_path / "a.txt"
     path.write_text("old")
     full_disk(monkeypatch, tmp_path)
-    with pytest.raises(OSError, match="cannot write .*No space left"):
+    with pytest.raises(OSError, match=r"cannot write .*No space left"):
         files.write_whole(path, b"new")
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
