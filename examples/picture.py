@@ -33,6 +33,7 @@ def draw(history: Sequence[Epoch], sizes: Sequence[int], names: Sequence[str], t
         figure = Figure(figsize=(10, 3.5), dpi=166, facecolor="white", layout="constrained")
         if title:
             figure.suptitle(title, fontsize=12, fontweight="bold")
+        figure.get_layout_engine().set(wspace=0.06)
         step, error, units = figure.subplots(1, 3)
         _step_time(step, history)
         _errors(error, history)
