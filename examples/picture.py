@@ -30,10 +30,10 @@ def draw(history: Sequence[Epoch], sizes: Sequence[int], names: Sequence[str], t
     }
     style |= {"xtick.color": INK, "ytick.color": INK, "axes.spines.top": False, "axes.spines.right": False}
     with rc_context(style):
-        figure = Figure(figsize=(10, 3.5), dpi=166, facecolor="white", layout="constrained")
+        figure = Figure(figsize=(10, 3.5), dpi=166, facecolor="white")
         if title:
             figure.suptitle(title, fontsize=12, fontweight="bold")
-        figure.get_layout_engine().set(wspace=0.06)
+        figure.set_layout_engine("constrained", wspace=0.06)
         step, error, units = figure.subplots(1, 3)
         _step_time(step, history)
         _errors(error, history)
