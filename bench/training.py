@@ -1,5 +1,5 @@
 """Times steps over a training run and writes them to bench/results/<device>-training.csv, which plot.py
-draws. It trains an example, which times the same net dense in every epoch; each row holds the medians of
+draws. It trains an example and beside it the same net dense; each row holds the medians of
 a stretch of epochs."""
 
 import csv
@@ -20,9 +20,9 @@ FIELDS = (
     *("run", "epoch", "step_ms", "dense_ms", "expected_flops", "test_error"),
 )
 EXAMPLES = {
-    "digits": ("train_lenet300.py", ()),
-    "mnist": ("train_lenet300.py", ("--data",)),
+    "lenet5-5k": ("train_lenet5.py", ()),
     "lenet5": ("train_lenet5.py", ("--data",)),
+    "mnist": ("train_lenet300.py", ("--data",)),
 }
 """Runs by name: the script, and the options that it needs a value for."""
 
@@ -55,8 +55,8 @@ def replace_run(path: Path, rows: Sequence[Row]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = cli.parser(__doc__, "training.py digits --epochs 100")
-    parser.add_argument("run", nargs="?", choices=list(EXAMPLES), default="digits")
+    parser = cli.parser(__doc__, "training.py lenet5-5k --epochs 100")
+    parser.add_argument("run", nargs="?", choices=list(EXAMPLES), default="lenet5-5k")
     parser.add_argument("--data", type=Path, help="folder of MNIST's four idx .gz files")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--epochs", type=int, help="default: the example's")

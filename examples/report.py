@@ -1,188 +1,135 @@
-"""What a run shows and leaves behind: table, summary, metrics.csv, curves.png; files whole or not at all."""
+"""The figures of a run: its table, its summary in plain words, metrics.csv."""
 
 import csv
-import os
-from collections.abc import Callable, Iterable, Sequence
+import io
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
+from typing import Any
 
-COLUMNS = {  # of the table, with their widths
-    "epoch": 5,
-    "loss": 8,
-    "test error": 10,
-    "best (epoch)": 13,
-    "open units": 13,
-    "E[FLOPs]": 8,
-    "FLOPs": 7,
-    "step ms": 7,
-    "vs dense": 8,
-}
+import files
+
+WIDE = 4  # gate vectors that the table shows one by one
 
 
 @dataclass(frozen=True)
 class Epoch:
-    """The figures of one epoch; test error, open units and actual FLOPs are the averaged net's."""
+    """The figures of one epoch; None: no dense net was trained."""
 
     epoch: int
-    loss: float  # mean over the steps, penalty included
-    test_error: float  # share of the test set
+    loss: float  # of the gated net: mean over the steps, penalty included
+    test_error: float  # of the gated net in eval(), share of the test set
+    dense_error: float | None
     open_units: tuple[int, ...]  # under the evaluation gates, of each gate vector
     expected_flops: float  # share of dense, expected over the draws of the next step
-    actual_flops: float  # share of dense, under the evaluation gates
-    step_ms: float  # median of the epoch
-    dense_ms: float | None  # of the same net dense in the same epoch; None: not timed
-
-    @property
-    def step_ratio(self) -> float | None:
-        return None if self.dense_ms is None else self.step_ms / self.dense_ms
+    step_ms: float  # median over the epoch's blocks of steps
+    dense_ms: float | None
+    seconds: float  # all steps so far
+    dense_seconds: float | None
 
 
-def best(history: Sequence[Epoch]) -> Epoch:
-    """The epoch with the lowest test error, the first among equals."""
-    return min(history, key=lambda row: row.test_error)
+def _units(counts: Sequence[int]) -> str:
+    return "-".join(map(str, counts)) if len(counts) <= WIDE else str(sum(counts))
 
 
-def table_head() -> str:
-    return _line(COLUMNS)
+def table_head(sizes: Sequence[int]) -> str:
+    units = _width(sizes)
+    above = (
+        "",
+        "",
+        f"{'test error':^14}",
+        "open units",
+        "E[FLOPs]",
+        f"{'ms per step':^20}",
+        f"{'s in all':^13}",
+    )
+    names = ("epoch", "loss", " gated   dense", f"of {_units(sizes)}", "of dense")
+    widths = (5, 7, 14, units, 8, 20, 13)
+    below = (*names, " gated  dense  ratio", " gated  dense")
+    return "\n".join(
+        "  ".join(f"{cell:>{width}}" for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in (above, below)
+    )
 
 
-def table_row(history: Sequence[Epoch]) -> str:
+def table_row(history: Sequence[Epoch], sizes: Sequence[int]) -> str:
     """The last epoch."""
-    row, top = history[-1], best(history)
-    return _line(
-        (
-            str(row.epoch),
-            f"{row.loss:.4f}",
-            f"{row.test_error:.2%}",
-            f"{top.test_error:.2%} ({top.epoch})",
-            _dashed(row.open_units),
-            f"{row.expected_flops:.1%}",
-            f"{row.actual_flops:.1%}",
-            f"{row.step_ms:.3f}",
-            "-" if row.step_ratio is None else f"{row.step_ratio:.2f}x",
-        )
+    row = history[-1]
+    ratio = None if row.dense_ms is None else row.step_ms / row.dense_ms
+    cells = (
+        f"{row.epoch:5}",
+        f"{row.loss:7.3f}",
+        f"{row.test_error:6.1%}  {_or_dash(row.dense_error, '.1%')}",
+        f"{_units(row.open_units):>{_width(sizes)}}",
+        f"{row.expected_flops:8.0%}",
+        f"{row.step_ms:6.2f} {_or_dash(row.dense_ms, '.2f')} {_or_dash(ratio, '.2f')}",
+        f"{row.seconds:6.1f} {_or_dash(row.dense_seconds, '.1f')}",
     )
+    return "  ".join(cells)
 
 
-def summary(history: Sequence[Epoch], sizes: Sequence[int]) -> str:
-    last, top = history[-1], best(history)
+def _width(sizes: Sequence[int]) -> int:
+    return max(len("open units"), len(f"of {_units(sizes)}"))
+
+
+def _or_dash(value: float | None, spec: str) -> str:
+    return f"{'-' if value is None else format(value, spec):>6}"
+
+
+def summary(history: Sequence[Epoch], sizes: Sequence[int], names: Sequence[str]) -> str:
+    """Errors, open units and the time that the gates saved, in sentences."""
+    last = history[-1]
+    dense = "" if last.dense_error is None else f", the dense net {last.dense_error:.1%}"
+    counts = (
+        [f"{n} of {size} {name}" for n, size, name in zip(last.open_units, sizes, names, strict=True)]
+        if len(names) == len(sizes)
+        else [f"{sum(last.open_units)} of {sum(sizes)} {names[0]}"]
+    )
     lines = [
-        f"test error    {last.test_error:.2%} at the last epoch ({last.epoch}), "
-        f"{top.test_error:.2%} at the best ({top.epoch})",
-        f"open units    {_dashed(last.open_units)} of {_dashed(sizes[:-1])}",
-        f"FLOPs         {last.expected_flops:.1%} of dense expected in training, "
-        f"{last.actual_flops:.1%} under the evaluation gates",
+        "",
+        f"Error: the gated net misreads {last.test_error:.1%} of the test images{dense}.",
+        f"Open: {', '.join(counts)}.",
     ]
-    # One epoch of the digits is too short to be timed well: a twentieth of the run on either side.
-    n = max(1, len(history) // 20)
-    first_ratio, last_ratio = (
-        [row.step_ratio for row in rows if row.step_ratio is not None] for rows in (history[:n], history[-n:])
-    )
-    if first_ratio and last_ratio:
-        lines.append(
-            f"step time     {median(first_ratio):.2f}x dense in the first {n} epoch(s), "
-            f"{median(last_ratio):.2f}x in the last {n}"
-        )
+    if last.dense_ms is not None and last.dense_seconds is not None:
+        saved = 1 - last.seconds / last.dense_seconds
+        lines += [
+            f"Time: all steps took {last.seconds:.1f} s with gates and {last.dense_seconds:.1f} s dense: "
+            f"{abs(saved):.0%} of the time {'saved' if saved > 0 else 'lost'}. A step of the last epoch took "
+            f"{last.step_ms / last.dense_ms:.2f} of a dense one.",
+        ]
     return "\n".join(lines)
 
 
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Lets `write` fill a temporary file beside `path`, then moves it there; an error leaves nothing."""
-    temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
+def write_csv(path: Path, history: Sequence[Epoch], sizes: Sequence[int], names: Sequence[str]) -> None:
+    """A row for each epoch; what was not measured is an empty field."""
+    if len(names) != len(sizes):
+        names = [f"{names[0]} {i + 1}" for i in range(len(sizes))]
+    text = io.StringIO(newline="")
+    units = [f"open {name} of {size}" for name, size in zip(names, sizes, strict=True)]
+    writer = csv.DictWriter(text, [*(name for name in vars(history[0]) if name != "open_units"), *units])
+    writer.writeheader()
+    for row in history:
+        values = {name: value for name, value in vars(row).items() if name != "open_units"}
+        writer.writerow(values | dict(zip(units, row.open_units, strict=True)))
+    files.write_whole(path, text.getvalue().encode())
+
+
+def read_csv(path: Path) -> tuple[list[Epoch], list[int], list[str]]:
+    """What `write_csv` wrote: the epochs, the sizes of the gate vectors and their names.
+
+    Raises:
+        ValueError: it is another file.
+    """
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    units = [name for name in (rows[0] if rows else ()) if name.startswith("open ")]
     try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_csv(path: Path, history: Sequence[Epoch]) -> None:
-    units = [f"open_units_{i}" for i in range(len(history[0].open_units))]
-    head = [
-        "epoch",
-        "loss",
-        "test_error",
-        *units,
-        "expected_flops",
-        "actual_flops",
-        "step_ms",
-        "dense_ms",
-        "step_ratio",
-    ]
-
-    def write(temporary: Path) -> None:
-        with temporary.open("w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(head)
-            for row in history:
-                shares = (row.expected_flops, row.actual_flops)
-                times = (row.step_ms, row.dense_ms, row.step_ratio)  # None becomes an empty field
-                writer.writerow((row.epoch, row.loss, row.test_error, *row.open_units, *shares, *times))
-
-    write_whole(path, write)
-
-
-def plot_curves(
-    path: Path, history: Sequence[Epoch], sizes: Sequence[int], names: Sequence[str], title: str
-) -> None:
-    """Loss, test error, open units with FLOPs, and step time against the epoch, as a PNG."""
-    from matplotlib.figure import Figure  # not pyplot: no display, no state
-    from matplotlib.ticker import LogLocator
-
-    epochs = [row.epoch for row in history]
-    style = {"marker": "."} if len(epochs) <= 30 else {"linewidth": 1.0}
-    figure = Figure(figsize=(11, 7.5), layout="constrained")
-    figure.suptitle(title)
-    (loss, error), (units, step) = figure.subplots(2, 2, sharex=True)
-
-    loss.plot(epochs, [row.loss for row in history], **style)
-    loss.set(title="training loss, cross-entropy + penalty")
-
-    top, last = best(history), history[-1]
-    error.plot(epochs, [100 * row.test_error for row in history], **style)
-    error.plot(top.epoch, 100 * top.test_error, "o", label=f"best {top.test_error:.2%}, epoch {top.epoch}")
-    error.plot(
-        last.epoch, 100 * last.test_error, "s", label=f"last {last.test_error:.2%}, epoch {last.epoch}"
-    )
-    error.set(title="test error of the averaged net", ylabel="%", yscale="log")
-    error.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    error.yaxis.set_major_formatter("{x:g}")
-    error.yaxis.set_minor_formatter("")
-    error.legend()
-
-    for i, (name, size) in enumerate(zip(names, sizes[:-1], strict=True)):
-        share = [100 * row.open_units[i] / size for row in history]
-        units.plot(epochs, share, label=f"{name}, {last.open_units[i]} of {size}", **style)
-    units.plot(epochs, [100 * row.expected_flops for row in history], "k--", label="E[FLOPs] in training")
-    units.set(title="open units and FLOPs", xlabel="epoch", ylabel="% of dense", ylim=(0, 105))
-    units.legend()
-
-    ratios = [row.step_ratio for row in history if row.step_ratio is not None]
-    if len(ratios) < len(epochs):
-        step.plot(epochs, [row.step_ms for row in history], **style)
-        step.set(title="time of a training step", xlabel="epoch", ylabel="ms")
-    else:
-        # A running median and its scale: another program on the cores must not hide the course of the run.
-        reach = len(ratios) // 40
-        smooth = [median(ratios[max(0, i - reach) : i + reach + 1]) for i in range(len(ratios))]
-        step.plot(epochs, ratios, ".", color="C0", alpha=0.3, markersize=3)
-        step.plot(epochs, smooth, color="C0", label=f"median of {2 * reach + 1} epoch(s)")
-        step.axhline(1, color="k", linestyle=":", label="dense")
-        step.set_ylim(top=1.2 * max(1, *smooth))
-        step.set(title="time of a training step, gated / dense", xlabel="epoch")
-        step.legend()
-
-    for axes in (loss, step):
-        axes.set_ylim(0, 1.1 * axes.get_ylim()[1])
-    for axes in (loss, error, units, step):
-        axes.grid(alpha=0.3)
-    write_whole(path, lambda temporary: figure.savefig(temporary, dpi=120))
-
-
-def _line(cells: Iterable[str]) -> str:
-    return "  ".join(f"{cell:>{width}}" for cell, width in zip(cells, COLUMNS.values(), strict=True))
-
-
-def _dashed(numbers: Iterable[int]) -> str:
-    return "-".join(map(str, numbers))
+        names, sizes = zip(*(name.removeprefix("open ").rsplit(" of ", 1) for name in units), strict=True)
+        history = []
+        for row in rows:
+            counts = tuple(int(row.pop(name)) for name in units)
+            values: dict[str, Any] = {k: float(v) if v else None for k, v in row.items()}
+            history.append(Epoch(open_units=counts, **(values | {"epoch": int(row["epoch"])})))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: expected the metrics of a run, got another file: {error}") from error
+    return history, [int(size) for size in sizes], list(names)

