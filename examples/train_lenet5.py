@@ -65,7 +65,7 @@ EXAMPLE = trainer.Example(
     name="lenet5",
     units=("maps of conv 1", "maps of conv 2", "inputs of fc 1", "inputs of fc 2"),
     recipes={
-        "mnist5k": trainer.Recipe(40, (1.5, 0.12, 0.012, 0.5), lr=2e-3, gate_lr=0.05),
+        "mnist5k": trainer.Recipe(40, (1.2, 0.12, 0.008, 0.2), lr=2e-3, gate_lr=0.05),
         "mnist": trainer.Recipe(15, (10.0, 0.5, 0.1, 10.0)),
     },
     gated=gated_net,
