@@ -28,13 +28,7 @@ def is_script(name):
 
 
 def pages(script):
-    found = []
-    for name in PAGES:
-        if PYTHON[name] and is_script(name) == script:
-            # README's blocks are to run, too; the mark goes when they do.
-            rewritten = pytest.mark.xfail(strict=True, reason="README is being rewritten")
-            found.append(pytest.param(name, marks=rewritten) if name == "README.md" else name)
-    return found
+    return [name for name in PAGES if PYTHON[name] and is_script(name) == script]
 
 
 def as_pattern(output, figures_vary):
