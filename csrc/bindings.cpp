@@ -515,6 +515,60 @@ void depthwise(bool is_double, const Shape& shape, Address x, Address w, Address
   (is_double ? depthwise_as<double> : depthwise_as<float>)(s, x, w, y, dy, dx, dw_parts, num_threads);
 }
 
+// Numbers of a vector of `size` entries.
+void check_index(const char* name, Address index, int64_t n, int64_t size) {
+  bool inside = true;
+  for (int64_t i = 0; index && i < n; ++i) inside &= uint64_t(as<const int64_t>(index)[i]) < uint64_t(size);
+  if (!inside)
+    throw std::invalid_argument(std::string(name) + " must hold numbers in [0, " + std::to_string(size) + ")");
+}
+
+template <typename T>
+void batch_norm_as(int64_t rows, int64_t channels, int64_t size, Address index, bool training, Address x,
+                   Address weight, Address bias, Address mean, Address rstd, double eps, Address y,
+                   Address running_mean, Address running_var, double momentum, Address updated,
+                   int64_t n_updated, Address dy, Address dx, Address dweight, Address dbias,
+                   int num_threads) {
+  const l0::BatchNormParams<T> p = {rows,
+                                    channels,
+                                    size,
+                                    as<const int64_t>(index),
+                                    training,
+                                    as<const T>(x),
+                                    as<const T>(weight),
+                                    as<const T>(bias),
+                                    as<T>(mean),
+                                    as<T>(rstd),
+                                    eps,
+                                    as<T>(y),
+                                    as<T>(running_mean),
+                                    as<T>(running_var),
+                                    momentum,
+                                    as<const int64_t>(updated),
+                                    n_updated,
+                                    as<const T>(dy),
+                                    as<T>(dx),
+                                    as<T>(dweight),
+                                    as<T>(dbias)};
+  (dy ? l0::kernels<T>().batch_norm_grad : l0::kernels<T>().batch_norm)(p, num_threads);
+}
+
+// Forward where there is no dy.
+void batch_norm(bool is_double, int64_t rows, int64_t channels, int64_t size, Address index, bool training,
+                Address x, Address weight, Address bias, Address mean, Address rstd, double eps, Address y,
+                Address running_mean, Address running_var, double momentum, Address updated,
+                int64_t n_updated, Address dy, Address dx, Address dweight, Address dbias, int num_threads) {
+  py::gil_scoped_release nogil;
+  if (rows < 1 || channels < 1 || size < channels || n_updated < 0 || n_updated > channels)
+    throw std::invalid_argument("sizes: rows, channels and all channels are " + std::to_string(rows) + ", " +
+                                std::to_string(channels) + " and " + std::to_string(size));
+  check_index("index", index, channels, size);
+  check_index("updated", updated, n_updated, channels);
+  (is_double ? batch_norm_as<double> : batch_norm_as<float>)(
+      rows, channels, size, index, training, x, weight, bias, mean, rstd, eps, y, running_mean, running_var,
+      momentum, updated, n_updated, dy, dx, dweight, dbias, num_threads);
+}
+
 // Asks for 2 MB pages under an allocation that nobody has written yet; the allocation stays whose it is.
 // Where the system has none, nothing happens.
 void advise_huge_pages(Address address, size_t bytes) {
@@ -570,5 +624,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("im2col", &im2col);
   m.def("col2im", &col2im);
   m.def("depthwise", &depthwise);
+  m.def("batch_norm", &batch_norm);
   m.def("advise_huge_pages", &advise_huge_pages);
 }

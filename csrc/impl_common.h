@@ -1,6 +1,7 @@
 // What the *_impl.h need, included before an instruction set is chosen so that no inline function of a
 // standard header is compiled for it.
 #pragma once
+#include <algorithm>
 #include <array>
 #include <cmath>
 #include <cstdint>

@@ -3,6 +3,7 @@
 #pragma once
 #include <cstdint>
 
+#include "batch_norm.h"
 #include "conv.h"
 #include "gemm.h"
 
@@ -102,6 +103,8 @@ struct Kernels {
   void (*col2im)(const ConvShape&, const T* col, T* x, int num_threads);
   void (*depthwise)(const DepthwiseParams<T>&, int num_threads);
   void (*depthwise_grad)(const DepthwiseParams<T>&, int num_threads);
+  void (*batch_norm)(const BatchNormParams<T>&, int num_threads);  // batch_norm.h
+  void (*batch_norm_grad)(const BatchNormParams<T>&, int num_threads);
 };
 
 template <typename T>

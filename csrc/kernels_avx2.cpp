@@ -6,6 +6,7 @@ L0_TARGET_BEGIN("avx2,fma")
 #define L0_VECTOR_BYTES 32
 #define L0_VECTOR_REGISTERS 16
 #include "gemm_impl.h"
+#include "batch_norm_impl.h"
 #include "conv_impl.h"
 #include "elementwise_impl.h"
 L0_TARGET_END

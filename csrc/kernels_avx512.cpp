@@ -8,6 +8,7 @@ L0_TARGET_BEGIN("avx512f,avx512dq,avx512bw,avx512vl,avx2,fma")
 #define L0_VECTOR_BYTES 64
 #define L0_VECTOR_REGISTERS 32
 #include "gemm_impl.h"
+#include "batch_norm_impl.h"
 #include "conv_impl.h"
 #include "elementwise_impl.h"
 L0_TARGET_END

@@ -8,5 +8,6 @@
 #define L0_VECTOR_REGISTERS 16
 #endif
 #include "gemm_impl.h"
+#include "batch_norm_impl.h"
 #include "conv_impl.h"
 #include "elementwise_impl.h"

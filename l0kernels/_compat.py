@@ -75,6 +75,8 @@ unsafe_view: Any = torch.ops.aten._unsafe_view.default
 # Functions of torch as a tensor's __torch_function__ meets them.
 function_homes: Any = (torch._C._nn, torch._C._VariableFunctions)
 """Where those are that torch and torch.nn.functional only hand on."""
+view_as_subclass: Any = Tensor._make_subclass
+"""(class, data): an instance on the memory of a tensor, in no graph of autograd; as_subclass adds a node."""
 without_torch_function: Any = torch._C.DisableTorchFunctionSubclass
 """Within it a subclass of Tensor is what torch's own code sees."""
 

@@ -45,6 +45,28 @@ class _HardConcreteGrad(torch.autograd.Function):
         return _ops.gate_grad(dz, z, *ctx.settings), None, None, None
 
 
+class _Joined(torch.autograd.Function):
+    """z of all vectors of a draw, and a 1 behind them, joined to their log_alpha by one node: for a forward
+    that draws for itself and is never computed again in parts."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, dist: HardConcrete, backend: str, z: Sequence[Tensor], *log_alphas: Tensor
+    ) -> Tensor:
+        joined = torch.cat([*z, z[0].new_ones(1)])
+        ctx.save_for_backward(joined)
+        ctx.settings = dist, backend
+        ctx.sizes = [len(part) for part in z]
+        return joined
+
+    @staticmethod
+    def backward(ctx: Any, dz: Tensor) -> tuple[Tensor | None, ...]:
+        _ops.refuse_second_derivative("sample_gates")
+        (z,) = ctx.saved_tensors
+        grads = _ops.gate_grad(dz, z, *ctx.settings).split_with_sizes([*ctx.sizes, 1])
+        return None, None, None, *grads[:-1]
+
+
 class Draw(NamedTuple):
     """Where a layer's gates come from: to be drawn from log_alpha with it, or ``drawn`` before, detached."""
 
@@ -145,6 +167,20 @@ def attach(log_alpha: Tensor, gate: Gates, dist: HardConcrete) -> Gates:
     if not (log_alpha.requires_grad and torch.is_grad_enabled()):
         return gate
     return gate.of(reference.gates.joined(log_alpha, gate.z, dist))
+
+
+def draw_joined(
+    log_alphas: list[Tensor], drawn: Sequence[Gates] | None, seed: Tensor | None, dist: HardConcrete
+) -> tuple[Sequence[Gates], Tensor]:
+    """Gates without a way back, drawn now unless they are, and their z and a 1 in one vector, with one."""
+    if drawn is None:
+        check_log_alphas(log_alphas)
+        backend = _registry.resolve(log_alphas[0].device, log_alphas[0].dtype, "sample")
+        drawn = draw(log_alphas, seed, dist, backend)
+    else:
+        check_drawn(log_alphas, drawn)
+    backend = _registry.resolve(log_alphas[0].device, log_alphas[0].dtype, "gate_grad")
+    return drawn, apply(_Joined, dist, backend, [gate.z for gate in drawn], *log_alphas)
 
 
 def are_drawn(sources: Sequence[Draw | None]) -> bool:

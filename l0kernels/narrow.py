@@ -14,7 +14,8 @@ from torch import Tensor
 from . import _ops
 from ._autograd import apply
 from ._calls import GateGrads
-from .impl import im2col, module
+from .impl import batch_norm, im2col, module
+from .impl.batch_norm import Channels, Settings
 from .impl.im2col import Geometry
 from .impl.memory import empty_grad, plain
 
@@ -183,3 +184,49 @@ class _Depthwise(torch.autograd.Function):
 def narrow_depthwise(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
     """conv2d of each channel of x (N, c, H, W) with its own kernel of weight (c, 1, kh, kw)."""
     return apply(_Depthwise, x, weight, geometry)
+
+
+class _BatchNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        channels: Channels,
+        settings: Settings,
+    ) -> Tensor:
+        x = batch_norm.as_rows(plain(x))
+        y, statistics = batch_norm.forward(x, weight, bias, running_mean, running_var, channels, settings)
+        ctx.save_for_backward(x, weight)
+        ctx.settings = statistics, channels.index, settings
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        _ops.refuse_second_derivative("narrow_batch_norm")
+        x, weight = ctx.saved_tensors
+        dy = batch_norm.as_rows(plain(dy))
+        grads = batch_norm.backward(dy, x, weight, *ctx.settings, ctx.needs_input_grad[:3])
+        return *grads, None, None, None, None
+
+
+def narrow_batch_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    channels: Channels,
+    settings: Settings,
+) -> Tensor:
+    """batch_norm of existing channels x (N, c) or (N, c, H, W), by vectors of all channels.
+
+    Args:
+        weight, bias: (channels,) or None.
+        running_mean, running_var: (channels,) or None, in training changed where channels are updated.
+        channels, settings: which exist, and torch's options; `impl.batch_norm.serves` says of what.
+    """
+    return apply(_BatchNorm, x, weight, bias, running_mean, running_var, channels, settings)

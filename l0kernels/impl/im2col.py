@@ -7,6 +7,7 @@ ready for any. Images are (N, C, H, W) in channels_last memory; so are the resul
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -35,7 +36,12 @@ Shape = tuple[int, ...]
 
 def shape_of(x: Tensor, kernel: tuple[int, int], geometry: Geometry) -> Shape:
     """ConvShape of csrc/conv.h."""
-    N, C, H, W = x.shape
+    return _shape(x.shape, kernel, geometry)
+
+
+@lru_cache(4096)
+def _shape(size: torch.Size, kernel: tuple[int, int], geometry: Geometry) -> Shape:
+    N, C, H, W = size
     (stride, padding, dilation), out = geometry, []
     for n, k, s, p, d in zip((H, W), kernel, stride, padding, dilation, strict=True):
         out.append((n + 2 * p - d * (k - 1) - 1) // s + 1)
@@ -51,13 +57,20 @@ def serves(dtype: torch.dtype) -> bool:
 
 def rows(x: Tensor) -> Tensor:
     """x in channels_last memory as a matrix (N * H * W, C)."""
+    if x.is_contiguous(memory_format=torch.channels_last):
+        return _matrix(x)
     return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
+
+
+def _matrix(x: Tensor) -> Tensor:
+    N, C, H, W = x.shape
+    return x.as_strided((N * H * W, C), (C, 1))  # permute and view are two calls
 
 
 def _images(like: Tensor, N: int, C: int, H: int, W: int) -> tuple[Tensor, Tensor]:
     """Unwritten images, no view, for users may change them in place; and as a matrix."""
     out = torch.empty((N, C, H, W), dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
-    return out, out.permute(0, 2, 3, 1).view(N * H * W, C)
+    return out, _matrix(out)
 
 
 def _is_product(shape: Shape) -> bool:

@@ -56,6 +56,29 @@ def vector(t: Tensor, name: str, dtype: torch.dtype, n: int, device: torch.devic
     return _address(t, name, dtype, int(t.storage_offset()) + n, device) if n else 0
 
 
+def images(t: Tensor, name: str, dtype: torch.dtype) -> int:
+    """Address of a (N, C, H, W) tensor in channels_last memory on the CPU, 0 for none; errors as `vector`."""
+    if not t.is_contiguous(memory_format=torch.channels_last):
+        raise ValueError(
+            f"{name} must be in channels_last memory, got {tuple(t.shape)}, strides {t.stride()}"
+        )
+    n = t.numel()
+    try:
+        if (
+            type(t) in PLAIN
+            and t.dtype is dtype
+            and not t.is_neg()
+            and t.is_cpu
+            and t.untyped_storage().nbytes() >= (t.storage_offset() + n) * dtype.itemsize
+        ):
+            address = t.data_ptr()
+            if address:
+                return address
+    except (NotImplementedError, RuntimeError):
+        pass
+    return _address(t, name, dtype, int(t.storage_offset()) + n, None) if n else 0
+
+
 def matrix(
     t: Tensor, name: str, dtype: torch.dtype, rows: int, cols: int, device: torch.device | None = None
 ) -> tuple[int, int, int]:

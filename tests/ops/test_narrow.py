@@ -11,6 +11,7 @@ from l0kernels import narrow
 from l0kernels._gates import round_up
 from l0kernels._native import native
 from l0kernels.impl import im2col, module
+from l0kernels.impl.batch_norm import Channels, Settings
 from l0kernels.impl.im2col import Geometry
 
 needs_native = pytest.mark.skipif(native is None, reason="no native kernels")
@@ -100,16 +101,59 @@ def test_depthwise(isa, dtype):
             near(mine, theirs, dtype)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@needs_native
+def test_batch_norm(isa, dtype):
+    """Values, every gradient and the running statistics against torch's of gathered vectors in float64."""
+    generator = torch.Generator().manual_seed(3)
+    sizes = [(2,), (70,), (3, 1, 1), (2, 3, 5), (4, 17, 16)]
+    forms = [(True, True, True), (True, False, True), (True, True, False), (False, True, True)]
+    for (n, *image), exist, (training, affine, running) in itertools.product(
+        sizes, (1, 3, 8, 40, 150), forms
+    ):
+        size = exist + 5
+        index = torch.randperm(size, generator=generator)[:exist].sort().values
+        updated = torch.arange(0, exist if affine else 0, 2)  # without affine: none of them
+        x, dy = (3 + torch.randn(n, exist, *image, dtype=dtype) for _ in range(2))
+        vectors = [torch.rand(size, dtype=dtype) + 0.5 for _ in range(4)]
+        weight, bias = vectors[:2] if affine else (None, None)
+        own = [t.clone() for t in vectors[2:]] if running else [None, None]
+        leaves = [t.clone().requires_grad_() for t in (x, weight, bias) if t is not None]
+        channels, settings = Channels(index, updated), Settings(training, 0.3, 1e-3, size)
+        y = narrow.narrow_batch_norm(leaves[0], *(leaves[1:] or (None, None)), *own, channels, settings)
+        exact = [t.detach().double().requires_grad_() for t in leaves]
+        some = [None if t is None else t.double()[index] for t in (vectors[2:] if running else own)]
+        gathered = [t[index] for t in exact[1:]] or [None, None]
+        right = F.batch_norm(exact[0], *some, *gathered, training, 0.3, 1e-3)
+        assert y.is_contiguous(memory_format=torch.channels_last) if image else y.is_contiguous()
+        got = torch.autograd.grad(y, leaves, dy)
+        expected = torch.autograd.grad(right, exact, dy.double())
+        for mine, theirs in zip((y, *got), (right, *expected), strict=True):
+            scale = theirs.abs().max() + 32  # 1 / sqrt(eps), by which rounding may grow
+            near(mine / scale, theirs / scale, dtype)
+        for mine, before, theirs in zip(own, vectors[2:], some, strict=True):
+            if running:
+                after = before.double()
+                if training:
+                    after[index[updated]] = theirs[updated]
+                near(mine, after, dtype)
+                assert mine._version == training
+
+
 @needs_native
 def test_chunks_and_threads_change_nothing(threads, monkeypatch):
-    """Whatever is made at a time, by however many threads: depthwise to the bit."""
+    """Whatever is made at a time, by however many threads: depthwise and norms to the bit."""
     x, weight = torch.randn(5, 40, 12, 12), torch.randn(40, 1, 3, 3)
     geometry, dy = Geometry((1, 1), (1, 1), (1, 1)), torch.randn(5, 40, 12, 12)
 
     def run():
         leaves = [x.clone().requires_grad_(), weight.clone().requires_grad_()]
         y = narrow.narrow_depthwise(*leaves, geometry)
-        return y, *torch.autograd.grad(y, leaves, dy)
+        every = Channels(None, None), Settings(True, 0.1, 1e-5, 40)
+        norm = narrow.narrow_batch_norm(
+            leaves[0], leaves[1][:, 0, 0, 0].contiguous(), None, None, None, *every
+        )
+        return y, norm, *torch.autograd.grad(y, leaves, dy), *torch.autograd.grad(norm, leaves, dy)
 
     first = run()
     threads(3)
@@ -177,6 +221,14 @@ def test_native_code_refuses_shapes_that_do_not_fit():
     wide = im2col.shape_of(torch.zeros(1, 4, 20, 20), (9, 9), Geometry((1, 1), (1, 1), (1, 1)))
     with pytest.raises(ValueError, match="at most 64 taps, got 81"):
         native.depthwise(False, wide, at, at, at, 0, 0, 0, 1)
+    for index, rows, updated in ((4, 9, 0), (-1, 9, 0), (0, 0, 0), (0, 9, 1)):
+        numbers = torch.tensor([index, updated])
+        at_index, at_updated = numbers.data_ptr(), numbers.data_ptr() + 8
+        with pytest.raises(ValueError, match=r"index must|updated must|sizes: "):
+            native.batch_norm(
+                False, rows, 1, 4, at_index, True, at, 0, 0, at, at, 0.1, at, 0, 0, 0.1, at_updated, 1,
+                0, 0, 0, 0, 1,
+            )  # fmt: skip
     with pytest.raises(ValueError, match="run must be positive"):
         module("cpp").pack(torch.zeros(4, 6).t(), None, None, torch.float32, run=2)
 
@@ -191,6 +243,15 @@ def test_second_derivatives_are_refused_and_views_are_taken_for_their_values():
     calls = {
         "narrow_conv2d": lambda x, w: narrow.narrow_conv2d(x, w, None, None, sides, geometry),
         "narrow_depthwise": lambda x, w: narrow.narrow_depthwise(x, w[:3, :1], geometry),
+        "narrow_batch_norm": lambda x, w: narrow.narrow_batch_norm(
+            x,
+            w[:3, 0, 0, 0].contiguous(),
+            None,
+            None,
+            None,
+            Channels(None, None),
+            Settings(True, 0.1, 1e-5, 3),
+        ),
         "narrow_weight": lambda x, w: F.conv2d(x, narrow.narrow_weight(w, None, sides), padding=1),
     }
     for name, call in calls.items():

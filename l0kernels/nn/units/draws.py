@@ -124,16 +124,24 @@ class Draw:
         open_all, one_all: whether, where exact, no gate is closed, and whether all are 1.
     """
 
-    def __init__(self, gates: Sequence[Gates], multiples: Sequence[int], exact: bool, backend: str) -> None:
+    def __init__(
+        self,
+        gates: Sequence[Gates],
+        multiples: Sequence[int],
+        exact: bool,
+        backend: str,
+        joined: Tensor | None = None,
+    ) -> None:
         self.exact, self.backend = exact, backend
         self.recurrent: dict[Any, Any] | None = None
         z = [gate.z for gate in gates]
-        self.z = torch.cat([*z, z[0].new_ones(1)])
+        self.z = torch.cat([*z, z[0].new_ones(1)]) if joined is None else joined
         self.is_open = self.z.detach() != 0
         self._gates = gates
         self._present: dict[Space, Present] = {}
         self._scales: dict[tuple[Space, torch.dtype], Tensor] = {}
         self._sides: dict[tuple[Space, torch.dtype], list[Tensor]] = {}
+        self._parts: dict[torch.dtype, tuple[Tensor, ...]] = {}
         self._static: dict[Space, Gates] = {}
         self._masks: dict[tuple[Space, torch.dtype], Tensor] = {}
         self._exists: Tensor | None = None
@@ -208,7 +216,9 @@ class Draw:
         key = space, torch.float64 if dtype == torch.float64 else torch.float32
         found = self._scales.get(key)
         if found is None:
-            start = space.start
+            start, at = space.start, self._group(space) if self.exact else None
+            if at is not None:
+                return self._scales.setdefault(key, self._by_group(key[1])[at])
             with _unwatched():
                 z = self.z.to(key[1])
                 if start is None:
@@ -216,6 +226,15 @@ class Draw:
                 else:
                     found = z[start : start + space.size]
             self._scales[key] = found
+        return found
+
+    def _by_group(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """z of each vector: one node of autograd for all."""
+        found = self._parts.get(dtype)
+        if found is None:
+            with _unwatched():
+                found = self.z.to(dtype).split_with_sizes([*(len(gate.z) for gate in self._gates), 1])
+            self._parts[dtype] = found
         return found
 
     def side(self, space: Space, dtype: torch.dtype, selects: bool) -> list[Tensor] | None:

@@ -28,6 +28,11 @@ class Kind(NamedTuple):
         return self.name.endswith("norm")
 
     @property
+    def is_bypassed(self) -> bool:
+        """Whether torch.nn.TransformerEncoderLayer reads the weights of such layers, and calls none."""
+        return self.name in ("linear", "layer_norm", "rms_norm")
+
+    @property
     def is_exact(self) -> bool:
         """Whether it would see units that exist and are closed: in the statistics over all units."""
         return self.name in ("layer_norm", "rms_norm", "group_norm")

@@ -16,11 +16,12 @@ from ... import _checks
 from ..._compat import batch_norm
 from ...conv2d import gated_conv2d
 from ...impl import im2col
+from ...impl.batch_norm import Channels, Settings, serves
 from ...impl.im2col import Geometry
 from ...linear import gated_linear
-from ...narrow import Sides, narrow_conv2d, narrow_depthwise, narrow_weight
+from ...narrow import Sides, narrow_batch_norm, narrow_conv2d, narrow_depthwise, narrow_weight
 from ...norm import gated_group_norm, gated_layer_norm, gated_rms_norm
-from .draws import Draw, Space
+from .draws import Draw, Present, Space
 from .kinds import Kind
 from .narrow import Narrow, plain, refuse_function
 
@@ -46,7 +47,8 @@ class Units(NamedTuple):
 def run(layer: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
     """The forward of a gated layer."""
     units: Units = layer._l0_units
-    _checks.check_tensor("x" if units.kind.name != "embedding" else "input", x)
+    if type(x) is not Narrow:
+        _checks.check_tensor("x" if units.kind.name != "embedding" else "input", x)
     draw = units.groups.now()
     if not torch.is_grad_enabled() and draw.z.requires_grad:
         refuse_function()
@@ -171,20 +173,30 @@ class _Exact:
 
     def batch_norm(self, layer: Any, x: Tensor) -> Tensor:
         layer._check_input_dim(x)
-        x = self.enter(x, self.units.outs, 1)
-        index, present = self.index(self.units.outs), self.draw.present(cast(Space, self.units.outs))
-        norm = _BatchNorm(layer)
+        outs = cast(Space, self.units.outs)
+        x, present, norm = self.enter(x, outs, 1), self.draw.present(outs), _BatchNorm(layer)
+        weight, bias, running = layer.weight, layer.bias, norm.running
+        if self.draw.open_all or self.draw.backend != "cpp" or not serves(x, weight, bias, *running):
+            return self.leave(self.gathered_batch_norm(norm, x, weight, bias, present), 1)
+        channels = Channels(present.index, present.within)
+        settings = Settings(norm.of_batch, norm.momentum, layer.eps, outs.size)
+        return self.leave(narrow_batch_norm(x, weight, bias, *running, channels, settings), 1)
+
+    def gathered_batch_norm(
+        self, norm: _BatchNorm, x: Tensor, weight: Tensor | None, bias: Tensor | None, present: Present
+    ) -> Tensor:
+        """By torch's operations."""
+        index, within, places = present.index, present.within, present.places
         some = [t if t is None or index is None else t.index_select(0, index) for t in norm.running]
-        if norm.tracks and index is None and present.places is not None:  # closed ones keep their statistics
+        if norm.tracks and index is None and places is not None:  # closed ones keep their statistics
             some = [None if t is None else t.clone() for t in some]
-        y = norm(x, some, self.take(layer.weight), self.take(layer.bias))
-        within, places = present.within, present.places
+        y = norm(x, some, self.take(weight), self.take(bias))
         if norm.tracks and places is not None:
             with torch.no_grad():
                 for whole, part in zip(norm.running, some, strict=True):
                     if whole is not None and part is not None:
                         whole.index_copy_(0, places, part if within is None else part.index_select(0, within))
-        return self.leave(y, 1)
+        return y
 
     def layer_norm(self, layer: nn.LayerNorm, x: Tensor) -> Tensor:
         dim = x.ndim - 1
@@ -229,26 +241,27 @@ class _BatchNorm:
     """What torch's batch norm does beside the formula.
 
     Attributes:
-        tracks: whether this call moves the running statistics.
+        tracks, momentum: whether this call moves the running statistics, and by what share.
         running: mean and variance, None where the batch's are used.
+        of_batch: whether the statistics are those of x.
     """
 
     def __init__(self, layer: Any) -> None:
         self._layer = layer
         self.tracks = layer.training and layer.track_running_stats and layer.running_mean is not None
-        self._momentum = 0.0 if layer.momentum is None else layer.momentum
+        self.momentum = 0.0 if layer.momentum is None else layer.momentum
         if layer.training and layer.track_running_stats and layer.num_batches_tracked is not None:
             layer.num_batches_tracked.add_(1)
             if layer.momentum is None:
-                self._momentum = 1.0 / float(layer.num_batches_tracked)
+                self.momentum = 1.0 / float(layer.num_batches_tracked)
         use = not layer.training or layer.track_running_stats
         self.running = [layer.running_mean, layer.running_var] if use else [None, None]
+        self.of_batch = layer.training or self.running[0] is None
 
     def __call__(
         self, x: Tensor, running: list[Tensor | None], weight: Tensor | None, bias: Tensor | None
     ) -> Tensor:
-        of_batch = self._layer.training or running[0] is None
-        return batch_norm(x, running[0], running[1], weight, bias, of_batch, self._momentum, self._layer.eps)
+        return batch_norm(x, *running, weight, bias, self.of_batch, self.momentum, self._layer.eps)
 
 
 def _embedded(layer: nn.Embedding, x: Tensor) -> Tensor:

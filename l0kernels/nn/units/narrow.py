@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointFunction
 
-from ..._compat import pytree, running_function, without_torch_function
+from ..._compat import pytree, running_function, view_as_subclass, without_torch_function
 from . import table
 from .draws import Draw, Space, Spaces
 
@@ -31,10 +32,7 @@ class Narrow(Tensor):
     @staticmethod
     def of(data: Tensor, space: Space, dim: int, draw: Draw, spaces: Spaces) -> Narrow:
         """`data`, whose dimension `dim` holds what `draw` leaves of `space`."""
-        found = data.as_subclass(Narrow)
-        found._held = data
-        found._at = space, dim, draw, spaces
-        return found
+        return _at_place(data, (space, dim, draw, spaces))
 
     @property
     def _data(self) -> Tensor:
@@ -64,7 +62,14 @@ class Narrow(Tensor):
 
     def dim(self) -> int:
         """As of the dense tensor."""
-        return self._data.ndim
+        return self._held.ndim
+
+    # Asked for more often than anything is computed, and dear by way of __torch_function__.
+    ndim = property(dim)  # type: ignore[assignment]
+    dtype = property(lambda self: self._held.dtype)  # type: ignore[assignment]
+    device = property(lambda self: self._held.device)  # type: ignore[assignment]
+    layout = property(lambda self: self._held.layout)  # type: ignore[assignment]
+    is_cpu = property(lambda self: self._held.is_cpu)  # type: ignore[assignment]
 
     def numel(self) -> int:
         """Of the dense tensor."""
@@ -123,6 +128,13 @@ class Narrow(Tensor):
         return _on_dense(func, args, kwargs)
 
 
+def _at_place(data: Tensor, at: tuple[Space, int, Draw, Spaces]) -> Narrow:
+    found: Narrow = view_as_subclass(Narrow, data)
+    found._held = data
+    found._at = at
+    return found
+
+
 _REQUIRES_GRAD: Any = Tensor.requires_grad
 _GRAD: Any = Tensor.grad
 
@@ -170,6 +182,7 @@ def _on_dense(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return out
 
 
+@cache
 def _is_in_place(func: Any) -> bool:
     name = getattr(func, "__name__", "")
     return (name.endswith("_") and not name.endswith("__")) or name in _CHANGE
@@ -192,11 +205,13 @@ Rule = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
 
 def _like(x: Narrow, data: Any, dim: int | None = None) -> Any:
     """The result of a function of x: what it holds, at the same or another dimension."""
-    if data is x._data:
+    if data is x._held:
         return x
     assert x._at is not None
-    space, at, draw, spaces = x._at
-    return Narrow.of(data, space, at if dim is None else dim, draw, spaces)
+    if dim is None:
+        return _at_place(data, x._at)
+    space, _, draw, spaces = x._at
+    return _at_place(data, (space, dim, draw, spaces))
 
 
 def _is_narrow(x: Any) -> bool:
@@ -207,19 +222,26 @@ def _pointwise(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     x = args[0] if args else kwargs.get("input")
     if not isinstance(x, Narrow) or x._at is None:
         return None
-    rest = args[1:]
-    if func in _LIKE_ANOTHER:
-        return _like(x, func(x._data, *plain(rest), **plain(kwargs)))
-    if any(isinstance(a, Tensor) and (a.ndim or isinstance(a, Narrow)) for a in (*rest, *kwargs.values())):
-        if "input" in kwargs and kwargs["input"] is x:
-            return None
-        return _elementwise(func, args, kwargs)
-    if args:
-        return _like(x, func(x._data, *rest, **kwargs))
-    return _like(x, func(**{**kwargs, "input": x._data}))
+    for a in (*args[1:], *kwargs.values()):
+        if isinstance(a, Tensor) and (a.ndim or isinstance(a, Narrow)) and (args or a is not x):
+            return _elementwise(func, args, kwargs) if args else None
+    return _like(x, func(x._data, *args[1:], **kwargs) if args else func(**{**kwargs, "input": x._data}))
+
+
+def _converted(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """As another tensor is, perhaps a narrow one."""
+    x = args[0]
+    if not isinstance(x, Narrow) or x._at is None:
+        return None
+    return _like(x, func(x._data, *plain(args[1:]), **plain(kwargs)))
 
 
 def _elementwise(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if len(args) == 2 and not kwargs:
+        a, b = args
+        alike = type(b) in _NUMBERS or (type(b) is Narrow and type(a) is Narrow and _lie_alike(a, b))
+        if alike and type(a) is Narrow and a._at is not None:
+            return _like(a, func(a._data, b._data if type(b) is Narrow else b))
     first = next((a for a in args if _is_narrow(a)), None)
     if first is None or any(isinstance(a, Tensor) for a in kwargs.values()):
         return None
@@ -254,6 +276,17 @@ def _elementwise(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
     return Narrow.of(out, space, end + ndim, draw, spaces)
 
 
+_NUMBERS = (float, int)
+
+
+def _lie_alike(a: Narrow, b: Narrow) -> bool:
+    """Whether their units meet, where both hold the same ones."""
+    at, other = a._at, b._at
+    if at is None or other is None or a._held.ndim != b._held.ndim:
+        return False
+    return at is other or (at[0] is other[0] and at[1] == other[1] and at[2] is other[2])
+
+
 def _dims(value: Any, ndim: int) -> list[int]:
     values = [value] if isinstance(value, int) else [*value]
     return [int(dim) % ndim for dim in values]
@@ -263,10 +296,20 @@ def _permuted(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     x = args[0]
     if not isinstance(x, Narrow) or x._at is None:
         return None
-    ndim = x._data.ndim
-    # What the function does to a tensor whose sizes are its dimensions' numbers.
-    moved = func(torch.empty([*range(1, ndim + 1)], device="meta"), *args[1:], **kwargs)
-    return _like(x, func(x._data, *args[1:], **kwargs), moved.shape.index(x._at[1] + 1))
+    data = func(x._data, *args[1:], **kwargs)
+    how = _frozen(args[1:]), _frozen(kwargs.items())
+    return _like(x, data, _moved(func, data.ndim, *how).index(x._at[1] + 1))
+
+
+def _frozen(values: Any) -> Any:
+    """Arguments as what they are looked up by."""
+    return tuple(_frozen(value) if isinstance(value, tuple | list) else value for value in values)
+
+
+@lru_cache(1024)
+def _moved(func: Any, ndim: int, args: tuple[Any, ...], kwargs: tuple[Any, ...]) -> torch.Size:
+    """What the function does to a tensor whose sizes are its dimensions' numbers."""
+    return func(torch.empty([*range(1, ndim + 1)], device="meta"), *args, **dict(kwargs)).shape
 
 
 def _squeezed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -343,14 +386,15 @@ def _view_shape(full: torch.Size, args: tuple[Any, ...], kwargs: dict[str, Any])
 def _concatenated(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     tensors = args[0] if args else kwargs["tensors"]
     at = args[1] if len(args) > 1 else kwargs.get("dim", kwargs.get("axis", 0))
-    if not all(_is_narrow(t) for t in tensors):
+    spaces = [t._at for t in tensors if isinstance(t, Narrow) and t._at is not None]
+    if len(spaces) != len(tensors) or not spaces:
         return None
-    spaces = [t._at for t in tensors]
     space, dim, draw, known = spaces[0]
-    if any(other[1] != dim or other[2] is not draw for other in spaces):
-        return None
+    for other in spaces:
+        if other[1] != dim or other[2] is not draw:
+            return None
     data = torch.cat([t._data for t in tensors], at)
-    if at % tensors[0]._data.ndim == dim:
+    if at % tensors[0]._held.ndim == dim:
         return Narrow.of(data, known.joined([other[0] for other in spaces]), dim, draw, known)
     if any(other[0] is not space for other in spaces):
         return None
@@ -414,11 +458,12 @@ def _item(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 def _reduced(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     x = args[0]
-    if not isinstance(x, Narrow) or x._at is None or any(isinstance(a, Tensor) for a in args[1:]):
+    if not isinstance(x, Narrow) or x._at is None or func.__name__ == "norm":
         return None
-    ndim, at, name = x._data.ndim, x._at[1], func.__name__
-    if name == "norm":
-        return None
+    for a in args[1:]:
+        if isinstance(a, Tensor):
+            return None
+    ndim, at = x._held.ndim, x._at[1]
     value = args[1] if len(args) > 1 else kwargs.get("dim")
     if value is None or isinstance(value, bool):
         return None
@@ -445,15 +490,20 @@ def _spatial(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     x = args[0] if args else kwargs["input"]
     if not isinstance(x, Narrow) or x._at is None:
         return None
-    if any(isinstance(a, Narrow) for a in pytree.tree_leaves((args, kwargs)) if a is not x):
+    for a in (*args, *kwargs.values()):
+        if isinstance(a, Narrow) and a is not x:
+            return None
+    ndim = x._held.ndim
+    if x._at[1] != ndim - (_spatial_dims(func) or ndim - 2) - 1:
         return None
-    ndim, name = x._data.ndim, func.__name__
-    spatial = next((int(digit) for digit in "123" if f"{digit}d" in name), ndim - 2)
-    if x._at[1] != ndim - spatial - 1:
-        return None
-    given = {**kwargs, "input": x._data} if not args else kwargs
-    out = func(x._data, *args[1:], **given) if args else func(**given)
+    out = func(x._data, *args[1:], **kwargs) if args else func(**{**kwargs, "input": x._data})
     return _like(x, out) if isinstance(out, Tensor) else tuple(_like(x, part) for part in out)
+
+
+@cache
+def _spatial_dims(func: Any) -> int:
+    """How many dimensions a function says it is of, 0: it does not."""
+    return next((int(digit) for digit in "123" if f"{digit}d" in func.__name__), 0)
 
 
 def _padded(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -503,6 +553,7 @@ def _length(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 def _rules() -> dict[Any, Rule]:
     kinds: list[tuple[str, Rule]] = [
         (table.POINTWISE, _pointwise),
+        ("to type_as", _converted),
         (f"{table.ELEMENTWISE} {table.QUOTIENTS}", _elementwise),
         (table.SPATIAL, _spatial),
         (table.REDUCTIONS, _reduced),
@@ -532,5 +583,4 @@ def _rules() -> dict[Any, Rule]:
     return rules
 
 
-_LIKE_ANOTHER = {*table.functions("to type_as")}
 RULES = _rules()

@@ -15,8 +15,9 @@ from ... import _checks, _registry
 from ..._compat import current_node, graph_task
 from ..._gates import DEFAULT_DIST, Gates, HardConcrete
 from ...conv2d import is_exact
+from ...gates import draw_joined
 from ...penalty import L2Term
-from ..gate import GatedLayer, HardConcreteGate, draw, leaves_no_fast_path
+from ..gate import GatedLayer, HardConcreteGate, draw, draws_of, leaves_no_fast_path
 from . import recurrent
 from .draws import Draw, Space, Spaces
 from .example import Example, example_of
@@ -30,6 +31,8 @@ MULTIPLE = 8
 
 NAME = "l0_units"
 """Of the module in a gated model that holds its gates."""
+_DRAWS = ("CatBackward0", "_JoinedBackward")
+"""The nodes of autograd that z of a draw comes from."""
 _RECENT = 8
 """So many forwards may come before the backward pass of the first, whose checkpoints look for their draw."""
 
@@ -177,27 +180,35 @@ class GateGroups(GatedLayer, nn.Module):
             found = next((draws[node] for node in front if node in draws), None)
             if found is not None:
                 return found
-            if any(node.name() == "CatBackward0" and NAME in node.metadata for node in front):
+            if any(node.name() in _DRAWS and NAME in node.metadata for node in front):
                 raise RuntimeError(f"a checkpoint must be computed again before {_RECENT} more forwards")
             seen.update(front)
         return recent[-1]
 
     def _stack(self) -> list[Draw]:
-        local = self._local
-        if not hasattr(local, "stack"):
-            local.stack = []
-        return local.stack
+        found = self._local.__dict__.get("stack")
+        if found is None:
+            found = self._local.stack = []
+        return found
 
     def _draw(self, model: nn.Module | None = None) -> Draw:
         gates = self.gates
-        drawn = [
-            self._spread(found, group.units) for found, group in zip(draw(gates), self.groups, strict=True)
-        ]
         device = gates[0].log_alpha.device
         backend = _registry.resolve(device, torch.float32, "gated_conv2d")
         exact = device.type == "cpu" and _checks.readable() and (backend == "reference" or is_exact(backend))
         exact = exact and (model is None or not self._is_seen_by_functions(model))
-        return Draw(drawn, self.multiples, exact, "torch" if backend == "reference" else backend)
+        held = [gate.drawn if gate.training else None for gate in gates]
+        joins = exact and self.block == 1 and backend != "reference" and draws_of(gates, held) is not None
+        z = None
+        if joins:
+            of_bank = [one for one in held if one is not None]
+            seed = None if of_bank else gates[0].fresh_seed()
+            whole = [gate.gathered().flatten() for gate in gates]
+            drawn, z = draw_joined(whole, of_bank or None, seed, gates[0].dist)
+        else:
+            pairs = zip(draw(gates), self.groups, strict=True)
+            drawn = [self._spread(found, group.units) for found, group in pairs]
+        return Draw(drawn, self.multiples, exact, "torch" if backend == "reference" else backend, z)
 
     def _spread(self, gates: Gates | None, units: int) -> Gates:
         assert gates is not None
@@ -420,7 +431,8 @@ def _place(model: nn.Module, gates: GateGroups, sizes: dict[tuple[str, int], int
         placed.append(units)
         module.__dict__["_l0_units"] = units
         module.__class__ = _class_of(type(module))
-        module.register_forward_pre_hook(leaves_no_fast_path)
+        if kind.is_bypassed:
+            module.register_forward_pre_hook(leaves_no_fast_path)
     _round(gates, placed, total)
     model.add_module(NAME, gates)
     gates.hook(model)

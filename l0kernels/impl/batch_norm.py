@@ -1,0 +1,167 @@
+"""Batch normalisation of the channels that exist, on a CPU by csrc/batch_norm.h: one call for what torch's
+operations do in ten, which gather the vectors of all channels and scatter them back."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+
+from .._checks import PLAIN
+from .._native import native as _C
+from .memory import empty_grad, fresh, images, vector
+
+
+class Channels(NamedTuple):
+    """Which channels there are.
+
+    Attributes:
+        index: (n,) int64, of all channels those that exist, None: all.
+        updated: int64, which of these n move their running statistics, None: all.
+    """
+
+    index: Tensor | None
+    updated: Tensor | None
+
+
+class Settings(NamedTuple):
+    """training, momentum and eps as of torch's batch_norm; size: the number of all channels."""
+
+    training: bool
+    momentum: float
+    eps: float
+    size: int
+
+
+def serves(x: Tensor, *vectors: Tensor | None) -> bool:
+    """Whether rows of channels, or images, of this dtype are normalised here, by vectors of the same one."""
+    dtype = x.dtype
+    return (
+        _C is not None
+        and dtype in (torch.float32, torch.float64)
+        and x.ndim in (2, 4)
+        and all(v is None or (type(v) in PLAIN and v.dtype is dtype and v.is_contiguous()) for v in vectors)
+        and x.numel() > x.shape[1]  # torch refuses to train on one value a channel
+    )
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """x (N, C) or (N, C, H, W) whose memory is that of a matrix with a column a channel."""
+    return x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x.contiguous()
+
+
+def _address(x: Tensor, name: str) -> int:
+    return images(x, name, x.dtype) if x.ndim == 4 else vector(x, name, x.dtype, x.numel())
+
+
+def _vectors(
+    index: Tensor | None, n: int, settings: Settings, *vectors: tuple[Tensor | None, str]
+) -> list[int]:
+    """Addresses of the index and of vectors of all channels."""
+    found = [0 if index is None else vector(index, "index", torch.int64, n)]
+    for value, name in vectors:
+        found.append(0 if value is None else vector(value, name, value.dtype, settings.size))
+    return found
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    channels: Channels,
+    settings: Settings,
+) -> tuple[Tensor, Tensor]:
+    """y of x as :func:`as_rows` makes it, and (2, n): mean and 1 / sqrt(variance + eps).
+
+    In training the running statistics change in place.
+    """
+    n, (training, momentum, eps, size) = x.shape[1], settings
+    index, updated = channels
+    at_index, at_weight, at_bias, at_mean, at_var = _vectors(
+        index,
+        n,
+        settings,
+        (weight, "weight"),
+        (bias, "bias"),
+        (running_mean, "running_mean"),
+        (running_var, "running_var"),
+    )
+    moved = n if updated is None else updated.numel()
+    y, statistics = torch.empty_like(x), x.new_empty(2, n)
+    mean = fresh(statistics)
+    _C.batch_norm(
+        x.dtype is torch.float64,
+        x.numel() // n,
+        n,
+        size,
+        at_index,
+        training,
+        _address(x, "x"),
+        at_weight,
+        at_bias,
+        mean,
+        mean + n * x.element_size(),
+        eps,
+        fresh(y),
+        at_mean,
+        at_var,
+        momentum,
+        0 if updated is None else vector(updated, "updated", torch.int64, moved),
+        moved,
+        0,
+        0,
+        0,
+        0,
+        torch.get_num_threads(),
+    )
+    if training and running_mean is not None and running_var is not None:
+        increment_version([running_mean, running_var])
+    return y, statistics
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    statistics: Tensor,
+    index: Tensor | None,
+    settings: Settings,
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """dx, and dweight and dbias of all channels; `needs`: which of them are wanted."""
+    n, (training, _, eps, size) = x.shape[1], settings
+    at_index, at_weight = _vectors(index, n, settings, (weight, "weight"))
+    dx = torch.empty_like(x) if needs[0] else None
+    dweight = empty_grad(weight) if needs[1] and weight is not None else None
+    dbias = x.new_empty(size) if needs[2] else None
+    mean = vector(statistics, "statistics", x.dtype, 2 * n)
+    _C.batch_norm(
+        x.dtype is torch.float64,
+        x.numel() // n,
+        n,
+        size,
+        at_index,
+        training,
+        _address(x, "x"),
+        at_weight,
+        0,
+        mean,
+        mean + n * x.element_size(),
+        eps,
+        0,
+        0,
+        0,
+        0.0,
+        0,
+        0,
+        _address(dy, "dy"),
+        fresh(dx),
+        fresh(dweight),
+        fresh(dbias),
+        torch.get_num_threads(),
+    )
+    return dx, dweight, dbias
