@@ -9,6 +9,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -70,7 +71,7 @@ def cost(operation: Operation, x: Narrow, rounds: int, calls: int) -> tuple[floa
     times: tuple[list[float], list[float]] = [], []
     for _ in range(rounds):
         for value, found in zip((plain, x), times, strict=True):
-            found.append(microseconds(lambda value=value: operation(value), calls))
+            found.append(microseconds(partial(operation, value), calls))
     return min(times[0]), min(times[1])
 
 

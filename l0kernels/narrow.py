@@ -201,7 +201,7 @@ class _BatchNorm(torch.autograd.Function):
         x = batch_norm.as_rows(plain(x))
         y, statistics = batch_norm.forward(x, weight, bias, running_mean, running_var, channels, settings)
         ctx.save_for_backward(x, weight)
-        ctx.settings = statistics, channels.index, settings
+        ctx.settings = statistics, channels.exist, settings
         return y
 
     @staticmethod
@@ -209,7 +209,9 @@ class _BatchNorm(torch.autograd.Function):
         _ops.refuse_second_derivative("narrow_batch_norm")
         x, weight = ctx.saved_tensors
         dy = batch_norm.as_rows(plain(dy))
-        grads = batch_norm.backward(dy, x, weight, *ctx.settings, ctx.needs_input_grad[:3])
+        statistics, index, settings = ctx.settings
+        needs = ctx.needs_input_grad[:3]
+        grads = batch_norm.backward(dy, x, weight, statistics, index, settings, needs)
         return *grads, None, None, None, None
 
 

@@ -18,11 +18,11 @@ class Channels(NamedTuple):
     """Which channels there are.
 
     Attributes:
-        index: (n,) int64, of all channels those that exist, None: all.
+        exist: (n,) int64, which of all channels these are, None: all.
         updated: int64, which of these n move their running statistics, None: all.
     """
 
-    index: Tensor | None
+    exist: Tensor | None
     updated: Tensor | None
 
 

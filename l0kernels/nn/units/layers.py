@@ -180,7 +180,8 @@ class _Exact:
             return self.leave(self.gathered_batch_norm(norm, x, weight, bias, present), 1)
         channels = Channels(present.index, present.within)
         settings = Settings(norm.of_batch, norm.momentum, layer.eps, outs.size)
-        return self.leave(narrow_batch_norm(x, weight, bias, *running, channels, settings), 1)
+        y = narrow_batch_norm(x, weight, bias, running[0], running[1], channels, settings)
+        return self.leave(y, 1)
 
     def gathered_batch_norm(
         self, norm: _BatchNorm, x: Tensor, weight: Tensor | None, bias: Tensor | None, present: Present
@@ -237,6 +238,9 @@ class _Exact:
         return self.leave(y if index is None else y.index_select(-1, index), y.ndim - 1)
 
 
+Running = tuple[Tensor | None, Tensor | None]
+
+
 class _BatchNorm:
     """What torch's batch norm does beside the formula.
 
@@ -255,13 +259,14 @@ class _BatchNorm:
             if layer.momentum is None:
                 self.momentum = 1.0 / float(layer.num_batches_tracked)
         use = not layer.training or layer.track_running_stats
-        self.running = [layer.running_mean, layer.running_var] if use else [None, None]
+        self.running: Running = (layer.running_mean, layer.running_var) if use else (None, None)
         self.of_batch = layer.training or self.running[0] is None
 
     def __call__(
         self, x: Tensor, running: list[Tensor | None], weight: Tensor | None, bias: Tensor | None
     ) -> Tensor:
-        return batch_norm(x, *running, weight, bias, self.of_batch, self.momentum, self._layer.eps)
+        mean, var = running
+        return batch_norm(x, mean, var, weight, bias, self.of_batch, self.momentum, self._layer.eps)
 
 
 def _embedded(layer: nn.Embedding, x: Tensor) -> Tensor:

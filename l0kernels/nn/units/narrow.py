@@ -65,11 +65,11 @@ class Narrow(Tensor):
         return self._held.ndim
 
     # Asked for more often than anything is computed, and dear by way of __torch_function__.
-    ndim = property(dim)  # type: ignore[assignment]
-    dtype = property(lambda self: self._held.dtype)  # type: ignore[assignment]
-    device = property(lambda self: self._held.device)  # type: ignore[assignment]
-    layout = property(lambda self: self._held.layout)  # type: ignore[assignment]
-    is_cpu = property(lambda self: self._held.is_cpu)  # type: ignore[assignment]
+    ndim = property(dim)
+    dtype = property(lambda self: self._held.dtype)
+    device = property(lambda self: self._held.device)
+    layout = property(lambda self: self._held.layout)
+    is_cpu = property(lambda self: self._held.is_cpu)
 
     def numel(self) -> int:
         """Of the dense tensor."""
