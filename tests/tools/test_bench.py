@@ -15,6 +15,7 @@ import rows
 import run
 import torch
 import training
+import wrapper
 from registry import KEEPS, QUICK, TABLE_KEEPS, WORKS
 
 CPU = torch.device("cpu")
@@ -453,3 +454,12 @@ def test_training_without_its_data_says_so(capsys):
     with pytest.raises(SystemExit):
         training.main(["mnist"])
     assert "expected --data" in capsys.readouterr().err
+
+
+def test_wrapper_times_packed_tensors(capsys):
+    assert wrapper.main(["--quick"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line[:22].strip() for line in lines[1:-1]] == [*wrapper.OPERATIONS]
+    assert "the wrapper costs" in lines[-1]
+    x = wrapper.packed()
+    assert x.shape[1] == 32 > x._data.shape[1]
