@@ -118,19 +118,15 @@ $(VENV)/.examples: $(PY) $(SOURCES)
 $(STAMP): $(PY) $(SOURCES)
 	$(call setup,dev,development,auto)
 
-sdist: $(VENV)/.dist
-	$(PY) -m build --sdist
+sdist: $(STAMP)
+	$(PY) -m build --sdist --no-isolation
 
-wheel: $(VENV)/.dist
+wheel: $(STAMP)
 	$(PY) tests/support/wheels.py $(ARGS)
 
 # Fresh environments of these interpreters, each with a torch: make test-install ARGS="py310/bin/python"
 test-install: $(STAMP)
 	$(PY) tests/support/environments.py $(ARGS)
-
-$(VENV)/.dist: $(STAMP)
-	$(PIP) "l0kernels[dist]"
-	@touch $@
 
 clean:
 	rm -rf $(VENV) build dist runs site *.egg-info l0kernels/*.so .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -15,7 +15,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from .. import reference
 from .._checks import PLAIN
-from .._compat import after_backward, foreach_copy_, graph_task, unsafe_view
+from .._compat import after_backward, foreach_copy_, graph_task, register_fake, unsafe_view
 
 KEY_STEP = 0x9E3779B97F4A7C15 - 2**64
 """Odd, so that 2**64 consecutive draws have 2**64 different keys; the golden ratio spreads them."""
@@ -176,9 +176,7 @@ def _agreed_seed(tag: Tensor, device: torch.device) -> Tensor:
 # The tag is drawn in the graph and the key looked up by it: a compiled recomputation has the same tag again.
 _LIBRARY.define("agreed_seed(Tensor tag, Device device) -> Tensor")
 _LIBRARY.impl("agreed_seed", _agreed_seed, "CPU")
-torch.library.register_fake(
-    "l0kernels::agreed_seed", lambda tag, device: tag.new_empty(1, device=device), lib=_LIBRARY
-)
+register_fake(_LIBRARY, "agreed_seed", lambda tag, device: tag.new_empty(1, device=device))
 
 
 def _agreement(proposal: int) -> _Agreement | None:

@@ -152,6 +152,29 @@ def test_wheel_metadata(built):
     assert 'triton>=3.4; platform_system == "Linux" and extra == "triton"' in required
 
 
+@pytest.mark.long
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="auditwheel is for Linux")
+@needs_extension
+def test_manylinux_wheel_shares_torchs_openmp_runtime(tmp_path):
+    environment = {"PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", "")}
+    command = [sys.executable, str(ROOT / "tests/support/wheels.py"), "--out", str(tmp_path)]
+    subprocess.run(command, cwd=tmp_path, env=environment, check=True, timeout=1800)
+    (wheel,) = tmp_path.glob("*.whl")
+    assert "manylinux" in wheel.name
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "site")
+    code = """
+import torch, l0kernels as l0
+with l0.use_backend("cpp"):
+    l0.l0_linear(torch.ones(64, 512), torch.ones(512, 512), in_log_alpha=torch.zeros(512))
+print(l0.__file__, *{line.split()[-1] for line in open("/proc/self/maps") if "libgomp" in line})
+"""
+    package, *runtimes = run_python(code, tmp_path, PYTHONPATH=str(tmp_path / "site")).split()
+    assert Path(package).is_relative_to(tmp_path)
+    assert len(runtimes) == 1, runtimes
+
+
 def test_wheel_without_a_compiler_works(built, tmp_path):
     _, wheel = built
     with zipfile.ZipFile(wheel) as archive:
