@@ -43,6 +43,7 @@ class Recipe(NamedTuple):
     lr: float = 1e-3
     gate_lr: float = 0.02  # of log_alpha
     batch_size: int = 100
+    threads: int | None = None  # None: torch's own choice
 
 
 @dataclass(frozen=True)
@@ -379,7 +380,7 @@ def parser(example: str, title: str, lambdas: str) -> argparse.ArgumentParser:
     add("--lambdas", type=positive, nargs="+", metavar="L", help=lambdas)
     add("--seed", type=whole(0), default=0, help="default %(default)s")
     add("--device", choices=("cpu", "cuda"), default="cpu", help="default %(default)s")
-    add("--threads", type=whole(1), help="of torch and the kernels; default: torch's own choice")
+    add("--threads", type=whole(1), help="of torch and the kernels; default: the example's, or torch's own choice")
     add("--out", type=Path, metavar="DIR", help="folder of the results; default: one in runs")
     add("--resume", action="store_true", help="go on from checkpoint.pt in --out")
     add("--no-dense", action="store_true", help="do not train the dense net")
@@ -434,8 +435,9 @@ def prepare(example: Example, args: argparse.Namespace) -> tuple[Run, Path]:
             f"--batch-size: expected at most {len(dataset.train_y)}, the training examples, "
             f"got {config.batch_size}"
         )
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
+    threads = args.threads or recipe.threads
+    if threads is not None:
+        torch.set_num_threads(threads)
     with denormals_flushed():
         run = Run(example, config, dataset)
     out = args.out or Path("runs", f"{example.name}-{dataset.name}")
