@@ -41,7 +41,7 @@ def test_digits_split_is_fixed_stratified_and_scaled():
     assert len(torch.cat([got.train_x, got.test_x]).unique(dim=0)) == 5000
 
 
-@pytest.mark.parametrize("content", [b"", gzip.compress(b"0,1\n"), bytes(data.DIGITS_BYTES)])
+@pytest.mark.parametrize("content", [b"", gzip.compress(b"0,1\n", mtime=0), bytes(data.DIGITS_BYTES)])
 def test_other_digits_are_refused(tmp_path, content):
     (tmp_path / "mnist_5k.csv.gz").write_bytes(content)
     message = rf"mnist_5k.csv.gz: expected {data.DIGITS_BYTES} bytes .*got {len(content)} bytes"
@@ -98,7 +98,7 @@ WRONG = {  # case: (file, its bytes, what the error says after the path)
     "empty": (TEST_IMAGES, b"", r"expected 16 bytes of idx header, got 0 \(truncated\)"),
     "cut header": (
         TRAIN_LABELS,
-        gzip.compress(b"\0\0\x08"),
+        gzip.compress(b"\0\0\x08", mtime=0),
         r"expected 8 bytes of idx header, got 3 \(truncated\)",
     ),
     "cut images": (
