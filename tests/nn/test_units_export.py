@@ -699,7 +699,7 @@ def test_penalty_in_single_precision_and_of_a_frozen_gate(name):
     parameters = dict(model.named_parameters())
     l2 = sum((p * parameters[n].double().square()).sum() for n, p in openness.items())
     size = sum(
-        group.parameters * p_open(gate).sum()
+        gate.lam * group.parameters * p_open(gate).sum()
         for group, gate in zip(groups_of(model).groups, groups_of(model).gates, strict=True)
         if not gate.frozen
     )
