@@ -201,7 +201,7 @@ class TestBlocksLargerThanTheWeight:
         layer = l0.nn.L0Linear(6, 8, gate=(4, 2**31 - 1))
         p_open = layer.weight_gate.dist.p_open(layer.weight_gate.log_alpha.detach())
         squares = layer.weight.detach().square().view(2, -1).sum(1, keepdim=True)
-        want = (p_open * (24 + 0.05 * squares)).sum()
+        want = (p_open * (24 * layer.weight_gate.lam + 0.05 * squares)).sum()
         torch.testing.assert_close(l0.nn.penalty(layer, weight_decay=0.1).detach(), want)
 
     def test_a_layer_resized_by_hand(self):
@@ -210,7 +210,7 @@ class TestBlocksLargerThanTheWeight:
         with pytest.raises(ValueError, match=r"weight must have shape \(8, 6\)"):
             l0.nn.penalty(layer, weight_decay=0.1)
         layer.weight_gate.log_alpha.data = layer.weight_gate.log_alpha.data[:-1].clone()
-        with pytest.raises(RuntimeError, match=r"must hold the n=48 gates .*got 42 .*by hand"):
+        with pytest.raises(RuntimeError, match=r"must hold the n=48 gates .*got 42 .*set n, too"):
             l0.nn.penalty(layer)
 
     @pytest.mark.parametrize("block", [(0, 2), (-5, -13), (2, 5)])
