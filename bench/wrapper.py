@@ -1,16 +1,14 @@
 """What an operation on packed activations costs beside torch's own: ``python bench/wrapper.py``.
-
 Between two layers of a model under `l0kernels.nn.gate_` a CPU's activations are of a subclass of Tensor that
 holds the units that exist. Each operation is timed on it and on the plain tensor that it holds, by turns,
 with gradients, on so few numbers that the host is all that takes time.
 """
 
-import argparse
-import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
 
+import cli
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -76,7 +74,7 @@ def cost(operation: Operation, x: Narrow, rounds: int, calls: int) -> tuple[floa
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = cli.parser(__doc__, "wrapper.py --quick")
     parser.add_argument("--quick", action="store_true", help="few calls: does it run?")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
@@ -92,4 +90,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    cli.run(main)
