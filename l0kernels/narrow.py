@@ -200,18 +200,17 @@ class _BatchNorm(torch.autograd.Function):
     ) -> Tensor:
         x = batch_norm.as_rows(plain(x))
         y, statistics = batch_norm.forward(x, weight, bias, running_mean, running_var, channels, settings)
-        ctx.save_for_backward(x, weight)
-        ctx.settings = statistics, channels.exist, settings
+        ctx.save_for_backward(x, weight, statistics, channels.exist)
+        ctx.settings = settings
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         _ops.refuse_second_derivative("narrow_batch_norm")
-        x, weight = ctx.saved_tensors
+        x, weight, statistics, index = ctx.saved_tensors
         dy = batch_norm.as_rows(plain(dy))
-        statistics, index, settings = ctx.settings
         needs = ctx.needs_input_grad[:3]
-        grads = batch_norm.backward(dy, x, weight, statistics, index, settings, needs)
+        grads = batch_norm.backward(dy, x, weight, statistics, index, ctx.settings, needs)
         return *grads, None, None, None, None
 
 

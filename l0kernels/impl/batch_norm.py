@@ -52,18 +52,15 @@ def as_rows(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x.contiguous()
 
 
-def _address(x: Tensor, name: str) -> int:
-    return images(x, name, x.dtype) if x.ndim == 4 else vector(x, name, x.dtype, x.numel())
+def _rows(x: Tensor, name: str, like: Tensor) -> int:
+    """The address of x, which is to have the shape and dtype of `like`."""
+    if x.shape != like.shape:
+        raise ValueError(f"{name} must have shape {tuple(like.shape)}, got {tuple(x.shape)}")
+    return images(x, name, like.dtype) if x.ndim == 4 else vector(x, name, like.dtype, like.numel())
 
 
-def _vectors(
-    index: Tensor | None, n: int, settings: Settings, *vectors: tuple[Tensor | None, str]
-) -> list[int]:
-    """Addresses of the index and of vectors of all channels."""
-    found = [0 if index is None else vector(index, "index", torch.int64, n)]
-    for value, name in vectors:
-        found.append(0 if value is None else vector(value, name, value.dtype, settings.size))
-    return found
+def _optional(value: Tensor | None, name: str, dtype: torch.dtype, size: int) -> int:
+    return 0 if value is None else vector(value, name, dtype, size)
 
 
 def forward(
@@ -81,36 +78,28 @@ def forward(
     """
     n, (training, momentum, eps, size) = x.shape[1], settings
     index, updated = channels
-    at_index, at_weight, at_bias, at_mean, at_var = _vectors(
-        index,
-        n,
-        settings,
-        (weight, "weight"),
-        (bias, "bias"),
-        (running_mean, "running_mean"),
-        (running_var, "running_var"),
-    )
+    dtype = x.dtype
     moved = n if updated is None else updated.numel()
     y, statistics = torch.empty_like(x), x.new_empty(2, n)
     mean = fresh(statistics)
     _C.batch_norm(
-        x.dtype is torch.float64,
+        dtype is torch.float64,
         x.numel() // n,
         n,
         size,
-        at_index,
+        _optional(index, "index", torch.int64, n),
         training,
-        _address(x, "x"),
-        at_weight,
-        at_bias,
+        _rows(x, "x", x),
+        _optional(weight, "weight", dtype, size),
+        _optional(bias, "bias", dtype, size),
         mean,
         mean + n * x.element_size(),
         eps,
         fresh(y),
-        at_mean,
-        at_var,
+        _optional(running_mean, "running_mean", dtype, size),
+        _optional(running_var, "running_var", dtype, size),
         momentum,
-        0 if updated is None else vector(updated, "updated", torch.int64, moved),
+        _optional(updated, "updated", torch.int64, moved),
         moved,
         0,
         0,
@@ -134,7 +123,6 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """dx, and dweight and dbias of all channels; `needs`: which of them are wanted."""
     n, (training, _, eps, size) = x.shape[1], settings
-    at_index, at_weight = _vectors(index, n, settings, (weight, "weight"))
     dx = torch.empty_like(x) if needs[0] else None
     dweight = empty_grad(weight) if needs[1] and weight is not None else None
     dbias = x.new_empty(size) if needs[2] else None
@@ -144,10 +132,10 @@ def backward(
         x.numel() // n,
         n,
         size,
-        at_index,
+        _optional(index, "index", torch.int64, n),
         training,
-        _address(x, "x"),
-        at_weight,
+        _rows(x, "x", x),
+        _optional(weight, "weight", x.dtype, size),
         0,
         mean,
         mean + n * x.element_size(),
@@ -158,7 +146,7 @@ def backward(
         0.0,
         0,
         0,
-        _address(dy, "dy"),
+        _rows(dy, "dy", x),
         fresh(dx),
         fresh(dweight),
         fresh(dbias),
