@@ -19,6 +19,9 @@ from .memory import fresh, vector
 CHUNK = 1 << 20
 """Bytes of the rows that are made at a time: they stay in the cache until the product has read them."""
 
+FEW_TAPS = 9
+"""Of a kernel: where there are more, copying patches takes longer than oneDNN's compiling."""
+
 MOST_TAPS = 64
 """Of a depthwise kernel, see kMostTaps in csrc/conv.h."""
 

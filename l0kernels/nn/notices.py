@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
 
-from .. import _checks
+from .. import _checks, reference
 from .._compat import graph_task
 from . import ranks
 from .gate import HardConcreteGate
@@ -199,7 +199,7 @@ class Closing:
         for gates, levels, _ in known:
             for gate, level in zip(gates, levels.tolist(), strict=True):
                 before = self._closed.pop(gate, -math.inf)
-                if level > 0 or math.isnan(level):
+                if not level < math.inf:  # open, or a NaN
                     continue
                 if level <= before:  # a look ago it was closed, and it has not risen since
                     stay.append(gate)
@@ -218,14 +218,9 @@ def _is_known(gate: HardConcreteGate) -> bool:
 
 
 def _levels(gates: list[HardConcreteGate]) -> Tensor:
-    """One number a gate vector, above 0 where an evaluation gate is open; on the device."""
+    """The highest log_alpha of each gate vector, infinite where an evaluation gate is open; on the device."""
     with torch.no_grad():
-        return torch.stack([_level(gate).float() for gate in gates])
-
-
-def _level(gate: HardConcreteGate) -> Tensor:
-    dist = gate.dist
-    if gate.eval_mode == "topk":  # which leaves as many open as are expected to be
-        return dist.p_open(gate.log_alpha).sum() - 0.5
-    edge = math.log(-dist.gamma / dist.zeta)
-    return gate.log_alpha.amax() - (edge if gate.eval_mode == "paper" else dist.beta * edge)
+        highest = torch.stack([gate.log_alpha.amax().float() for gate in gates])
+        eval_z = reference.gates.eval_z
+        z = torch.stack([eval_z(gate.log_alpha, gate.eval_mode, gate.dist).amax().float() for gate in gates])
+        return highest.masked_fill(z != 0, math.inf)

@@ -12,7 +12,7 @@ from .._compat import foreach_clamp_max_, foreach_clamp_min_
 from ..gates import HardConcrete
 from ..penalty import L2Term, coupled_penalty, l0_penalty
 from .gate import GatedLayer, HardConcreteGate, gate_modules, is_frozen, refuse_bypassed
-from .names import gate_names
+from .names import named_gates
 from .notices import Closing
 from .ranks import is_sharded, l2_of_shards
 from .units.place import NAME, GateGroups
@@ -157,7 +157,7 @@ def clamp_after_step(
         raise ValueError(f"model must contain gates, got a {type(model).__name__} without any")
     _check_limit(limit)
 
-    closing = Closing(gate_names(model))
+    closing = Closing({gate: name for gate, (name, _) in named_gates(model).items()})
 
     def clamp(*_: Any) -> None:
         _clamp(gates, limit)

@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 from .counts import eval_l0, expected_l0
-from .gate import gate_modules
-from .names import gate_names, layer_names
+from .gate import HardConcreteGate
+from .names import named_gates
 from .penalty import weight_parameters
-from .units.graph import _table
+from .units.graph import aligned
 
 
 class Open(NamedTuple):
@@ -35,8 +35,11 @@ def open_units(model: nn.Module) -> dict[str, Open]:
         the gate among ``model.named_modules()``; in a model that :func:`gate_` has gated, that of the group
         of units in the table that gate_ returns. Gates that close blocks of units count blocks.
     """
-    names = gate_names(model)
-    return {names[gate]: Open(int(gate.eval_gates().count[0]), gate.n) for gate in gate_modules(model)}
+    return {name: _open(gate) for gate, (name, _) in named_gates(model).items()}
+
+
+def _open(gate: HardConcreteGate) -> Open:
+    return Open(int(gate.eval_gates().count[0]), gate.n)
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,7 @@ class Summary:
             rows.append((gate.name, share, f"{gate.expected:,.1f}", f"{gate.lam:g}", layers))
         share = f"{self.open_parameters:,} of {self.parameters:,}"
         rows.append(("parameters", share, f"{self.expected_parameters:,.1f}", "", ""))
-        return "\n".join(_table(rows))
+        return "\n".join(aligned(rows))
 
 
 def summary(model: nn.Module) -> Summary:
@@ -105,12 +108,11 @@ def summary(model: nn.Module) -> Summary:
         ValueError: a NaN in a log_alpha, or a gated layer as out_proj of a ``torch.nn.MultiheadAttention``,
             which would not call it.
     """
-    units, layers = open_units(model), layer_names(model)
     gates = []
     with torch.no_grad():
-        for gate, (name, found) in zip(gate_modules(model), units.items(), strict=True):
+        for gate, (name, layers) in named_gates(model).items():
             expected = gate.dist.p_open(gate.whole()).double().sum().item()
-            gates.append(GateSummary(name, tuple(layers[gate]), found.open, found.total, expected, gate.lam))
+            gates.append(GateSummary(name, tuple(layers), *_open(gate), expected, gate.lam))
         of_model = expected_l0(model).item()
     parameters = sum(parameter.numel() for parameter in weight_parameters(model))
     return Summary(tuple(gates), parameters, eval_l0(model), of_model)

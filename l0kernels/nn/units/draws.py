@@ -30,7 +30,7 @@ class Space:
         first = int(labels[0]) if len(labels) else 0
         # Where its gates follow each other, z is a slice of all.
         self.start = first if torch.equal(labels, torch.arange(first, first + self.size)) else None
-        self.tiles: dict[int, Space] = {}
+        self.tiles: dict[int, Space] = {}  # apart from _made, whose keys dynamo does not know
         self._made: dict[object, Space] = {}
         self._labels: dict[torch.device, Tensor] = {}
 

@@ -135,11 +135,11 @@ class UnitGraph:
             names = ", ".join(layers[:4]) + (f" and {len(layers) - 4} more" if len(layers) > 4 else "")
             kind = " (residual)" if group.residual else ""
             rows.append((group.name + kind, str(group.units), names, f"{group.parameters:,}"))
-        lines = _table(rows)
+        lines = aligned(rows)
         if self.pinned:
             rows = [("not gated", "units", "why")]
             rows += [(f"{pin.name}, dimension {pin.dim}", str(pin.units), pin.why) for pin in self.pinned]
-            lines += ["", *_table(rows)]
+            lines += ["", *aligned(rows)]
         return "\n".join(lines)
 
 
@@ -148,7 +148,8 @@ def key_of(name: str) -> str:
     return name.replace(".", "_").replace("/", "_") or "model"
 
 
-def _table(rows: Sequence[Sequence[str]]) -> list[str]:
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a table whose columns are as wide as their widest cell."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
 

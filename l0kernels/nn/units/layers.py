@@ -124,7 +124,7 @@ class _Exact:
         x = self.enter(x, self.units.ins, dim)
         if layer.groups > 1:
             return self.leave(self.grouped(layer, x), dim)
-        geometry = self.geometry(layer, x)
+        geometry = self.geometry(layer, x) if layer.weight.shape[2:].numel() <= im2col.FEW_TAPS else None
         if geometry is not None:
             z, sides = self.sides(layer.weight)
             return self.leave(narrow_conv2d(x, layer.weight, self.take(layer.bias), z, sides, geometry), dim)
