@@ -380,7 +380,7 @@ def parser(example: str, title: str, lambdas: str) -> argparse.ArgumentParser:
     add("--lambdas", type=positive, nargs="+", metavar="L", help=lambdas)
     add("--seed", type=whole(0), default=0, help="default %(default)s")
     add("--device", choices=("cpu", "cuda"), default="cpu", help="default %(default)s")
-    add("--threads", type=whole(1), help="of torch and the kernels; default: the example's, or torch's own choice")
+    add("--threads", type=whole(1), help="of torch and the kernels; default: the example's or torch's choice")
     add("--out", type=Path, metavar="DIR", help="folder of the results; default: one in runs")
     add("--resume", action="store_true", help="go on from checkpoint.pt in --out")
     add("--no-dense", action="store_true", help="do not train the dense net")
