@@ -63,19 +63,6 @@ def images(t: Tensor, name: str, dtype: torch.dtype) -> int:
             f"{name} must be in channels_last memory, got {tuple(t.shape)}, strides {t.stride()}"
         )
     n = t.numel()
-    try:
-        if (
-            type(t) in PLAIN
-            and t.dtype is dtype
-            and not t.is_neg()
-            and t.is_cpu
-            and t.untyped_storage().nbytes() >= (t.storage_offset() + n) * dtype.itemsize
-        ):
-            address = t.data_ptr()
-            if address:
-                return address
-    except (NotImplementedError, RuntimeError):
-        pass
     return _address(t, name, dtype, int(t.storage_offset()) + n, None) if n else 0
 
 
