@@ -487,9 +487,16 @@ void im2col(bool is_double, const Shape& shape, Address x, Address col, int num_
     l0::kernels<float>().im2col(s, as<const float>(x), as<float>(col), num_threads);
 }
 
+void check_taps(const l0::ConvShape& s) {
+  if (s.taps() > l0::kMostTaps)
+    throw std::invalid_argument("shape: at most " + std::to_string(l0::kMostTaps) + " taps, got " +
+                                std::to_string(s.taps()));
+}
+
 void col2im(bool is_double, const Shape& shape, Address col, Address x, int num_threads) {
   py::gil_scoped_release nogil;
   const l0::ConvShape s = conv_shape(shape);
+  check_taps(s);
   if (is_double)
     l0::kernels<double>().col2im(s, as<const double>(col), as<double>(x), num_threads);
   else
@@ -509,9 +516,7 @@ void depthwise(bool is_double, const Shape& shape, Address x, Address w, Address
                Address dw_parts, int num_threads) {
   py::gil_scoped_release nogil;
   const l0::ConvShape s = conv_shape(shape);
-  if (s.taps() > l0::kMostTaps)
-    throw std::invalid_argument("shape: at most " + std::to_string(l0::kMostTaps) + " taps, got " +
-                                std::to_string(s.taps()));
+  check_taps(s);
   (is_double ? depthwise_as<double> : depthwise_as<float>)(s, x, w, y, dy, dx, dw_parts, num_threads);
 }
 

@@ -1,7 +1,9 @@
 // Convolutions of channels-last images (N, H, W, C) as products of matrices: im2col makes rows of what each
 // output position reads, col2im adds rows up where they came from. Depthwise ones are computed as they are.
 #pragma once
+#include <algorithm>
 #include <cstdint>
+#include <vector>
 
 namespace l0 {
 
@@ -14,8 +16,95 @@ struct ConvShape {
   int64_t taps() const { return kernel_h * kernel_w; }
 };
 
-// A window of taps of which only those inside the image count.
+// Of col2im and depthwise convolutions.
 constexpr int64_t kMostTaps = 64;
+
+// Along one dimension of an image, what each position meets: the entries from begin(i) to end(i), each a tap and
+// a position on the other side.
+class Reach {
+ public:
+  int64_t begin(int64_t i) const { return first_[i]; }
+  int64_t end(int64_t i) const { return first_[i + 1]; }
+  int64_t tap(int64_t entry) const { return tap_[entry]; }
+  int64_t at(int64_t entry) const { return at_[entry]; }
+
+  // How many positions from i on meet, through the same taps, the next one each.
+  int64_t run(int64_t i) const { return run_[i]; }
+
+  // What each of n_out output positions reads.
+  static Reach inputs(int64_t n_out, int64_t n, int64_t kernel, int64_t stride, int64_t pad, int64_t dilation) {
+    return Reach(n_out, kernel, [=](int64_t i, int64_t k) {
+      const int64_t at = i * stride - pad + k * dilation;
+      return at < n ? at : -1;
+    });
+  }
+
+  // Who reads each of n positions.
+  static Reach outputs(int64_t n_out, int64_t n, int64_t kernel, int64_t stride, int64_t pad, int64_t dilation) {
+    return Reach(n, kernel, [=](int64_t i, int64_t k) {
+      const int64_t at = i + pad - k * dilation;
+      return at >= 0 && at % stride == 0 && at / stride < n_out ? at / stride : -1;
+    });
+  }
+
+ private:
+  template <typename F>
+  Reach(int64_t n, int64_t kernel, F position) {
+    first_.reserve(n + 1);
+    tap_.reserve(n * kernel);
+    at_.reserve(n * kernel);
+    for (int64_t i = 0; i < n; ++i) {
+      first_.push_back(tap_.size());
+      for (int64_t k = 0; k < kernel; ++k) {
+        const int64_t found = position(i, k);
+        if (found < 0) continue;
+        tap_.push_back(k);
+        at_.push_back(found);
+      }
+    }
+    first_.push_back(tap_.size());
+    run_.assign(n, 1);
+    for (int64_t i = n - 2; i >= 0; --i)
+      if (goes_on(i)) run_[i] = run_[i + 1] + 1;
+  }
+
+  bool goes_on(int64_t i) const {
+    const int64_t n = end(i) - begin(i);
+    if (end(i + 1) - begin(i + 1) != n) return false;
+    for (int64_t j = 0; j < n; ++j)
+      if (tap(begin(i + 1) + j) != tap(begin(i) + j) || at(begin(i + 1) + j) != at(begin(i) + j) + 1) return false;
+    return true;
+  }
+
+  std::vector<int64_t> first_, tap_, at_, run_;
+};
+
+// Along both dimensions; the other side is `width` wide.
+struct Window {
+  Reach rows, cols;
+  int64_t kernel_w, width;
+
+  static Window inputs(const ConvShape& s) {
+    return {Reach::inputs(s.out_h, s.H, s.kernel_h, s.stride_h, s.pad_h, s.dilation_h),
+            Reach::inputs(s.out_w, s.W, s.kernel_w, s.stride_w, s.pad_w, s.dilation_w), s.kernel_w, s.W};
+  }
+
+  static Window outputs(const ConvShape& s) {
+    return {Reach::outputs(s.out_h, s.H, s.kernel_h, s.stride_h, s.pad_h, s.dilation_h),
+            Reach::outputs(s.out_w, s.W, s.kernel_w, s.stride_w, s.pad_w, s.dilation_w), s.kernel_w, s.out_w};
+  }
+};
+
+// The output positions [begin, end) along one dimension that read through tap k.
+struct Span {
+  int64_t begin, end;
+
+  Span(int64_t n_out, int64_t n, int64_t k, int64_t stride, int64_t pad, int64_t dilation) {
+    const int64_t before = pad - k * dilation, last = n - 1 + before;
+    begin = before > 0 ? (before + stride - 1) / stride : 0;
+    end = last < 0 ? 0 : std::min(n_out, last / stride + 1);
+  }
+};
 
 // y[c] = sum over channel c's kernel; w (taps, C). Backward: dx and dw_parts (N, taps, C), whose sum over the
 // images is left to the caller: one order, however many threads.

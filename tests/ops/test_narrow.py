@@ -83,7 +83,7 @@ def test_convolutions(isa, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @needs_native
 def test_depthwise(isa, dtype):
-    for (kernel, geometry), n, channels in itertools.product(GEOMETRIES, (0, 1, 3), (1, 7, 33)):
+    for (kernel, geometry), n, channels in itertools.product(GEOMETRIES, (0, 1, 3), (1, 2, 7, 33, 70)):
         leaves = [
             torch.randn(n, channels, 9, 8, dtype=dtype, requires_grad=True),
             torch.randn(channels, 1, *kernel, dtype=dtype, requires_grad=True),
@@ -221,6 +221,8 @@ def test_native_code_refuses_shapes_that_do_not_fit():
     wide = im2col.shape_of(torch.zeros(1, 4, 20, 20), (9, 9), Geometry((1, 1), (1, 1), (1, 1)))
     with pytest.raises(ValueError, match="at most 64 taps, got 81"):
         native.depthwise(False, wide, at, at, at, 0, 0, 0, 1)
+    with pytest.raises(ValueError, match="at most 64 taps, got 81"):
+        native.col2im(False, wide, at, at, 1)
     for index, rows, updated in ((4, 9, 0), (-1, 9, 0), (0, 0, 0), (0, 9, 1)):
         numbers = torch.tensor([index, updated])
         at_index, at_updated = numbers.data_ptr(), numbers.data_ptr() + 8
