@@ -19,8 +19,8 @@ struct ConvShape {
 // Of col2im and depthwise convolutions.
 constexpr int64_t kMostTaps = 64;
 
-// Along one dimension of an image, what each position meets: the entries from begin(i) to end(i), each a tap and
-// a position on the other side.
+// Along one dimension of an image, what each position meets: the entries from begin(i) to end(i), each a tap
+// and a position on the other side.
 class Reach {
  public:
   int64_t begin(int64_t i) const { return first_[i]; }
@@ -32,7 +32,8 @@ class Reach {
   int64_t run(int64_t i) const { return run_[i]; }
 
   // What each of n_out output positions reads.
-  static Reach inputs(int64_t n_out, int64_t n, int64_t kernel, int64_t stride, int64_t pad, int64_t dilation) {
+  static Reach inputs(int64_t n_out, int64_t n, int64_t kernel, int64_t stride, int64_t pad,
+                      int64_t dilation) {
     return Reach(n_out, kernel, [=](int64_t i, int64_t k) {
       const int64_t at = i * stride - pad + k * dilation;
       return at < n ? at : -1;
@@ -40,7 +41,8 @@ class Reach {
   }
 
   // Who reads each of n positions.
-  static Reach outputs(int64_t n_out, int64_t n, int64_t kernel, int64_t stride, int64_t pad, int64_t dilation) {
+  static Reach outputs(int64_t n_out, int64_t n, int64_t kernel, int64_t stride, int64_t pad,
+                       int64_t dilation) {
     return Reach(n, kernel, [=](int64_t i, int64_t k) {
       const int64_t at = i + pad - k * dilation;
       return at >= 0 && at % stride == 0 && at / stride < n_out ? at / stride : -1;
@@ -72,7 +74,8 @@ class Reach {
     const int64_t n = end(i) - begin(i);
     if (end(i + 1) - begin(i + 1) != n) return false;
     for (int64_t j = 0; j < n; ++j)
-      if (tap(begin(i + 1) + j) != tap(begin(i) + j) || at(begin(i + 1) + j) != at(begin(i) + j) + 1) return false;
+      if (tap(begin(i + 1) + j) != tap(begin(i) + j) || at(begin(i + 1) + j) != at(begin(i) + j) + 1)
+        return false;
     return true;
   }
 
@@ -113,10 +116,10 @@ struct DepthwiseParams {
   ConvShape shape;
   const T* x;
   const T* w;
-  T* y;           // forward
-  const T* dy;    // backward
-  T* dx;          // null: not wanted
-  T* dw_parts;    // null: not wanted
+  T* y;         // forward
+  const T* dy;  // backward
+  T* dx;        // null: not wanted
+  T* dw_parts;  // null: not wanted
 };
 
 }  // namespace l0

@@ -18,7 +18,8 @@ void im2col(const ConvShape& s, const T* x, T* col, int num_threads) {
   const int64_t rows = s.N * s.out_h * s.out_w, width = s.taps() * s.C;
   const Window window = Window::inputs(s);
   const bool side_by_side = s.dilation_w == 1;  // the taps of a row are, in the image and here
-#pragma omp parallel for schedule(static) num_threads(num_threads) if (num_threads > 1 && rows * width > 16384)
+#pragma omp parallel for schedule(static) \
+    num_threads(num_threads) if (num_threads > 1 && rows * width > 16384)
   for (int64_t row = 0; row < rows; ++row) {
     const int64_t h = row / s.out_w % s.out_h, w = row % s.out_w;
     const T* image = x + row / (s.out_h * s.out_w) * s.H * s.W * s.C;
@@ -39,8 +40,8 @@ void im2col(const ConvShape& s, const T* x, T* col, int num_threads) {
   }
 }
 
-// f(c, width) for C channels, in pieces of as many as fit vectors. The last piece of a width may have channels
-// of the one before: f makes them again.
+// f(c, width) for C channels, in pieces of as many as fit vectors. The last piece of a width may have
+// channels of the one before: f makes them again.
 template <int64_t kWidth, typename F>
 inline void for_channels(int64_t C, F f) {
   if constexpr (kWidth > 1)
@@ -89,14 +90,14 @@ void col2im(const ConvShape& s, const T* col, T* x, int num_threads) {
     const T* a[kMostTaps];
     int64_t n = 0;
     for_taps(window, at / s.W % s.H, at % s.W,
-                [&](int64_t tap, int64_t row) { a[n++] = rows + row * width + tap * s.C; });
+             [&](int64_t tap, int64_t row) { a[n++] = rows + row * width + tap * s.C; });
     sum_of_taps<T>(x + at * s.C, a, 0, nullptr, n, s.C);
   }
 }
 
-// Forward where `window` is of inputs; of outputs, and from their gradients, backward. What is read has n_from
-// positions an image, what is made height * width. Positions side by side are computed as one of more channels,
-// so that vectors are full.
+// Forward where `window` is of inputs; of outputs, and from their gradients, backward. What is read has
+// n_from positions an image, what is made height * width. Positions side by side are computed as one of more
+// channels, so that vectors are full.
 template <typename T>
 void depthwise_of(const Window& window, const ConvShape& s, const T* from, int64_t n_from, const T* w, T* to,
                   int64_t height, int64_t width, int num_threads) {
@@ -106,8 +107,7 @@ void depthwise_of(const Window& window, const ConvShape& s, const T* from, int64
   const int64_t fold = std::min(width, (wide + C - 1) / C);
   T* folded = static_cast<T*>(workspace.get(sizeof(T) * s.taps() * fold * C));
   for (int64_t tap = 0; tap < s.taps(); ++tap)
-    for (int64_t i = 0; i < fold; ++i)
-      std::memcpy(folded + (tap * fold + i) * C, w + tap * C, sizeof(T) * C);
+    for (int64_t i = 0; i < fold; ++i) std::memcpy(folded + (tap * fold + i) * C, w + tap * C, sizeof(T) * C);
 #pragma omp parallel for schedule(static) \
     num_threads(num_threads) if (num_threads > 1 && rows * width * C > 4096)
   for (int64_t row = 0; row < rows; ++row) {
@@ -163,8 +163,7 @@ template <typename T>
 void depthwise_grad(const DepthwiseParams<T>& p, int num_threads) {
   const ConvShape& s = p.shape;
   const int64_t positions = s.H * s.W, outputs = s.out_h * s.out_w;
-  if (p.dx)
-    depthwise_of(Window::outputs(s), s, p.dy, outputs, p.w, p.dx, s.H, s.W, num_threads);
+  if (p.dx) depthwise_of(Window::outputs(s), s, p.dy, outputs, p.w, p.dx, s.H, s.W, num_threads);
   if (!p.dw_parts) return;
 #pragma omp parallel for schedule(static) num_threads(num_threads) if (num_threads > 1 && s.N > 1)
   for (int64_t image = 0; image < s.N; ++image)
