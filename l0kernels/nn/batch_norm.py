@@ -1,5 +1,6 @@
 """Batch norm that keeps closed channels closed."""
 
+from collections.abc import Callable
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -13,16 +14,68 @@ from .gate import Unscriptable
 from .linear import copy_parameters_
 
 Self = TypeVar("Self", bound="L0BatchNorm")
+Result = TypeVar("Result")
 
 
-class L0BatchNorm(Unscriptable, AnyBatchNorm):
+class ChannelAverages:
+    """Mixin of batch norms some of whose channels are closed: with momentum=None the statistics of a channel
+    are its average over the batches in which it was open. The device alone knows how many those are."""
+
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    num_batches_tracked: Tensor | None
+
+    batches_open: Tensor
+    """(channels,) int64, a buffer once momentum was None."""
+    _buffers: dict[str, Tensor | None]
+    register_buffer: Callable[..., None]
+
+    def average(self, is_open: Tensor | None, norm: Callable[[Tensor, Tensor], Result]) -> Result:
+        """A training step.
+
+        Args:
+            is_open: (channels,) which are, None: all.
+            norm: computes it and puts the batch's statistics of open channels into the vectors that it gets.
+
+        Returns:
+            What `norm` does.
+        """
+        mean, var, tracked = self.running_mean, self.running_var, self.num_batches_tracked
+        assert mean is not None
+        assert var is not None
+        assert tracked is not None
+        seen = self._buffers.get("batches_open")
+        # Somebody may have set num_batches_tracked back.
+        seen = tracked.expand(len(mean)) if seen is None else torch.minimum(seen, tracked)
+        seen = seen + (1 if is_open is None else is_open.to(seen.dtype))
+        of_batch = mean.clone(), var.clone()
+        y = norm(*of_batch)
+        with torch.no_grad():
+            tracked.add_(1)
+            for running, value in zip((mean, var), of_batch, strict=True):
+                running.add_((value - running) / seen.clamp(min=1))  # a closed channel's value is as it was
+        self.register_buffer("batches_open", seen, persistent=False)
+        return y
+
+    def forget_counts(self) -> None:
+        """Every channel counts num_batches_tracked from here on."""
+        self._buffers.pop("batches_open", None)
+
+    def reset_running_stats(self) -> None:
+        """As torch's; the next cumulative average starts anew, too."""
+        super().reset_running_stats()  # type: ignore[misc]
+        self.forget_counts()
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)  # type: ignore[misc]
+        self.forget_counts()
+
+
+class L0BatchNorm(Unscriptable, ChannelAverages, AnyBatchNorm):
     """What the batch norms of open channels share."""
 
     dense: ClassVar[type[AnyBatchNorm]]
     """torch's class."""
-
-    batches_open: Tensor
-    """(channels,) int64, a buffer once momentum was None."""
 
     @classmethod
     def from_dense(cls: type[Self], norm: AnyBatchNorm) -> Self:
@@ -63,8 +116,10 @@ class L0BatchNorm(Unscriptable, AnyBatchNorm):
             self._check_input_dim(data)
         if self.training and self.track_running_stats and self.num_batches_tracked is not None:
             if self.momentum is None:
-                return self._averaged(x, gates)
-            self._buffers.pop("batches_open", None)
+                found = x.gates if isinstance(x, Packed) else gates
+                is_open = None if found is None else found.z.detach() != 0
+                return self.average(is_open, lambda mean, var: self._norm(x, gates, mean, var, 1.0))
+            self.forget_counts()
             self.num_batches_tracked.add_(1)
         momentum = 0.0 if self.momentum is None else self.momentum
         use_running = not self.training or self.track_running_stats
@@ -96,34 +151,6 @@ class L0BatchNorm(Unscriptable, AnyBatchNorm):
             self.eps,
             gates=gates,
         )
-
-    def _averaged(self, x: Any, gates: Gates | None) -> Any:
-        """A training step with the cumulative average as statistics; the device alone knows the counts."""
-        mean, var, tracked = self.running_mean, self.running_var, self.num_batches_tracked
-        assert mean is not None
-        assert var is not None
-        assert tracked is not None
-        seen = self._buffers.get("batches_open")
-        # Somebody may have set num_batches_tracked back.
-        seen = tracked.expand(len(mean)) if seen is None else torch.minimum(seen, tracked)
-        found = x.gates if isinstance(x, Packed) else gates
-        seen = seen + (1 if found is None else (found.z.detach() != 0).to(seen.dtype))
-        of_batch = mean.clone(), var.clone()
-        y = self._norm(x, gates, *of_batch, 1.0)
-        tracked.add_(1)
-        for running, value in zip((mean, var), of_batch, strict=True):
-            running.add_((value - running) / seen.clamp(min=1))  # a closed channel's value is as it was
-        self.register_buffer("batches_open", seen, persistent=False)
-        return y
-
-    def reset_running_stats(self) -> None:
-        """As torch's; the next cumulative average starts anew, too."""
-        super().reset_running_stats()
-        self._buffers.pop("batches_open", None)
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        self._buffers.pop("batches_open", None)
 
 
 class L0BatchNorm2d(L0BatchNorm, nn.BatchNorm2d):

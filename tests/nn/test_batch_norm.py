@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from l0kernels import Gates, nn
+from l0kernels import Gates, _checks, nn
 from l0kernels.conv2d import pack_channels, unpack_channels
 
 OPTIONS = [{}, {"momentum": None}, {"momentum": 0.7, "eps": 0.1}, {"affine": False}]
@@ -303,3 +303,69 @@ def test_a_norm_without_bias():
     assert ours.bias is None
     x = torch.randn(4, 3, 2, 2)
     torch.testing.assert_close(ours(x), theirs(x))
+
+
+def convolution_and_norm(momentum=None, **options):
+    """A net whose batch norm's channels `gate_` has gated, and the gate."""
+    net = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 4, 1), torch.nn.BatchNorm2d(4, momentum=momentum), torch.nn.Conv2d(4, 2, 1)
+    ).double()
+    nn.gate_(net, torch.zeros(1, 3, 5, 5, dtype=torch.float64), **options)
+    (gate,) = (module for module in net.modules() if isinstance(module, nn.HardConcreteGate))
+    return net, gate
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_averages_of_a_gated_models_channels_are_over_the_batches_that_had_them(static, monkeypatch):
+    if static:
+        monkeypatch.setattr(_checks, "readable", lambda: False)
+    net, gate = convolution_and_norm()
+    bank, means, variances = nn.GateBank(net, seed=5), [[] for _ in range(4)], [[] for _ in range(4)]
+    torch.nn.init.constant_(gate.log_alpha, -0.3)
+    with torch.no_grad():
+        gate.log_alpha[2] = -100  # never open
+    for _ in range(9):
+        x = torch.randn(3, 3, 5, 5, dtype=torch.float64)
+        bank.draw()
+        net(x)
+        made = torch.nn.functional.conv2d(x, net[0].weight, net[0].bias)
+        for c in gate.drawn.z.nonzero()[:, 0].tolist():
+            means[c].append(made[:, c].mean())
+            variances[c].append(made[:, c].var())
+    counts = [len(values) for values in means]
+    assert {0 < n < 9 for n in counts} == {True, False}
+    assert net[1].batches_open.tolist() == counts
+    assert net[1].num_batches_tracked == 9
+    for c, n in enumerate(counts):
+        mean = torch.stack(means[c]).mean() if n else torch.tensor(0.0, dtype=torch.float64)
+        var = torch.stack(variances[c]).mean() if n else torch.tensor(1.0, dtype=torch.float64)
+        torch.testing.assert_close(net[1].running_mean[c], mean.detach())
+        torch.testing.assert_close(net[1].running_var[c], var.detach())
+    assert "1.batches_open" not in net.state_dict()
+
+
+def test_a_gated_models_counts_end_with_its_gates_and_with_what_is_loaded():
+    net, _ = convolution_and_norm()
+    x = torch.randn(3, 3, 5, 5, dtype=torch.float64)
+    for forget in (
+        lambda: net.load_state_dict(net.state_dict()),
+        net[1].reset_running_stats,
+        lambda: nn.ungate_(net),
+    ):
+        net(x)
+        assert hasattr(net[1], "batches_open")
+        forget()
+        assert not hasattr(net[1], "batches_open")
+    assert type(net[1]) is torch.nn.BatchNorm2d
+
+
+def test_update_bn_of_a_gated_model():
+    net, gate = convolution_and_norm(momentum=0.1)
+    torch.nn.init.constant_(gate.log_alpha, 100.0)
+    batches = [torch.randn(3, 3, 5, 5, dtype=torch.float64) for _ in range(4)]
+    torch.optim.swa_utils.update_bn(batches, net)
+    made = [torch.nn.functional.conv2d(x, net[0].weight, net[0].bias).mean((0, 2, 3)) for x in batches]
+    torch.testing.assert_close(net[1].running_mean, torch.stack(made).mean(0).detach())
+    net(batches[0])
+    assert net[1].momentum == 0.1
+    assert not hasattr(net[1], "batches_open")

@@ -6,6 +6,7 @@ own function runs on what exists. Elsewhere, where no shape may depend on the ga
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
@@ -174,23 +175,25 @@ class _Exact:
     def batch_norm(self, layer: Any, x: Tensor) -> Tensor:
         layer._check_input_dim(x)
         outs = cast(Space, self.units.outs)
-        x, present, norm = self.enter(x, outs, 1), self.draw.present(outs), _BatchNorm(layer)
-        weight, bias, running = layer.weight, layer.bias, norm.running
-        if self.draw.open_all or self.draw.backend != "cpp" or not serves(x, weight, bias, *running):
-            return self.leave(self.gathered_batch_norm(norm, x, weight, bias, present), 1)
-        channels = Channels(present.index, present.within)
-        settings = Settings(norm.of_batch, norm.momentum, layer.eps, outs.size)
-        y = narrow_batch_norm(x, weight, bias, running[0], running[1], channels, settings)
-        return self.leave(y, 1)
+        x = self.enter(x, outs, 1)
+        return self.leave(_step(layer, self.draw, outs, lambda norm: self.normalised(norm, x, outs)), 1)
 
-    def gathered_batch_norm(
-        self, norm: _BatchNorm, x: Tensor, weight: Tensor | None, bias: Tensor | None, present: Present
-    ) -> Tensor:
+    def normalised(self, norm: _BatchNorm, x: Tensor, outs: Space) -> Tensor:
+        """The norm of what exists."""
+        (weight, bias), running, present = norm.affine, norm.running, self.draw.present(outs)
+        if self.draw.open_all or self.draw.backend != "cpp" or not serves(x, weight, bias, *running):
+            return self.gathered_batch_norm(norm, x, present)
+        channels = Channels(present.index, present.within)
+        settings = Settings(norm.of_batch, norm.momentum, norm.eps, outs.size)
+        return narrow_batch_norm(x, weight, bias, running[0], running[1], channels, settings)
+
+    def gathered_batch_norm(self, norm: _BatchNorm, x: Tensor, present: Present) -> Tensor:
         """By torch's operations."""
         index, within, places = present.index, present.within, present.places
         some = [t if t is None or index is None else t.index_select(0, index) for t in norm.running]
         if norm.tracks and index is None and places is not None:  # closed ones keep their statistics
             some = [None if t is None else t.clone() for t in some]
+        weight, bias = norm.affine
         y = norm(x, some, self.take(weight), self.take(bias))
         if norm.tracks and places is not None:
             with torch.no_grad():
@@ -241,32 +244,46 @@ class _Exact:
 Running = tuple[Tensor | None, Tensor | None]
 
 
-class _BatchNorm:
+class _BatchNorm(NamedTuple):
     """What torch's batch norm does beside the formula.
 
     Attributes:
-        tracks, momentum: whether this call moves the running statistics, and by what share.
+        affine: weight and bias.
         running: mean and variance, None where the batch's are used.
         of_batch: whether the statistics are those of x.
+        tracks, momentum: whether this call moves the running statistics, and by what share.
     """
 
-    def __init__(self, layer: Any) -> None:
-        self._layer = layer
-        self.tracks = layer.training and layer.track_running_stats and layer.running_mean is not None
-        self.momentum = 0.0 if layer.momentum is None else layer.momentum
-        if layer.training and layer.track_running_stats and layer.num_batches_tracked is not None:
-            layer.num_batches_tracked.add_(1)
-            if layer.momentum is None:
-                self.momentum = 1.0 / float(layer.num_batches_tracked)
-        use = not layer.training or layer.track_running_stats
-        self.running: Running = (layer.running_mean, layer.running_var) if use else (None, None)
-        self.of_batch = layer.training or self.running[0] is None
+    affine: Running
+    running: Running
+    of_batch: bool
+    tracks: bool
+    momentum: float
+    eps: float
 
     def __call__(
         self, x: Tensor, running: list[Tensor | None], weight: Tensor | None, bias: Tensor | None
     ) -> Tensor:
         mean, var = running
-        return batch_norm(x, mean, var, weight, bias, self.of_batch, self.momentum, self._layer.eps)
+        return batch_norm(x, mean, var, weight, bias, self.of_batch, self.momentum, self.eps)
+
+
+def _step(layer: Any, draw: Draw, outs: Space, compute: Callable[[_BatchNorm], Tensor]) -> Tensor:
+    """`compute` by the layer's statistics, which it moves in training."""
+    tracks = layer.training and layer.track_running_stats and layer.running_mean is not None
+    use = not layer.training or layer.track_running_stats
+    running: Running = (layer.running_mean, layer.running_var) if use else (None, None)
+    of_batch = layer.training or running[0] is None
+    norm = _BatchNorm((layer.weight, layer.bias), running, of_batch, tracks, layer.momentum or 0.0, layer.eps)
+    if layer.training and layer.track_running_stats and layer.num_batches_tracked is not None:
+        if layer.momentum is None and tracks:
+            is_open = draw.mask(outs, torch.bool)
+            return layer.average(
+                is_open, lambda mean, var: compute(norm._replace(running=(mean, var), momentum=1.0))
+            )
+        layer.forget_counts()
+        layer.num_batches_tracked.add_(1)
+    return compute(norm)
 
 
 def _embedded(layer: nn.Embedding, x: Tensor) -> Tensor:
@@ -346,16 +363,20 @@ class _Static:
 
     def batch_norm(self, layer: Any, x: Tensor) -> Tensor:
         layer._check_input_dim(x)
-        norm = _BatchNorm(layer)
+        outs = cast(Space, self.units.outs)
+        return self.mask(_step(layer, self.draw, outs, lambda norm: self.normalised(norm, x, outs)), 1)
+
+    def normalised(self, norm: _BatchNorm, x: Tensor, outs: Space) -> Tensor:
+        """The norm of all channels."""
         some = [None if t is None else t.clone() if norm.tracks else t for t in norm.running]
-        y = norm(x, some, layer.weight, layer.bias)
+        y = norm(x, some, *norm.affine)
         if norm.tracks:
-            is_open = self.draw.mask(cast(Space, self.units.outs), torch.bool)
+            is_open = self.draw.mask(outs, torch.bool)
             with torch.no_grad():
                 for whole, new in zip(norm.running, some, strict=True):
                     if whole is not None and new is not None:
                         whole.copy_(torch.where(is_open, new, whole))
-        return self.mask(y, 1)
+        return y
 
     def layer_norm(self, layer: nn.LayerNorm, x: Tensor) -> Tensor:
         gates = self.draw.gates(cast(Space, self.units.outs))

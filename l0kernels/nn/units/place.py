@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from ... import _checks, _registry
-from ..._compat import current_node, graph_task
+from ..._compat import AnyBatchNorm, current_node, graph_task
 from ..._gates import DEFAULT_DIST, Gates, HardConcrete
 from ...conv2d import is_exact
 from ...gates import draw_joined
 from ...penalty import L2Term
+from ..batch_norm import ChannelAverages
 from ..gate import GatedLayer, HardConcreteGate, draw, draws_of, leaves_no_fast_path
 from . import recurrent
 from .draws import Draw, Space, Spaces
@@ -272,6 +273,10 @@ class GatedRecurrent(GatedUnits):
         return recurrent.run(self, *args, **kwargs)
 
 
+class GatedNorm(GatedUnits, ChannelAverages):
+    """Mixin of batch norms."""
+
+
 _gated: dict[type[nn.Module], type[nn.Module]] = {}
 
 
@@ -284,7 +289,11 @@ def _class_of(cls: type[nn.Module]) -> type[nn.Module]:
             "__doc__": cls.__doc__,
             "_l0_class": cls,
         }
-        mixin = GatedRecurrent if issubclass(cls, nn.RNNBase | nn.RNNCellBase) else GatedUnits
+        mixin: type[GatedUnits] = GatedUnits
+        if issubclass(cls, nn.RNNBase | nn.RNNCellBase):
+            mixin = GatedRecurrent
+        elif issubclass(cls, AnyBatchNorm):
+            mixin = GatedNorm
         found = _gated[cls] = type(cls.__name__, (mixin, cls), attributes)
     return found
 
@@ -465,6 +474,8 @@ def ungate_(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if isinstance(module, GatedUnits):
             del module.__dict__["_l0_units"]
+            if isinstance(module, ChannelAverages):
+                module.forget_counts()
             module.__class__ = cast(Any, module)._l0_class
             _drop(module._forward_pre_hooks, leaves_no_fast_path)
     _drop(model._forward_pre_hooks, gates.begin)
