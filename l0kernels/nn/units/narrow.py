@@ -205,13 +205,11 @@ Rule = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
 
 def _like(x: Narrow, data: Any, dim: int | None = None) -> Any:
     """The result of a function of x: what it holds, at the same or another dimension."""
+    at = x._at
     if data is x._held:
         return x
-    assert x._at is not None
-    if dim is None:
-        return _at_place(data, x._at)
-    space, _, draw, spaces = x._at
-    return _at_place(data, (space, dim, draw, spaces))
+    assert at is not None
+    return _at_place(data, at if dim is None or dim == at[1] else (at[0], dim, at[2], at[3]))
 
 
 def _is_narrow(x: Any) -> bool:
@@ -223,6 +221,8 @@ def _pointwise(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if not isinstance(x, Narrow) or x._at is None:
         return None
     for a in (*args[1:], *kwargs.values()):
+        if type(a) in _NUMBERS:
+            continue
         if isinstance(a, Tensor) and (a.ndim or isinstance(a, Narrow)) and (args or a is not x):
             return _elementwise(func, args, kwargs) if args else None
     return _like(x, func(x._data, *args[1:], **kwargs) if args else func(**{**kwargs, "input": x._data}))
@@ -276,7 +276,7 @@ def _elementwise(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
     return Narrow.of(out, space, end + ndim, draw, spaces)
 
 
-_NUMBERS = (float, int)
+_NUMBERS = (float, int, bool)
 
 
 def _lie_alike(a: Narrow, b: Narrow) -> bool:
@@ -297,8 +297,17 @@ def _permuted(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if not isinstance(x, Narrow) or x._at is None:
         return None
     data = func(x._data, *args[1:], **kwargs)
-    how = _frozen(args[1:]), _frozen(kwargs.items())
-    return _like(x, data, _moved(func, data.ndim, *how).index(x._at[1] + 1))
+    return _like(x, data, _told(_moved_to, func, data.ndim, x._at[1], args[1:], kwargs))
+
+
+def _told(
+    where: Callable[..., int | None], func: Any, ndim: int, dim: int, args: Any, kwargs: dict[str, Any]
+) -> int | None:
+    """`where`, which is cached, of a function and its arguments behind the first."""
+    try:
+        return where(func, ndim, dim, args, *kwargs.items())
+    except TypeError:  # a list
+        return where(func, ndim, dim, _frozen(args), *_frozen(kwargs.items()))
 
 
 def _frozen(values: Any) -> Any:
@@ -307,9 +316,10 @@ def _frozen(values: Any) -> Any:
 
 
 @lru_cache(1024)
-def _moved(func: Any, ndim: int, args: tuple[Any, ...], kwargs: tuple[Any, ...]) -> torch.Size:
-    """What the function does to a tensor whose sizes are its dimensions' numbers."""
-    return func(torch.empty([*range(1, ndim + 1)], device="meta"), *args, **dict(kwargs)).shape
+def _moved_to(func: Any, ndim: int, dim: int, args: tuple[Any, ...], *kwargs: tuple[str, Any]) -> int:
+    """Where dimension `dim` is behind the function, of a tensor whose sizes are its dimensions' numbers."""
+    sizes = func(torch.empty([*range(1, ndim + 1)], device="meta"), *args, **dict(kwargs)).shape
+    return sizes.index(dim + 1)
 
 
 def _squeezed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -386,19 +396,20 @@ def _view_shape(full: torch.Size, args: tuple[Any, ...], kwargs: dict[str, Any])
 def _concatenated(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     tensors = args[0] if args else kwargs["tensors"]
     at = args[1] if len(args) > 1 else kwargs.get("dim", kwargs.get("axis", 0))
-    spaces = [t._at for t in tensors if isinstance(t, Narrow) and t._at is not None]
-    if len(spaces) != len(tensors) or not spaces:
+    first = tensors[0]._at if tensors and isinstance(tensors[0], Narrow) else None
+    if first is None:
         return None
-    space, dim, draw, known = spaces[0]
-    for other in spaces:
-        if other[1] != dim or other[2] is not draw:
+    space, dim, draw, known = first
+    spaces = []
+    for t in tensors:
+        other = t._at if isinstance(t, Narrow) else None
+        if other is None or other[1] != dim or other[2] is not draw:
             return None
+        spaces.append(other[0])
     data = torch.cat([t._data for t in tensors], at)
     if at % tensors[0]._held.ndim == dim:
-        return Narrow.of(data, known.joined([other[0] for other in spaces]), dim, draw, known)
-    if any(other[0] is not space for other in spaces):
-        return None
-    return Narrow.of(data, space, dim, draw, known)
+        return _at_place(data, (known.joined(spaces), dim, draw, known))
+    return _at_place(data, first) if all(other is space for other in spaces) else None
 
 
 def _divided(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -458,24 +469,35 @@ def _item(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 def _reduced(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     x = args[0]
-    if not isinstance(x, Narrow) or x._at is None or func.__name__ == "norm":
+    if not isinstance(x, Narrow) or x._at is None:
         return None
     for a in args[1:]:
         if isinstance(a, Tensor):
             return None
-    ndim, at = x._held.ndim, x._at[1]
-    value = args[1] if len(args) > 1 else kwargs.get("dim")
-    if value is None or isinstance(value, bool):
-        return None
-    dims = _dims(value, ndim)
-    if at in dims or not dims:
+    dim = _told(_reduced_to, func, x._held.ndim, x._at[1], args[1:], kwargs)
+    if dim is None:
         return None
     out = func(x._data, *args[1:], **kwargs)
-    kept = (out if isinstance(out, Tensor) else out[0]).ndim == ndim
-    dim = at if kept else at - sum(d < at for d in dims)
     if isinstance(out, Tensor):
         return _like(x, out, dim)
     return type(out)([_like(x, part, dim) for part in out]) if isinstance(out, tuple) else None
+
+
+@lru_cache(1024)
+def _reduced_to(
+    func: Any, ndim: int, dim: int, args: tuple[Any, ...], *kwargs: tuple[str, Any]
+) -> int | None:
+    """Where dimension `dim` is behind the function, None where it is, or may be, reduced."""
+    named = dict(kwargs)
+    value = args[0] if args else named.get("dim")
+    if func.__name__ == "norm" or value is None or isinstance(value, bool):
+        return None
+    dims = _dims(value, ndim)
+    if dim in dims or not dims:
+        return None
+    out = func(torch.zeros([1] * ndim), *args, **named)
+    kept = (out if isinstance(out, Tensor) else out[0]).ndim == ndim
+    return dim if kept else dim - sum(d < dim for d in dims)
 
 
 def _over(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -490,7 +512,7 @@ def _spatial(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     x = args[0] if args else kwargs["input"]
     if not isinstance(x, Narrow) or x._at is None:
         return None
-    for a in (*args, *kwargs.values()):
+    for a in (*args[1:], *kwargs.values()):
         if isinstance(a, Narrow) and a is not x:
             return None
     ndim = x._held.ndim
