@@ -201,9 +201,10 @@ def export(model: nn.Module, *, batched: bool = True, multiple_of: int = 1) -> n
     A model that :func:`gate_` has gated keeps its classes and forwards: its layers are of their own classes
     again, without their closed units, z in the columns that read the open ones, and say so in their sizes.
     The result is run on random inputs like the example that gate_ was given. Groups of units that meet a size
-    which stands in a forward stay whole, closed units all zeros, as do features of the model's inputs; of a
-    group without an open unit one of zeros stays. A weight that two layers share, of which one multiplies it
-    by z, becomes one for each.
+    which stands in a forward stay whole, closed units all zeros, as do features of the model's inputs; a
+    layer, RMS or group norm over them is one of the open ones, a class of ours. Of a group without an open
+    unit one of zeros stays. A weight that two layers share, of which one multiplies it by z, becomes one for
+    each.
 
     Sharded parameters (DTensor) are gathered: all ranks export, and have the same model.
 

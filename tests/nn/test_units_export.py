@@ -458,20 +458,52 @@ def test_groups_that_meet_a_size_in_a_forward_stay_whole(net, shape, whole, narr
     assert small.get_parameter(narrow).shape[0] < model.get_parameter(narrow).shape[0]
 
 
-def test_a_size_and_a_norm_in_each_others_way():
-    class Both(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.a, self.norm, self.b = nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 2)
+class SizeBehindNorm(nn.Module):
+    """A view knows how many features the first norm has; those of the other one may go."""
 
-        def forward(self, x):
-            return self.b(self.norm(self.a(x)).view(-1, 8))
+    def __init__(self, norm):
+        super().__init__()
+        self.a, self.norm, self.b = nn.Linear(4, 8), norm, nn.Linear(8, 8)
+        self.free, self.c = nn.LayerNorm(8), nn.Linear(8, 2)
 
-    model = Both()
-    l0.nn.gate_(model, torch.randn(3, 4))
+    def forward(self, x):
+        return self.c(self.free(self.b(self.norm(self.a(x)).view(-1, 8))))
+
+
+@pytest.mark.parametrize(
+    "norm",
+    [
+        nn.LayerNorm(8),
+        nn.LayerNorm(8, elementwise_affine=False),
+        nn.RMSNorm(8),
+        nn.GroupNorm(2, 8),
+        nn.GroupNorm(4, 8, affine=False),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("closed", [0.5, 0.1, 0.99])
+def test_norms_of_units_that_stay_whole_are_over_the_open_ones(norm, closed):
+    model, x = SizeBehindNorm(copy.deepcopy(norm)).double(), torch.randn(3, 4, dtype=torch.float64)
+    for parameter in model.norm.parameters():
+        nn.init.normal_(parameter)
+    l0.nn.gate_(model, x)
     set_gates(model)
-    with pytest.raises(ValueError, match=r"RuntimeError.*Units of \['a'\] must go, since a norm"):
-        l0.nn.export(model)
+    gates = groups_of(model)
+    gate = gates.gates[[group.name for group in gates.groups].index("a")]
+    with torch.no_grad():
+        gate.log_alpha.copy_(torch.linspace(0.5, 3, gate.n).double().flip(0))
+        gone = min(max(1, int(closed * gate.n)), gate.n - 1)
+        gate.log_alpha[:gone] = -10
+    model.eval()
+    small = l0.nn.export(model)
+    assert_same(small(x), model(x))
+    assert small.a.out_features == 8
+    assert small.b.out_features < 8
+    assert isinstance(small.norm, type(norm))
+    assert small.norm.opened.tolist() == [i for i in range(8) if i % gate.n >= gone]  # a unit in each group
+    assert type(small.free) is nn.LayerNorm
+    assert_same(pickle.loads(pickle.dumps(small))(x), model(x))
+    assert_same(torch.export.export(small, (x,)).module()(x), model(x))
 
 
 def test_inputs_stay_whole():

@@ -13,6 +13,7 @@ from ..._compat import pytree
 from .draws import Space
 from .graph import Group
 from .layers import Units
+from .open_norm import open_norm_
 from .place import GatedUnits, GateGroups, groups_of, tensors_of, ungate_
 
 STATISTICS = ("running_mean", "running_var")
@@ -42,30 +43,25 @@ def _shrunk(host: nn.Module, multiple_of: int) -> nn.Module:
     gates = cast(GateGroups, groups_of(host))
     plan = _Plan(host, gates, multiple_of)
     check = _Check(host, gates)
-    free = [group for group in plan.narrowed if group.name not in plan.needed]
-    out, found = check.of(plan.cut(free))
+    out, found = check.of(plan.cut(plan.narrowed))
     if found is None:
         return out
     # Some of them meet a size that stands in a forward: those stay whole, with zeros.
     out, wrong = check.of(plan.cut([]))
     if wrong is not None:
         raise ValueError(
-            f"model must compute the same without its closed units, got another result: {wrong}. "
-            f"Units of {sorted(plan.needed) or 'no group'} must go, since a norm is over the open ones; "
-            "a size that stands in a forward is in their way"
+            f"model must compute the same with its closed units zero, got another result: {wrong}"
         )
-    alone = [group for group in free if check.of(plan.cut([group]))[1] is None]
-    if len(alone) > 1:
-        both, wrong = check.of(plan.cut(alone))
+    alone = [group for group in plan.narrowed if check.of(plan.cut([group]))[1] is None]
+    both, wrong = check.of(plan.cut(alone))
+    if wrong is None:
+        return both
+    chosen: list[Group] = []
+    for group in alone:
+        both, wrong = check.of(plan.cut([*chosen, group]))
         if wrong is None:
-            return both
-        chosen: list[Group] = []
-        for group in alone:
-            both, wrong = check.of(plan.cut([*chosen, group]))
-            if wrong is None:
-                chosen, out = [*chosen, group], both
-        return out
-    return check.of(plan.cut(alone))[0] if alone else out
+            chosen, out = [*chosen, group], both
+    return out
 
 
 class _Plan:
@@ -140,12 +136,13 @@ class _Plan:
         return fixed - self.needed
 
     def cut(self, groups: Iterable[Group]) -> nn.Module:
-        """A copy of the model whose closed units are gone, of `groups` and those that must; else zero.
+        """A copy of the model whose closed units are gone, of `groups`; else zero.
 
-        It shares with the model what stays as it is.
+        It shares with the model what stays as it is. A norm over units some of which are zero is one of the
+        others.
         """
         kept = self._kept.clone()
-        gone = {group.name for group in groups} | self.needed
+        gone = {group.name for group in groups}
         for name, place in self._of.items():
             if name not in gone:
                 kept[place] = True
@@ -162,6 +159,8 @@ class _Plan:
             cutter.parameters(module, units.get(cast(Any, module)))
         for layer, own in units.items():
             _resize(cast(Any, layer), own, cutter.count)
+            if _is_over_units(layer, own):
+                open_norm_(layer, cutter.is_open(cast(Space, own.outs)))
         return copied
 
 
@@ -187,6 +186,10 @@ class _Cutter:
     def count(self, space: Space) -> int:
         """How many entries of a space stay."""
         return int(self._kept[space.labels].sum())
+
+    def is_open(self, space: Space) -> Tensor:
+        """Which of the entries that stay are."""
+        return self._open[space.labels][self._kept[space.labels]]
 
     def parameters(self, module: nn.Module, units: Units | None) -> None:
         """Makes those of `module` narrower, and its buffers."""
