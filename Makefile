@@ -16,12 +16,13 @@ SOURCES  := pyproject.toml constraints.txt setup.py $(shell find csrc -type f 2>
 # Reads the sources and imports none; the variable silences a notice about the next major version of mkdocs.
 DOCS     := NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
 
-.PHONY: help train train-mlp train-wrn test test-all docs static bench bench-cpu gpu-check venv sdist wheel test-install clean
+.PHONY: help train train-mlp train-wrn paper test test-all docs static bench bench-cpu gpu-check venv sdist wheel test-install clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make train      train a LeNet-5 with L0 gates on handwritten digits, and the same net dense (ARGS=--help)"
 	@echo "make train-mlp, train-wrn  the same with a LeNet-300-100, and with a wide residual net"
+	@echo "make paper      the paper's table of MNIST, by its recipe: hours, goes on where it stopped (ARGS='--data DIR')"
 	@echo "make test       ruff, mypy, pytest (ARGS= for pytest's options)"
 	@echo "make test-all   the same and what is only long: every variant, more random nets and calls, sanitizers"
 	@echo "make docs       the manual, as pages for a browser: site/index.html"
@@ -42,6 +43,9 @@ train-mlp: $(EXAMPLES)
 
 train-wrn: $(EXAMPLES)
 	$(PY) examples/train_wrn.py $(or $(ARGS),--depth 10 --width 2)
+
+paper: $(EXAMPLES)
+	$(PY) bench/paper.py $(ARGS)
 
 test: $(STAMP)
 	$(PY) -m ruff check .
