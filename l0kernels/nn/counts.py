@@ -2,21 +2,30 @@
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .._compat import AnyConv
-from .chain import Known, Part, Product, flatten, inside, is_feed_forward, is_product, known_before, link
 from .conv import GatedConv
 from .export import SlicedConv1d, SlicedConv2d
 from .gate import HardConcreteGate, gate_modules
 from .linear import L0Linear
 from .penalty import weight_parameters
 from .ranks import check_none_flat
-from .sequential import is_residual
-from .steps import is_linear, is_norm, units_in, units_out
+from .steps import (
+    GateModules,
+    Step,
+    is_feed_forward,
+    is_linear,
+    is_norm,
+    is_product,
+    is_residual,
+    units_in,
+    units_out,
+    walk,
+)
 from .units.place import GatedUnits
 from .units.sizes import open_counts
 
@@ -135,29 +144,44 @@ def _flops(model: nn.Module, input_shape: Sequence[int] | Tensor | None, opennes
     return _total(counts, dense)
 
 
-def _products(model: nn.Module) -> dict[nn.Module, Product]:
+class _Sides(NamedTuple):
+    """A linear layer, a convolution or a batch norm, and the gates on its two sides, see `Step`.
+
+    halves: whether out_gates stand for both halves of the outputs: the two arguments of a gated product.
+    """
+
+    layer: nn.Module
+    in_gates: GateModules
+    out_gates: GateModules
+    halves: bool = False
+
+
+def _products(model: nn.Module) -> dict[nn.Module, _Sides]:
     """Each layer once, with the gates around it where it is met first."""
-    return _products_of(flatten(model), Known())
+    return _products_of(walk(model))
 
 
-def _products_of(parts: list[Part], known: Known) -> dict[nn.Module, Product]:
-    found: dict[nn.Module, Product] = {}
-    for product in link(parts, known):
-        found.setdefault(product.layer, product)
-    for part, before in zip(parts, known_before(parts, known), strict=True):
-        module = part.module
+def _products_of(steps: Sequence[Step]) -> dict[nn.Module, _Sides]:
+    found: dict[nn.Module, _Sides] = {}
+    for step in steps:
+        if step.is_layer:
+            found.setdefault(step.module, _Sides(step.module, step.in_gates, step.out_gates))
+    for step in steps:
+        module = step.module
         if is_feed_forward(module):
-            found = {product.layer: product for product in inside(module)} | found
+            gates = (module.hidden_gate,)
+            inside = _Sides(module.up, (), gates, halves=True), _Sides(module.down, gates, ())
+            found = {sides.layer: sides for sides in inside} | found
         elif is_residual(module):
-            for branch in (module.body, module.shortcut):
-                found = _products_of(flatten(branch, part.scope), before) | found
+            for branch in step.branches:
+                found = _products_of(branch) | found
         elif module not in found:
             for child in module.children():
                 found = _products(child) | found
     return found
 
 
-def _count(product: Product, openness: Openness) -> tuple[Tensor, Tensor]:
+def _count(product: _Sides, openness: Openness) -> tuple[Tensor, Tensor]:
     """Open weights and open biases of one layer."""
     layer: Any = product.layer
     n_in, n_out = units_in(layer), units_out(layer)
@@ -189,7 +213,7 @@ def _own(layer: Any, openness: Openness) -> Tensor | None:
 
 
 def _meeting(
-    product: Product, n_in: int, n_out: int, groups: int, openness: Openness
+    product: _Sides, n_in: int, n_out: int, groups: int, openness: Openness
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The outputs and inputs that one gate closes, pair by pair, and P(both open) - P(open) P(open) there."""
     layer, halves = product.layer, product.halves
@@ -225,7 +249,7 @@ def _place(gate: HardConcreteGate, units: Tensor, n: int, n_out: int, halves: bo
 def _units(
     gates: Sequence[HardConcreteGate], layer: Any, n: int, openness: Openness, halves: bool = False
 ) -> Tensor:
-    """(n,) float64: how open each unit is that all of `gates` close; Product says which gates close which."""
+    """(n,) float64: how open each unit is that all of `gates` close; Step says which gates close which."""
     units = torch.ones(n, dtype=torch.float64, device=_device(layer))
     for gate in gates:
         each = openness(gate)

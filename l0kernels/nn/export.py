@@ -1,6 +1,8 @@
 """The trained model without gates: closed units sliced away, open ones folded into the weights."""
 
 import copy
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, ClassVar, cast
 
 import torch
@@ -13,19 +15,6 @@ from .. import _checks
 from .._compat import AnyBatchNorm
 from .bank import GateBank
 from .batch_norm import L0BatchNorm
-from .chain import (
-    GateModules,
-    Known,
-    Part,
-    Product,
-    flatten,
-    is_container,
-    is_feed_forward,
-    is_product,
-    known_before,
-    link,
-    own_gates,
-)
 from .conv import GatedConv
 from .feed_forward import L0FeedForward
 from .gate import GatedLayer, HardConcreteGate, gate_modules, leaves_no_fast_path
@@ -34,8 +23,28 @@ from .mlp import L0MLP
 from .norm import L0GroupNorm, L0LayerNorm, L0RMSNorm, plain_norm
 from .ranks import gathered
 from .reads import Reads, is_foreign, reads_of
-from .sequential import L0Residual, L0Sequential, Value, is_residual, is_sequential
-from .steps import NORMS, UNKNOWN, conv_kind, is_conv, is_linear, is_norm, own_gate, units_in, units_out
+from .sequential import L0Residual, L0Sequential
+from .steps import (
+    NORMS,
+    UNKNOWN,
+    GateModules,
+    Step,
+    Value,
+    conv_kind,
+    is_container,
+    is_conv,
+    is_feed_forward,
+    is_linear,
+    is_norm,
+    is_product,
+    is_residual,
+    is_sequential,
+    own_gate,
+    own_gates,
+    units_in,
+    units_out,
+    walk,
+)
 from .units.place import GatedUnits, GateGroups, relink
 from .units.shrink import shrunk
 
@@ -296,8 +305,7 @@ class _Export:
 
     def __init__(self, model: nn.Module, batched: bool) -> None:
         self._model = model
-        nothing = Value() if batched else Value(ndim=UNKNOWN)
-        self._nothing = Known(nothing, nothing)
+        self._nothing = Value() if batched else Value(ndim=UNKNOWN)
         # Memos of deepcopy: what is in them appears in later copies, so that sharing survives.
         self._kept: dict[int, Any] = {}
         self._around: dict[nn.Module, list[tuple[nn.Module, str]]] = {}
@@ -341,9 +349,9 @@ class _Export:
         if isinstance(module, torch.jit.ScriptModule) or self._is_kept(module):
             return copy.deepcopy(module, self._kept)
         if is_residual(module):
-            return self._chain(flatten(module), self._nothing)[0]
+            return self._chain(walk(module, self._nothing))[0]
         if is_container(module) and self._is_only_called(module):
-            return nn.Sequential(*self._chain(flatten(module), self._nothing))
+            return nn.Sequential(*self._chain(walk(module, self._nothing)))
         if is_product(module):
             return self._layer(module)
         if is_norm(module):
@@ -409,7 +417,7 @@ class _Export:
             if _is_plain(layer):
                 return self._copy(layer)
             return _sliced(layer, None, None) if is_linear(layer) else _sliced_conv(layer, None, None)
-        parts = self._chain([Part(layer, None)], self._nothing)
+        parts = self._chain(walk(layer, self._nothing))
         if len(parts) == 1:
             return parts[0]
         if layer is self._model:
@@ -417,41 +425,34 @@ class _Export:
         kind = SlicedLinear if is_linear(layer) else SlicedConv2d
         return (SlicedConv1d if isinstance(layer, nn.Conv1d) else kind)(layer, parts)
 
-    def _chain(self, parts: list[Part], known: Known) -> list[nn.Module]:
-        products = link(parts, known)
-        units = [_Units(product) for product in products]
-        for at in range(len(units) - 2, -1, -1):
-            if products[at].leads:
-                units[at].write_for(units[at + 1])
+    def _chain(self, steps: Sequence[Step]) -> list[nn.Module]:
+        units = [_Units(step) for step in steps if step.is_layer]
+        for own, behind in reversed([*pairwise(units)]):
+            if own.step.leads:
+                own.write_for(behind)
         exported: list[nn.Module] = []
         held: Tensor | None = None  # units that the value has, None for all
-        place = 0
-        for at, (part, before) in enumerate(zip(parts, known_before(parts, known), strict=True)):
-            if place == len(products) or products[place].step != at:
-                if is_residual(part.module):
-                    exported.append(self._residual(part, before))
-                else:
-                    exported.append(self.alone(part.module))
-                continue
-            product, own = products[place], units[place]
-            place += 1
-            layer: Any = product.layer
-            if product.follows and held is not None:
-                held = _spread(held, units_out(products[place - 2].layer), units_in(layer))
-            exported += _select(held, own.read, units_in(layer), product.dim)
-            exported.append(self._copy(layer) if own.is_whole else own.sliced())
-            held = own.write
-            if held is not None and not product.leads:
-                exported.append(ScatterOutputs(held, units_out(layer), product.dim))
-                held = None
+        n = 0
+        rest = iter(units)
+        for step in steps:
+            if is_residual(step.module):
+                exported.append(self._residual(step))
+            elif not step.is_layer:
+                exported.append(self.alone(step.module))
+            else:
+                own, size = next(rest), units_in(step.module)
+                held = held if held is None else _spread(held, n, size)
+                exported += _select(held, own.read, size, step.dim)
+                exported.append(self._copy(own.layer) if own.is_whole else own.sliced())
+                held, n = own.write, units_out(own.layer)
+                if held is not None and not step.leads:
+                    exported.append(ScatterOutputs(held, n, step.dim))
+                    held = None
         return exported
 
-    def _residual(self, part: Part, before: Known) -> Residual:
+    def _residual(self, step: Step) -> Residual:
         """Anew each time: what may be left out depends on what comes in."""
-        residual = cast(L0Residual, part.module)
-        branches = [
-            self._chain(flatten(branch, part.scope), before) for branch in (residual.body, residual.shortcut)
-        ]
+        branches = [self._chain(branch) for branch in step.branches]
         body, shortcut = (parts[0] if len(parts) == 1 else nn.Sequential(*parts) for parts in branches)
         return Residual(body, shortcut if branches[1] else nn.Identity())
 
@@ -506,12 +507,12 @@ def _spread(units: Tensor, n: int, size: int) -> Tensor:
 class _Units:
     """Which units of a layer are kept: `read` and `write` ascending, None for all."""
 
-    def __init__(self, product: Product) -> None:
-        self.layer: Any = product.layer
-        layer = self.layer
-        self._zeros = _open_units(product.zeros, units_in(layer))
-        self._like = product.zeros[0].log_alpha if product.zeros else None
-        self.read = self._one_at_least(_open_units(product.in_gates, units_in(layer)))
+    def __init__(self, step: Step) -> None:
+        self.step = step
+        layer = self.layer = step.module
+        self._zeros = _open_units(step.zeros, units_in(layer))
+        self._like = step.zeros[0].log_alpha if step.zeros else None
+        self.read = self._one_at_least(_open_units(step.in_gates, units_in(layer)))
         self.write = self._one_at_least(_open_units(own_gates(layer, "out_gate"), units_out(layer)))
         if is_norm(layer):
             self.write = self.read
