@@ -28,9 +28,8 @@ from .steps import (
     units_out,
     walk,
 )
-from .units.labels import meeting
 from .units.place import GatedUnits
-from .units.sizes import open_counts, open_entries, open_pairs, with_one
+from .units.sizes import meeting, open_counts, open_entries, open_pairs, with_one
 
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 Openness = Callable[[HardConcreteGate], Tensor]
@@ -213,7 +212,7 @@ def _count(sides: _Sides, openness: Openness) -> dict[str, Tensor]:
         groups, taps = (1, 1) if is_linear(layer) else (layer.groups, layer.weight.shape[2:].numel())
         own = _own(layer, openness)
         meet = not set(sides.in_gates).isdisjoint(sides.out_gates)
-        met = meeting(rows, cols, len(p) - 1) if meet else None
+        met = meeting(rows, cols) if meet else None
         weights = open_pairs(p, rows, cols, met, groups, own) * (taps if own is None else 1)
     found = {"weight": weights, "bias": biases}
     return {name: count for name, count in found.items() if getattr(layer, name) is not None}

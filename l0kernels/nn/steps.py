@@ -18,7 +18,7 @@ branches is no border, but a norm of torch is, which has statistics of what nobo
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, TypeGuard, cast
 
 from torch import nn
@@ -266,7 +266,7 @@ def units_out(layer: Any) -> int:
 
 def own_gate(layer: nn.Module, side: str) -> Any:
     """The gate that `layer` has as in_gate or out_gate, None if it has none."""
-    return getattr(layer, side) if isinstance(layer, L0Linear | GatedConv) else None
+    return getattr(layer, side) if isinstance(layer, _GATED) else None
 
 
 def own_gates(layer: nn.Module, side: str) -> GateModules:
@@ -321,6 +321,7 @@ class Read(NamedTuple):
         return first
 
 
+_GATED = (L0Linear, GatedConv)
 LAYERS = ("linear", "conv", "norm")
 
 
@@ -361,7 +362,7 @@ class Step:
     value: Value = NOTHING
     told: Value = NOTHING
     read: Read | None = None
-    branches: "tuple[list[Step], list[Step]]" = field(default_factory=lambda: ([], []))
+    branches: "tuple[list[Step], ...]" = ()
 
     @property
     def keeps_closed(self) -> bool:

@@ -106,28 +106,3 @@ def across(labels: Tensor, dim: int, shape: Sequence[int]) -> Tensor:
     place = [1] * len(shape)
     place[dim] = len(labels)
     return labels.view(place).expand(tuple(shape))
-
-
-def sets(labels: Tensor) -> Tensor:
-    """(n, times): the labels of each entry of a dimension that has one, (n,), or several."""
-    return labels if labels.ndim == 2 else labels[:, None]
-
-
-def meeting(rows: Sequence[Tensor], cols: Sequence[Tensor], always: int) -> Tensor:
-    """(2, m): the rows and columns that have a label in common, but for that of what is always open."""
-    (of_rows, at_rows), (of_cols, at_cols) = _flat(rows), _flat(cols)
-    of_cols, order = of_cols.sort()
-    first = torch.searchsorted(of_cols, of_rows)
-    times = (torch.searchsorted(of_cols, of_rows, right=True) - first) * (of_rows != always)
-    ends = times.cumsum(0)
-    nth = torch.arange(int(times.sum()), device=times.device) + (first - ends + times).repeat_interleave(
-        times
-    )
-    return torch.stack([at_rows.repeat_interleave(times), at_cols[order][nth]]).unique(dim=1)
-
-
-def _flat(labels: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """All labels of a dimension, and the entries that have them."""
-    of = torch.cat([sets(each) for each in labels], 1)
-    entries = torch.arange(len(of), device=of.device)[:, None].expand_as(of)
-    return of.flatten(), entries.flatten()

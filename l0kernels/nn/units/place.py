@@ -24,7 +24,6 @@ from .draws import Draw, Space, Spaces
 from .example import Example, example_of
 from .graph import Group, UnitGraph, unit_graph
 from .kinds import kind_of, recurrent_names
-from .labels import meeting
 from .layers import Units, run
 from .narrow import plain
 
@@ -113,7 +112,8 @@ class GateGroups(GatedLayer, nn.Module):
         if key not in self._made:  # by _place, before anything is compiled
             of = self.gate_of_unit()
             first, second = of[rows.labels], of[cols.labels]
-            at = meeting([first], [second], int(of[-1]))
+            both = (first[:, None] == second) & (first[:, None] != of[-1])
+            at = both.nonzero().T
             self._made[key] = torch.stack([*at, first[at[0]]]) if at.numel() else None
         return self._made[key]
 

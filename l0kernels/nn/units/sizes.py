@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -13,7 +13,6 @@ from ...penalty import L2Term
 from .. import ranks
 from ..gate import HardConcreteGate
 from .draws import Space
-from .labels import sets
 from .place import NAME, GateGroups
 
 OPEN = 80.0
@@ -60,14 +59,13 @@ def open_counts(
             others = parameter.numel()
             for of in labels.values():
                 others //= len(of)
-            if len(labels) == 1:
-                total = open_entries(p, [*labels.values()]).sum()
-            elif len(labels) == 2:
-                met = gates.meeting(*sides.values())
-                rows, cols = ([of] for of in labels.values())
-                total = open_pairs(p, rows, cols, None if met is None else met[:2].to(p.device))
-            else:
+            if len(labels) > 2:
                 total = _product(labels, p, parameter.ndim).sum()
+            elif len(labels) == 2:
+                met, (rows, cols) = gates.meeting(*sides.values()), labels.values()
+                total = open_pairs(p, [rows], [cols], None if met is None else met[:2].to(p.device))
+            else:
+                total = open_entries(p, labels.values()).sum()
             counts[parameter] = total * others
     return counts
 
@@ -78,14 +76,14 @@ def with_one(parts: list[Tensor]) -> Tensor:
     return torch.cat([*flat, flat[0].new_ones(1)])
 
 
-def open_entries(p: Tensor, labels: Sequence[Tensor]) -> Tensor:
+def open_entries(p: Tensor, labels: Iterable[Tensor]) -> Tensor:
     """(n,): P(open) of each entry of a dimension.
 
     labels: which gates close it, as numbers in p: of each tensor, (n,), that one has to be open, or of
         (n, times) one of several.
     """
-    parts = [_of_set(p, of) for of in labels]
-    return torch.stack(parts).prod(0) if len(parts) > 1 else parts[0]
+    parts = [p[of] if of.ndim == 1 else 1 - (1 - p[of]).prod(1) for of in labels]
+    return torch.stack(parts).prod(0)
 
 
 def open_pairs(
@@ -99,8 +97,8 @@ def open_pairs(
     """The sum of P(row and column are open) over the pairs of each group, each gate once.
 
     Args:
-        rows, cols: labels, as of :func:`open_entries`.
-        met: (2, m): the rows and columns that have a label in common, see :func:`meeting`; None: none has.
+        rows, cols: labels, as of :func:`open_entries`; those of cols (n,).
+        met: (2, m): the rows and columns that have a label in common; None: none has.
         weights: (rows, columns): P(open) of the pair itself.
     """
     row, col = open_entries(p, rows), open_entries(p, cols)
@@ -110,19 +108,23 @@ def open_pairs(
         total = row @ weights @ col
     if met is None:
         return total
-    within = met[0] // (len(row) // groups) == met[1] // (len(col) // groups)
-    at_row, at_col = met[:, within]
+    at_row, at_col = met[:, met[0] // (len(row) // groups) == met[1] // (len(col) // groups)]
     both = col[at_col]
     for of in rows:  # an open column is one of those that keep the row open
-        labels = sets(of)[at_row]
-        meets = [(labels[:, :, None] == sets(other)[at_col][:, None]).flatten(1).any(1) for other in cols]
-        both = torch.where(torch.stack(meets).any(0), both, both * _of_set(p, of)[at_row])
+        keeps = _common([of.view(len(of), -1)[at_row]], [other[at_col] for other in cols])
+        both = torch.where(keeps, both, both * open_entries(p, [of[at_row]]))
     difference = both - row[at_row] * col[at_col]
     return total + (difference if weights is None else difference * weights[at_row, at_col]).sum()
 
 
-def _of_set(p: Tensor, of: Tensor) -> Tensor:
-    return p[of] if of.ndim == 1 else 1 - (1 - p[of]).prod(1)
+def meeting(rows: Sequence[Tensor], cols: Sequence[Tensor]) -> Tensor:
+    """(2, m): the rows and columns that have a label in common."""
+    return _common([of.view(len(of), 1, -1) for of in rows], cols).nonzero().T
+
+
+def _common(rows: Sequence[Tensor], cols: Sequence[Tensor]) -> Tensor:
+    """Whether labels of rows, (..., times), are among those of columns, (...)."""
+    return torch.stack([(row == col[..., None]).any(-1) for row in rows for col in cols]).any(0)
 
 
 def _product(labels: dict[int, Tensor], p: Tensor, ndim: int) -> Tensor:
