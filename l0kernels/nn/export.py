@@ -46,7 +46,7 @@ from .steps import (
     walk,
 )
 from .units.place import GatedUnits, GateGroups, relink
-from .units.shrink import shrunk
+from .units.shrink import narrowed, set_sizes, shrunk
 
 UNIT_NORMS = (L0LayerNorm, L0RMSNorm, L0GroupNorm)
 LISTS = (nn.ModuleList, nn.ModuleDict)
@@ -416,7 +416,7 @@ class _Export:
             # So is a layer that may be called with more than x, a transposed convolution's output_size.
             if _is_plain(layer):
                 return self._copy(layer)
-            return _sliced(layer, None, None) if is_linear(layer) else _sliced_conv(layer, None, None)
+            return _sliced(layer)
         parts = self._chain(walk(layer, self._nothing))
         if len(parts) == 1:
             return parts[0]
@@ -556,8 +556,6 @@ class _Units:
     def sliced(self) -> nn.Module:
         if is_norm(self.layer):
             return _sliced_norm(self.layer, self.read, self._zeros, self._like)
-        if is_conv(self.layer):
-            return _sliced_conv(self.layer, self.read, self.write)
         return _sliced(self.layer, self.read, self.write)
 
 
@@ -587,77 +585,49 @@ def _open_units(gates: GateModules, n: int) -> Tensor | None:
 
 
 def _sliced(
-    layer: nn.Linear, read: Tensor | None, write: Tensor | None, z_in: Tensor | None = None
-) -> nn.Linear:
-    """The layer times its evaluation gates, in fp32 or above, restricted to some inputs and outputs.
+    layer: Any, read: Tensor | None = None, write: Tensor | None = None, z_in: Tensor | None = None
+) -> nn.Module:
+    """The layer times its evaluation gates, in fp32 or above, restricted to some inputs and outputs; of a
+    grouped convolution to groups.
 
     z_in: evaluation gates of the inputs that the layer does not own.
     """
-    weight: Tensor = layer.weight if z_in is None else layer.weight * z_in
-    bias: Tensor | None = layer.bias
-    if isinstance(layer, L0Linear):
-        if layer.weight_gate is not None:
-            weight = weight * layer.spread(layer.weight_gate.eval_gates().z)
-        if layer.in_gate is not None:
-            weight = weight * over_runs(layer.in_gate.eval_gates().z, layer.in_features)
-        if layer.out_gate is not None:
-            z_out = over_runs(layer.out_gate.eval_gates().z, layer.out_features)
-            weight = weight * z_out[:, None]
-            bias = None if bias is None else bias * z_out
-    if read is not None:
-        weight = weight[:, read]
-    if write is not None:
-        weight = weight[write]
-        bias = None if bias is None else bias[write]
+    weight, bias, kind = layer.weight, layer.bias, conv_kind(layer) or nn.Linear
+    groups, transposed = getattr(layer, "groups", 1), getattr(layer, "transposed", False)
+    if isinstance(layer, L0Linear | GatedConv) and layer.weight_gate is not None:
+        z = layer.weight_gate.eval_gates().z
+        weight = weight * (layer.spread(z) if isinstance(layer, L0Linear) else z.view(weight.shape))
+    weight = _turned(weight, groups) if transposed else weight
+    per_group = weight.shape[1]
+    z_in = _z_of(layer, "in_gate", units_in(layer)) if z_in is None else z_in
+    if groups == 1:
+        weight = narrowed(weight, 1, read, z_in)
+    elif z_in is not None:
+        parts = zip(weight.chunk(groups), z_in.chunk(groups), strict=True)
+        weight = torch.cat([narrowed(part, 1, None, z) for part, z in parts])
+    z_out = _z_of(layer, "out_gate", units_out(layer))
+    weight = narrowed(weight, 0, write, z_out)
 
-    # Built on meta and by hand: nn.Linear(0, n) warns, but a layer may well be closed altogether.
-    linear = nn.Linear(1, 1, bias is not None, device="meta")
-    linear.out_features, linear.in_features = weight.shape
-    linear.weight = _parameter(weight, layer.weight)
-    if bias is not None:
-        linear.bias = _parameter(bias, layer.bias)
-    return linear
-
-
-def _sliced_conv(layer: Any, read: Tensor | None, write: Tensor | None) -> nn.Module:
-    """The convolution times its evaluation gates, restricted to some channels, of a grouped one to groups."""
-    weight, bias = layer.weight, layer.bias
-    in_gate, out_gate = own_gate(layer, "in_gate"), own_gate(layer, "out_gate")
-    if isinstance(layer, GatedConv) and layer.weight_gate is not None:
-        weight = weight * layer.weight_gate.eval_gates().z.view(weight.shape)
-    if layer.transposed:
-        weight = _turned(weight, layer.groups)
-    outs, per_group, *kernel = weight.shape
-    if in_gate is not None:
-        z_in = over_runs(in_gate.eval_gates().z, layer.in_channels).view(layer.groups, 1, per_group)
-        weight = weight.view(layer.groups, -1, per_group, *kernel) * z_in.view(
-            *z_in.shape, *[1] * len(kernel)
-        )
-        weight = weight.view(outs, per_group, *kernel)
-    if out_gate is not None:
-        z_out = over_runs(out_gate.eval_gates().z, layer.out_channels)
-        weight = weight * z_out.view(-1, 1, *[1] * len(kernel))
-        bias = None if bias is None else bias * z_out
-    if read is not None and layer.groups == 1:
-        weight = weight[:, read]
-    if write is not None:
-        weight = weight[write]
-        bias = None if bias is None else bias[write]
-
-    n_in = layer.in_channels if read is None else len(read)
-    kind = conv_kind(layer)
-    assert kind is not None
-    geometry = ["kernel_size", "stride", "padding", "dilation", "padding_mode"]
-    geometry += ["output_padding"] if layer.transposed else []
+    geometry = [] if kind is nn.Linear else ["kernel_size", "stride", "padding", "dilation", "padding_mode"]
+    geometry += ["output_padding"] if transposed else []
     options = {name: getattr(layer, name) for name in geometry}
-    conv: Any = kind(1, 1, bias=bias is not None, device="meta", **options)
-    conv.in_channels, conv.out_channels = n_in, weight.shape[0]
-    conv.groups = layer.groups if layer.groups == 1 else n_in // per_group
-    weight = _turned(weight, conv.groups) if layer.transposed else weight
-    conv.weight = _parameter(weight, layer.weight)
+    # Built on meta and by hand: nn.Linear(0, n) warns, but a layer may well be closed altogether.
+    made: Any = kind(1, 1, bias=bias is not None, device="meta", **options)
+    n_in = units_in(layer) if read is None else len(read)
+    set_sizes(made, n_in, len(weight))
+    if groups > 1:
+        groups = made.groups = n_in // per_group
+    weight = _turned(weight, groups) if transposed else weight
+    made.weight = _parameter(weight, layer.weight)
     if bias is not None:
-        conv.bias = _parameter(bias, layer.bias)
-    return conv
+        made.bias = _parameter(narrowed(bias, 0, write, z_out), layer.bias)
+    return made
+
+
+def _z_of(layer: nn.Module, side: str, n: int) -> Tensor | None:
+    """The evaluation gates of a layer's n units on one side, None if it has none there."""
+    gate = own_gate(layer, side)
+    return None if gate is None else over_runs(gate.eval_gates().z, n)
 
 
 def _turned(weight: Tensor, groups: int) -> Tensor:
