@@ -170,7 +170,7 @@ class L0Residual(_Container, nn.Module):
     known_forward = forward
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False, slots=True)
 class _Op:
     """How one step, or a stretch of linear layers, is executed.
 

@@ -205,13 +205,13 @@ def unit_dim(layer: Any, dim: int | None = None) -> int:
     dim: where the value has its units, as far as that is known: a norm of (N, C) or (N, C, L) reads either;
         0 if it is not.
     """
-    if is_linear(layer):
+    if isinstance(layer, nn.Linear):
         return FEATURES
+    if isinstance(layer, AnyConv):
+        return -1 - len(layer.kernel_size)
     if isinstance(layer, nn.BatchNorm1d):
         return dim if dim in (-1, -2) else 0
-    if isinstance(layer, AnyBatchNorm):
-        return -4 if isinstance(layer, nn.BatchNorm3d) else -3
-    return -1 - len(layer.kernel_size)
+    return -4 if isinstance(layer, nn.BatchNorm3d) else -3
 
 
 def treats_units(module: nn.Module, dim: int | None) -> bool:
@@ -329,14 +329,18 @@ def kind_of(module: nn.Module) -> str:
     """What a step is; "units": what may treat them one by one; "other" of one of which nothing is known."""
     if type(module) in POINTWISE or type(module) in CHANNELWISE:
         return "units"
-    return next((name for name, holds in _KINDS if holds(module)), "other")
+    for name, holds in _KINDS:
+        if holds(module):
+            return name
+    return "other"
 
 
 _KINDS: list[tuple[str, Callable[[nn.Module], bool]]] = [
     ("linear", is_linear),
     ("conv", is_conv),
-    ("norm", is_norm),
     ("flatten", is_flatten),
+    ("norm", is_norm),
+    ("sequential", is_sequential),
     ("residual", is_residual),
     ("mlp", lambda module: type(module).forward is L0MLP.forward),
 ]
@@ -428,7 +432,7 @@ class Step:
     def gate_read(self, n: int) -> HardConcreteGate | None:
         """The gate that is all that is read of a layer's n units, one by one."""
         read = self.read
-        if read is None or read.dim != self.dim or not read.gates or read.gates[0].n != n:
+        if read is None or not read.gates or read.gates[0].n != n or read.dim != self.dim:
             return None
         return read.gates[0]
 
@@ -460,7 +464,7 @@ class Step:
                 dim = behind_flatten(dim, ndim)
                 return Value(() if dim is None else closed, dim, ndim and 2)
             case "units" if treats_units(module, dim):
-                return Value(closed if keeps_zero(module, dim) else (), dim, ndim)
+                return Value(closed if closed and keeps_zero(module, dim) else (), dim, ndim)
         return Value(ndim=None if ndim is None else UNKNOWN)
 
 
@@ -479,17 +483,16 @@ def steps_of(
     """
     if module is None:
         return []
-    if scope is None and tells_norms(module):
-        scope = [module]  # another one where it stands again
-    if is_sequential(module):
+    kind = kind_of(module)
+    if kind in ("sequential", "residual"):
         if executed and not running and _is_watched(module):
             return [Step(module, "called", scope)]
+        if scope is None and tells_norms(module):
+            scope = [module]  # another one where it stands again
+    if kind == "sequential":
         # Not children(), which leaves out a module that stands there a second time.
-        return [step for child in module for step in steps_of(child, scope, executed)]
-    kind = kind_of(module)
-    if kind == "residual" and executed and not running and _is_watched(module):
-        kind = "called"
-    if kind == "mlp" and not executed and is_mlp(module):
+        return [step for child in cast(nn.Sequential, module) for step in steps_of(child, scope, executed)]
+    if not executed and is_mlp(module):
         activation = ACTIVATIONS[module.activation]
         parts = [part for layer in module.layers for part in (layer, activation())][:-1]
         return [Step(part, kind_of(part), scope) for part in parts]
