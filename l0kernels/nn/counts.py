@@ -19,6 +19,7 @@ from .ranks import check_none_flat
 from .steps import (
     GateModules,
     Step,
+    gate_of,
     is_feed_forward,
     is_linear,
     is_norm,
@@ -216,14 +217,6 @@ def _count(sides: _Sides, openness: Openness) -> dict[str, Tensor]:
         weights = open_pairs(p, rows, cols, met, groups, own) * (taps if own is None else 1)
     found = {"weight": weights, "bias": biases}
     return {name: count for name, count in found.items() if getattr(layer, name) is not None}
-
-
-def gate_of(size: int, n: int, halves: bool = False) -> Tensor:
-    """Which of `size` gates close each of n units: (n,), or (n, times) where they do so together."""
-    if size > n:
-        return torch.arange(size).view(n, -1)
-    units = torch.arange(n)
-    return units % size if halves else units // (n // size)
 
 
 def _own(layer: Any, openness: Openness) -> Tensor | None:

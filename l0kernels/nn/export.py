@@ -31,6 +31,7 @@ from .steps import (
     Step,
     Value,
     conv_kind,
+    gate_of,
     is_container,
     is_conv,
     is_feed_forward,
@@ -576,11 +577,7 @@ def _open_units(gates: GateModules, n: int) -> Tensor | None:
     is_open = torch.ones(n, dtype=torch.bool, device=gates[0].log_alpha.device)
     for gate in gates:
         each = gate.eval_gates().z != 0
-        if gate.n > n:  # the features of a channel
-            each = each.view(n, -1).any(1)
-        elif gate.n < n:
-            each = each.repeat_interleave(n // gate.n)
-        is_open &= each
+        is_open &= each[gate_of(gate.n, n).to(each.device)].view(n, -1).any(1)
     return None if is_open.all() else is_open.nonzero().flatten()
 
 

@@ -21,7 +21,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, TypeGuard, cast
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from .._compat import AnyBatchNorm, AnyConv
 from .batch_norm import L0BatchNorm
@@ -281,6 +282,14 @@ def activation_name(module: nn.Module) -> str | None:
         if type(module) is kind and getattr(module, "approximate", "none") == "none":
             return name
     return None
+
+
+def gate_of(size: int, n: int, halves: bool = False) -> Tensor:
+    """Which of `size` gates close each of n units: (n,), or (n, times) where they do so together."""
+    if size > n:
+        return torch.arange(size).view(n, -1)
+    units = torch.arange(n)
+    return units % size if halves else units // (n // size)
 
 
 class Value(NamedTuple):

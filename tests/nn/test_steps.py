@@ -8,7 +8,6 @@ import torch
 
 from l0kernels import nn
 from l0kernels.nn import steps
-from l0kernels.nn.counts import gate_of
 
 T = torch.nn
 SMOOTH = (T.Tanh, T.Softsign, T.Identity)
@@ -215,7 +214,7 @@ def recorded(net, z):
     def is_open(gates, n):
         each = torch.ones(n, dtype=torch.bool)
         for gate in gates:
-            each &= (z[gate] != 0)[gate_of(gate.n, n)].view(n, -1).any(1)
+            each &= (z[gate] != 0)[steps.gate_of(gate.n, n)].view(n, -1).any(1)
         return each
 
     def note(found_steps):
