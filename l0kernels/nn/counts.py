@@ -2,23 +2,35 @@
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any
+from functools import cache
+from itertools import accumulate
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .._compat import AnyConv
-from .chain import Known, Part, Product, flatten, inside, is_feed_forward, is_product, known_before, link
 from .conv import GatedConv
 from .export import SlicedConv1d, SlicedConv2d
 from .gate import HardConcreteGate, gate_modules
 from .linear import L0Linear
 from .penalty import weight_parameters
 from .ranks import check_none_flat
-from .sequential import is_residual
-from .steps import is_linear, is_norm, units_in, units_out
+from .steps import (
+    GateModules,
+    Step,
+    gate_of,
+    is_feed_forward,
+    is_linear,
+    is_norm,
+    is_product,
+    is_residual,
+    units_in,
+    units_out,
+    walk,
+)
 from .units.place import GatedUnits
-from .units.sizes import open_counts
+from .units.sizes import meeting, open_counts, open_entries, open_pairs, with_one
 
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 Openness = Callable[[HardConcreteGate], Tensor]
@@ -101,12 +113,8 @@ def _is_open(gate: HardConcreteGate) -> Tensor:
 
 
 def _l0(model: nn.Module, openness: Openness) -> Tensor:
-    gate_modules(model)  # refuses what torch would not call
-    check_none_flat(model)
-    products = _products(model)
-    of_units = open_counts(model, openness)
-    counted = {part for layer in products for part in layer.modules()}
-    counts = [_count(product, openness) for product in products.values()]
+    of_layers, of_units = _open(model, openness)
+    counted = {part for layer, _ in of_layers for part in layer.modules()}
     rest = {
         parameter: parameter.numel()
         for module in model.modules()
@@ -114,67 +122,101 @@ def _l0(model: nn.Module, openness: Openness) -> Tensor:
         for parameter in module.parameters(recurse=False)
         if parameter not in of_units
     }
-    counts_of_layers = [weights + biases for weights, biases in counts]
-    return _total([*counts_of_layers, *of_units.values()], sum(rest.values()))
+    return _total([*of_layers.values(), *of_units.values()], sum(rest.values()))
 
 
 def _flops(model: nn.Module, input_shape: Sequence[int] | Tensor | None, openness: Openness) -> Tensor:
-    gate_modules(model)  # refuses what torch would not call
-    check_none_flat(model)
-    products = _products(model)
-    rows, reads, of_names, dense = _rows(model, input_shape)
-    # By name: a sharded parameter is another one within the forward.
-    of_parameters = [(getattr(layer, name), n) for (layer, name), n in of_names.items()]
-    of_units = open_counts(model, openness)
-    counts = [n * of_units[parameter] for parameter, n in of_parameters if parameter in of_units]
-    dense += sum(n * p.numel() for p, n in of_parameters if p not in of_units)
-    for layer, product in products.items():
-        if is_product(layer):
-            weights, biases = _count(product, openness)
-            counts.append(2 * reads[layer] * weights + rows[layer] * biases)
+    of_layers, of_units = _open(model, openness)
+    times, dense = _times(model, input_shape)
+    counts = []
+    for (layer, name), n in times.items():
+        parameter = getattr(layer, name)  # by name: a sharded parameter is another one within the forward
+        found = of_layers.get((layer, name), of_units.get(parameter))
+        if found is None:
+            dense += n * parameter.numel()
+        else:
+            counts.append(n * found)
     return _total(counts, dense)
 
 
-def _products(model: nn.Module) -> dict[nn.Module, Product]:
+def _open(
+    model: nn.Module, openness: Openness
+) -> tuple[dict[tuple[nn.Module, str], Tensor], dict[nn.Parameter, Tensor]]:
+    """How many elements are open: of weight and bias of each layer that containers know, and of each
+    parameter with units of a model that gate_ has gated."""
+    gate_modules(model)  # refuses what torch would not call
+    check_none_flat(model)
+    openness = cache(openness)
+    of_layers = {
+        (layer, name): count
+        for layer, sides in _products(model).items()
+        for name, count in _count(sides, openness).items()
+    }
+    return of_layers, open_counts(model, openness)
+
+
+class _Sides(NamedTuple):
+    """A linear layer, a convolution or a batch norm, and the gates on its two sides, see `Step`.
+
+    halves: whether out_gates stand for both halves of the outputs: the two arguments of a gated product.
+    """
+
+    layer: nn.Module
+    in_gates: GateModules
+    out_gates: GateModules
+    halves: bool = False
+
+
+def _products(model: nn.Module) -> dict[nn.Module, _Sides]:
     """Each layer once, with the gates around it where it is met first."""
-    return _products_of(flatten(model), Known())
+    return _products_of(walk(model))
 
 
-def _products_of(parts: list[Part], known: Known) -> dict[nn.Module, Product]:
-    found: dict[nn.Module, Product] = {}
-    for product in link(parts, known):
-        found.setdefault(product.layer, product)
-    for part, before in zip(parts, known_before(parts, known), strict=True):
-        module = part.module
+def _products_of(steps: Sequence[Step]) -> dict[nn.Module, _Sides]:
+    found: dict[nn.Module, _Sides] = {}
+    for step in steps:
+        if step.is_layer:
+            found.setdefault(step.module, _Sides(step.module, step.in_gates, step.out_gates))
+    for step in steps:
+        module = step.module
         if is_feed_forward(module):
-            found = {product.layer: product for product in inside(module)} | found
+            gates = (module.hidden_gate,)
+            inside = _Sides(module.up, (), gates, halves=True), _Sides(module.down, gates, ())
+            found = {sides.layer: sides for sides in inside} | found
         elif is_residual(module):
-            for branch in (module.body, module.shortcut):
-                found = _products_of(flatten(branch, part.scope), before) | found
+            for branch in step.branches:
+                found = _products_of(branch) | found
         elif module not in found:
             for child in module.children():
                 found = _products(child) | found
     return found
 
 
-def _count(product: Product, openness: Openness) -> tuple[Tensor, Tensor]:
-    """Open weights and open biases of one layer."""
-    layer: Any = product.layer
-    n_in, n_out = units_in(layer), units_out(layer)
-    cols = _units(product.in_gates, layer, n_in, openness)
-    rows = _units(product.out_gates, layer, n_out, openness, product.halves)
+def _count(sides: _Sides, openness: Openness) -> dict[str, Tensor]:
+    """How many elements of a layer's weight and bias are open."""
+    layer: Any = sides.layer
+    gates = dict.fromkeys(sides.in_gates + sides.out_gates)
+    starts = dict(zip(gates, accumulate((gate.n for gate in gates), initial=0), strict=False))
+    parts = [openness(gate) for gate in gates]
+    p = with_one(parts or [torch.ones(0, device=next((t.device for t in layer.parameters()), None))])
+
+    def labels(gates: GateModules, n: int, halves: bool = False) -> list[Tensor]:
+        each = [starts[gate] + gate_of(gate.n, n, halves).to(p.device) for gate in gates]
+        return each or [torch.full((n,), len(p) - 1, device=p.device)]
+
+    rows = labels(sides.out_gates, units_out(layer), sides.halves)
+    biases = open_entries(p, rows).sum()
     if is_norm(layer):
-        return rows.sum() * (layer.weight is not None), rows.sum() * (layer.bias is not None)
-    groups, taps = (1, 1) if is_linear(layer) else (layer.groups, layer.weight.shape[2:].numel())
-    own = _own(layer, openness)
-    if own is not None:
-        weights, taps = rows @ own @ cols, 1
+        weights = biases
     else:
-        weights = taps * rows.view(groups, -1).sum(1).dot(cols.view(groups, -1).sum(1))
-    if not set(product.in_gates).isdisjoint(product.out_gates):
-        at_out, at_in, difference = _meeting(product, n_in, n_out, groups, openness)
-        weights = weights + taps * (difference if own is None else difference * own[at_out, at_in]).sum()
-    return weights, rows.sum() * (layer.bias is not None)
+        cols = labels(sides.in_gates, units_in(layer))
+        groups, taps = (1, 1) if is_linear(layer) else (layer.groups, layer.weight.shape[2:].numel())
+        own = _own(layer, openness)
+        meet = not set(sides.in_gates).isdisjoint(sides.out_gates)
+        met = meeting(rows, cols) if meet else None
+        weights = open_pairs(p, rows, cols, met, groups, own) * (taps if own is None else 1)
+    found = {"weight": weights, "bias": biases}
+    return {name: count for name, count in found.items() if getattr(layer, name) is not None}
 
 
 def _own(layer: Any, openness: Openness) -> Tensor | None:
@@ -188,104 +230,42 @@ def _own(layer: Any, openness: Openness) -> Tensor | None:
     return torch.block_diag(*(blocks.mT if layer.transposed else blocks))
 
 
-def _meeting(
-    product: Product, n_in: int, n_out: int, groups: int, openness: Openness
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The outputs and inputs that one gate closes, pair by pair, and P(both open) - P(open) P(open) there."""
-    layer, halves = product.layer, product.halves
-    shared = [gate for gate in product.in_gates if gate in product.out_gates]
-    device = _device(layer)
-    outs, ins = torch.arange(n_out, device=device), torch.arange(n_in, device=device)
-    meets = torch.zeros(n_out, n_in, dtype=torch.bool, device=device)
-    for gate in shared:
-        meets |= _place(gate, outs, n_out, n_out, halves)[:, None] == _place(gate, ins, n_in, n_out)
-    meets &= (outs // (n_out // groups))[:, None] == ins // (n_in // groups)
-    at_out, at_in = meets.nonzero(as_tuple=True)
-    both = apart = torch.ones(len(at_out), dtype=torch.float64, device=device)
-    for gate in dict.fromkeys(product.in_gates + product.out_gates):
-        p_in = _units((gate,), layer, n_in, openness)[at_in] if gate in product.in_gates else 1.0
-        p_out = _units((gate,), layer, n_out, openness, halves)[at_out] if gate in product.out_gates else 1.0
-        apart = apart * p_in * p_out
-        if gate in shared:  # an open input is one of those that keep the output open
-            same = _place(gate, at_out, n_out, n_out, halves) == _place(gate, at_in, n_in, n_out)
-            both = both * torch.where(same, p_in, p_in * p_out)
-        else:
-            both = both * p_in * p_out
-    return at_out, at_in, both - apart
-
-
-def _place(gate: HardConcreteGate, units: Tensor, n: int, n_out: int, halves: bool = False) -> Tensor:
-    """Which gate closes each of some of n units; of gates that close an output together, which output."""
-    if halves:
-        return units % gate.n
-    place = units // (n // gate.n) if gate.n <= n else units
-    return place if gate.n <= n_out or n == n_out else place // (gate.n // n_out)
-
-
-def _units(
-    gates: Sequence[HardConcreteGate], layer: Any, n: int, openness: Openness, halves: bool = False
-) -> Tensor:
-    """(n,) float64: how open each unit is that all of `gates` close; Product says which gates close which."""
-    units = torch.ones(n, dtype=torch.float64, device=_device(layer))
-    for gate in gates:
-        each = openness(gate)
-        if gate.n > n:
-            each = 1 - (1 - each).view(n, -1).prod(1)
-        elif gate.n < n:
-            each = each.repeat(n // gate.n) if halves else each.repeat_interleave(n // gate.n)
-        units = units * each
-    return units
-
-
-def _device(layer: nn.Module) -> torch.device | None:
-    return next((parameter.device for parameter in layer.parameters()), None)
-
-
 def _total(counts: Sequence[Tensor], rest: int) -> Tensor:
     device = counts[0].device if counts else None
     return sum(counts, torch.tensor(float(rest), dtype=torch.float64, device=device))
 
 
-def _rows(
+def _times(
     model: nn.Module, input_shape: Sequence[int] | Tensor | None
-) -> tuple[Counter[nn.Module], Counter[nn.Module], Counter[tuple[nn.Module, str]], int]:
-    """How many rows or positions each layer writes, and at how many it multiplies by its weight; the FLOPs
-    for each element of parameters of layers that :func:`gate_` has gated; and the FLOPs of what no gate of
-    ours can close."""
-    rows: Counter[nn.Module] = Counter()
-    reads: Counter[nn.Module] = Counter()
-    of_names: Counter[tuple[nn.Module, str]] = Counter()
+) -> tuple[Counter[tuple[nn.Module, str]], int]:
+    """The FLOPs for each element of the layers' parameters, and those of what no gate of ours can close."""
+    times: Counter[tuple[nn.Module, str]] = Counter()
     modules = list(model.modules())
-    products = [module for module in modules if is_product(module)]
+    products = [module for module in modules if is_product(module) or _is_product_of_units(module)]
     attentions = [module for module in modules if isinstance(module, nn.MultiheadAttention)]
     convolutions = [module for module in modules if isinstance(module, AnyConv)]
     convolutions = [module for module in convolutions if not isinstance(module, SlicedConv1d | SlicedConv2d)]
-    by_units: list[nn.Module] = [module for module in modules if _is_product_of_units(module)]
 
     def count(layer: Any, n_in: int, n_out: int) -> None:
-        of_names[layer, "weight"] += 2 * (n_in if isinstance(layer, TRANSPOSED) else n_out)
+        times[layer, "weight"] += 2 * (n_in if isinstance(layer, TRANSPOSED) else n_out)
         if layer.bias is not None:
-            of_names[layer, "bias"] += n_out
+            times[layer, "bias"] += n_out
 
     if input_shape is None:
         if convolutions:
             raise ValueError(f"input_shape must be given for a model with convolutions: {convolutions[0]}")
-        rows.update(products)
-        for layer in by_units:
+        for layer in products:
             count(layer, 1, 1)
-        closed = sum(_of_attention(attention, (1, 1, 1, 0)) for attention in attentions)
-        return rows, rows, of_names, closed
-    if not (products or convolutions or attentions or by_units):
-        return rows, reads, of_names, 0
+        return times, sum(_of_attention(attention, (1, 1, 1, 0)) for attention in attentions)
+    if not (products or convolutions or attentions):
+        return times, 0
 
     dense = 0
 
     def see_product(layer: Any, args: Any, kwargs: Any, y: Tensor) -> None:
-        rows[layer] += y.numel() // max(units_out(layer), 1)  # an exported layer may have no outputs left
-        x, n = y, units_out(layer)
-        if isinstance(layer, TRANSPOSED):
-            x, n = args[0] if args else kwargs.get("x", kwargs.get("input")), units_in(layer)
-        reads[layer] += x.numel() // max(n, 1)
+        x = args[0] if args else kwargs.get("x", kwargs.get("input"))
+        # An exported layer may have no units left.
+        count(layer, x.numel() // max(units_in(layer), 1), y.numel() // max(units_out(layer), 1))
 
     def see_convolution(layer: Any, args: Any, kwargs: Any, y: Tensor) -> None:
         nonlocal dense
@@ -294,10 +274,6 @@ def _rows(
         dense += 2 * taps * (x if isinstance(layer, TRANSPOSED) else y).numel()
         dense += y.numel() * (layer.bias is not None)
 
-    def see_units(layer: Any, args: Any, kwargs: Any, y: Tensor) -> None:
-        x = args[0] if args else kwargs["input"]
-        count(layer, x.numel() // units_in(layer), y.numel() // units_out(layer))
-
     def see_attention(layer: Any, args: Any, kwargs: Any, _: Any) -> None:
         nonlocal dense
         given = [*args, *(kwargs[name] for name in ("query", "key", "value")[len(args) :])][:3]
@@ -305,8 +281,7 @@ def _rows(
         dense += _of_attention(layer, (*counts, counts[0]))
 
     hooks = [module.register_forward_hook(see_product, with_kwargs=True) for module in products]
-    others = [module for module in convolutions if not is_product(module) and module not in by_units]
-    hooks += [module.register_forward_hook(see_units, with_kwargs=True) for module in by_units]
+    others = [module for module in convolutions if module not in products]
     hooks += [module.register_forward_hook(see_convolution, with_kwargs=True) for module in others]
     hooks += [module.register_forward_hook(see_attention, with_kwargs=True) for module in attentions]
     modes = [module.training for module in modules]
@@ -319,7 +294,7 @@ def _rows(
             module.training = training
         for hook in hooks:
             hook.remove()
-    return rows, reads, of_names, dense
+    return times, dense
 
 
 def _is_product_of_units(layer: nn.Module) -> bool:

@@ -1,6 +1,8 @@
 """The trained model without gates: closed units sliced away, open ones folded into the weights."""
 
 import copy
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, ClassVar, cast
 
 import torch
@@ -13,19 +15,6 @@ from .. import _checks
 from .._compat import AnyBatchNorm
 from .bank import GateBank
 from .batch_norm import L0BatchNorm
-from .chain import (
-    GateModules,
-    Known,
-    Part,
-    Product,
-    flatten,
-    is_container,
-    is_feed_forward,
-    is_product,
-    known_before,
-    link,
-    own_gates,
-)
 from .conv import GatedConv
 from .feed_forward import L0FeedForward
 from .gate import GatedLayer, HardConcreteGate, gate_modules, leaves_no_fast_path
@@ -34,10 +23,31 @@ from .mlp import L0MLP
 from .norm import L0GroupNorm, L0LayerNorm, L0RMSNorm, plain_norm
 from .ranks import gathered
 from .reads import Reads, is_foreign, reads_of
-from .sequential import L0Residual, L0Sequential, Value, is_residual, is_sequential
-from .steps import NORMS, UNKNOWN, conv_kind, is_conv, is_linear, is_norm, own_gate, units_in, units_out
+from .sequential import L0Residual, L0Sequential
+from .steps import (
+    NORMS,
+    UNKNOWN,
+    GateModules,
+    Step,
+    Value,
+    conv_kind,
+    gate_of,
+    is_container,
+    is_conv,
+    is_feed_forward,
+    is_linear,
+    is_norm,
+    is_product,
+    is_residual,
+    is_sequential,
+    own_gate,
+    own_gates,
+    units_in,
+    units_out,
+    walk,
+)
 from .units.place import GatedUnits, GateGroups, relink
-from .units.shrink import shrunk
+from .units.shrink import narrowed, set_sizes, shrunk
 
 UNIT_NORMS = (L0LayerNorm, L0RMSNorm, L0GroupNorm)
 LISTS = (nn.ModuleList, nn.ModuleDict)
@@ -297,8 +307,7 @@ class _Export:
 
     def __init__(self, model: nn.Module, batched: bool) -> None:
         self._model = model
-        nothing = Value() if batched else Value(ndim=UNKNOWN)
-        self._nothing = Known(nothing, nothing)
+        self._nothing = Value() if batched else Value(ndim=UNKNOWN)
         # Memos of deepcopy: what is in them appears in later copies, so that sharing survives.
         self._kept: dict[int, Any] = {}
         self._around: dict[nn.Module, list[tuple[nn.Module, str]]] = {}
@@ -342,9 +351,9 @@ class _Export:
         if isinstance(module, torch.jit.ScriptModule) or self._is_kept(module):
             return copy.deepcopy(module, self._kept)
         if is_residual(module):
-            return self._chain(flatten(module), self._nothing)[0]
+            return self._chain(walk(module, self._nothing))[0]
         if is_container(module) and self._is_only_called(module):
-            return nn.Sequential(*self._chain(flatten(module), self._nothing))
+            return nn.Sequential(*self._chain(walk(module, self._nothing)))
         if is_product(module):
             return self._layer(module)
         if is_norm(module):
@@ -409,8 +418,8 @@ class _Export:
             # So is a layer that may be called with more than x, a transposed convolution's output_size.
             if _is_plain(layer):
                 return self._copy(layer)
-            return _sliced(layer, None, None) if is_linear(layer) else _sliced_conv(layer, None, None)
-        parts = self._chain([Part(layer, None)], self._nothing)
+            return _sliced(layer)
+        parts = self._chain(walk(layer, self._nothing))
         if len(parts) == 1:
             return parts[0]
         if layer is self._model:
@@ -418,41 +427,34 @@ class _Export:
         kind = SlicedLinear if is_linear(layer) else SlicedConv2d
         return (SlicedConv1d if isinstance(layer, nn.Conv1d) else kind)(layer, parts)
 
-    def _chain(self, parts: list[Part], known: Known) -> list[nn.Module]:
-        products = link(parts, known)
-        units = [_Units(product) for product in products]
-        for at in range(len(units) - 2, -1, -1):
-            if products[at].leads:
-                units[at].write_for(units[at + 1])
+    def _chain(self, steps: Sequence[Step]) -> list[nn.Module]:
+        units = [_Units(step) for step in steps if step.is_layer]
+        for own, behind in reversed([*pairwise(units)]):
+            if own.step.leads:
+                own.write_for(behind)
         exported: list[nn.Module] = []
         held: Tensor | None = None  # units that the value has, None for all
-        place = 0
-        for at, (part, before) in enumerate(zip(parts, known_before(parts, known), strict=True)):
-            if place == len(products) or products[place].step != at:
-                if is_residual(part.module):
-                    exported.append(self._residual(part, before))
-                else:
-                    exported.append(self.alone(part.module))
-                continue
-            product, own = products[place], units[place]
-            place += 1
-            layer: Any = product.layer
-            if product.follows and held is not None:
-                held = _spread(held, units_out(products[place - 2].layer), units_in(layer))
-            exported += _select(held, own.read, units_in(layer), product.dim)
-            exported.append(self._copy(layer) if own.is_whole else own.sliced())
-            held = own.write
-            if held is not None and not product.leads:
-                exported.append(ScatterOutputs(held, units_out(layer), product.dim))
-                held = None
+        n = 0
+        rest = iter(units)
+        for step in steps:
+            if is_residual(step.module):
+                exported.append(self._residual(step))
+            elif not step.is_layer:
+                exported.append(self.alone(step.module))
+            else:
+                own, size = next(rest), units_in(step.module)
+                held = held if held is None else _spread(held, n, size)
+                exported += _select(held, own.read, size, step.dim)
+                exported.append(self._copy(own.layer) if own.is_whole else own.sliced())
+                held, n = own.write, units_out(own.layer)
+                if held is not None and not step.leads:
+                    exported.append(ScatterOutputs(held, n, step.dim))
+                    held = None
         return exported
 
-    def _residual(self, part: Part, before: Known) -> Residual:
+    def _residual(self, step: Step) -> Residual:
         """Anew each time: what may be left out depends on what comes in."""
-        residual = cast(L0Residual, part.module)
-        branches = [
-            self._chain(flatten(branch, part.scope), before) for branch in (residual.body, residual.shortcut)
-        ]
+        branches = [self._chain(branch) for branch in step.branches]
         body, shortcut = (parts[0] if len(parts) == 1 else nn.Sequential(*parts) for parts in branches)
         return Residual(body, shortcut if branches[1] else nn.Identity())
 
@@ -507,12 +509,12 @@ def _spread(units: Tensor, n: int, size: int) -> Tensor:
 class _Units:
     """Which units of a layer are kept: `read` and `write` ascending, None for all."""
 
-    def __init__(self, product: Product) -> None:
-        self.layer: Any = product.layer
-        layer = self.layer
-        self._zeros = _open_units(product.zeros, units_in(layer))
-        self._like = product.zeros[0].log_alpha if product.zeros else None
-        self.read = self._one_at_least(_open_units(product.in_gates, units_in(layer)))
+    def __init__(self, step: Step) -> None:
+        self.step = step
+        layer = self.layer = step.module
+        self._zeros = _open_units(step.zeros, units_in(layer))
+        self._like = step.zeros[0].log_alpha if step.zeros else None
+        self.read = self._one_at_least(_open_units(step.in_gates, units_in(layer)))
         self.write = self._one_at_least(_open_units(own_gates(layer, "out_gate"), units_out(layer)))
         if is_norm(layer):
             self.write = self.read
@@ -556,8 +558,6 @@ class _Units:
     def sliced(self) -> nn.Module:
         if is_norm(self.layer):
             return _sliced_norm(self.layer, self.read, self._zeros, self._like)
-        if is_conv(self.layer):
-            return _sliced_conv(self.layer, self.read, self.write)
         return _sliced(self.layer, self.read, self.write)
 
 
@@ -578,86 +578,54 @@ def _open_units(gates: GateModules, n: int) -> Tensor | None:
     is_open = torch.ones(n, dtype=torch.bool, device=gates[0].log_alpha.device)
     for gate in gates:
         each = gate.eval_gates().z != 0
-        if gate.n > n:  # the features of a channel
-            each = each.view(n, -1).any(1)
-        elif gate.n < n:
-            each = each.repeat_interleave(n // gate.n)
-        is_open &= each
+        is_open &= each[gate_of(gate.n, n).to(each.device)].view(n, -1).any(1)
     return None if is_open.all() else is_open.nonzero().flatten()
 
 
 def _sliced(
-    layer: nn.Linear, read: Tensor | None, write: Tensor | None, z_in: Tensor | None = None
-) -> nn.Linear:
-    """The layer times its evaluation gates, in fp32 or above, restricted to some inputs and outputs.
+    layer: Any, read: Tensor | None = None, write: Tensor | None = None, z_in: Tensor | None = None
+) -> nn.Module:
+    """The layer times its evaluation gates, in fp32 or above, restricted to some inputs and outputs; of a
+    grouped convolution to groups.
 
     z_in: evaluation gates of the inputs that the layer does not own.
     """
-    weight: Tensor = layer.weight if z_in is None else layer.weight * z_in
-    bias: Tensor | None = layer.bias
-    if isinstance(layer, L0Linear):
-        if layer.weight_gate is not None:
-            weight = weight * layer.spread(layer.weight_gate.eval_gates().z)
-        if layer.in_gate is not None:
-            weight = weight * over_runs(layer.in_gate.eval_gates().z, layer.in_features)
-        if layer.out_gate is not None:
-            z_out = over_runs(layer.out_gate.eval_gates().z, layer.out_features)
-            weight = weight * z_out[:, None]
-            bias = None if bias is None else bias * z_out
-    if read is not None:
-        weight = weight[:, read]
-    if write is not None:
-        weight = weight[write]
-        bias = None if bias is None else bias[write]
+    weight, bias, kind = layer.weight, layer.bias, conv_kind(layer) or nn.Linear
+    groups, transposed = getattr(layer, "groups", 1), getattr(layer, "transposed", False)
+    if isinstance(layer, L0Linear | GatedConv) and layer.weight_gate is not None:
+        z = layer.weight_gate.eval_gates().z
+        weight = weight * (layer.spread(z) if isinstance(layer, L0Linear) else z.view(weight.shape))
+    weight = _turned(weight, groups) if transposed else weight
+    per_group = weight.shape[1]
+    z_in = _z_of(layer, "in_gate", units_in(layer)) if z_in is None else z_in
+    if groups == 1:
+        weight = narrowed(weight, 1, read, z_in)
+    elif z_in is not None:
+        parts = zip(weight.chunk(groups), z_in.chunk(groups), strict=True)
+        weight = torch.cat([narrowed(part, 1, None, z) for part, z in parts])
+    z_out = _z_of(layer, "out_gate", units_out(layer))
+    weight = narrowed(weight, 0, write, z_out)
 
-    # Built on meta and by hand: nn.Linear(0, n) warns, but a layer may well be closed altogether.
-    linear = nn.Linear(1, 1, bias is not None, device="meta")
-    linear.out_features, linear.in_features = weight.shape
-    linear.weight = _parameter(weight, layer.weight)
-    if bias is not None:
-        linear.bias = _parameter(bias, layer.bias)
-    return linear
-
-
-def _sliced_conv(layer: Any, read: Tensor | None, write: Tensor | None) -> nn.Module:
-    """The convolution times its evaluation gates, restricted to some channels, of a grouped one to groups."""
-    weight, bias = layer.weight, layer.bias
-    in_gate, out_gate = own_gate(layer, "in_gate"), own_gate(layer, "out_gate")
-    if isinstance(layer, GatedConv) and layer.weight_gate is not None:
-        weight = weight * layer.weight_gate.eval_gates().z.view(weight.shape)
-    if layer.transposed:
-        weight = _turned(weight, layer.groups)
-    outs, per_group, *kernel = weight.shape
-    if in_gate is not None:
-        z_in = over_runs(in_gate.eval_gates().z, layer.in_channels).view(layer.groups, 1, per_group)
-        weight = weight.view(layer.groups, -1, per_group, *kernel) * z_in.view(
-            *z_in.shape, *[1] * len(kernel)
-        )
-        weight = weight.view(outs, per_group, *kernel)
-    if out_gate is not None:
-        z_out = over_runs(out_gate.eval_gates().z, layer.out_channels)
-        weight = weight * z_out.view(-1, 1, *[1] * len(kernel))
-        bias = None if bias is None else bias * z_out
-    if read is not None and layer.groups == 1:
-        weight = weight[:, read]
-    if write is not None:
-        weight = weight[write]
-        bias = None if bias is None else bias[write]
-
-    n_in = layer.in_channels if read is None else len(read)
-    kind = conv_kind(layer)
-    assert kind is not None
-    geometry = ["kernel_size", "stride", "padding", "dilation", "padding_mode"]
-    geometry += ["output_padding"] if layer.transposed else []
+    geometry = [] if kind is nn.Linear else ["kernel_size", "stride", "padding", "dilation", "padding_mode"]
+    geometry += ["output_padding"] if transposed else []
     options = {name: getattr(layer, name) for name in geometry}
-    conv: Any = kind(1, 1, bias=bias is not None, device="meta", **options)
-    conv.in_channels, conv.out_channels = n_in, weight.shape[0]
-    conv.groups = layer.groups if layer.groups == 1 else n_in // per_group
-    weight = _turned(weight, conv.groups) if layer.transposed else weight
-    conv.weight = _parameter(weight, layer.weight)
+    # Built on meta and by hand: nn.Linear(0, n) warns, but a layer may well be closed altogether.
+    made: Any = kind(1, 1, bias=bias is not None, device="meta", **options)
+    n_in = units_in(layer) if read is None else len(read)
+    set_sizes(made, n_in, len(weight))
+    if groups > 1:
+        groups = made.groups = n_in // per_group
+    weight = _turned(weight, groups) if transposed else weight
+    made.weight = _parameter(weight, layer.weight)
     if bias is not None:
-        conv.bias = _parameter(bias, layer.bias)
-    return conv
+        made.bias = _parameter(narrowed(bias, 0, write, z_out), layer.bias)
+    return made
+
+
+def _z_of(layer: nn.Module, side: str, n: int) -> Tensor | None:
+    """The evaluation gates of a layer's n units on one side, None if it has none there."""
+    gate = own_gate(layer, side)
+    return None if gate is None else over_runs(gate.eval_gates().z, n)
 
 
 def _turned(weight: Tensor, groups: int) -> Tensor:

@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any, NamedTuple, TypeGuard, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -28,28 +28,24 @@ from .linear import (
     is_only_weight,
     over_rows,
 )
-from .mlp import L0MLP
 from .notices import watch_shared
 from .ranks import held, is_sharded
 from .steps import (
     UNKNOWN,
+    Step,
+    TellsNorms,
+    Value,
     activation_name,
-    behind_flatten,
-    is_conv,
     is_conv2d,
-    is_flatten,
-    is_linear,
-    is_norm,
-    keeps_zero,
     own_gate,
-    treats_units,
-    unit_dim,
+    steps_of,
+    walk,
 )
 
 Drawn = Mapping[HardConcreteGate, Gates]
 
 
-class _Container(Unscriptable):
+class _Container(TellsNorms, Unscriptable):
     """What L0Sequential and L0Residual share."""
 
     _norms: dict[str, str]
@@ -144,6 +140,8 @@ class L0Sequential(_Container, nn.Sequential):
         """
         return _forward(_as_kind(self, L0Sequential), x, drawn)
 
+    known_forward = forward
+
 
 class L0Residual(_Container, nn.Module):
     r"""``shortcut(x) + body(x)``, with the rules of :class:`L0Sequential` inside and in an outer one.
@@ -169,122 +167,10 @@ class L0Residual(_Container, nn.Module):
         """x -> shortcut(x) + body(x); `drawn` as in :meth:`L0Sequential.forward`."""
         return _forward(_as_kind(self, L0Residual), x, drawn)
 
-
-class Step(NamedTuple):
-    """A module in the flattened container, and whether that tells norms the gates of their channels."""
-
-    module: nn.Module
-    gated: bool
-    called: bool = False
-    """A container whose calls somebody watches or changes: it is called."""
-
-    @property
-    def keeps_closed(self) -> bool:
-        """Of a norm: whether closed channels are zero behind it."""
-        return self.gated and isinstance(self.module, L0BatchNorm)
+    known_forward = forward
 
 
-class Value(NamedTuple):
-    """What is known of an activation.
-
-    Attributes:
-        closed: the gates whose closed units are exactly zero in it.
-        dim: where its units lie, counted from its end; None: not known.
-        ndim: how many dimensions it has, or UNKNOWN; None: it is a batch, where there is no tensor to ask.
-    """
-
-    closed: tuple[HardConcreteGate, ...] = ()
-    dim: int | None = None
-    ndim: int | None = None
-
-
-def is_sequential(module: nn.Module) -> bool:
-    """Whether `module` runs its children one after the other."""
-    return type(module).forward in (nn.Sequential.forward, L0Sequential.forward)
-
-
-def is_residual(module: nn.Module) -> TypeGuard[L0Residual]:
-    """Whether `module` computes as L0Residual."""
-    return type(module).forward is L0Residual.forward
-
-
-def steps_of(module: nn.Module | None, gated: bool = False, running: bool = False) -> list[Step]:
-    """The steps of a container, containers in it flattened; any other module is one step.
-
-    running: whether `module` itself is being called. Otherwise one whose calls are watched is a step.
-    """
-    if module is None:
-        return []
-    watched = not running and _is_watched(module)
-    if not is_sequential(module) or watched:
-        residual = is_residual(module)
-        return [Step(module, gated or residual, watched and (residual or is_sequential(module)))]
-    gated = gated or type(module).forward is L0Sequential.forward
-    # Not children(), which leaves out a module that stands there a second time.
-    return [step for child in cast(nn.Sequential, module) for step in steps_of(child, gated)]
-
-
-def _is_watched(container: nn.Module) -> bool:
-    """Whether an inner container is to be called.
-
-    A norm of open channels in it must know the gates around, which a call hides: then its hooks do not fire,
-    but a forward set on the object is called all the same.
-    """
-    if not is_hooked(container):
-        return False
-    norms = any(isinstance(module, L0BatchNorm) for module in container.modules())
-    return not norms or "forward" in container.__dict__
-
-
-def follow(steps: Sequence[Step], value: Value) -> list[Value]:
-    """The value in front of each step and, last, behind all."""
-    values = [value]
-    for step in steps:
-        values.append(_behind(step, values[-1]))
-    return values
-
-
-def _behind(step: Step, value: Value) -> Value:
-    module, (closed, dim, ndim) = step.module, value
-    if step.called:
-        return Value(ndim=None if ndim is None else UNKNOWN)
-    if is_linear(module) or is_conv(module):
-        gate = own_gate(module, "out_gate")
-        return Value(() if gate is None else (gate,), unit_dim(module), ndim)
-    if is_norm(module):
-        place = unit_dim(module, dim)
-        if ndim is not None and not isinstance(module, nn.BatchNorm1d):
-            ndim = 1 - place
-        return Value(closed if step.keeps_closed else (), place or None, ndim)
-    if is_residual(module):
-        body = follow(steps_of(module.body, True), value)[-1]
-        shortcut = follow(steps_of(module.shortcut, True), value)[-1]
-        if ndim is not None:  # branches broadcast
-            ndim = max(body.ndim or 0, shortcut.ndim or 0) if body.ndim and shortcut.ndim else UNKNOWN
-        if body.dim != shortcut.dim:
-            return Value(ndim=ndim)
-        return Value(tuple(gate for gate in body.closed if gate in shortcut.closed), body.dim, ndim)
-    if is_flatten(module):
-        dim = behind_flatten(dim, ndim)
-        return Value(() if dim is None else closed, dim, ndim and 2)
-    if treats_units(module, dim):
-        return Value(closed if keeps_zero(module, dim) else (), dim, ndim)
-    return Value(ndim=None if ndim is None else UNKNOWN)
-
-
-class _Wanted(NamedTuple):
-    """All that is read of an activation: the units that a gate leaves open, at a dimension from its end."""
-
-    gate: HardConcreteGate
-    dim: int
-
-    @staticmethod
-    def of(gate: HardConcreteGate | None, layer: nn.Module) -> "_Wanted | None":
-        """What the layer reads through the gate on its inputs."""
-        return None if gate is None else _Wanted(gate, unit_dim(layer))
-
-
-@dataclass(frozen=True)
+@dataclass(eq=False, slots=True)
 class _Op:
     """How one step, or a stretch of linear layers, is executed.
 
@@ -319,96 +205,67 @@ class _Op:
                 yield from op.own_gates()
 
 
-def _plan(steps: Sequence[Step], value: Value, wanted: _Wanted | None) -> tuple[list[_Op], _Wanted | None]:
-    """The ops of the steps; `wanted`: all that is read behind them, and all that they read."""
-    values = follow(steps, value)
+def _plan(steps: Sequence[Step]) -> list[_Op]:
+    """The ops of the steps; linear layers that are one packed chain are one."""
     ops: list[_Op] = []
-    i = len(steps)
-    while i:
-        i -= 1
-        module, before = steps[i].module, values[i]
-        if steps[i].called:
-            ops.append(_Op("called", module))
-            wanted = None
-        elif isinstance(module, L0MLP) and type(module).forward is L0MLP.forward:
-            layers: tuple[nn.Linear, ...] = tuple(module.layers)
-            ops.append(
-                _Op("stretch", module, (), layers, module.activation, repack=module.repack_in_backward)
-            )
-            wanted = _Wanted.of(own_gate(layers[0], "in_gate"), layers[0])
-        elif is_linear(module):
-            start = _stretch_start(steps, i)
-            own = own_gate(steps[start].module, "in_gate")
-            if start < i or (_chains(module) and own is not None):
-                layers = tuple(s.module for s in steps[start : i + 1] if is_linear(s.module))
-                between = [activation_name(s.module) for s in steps[start:i] if not is_linear(s.module)]
-                ops.append(_Op("stretch", layers[0], (), layers, (between and between[0]) or "identity"))
-                i = start
-            else:
-                ops.append(_Op("linear", module, (own, own_gate(module, "out_gate"))))
-            wanted = _Wanted.of(own, module)
-        elif is_conv(module):
+    end = len(steps)
+    while end:
+        start = _stretch_start(steps, end - 1)
+        ops.append(_op(steps[end - 1]) if start is None else _stretch(steps[start:end]))
+        end = end - 1 if start is None else start
+    return ops[::-1]
+
+
+def _op(step: Step) -> _Op:
+    module, kind = step.module, step.kind
+    match kind:
+        case "mlp":
+            repack = module.repack_in_backward
+            return _Op("stretch", module, (), tuple(module.layers), module.activation, repack)
+        case "linear" | "conv":
             own, out_gate = own_gate(module, "in_gate"), own_gate(module, "out_gate")
-            support = _gate_at(wanted, unit_dim(module), module.out_channels) if out_gate is None else None
-            ops.append(_Op("conv", module, (own, out_gate, support)))
-            wanted = _Wanted.of(own, module)
-        elif is_norm(module) and steps[i].keeps_closed:
-            place = unit_dim(module, before.dim)
-            if before.closed and before.dim == place:
-                gate = before.closed[0] if module.num_features % before.closed[0].n == 0 else None
-            else:
-                gate = _gate_at(wanted, place, module.num_features)
-            ops.append(_Op("norm", module, (gate,)))
-            wanted = wanted if wanted is not None and wanted.dim == place else None
-        elif is_residual(module):
-            body, first = _plan(steps_of(module.body, True), before, wanted)
-            shortcut, second = None, None
-            if module.shortcut is not None:
-                shortcut, second = _plan(steps_of(module.shortcut, True), before, wanted)
-            ops.append(_Op("residual", module, branches=(body, shortcut)))
-            wanted = first if first == second else None
-        elif is_flatten(module):
-            ops.append(_Op("flatten", module))
-            dim = behind_flatten(before.dim, before.ndim)
-            if wanted is not None and before.dim is not None and wanted.dim == dim:
-                wanted = _Wanted(wanted.gate, before.dim)
-            else:
-                wanted = None
-        else:
-            ops.append(_Op("keep" if keeps_zero(module, before.dim) else "other", module))
-            wanted = wanted if wanted is not None and treats_units(module, wanted.dim) else None
-    return ops[::-1], wanted
+            support = step.gate_read(module.out_channels) if kind == "conv" and out_gate is None else None
+            return _Op(kind, module, (own, out_gate, support))
+        case "norm" if step.keeps_closed:
+            return _Op("norm", module, step.zeros or (step.gate_read(module.num_features),))
+        case "residual":
+            body, shortcut = map(_plan, step.branches)
+            return _Op("residual", module, branches=(body, None if module.shortcut is None else shortcut))
+        case "called" | "flatten":
+            return _Op(kind, module)
+    return _Op("keep" if step.keeps_zero else "other", module)
 
 
-def _gate_at(wanted: _Wanted | None, dim: int, n: int) -> HardConcreteGate | None:
-    """The gate that is all that is read of n units at `dim`."""
-    return wanted.gate if wanted is not None and wanted.dim == dim and wanted.gate.n == n else None
+def _stretch(steps: Sequence[Step]) -> _Op:
+    layers = tuple(step.module for step in steps if step.kind == "linear")
+    between = [activation_name(step.module) for step in steps if step.kind != "linear"]
+    return _Op("stretch", layers[0], (), layers, (between and between[0]) or "identity")
 
 
-def _stretch_start(steps: Sequence[Step], end: int) -> int:
-    """Where the longest stretch begins that ends with the linear layer `end` and is one packed chain."""
+def _stretch_start(steps: Sequence[Step], end: int) -> int | None:
+    """Where the longest stretch begins that ends with the step `end` and is one packed chain, if any does."""
+    if not _chains(steps[end]):
+        return None
     start, activation, gated = end, None, own_gate(steps[end].module, "in_gate") is not None
-    if not _chains(steps[end].module):
-        return end
     while start:
         name, before = "identity", start - 1
-        if not is_linear(steps[before].module):
+        if steps[before].kind != "linear":
             found = activation_name(steps[before].module)
             if found is None or is_hooked(steps[before].module) or not before:
                 break
             name, before = found, before - 1
-        if activation not in (None, name) or not _chains(steps[before].module):
+        if activation not in (None, name) or not _chains(steps[before]):
             break
         activation, start = name, before
         gated = gated or own_gate(steps[start].module, "in_gate") is not None
-    return start if gated else end
+    return start if gated else None
 
 
-def _chains(module: nn.Module) -> bool:
-    """Whether `module` is a linear layer that is gated on its inputs at most."""
-    if not is_linear(module) or is_hooked(module):
+def _chains(step: Step) -> bool:
+    """Whether it is a linear layer that is gated on its inputs at most."""
+    if step.kind != "linear" or is_hooked(step.module):
         return False
-    return not has_gates_beside(module, "in_gate") and not has_runs(module)
+    return not has_gates_beside(step.module, "in_gate") and not has_runs(step.module)
 
 
 class _Flat(NamedTuple):
@@ -447,9 +304,7 @@ def _forward(module: Any, x: Any, given: Drawn | None) -> Tensor:
         raise TypeError(
             "x must be a torch.Tensor, got a Proxy of torch.fx; torch.export traces this container"
         )
-    ops, _ = _plan(
-        steps_of(module, running=True), Value(ndim=x.ndim if isinstance(x, Tensor) else UNKNOWN), None
-    )
+    ops = _plan(walk(module, Value(ndim=x.ndim if isinstance(x, Tensor) else UNKNOWN), executed=True))
     gates = list(dict.fromkeys(gate for op in ops for gate in op.own_gates() if gate is not None))
     given = given or {}
     missing = [gate for gate in gates if gate not in given]
@@ -555,7 +410,7 @@ class _Forward:
 
     def linear(self, op: _Op, x: Activation) -> Activation:
         layer = cast(nn.Linear, op.module)
-        in_gates, out_gates = map(self.gates, op.gates)
+        in_gates, out_gates = map(self.gates, op.gates[:2])
         gated = layer if isinstance(layer, L0Linear) else None
         weight_gated = gated is not None and gated.weight_gate is not None
         if not isinstance(x, _Flat) or is_hooked(layer) or weight_gated:
@@ -656,9 +511,9 @@ def _warns(module: nn.Module) -> bool:
 def _gates_before_norms(module: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
     """Pairs of an output-gated layer and the batch norm directly behind it, in one container."""
     if isinstance(module, L0Residual):
-        branches = [steps_of(module.body), steps_of(module.shortcut)]
+        branches = [steps_of(module.body, executed=True), steps_of(module.shortcut, executed=True)]
     else:
-        branches = [steps_of(module, running=True)]
+        branches = [steps_of(module, executed=True, running=True)]
     return [
         (a.module, b.module)
         for steps in branches

@@ -226,23 +226,26 @@ class _Cutter:
         self._sides.pop(id(made), None)
 
     def _side(self, data: Tensor, dim: int, space: Space, name: str, factor: bool) -> Tensor:
-        labels = space.labels
-        kept = self._kept[labels]
-        if not bool(kept.all()):
-            data = data.index_select(dim, kept.nonzero()[:, 0].to(data.device))
-        labels = labels[kept]
-        closed = ~self._open[labels]
-        if factor:
-            data = data * _along(self._z[labels].to(data.device, data.dtype), dim, data.ndim)
-        elif bool(closed.any()) and name != "running_var":
+        kept, closed = self._kept[space.labels], ~self._open[space.labels]
+        z = self._z[space.labels].to(data.device, data.dtype) if factor else None
+        if not factor and bool((kept & closed).any()) and name != "running_var":
             data = data.index_fill(dim, closed.nonzero()[:, 0].to(data.device), 0)
-        return data
+        return narrowed(data, dim, None if bool(kept.all()) else kept.nonzero()[:, 0], z)
 
 
-def _along(value: Tensor, dim: int, ndim: int) -> Tensor:
-    shape = [1] * ndim
-    shape[dim] = -1
-    return value.view(shape)
+def narrowed(data: Tensor, dim: int, index: Tensor | None, z: Tensor | None = None) -> Tensor:
+    """The entries `index` of a dimension, None: all; each times its z."""
+    if z is not None:
+        data = data * z.view([-1 if at == dim else 1 for at in range(data.ndim)])
+    return data if index is None else data.index_select(dim, index.to(data.device))
+
+
+def set_sizes(layer: Any, n_in: int | None, n_out: int | None) -> None:
+    """Has a linear layer or a convolution say how many units it reads and makes; None: as many as it did."""
+    of = "features" if isinstance(layer, nn.Linear) else "channels"
+    for name, n in (("in", n_in), ("out", n_out)):
+        if n is not None:
+            setattr(layer, f"{name}_{of}", n)
 
 
 def _resize(layer: Any, units: Units, count: Callable[[Space], int]) -> None:
@@ -255,11 +258,7 @@ def _resize(layer: Any, units: Units, count: Callable[[Space], int]) -> None:
         if groups > 1:  # whole groups go
             assert n_out is not None
             layer.groups = groups * n_out // layer.out_channels
-        read, made = ("in_features", "out_features") if name == "linear" else ("in_channels", "out_channels")
-        if n_in is not None:
-            setattr(layer, read, n_in)
-        if n_out is not None:
-            setattr(layer, made, n_out)
+        set_sizes(layer, n_in, n_out)
         return
     if units.kind.is_recurrent:
         layer.input_size = layer.input_size if n_in is None else n_in

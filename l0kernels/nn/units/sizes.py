@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -53,26 +53,78 @@ def open_counts(
     counts: dict[nn.Parameter, Tensor] = {}
     for host in hosts_of(model):
         gates = cast(GateGroups, host._modules[NAME])
-        p = _with_one([openness(gate).double().flatten() for gate in gates.gates])
+        p = with_one([openness(gate) for gate in gates.gates])
         for parameter, sides in sided_parameters(host):
             labels = {dim: gates.gate_index(space, p.device) for dim, space in sides.items()}
             others = parameter.numel()
             for of in labels.values():
                 others //= len(of)
             if len(labels) > 2:
-                counts[parameter] = _product(labels, p, parameter.ndim).sum() * others
-                continue
-            both = [p[of] for of in labels.values()]
-            total = both[0].sum()
-            if len(both) == 2:
-                times = [torch.bincount(of, minlength=len(p)) for of in labels.values()]
-                total = total * both[1].sum() + (times[0] * times[1] * (p - p * p)).sum()
+                total = _product(labels, p, parameter.ndim).sum()
+            elif len(labels) == 2:
+                met, (rows, cols) = gates.meeting(*sides.values()), labels.values()
+                total = open_pairs(p, [rows], [cols], None if met is None else met[:2].to(p.device))
+            else:
+                total = open_entries(p, labels.values()).sum()
             counts[parameter] = total * others
     return counts
 
 
-def _with_one(parts: list[Tensor]) -> Tensor:
-    return torch.cat([*parts, parts[0].new_ones(1)])
+def with_one(parts: list[Tensor]) -> Tensor:
+    """P(open) of all gates, one after the other, in float64; behind them stands what is always open."""
+    flat = [part.double().flatten() for part in parts]
+    return torch.cat([*flat, flat[0].new_ones(1)])
+
+
+def open_entries(p: Tensor, labels: Iterable[Tensor]) -> Tensor:
+    """(n,): P(open) of each entry of a dimension.
+
+    labels: which gates close it, as numbers in p: of each tensor, (n,), that one has to be open, or of
+        (n, times) one of several.
+    """
+    parts = [p[of] if of.ndim == 1 else 1 - (1 - p[of]).prod(1) for of in labels]
+    return torch.stack(parts).prod(0)
+
+
+def open_pairs(
+    p: Tensor,
+    rows: Sequence[Tensor],
+    cols: Sequence[Tensor],
+    met: Tensor | None,
+    groups: int = 1,
+    weights: Tensor | None = None,
+) -> Tensor:
+    """The sum of P(row and column are open) over the pairs of each group, each gate once.
+
+    Args:
+        rows, cols: labels, as of :func:`open_entries`; those of cols (n,).
+        met: (2, m): the rows and columns that have a label in common; None: none has.
+        weights: (rows, columns): P(open) of the pair itself.
+    """
+    row, col = open_entries(p, rows), open_entries(p, cols)
+    if weights is None:
+        total = row.view(groups, -1).sum(1).dot(col.view(groups, -1).sum(1))
+    else:
+        total = row @ weights @ col
+    if met is None:
+        return total
+    at_row, at_col = met[:, met[0] // (len(row) // groups) == met[1] // (len(col) // groups)]
+    both = col[at_col]
+    for of in rows:  # an open column is one of those that keep the row open
+        keeps = _common([of.view(len(of), -1)[at_row]], [other[at_col] for other in cols])
+        both = torch.where(keeps, both, both * open_entries(p, [of[at_row]]))
+    difference = both - row[at_row] * col[at_col]
+    return total + (difference if weights is None else difference * weights[at_row, at_col]).sum()
+
+
+def meeting(rows: Sequence[Tensor], cols: Sequence[Tensor]) -> Tensor:
+    """(2, m): the rows and columns that have a label in common."""
+    return _common([of.view(len(of), 1, -1) for of in rows], cols).nonzero().T
+
+
+def _common(rows: Sequence[Tensor], cols: Sequence[Tensor]) -> Tensor:
+    """Whether labels of rows, (..., times), are among those of columns, (...)."""
+    return torch.stack([(row == col[..., None]).any(-1) for row in rows for col in cols]).any(0)
 
 
 def _product(labels: dict[int, Tensor], p: Tensor, ndim: int) -> Tensor:
@@ -125,9 +177,9 @@ class L2Terms:
             self.terms.append((self._dist, L2Term(theta, self._side(space), None)))
         elif sides.keys() == {0, 1}:
             self.terms.append((self._dist, L2Term(theta, self._side(sides[0]), self._side(sides[1]))))
-            meeting = self._gates.meeting(sides[0], sides[1])
-            if meeting is not None:
-                self._meeting.append((parameter, meeting.to(device)))
+            met = self._gates.meeting(sides[0], sides[1])
+            if met is not None:
+                self._meeting.append((parameter, met.to(device)))
         else:
             labels = {dim: self._gates.gate_index(space, device) for dim, space in sides.items()}
             self._odd.append(_Odd(parameter, labels))
