@@ -140,7 +140,7 @@ class L0Sequential(_Container, nn.Sequential):
         """
         return _forward(_as_kind(self, L0Sequential), x, drawn)
 
-    known_forward = forward
+    _known_forward = forward
 
 
 class L0Residual(_Container, nn.Module):
@@ -167,7 +167,7 @@ class L0Residual(_Container, nn.Module):
         """x -> shortcut(x) + body(x); `drawn` as in :meth:`L0Sequential.forward`."""
         return _forward(_as_kind(self, L0Residual), x, drawn)
 
-    known_forward = forward
+    _known_forward = forward
 
 
 @dataclass(eq=False, slots=True)

@@ -116,13 +116,13 @@ UNKNOWN = 0
 class TellsNorms:
     """Mixin of the containers that tell the norms in them the gates of their channels."""
 
-    known_forward: ClassVar[Callable[..., Any]]
+    _known_forward: ClassVar[Callable[..., Any]]
     """A subclass with another does what nobody knows."""
 
 
 def tells_norms(module: nn.Module) -> bool:
     """Whether `module` computes as L0Sequential or L0Residual."""
-    return isinstance(module, TellsNorms) and type(module).forward is type(module).known_forward
+    return isinstance(module, TellsNorms) and type(module).forward is type(module)._known_forward
 
 
 def is_sequential(module: nn.Module) -> TypeGuard[nn.Sequential]:
