@@ -113,6 +113,7 @@ def _is_open(gate: HardConcreteGate) -> Tensor:
 
 
 def _l0(model: nn.Module, openness: Openness) -> Tensor:
+    _check(model)
     of_layers, of_units = _open(model, openness)
     counted = {part for layer, _ in of_layers for part in layer.modules()}
     rest = {
@@ -126,11 +127,12 @@ def _l0(model: nn.Module, openness: Openness) -> Tensor:
 
 
 def _flops(model: nn.Module, input_shape: Sequence[int] | Tensor | None, openness: Openness) -> Tensor:
-    of_layers, of_units = _open(model, openness)
+    _check(model)
     times, dense = _times(model, input_shape)
+    of_layers, of_units = _open(model, openness)  # behind the run, which makes sharded parameters anew
     counts = []
     for (layer, name), n in times.items():
-        parameter = getattr(layer, name)  # by name: a sharded parameter is another one within the forward
+        parameter = getattr(layer, name)
         found = of_layers.get((layer, name), of_units.get(parameter))
         if found is None:
             dense += n * parameter.numel()
@@ -139,13 +141,16 @@ def _flops(model: nn.Module, input_shape: Sequence[int] | Tensor | None, opennes
     return _total(counts, dense)
 
 
+def _check(model: nn.Module) -> None:
+    gate_modules(model)  # refuses what torch would not call
+    check_none_flat(model)
+
+
 def _open(
     model: nn.Module, openness: Openness
 ) -> tuple[dict[tuple[nn.Module, str], Tensor], dict[nn.Parameter, Tensor]]:
     """How many elements are open: of weight and bias of each layer that containers know, and of each
     parameter with units of a model that gate_ has gated."""
-    gate_modules(model)  # refuses what torch would not call
-    check_none_flat(model)
     openness = cache(openness)
     of_layers = {
         (layer, name): count
