@@ -6,10 +6,12 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <type_traits>
 #include <utility>
 
 #include "activation.h"
+#include "half.h"
 #include "hard_concrete.h"
 #include "kernels.h"
 #include "workspace.h"
