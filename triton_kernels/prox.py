@@ -159,6 +159,7 @@ def _prox_kernel(
     AFTER: tl.constexpr,
     BY: tl.constexpr,
     GROUP_BY: tl.constexpr,
+    WIDE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """y = after(factor_g * before(x))."""
@@ -166,7 +167,7 @@ def _prox_kernel(
     mask = at < n
     x, step = _load(x_ptr, step_ptr, at, mask, b0, b1, b2, b3, BEFORE, BY)
     if GROUP > 0:
-        group = at // inner % groups
+        group = (at if WIDE else at.to(tl.int32)) // inner % groups  # 64 bits divide slowly
         norm = tl.sqrt(tl.load(squares_ptr + group, mask=mask, other=0.0))
         own = tl.zeros((BLOCK,), tl.float64) + lam
         if GROUP_BY:
@@ -246,6 +247,7 @@ def _prox(call: ProxCall, out: Tensor) -> None:
         AFTER=last[0],
         BY=step is not None,
         GROUP_BY=group_step is not None,
+        WIDE=n + _BLOCK >= 2**31,
         BLOCK=_BLOCK,
         num_warps=4,
     )
