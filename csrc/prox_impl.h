@@ -5,8 +5,18 @@ namespace l0 {
 namespace L0_ISA {
 
 constexpr int64_t kProxChunk = 1024;   // elements that go through all stages while they are in the L1 cache
+constexpr int64_t kProxLong = 32768;   // elements of a task where there is one stage and no buffer
 constexpr int64_t kProxSegment = 64;   // elements in a row from which on a group is read by itself
 constexpr double kProxSeries = 0.002;  // up to which four terms are right to 2e-9
+
+// 1 / x for 1e-37 < x < 1e37, to the last bit or two: a division is slower than memory.
+inline double prox_inverse(double x) { return 1.0 / x; }
+inline float prox_inverse(float x) {
+  float y = math::from_bits(0x7ef311c7u - math::to_bits(x));  // to 5 %, and three steps of Newton's
+  y = y * (2.0f - x * y);
+  y = y * (2.0f - x * y);
+  return y + y * (1.0f - x * y);
+}
 
 // Of the root of (1 - d)^2 d = p in [0, 1/3], which is d = 4/3 sin^2(asin(s) / 3) with s^2 = 27/4 p <= 1. In
 // u = 1 - cos(asin(s)), got without cancellation, it is u times a polynomial, right to 2e-9 of d.
@@ -17,7 +27,7 @@ inline double prox_root(double p) {
 }
 inline float prox_root(float p) {
   const float s2 = 6.75f * p < 1.0f ? 6.75f * p : 1.0f;
-  const float u = s2 / (1.0f + std::sqrt(1.0f - s2));
+  const float u = s2 * prox_inverse(1.0f + std::sqrt(1.0f - s2));
   float y = 0.0001814604412f;
   y = y * u - 0.0003992084366f;
   y = y * u + 0.0006282437938f;
@@ -84,7 +94,7 @@ template <typename T>
 void prox_transformed_l1(const ProxStage& s, const T* step, const T* from, T* to, int64_t n) {
   const double lam = s.first, alpha = s.second, critical = alpha * alpha / (2 * (alpha + 1));
   const T third = T(std::cbrt(lam) * std::cbrt(alpha) * std::cbrt(alpha + 1)), a = T(alpha);
-  const T most = std::numeric_limits<T>::max();  // inf - inf * 0 would be NaN
+  const T most = T(1e37);  // beyond it nothing shrinks, and inf - inf * 0 would be NaN
   const auto whole = [=](T x) {
     const T sum = std::fabs(x) + a;
     return sum > most ? most : sum;
@@ -93,7 +103,7 @@ void prox_transformed_l1(const ProxStage& s, const T* step, const T* from, T* to
     const T weight = T(lam), limit = T(critical), slope = T((alpha + 1) / alpha), twice = T(2 * (alpha + 1));
     const T half = T(alpha / 2);
     return prox_each(step, from, to, n, [=](T x, T by) {
-      const T sum = whole(x), ratio = third / sum, own = weight * by;
+      const T sum = whole(x), ratio = third * prox_inverse(sum), own = weight * by;
       const T jump = std::sqrt(twice * own) - half;
       const T threshold = own <= limit ? own * slope : jump;
       return prox_shrunk(x, sum, prox_root(by * (ratio * ratio * ratio)), threshold);
@@ -102,11 +112,11 @@ void prox_transformed_l1(const ProxStage& s, const T* step, const T* from, T* to
   const T threshold = T(lam <= critical ? lam * ((alpha + 1) / alpha) : std::sqrt(2 * lam * (alpha + 1)) - alpha / 2);
   if (std::is_same_v<T, float> && lam * (alpha + 1) / (alpha * alpha) <= kProxSeries)  // p is largest at 0
     return prox_each(from, to, n, [=](T x) {
-      const T sum = whole(x), ratio = third / sum, p = ratio * ratio * ratio;
+      const T sum = whole(x), ratio = third * prox_inverse(sum), p = ratio * ratio * ratio;
       return prox_shrunk(x, sum, p * (T(1) + p * (T(2) + p * (T(7) + p * T(30)))), threshold);
     });
   prox_each(from, to, n, [=](T x) {
-    const T sum = whole(x), ratio = third / sum;
+    const T sum = whole(x), ratio = third * prox_inverse(sum);
     return prox_shrunk(x, sum, prox_root(ratio * ratio * ratio), threshold);
   });
 }
@@ -217,7 +227,18 @@ double prox_squares(const T* v, int64_t n) {
 template <typename T, typename S>
 void prox_elements(const ProxParams<T>& p, int num_threads) {
   const ProxMemory<T, S> memory{p};
-  const int64_t n = p.outer * p.groups * p.inner, chunks = (n + kProxChunk - 1) / kProxChunk;
+  const int64_t n = p.outer * p.groups * p.inner;
+  if constexpr (std::is_same_v<S, T>) {
+    const int64_t chunks = (n + kProxLong - 1) / kProxLong;
+#pragma omp parallel for schedule(static) num_threads(num_threads) if (num_threads > 1 && chunks > 1)
+    for (int64_t c = 0; c < chunks; ++c) {
+      const int64_t begin = c * kProxLong;
+      prox_stage(p.before, memory.step(begin), memory.load(begin, n, nullptr), memory.place(begin, nullptr),
+                 std::min(kProxLong, n - begin));
+    }
+    return;
+  }
+  const int64_t chunks = (n + kProxChunk - 1) / kProxChunk;
 #pragma omp parallel for schedule(static) num_threads(num_threads) if (num_threads > 1 && n > 32768)
   for (int64_t c = 0; c < chunks; ++c)
     memory.finish(c * kProxChunk, std::min(kProxChunk, n - c * kProxChunk), nullptr, 0);
@@ -263,9 +284,21 @@ void prox_columns(const ProxParams<T>& p, int num_threads) {
     const int64_t g0 = b * block, groups = std::min(block, p.groups - g0), n = groups * p.inner;
     double squares[kProxChunk] = {};
     T factor[kProxChunk];
-    for (int64_t o = 0; o < p.outer; ++o) {
+    const int64_t begin = g0 * p.inner;
+    int64_t o = 0;
+    for (; o + 4 <= p.outer; o += 4) {
+      T buffers[4][kProxChunk];
+      const T* v[4];
+      for (int64_t r = 0; r < 4; ++r) v[r] = memory.first((o + r) * width + begin, n, buffers[r]);
+      const T *v0 = v[0], *v1 = v[1], *v2 = v[2], *v3 = v[3];
+#pragma omp simd
+      for (int64_t i = 0; i < n; ++i)
+        squares[i] += (double(v0[i]) * double(v0[i]) + double(v1[i]) * double(v1[i])) +
+                      (double(v2[i]) * double(v2[i]) + double(v3[i]) * double(v3[i]));
+    }
+    for (; o < p.outer; ++o) {
       T buffer[kProxChunk];
-      const T* v = memory.first(o * width + g0 * p.inner, n, buffer);
+      const T* v = memory.first(o * width + begin, n, buffer);
 #pragma omp simd
       for (int64_t i = 0; i < n; ++i) squares[i] += double(v[i]) * double(v[i]);
     }
@@ -275,7 +308,7 @@ void prox_columns(const ProxParams<T>& p, int num_threads) {
       const T own = T(prox_factor(p, g0 + g, sum));
       for (int64_t i = 0; i < p.inner; ++i) factor[g * p.inner + i] = own;
     }
-    for (int64_t o = 0; o < p.outer; ++o) memory.finish(o * width + g0 * p.inner, n, factor, 1);
+    for (o = 0; o < p.outer; ++o) memory.finish(o * width + begin, n, factor, 1);
   }
 }
 

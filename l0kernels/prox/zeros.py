@@ -99,16 +99,26 @@ class ZeroGates:
         return zero | ~self._any(made, known) if group.name in self._silent and made else zero
 
     def _any(self, members: Sequence[Member], known: dict[tuple[str, int], Tensor]) -> Tensor:
-        """(units,) bool: whether a unit has an element that is not 0 in one of its places."""
-        found = [self._not_zero(member, known)[member.index].any(1) for member in members]
-        return torch.stack(found).any(0)
+        """(units,) bool: whether a unit has an element that is not 0 in one of its places; vectors first."""
+        found: Tensor | None = None
+        for member in sorted(members, key=lambda member: self._value(member).ndim):
+            own = self._not_zero(member, known)[member.index].any(1)
+            found = own if found is None else found | own
+            if found.is_cpu and bool(found.all()):
+                break
+        assert found is not None
+        return found
+
+    def _value(self, member: Member) -> Tensor:
+        module, name = self._homes[member.name]
+        value = module._parameters[name]
+        assert value is not None
+        return value
 
     def _not_zero(self, member: Member, known: dict[tuple[str, int], Tensor]) -> Tensor:
         key = member.name, member.dim
         if key not in known:
-            module, name = self._homes[member.name]
-            value = module._parameters[name]
-            assert value is not None
+            value = self._value(member)
             others = [dim for dim in range(value.ndim) if dim != member.dim]
             known[key] = (value.abs().amax(others) if others else value) != 0  # a NaN is not 0
         return known[key]

@@ -229,6 +229,29 @@ def test_every_and_reopen():
     assert zeros.closed["0"] == 0
 
 
+def test_what_is_kept_from_forward_to_forward():
+    """Gates that nobody writes into are made once, but not for training in inference mode."""
+    model, x = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 3)), torch.randn(4, 5)
+    with torch.no_grad():
+        model[2].weight[:, :4] = 0
+    zeros = prox.gates_from_zeros(model, x)
+    (gate,) = [gate for _, gate in zeros]
+    with torch.inference_mode():
+        y = model(x)
+    assert gate() is gate()
+    model(x).sum().backward()
+    assert torch.equal(model(x), y)
+    first, other = gate(), copy.deepcopy(model)
+    with torch.no_grad():
+        model[2].weight[:, 6] = 0
+    zeros.refresh()
+    assert gate() is not first
+    assert gate().z.tolist() == [0, 0, 0, 0, 1, 1, 0, 1]
+    assert torch.equal(other(x), y)
+    gate.eval_mode = "median"
+    assert gate().z.tolist() == [0, 0, 0, 0, 1, 1, 0, 1]
+
+
 def test_gates_are_frozen_and_saved():
     model, x = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 3)), torch.randn(4, 5)
     with torch.no_grad():

@@ -207,9 +207,16 @@ class GateGroups(GatedLayer, nn.Module):
             whole = [gate.gathered().flatten() for gate in gates]
             drawn, z = draw_joined(whole, of_bank or None, seed, gates[0].dist)
         else:
-            pairs = zip(draw(gates), self.groups, strict=True)
-            drawn = [self._spread(found, group.units) for found, group in pairs]
-        return Draw(drawn, self.multiples, exact, "torch" if backend == "reference" else backend, z)
+            found = draw(gates)
+            key = (*map(id, found), exact, backend, torch.is_inference_mode_enabled())
+            if (kept := self._local.__dict__.get("kept")) is not None and kept[0] == key:
+                return kept[2]
+            pairs = zip(found, self.groups, strict=True)
+            drawn = [self._spread(one, group.units) for one, group in pairs]
+        made = Draw(drawn, self.multiples, exact, "torch" if backend == "reference" else backend, z)
+        if exact and not joins and all(gate.frozen for gate in gates):  # gates that stay the same objects
+            self._local.kept = key, found, made
+        return made
 
     def _spread(self, gates: Gates | None, units: int) -> Gates:
         assert gates is not None
