@@ -48,7 +48,10 @@ class ZeroGates:
         """Closes the units that are zero now, and opens the others. It reads every weight once."""
         known: dict[tuple[str, int], Tensor] = {}
         for group, gate in self:
-            gate.log_alpha.copy_(torch.where(self._is_zero(group, known), -_OPEN, _OPEN))
+            found = torch.where(self._is_zero(group, known), -_OPEN, _OPEN).to(gate.log_alpha.dtype)
+            # What stays is not made again by the next forward; a GPU is not waited for.
+            if not (found.is_cpu and torch.equal(found, gate.log_alpha)):
+                gate.log_alpha.copy_(found)
 
     @torch.no_grad()
     def open_(self) -> None:
