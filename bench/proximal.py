@@ -369,6 +369,15 @@ def operators_table(folder: Path = FOLDER) -> str:
     return "\n".join([*lines, "", f"{machine(rows)}. {millions:.0f} M weights in float32."])
 
 
+def tables(folder: Path = FOLDER) -> dict[str, str]:
+    """By the names that the markers of the guide give them."""
+    return {
+        "proximal": training_table(folder),
+        "proximal-steps": steps_table(folder),
+        "proximal-operators": operators_table(folder),
+    }
+
+
 def write(name: str, folder: Path, fields: Sequence[str], rows: Sequence[Row]) -> None:
     """The file with these rows alone."""
     path = folder / f"{name}.csv"
@@ -408,8 +417,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.only in (None, "operators"):
         found = operators(256, 2) if args.quick else operators(4096, 15)
         write("operators", args.folder, OPERATORS, [common | row for row in found])
-    made = (make(args.folder) for make in (training_table, steps_table, operators_table))
-    print("\n\n".join(filter(None, made)))
+    print("\n\n".join(filter(None, tables(args.folder).values())))
     return 0
 
 

@@ -332,9 +332,6 @@ TABLES: dict[str, Callable[[list[Found]], str]] = {
     "cpu-ms": lambda sources: times(sources, "cpu"),
     "gpu": lambda sources: ratios(sources, "cuda"),
     "gpu-ms": lambda sources: times(sources, "cuda"),
-    "proximal": lambda _: proximal.training_table(),
-    "proximal-steps": lambda _: proximal.steps_table(),
-    "proximal-operators": lambda _: proximal.operators_table(),
 }
 """By the names that the markers give them."""
 
@@ -359,7 +356,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         sources = load(args.paths or device_files())
         if args.write or args.check:
-            return documents.main(tables(sources), args.write)
+            return documents.main(tables(sources) | proximal.tables(), args.write)
     except ValueError as error:
         parser.error(str(error))
     parts = list(tables(sources).values())
