@@ -1,5 +1,5 @@
-// Proximal operators; compiled once per instruction set, like gemm_impl.h. Each sum over a group has one order,
-// however many threads.
+// Proximal operators; compiled once per instruction set, like gemm_impl.h. Each sum over a group has one
+// order, however many threads.
 
 namespace l0 {
 namespace L0_ISA {
@@ -109,7 +109,8 @@ void prox_transformed_l1(const ProxStage& s, const T* step, const T* from, T* to
       return prox_shrunk(x, sum, prox_root(by * (ratio * ratio * ratio)), threshold);
     });
   }
-  const T threshold = T(lam <= critical ? lam * ((alpha + 1) / alpha) : std::sqrt(2 * lam * (alpha + 1)) - alpha / 2);
+  const double slow = lam * ((alpha + 1) / alpha), jump = std::sqrt(2 * lam * (alpha + 1)) - alpha / 2;
+  const T threshold = T(lam <= critical ? slow : jump);
   if (std::is_same_v<T, float> && lam * (alpha + 1) / (alpha * alpha) <= kProxSeries)  // p is largest at 0
     return prox_each(from, to, n, [=](T x) {
       const T sum = whole(x), ratio = third * prox_inverse(sum), p = ratio * ratio * ratio;
