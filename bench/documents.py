@@ -5,7 +5,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCUMENTS = {"README.md": ("nets",), "docs/benchmarks.md": ("cpu", "cpu-ms", "gpu", "gpu-ms")}
+DOCUMENTS = {
+    "README.md": ("nets",),
+    "docs/benchmarks.md": ("cpu", "cpu-ms", "gpu", "gpu-ms"),
+    "docs/guides/proximal.md": ("proximal", "proximal-steps", "proximal-operators"),
+}
 """Who shows tables, and which of them it must."""
 BEGIN, END = "<!-- table: {} -->", "<!-- end -->"
 _PLACE = re.compile(r"^<!-- table: (\S+) -->\n(.*?)^<!-- end -->$", re.MULTILINE | re.DOTALL)

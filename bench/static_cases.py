@@ -10,7 +10,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from l0kernels._calls import Conv2dCall, GateGrads, L0LinearCall, LinearCall, MlpCall, Wanted
+from l0kernels._calls import Conv2dCall, GateGrads, L0LinearCall, LinearCall, MlpCall, ProxCall, Wanted
 from l0kernels._gates import DEFAULT_DIST, HardConcrete, round_up
 from l0kernels.triton_kernels import (
     batch_norm,
@@ -22,6 +22,7 @@ from l0kernels.triton_kernels import (
     mlp,
     pack,
     penalty,
+    prox,
     sample,
 )
 from l0kernels.triton_kernels._launch import recording
@@ -32,6 +33,7 @@ TYPES = {
     torch.bfloat16: "bf16",
     torch.float16: "fp16",
     torch.float32: "fp32",
+    torch.float64: "fp64",
     torch.int32: "i32",
     torch.int64: "i64",
 }
@@ -108,6 +110,38 @@ def penalty_cases() -> Iterator[Case]:
     for sizes in (*single, [100, 0], [200] * 4, [1000] * 4, [1000] * 8, [1000] * 9, [1 << 21] * 2):
         call = partial(penalty.l0_penalty, [new(n) for n in sizes], [1.0] * len(sizes), DEFAULT_DIST)
         yield Case(f"{len(sizes)}x{sizes[0]}", call)
+
+
+def prox_cases() -> Iterator[Case]:
+    shrink, ridge, transformed, lasso, hard = (
+        [1.0, 0.1, 0.1],
+        [2.0, 0.1, 0.1],
+        [3.0, 0.1, 1.0],
+        [1.0, 0.1],
+        [2.0, 0.1],
+    )
+    elements, rows, columns = [1, 1, 1 << 24], [1, 4096, 4096], [4096, 4096, 1]
+    none: list[float] = []
+    for name, dtype, stages, layout, by_element in (
+        ("l1", FP32, (shrink, none, none), elements, False),
+        ("l1 metric", FP32, (shrink, none, none), elements, True),
+        ("l0 l2", BF16, (ridge, none, none), elements, False),
+        ("l0 l2 metric", BF16, (ridge, none, none), elements, True),
+        ("tl1", FP32, (transformed, none, none), elements, False),
+        ("tl1 metric", FP16, (transformed, none, none), elements, True),
+        ("lasso rows", FP32, (none, lasso, none), rows, False),
+        ("lasso rows metric", BF16, (none, lasso, none), rows, True),
+        ("l0 columns", FP32, (none, hard, none), columns, False),
+        ("sparse group columns", FP32, (shrink, lasso, none), columns, False),
+        ("sparse group columns metric", FP32, (shrink, lasso, none), columns, True),
+        ("tl1 group", BF16, (none, lasso, transformed), rows, False),
+        ("odd", FP32, (none, lasso, transformed), [5, 7, 9], False),
+    ):  # fmt: skip
+        x = new(layout[0] * layout[1] * layout[2], dtype=dtype)
+        step = new(x.numel()) if by_element and (stages[0] or stages[2]) else None
+        group_step = new(layout[1], dtype=torch.float64) if by_element and stages[1] else None
+        call = ProxCall(x, step, group_step, *stages, layout)
+        yield Case(name, partial(prox.prox, [call], [x]))
 
 
 def masked_linear_cases() -> Iterator[Case]:
@@ -441,6 +475,7 @@ def convolution(
 ALL_CASES = (
     sample_cases,
     penalty_cases,
+    prox_cases,
     masked_linear_cases,
     batch_norm_cases,
     pack_cases,
@@ -470,7 +505,7 @@ def expectations(kernel: str, signature: Mapping[str, str], constexprs: Mapping[
             wide = True
         case "_pack_rows" | "_pack_cols" | "_unpack_rows" | "_unpack_cols":
             wide = constexprs["VEC"] == 8 and constexprs["UNIT"]
-        case "_masked_weight_kernel" | "_masked_weight_grad_kernel" | "_gate_grad_kernel":
+        case "_masked_weight_kernel" | "_masked_weight_grad_kernel" | "_gate_grad_kernel" | "_prox_kernel":
             wide = signature["n"].endswith(":16")
         case _:
             wide = kernel == "_prepare_kernel" and constexprs["B_K"] >= 16

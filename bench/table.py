@@ -1,6 +1,6 @@
-"""Prints what the results files hold as tables; with --write puts them between the markers of README.md
-and docs/benchmarks.md, and with --check says whether what stands there is what the files give. A file
-whose name is given is read alone; else those of every machine in bench/results are."""
+"""Prints what the results files hold as tables; with --write puts them between the markers of README.md,
+docs/benchmarks.md and docs/guides/proximal.md, and with --check says whether what stands there is what the
+files give. A file whose name is given is read alone; else those of every machine in bench/results are."""
 
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import cli
 import documents
+import proximal
 from found import Found, break_even, curve, device_files, load
 from registry import FEW_KEEPS, NETS, PROVIDERS, TABLE_KEEPS, WORKS, Keep, Work, keep_name
 from rows import RESULTS, Row, machine
@@ -342,7 +343,7 @@ def tables(sources: list[Found]) -> dict[str, str]:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = cli.parser(__doc__, "table.py --write")
     parser.add_argument("paths", nargs="*", type=Path, help="default: every machine's in bench/results")
-    parser.add_argument("--write", action="store_true", help="into README.md and docs/benchmarks.md")
+    parser.add_argument("--write", action="store_true", help="into the documents that show them")
     parser.add_argument("--check", action="store_true", help="exit status 1 if --write would change them")
     parser.add_argument("--targets", action="store_true", help="also targets, verdicts, break-even")
     parser.add_argument("--micro", action="store_true", help="also the primitives, our backends side by side")
@@ -355,7 +356,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         sources = load(args.paths or device_files())
         if args.write or args.check:
-            return documents.main(tables(sources), args.write)
+            return documents.main(tables(sources) | proximal.tables(), args.write)
     except ValueError as error:
         parser.error(str(error))
     parts = list(tables(sources).values())

@@ -574,6 +574,37 @@ void batch_norm(bool is_double, int64_t rows, int64_t channels, int64_t size, Ad
       momentum, updated, n_updated, dy, dx, dweight, dbias, num_threads);
 }
 
+using ProxStage = std::tuple<int, double, double>;
+// x, y, element type, step, group_step, (outer, groups, inner), before, group, lam, after: see ProxParams.
+using ProxTensor = std::tuple<Address, Address, int, Address, Address, std::array<int64_t, 3>, ProxStage, int,
+                              double, ProxStage>;
+
+l0::ProxStage prox_stage(const ProxStage& stage) {
+  const auto& [kind, first, second] = stage;
+  if (kind < 0 || kind > 3) throw std::invalid_argument("kind: expected 0..3, got " + std::to_string(kind));
+  return {static_cast<l0::Prox>(kind), first, second};
+}
+
+template <typename T>
+void prox_as(const ProxTensor& tensor, int num_threads) {
+  const auto& [x, y, type, step, group_step, sizes, before, group, lam, after] = tensor;
+  if (type < 0 || type > 3 || group < 0 || group > 2)
+    throw std::invalid_argument("type and group: expected 0..3 and 0..2, got " + std::to_string(type) +
+                                " and " + std::to_string(group));
+  l0::kernels<T>().prox(
+      {as<const void>(x), as<void>(y), static_cast<l0::DType>(type), as<const T>(step),
+       as<const double>(group_step), sizes[0], sizes[1], sizes[2], prox_stage(before), prox_stage(after),
+       static_cast<l0::ProxGroup>(group), lam},
+      num_threads);
+}
+
+// The tensors one after the other.
+void prox(const std::vector<ProxTensor>& tensors, int num_threads) {
+  py::gil_scoped_release nogil;
+  for (const ProxTensor& tensor : tensors)
+    (std::get<2>(tensor) == 1 ? prox_as<double> : prox_as<float>)(tensor, num_threads);
+}
+
 // Asks for 2 MB pages under an allocation that nobody has written yet; the allocation stays whose it is.
 // Where the system has none, nothing happens.
 void advise_huge_pages(Address address, size_t bytes) {
@@ -630,5 +661,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("col2im", &col2im);
   m.def("depthwise", &depthwise);
   m.def("batch_norm", &batch_norm);
+  m.def("prox", &prox);
   m.def("advise_huge_pages", &advise_huge_pages);
 }

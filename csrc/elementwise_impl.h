@@ -229,7 +229,7 @@ template <typename T>
 Kernels<T> kernels() {
   return {gemm<T>,    sample<T>,  p_open<T>,       activation_grad<T>, column_dot<T>, column_sum<T>,
           squares<T>, squares_grad<T>, im2col<T>, col2im<T>, depthwise<T>, depthwise_grad<T>,
-          batch_norm<T>, batch_norm_grad<T>};
+          batch_norm<T>, batch_norm_grad<T>, prox<T>};
 }
 template Kernels<float> kernels<float>();
 template Kernels<double> kernels<double>();

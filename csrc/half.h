@@ -11,6 +11,8 @@
 
 namespace l0 {
 
+enum class DType : int32_t { kFloat = 0, kDouble = 1, kBFloat16 = 2, kHalf = 3 };
+
 struct BFloat16 {
   uint16_t bits;
 };

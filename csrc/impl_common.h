@@ -10,6 +10,7 @@
 #include <utility>
 
 #include "activation.h"
+#include "half.h"
 #include "hard_concrete.h"
 #include "kernels.h"
 #include "workspace.h"

@@ -6,6 +6,7 @@
 #include "batch_norm.h"
 #include "conv.h"
 #include "gemm.h"
+#include "prox.h"
 
 namespace l0 {
 
@@ -105,6 +106,7 @@ struct Kernels {
   void (*depthwise_grad)(const DepthwiseParams<T>&, int num_threads);
   void (*batch_norm)(const BatchNormParams<T>&, int num_threads);  // batch_norm.h
   void (*batch_norm_grad)(const BatchNormParams<T>&, int num_threads);
+  void (*prox)(const ProxParams<T>&, int num_threads);  // prox.h
 };
 
 template <typename T>

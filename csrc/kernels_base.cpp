@@ -10,4 +10,5 @@
 #include "gemm_impl.h"
 #include "batch_norm_impl.h"
 #include "conv_impl.h"
+#include "prox_impl.h"
 #include "elementwise_impl.h"

@@ -4,9 +4,9 @@
 #pragma once
 #include <cstdint>
 
-namespace l0 {
+#include "half.h"
 
-enum class DType : int32_t { kFloat = 0, kDouble = 1, kBFloat16 = 2, kHalf = 3 };
+namespace l0 {
 
 // One side of the matrix. index: open ascending, then closed; null: all `size` are open. z (fp32, or fp64
 // with fp64 matrices): null for no scale.

@@ -17,6 +17,11 @@ PenaltyGates: TypeAlias = tuple[Address, int, float]  # log_alpha, size, weight
 PenaltyTerm: TypeAlias = tuple[Address, int, int, int, int, int, int]
 # in, out, weight, bias, gate on the input, h, pre, dw, db, dz: see MlpLayer.
 Layer: TypeAlias = tuple[int, int, Matrix, Address, Gate | None, Address, Address, Address, Address, Address]
+ProxStage: TypeAlias = tuple[int, float, float]
+# x, y, element type, step, group_step, (outer, groups, inner), before, group, lam, after: see ProxParams.
+ProxTensor: TypeAlias = tuple[
+    Address, Address, int, Address, Address, Sequence[int], ProxStage, int, float, ProxStage
+]
 
 compiler: str
 openmp: bool
@@ -266,4 +271,5 @@ def batch_norm(
     num_threads: int,
     /,
 ) -> None: ...
+def prox(tensors: Sequence[ProxTensor], num_threads: int, /) -> None: ...
 def advise_huge_pages(address: Address, bytes: int, /) -> None: ...

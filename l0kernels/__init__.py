@@ -19,7 +19,7 @@ import torch as _torch  # before the native extension: both must share one OpenM
 _collects = _gc.isenabled()
 _gc.disable()
 try:
-    from . import nn, reference
+    from . import nn, prox, reference
     from ._registry import backends, use_backend
     from .batch_norm import gated_batch_norm
     from .conv2d import Packed, gated_conv2d, pack_channels, packed_conv2d, unpack_channels
@@ -56,6 +56,7 @@ __all__ = [
     "nn",
     "pack_channels",
     "packed_conv2d",
+    "prox",
     "reference",
     "sample_gates",
     "unpack_channels",

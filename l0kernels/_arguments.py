@@ -338,3 +338,51 @@ def check_l2_penalty(
             _checks.check_device(name, log_alpha, weight.device, "weight")
             check_not_nan(name, log_alpha)
     check_dist(dist)
+
+
+def check_prox(x: Any, step: Any) -> None:
+    """Checks of what every proximal operator takes."""
+    _checks.check_floating("x", x)
+    if not isinstance(step, Tensor):
+        check_not_negative(step=step)
+        return
+    _checks.check_floating("step", step)
+    if step.shape != x.shape and step.ndim:
+        raise ValueError(
+            f"step must be a number or have shape {tuple(x.shape)}, that of x, got {tuple(step.shape)}"
+        )
+    _checks.check_device("step", step, x.device, "x")
+
+
+def check_not_negative(**numbers: Any) -> None:
+    """TypeError unless these are numbers, ValueError unless they are finite and >= 0."""
+    for name, value in numbers.items():
+        _checks.check_number(name, value)
+        if value < 0:
+            raise ValueError(f"{name} must be >= 0, got {value}")
+
+
+def check_tl1(a: Any, group_share: Any = 0.0) -> None:
+    """Checks of the shape of transformed l1, and of what part a group's penalty has of a sum with it."""
+    _checks.check_number("a", a)
+    if not 0 < a <= 1e30:
+        raise ValueError(f"a must be in (0, 1e30], got {a}: towards 0 it is l0, towards infinity l1")
+    if not 0 <= group_share <= 1:
+        raise ValueError(f"group_share must be in [0, 1], got {group_share}")
+
+
+def check_groups(x: Tensor, dim: Any, run: Any) -> None:
+    """Checks that the entries of a dimension of x, or runs of them, are groups."""
+    if x.ndim == 0:
+        raise ValueError("x must have a dimension to have groups, got a scalar")
+    _checks.check_count("dim", dim, -x.ndim, x.ndim)
+    _checks.check_count("run", run, 1, 2**31)
+    if x.shape[dim] % run:
+        raise ValueError(f"run must divide the {x.shape[dim]} entries of dimension {dim}, got {run}")
+
+
+def check_top(k: Any, n: int, of: str) -> None:
+    """Checks of a number out of n."""
+    _checks.check_count("k", k, 0, 2**63)
+    if k > n:
+        raise ValueError(f"k must be at most the {n} {of} of x, got {k}")

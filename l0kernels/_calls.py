@@ -163,3 +163,24 @@ class BlockCall(NamedTuple):
     b_out: int
     b_in: int
     dtype: torch.dtype
+
+
+class ProxCall(NamedTuple):
+    """``after(factor_g * before(x))``, a proximal operator of a penalty by element and by group.
+
+    Attributes:
+        x: contiguous.
+        step: of x's shape, multiplies the weights of the elements, in the dtype of the arithmetic; None: 1.
+        group_step: (groups,), float64, those of the groups; None: 1.
+        before, after: [kind, its two numbers] as csrc/prox.h has them, [] for none.
+        group: [kind, lam] likewise.
+        layout: (outer, groups, inner), as which x has its groups.
+    """
+
+    x: Tensor
+    step: Tensor | None
+    group_step: Tensor | None
+    before: list[float]
+    group: list[float]
+    after: list[float]
+    layout: list[int]

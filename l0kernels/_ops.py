@@ -19,6 +19,7 @@ from ._calls import (
     L0MlpCall,
     LinearCall,
     MlpCall,
+    ProxCall,
     Wanted,
 )
 from ._compat import VMAP_MODE, dispatch_key_included
@@ -361,6 +362,13 @@ def gated_conv2d_backward(
 ) -> list[Tensor]:
     """Gradients of x, weight, bias and the two gates."""
     return _given(module(backend).conv2d_backward(call, dy, saved, wanted), call.x)
+
+
+@operator(lambda call, _: torch.empty_like(call.x))
+def prox(call: ProxCall, backend: str) -> Tensor:
+    y = torch.empty_like(call.x)
+    module(backend).prox([call], [y])
+    return y
 
 
 @operator(torch.empty_like)

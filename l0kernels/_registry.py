@@ -33,6 +33,7 @@ PRIMITIVES = (
     "block_linear",
     "pack",
     "unpack",
+    "prox",
 )
 """What a backend may implement; the rows of backends()."""
 
@@ -119,6 +120,7 @@ def _interpreted() -> bool:
 
 _LACKS = {
     "reference": {"pack", "unpack"},
+    "torch": {"prox"},  # the formula is as fast
     "triton": {"l2_penalty"},  # the formula in plain torch serves it
 }
 
@@ -151,6 +153,7 @@ ON_CUDA = {
     "block_linear": _ONLY_TRITON,
     "pack": _TRITON_OR_CUDA,
     "unpack": _TRITON_OR_CUDA,
+    "prox": _ONLY_TRITON,
 }
 """Which backend serves tensors on a GPU unless one is asked for, and why."""
 

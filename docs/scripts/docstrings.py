@@ -21,7 +21,7 @@ CODE = re.compile(r"(``.+?``|`[^`]+`)", re.DOTALL)
 
 @cache
 def public(package: str) -> frozenset[str]:
-    """The names in ``__all__`` of l0kernels or l0kernels.nn."""
+    """The names in ``__all__`` of l0kernels, l0kernels.nn or l0kernels.prox."""
     source = (ROOT / package.replace(".", "/") / "__init__.py").read_text()
     for node in ast.parse(source).body:
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
@@ -37,9 +37,9 @@ def path_of(package: str, name: str) -> str:
 
 def linked(role: re.Match[str]) -> str:
     """A link to the public name of a role; to its class for what is in a class."""
-    text = role[1].removeprefix("l0kernels.nn.").removeprefix("l0kernels.")
+    text = role[1].removeprefix("l0kernels.nn.").removeprefix("l0kernels.prox.").removeprefix("l0kernels.")
     first = text.split(".")[0]
-    for package in ("l0kernels.nn", "l0kernels"):
+    for package in ("l0kernels.nn", "l0kernels", "l0kernels.prox"):
         if first in public(package):
             return f"[`{text}`][{path_of(package, first)}]"
     return f"`{text}`"

@@ -35,6 +35,7 @@ FUNCTIONS = {
     "pack_channels": "gated_conv2d",
     "unpack_channels": "gated_conv2d",
     "gated_batch_norm": "gated_batch_norm",
+    "prox": "prox",
     "eval_gates": None,
     "gated_layer_norm": None,
     "gated_rms_norm": None,

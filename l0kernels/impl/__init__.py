@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         L0MlpCall,
         LinearCall,
         MlpCall,
+        ProxCall,
         Wanted,
     )
     from .._gates import HardConcrete
@@ -45,6 +46,7 @@ _BY_ADDRESS = {
     *("sample", "sample_expected", "gate_grad", "l0_penalty", "weighted_penalty"),
     *("gated_linear", "gated_linear_backward", "l0_linear", "block_linear", "block_linear_backward"),
     *("gated_mlp", "gated_mlp_backward", "l0_mlp", "l0_mlp_backward", "masked_weight", "masked_weight_grad"),
+    "prox",
 }
 """What cpp hands to csrc, every operand by an address of memory.py's: nobody else need look at it before."""
 
@@ -208,7 +210,14 @@ class Convolutions(Protocol):
         """dx, dweight, dbias, dz_in, dz_out."""
 
 
-class Backend(Gates, Layers, Draws, Penalties, Masked, Convolutions, Protocol):
+class Proximal(Protocol):
+    """Proximal operators, in place where an `out` is its x."""
+
+    def prox(self, calls: list[ProxCall], outs: list[Tensor], /) -> None:
+        """Writes each result; calls of the same stages on one device."""
+
+
+class Backend(Gates, Layers, Draws, Penalties, Masked, Convolutions, Proximal, Protocol):
     """Everything; who serves what says _registry.py."""
 
 
@@ -218,7 +227,7 @@ if TYPE_CHECKING:
 
     class _Cuda(Gates, Layers, Draws, Penalties, Protocol): ...
 
-    class _Triton(Gates, Layers, Draws, Masked, Convolutions, Protocol): ...
+    class _Triton(Gates, Layers, Draws, Masked, Convolutions, Proximal, Protocol): ...
 
     _cpp: Backend = cpp
     _portable: _Torch = plain_torch

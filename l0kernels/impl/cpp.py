@@ -27,6 +27,7 @@ from .._calls import (
     L0MlpCall,
     LinearCall,
     MlpCall,
+    ProxCall,
     Wanted,
 )
 from .._gates import HardConcrete, round_up
@@ -714,3 +715,35 @@ def conv2d_forward(call: Conv2dCall) -> tuple[Tensor, list[Tensor]]:
 
 def conv2d_backward(call: Conv2dCall, dy: Tensor, saved: list[Tensor], wanted: Wanted) -> list[Tensor | None]:
     return conv2d.conv2d_backward(_PACK, call, dy, saved, wanted)
+
+
+_NO_STAGE = (0, 0.0, 0.0)
+
+
+def _stage(numbers: list[float]) -> _C.ProxStage:
+    return (int(numbers[0]), numbers[1], numbers[2]) if numbers else _NO_STAGE
+
+
+def _prox(call: ProxCall, out: Tensor) -> _C.ProxTensor:
+    x, step, group_step, before, group, after, (outer, groups, inner) = call
+    dtype, n = x.dtype, outer * groups * inner
+    if min(outer, groups, inner) < 0:
+        raise ValueError(f"layout must be three sizes, got {call.layout}")
+    at_x = vector(x, "x", dtype, n)
+    return (
+        at_x,
+        at_x if out is x else vector(out, "out", dtype, n),
+        TYPES[dtype],
+        optional(step, "step", torch.float64 if dtype == torch.float64 else torch.float32, n),
+        optional(group_step, "group_step", torch.float64, groups),
+        (outer, groups, inner),
+        _stage(before),
+        int(group[0]) if group else 0,
+        group[1] if group else 0.0,
+        _stage(after),
+    )
+
+
+def prox(calls: list[ProxCall], outs: list[Tensor]) -> None:
+    """The proximal operator of each call, written into its `out`, which may be its x."""
+    _C.prox([_prox(*pair) for pair in zip(calls, outs, strict=True)], torch.get_num_threads())

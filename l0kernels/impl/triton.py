@@ -9,11 +9,22 @@ from typing import Any, ParamSpec, TypeVar, cast
 import torch
 from torch import Tensor
 
-from .._calls import BlockCall, Conv2dCall, DrawnMlpCall, L0LinearCall, L0MlpCall, LinearCall, MlpCall, Wanted
+from .._calls import (
+    BlockCall,
+    Conv2dCall,
+    DrawnMlpCall,
+    L0LinearCall,
+    L0MlpCall,
+    LinearCall,
+    MlpCall,
+    ProxCall,
+    Wanted,
+)
 from .._gates import HardConcrete
 from ..triton_kernels import batch_norm, conv2d, conv2d_channels, gather, linear, masked_linear, mlp, penalty
+from ..triton_kernels import prox as proximal
 from ..triton_kernels import sample as sampling
-from .memory import plain, strided
+from .memory import optional, plain, strided, vector
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -140,3 +151,23 @@ def batch_norm_forward(
         if t is not None and t is not written:
             t.copy_(written)
     return result
+
+
+def prox(calls: list[ProxCall], outs: list[Tensor]) -> None:
+    """prox.prox; every address as `memory.vector` checks it."""
+    for call, out in zip(calls, outs, strict=True):
+        x, step, group_step = call[:3]
+        device, n = x.device, x.numel()
+        vector(x, "x", x.dtype, n, device)
+        vector(out, "out", x.dtype, n, device)
+        optional(step, "step", torch.float32, n, device)
+        optional(group_step, "group_step", torch.float64, call.layout[1], device)
+    if not calls:
+        return
+    device = calls[0].x.device
+    if device.type != "cuda" or all(call.x.device.index == torch.cuda.current_device() for call in calls):
+        proximal.prox(calls, outs)
+        return
+    for call, out in zip(calls, outs, strict=True):
+        with torch.cuda.device(call.x.device):
+            proximal.prox([call], [out])

@@ -211,7 +211,16 @@ class HardConcreteGate(Unscriptable, nn.Module):
 
     def eval_gates(self) -> Gates:
         """The evaluation gate, whatever the mode of the module; detached."""
-        return eval_gates(self.whole().detach().flatten(), self.eval_mode, dist=self.dist)
+        if not (self.frozen and _checks.readable()) or self.log_alpha.is_inference():
+            return eval_gates(self.whole().detach().flatten(), self.eval_mode, dist=self.dist)
+        # A frozen gate stays what it is until somebody writes into log_alpha.
+        # Tensors made in inference mode are for that alone.
+        key = self.log_alpha, self.log_alpha._version, self.eval_mode, torch.is_inference_mode_enabled()
+        made, gates = self.__dict__.get("_made", (None, None))
+        if gates is None or made[0] is not key[0] or made[1:] != key[1:]:
+            gates = eval_gates(self.whole().detach().flatten(), self.eval_mode, dist=self.dist)
+            self.__dict__["_made"] = key, gates
+        return gates
 
     def gathered(self) -> Tensor:
         """log_alpha as a forward that trains it reads it: this rank has all of it.
@@ -280,7 +289,7 @@ class HardConcreteGate(Unscriptable, nn.Module):
         return {name: value for name, value in self.__dict__.items() if name not in left_out}
 
 
-OF_A_DRAW = ("_drawn", "_drawer", "_last_draw", "_threads")
+OF_A_DRAW = ("_drawn", "_drawer", "_last_draw", "_threads", "_made")
 
 
 class _Thread:

@@ -5,6 +5,7 @@ types and checks that every backend shares.
 """
 
 from .._gates import ALIGN, Gates, HardConcrete
+from . import prox
 from .batch_norm import gated_batch_norm
 from .conv2d import gated_conv2d
 from .convolution import gated_convolution
@@ -47,6 +48,7 @@ __all__ = [
     "linear_expected_params",
     "masked_linear",
     "philox4x32",
+    "prox",
     "sample_gates",
     "sample_gates_per_example",
     "uniform",

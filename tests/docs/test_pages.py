@@ -83,8 +83,10 @@ def entries(*names):
 
 
 def test_every_public_name_has_an_entry():
-    names = {f"l0kernels.{name}" for name in l0.__all__} - {"l0kernels.nn", "l0kernels.reference"}
-    assert entries("functions", "nn") == names | {f"l0kernels.nn.{name}" for name in l0.nn.__all__}
+    packages = ("nn", "prox")
+    names = {f"l0kernels.{name}" for name in {*l0.__all__} - {*packages, "reference"}}
+    names |= {f"l0kernels.{package}.{name}" for package in packages for name in getattr(l0, package).__all__}
+    assert entries("functions", *packages) == names
 
 
 def test_every_reference_has_an_entry():

@@ -362,6 +362,7 @@ class TestTable:
             "block_linear": ("block_linear_forward", "block_linear_backward"),
             "pack": (),
             "unpack": (),
+            "prox": ("prox",),
         }
         assert set(functions) == set(PRIMITIVES)
         for primitive, row in l0.backends().items():

@@ -53,6 +53,7 @@ ONLY = {
     "l0_linear_forward": {"cpp", "triton", "cuda"},  # of these, draws_within says where
     "l0_mlp_forward": {"cpp", "triton", "cuda"},
     "l0_mlp_backward": {"cpp", "triton", "cuda"},
+    "prox": {"cpp", "triton"},
     "coupled_penalty": {"torch", "cpp", "cuda"},
     "coupled_penalty_grad": {"torch", "cpp", "cuda"},
     **{

@@ -181,7 +181,7 @@ class TestOpcheck:
             *("l0_linear", "l0_mlp", "l0_mlp_backward"),
             *("coupled_penalty", "coupled_penalty_grad"),
             *("sample", "sample_expected", "gate_grad", "l0_penalty", "weighted_penalty"),
-            *("copied_seed", "kept_seed", "agreed_seed"),
+            *("copied_seed", "kept_seed", "agreed_seed", "prox"),
             *("gated_linear", "gated_linear_backward", "gated_mlp"),
             *("gated_conv2d", "gated_conv2d_backward"),
             *(

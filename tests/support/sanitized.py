@@ -31,6 +31,7 @@ TESTS = [
     "test_mlp.py",
     "test_native.py",
     "test_penalty.py",
+    "test_prox.py",
 ]
 
 

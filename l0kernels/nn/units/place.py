@@ -207,9 +207,16 @@ class GateGroups(GatedLayer, nn.Module):
             whole = [gate.gathered().flatten() for gate in gates]
             drawn, z = draw_joined(whole, of_bank or None, seed, gates[0].dist)
         else:
-            pairs = zip(draw(gates), self.groups, strict=True)
-            drawn = [self._spread(found, group.units) for found, group in pairs]
-        return Draw(drawn, self.multiples, exact, "torch" if backend == "reference" else backend, z)
+            found = draw(gates)
+            key = (*map(id, found), exact, backend, torch.is_inference_mode_enabled())
+            if (kept := self._local.__dict__.get("kept")) is not None and kept[0] == key:
+                return kept[2]
+            pairs = zip(found, self.groups, strict=True)
+            drawn = [self._spread(one, group.units) for one, group in pairs]
+        made = Draw(drawn, self.multiples, exact, "torch" if backend == "reference" else backend, z)
+        if exact and not joins and all(gate.frozen for gate in gates):  # gates that stay the same objects
+            self._local.kept = key, found, made
+        return made
 
     def _spread(self, gates: Gates | None, units: int) -> Gates:
         assert gates is not None
@@ -359,28 +366,48 @@ def gate_(
         ValueError: no example or one that the model refuses, nothing to gate, a pattern that matches
             nothing, a block below 1, or a model that is gated already. The model is unchanged then.
     """
-    _check_ungated(model)
+    check_ungated(model)
     if not isinstance(block, int) or isinstance(block, bool) or block < 1:
         raise ValueError(f"block must be a positive int, got {block!r}")
     graph = unit_graph(model, *args, inputs=inputs, **kwargs)
     groups = graph.select(include, exclude, residual)
     if not groups:
         raise ValueError(f"model must have units to gate, got none:\n{graph}")
+    gated(
+        model,
+        groups,
+        graph,
+        args,
+        kwargs,
+        block,
+        droprate_init=droprate_init,
+        lam=lam,
+        eval_mode=eval_mode,
+        dist=dist,
+    )
+    return UnitGraph(tuple(groups), graph.pinned, graph._sizes)
+
+
+def gated(
+    model: nn.Module,
+    groups: Sequence[Group],
+    graph: UnitGraph,
+    args: Any,
+    kwargs: Any,
+    block: int = 1,
+    **options: Any,
+) -> GateGroups:
+    """Puts gates for `groups` into the model; args, kwargs: an example of its inputs."""
     first = next(iter(model.parameters()))
-    options: dict[str, Any] = {
-        "droprate_init": droprate_init,
-        "lam": lam,
-        "eval_mode": eval_mode,
-        "dist": dist,
-    }
     gates = GateGroups(groups, block, device=first.device, dtype=first.dtype, **options)
     gates.example = example_of(args, kwargs, first.dtype)
     _place(model, gates, graph._sizes)
     gates.train(model.training)
-    return UnitGraph(tuple(groups), graph.pinned, graph._sizes)
+    return gates
 
 
-def _check_ungated(model: nn.Module) -> None:
+def check_ungated(model: nn.Module) -> None:
+    """ValueError where `gate_` has put gates into the model or a part of it."""
     for name, module in model.named_modules():
         if isinstance(module, GateGroups):
             raise ValueError(
