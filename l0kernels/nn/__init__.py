@@ -17,6 +17,7 @@ A whole training, for N examples in batches::
 
 from .bank import Draw, GateBank
 from .batch_norm import L0BatchNorm1d, L0BatchNorm2d, L0BatchNorm3d
+from .budget import Budget
 from .conv import (
     L0Conv1d,
     L0Conv2d,
@@ -47,6 +48,7 @@ from .units import UnitGraph, gate_, ungate_, unit_graph
 
 __all__ = [
     "L0MLP",
+    "Budget",
     "Draw",
     "GateBank",
     "GateSummary",

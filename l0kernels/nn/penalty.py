@@ -129,7 +129,7 @@ def clamp_gates_(model: nn.Module, limit: float = LIMIT) -> None:
         ValueError: limit is not positive.
     """
     _check_limit(limit)
-    _clamp(gate_modules(model), limit)
+    clamp(gate_modules(model), limit)
 
 
 def clamp_after_step(
@@ -159,12 +159,12 @@ def clamp_after_step(
 
     closing = Closing({gate: name for gate, (name, _) in named_gates(model).items()})
 
-    def clamp(*_: Any) -> None:
-        _clamp(gates, limit)
+    def after_step(*_: Any) -> None:
+        clamp(gates, limit)
         if not torch.compiler.is_compiling():
             closing.step()
 
-    return optimizer.register_step_post_hook(clamp)
+    return optimizer.register_step_post_hook(after_step)
 
 
 def gate_parameters(model: nn.Module) -> list[nn.Parameter]:
@@ -236,7 +236,8 @@ def _check_limit(limit: float) -> None:
         raise ValueError(f"limit must be > 0, got {limit!r}")
 
 
-def _clamp(gates: list[HardConcreteGate], limit: float) -> None:
+def clamp(gates: list[HardConcreteGate], limit: float) -> None:
+    """Clamps the log_alpha of each gate to [-limit, limit], in place."""
     for sharded in (False, True):  # torch takes no lists with both
         log_alphas: list[Tensor] = [gate.log_alpha for gate in gates if is_sharded(gate.log_alpha) == sharded]
         if log_alphas:
