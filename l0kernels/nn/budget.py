@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,33 +11,12 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .. import _checks, reference
-from ..budget import Kind, Projection, State, share_in_full
-from .cost import COSTS, cost_of
+from ..budget import Projection, State
 from .gate import HardConcreteGate, gate_modules
 from .names import named_gates
 from .notices import LOOK_EVERY, Closing
 from .penalty import LIMIT, clamp
-from .ranks import is_sharded
-
-CostFunction = Callable[[dict[str, Tensor]], Tensor]
-"""Names of gates -> how open they are, (n,) float64 in [0, 1]; what that costs, a scalar, differentiable."""
-WHOLE = "model"
-"""What the only kind of a budget for all gates is called."""
-BISECTIONS = 22
-"""Of the price of a cost that is a function of the user's: it is asked for one vector at a time."""
-
-
-class _Kind(NamedTuple):
-    """Gates that share a price.
-
-    Attributes:
-        name: the pattern that names them, or WHOLE.
-        of: what the step knows of them.
-    """
-
-    name: str
-    gates: tuple[HardConcreteGate, ...]
-    of: Kind
+from .shares import WHOLE, CostFunction, GateKind, Wish, check_reach, kinds_of
 
 
 class Budget:
@@ -109,9 +86,6 @@ class Budget:
         ramp: float = 0.3,
         input_shape: Sequence[int] | Tensor | None = None,
     ) -> None:
-        _check_keep(keep)
-        if not callable(cost) and cost not in COSTS:
-            raise ValueError(f"cost must be 'params', 'flops' or a function, got {cost!r}")
         _checks.check_count("steps", steps, 1, 2**63)
         _checks.check_number("ramp", ramp)
         if not 0 <= ramp <= 1:
@@ -126,13 +100,7 @@ class Budget:
         self._group: Any = None
         self._count = 0
         self._read_model()
-        for kind in self._kinds:
-            floor = share_in_full(kind.of)[0]
-            if kind.of.keep <= floor:
-                raise ValueError(
-                    f"keep must be more than {floor:.4f}{_of(kind.name)}, which is left with every gate "
-                    f"closed, and at most 1, got {kind.of.keep!r}"
-                )
+        check_reach(self._kinds)
         device = self._gates[0].log_alpha.device
         self._state = State(
             torch.zeros(sum(gate.n for gate in self._gates), device=device, dtype=self._dtype()),
@@ -148,46 +116,12 @@ class Budget:
         """Gates, kinds and costs of the model as it is; strict: each pattern must name a gate."""
         self._modules = list(self.model.modules())
         gates = gate_modules(self.model)
-        if not gates:
-            raise ValueError(f"model must contain gates, got a {type(self.model).__name__} without any")
+        self._kinds = kinds_of(self.model, Wish(self.keep, self.cost, self._input_shape), strict)
         self._names = {gate: name for gate, (name, _) in named_gates(self.model).items()}
-        _check_whole(self._names)
-        mapping = self.keep if isinstance(self.keep, Mapping) else None
-        chosen = {WHOLE: gates} if mapping is None else _matched(mapping, self._names, strict)
-        self._kinds = [
-            _Kind(name, tuple(own), self._kind(name, number, tuple(own)))
-            for number, (name, own) in enumerate(chosen.items())
-            if own
-        ]
         self._gates = [gate for kind in self._kinds for gate in kind.gates]
         self._others = [gate for gate in gates if gate not in set(self._gates)]
         self._projection = Projection([kind.of for kind in self._kinds], self.ramp * self.steps)
         self._closing = Closing(self._names)
-
-    def _kind(self, name: str, number: int, gates: tuple[HardConcreteGate, ...]) -> Kind:
-        device = gates[0].log_alpha.device
-        sizes = tuple(gate.n for gate in gates)
-        shifts = [gate.dist.beta * math.log(-gate.dist.gamma / gate.dist.zeta) for gate in gates]
-        shift = torch.tensor(shifts, dtype=torch.float64).repeat_interleave(torch.tensor(sizes)).to(device)
-        kept = reference.budget.Kept(shift, *reference.budget.ends(LIMIT, shift), LIMIT)
-        keep = float(self.keep[name] if isinstance(self.keep, Mapping) else self.keep)
-        values: reference.budget.Values
-        if callable(self.cost):
-            values, cost, search = _Function(self.cost, gates, self._names), None, (1, BISECTIONS)
-        else:
-            cost = cost_of(self.model, gates, self.cost, self._input_shape)
-            values = evaluate = reference.budget.Terms(cost.terms.to(device))
-            search = _search(evaluate.entries)
-        terms = None if cost is None else cost.terms
-        kind = Kind(number, keep, sizes, kept, values, terms, 0.0, 1.0, *search)
-        closed, open_ = share_in_full(kind)
-        if not open_ > closed:
-            raise ValueError(
-                f"cost must grow with the gates{_of(name)}, got {closed} closed and {open_} open"
-            )
-        if isinstance(self.keep, Mapping):
-            return kind._replace(offset=closed, unit=open_ - closed)
-        return kind._replace(unit=open_ if cost is None else cost.full)
 
     def _dtype(self) -> torch.dtype:
         doubles = [gate.log_alpha.dtype == torch.float64 for gate in self._gates]
@@ -302,14 +236,14 @@ class Budget:
 
     # ---- what can be read
 
-    def _shares(self, x: Callable[[_Kind], Tensor]) -> Tensor:
+    def _shares(self, x: Callable[[GateKind], Tensor]) -> Tensor:
         with torch.no_grad():
             return torch.stack([kind.of.share(x(kind)) for kind in self._kinds])
 
-    def _expected(self, kind: _Kind) -> Tensor:
+    def _expected(self, kind: GateKind) -> Tensor:
         return kind.of.kept(torch.cat([gate.log_alpha.detach().flatten() for gate in kind.gates]))
 
-    def _evaluated(self, kind: _Kind) -> Tensor:
+    def _evaluated(self, kind: GateKind) -> Tensor:
         return torch.cat([gate.eval_gates().z != 0 for gate in kind.gates]).double()
 
     def _told(self, values: Tensor) -> Any:
@@ -378,97 +312,9 @@ class Budget:
         return f"Budget(keep={self.keep!r}, cost={cost!r}, steps={self.steps}, ramp={self.ramp})"
 
 
-class _Function:
-    """A cost of the user's, of gates one after the other."""
-
-    def __init__(
-        self, cost: CostFunction, gates: tuple[HardConcreteGate, ...], names: dict[HardConcreteGate, str]
-    ) -> None:
-        self._cost, self._names = cost, names
-        self._places = {}
-        start = 0
-        for gate in gates:
-            self._places[gate] = slice(start, start + gate.n)
-            start += gate.n
-
-    def __call__(self, x: Tensor) -> Tensor:
-        if x.ndim > 1:
-            return torch.stack([self(part) for part in x])
-        found = self._cost({name: self._of(gate, x) for gate, name in self._names.items()})
-        if not isinstance(found, Tensor) or found.ndim:
-            got = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
-            raise TypeError(f"cost must return a scalar tensor, got {got}")
-        return found.double()
-
-    def _of(self, gate: HardConcreteGate, x: Tensor) -> Tensor:
-        place = self._places.get(gate)
-        return x.new_ones(gate.n) if place is None else x[place]
-
-
 def _are_two(a: nn.Module, b: nn.Module) -> bool:
     return a is not b
 
 
-def _of(name: str) -> str:
-    return "" if name == WHOLE else f" for {name!r}"
-
-
-def _search(entries: int) -> tuple[int, int]:
-    """Prices at once, and how often: as many as 64 MB of float64 hold, down to one interval of all rounds."""
-    points = min(reference.budget.POINTS, max(2**23 // max(entries, 1), 1))
-    wanted = (reference.budget.POINTS + 1) ** reference.budget.ROUNDS
-    return points, math.ceil(math.log(wanted) / math.log(points + 1) - 1e-9)
-
-
 def _is_capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-
-
-def _check_keep(keep: Any) -> None:
-    shares = list(keep.values()) if isinstance(keep, Mapping) else [keep]
-    if not shares:
-        raise ValueError("keep must name gates, got an empty mapping")
-    for share in shares:
-        _checks.check_number("keep", share)
-        if not 0 < share <= 1:
-            raise ValueError(f"keep must lie in (0, 1], got {share!r}")
-
-
-def _check_whole(names: Mapping[HardConcreteGate, str]) -> None:
-    devices = {gate.log_alpha.device for gate in names}
-    if len(devices) > 1:
-        raise ValueError(f"model must have its gates on one device, got {sorted(map(str, devices))}")
-    for gate, name in names.items():
-        if is_sharded(gate.log_alpha) or gate.log_alpha.numel() != gate.n:
-            raise ValueError(
-                f"model must have its gates whole, got a shard of {name}: "
-                "fully_shard(model, ignored_params=l0kernels.nn.keep_gates_whole(model))"
-            )
-
-
-def matches(name: str, pattern: str) -> bool:
-    """Whether a pattern is a regular expression for the whole name, or the end of it after a dot."""
-    return name == pattern or name.endswith(f".{pattern}") or re.fullmatch(pattern, name) is not None
-
-
-def _matched(
-    patterns: Mapping[str, Any], names: Mapping[HardConcreteGate, str], strict: bool = True
-) -> dict[str, list[HardConcreteGate]]:
-    """The gates of each pattern."""
-    found: dict[str, list[HardConcreteGate]] = {}
-    of: dict[HardConcreteGate, str] = {}
-    for pattern in patterns:
-        try:
-            own = [gate for gate, name in names.items() if matches(name, pattern)]
-        except re.error as error:
-            raise ValueError(f"pattern must be a regular expression, got {pattern!r}: {error}") from error
-        if strict and not own:
-            raise ValueError(f"pattern must name a gate, got {pattern!r}; there are {list(names.values())}")
-        for gate in own:
-            if gate in of:
-                raise ValueError(
-                    f"patterns must name each gate once, got {of[gate]!r} and {pattern!r} for {names[gate]!r}"
-                )
-            of[gate] = pattern
-        found[pattern] = own
-    return found
