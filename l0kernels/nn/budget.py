@@ -49,7 +49,7 @@ class Budget:
     A step whose gradients (or log_alphas) are not finite is skipped: nothing moves, t stays, and
     :attr:`skipped` counts it. A gate whose log_alpha does not require a gradient stays where it is, and
     counts. Where layers or gates of the model are exchanged, the cost is read off it anew, at the next of
-    every 64 steps; at once where a gate is frozen.
+    every 64 steps; at once where a gate is frozen or gets another distribution.
 
     Everything stays on the device of the gates, and no step waits for it. A step can be captured in a CUDA
     graph. On several ranks the gates' gradients are those of all (DistributedDataParallel, or
@@ -119,6 +119,7 @@ class Budget:
         self._kinds = kinds_of(self.model, Wish(self.keep, self.cost, self._input_shape), strict)
         self._names = {gate: name for gate, (name, _) in named_gates(self.model).items()}
         self._gates = [gate for kind in self._kinds for gate in kind.gates]
+        self._dists = [(gate, gate.dist) for gate in self._gates]
         self._others = [gate for gate in gates if gate not in set(self._gates)]
         self._projection = Projection([kind.of for kind in self._kinds], self.ramp * self.steps)
         self._closing = Closing(self._names)
@@ -128,11 +129,11 @@ class Budget:
         return torch.float64 if any(doubles) else torch.float32
 
     def _is_stale(self) -> bool:
-        """Whether the gates are on another device or of another dtype, or one of them is frozen."""
+        """Whether gates are on another device, of another dtype or distribution, or frozen."""
         first, moment = self._gates[0].log_alpha, self._state.moment
         if first.device != moment.device or (first.dtype != moment.dtype and self._dtype() != moment.dtype):
             return True
-        return any(gate.frozen for gate in self._gates)
+        return any(gate.frozen or gate.dist is not dist for gate, dist in self._dists)
 
     def _has_other_modules(self) -> bool:
         modules = list(self.model.modules())
@@ -145,7 +146,7 @@ class Budget:
             ValueError: as for a new budget, but for a share that is out of reach.
         """
         if not gate_modules(self.model):  # the last ones are frozen: all that is left is to be read
-            self._gates, self._others = [], []
+            self._gates, self._others, self._dists = [], [], []
             return
         moments = self._moments()
         self._read_model(strict=False)

@@ -112,18 +112,21 @@ class _Masks:
 def _likeliest(kind: GateKind, chunks: list[list[Tensor]]) -> Tensor:
     """The chunks in the order of their likeliest gate, as many as fit, and then those that still do."""
     starts = [sum(kind.of.sizes[:at]) for at in range(len(chunks))]
-    parts = [start + chunk for start, own in zip(starts, chunks, strict=True) for chunk in own]
+    parts = [(at, starts[at] + chunk) for at, own in enumerate(chunks) for chunk in own]
     firsts = [torch.stack([chunk[0] for chunk in own]) for own in chunks]
     p = torch.cat([_p(gate)[first] for gate, first in zip(kind.gates, firsts, strict=True)])
     order = [parts[at] for at in p.argsort(descending=True, stable=True).tolist()]
-    masks = _Masks(order, sum(kind.of.sizes))
+    masks = _Masks([chunk for _, chunk in order], sum(kind.of.sizes))
     k = _most(kind.of, masks, len(order))
     mask = masks(k)
-    for chunk in order[k + 1 : k + 1 + FILL]:
+    full = {of for of, _ in order[k : k + 1]}  # vectors of which a chunk was too much: others go on
+    for of, chunk in order[k + 1 : k + 1 + FILL]:
         more = mask.clone()
         more[chunk] = True
-        if _at(kind.of, more) <= kind.of.keep + 1e-12:
+        if of not in full and _at(kind.of, more) <= kind.of.keep + 1e-12:
             mask = more
+        else:
+            full.add(of)
     return mask
 
 

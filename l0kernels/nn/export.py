@@ -260,9 +260,9 @@ def export(
     Raises:
         ValueError: a NaN in a log_alpha, gates on the meta device, or a gated layer as out_proj of a
             ``torch.nn.MultiheadAttention``, which would not call it; multiple_of is below 1, or, without
-            `keep`, above it for a model that gate_ has not gated; a `keep` that :class:`Budget` would refuse, or
-            evenly without it; a part of a model that gate_ has gated, or one in which a size that stands in
-            a forward is that of units which a norm is over.
+            `keep`, above it for a model that gate_ has not gated; a `keep` that :class:`Budget` would refuse,
+            or evenly without it; a part of a model that gate_ has gated, or one in which a size that stands
+            in a forward is that of units which a norm is over.
     """
     _checks.check_count("multiple_of", multiple_of, 1, 2**31)
     gates = gate_modules(model)  # refuses what torch would not call

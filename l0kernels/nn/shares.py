@@ -59,7 +59,7 @@ def kinds_of(model: nn.Module, wish: Wish, strict: bool = True) -> list[GateKind
         raise ValueError(f"model must contain gates, got a {type(model).__name__} without any")
     _check_whole(names)
     patterns = wish.keep if isinstance(wish.keep, Mapping) else {WHOLE: wish.keep}
-    chosen = _matched(patterns, names, strict) if patterns is wish.keep else {WHOLE: [*names]}
+    chosen = matched(patterns, names, strict) if patterns is wish.keep else {WHOLE: [*names]}
     kinds = []
     for number, (name, own) in enumerate(chosen.items()):
         if own:
@@ -177,7 +177,7 @@ def matches(name: str, pattern: str) -> bool:
     return name == pattern or name.endswith(f".{pattern}") or re.fullmatch(pattern, name) is not None
 
 
-def _matched(
+def matched(
     patterns: Mapping[str, Any], names: Mapping[HardConcreteGate, str], strict: bool = True
 ) -> dict[str, list[HardConcreteGate]]:
     """The gates of each pattern."""
