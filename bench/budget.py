@@ -33,7 +33,7 @@ FIELDS = (
     *("deterministic", "undecided", "dense_accuracy", "accuracy", "cut", "cut_accuracy", "seconds"),
 )
 """Shares of the parameters, expected and under the evaluation gates; gates with p in (.1, .9); accuracy of
-the dense net after as many steps, of the gated one, and of export(model, keep=...); seconds of the process."""
+the dense net after as many steps, of the gated one, and of export(model, keep=...); processor seconds."""
 DOCUMENT = Path("docs", "guides", "sparsity.md")
 PATH = RESULTS / "accuracy" / "budget.csv"
 

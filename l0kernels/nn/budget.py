@@ -20,7 +20,7 @@ from .shares import WHOLE, CostFunction, GateKind, Wish, check_reach, kinds_of
 
 
 class Budget:
-    r"""Training that ends where you said: after each step the gates are moved until the model costs no more.
+    """Training that ends where you said: after each step the gates are moved until the model costs no more.
 
     ::
 
@@ -33,15 +33,17 @@ class Budget:
     With all log_alpha in one vector a, c(a) the share of the cost that is expected to be left, v a running
     mean of the squared gradients of the loss (.999) and T = ``steps``, the step t of the optimiser ends with
 
-    .. math::
+    ::
 
-        q = \frac{dc/da}{\sqrt{\hat v} + 10^{-2}\,\mathrm{rms}(\sqrt{\hat v})},\qquad
-        B_t = c_0 + (B - c_0) \min(1, t / (r T)),\qquad
-        a \leftarrow \mathrm{clamp}(a - \mu q, \pm\log 100)
+        q   = (dc/da) / (sqrt(v^) + .01 * rms(sqrt(v^))),     v^ = v / (1 - .999**t)
+        B_t = c_0 + (B - c_0) * min(1, t / (ramp * T))
+        a  <- clamp(a - mu * q, -log 100, log 100)
 
-    with the smallest mu >= 0 at which c(a) <= B_t. mu is the price of the cost: it is solved for, so there is
-    no multiplier with a learning rate, and nothing to tune but the rate of the gates (.02 to .1 with Adam).
-    Gates whose gradients are small move most, as a constraint in Adam's metric would have it.
+    with the smallest mu >= 0 at which c(a) <= B_t (or the highest that changes anything). mu is the price of
+    the cost: it is solved for, so there is no multiplier with a learning rate, and nothing to tune but the
+    rate of the gates (.02 to .1 with Adam). Gates whose gradients are small move most, as a constraint in
+    Adam's metric would have it. Where the loss alone closes more than B_t, mu is 0: the budget is an upper
+    end, and opens nothing.
 
     c is made of how open the gates can be: ``(P(z > 0) - low) / (high - low)``, low and high the ends of what
     the clamp allows, .047 and .998. So it reaches 0, and what is left in ``eval()`` comes to the same.

@@ -15,7 +15,7 @@ from .shares import CostFunction, GateKind, Wish, check_reach, kinds_of
 
 
 class Lagrangian:
-    r"""A term ``lambda * (c - B_t)`` for the loss, whose lambda is ascended, and restarts (arXiv 2208.04425).
+    """A term ``lambda * (c - B_t)`` for the loss, whose lambda is ascended, and restarts (arXiv 2208.04425).
 
     ::
 
@@ -28,9 +28,9 @@ class Lagrangian:
     c is the share of the cost that is expected to be left, B_t falls from c_0 to B in the first ``ramp`` of
     the steps, both as for :class:`Budget`. After each step of the optimiser, with c of the last call,
 
-    .. math::
+    ::
 
-        \lambda \leftarrow \begin{cases} \lambda + \eta\,(c - B_t) & c > B_t \\ 0 & \text{else} \end{cases}
+        lambda <- lambda + eta * (c - B_t)    if c > B_t, else 0
 
     (Gallego-Posada et al., NeurIPS 2022, section 4 and its dual restarts; here with a ramp of the budget).
     :class:`Budget` needs no eta and ends on the target for any loss and rate; take this where the price must
