@@ -170,7 +170,7 @@ def document(rows: Sequence[Row], write: bool) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = cli.parser(__doc__, "budget.py")
+    parser = cli.parser(__doc__, "budget.py --quick")
     parser.add_argument("--write", action="store_true", help="the table into the manual; runs nothing")
     parser.add_argument("--check", action="store_true", help="exit status 1 if --write would change it")
     parser.add_argument("--quick", action="store_true", help="one run, which is not written")

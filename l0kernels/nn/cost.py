@@ -53,12 +53,18 @@ def cost_of(
         ValueError: as these two.
     """
     terms = _Terms(gates)
-    full = counts._l0(model, _open) if cost == "params" else counts._flops(model, input_shape, _open)
-    if cost == "params":
-        _add_parameters(terms, model)
-    else:
-        _add_flops(terms, model, input_shape)
-    return Cost(tuple(gates), terms.made(), full.item())
+    with torch.no_grad():
+        if cost == "params":
+            full = counts._l0(model, _open)
+            with torch.device("cpu"):  # whatever the default is
+                _add_parameters(terms, model)
+        else:
+            full = counts._flops(model, input_shape, _open)
+            seen = counts._rows(model, input_shape)
+            with torch.device("cpu"):
+                _add_flops(terms, model, *seen)
+        with torch.device("cpu"):
+            return Cost(tuple(gates), terms.made(), full.item())
 
 
 def _open(gate: HardConcreteGate) -> Tensor:
@@ -81,9 +87,16 @@ def _add_parameters(terms: "_Terms", model: nn.Module) -> None:
     terms.constant += sum(rest.values())
 
 
-def _add_flops(terms: "_Terms", model: nn.Module, input_shape: Sequence[int] | Tensor | None) -> None:
+def _add_flops(
+    terms: "_Terms",
+    model: nn.Module,
+    rows: Mapping[nn.Module, int],
+    reads: Mapping[nn.Module, int],
+    of_names: Mapping[tuple[nn.Module, str], int],
+    dense: int,
+) -> None:
+    """With what `counts._rows` has seen."""
     products = counts._products(model)
-    rows, reads, of_names, dense = counts._rows(model, input_shape)
     times: dict[Tensor, int] = {}
     for (layer, name), n in of_names.items():
         parameter = getattr(layer, name)

@@ -6,7 +6,7 @@ import csv
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -259,7 +259,7 @@ class _Sizes:
     def __init__(self, gates: Sequence[HardConcreteGate], cost: Cost) -> None:
         self._full = cost.full
         self._values = reference.budget.Terms(cost.terms)
-        places = [0, *torch.tensor([gate.n for gate in gates]).cumsum(0).tolist()]
+        places = [0, *accumulate(gate.n for gate in gates)]
         self._open = torch.cat([(gate.eval_gates().z != 0).double().cpu() for gate in gates])
         self._p = torch.cat([_p(gate).cpu() for gate in gates])
         ones = torch.ones_like(self._p)
@@ -296,7 +296,7 @@ def _of_gate(
     p = _p(gate)
     modes = {mode: int(eval_gates(log_alpha, mode, dist=gate.dist).count[0]) for mode in EVAL_MODES}
     drawn = sample_gates(log_alpha, seed=torch.tensor([seed], device=log_alpha.device), dist=gate.dist)
-    at = torch.tensor(QUANTILES, dtype=torch.float64)
+    at = torch.tensor(QUANTILES, dtype=torch.float64, device="cpu")
     (parameters, of_parameters), flops = sizes
     values = {
         "name": name,

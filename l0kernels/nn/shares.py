@@ -165,6 +165,8 @@ def _check_whole(names: Mapping[HardConcreteGate, str]) -> None:
     if len(devices) > 1:
         raise ValueError(f"model must have its gates on one device, got {sorted(map(str, devices))}")
     for gate, name in names.items():
+        if gate.log_alpha.is_meta:
+            raise ValueError(f"model must hold values, got {name} on the meta device")
         if is_sharded(gate.log_alpha) or gate.log_alpha.numel() != gate.n:
             raise ValueError(
                 f"model must have its gates whole, got a shard of {name}: "

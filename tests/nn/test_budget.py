@@ -88,7 +88,7 @@ def test_it_hits_the_target_and_stays_there(keep, dtype):
 @pytest.mark.parametrize("grads", ["random", "some", "none", "zero"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_step_is_the_formula(dtype, grads):
-    """By hand, in float64, with 200 bisections; v, the floor and its mean included."""
+    """By hand, in float64, with 100 bisections; v, the floor and its mean included."""
     model = spread(mlp(dtype))
     gates = nn.gate_modules(model)
     budget = nn.Budget(model, 0.3, steps=10, ramp=0.0)
@@ -114,7 +114,7 @@ def test_a_step_is_the_formula(dtype, grads):
 
         budget.step()
         low, high = 0.0, 1e12
-        for _ in range(200):
+        for _ in range(100):
             middle = (low + high) / 2
             low, high = (middle, high) if _cost(model, at_price(middle)) > 0.3 else (low, middle)
         mu = high
@@ -497,6 +497,12 @@ class TestErrors:
             ValueError, match=r"optimizer must train the gates.*lacks the log_alpha of layers.0"
         ):
             budget.attach(torch.optim.SGD(nn.weight_parameters(model), lr=0.1))
+
+    def test_no_values(self):
+        with pytest.raises(
+            ValueError, match=r"model must hold values, got layers.0.in_gate on the meta device"
+        ):
+            nn.Budget(mlp().to("meta"), 0.5, steps=5)
 
     def test_devices(self):
         model = T.Sequential(nn.L0Linear(2, 3, gate="in"), nn.L0Linear(3, 2, gate="in").to("meta"))

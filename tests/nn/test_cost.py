@@ -162,6 +162,18 @@ def test_frozen_gates_are_constants_and_others_open():
     assert cost.full == sum(w.numel() for w in nn.weight_parameters(model))
 
 
+def test_the_default_device_does_not_matter():
+    torch.manual_seed(0)
+    net, args = unit_nets.NETS["mobilenet_v2"]()
+    nn.gate_(net, *args)
+    wanted = cost_of(net, nn.gate_modules(net))
+    with torch.device("meta"):
+        found = cost_of(net, nn.gate_modules(net))
+    assert found.terms.constant == wanted.terms.constant
+    for a, b in zip(found.terms[3:], wanted.terms[3:], strict=True):
+        assert torch.equal(a, b)
+
+
 def test_many_vectors_at_once():
     torch.manual_seed(0)
     conv, linear = nn.L0Conv2d(2, 3, 3, gate="out"), nn.L0Linear(3 * 16, 5, gate="in")
