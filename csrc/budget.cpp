@@ -175,24 +175,24 @@ void next_moment(const T* moment, const T* grad, int64_t n, T* next) {
 template <typename T>
 double directions(const BudgetKind& kind, const Evaluation<T>& evaluation, const double* dx, const T* moment,
                   double correction, const std::vector<bool>& moves, size_t first, T* direction) {
-  const double floor = kFloor * std::sqrt(sum(moment, kind.cost.n) / double(kind.cost.n) * correction);
-  const bool by_gradient = floor > 0.0;
+  const double mean = sum(moment, kind.cost.n) / double(kind.cost.n);
+  const T corrected = T(correction), floor = T(kFloor * std::sqrt(mean * correction));
+  const bool by_gradient = floor > T(0);
   double slope = 0.0;
   int64_t start = 0;
   for (size_t g = 0; g < kind.gates.size(); ++g) {
     const auto& gates = kind.gates[g];
-    const double low = gates.low, scale = gates.scale, unit = kind.unit;
-    const bool still = !moves[first + g];
+    const T low = T(gates.low), width = T(1.0 / gates.scale), factor = T(gates.scale / kind.unit);
+    const T moving = moves[first + g] ? T(1) : T(0);
     const T* x = evaluation.x + start;
-#pragma omp simd reduction(+ : slope)
     for (int64_t i = 0; i < gates.size; ++i) {
-      const double p = low + double(x[i]) / scale;
-      const double dc = std::max(dx[start + i] * p * (1.0 - p) * scale / unit, 0.0);
-      const double by = by_gradient ? std::sqrt(double(moment[start + i]) * correction) + floor : 1.0;
-      const T q = still || dc < kLeast * by ? T(0) : T(dc / by);
-      direction[start + i] = q;
-      slope += dc * double(q);
+      const T p = low + x[i] * width, dc = T(dx[start + i]) * p * (T(1) - p) * factor;
+      const T by = by_gradient ? std::sqrt(moment[start + i] * corrected) + floor : T(1);
+      const T q = moving * dc / by;
+      direction[start + i] = q < T(kLeast) ? T(0) : q;
+      evaluation.x[start + i] = dc * direction[start + i];  // scratch from here on
     }
+    slope += sum(x, gates.size);
     start += gates.size;
   }
   return slope;
@@ -250,10 +250,10 @@ bool budget_step(const std::vector<BudgetKind>& kinds, const std::vector<int64_t
     const double price = s.price[number] = moving.solve(at_start, slope, target);
     for (const auto& g : kind.gates) {
       T* to = s.log_alpha[gate];
+      const T by = T(price), limit = T(s.limit);
       if (s.moves[gate])
         for (int64_t i = 0; i < g.size; ++i)
-          to[i] = T(std::clamp(double(before[start + i]) - price * double(direction[start + i]), -s.limit,
-                               s.limit));
+          to[i] = std::min(std::max(before[start + i] - by * direction[start + i], -limit), limit);
       start += g.size;
       ++gate;
     }

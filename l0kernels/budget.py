@@ -70,7 +70,8 @@ class Projection:
     def __init__(self, kinds: Sequence[Kind], ramp_steps: float) -> None:
         self._kinds = tuple(kinds)
         self._ramp_steps = ramp_steps
-        self._native: Any = None
+        self._has_terms = all(kind.terms is not None for kind in kinds)
+        self._plan: Any = None
 
     def __call__(self, log_alphas: list[Tensor], grads: list[Tensor | None], state: State) -> None:
         """One step: of log_alphas (those that do not require a gradient stay) and state, in place.
@@ -83,18 +84,16 @@ class Projection:
             backend = _registry.resolve(first.device, first.dtype, "l0_penalty")
             if backend == "cpp":
                 module = _ops.module(backend)
-                if self._native is None:
-                    self._native = module.budget_plan(self._kinds)
-                module.budget_step(
-                    self._native, log_alphas, grads, state, self._ramp_steps, self._kinds[0].kept.limit
-                )
+                if self._plan is None or self._plan.state is not state:
+                    sizes = [size for kind in self._kinds for size in kind.sizes]
+                    self._plan = module.BudgetPlan(self._kinds, state, sizes)
+                module.budget_step(self._plan, log_alphas, grads, self._ramp_steps, self._kinds[0].kept.limit)
                 return
         self._formula(log_alphas, grads, state)
 
     def _is_native(self, log_alphas: list[Tensor]) -> bool:
         dtype = log_alphas[0].dtype
-        one_dtype = all(a.dtype is dtype and a.is_contiguous() for a in log_alphas)
-        return one_dtype and all(kind.terms is not None for kind in self._kinds)
+        return self._has_terms and all(a.dtype is dtype and a.is_contiguous() for a in log_alphas)
 
     @torch.no_grad()
     def _formula(self, log_alphas: list[Tensor], grads: list[Tensor | None], state: State) -> None:

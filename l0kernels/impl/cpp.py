@@ -213,9 +213,20 @@ def coupled_penalty_grad(
     ]
 
 
-def budget_plan(kinds: Sequence[Any]) -> _C.Budget:
-    """What budget_step knows of each kind of gates (l0kernels.budget's): made once."""
-    return _C.Budget([_budget_kind(kind) for kind in kinds])
+class BudgetPlan:
+    """What budget_step knows of the kinds of gates and of the state (l0kernels.budget's), which it holds."""
+
+    def __init__(self, kinds: Sequence[Any], state: Any, sizes: Sequence[int]) -> None:
+        self.native = _C.Budget([_budget_kind(kind) for kind in kinds])
+        self.state, self.sizes, self.dtype = state, sizes, state.moment.dtype
+        n = state.first.numel()
+        self.addresses = (
+            vector(state.moment, "moment", self.dtype, sum(sizes)),
+            vector(state.first, "first", torch.float64, n),
+            vector(state.price, "price", torch.float64, n),
+            vector(state.step, "step", torch.int64, 1),
+            vector(state.skipped, "skipped", torch.int64, 1),
+        )
 
 
 def _budget_kind(kind: Any) -> _C.BudgetKind:
@@ -248,33 +259,21 @@ def _runs(index: Tensor, weight: Tensor) -> list[_C.CostRun]:
 
 
 def budget_step(
-    plan: _C.Budget,
-    log_alphas: list[Tensor],
-    grads: list[Tensor | None],
-    state: Any,
-    ramp_steps: float,
-    limit: float,
-) -> bool:
-    """One step of l0kernels.budget's Projection, in place; False if it was skipped."""
-    dtype, moment = log_alphas[0].dtype, state.moment
+    plan: BudgetPlan, log_alphas: list[Tensor], grads: list[Tensor | None], ramp_steps: float, limit: float
+) -> None:
+    """One step of l0kernels.budget's Projection, of log_alphas and state in place."""
+    dtype = plan.dtype
     own = [None if grad is None else grad.contiguous() for grad in grads]
-    sizes = [log_alpha.numel() for log_alpha in log_alphas]
-    n, kinds = sum(sizes), state.first.numel()
-    done = plan.step(
+    plan.native.step(
         dtype == torch.float64,
-        [vector(a, "log_alpha", dtype, size) for a, size in zip(log_alphas, sizes, strict=True)],
-        [optional(g, "grad", dtype, size) for g, size in zip(own, sizes, strict=True)],
+        [vector(a, "log_alpha", dtype, n) for a, n in zip(log_alphas, plan.sizes, strict=True)],
+        [optional(g, "grad", dtype, n) for g, n in zip(own, plan.sizes, strict=True)],
         [log_alpha.requires_grad for log_alpha in log_alphas],
-        vector(moment, "moment", dtype, n),
-        vector(state.first, "first", torch.float64, kinds),
-        vector(state.price, "price", torch.float64, kinds),
-        vector(state.step, "step", torch.int64, 1),
-        vector(state.skipped, "skipped", torch.int64, 1),
+        *plan.addresses,
         ramp_steps,
         limit,
     )
     torch.autograd.graph.increment_version(log_alphas)
-    return done
 
 
 def _z_dtype(dtype: torch.dtype, rows: Gate | None, cols: Gate | None) -> torch.dtype:
