@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from .._calls import Atoms, CostTerms
 from . import counts
-from .chain import Product, is_product
 from .conv import GatedConv
+from .counts import _Sides as LayerSides
 from .gate import HardConcreteGate
 from .linear import L0Linear
-from .steps import is_linear, is_norm, units_in, units_out
+from .steps import gate_of, is_linear, is_norm, units_in, units_out
 from .units.place import NAME, GateGroups
 from .units.sizes import Sided, hosts_of, sided_parameters
 
@@ -60,7 +60,7 @@ def cost_of(
                 _add_parameters(terms, model)
         else:
             full = counts._flops(model, input_shape, _open)
-            seen = counts._rows(model, input_shape)
+            seen = counts._times(model, input_shape)
             with torch.device("cpu"):
                 _add_flops(terms, model, *seen)
         with torch.device("cpu"):
@@ -73,8 +73,8 @@ def _open(gate: HardConcreteGate) -> Tensor:
 
 def _add_parameters(terms: "_Terms", model: nn.Module) -> None:
     products = counts._products(model)
-    for product in products.values():
-        _add_layer(terms, product, 1, 1)
+    for sides in products.values():
+        _add_layer(terms, sides, 1, 1)
     of_units = _add_units(terms, model, lambda _: 1)
     counted = {part for layer in products for part in layer.modules()}
     rest = {
@@ -88,24 +88,21 @@ def _add_parameters(terms: "_Terms", model: nn.Module) -> None:
 
 
 def _add_flops(
-    terms: "_Terms",
-    model: nn.Module,
-    rows: Mapping[nn.Module, int],
-    reads: Mapping[nn.Module, int],
-    of_names: Mapping[tuple[nn.Module, str], int],
-    dense: int,
+    terms: "_Terms", model: nn.Module, times: Mapping[tuple[nn.Module, str], int], dense: int
 ) -> None:
-    """With what `counts._rows` has seen."""
+    """With what `counts._times` has seen."""
     products = counts._products(model)
-    times: dict[Tensor, int] = {}
-    for (layer, name), n in of_names.items():
-        parameter = getattr(layer, name)
-        times[parameter] = times.get(parameter, 0) + n
-    of_units = _add_units(terms, model, lambda parameter: times.get(parameter, 0))
-    terms.constant += dense + sum(n * p.numel() for p, n in times.items() if p not in of_units)
-    for layer, product in products.items():
-        if is_product(layer):
-            _add_layer(terms, product, 2 * reads[layer], rows[layer])
+    others: dict[Tensor, int] = {}
+    for (layer, name), n in times.items():
+        if layer not in products:
+            parameter = getattr(layer, name)
+            others[parameter] = others.get(parameter, 0) + n
+    of_units = _add_units(terms, model, lambda parameter: others.get(parameter, 0))
+    terms.constant += dense + sum(n * p.numel() for p, n in others.items() if p not in of_units)
+    for layer, sides in products.items():
+        of_weights, of_biases = times.get((layer, "weight"), 0), times.get((layer, "bias"), 0)
+        if of_weights or of_biases:
+            _add_layer(terms, sides, of_weights, of_biases)
 
 
 class _Terms:
@@ -167,7 +164,7 @@ class _Terms:
         return self._width - len(index) + place
 
     def units(self, gates: Sequence[HardConcreteGate], n: int, halves: bool = False) -> Tensor:
-        """(n, gates): the units that all of `gates` close, a column for each gate; see `counts._units`."""
+        """(n, gates): the units that all of `gates` close, a column for each gate; see `steps.gate_of`."""
         key = tuple(gates), n, halves
         if key not in self._units:
             columns = [self._column(gate, n, halves) for gate in gates]
@@ -175,10 +172,8 @@ class _Terms:
         return self._units[key]
 
     def _column(self, gate: HardConcreteGate, n: int, halves: bool) -> Tensor:
-        each = self.gate(gate)
-        if gate.n > n:
-            return self.any(each.view(n, -1))
-        return each.repeat(n // gate.n) if halves else each.repeat_interleave(n // gate.n)
+        of = self.gate(gate)[gate_of(gate.n, n, halves)]
+        return of if of.ndim == 1 else self.any(of)
 
     def add(self, units: Tensor, scale: float | Tensor) -> None:
         """scale * sum of units."""
@@ -228,42 +223,42 @@ class _Terms:
         )
 
 
-def _add_layer(terms: _Terms, product: Product, of_weights: int, of_biases: int) -> None:
-    """The weights and biases of one layer, as `counts._count` counts them."""
-    layer: Any = product.layer
+def _add_layer(terms: _Terms, sides: LayerSides, of_weights: int, of_biases: int) -> None:
+    """The weights and biases of one layer, each element so many times, as `counts._count` counts them."""
+    layer: Any = sides.layer
     n_in, n_out = units_in(layer), units_out(layer)
-    rows = terms.units(product.out_gates, n_out, product.halves)
+    rows = terms.units(sides.out_gates, n_out, sides.halves)
     outs = terms.product(rows)
     if is_norm(layer):
         terms.add(outs, of_weights * (layer.weight is not None) + of_biases * (layer.bias is not None))
         return
     if layer.bias is not None:
         terms.add(outs, of_biases)
-    cols = terms.units(product.in_gates, n_in)
+    cols = terms.units(sides.in_gates, n_in)
     groups, taps = (1, 1) if is_linear(layer) else (layer.groups, layer.weight.shape[2:].numel())
     own = _own(terms, layer)
     per_out, per_in = n_out // groups, n_in // groups
     if own is not None:
         at_out, at_in, of_gates = own
-        terms.add(_joint(terms, product, rows, cols, at_out, at_in, of_gates), of_weights)
+        terms.add(_joint(terms, sides, rows, cols, at_out, at_in, of_gates), of_weights)
     elif groups > 1 and min(per_out, per_in) == 1:
         at_out = torch.arange(n_out).repeat_interleave(per_in)
         at_in = torch.arange(n_in).view(groups, 1, per_in).expand(groups, per_out, per_in).flatten()
-        terms.add(_joint(terms, product, rows, cols, at_out, at_in), of_weights * taps)
+        terms.add(_joint(terms, sides, rows, cols, at_out, at_in), of_weights * taps)
     else:
         ins = terms.product(cols).view(groups, -1)
         for of_outs, of_ins in zip(outs.view(groups, -1), ins, strict=True):
             terms.add_product(of_outs, of_ins, of_weights * taps)
-        if not set(product.in_gates).isdisjoint(product.out_gates):
-            at_out, at_in = _meets(product, n_in, n_out, groups).nonzero(as_tuple=True)
+        if not set(sides.in_gates).isdisjoint(sides.out_gates):
+            at_out, at_in = _meets(sides, n_in, n_out, groups).nonzero(as_tuple=True)
             apart = terms.product(torch.cat((rows[at_out], cols[at_in]), 1))
-            terms.add(_joint(terms, product, rows, cols, at_out, at_in), of_weights * taps)
+            terms.add(_joint(terms, sides, rows, cols, at_out, at_in), of_weights * taps)
             terms.add(apart, -of_weights * taps)
 
 
 def _joint(
     terms: _Terms,
-    product: Product,
+    sides: LayerSides,
     rows: Tensor,
     cols: Tensor,
     at_out: Tensor,
@@ -271,27 +266,29 @@ def _joint(
     *more: Tensor,
 ) -> Tensor:
     """Units that are open where output and input of each pair are; a gate that is both counts once."""
-    layer, halves = product.layer, product.halves
-    n_in, n_out = units_in(layer), units_out(layer)
     of_rows = rows[at_out]
-    for column, gate in enumerate(product.out_gates):
-        if gate in product.in_gates:  # an open input is one of those that keep the output open
-            same = counts._place(gate, at_out, n_out, n_out, halves) == counts._place(
-                gate, at_in, n_in, n_out
-            )
-            of_rows[same, column] = terms.one
+    for column, gate in enumerate(sides.out_gates):
+        if gate in sides.in_gates:  # an open input is one of those that keep the output open
+            of_rows[_is_met(sides, gate, at_out, at_in), column] = terms.one
     return terms.product(torch.cat((of_rows, cols[at_in], *(unit[:, None] for unit in more)), 1))
 
 
-def _meets(product: Product, n_in: int, n_out: int, groups: int) -> Tensor:
+def _is_met(sides: LayerSides, gate: HardConcreteGate, at_out: Tensor, at_in: Tensor) -> Tensor:
+    """Whether of a vector on both sides one gate closes output and input of each pair."""
+    outs = gate_of(gate.n, units_out(sides.layer), sides.halves)[at_out]
+    ins = gate_of(gate.n, units_in(sides.layer))[at_in]
+    return (outs.view(len(at_out), -1) == ins[:, None]).any(1)
+
+
+def _meets(sides: LayerSides, n_in: int, n_out: int, groups: int) -> Tensor:
     """(out, in): where one gate closes both."""
-    outs, ins = torch.arange(n_out), torch.arange(n_in)
-    meets = torch.zeros(n_out, n_in, dtype=torch.bool)
-    for gate in product.in_gates:
-        if gate in product.out_gates:
-            of_outs = counts._place(gate, outs, n_out, n_out, product.halves)
-            meets |= of_outs[:, None] == counts._place(gate, ins, n_in, n_out)
-    return meets & ((outs // (n_out // groups))[:, None] == ins // (n_in // groups))
+    outs = torch.arange(n_out).repeat_interleave(n_in)
+    ins = torch.arange(n_in).repeat(n_out)
+    meets = torch.zeros(n_out * n_in, dtype=torch.bool)
+    for gate in sides.in_gates:
+        if gate in sides.out_gates:
+            meets |= _is_met(sides, gate, outs, ins)
+    return (meets & (outs // (n_out // groups) == ins // (n_in // groups))).view(n_out, n_in)
 
 
 def _own(terms: _Terms, layer: Any) -> tuple[Tensor, Tensor, Tensor] | None:
