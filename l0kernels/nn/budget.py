@@ -213,15 +213,16 @@ class Budget:
         self._count += 1
         if self._gates and self._is_stale():
             self.refresh()
-        if self._count % LOOK_EVERY == 0 and not _is_capturing(self._state.moment.device):
-            if self._has_other_modules():
-                self.refresh()
-            self._agree()
+        looks = self._count % LOOK_EVERY == 0 and not _is_capturing(self._state.moment.device)
+        if looks and self._has_other_modules():
+            self.refresh()
         if self._gates:
             log_alphas: list[Tensor] = [gate.log_alpha for gate in self._gates]
             self._projection(log_alphas, [log_alpha.grad for log_alpha in log_alphas], self._state)
         if self._others:
             clamp(self._others, LIMIT)
+        if looks:
+            self._agree()
         self._closing.step()
 
     @torch.no_grad()
