@@ -13,6 +13,7 @@
 #include <tuple>
 #include <vector>
 
+#include "budget.h"
 #include "gates.h"
 #include "isa.h"
 #include "linear.h"
@@ -210,6 +211,89 @@ void coupled_penalty_grad(bool is_double, const std::vector<PenaltyGates>& gates
                              num_threads);
   });
 }
+
+using CostRun = std::tuple<int64_t, int64_t, double>;              // first, count, weight
+using CostAtoms = std::tuple<bool, int64_t, std::vector<int64_t>>;  // is_any, factors, index
+using CostPair = std::tuple<int64_t, int64_t, double>;             // two sums, coefficient
+// gates, constant, atoms, linear, offsets, runs, pairs: see CostTerms
+using Cost = std::tuple<int64_t, double, std::vector<CostAtoms>, std::vector<CostRun>, std::vector<int64_t>,
+                        std::vector<CostRun>, std::vector<CostPair>>;
+using BudgetGates = std::tuple<int64_t, double, double, double>;  // size, shift, low, scale
+// number, cost, gates, offset, unit, keep
+using BudgetKind = std::tuple<int64_t, Cost, std::vector<BudgetGates>, double, double, double>;
+
+void check_budget(bool fits) {
+  if (!fits) throw std::invalid_argument("the terms of a cost must lie within its values");
+}
+
+std::vector<l0::CostRun> cost_runs(const std::vector<CostRun>& given, int64_t width) {
+  std::vector<l0::CostRun> runs;
+  for (const auto& [first, count, weight] : given) {
+    check_budget(first >= 0 && count >= 0 && first <= width - count);
+    runs.push_back({first, count, weight});
+  }
+  return runs;
+}
+
+l0::CostTerms cost_terms(const Cost& given) {
+  const auto& [n, constant, atoms, linear, offsets, runs, pairs] = given;
+  l0::CostTerms cost{n, constant, {}, {}, offsets, {}, {}};
+  check_budget(n >= 0 && !offsets.empty() && offsets.front() == 0 && offsets.back() == int64_t(runs.size()));
+  for (size_t k = 1; k < offsets.size(); ++k) check_budget(offsets[k - 1] <= offsets[k]);
+  for (const auto& [is_any, factors, index] : atoms) {
+    check_budget(factors > 0 && index.size() % factors == 0);
+    for (int64_t at : index) check_budget(at >= 0 && at < cost.width());  // of the values before these
+    cost.atoms.push_back({is_any, factors, index});
+  }
+  cost.linear = cost_runs(linear, cost.width());
+  cost.runs = cost_runs(runs, cost.width());
+  for (const auto& [first, second, coefficient] : pairs) {
+    check_budget(first >= 0 && first < cost.sums() && second >= 0 && second < cost.sums());
+    cost.pairs.push_back({first, second, coefficient});
+  }
+  return cost;
+}
+
+// A budget's kinds of gates, kept from step to step.
+struct Budget {
+  std::vector<l0::BudgetKind> kinds;
+  std::vector<int64_t> numbers;
+  size_t gates = 0;
+
+  explicit Budget(const std::vector<BudgetKind>& given) {
+    for (const auto& [number, cost, of_gates, offset, unit, keep] : given) {
+      l0::BudgetKind kind{cost_terms(cost), {}, offset, unit, keep};
+      int64_t n = 0;
+      for (const auto& [size, shift, low, scale] : of_gates) {
+        check_budget(size >= 0);
+        kind.gates.push_back({size, shift, low, scale});
+        n += size;
+      }
+      check_budget(n == kind.cost.n && number >= 0);
+      gates += of_gates.size();
+      kinds.push_back(std::move(kind));
+      numbers.push_back(number);
+    }
+  }
+
+  bool step(bool is_double, const std::vector<Address>& log_alpha, const std::vector<Address>& grad,
+            const std::vector<bool>& moves, Address moment, Address first, Address price, Address step,
+            Address skipped, double ramp_steps, double limit) const {
+    check_budget(log_alpha.size() == gates && grad.size() == gates && moves.size() == gates);
+    bool done = false;
+    dispatch(is_double, [&](auto zero) {
+      using T = decltype(zero);
+      l0::BudgetStep<T> s{{}, {}, moves, as<T>(moment), as<const double>(first), as<double>(price),
+                          as<int64_t>(step), as<int64_t>(skipped), ramp_steps, limit};
+      for (size_t g = 0; g < gates; ++g) {
+        s.log_alpha.push_back(as<T>(log_alpha[g]));
+        s.grad.push_back(as<const T>(grad[g]));
+      }
+      done = l0::budget_step(kinds, numbers, s);
+    });
+    return done;
+  }
+};
 
 template <typename T>
 l0::LinearParams<T> linear_params(int64_t M, int64_t in, int64_t out, const Matrix& x, const Matrix& weight,
@@ -663,4 +747,5 @@ PYBIND11_MODULE(_C, m) {
   m.def("batch_norm", &batch_norm);
   m.def("prox", &prox);
   m.def("advise_huge_pages", &advise_huge_pages);
+  py::class_<Budget>(m, "Budget").def(py::init<const std::vector<BudgetKind>&>()).def("step", &Budget::step);
 }

@@ -107,6 +107,9 @@ struct Kernels {
   void (*batch_norm)(const BatchNormParams<T>&, int num_threads);  // batch_norm.h
   void (*batch_norm_grad)(const BatchNormParams<T>&, int num_threads);
   void (*prox)(const ProxParams<T>&, int num_threads);  // prox.h
+  // x = (p_open(clamp(log_alpha - price * direction, -limit, limit)) - low) * scale, within [0, 1]
+  void (*share_open)(const T* log_alpha, const T* direction, int64_t n, T price, T limit, T shift, T low,
+                     T scale, T* x);
 };
 
 template <typename T>

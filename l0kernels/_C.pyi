@@ -22,6 +22,20 @@ ProxStage: TypeAlias = tuple[int, float, float]
 ProxTensor: TypeAlias = tuple[
     Address, Address, int, Address, Address, Sequence[int], ProxStage, int, float, ProxStage
 ]
+CostRun: TypeAlias = tuple[int, int, float]  # first, count, weight
+CostAtoms: TypeAlias = tuple[bool, int, Sequence[int]]  # is_any, factors, index
+# gates, constant, atoms, linear, offsets, runs, pairs: see CostTerms
+Cost: TypeAlias = tuple[
+    int,
+    float,
+    Sequence[CostAtoms],
+    Sequence[CostRun],
+    Sequence[int],
+    Sequence[CostRun],
+    Sequence[tuple[int, int, float]],
+]
+# number, cost, (size, shift, low, scale) of each gate vector, offset, unit, keep
+BudgetKind: TypeAlias = tuple[int, Cost, Sequence[tuple[int, float, float, float]], float, float, float]
 
 compiler: str
 openmp: bool
@@ -273,3 +287,21 @@ def batch_norm(
 ) -> None: ...
 def prox(tensors: Sequence[ProxTensor], num_threads: int, /) -> None: ...
 def advise_huge_pages(address: Address, bytes: int, /) -> None: ...
+
+class Budget:
+    def __init__(self, kinds: Sequence[BudgetKind], /) -> None: ...
+    def step(
+        self,
+        is_double: bool,
+        log_alpha: Sequence[Address],
+        grad: Sequence[Address],
+        moves: Sequence[bool],
+        moment: Address,
+        first: Address,
+        price: Address,
+        step: Address,
+        skipped: Address,
+        ramp_steps: float,
+        limit: float,
+        /,
+    ) -> bool: ...

@@ -184,3 +184,52 @@ class ProxCall(NamedTuple):
     group: list[float]
     after: list[float]
     layout: list[int]
+
+
+class Atoms(NamedTuple):
+    """Values that are computed of others: ``prod_j x_j``, or with ``is_any`` ``1 - prod_j (1 - x_j)``.
+
+    Attributes:
+        index: (atoms, factors) int64: which of the values before.
+    """
+
+    is_any: bool
+    index: Tensor  # type: ignore[assignment]
+
+
+class CostTerms(NamedTuple):
+    """A cost of n gates that are open to the shares x: ``constant + <linear, x> + sum_t c_t s_a(t) s_b(t)``.
+
+    ``s_k`` is a weighted sum of x. Behind the gates x goes on: 1, 0, and the atoms, which are the units that
+    several gates close.
+
+    Attributes:
+        n: how many gates.
+        atoms: one after the other, each may read those before.
+        linear: (width,) float64.
+        offsets: (sides + 1,) int64: where the sums begin in index and weight.
+        index, weight: what the sums are of, int64 and float64.
+        first, second: (terms,) int64: the two sums of each product.
+        coefficient: (terms,) float64.
+    """
+
+    n: int
+    atoms: tuple[Atoms, ...]
+    constant: float
+    linear: Tensor
+    offsets: Tensor
+    index: Tensor  # type: ignore[assignment]
+    weight: Tensor
+    first: Tensor
+    second: Tensor
+    coefficient: Tensor
+
+    @property
+    def width(self) -> int:
+        """How many values there are: gates, 1, 0, and atoms."""
+        return self.n + 2 + sum(len(atoms.index) for atoms in self.atoms)
+
+    def to(self, device: torch.device) -> "CostTerms":
+        """The same on a device."""
+        atoms = tuple(Atoms(one.is_any, one.index.to(device)) for one in self.atoms)
+        return CostTerms(self.n, atoms, self.constant, *(value.to(device) for value in self[3:]))

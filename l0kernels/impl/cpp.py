@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import accumulate, pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,6 +21,7 @@ from .._calls import (
     NO_GRADS,
     BlockCall,
     Conv2dCall,
+    CostTerms,
     DrawnMlpCall,
     Gate,
     GateGrads,
@@ -210,6 +212,69 @@ def coupled_penalty_grad(
         portable.coupled_penalty_grad([term], gates, factor, decay, dist)[0] if grad is None else grad
         for term, grad in zip(terms, grads, strict=True)
     ]
+
+
+class BudgetPlan:
+    """What budget_step knows of the kinds of gates and of the state (l0kernels.budget's), which it holds."""
+
+    def __init__(self, kinds: Sequence[Any], state: Any, sizes: Sequence[int]) -> None:
+        self.native = _C.Budget([_budget_kind(kind) for kind in kinds])
+        self.state, self.sizes, self.dtype = state, sizes, state.moment.dtype
+        n = state.first.numel()
+        self.addresses = (
+            vector(state.moment, "moment", self.dtype, sum(sizes)),
+            vector(state.first, "first", torch.float64, n),
+            vector(state.price, "price", torch.float64, n),
+            vector(state.step, "step", torch.int64, 1),
+            vector(state.skipped, "skipped", torch.int64, 1),
+        )
+
+
+def _budget_kind(kind: Any) -> _C.BudgetKind:
+    terms: CostTerms = kind.terms
+    atoms = [(one.is_any, one.index.shape[1], one.index.flatten().tolist()) for one in terms.atoms]
+    linear = _runs(terms.linear.nonzero()[:, 0], terms.linear[terms.linear != 0])
+    bounds = terms.offsets.tolist()
+    sums = [_runs(terms.index[a:b], terms.weight[a:b]) for a, b in pairwise(bounds)]
+    offsets = [0, *accumulate(len(runs) for runs in sums)]
+    of_pairs = terms.first.tolist(), terms.second.tolist(), terms.coefficient.tolist()
+    pairs = [*zip(*of_pairs, strict=True)]
+    runs = [run for of_sum in sums for run in of_sum]
+    cost = terms.n, terms.constant, atoms, linear, offsets, runs, pairs
+    gates, start = [], 0
+    for size in kind.sizes:
+        shift, low, high = (float(of[start]) for of in kind.kept[:3])
+        gates.append((size, shift, low, 1 / (high - low)))
+        start += size
+    return kind.number, cost, gates, kind.offset, kind.unit, kind.keep
+
+
+def _runs(index: Tensor, weight: Tensor) -> list[_C.CostRun]:
+    """Ascending places and their weights, as runs of places in a row with one weight."""
+    if not len(index):
+        return []
+    breaks = ((index.diff() != 1) | (weight.diff() != 0)).nonzero()[:, 0] + 1
+    firsts, counts = [0, *breaks.tolist()], torch.tensor([0, *breaks.tolist(), len(index)]).diff().tolist()
+    of = index[firsts].tolist(), counts, weight[firsts].tolist()
+    return [*zip(*of, strict=True)]
+
+
+def budget_step(
+    plan: BudgetPlan, log_alphas: list[Tensor], grads: list[Tensor | None], ramp_steps: float, limit: float
+) -> None:
+    """One step of l0kernels.budget's Projection, of log_alphas and state in place."""
+    dtype = plan.dtype
+    own = [None if grad is None else grad.contiguous() for grad in grads]
+    plan.native.step(
+        dtype == torch.float64,
+        [vector(a, "log_alpha", dtype, n) for a, n in zip(log_alphas, plan.sizes, strict=True)],
+        [optional(g, "grad", dtype, n) for g, n in zip(own, plan.sizes, strict=True)],
+        [log_alpha.requires_grad for log_alpha in log_alphas],
+        *plan.addresses,
+        ramp_steps,
+        limit,
+    )
+    torch.autograd.graph.increment_version(log_alphas)
 
 
 def _z_dtype(dtype: torch.dtype, rows: Gate | None, cols: Gate | None) -> torch.dtype:

@@ -17,6 +17,7 @@ A whole training, for N examples in batches::
 
 from .bank import Draw, GateBank
 from .batch_norm import L0BatchNorm1d, L0BatchNorm2d, L0BatchNorm3d
+from .budget import Budget
 from .conv import (
     L0Conv1d,
     L0Conv2d,
@@ -30,6 +31,7 @@ from .distributed import agree_on_gates, independent_gates_, keep_gates_whole
 from .export import Residual, ScatterOutputs, SelectInputs, SlicedConv1d, SlicedConv2d, SlicedLinear, export
 from .feed_forward import GatedProduct, L0FeedForward
 from .gate import GatedLayer, HardConcreteGate, gate_modules
+from .lagrangian import Lagrangian
 from .linear import L0Linear
 from .mlp import L0MLP
 from .norm import L0GroupNorm, L0LayerNorm, L0RMSNorm
@@ -41,14 +43,18 @@ from .penalty import (
     penalty,
     weight_parameters,
 )
+from .report import GateReport, Report, Size, Watch, report
+from .schedules import Ramp, Schedule, set_lam_
 from .sequential import L0Residual, L0Sequential
 from .summary import GateSummary, Open, Summary, open_units, summary
 from .units import UnitGraph, gate_, ungate_, unit_graph
 
 __all__ = [
     "L0MLP",
+    "Budget",
     "Draw",
     "GateBank",
+    "GateReport",
     "GateSummary",
     "GatedLayer",
     "GatedProduct",
@@ -69,15 +75,21 @@ __all__ = [
     "L0RMSNorm",
     "L0Residual",
     "L0Sequential",
+    "Lagrangian",
     "Open",
+    "Ramp",
+    "Report",
     "Residual",
     "ScatterOutputs",
+    "Schedule",
     "SelectInputs",
+    "Size",
     "SlicedConv1d",
     "SlicedConv2d",
     "SlicedLinear",
     "Summary",
     "UnitGraph",
+    "Watch",
     "agree_on_gates",
     "clamp_after_step",
     "clamp_gates_",
@@ -94,6 +106,8 @@ __all__ = [
     "open_units",
     "parameter_groups",
     "penalty",
+    "report",
+    "set_lam_",
     "summary",
     "ungate_",
     "unit_graph",

@@ -1,7 +1,7 @@
 """The trained model without gates: closed units sliced away, open ones folded into the weights."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any, ClassVar, cast
 
@@ -182,7 +182,16 @@ def _dim(dim: int) -> str:
     return "" if dim == -1 else f", dim={dim}"
 
 
-def export(model: nn.Module, *, batched: bool = True, multiple_of: int = 1) -> nn.Module:
+def export(
+    model: nn.Module,
+    *,
+    batched: bool = True,
+    multiple_of: int = 1,
+    keep: float | Mapping[str, float] | None = None,
+    cost: Any = "params",
+    input_shape: Sequence[int] | Tensor | None = None,
+    evenly: bool = False,
+) -> nn.Module:
     """A smaller model of plain torch modules with the outputs of ``model.eval()``, itself in eval mode.
 
     Every L0Linear becomes an ``nn.Linear`` and every L0Conv2d an ``nn.Conv2d`` of its open units, every
@@ -216,6 +225,12 @@ def export(model: nn.Module, *, batched: bool = True, multiple_of: int = 1) -> n
     unit one of zeros stays. A weight that two layers share, of which one multiplies it by z, becomes one for
     each.
 
+    With `keep` it is cut to a size: not the evaluation gates say what is open, but the order of P(z > 0), of
+    which as many gates stay as cost no more than ``keep`` of the whole. Where the gates of a :class:`Budget`
+    are decided, that changes few of them. The cost is that of :func:`eval_l0` (or :func:`eval_flops`, see
+    there what an export may spend beside it), at most the share and less by no more than the next unit is
+    worth. An open gate whose evaluation gate is closed has the value sigmoid(.8 log_alpha / beta).
+
     Sharded parameters (DTensor) are gathered: all ranks export, and have the same model.
 
     Args:
@@ -225,7 +240,13 @@ def export(model: nn.Module, *, batched: bool = True, multiple_of: int = 1) -> n
             exported model that has lost channels there fails on a single image.
         multiple_of: of a model that gate_ has gated: each group keeps a multiple of so many units (or all),
             the likeliest of the closed ones as zeros. Groups that a norm is over (layer, RMS, group norms)
-            keep what is open.
+            keep what is open. With `keep`, of any model: each gate vector keeps a multiple of units (or all),
+            all of them open, and the cost is met with these.
+        keep: the share of the cost that is to be left, as of :class:`Budget`: one number, or one for each
+            pattern of names of gates. None: what the evaluation gates leave.
+        cost, input_shape: what the share is of, as of :class:`Budget`.
+        evenly: with `keep`, whether each gate vector keeps the same share, rounded, and one unit (or
+            multiple) at least; else the likeliest gates of all stay, wherever they are.
 
     Returns:
         The exported model. Its parameters can be trained on. It pickles, and a pickle (``torch.save`` of a
@@ -244,22 +265,32 @@ def export(model: nn.Module, *, batched: bool = True, multiple_of: int = 1) -> n
 
     Raises:
         ValueError: a NaN in a log_alpha, gates on the meta device, or a gated layer as out_proj of a
-            ``torch.nn.MultiheadAttention``, which would not call it; multiple_of is below 1, or above it for
-            a model that gate_ has not gated; a part of a model that gate_ has gated, or one in which a size
-            that stands in a forward is that of units which a norm is over.
+            ``torch.nn.MultiheadAttention``, which would not call it; multiple_of is below 1, or, without
+            `keep`, above it for a model that gate_ has not gated; a `keep` that :class:`Budget` would refuse,
+            or evenly without it; a part of a model that gate_ has gated, or one in which a size that stands
+            in a forward is that of units which a norm is over.
     """
     _checks.check_count("multiple_of", multiple_of, 1, 2**31)
     gates = gate_modules(model)  # refuses what torch would not call
     if any(gate.log_alpha.is_meta for gate in gates):
         raise ValueError("model must hold values, got gates on the meta device")
     by_units = any(isinstance(part, GateGroups | GatedUnits) for part in model.modules())
-    if multiple_of != 1 and not by_units:
+    if evenly and keep is None:
+        raise ValueError("evenly needs keep, the share of the cost that is to be left")
+    if multiple_of != 1 and not by_units and keep is None:
         raise ValueError(f"multiple_of must be 1 for a model that gate_ has not gated, got {multiple_of}")
     with torch.inference_mode(False), torch.no_grad():
         whole = gathered(model)
         if whole is not model:
             relink(whole)
         model = _at_rest(whole)
+        if keep is not None:
+            from .cut import cut_gates, set_gates_  # which counts, and counting knows what is exported
+            from .shares import Wish
+
+            values = cut_gates(whole, Wish(keep, cost, input_shape), multiple_of, evenly)
+            evaluated = [values.get(gate, gate.eval_gates().z) for gate in gate_modules(whole)]
+            set_gates_(model, evaluated)
         if by_units:
             while type(model).__name__ == "OptimizedModule":
                 model = cast(nn.Module, model._orig_mod)

@@ -1,5 +1,6 @@
 """The penalty of a whole model, the clamp of its gates, and its parameters in optimiser groups."""
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -21,7 +22,7 @@ from .units.sizes import L2Terms
 LIMIT = math.log(100)
 
 
-def penalty(model: nn.Module, *, weight_decay: float = 0.0) -> Tensor:
+def penalty(model: nn.Module, *, weight_decay: float = 0.0, detach_gates: bool = False) -> Tensor:
     r"""sum over the gates g of the model: p_open_g * ( lam_g |g| + weight_decay/2 * ||theta_g||^2 ).
 
     |g| is the number of parameters that the gate closes: out_features for an input gate, in_features (+ 1
@@ -42,6 +43,8 @@ def penalty(model: nn.Module, *, weight_decay: float = 0.0) -> Tensor:
     Args:
         model: any module with gates in it.
         weight_decay: the L2 coefficient, >= 0.
+        detach_gates: whether the second term is a decay of the weights alone: its gradient does not reach the
+            gates, which large weights would close.
 
     Returns:
         A differentiable scalar in the dtype of the gates.
@@ -57,11 +60,11 @@ def penalty(model: nn.Module, *, weight_decay: float = 0.0) -> Tensor:
     # The walk takes a microsecond per module; a cache of it could not see a module replaced.
     layers: list[GatedLayer] = []
     gates: list[HardConcreteGate] = []
-    units: list[L2Terms] = []
+    hosts: list[nn.Module] = []
     for module in model.modules():
         gates_of_units = module._modules.get(NAME) if weight_decay else None
         if isinstance(gates_of_units, GateGroups) and not is_frozen(gates_of_units):
-            units.append(L2Terms(module))
+            hosts.append(module)
         if isinstance(module, HardConcreteGate):
             if not module.frozen:
                 gates.append(module)
@@ -76,21 +79,44 @@ def penalty(model: nn.Module, *, weight_decay: float = 0.0) -> Tensor:
     owned = {gate for gate, _, _ in groups}
     groups += [(gate, gate.whole(), 1) for gate in gates if gate not in owned]
 
-    terms = [term for layer in layers for term in layer.l2_terms()] if weight_decay else []
-    terms += [term for of_units in units for term in of_units.terms]
+    terms, rests = _l2(layers, hosts, weight_decay, gates if detach_gates else [])
     sharded = [term for term in terms if is_sharded(term[1].weight)]
     if sharded:
         terms = [term for term in terms if not is_sharded(term[1].weight)]
     total = _by_dist(groups, terms, weight_decay, groups[0][0].dist)
     for dist, (weight, out, in_, n_groups) in sharded:
         total = total + l2_of_shards(weight, weight_decay, out, in_, n_groups, dist)
-    for layer in layers if weight_decay else []:
-        rest = layer.l2_rest(weight_decay)
-        total = total if rest is None else total + rest
-    for of_units in units:
-        rest = of_units.rest(weight_decay)
-        total = total if rest is None else total + rest
-    return total
+    return functools.reduce(torch.add, rests, total)
+
+
+def _l2(
+    layers: list[GatedLayer],
+    hosts: list[nn.Module],
+    weight_decay: float,
+    detached: list[HardConcreteGate],
+) -> tuple[list[tuple[HardConcrete, L2Term]], list[Tensor]]:
+    """The terms of the L2 norm, and what they miss, as if the gates of `detached` needed no gradient."""
+    if not weight_decay:
+        return [], []
+    trained = [gate.log_alpha for gate in detached if gate.log_alpha.requires_grad]
+    for log_alpha in trained:
+        log_alpha.requires_grad_(False)
+    try:
+        units = [L2Terms(host) for host in hosts]
+        terms = [term for layer in layers for term in layer.l2_terms()]
+        terms += [term for of_units in units for term in of_units.terms]
+        if detached:
+            terms = [(dist, _without_gates(term)) for dist, term in terms]
+        rests = [layer.l2_rest(weight_decay) for layer in layers] + [u.rest(weight_decay) for u in units]
+    finally:
+        for log_alpha in trained:
+            log_alpha.requires_grad_(True)
+    return terms, [rest for rest in rests if rest is not None]
+
+
+def _without_gates(term: L2Term) -> L2Term:
+    out, in_ = (None if side is None else side.detach() for side in term[1:3])
+    return term._replace(out_log_alpha=out, in_log_alpha=in_)
 
 
 def _by_dist(
@@ -129,7 +155,7 @@ def clamp_gates_(model: nn.Module, limit: float = LIMIT) -> None:
         ValueError: limit is not positive.
     """
     _check_limit(limit)
-    _clamp(gate_modules(model), limit)
+    clamp(gate_modules(model), limit)
 
 
 def clamp_after_step(
@@ -159,12 +185,12 @@ def clamp_after_step(
 
     closing = Closing({gate: name for gate, (name, _) in named_gates(model).items()})
 
-    def clamp(*_: Any) -> None:
-        _clamp(gates, limit)
+    def after_step(*_: Any) -> None:
+        clamp(gates, limit)
         if not torch.compiler.is_compiling():
             closing.step()
 
-    return optimizer.register_step_post_hook(clamp)
+    return optimizer.register_step_post_hook(after_step)
 
 
 def gate_parameters(model: nn.Module) -> list[nn.Parameter]:
@@ -236,7 +262,8 @@ def _check_limit(limit: float) -> None:
         raise ValueError(f"limit must be > 0, got {limit!r}")
 
 
-def _clamp(gates: list[HardConcreteGate], limit: float) -> None:
+def clamp(gates: list[HardConcreteGate], limit: float) -> None:
+    """Clamps the log_alpha of each gate to [-limit, limit], in place."""
     for sharded in (False, True):  # torch takes no lists with both
         log_alphas: list[Tensor] = [gate.log_alpha for gate in gates if is_sharded(gate.log_alpha) == sharded]
         if log_alphas:

@@ -5,6 +5,7 @@ types and checks that every backend shares.
 """
 
 from .._gates import ALIGN, Gates, HardConcrete
+from . import budget as budget
 from . import prox
 from .batch_norm import gated_batch_norm
 from .conv2d import gated_conv2d

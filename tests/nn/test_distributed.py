@@ -368,6 +368,64 @@ def sharded_gates_lower_than_fp32_are_refused(rank: int) -> None:
 
 
 @check
+def budgets_agree(rank: int) -> None:
+    model = of_seed(0, lambda: l0.nn.L0MLP([6, 30, 4], droprate_init=0.1))
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    optimizer = torch.optim.Adam(l0.nn.parameter_groups(model, gate_lr=0.05))
+    budget = l0.nn.Budget(model, 0.4, steps=40)
+    budget.attach(optimizer)
+    for _ in range(40):
+        optimizer.zero_grad()
+        wrapped(torch.randn(8, 6)).square().mean().backward()
+        optimizer.step()
+    assert budget.expected <= 0.4 + 1e-6
+    for gate in l0.nn.gate_parameters(model):
+        assert are_equal(gate)
+    assert are_equal(torch.tensor([budget.mu], dtype=torch.float64))
+
+
+@check
+def budgets_come_together_again(rank: int) -> None:
+    """Ranks whose gradients differ, as nobody reduces them, have rank 0's state at the 64th step."""
+    model = of_seed(0, mlp)
+    budget = l0.nn.Budget(model, 0.5, steps=100)
+    gates = l0.nn.gate_parameters(model)
+    for count in range(1, 65):
+        for gate in gates:
+            gate.grad = torch.randn_like(gate)
+            with torch.no_grad():
+                gate.add_(0.1 * torch.rand_like(gate))
+        budget.step()
+        if count == 63:
+            assert not are_equal(torch.cat(gates))
+    assert are_equal(torch.cat(gates))
+    for value in budget._state:
+        assert are_equal(value)
+
+
+@check
+def budgets_of_sharded_gates(rank: int) -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    model = of_seed(0, lambda: l0.nn.L0MLP([6, 10, 4]))
+    fully_shard(model, mesh=MESH[0])
+    with pytest.raises(ValueError, match=r"gates whole, got a shard of layers.0.in_gate: fully_shard\("):
+        l0.nn.Budget(model, 0.5, steps=5)
+    whole = of_seed(0, lambda: l0.nn.L0MLP([6, 10, 4], droprate_init=0.1))
+    fully_shard(whole, mesh=MESH[0], ignored_params=l0.nn.keep_gates_whole(whole))
+    optimizer = torch.optim.Adam(l0.nn.parameter_groups(whole, gate_lr=0.05), foreach=False)
+    budget = l0.nn.Budget(whole, 0.4, steps=20)
+    budget.attach(optimizer)
+    for _ in range(20):
+        optimizer.zero_grad()
+        whole(torch.randn(8, 6)).square().mean().backward()
+        optimizer.step()
+    assert budget.expected <= 0.4 + 1e-6
+    for gate in l0.nn.gate_parameters(whole):
+        assert are_equal(gate)
+
+
+@check
 def penalty_counts_and_export_of_sharded_models(rank: int) -> None:
     from torch.distributed.fsdp import fully_shard
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 
+import budget
 import cli
 import compare
 import cost
@@ -176,6 +177,15 @@ def test_origins_tell_all_commits_and_the_days_between():
 
 def test_the_documents_show_what_the_results_give(capsys):
     assert table.main(["--check"]) == 0, capsys.readouterr().out
+
+
+def test_the_manual_shows_what_budgets_gave(capsys):
+    assert budget.main(["--check"]) == 0, capsys.readouterr().out
+    found = rows.read(budget.PATH)
+    assert len(found) == 81
+    assert (
+        len({tuple(row[name] for name in ("keep", "gate_lr", "loss_times", "seed")) for row in found}) == 81
+    )
 
 
 def place(name, text="old\n"):
