@@ -58,6 +58,7 @@ def check(model, *shape, plain=True):
     return small
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("kind", ["in", "out", "both"])
 @pytest.mark.parametrize("mode", ["paper", "median", "topk"])
 @pytest.mark.parametrize("bias", [True, False])
@@ -176,6 +177,7 @@ CHAINS = {
 }
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("name", CHAINS)
 @pytest.mark.parametrize("seed", [0, 1])
 def test_sequential(name, seed):
@@ -426,6 +428,7 @@ def test_the_docstring_saves_what_loads_without_the_package(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("kind", ["in", "out", "both"])
 @pytest.mark.parametrize("mode", ["paper", "median", "topk"])
 @pytest.mark.parametrize("bias", [True, False])
@@ -556,6 +559,7 @@ NOT_ZERO = {"plain norm", "flatten behind a sigmoid", "depthwise"}
 """Where closed outputs become constants that the next layer reads, so that they have to stay."""
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("name", CONVOLUTIONS)
 @pytest.mark.parametrize("seed", [0, 1])
 def test_convolutions(name, seed):
@@ -602,6 +606,7 @@ def test_widths_between_convolutions():
     assert kinds[7:] == ["SelectInputs", "Linear", "ReLU", "Linear"]
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("name", CONVOLUTIONS)
 @pytest.mark.parametrize("value", [None, -60.0], ids=["some open", "all closed"])
 def test_exported_convolutions_script_and_pickle(name, value):

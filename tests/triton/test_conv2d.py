@@ -214,6 +214,7 @@ def test_groups(groups, multiplier):
         check((2, 6, 4, 3), n_out, (3, 2), **options, gates=gates)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("groups", [34, 136], ids=["groups", "depthwise"])
 @pytest.mark.parametrize("kind", ["packed", "plain"])
 def test_groups_packed(kind, groups):
@@ -250,7 +251,9 @@ def test_nothing_beyond_the_channels_of_a_slice_is_read():
     near(y, F.conv2d(x.double(), weight.double(), padding=1), x.dtype, "y")
 
 
-@pytest.mark.parametrize("n_open", [0, 3, 17, 40, 60, 64, 65, 97, 140])
+@pytest.mark.parametrize(
+    "n_open", [0, 17, 64, 65, 140, *(pytest.param(n, marks=pytest.mark.long) for n in (3, 40, 60, 97))]
+)
 def test_tiles_cover_the_open_columns(n_open):
     """Tiles halve where the columns end: every width, in the product and in the gradient of W."""
     n, k = 144, 16
@@ -351,7 +354,7 @@ def test_no_inputs_or_no_outputs(packed, groups, sizes):
         torch.testing.assert_close(got, expected)
 
 
-@pytest.mark.parametrize("n", [1, 2])
+@pytest.mark.parametrize("n", [1, pytest.param(2, marks=pytest.mark.long)])
 def test_outputs_may_be_changed_in_place(n):
     """As those of torch's convolution: what a Function returns must be no view."""
     gates = Gates.from_z(torch.tensor([0.0, 1.0, 0.5, 0.0, 1.0, 0.2], device=DEVICE), full_grad=False)
