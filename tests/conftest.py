@@ -27,7 +27,7 @@ def pytest_collection_modifyitems(items):
     """Of a test marked `covering(n)` so many cases stay that every n values meet; the others are long."""
     tests = defaultdict(list)
     for item in items:
-        if mark := item.get_closest_marker("covering"):
+        if (mark := item.get_closest_marker("covering")) and not item.get_closest_marker("long"):
             values = [(name, repr(value)) for name, value in item.callspec.params.items()]
             meetings = set(itertools.combinations(values, min(mark.args[0], len(values))))
             tests[item.nodeid.partition("[")[0]].append((item, values, meetings))

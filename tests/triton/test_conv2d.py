@@ -175,6 +175,7 @@ def test_sides_packed_and_dense(kind, sides, kernel):
             )  # fmt: skip
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("keep", [0.0, 1.0])
 @pytest.mark.parametrize("n", [12, 130], ids=["narrow", "wide"])
 def test_all_open_and_all_closed(n, keep):
@@ -328,6 +329,7 @@ def test_a_bias_of_any_strides(layout, kernel, groups):
         torch.testing.assert_close(got, want, rtol=0, atol=1e-4 * max(1.0, want.abs().max().item()))
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("sizes", [(0, 6), (8, 0)], ids=str)
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("packed", [False, True])
