@@ -1,49 +1,26 @@
 """The CUDA kernels on a CPU: the same sources on the emulator, sanitized, threads in shuffled order."""
 
-import hashlib
 import os
-import shutil
 import subprocess
 import sys
 import textwrap
-from pathlib import Path
 
 import pytest
-from emulator.build import build, sanitizer_libraries, sources
+from emulator.build import COMPILER, HERE, ROOT, built, sanitizer_libraries, why_not
 
-ROOT = Path(__file__).resolve().parents[2]
-EMULATOR = ROOT / "tests/support/emulator"
-COMPILER = os.environ.get("CXX", "g++")
-
-pytestmark = pytest.mark.skipif(
-    not sys.platform.startswith("linux") or shutil.which(COMPILER) is None, reason="needs g++ on Linux"
-)
-
-
-def runtime_libraries():
-    names = sanitizer_libraries(COMPILER)
-    if not all(os.path.isabs(name) for name in names):
-        pytest.skip(f"{COMPILER} has no sanitizers")
-    return names
+pytestmark = pytest.mark.skipif(bool(why_not()), reason=str(why_not()))
 
 
 @pytest.fixture(scope="session")
 def emulator():
-    """Folder of the emulated module; built anew only when a source has changed."""
-    runtime_libraries()
-    digest = hashlib.sha256()
-    for path in sources():
-        digest.update(path.read_bytes())
-    folder = ROOT / "build" / "emulator" / f"{sys.implementation.cache_tag}-{digest.hexdigest()[:16]}"
-    if not list(folder.glob("emulated_cuda*.so")):
-        build(folder, COMPILER)
-    return folder
+    """Folder of the emulated module."""
+    return built()
 
 
 def run(emulator, *arguments, seed=1):
     environment = {k: v for k, v in os.environ.items() if not k.startswith("L0KERNELS_")}
     environment |= {
-        "LD_PRELOAD": ":".join(runtime_libraries()),
+        "LD_PRELOAD": ":".join(sanitizer_libraries(COMPILER)),
         "ASAN_OPTIONS": "detect_leaks=0",
         "UBSAN_OPTIONS": "print_stacktrace=1",
         "OMP_NUM_THREADS": "1",
@@ -140,15 +117,14 @@ KERNELS = {
 @pytest.fixture(scope="module")
 def program(tmp_path_factory):
     """(name) -> one of KERNELS run in a process of its own; all are compiled at once."""
-    runtime_libraries()
     folder = tmp_path_factory.mktemp("kernels")
     source, binary = folder / "kernels.cpp", folder / "kernels"
     functions = [f"int {name}() {{{textwrap.dedent(body)}}}\n" for name, body in KERNELS.items()]
     chosen = "".join(f'if (name == "{name}") return {name}();\n' for name in KERNELS)
     main = f"int main(int, char** argv) {{ const std::string name = argv[1];\n{chosen}return 99; }}\n"
     source.write_text("".join([textwrap.dedent(PRELUDE), *functions, main]))
-    flags = ["-std=c++17", "-O1", "-fsanitize=address", f"-I{EMULATOR}"]
-    command = [COMPILER, *flags, str(source), str(EMULATOR / "cuda_emulator.cpp"), "-o", str(binary)]
+    flags = ["-std=c++17", "-O1", "-fsanitize=address", f"-I{HERE}"]
+    command = [COMPILER, *flags, str(source), str(HERE / "cuda_emulator.cpp"), "-o", str(binary)]
     subprocess.run(command, check=True, capture_output=True)
     environment = os.environ | {"ASAN_OPTIONS": "detect_leaks=0"}
     return lambda name: subprocess.run(
