@@ -50,11 +50,12 @@ paper: $(EXAMPLES)
 test: $(STAMP)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(PY) -m mypy
+	@# mypy has one core; meanwhile the manual is built and, if all tests run, the emulator of tests/cuda.
+	$(PY) -m mypy & mypy=$$!; \
+	{ $(DOCS) $(if $(ARGS),,&& $(PY) tests/support/emulator/build.py); }; beside=$$?; wait $$mypy && exit $$beside
 	$(PY) -m pytest -n 2 --dist loadgroup $(ARGS)
 	@# The Triton kernels run in a process of their own, under Triton's interpreter; 5: ARGS chose none of these.
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadgroup tests/triton $(ARGS) || [ $$? -eq 5 ]
-	$(DOCS)
 
 # Each part in a process of its own, one after the other; the first that fails ends it.
 test-all: test

@@ -1,7 +1,7 @@
 """Fixtures of the tests of the operations."""
 
 import itertools
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import pytest
@@ -27,18 +27,20 @@ def pytest_collection_modifyitems(items):
     """Of a test marked `covering(n)` so many cases stay that every n values meet; the others are long."""
     tests = defaultdict(list)
     for item in items:
-        if mark := item.get_closest_marker("covering"):
+        if (mark := item.get_closest_marker("covering")) and not item.get_closest_marker("long"):
             values = [(name, repr(value)) for name, value in item.callspec.params.items()]
-            meetings = set(itertools.combinations(values, mark.args[0]))
-            tests[item.nodeid.partition("[")[0]].append((item, meetings))
+            meetings = set(itertools.combinations(values, min(mark.args[0], len(values))))
+            tests[item.nodeid.partition("[")[0]].append((item, values, meetings))
     for cases in tests.values():
-        missing = set().union(*(meetings for _, meetings in cases))
-        while cases:
-            best = max(cases, key=lambda case: len(case[1] & missing))
+        missing, used = set().union(*(meetings for *_, meetings in cases)), Counter()
+        while missing:
+            # Of cases that bring as much, one whose values the others have least.
+            best = max(cases, key=lambda case: (len(case[2] & missing), -sum(used[v] for v in case[1])))
             cases.remove(best)
-            if not best[1] & missing:
-                best[0].add_marker(pytest.mark.long)
-            missing -= best[1]
+            used.update(best[1])
+            missing -= best[2]
+        for item, *_ in cases:
+            item.add_marker(pytest.mark.long)
 
 
 @pytest.fixture(params=BACKENDS)

@@ -88,6 +88,7 @@ def near(got, want, eps, scale):
 
 
 class TestSample:
+    @pytest.mark.covering(1)
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
     @pytest.mark.parametrize(
         "sizes",
@@ -322,6 +323,7 @@ class TestPenalty:
         exact = torch.cat([w * q * (1 - q) for w, q in zip(weights, p, strict=True)])
         near(grad, exact, 8 * EPS[dtype], max(weights))
 
+    @pytest.mark.covering(2)
     @pytest.mark.parametrize("dtype", FLOATS)
     @pytest.mark.parametrize("shape", [(1, 1), (70, 300), (129, 1100)])
     @pytest.mark.parametrize("sides", ["both", "out", "in"])
@@ -414,6 +416,7 @@ WEIGHT_LAYOUTS = {
 class TestL2OfWeights:
     """One term: any rank, layout and number of groups."""
 
+    @pytest.mark.covering(2)
     @pytest.mark.parametrize("sides", [(True, True), (True, False), (False, True), (False, False)])
     @pytest.mark.parametrize(
         ("shape", "groups", "layout"),
@@ -724,6 +727,7 @@ def as_gates(gate, full):
 
 
 class TestSmallLinear:
+    @pytest.mark.covering(1)
     @pytest.mark.parametrize("dtype", FLOATS)
     @pytest.mark.parametrize(
         ("size", "kinds"),
@@ -846,6 +850,7 @@ class TestSmallMlp:
     def test_large_arguments(self, activation, public):
         check_large_activations(activation, DEVICE)
 
+    @pytest.mark.covering(2)
     @pytest.mark.parametrize("dtype", FLOATS)
     @pytest.mark.parametrize("activation", ["relu", "gelu", "silu", "identity"])
     @pytest.mark.parametrize(

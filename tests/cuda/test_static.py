@@ -4,9 +4,9 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
+import fresh
 import pytest
 
 from l0kernels.impl import cuda
@@ -192,14 +192,7 @@ for call in calls:
 def test_without_a_device_every_launcher_says_so():
     """The module imports where there is no driver; CUDA_VISIBLE_DEVICES hides one that is there."""
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        [sys.executable, "-c", NO_DRIVER],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    done = fresh.run(NO_DRIVER, os.getcwd(), environment)
     assert done.returncode == 0, done.stderr
     reason, *errors = done.stdout.splitlines()
     assert len(errors) == 9

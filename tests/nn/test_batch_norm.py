@@ -53,6 +53,7 @@ def assert_same(ours, theirs, x, y, y_theirs, stay=(), before=()):
         torch.testing.assert_close(mine, other)
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("gates", ["none", "open"])
 @pytest.mark.parametrize("packed", [True, False])
@@ -71,6 +72,7 @@ def test_all_open_it_is_torchs(options, gates, packed, training):
     assert_same(ours, theirs, x, y, y_theirs)
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("training", [True, False])
@@ -215,6 +217,7 @@ def test_the_state_is_that_of_torchs():
     torch.testing.assert_close(ours.running_mean, (x + 2).mean((0, 2, 3)))
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("order", [("open", "some"), ("some", "open"), ("some", "other"), ("none", "some")])
 @pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("training", [True, False])
@@ -244,6 +247,7 @@ def test_a_second_forward_before_the_backward(order, packed, training):
         torch.testing.assert_close(mine, other)
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("options", [{}, {"affine": False}, {"affine": False, "track_running_stats": False}])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("packed", [True, False])

@@ -84,6 +84,7 @@ def test_same_parameters_as_torch(kind, bias):
     assert {n: tuple(v.shape) for n, v in state.items() if n not in theirs.state_dict()} == expected
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("kind", GATED)
 @pytest.mark.parametrize("name", OPTIONS)
 @pytest.mark.parametrize("bias", [True, False])
@@ -118,6 +119,7 @@ def test_evaluation(kind, mode):
     assert torch.equal(layer(x), layer(x))
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("value", [60.0, -60.0])
@@ -197,6 +199,7 @@ def test_one_gate_on_both_sides_of_a_depthwise_convolution():
     torch.testing.assert_close(y, dense_formula(layer, x, z, z))
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", OPTIONS)
 def test_from_dense(kind, name):

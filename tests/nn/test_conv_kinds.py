@@ -155,6 +155,7 @@ def test_a_gate_per_weight(name, options, backend, training):
         layer(x, in_gates=Gates.from_z(torch.ones(6, dtype=torch.float64)))
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("name", NEW)
 @pytest.mark.parametrize("opened", ["all", "none", "half", "one"])
 @pytest.mark.parametrize("backend", ["torch", "reference"])
@@ -243,6 +244,7 @@ def test_padding_modes(mode):
     torch.testing.assert_close(layer(x), formula(layer, "Conv3d", x, *drawn(layer, 0)))
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("name", NEW)
 @pytest.mark.parametrize("gate", [*GATED, "weight", None])
 @pytest.mark.parametrize("options", ["strided", "groups"])
@@ -283,6 +285,7 @@ def test_from_dense_and_copies(name, gate, options):
         assert torch.equal(twin(x), expected)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("name", NEW)
 @pytest.mark.parametrize("gate", ["both", "weight"])
 def test_compiled_and_meta(name, gate):
@@ -312,6 +315,7 @@ def test_bfloat16(name, gate):
         assert layer.float()(x.float()).dtype == torch.bfloat16
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("name", ["Conv3d", "ConvTranspose2d"])
 @pytest.mark.parametrize("gate", [*GATED, "weight"])
 def test_gradcheck(name, gate):
@@ -542,6 +546,7 @@ def check_counts(model, sides, other=0):
     return pattern
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("name", PAIRS)
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("gate", [*GATED, "weight"])
@@ -610,6 +615,7 @@ def check_penalty(layer, weight_decay):
     assert nn.penalty(layer, weight_decay=weight_decay).item() == pytest.approx(total, rel=1e-5)
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("name", PAIRS)
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("gate", [*GATED, "weight"])

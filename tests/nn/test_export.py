@@ -5,11 +5,10 @@ import io
 import math
 import pickle
 import pickletools
-import subprocess
-import sys
 import textwrap
 import warnings
 
+import fresh
 import pytest
 import torch
 
@@ -59,6 +58,7 @@ def check(model, *shape, plain=True):
     return small
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("kind", ["in", "out", "both"])
 @pytest.mark.parametrize("mode", ["paper", "median", "topk"])
 @pytest.mark.parametrize("bias", [True, False])
@@ -177,6 +177,7 @@ CHAINS = {
 }
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("name", CHAINS)
 @pytest.mark.parametrize("seed", [0, 1])
 def test_sequential(name, seed):
@@ -409,8 +410,8 @@ LOADS = """
 import sys
 sys.modules["l0kernels"] = None  # importing it is an error
 import torch
-x, y = torch.load(sys.argv[2])
-torch.testing.assert_close(torch.export.load(sys.argv[1]).module()(x), y)
+x, y = torch.load("data.pt")
+torch.testing.assert_close(torch.export.load("small.pt2").module()(x), y)
 """
 
 
@@ -422,11 +423,12 @@ def test_the_docstring_saves_what_loads_without_the_package(tmp_path):
     exec(SAVED, names)
     x = torch.randn(9, 20)
     torch.testing.assert_close(names["loaded"](x), model.eval()(x))
-    data = str(tmp_path / "data.pt")
-    torch.save((x, model(x)), data)
-    subprocess.run([sys.executable, "-c", LOADS, path, data], check=True, timeout=300)
+    torch.save((x, model(x)), tmp_path / "data.pt")
+    done = fresh.run(LOADS, tmp_path)
+    assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("kind", ["in", "out", "both"])
 @pytest.mark.parametrize("mode", ["paper", "median", "topk"])
 @pytest.mark.parametrize("bias", [True, False])
@@ -557,6 +559,7 @@ NOT_ZERO = {"plain norm", "flatten behind a sigmoid", "depthwise"}
 """Where closed outputs become constants that the next layer reads, so that they have to stay."""
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("name", CONVOLUTIONS)
 @pytest.mark.parametrize("seed", [0, 1])
 def test_convolutions(name, seed):
@@ -603,6 +606,7 @@ def test_widths_between_convolutions():
     assert kinds[7:] == ["SelectInputs", "Linear", "ReLU", "Linear"]
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("name", CONVOLUTIONS)
 @pytest.mark.parametrize("value", [None, -60.0], ids=["some open", "all closed"])
 def test_exported_convolutions_script_and_pickle(name, value):

@@ -539,6 +539,7 @@ SAME = [
 EITHER = [InAListOfLists, HandsALayer, CountsLayers, UnpacksLayers, AsksTheBlock]
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("kind", SMALLER + SAME + EITHER)
 @pytest.mark.parametrize("seed", [0, 1])
 def test_forwards_of_other_people(kind, seed):

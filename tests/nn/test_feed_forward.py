@@ -217,6 +217,7 @@ class Block(torch.nn.Module):
         return x + self.mlp(x)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("level", [None, -60.0, 60.0], ids=["mixed", "closed", "open"])
 def test_export(activation, level):

@@ -184,6 +184,7 @@ def test_norms_without_bias():
         assert exported.bias is None
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("name", PAIRS)
 @pytest.mark.parametrize("gated", [True, False])
 def test_compiled_and_meta(name, gated):

@@ -461,7 +461,15 @@ class TestCoupled:
         assert abs(value.item()) < 1e-30
         assert all(g is None or g.abs().max() < 1e-30 for g in grads.values())
 
-    @pytest.mark.parametrize("backend", ONE_BACKEND, indirect=True)
+
+def together():
+    """Every model in one graph."""
+    return torch.nn.ModuleList([make() for make in MODELS])
+
+
+@pytest.mark.parametrize("make", [together, *(pytest.param(make, marks=pytest.mark.long) for make in MODELS)])
+@pytest.mark.parametrize("backend", ONE_BACKEND, indirect=True)
+class TestCompiled:
     def test_whole_graph(self, backend, make):
         torch._dynamo.reset()
         model = spread(make())

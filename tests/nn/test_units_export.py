@@ -257,6 +257,7 @@ def is_plain(model):
 # ---- export
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("name", NETS)
 def test_export_equals_eval(name, seed):
@@ -621,6 +622,7 @@ def p_open(gate):
     return gate.dist.p_open(gate.log_alpha).double()
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("block", [1, 3])
 @pytest.mark.parametrize("name", NETS)
 def test_expected_l0_is_the_sum_over_the_elements(name, block):
@@ -695,6 +697,7 @@ def test_open_units_by_name():
     assert list(found.values()) == [(int(gate().count[0]), gate.n) for gate in groups_of(model).gates]
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("block", [1, 3])
 @pytest.mark.parametrize("name", NETS)
 def test_penalty_is_the_sum_over_the_elements(name, block):
@@ -741,6 +744,7 @@ def test_penalty_in_single_precision_and_of_a_frozen_gate(name):
 # ---- copies, state, helpers
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("mode", ["deepcopy", "pickle", "save"])
 @pytest.mark.parametrize("name", NETS)
 def test_copies(name, mode):
@@ -803,6 +807,7 @@ def test_state_dicts(name):
     assert torch.equal(other(x), before)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("name", NETS)
 def test_dtypes(name, dtype):
@@ -894,6 +899,7 @@ def group(tmp_path):
     dist.destroy_process_group()
 
 
+@pytest.mark.covering(1)
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 @pytest.mark.usefixtures("group")
 @pytest.mark.parametrize("kept", [False, True])

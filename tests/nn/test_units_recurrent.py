@@ -255,6 +255,7 @@ def test_activations_stay_narrow():
 # ---- what is exported and counted
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("name", ["gru", "cells", "translator", "packed"])
 def test_export(name, seed):

@@ -5,12 +5,11 @@ import asyncio
 import contextvars
 import os
 import runpy
-import subprocess
-import sys
 import threading
 import time
 from importlib import util
 
+import fresh
 import pytest
 import torch
 
@@ -26,16 +25,9 @@ needs_native = pytest.mark.skipif(native is None, reason="l0kernels._C was not b
 
 
 def run(code, *, check=True, **environment):
-    """stdout of ``code`` in a fresh interpreter; with check=False its stderr, once it has failed."""
+    """stdout of ``code`` in a process of its own; with check=False its stderr, once it has failed."""
     clean = {k: v for k, v in os.environ.items() if not k.startswith("L0KERNELS_")}
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**clean, **environment},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    done = fresh.run(code, os.getcwd(), clean | environment)
     assert (done.returncode == 0) == check, done.stderr
     return done.stdout if check else done.stderr
 

@@ -115,12 +115,14 @@ def check(name, sides, *, way="dense", dtype=torch.float32, full=False, layout="
 
 
 class TestAgainstTheFormula:
+    @pytest.mark.covering(2)
     @pytest.mark.parametrize("way", WAYS)
     @pytest.mark.parametrize("name", GEOMETRIES)
     def test_geometries_sides_and_layouts(self, backend, name, way):
         for sides, layout in itertools.product(SIDES, ("contiguous", "channels_last")):
             check(name, sides, way=way, layout=layout)
 
+    @pytest.mark.covering(1)
     @pytest.mark.parametrize("way", WAYS)
     @pytest.mark.parametrize("name", ["plain", "one", "groups", "depthwise", "multiplier"])
     def test_open_and_closed(self, backend, name, way):
@@ -130,12 +132,14 @@ class TestAgainstTheFormula:
         for kind, sides in itertools.product(KINDS, SIDES[1:4]):
             check(name, sides, way=way, kinds=(kind, kind), layout="channels_last")
 
+    @pytest.mark.covering(2)
     @pytest.mark.parametrize("way", WAYS)
     @pytest.mark.parametrize("name", ["plain", "same, even", "two groups", "multiplier"])
     def test_float64_and_memory_between_nans(self, backend, name, way):
         for sides in SIDES:
             check(name, sides, way=way, dtype=torch.float64, layout="sliced")
 
+    @pytest.mark.covering(2)
     @pytest.mark.parametrize("way", WAYS)
     @pytest.mark.parametrize("full", [False, True])
     @pytest.mark.parametrize("name", ["plain", "groups", "depthwise"])
@@ -144,6 +148,7 @@ class TestAgainstTheFormula:
         for sides in SIDES[1:]:
             check(name, sides, way=way, full=full, kinds=("wild", "wild"))
 
+    @pytest.mark.covering(2)
     @pytest.mark.parametrize("way", WAYS)
     @pytest.mark.parametrize("name", ["plain", "same, even", "groups", "depthwise"])
     def test_empty_batch(self, backend, name, way):
@@ -161,6 +166,7 @@ class TestAgainstTheFormula:
             y, grads = compare(call, tensors, dtype=torch.float32, masks=masks, needs=needs)
             assert (y.ndim, grads["x"].ndim) == (3, 3)
 
+    @pytest.mark.covering(2)
     @pytest.mark.parametrize("way", WAYS)
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     @pytest.mark.parametrize("name", ["wide", "groups", "depthwise"])
@@ -178,6 +184,7 @@ class TestAgainstTheFormula:
             assert grads["weight"].dtype == tensors["weight"].dtype
             assert grads["z_in"].dtype == torch.float32
 
+    @pytest.mark.covering(2)
     @pytest.mark.parametrize("way", WAYS)
     @pytest.mark.parametrize("name", ["plain", "groups"])
     def test_gradients_that_are_wanted(self, backend, name, way):

@@ -53,6 +53,7 @@ class TestSampling:
             else:
                 assert_order(parts[0])
 
+    @pytest.mark.covering(2)
     @pytest.mark.parametrize("seed", [0, 1, -1, 2**32, 2**63 - 1, -(2**63)])
     @pytest.mark.parametrize("rank", [0, 1, 2**32 - 1])
     def test_seed_and_rank(self, backend, seed, rank):
@@ -162,6 +163,7 @@ class TestSampling:
 
 
 class TestDistribution:
+    @pytest.mark.covering(2)
     @pytest.mark.parametrize("dist", DISTS)
     @pytest.mark.parametrize("log_alpha", [-3.0, -1.0, 0.0, 1.7, 4.0])
     def test_closed_form(self, backend, dist, log_alpha):

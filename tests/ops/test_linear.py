@@ -76,6 +76,7 @@ def needs_of(tensors, sides):
 
 
 class TestAgainstTheFormula:
+    @pytest.mark.covering(2)
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
     @pytest.mark.parametrize("size", SIZES)
     def test_sizes_sides_and_kinds_of_gates(self, backend, size, dtype):
@@ -165,6 +166,7 @@ class TestAgainstTheFormula:
 
 
 class TestLayouts:
+    @pytest.mark.covering(2)
     @pytest.mark.parametrize("size", [(29, 37, 41), (15, 385, 33), (33, 70, 14)])
     @pytest.mark.parametrize("w_layout", LAYOUTS)
     @pytest.mark.parametrize("x_layout", LAYOUTS)
@@ -307,6 +309,7 @@ class TestSupport:
 
 
 class TestL0Linear:
+    @pytest.mark.covering(2)
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
     @pytest.mark.parametrize("has_bias", [True, False])
     @pytest.mark.parametrize("has", [(True, True), (True, False), (False, True), (False, False)])
@@ -358,6 +361,7 @@ class TestL0Linear:
 
 
 class TestGradcheck:
+    @pytest.mark.covering(2)
     @pytest.mark.parametrize("sides", SIDES)
     @pytest.mark.parametrize("has_bias", [True, False])
     def test_gated_linear(self, backend, sides, has_bias):
@@ -379,6 +383,7 @@ class TestGradcheck:
 
         assert gradcheck(call, leaves)
 
+    @pytest.mark.covering(1)
     @pytest.mark.parametrize("has", [(True, True), (True, False), (False, True)])
     def test_l0_linear(self, backend, has):
         x, weight, bias = (

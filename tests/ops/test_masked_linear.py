@@ -46,6 +46,7 @@ def drawn(log_alpha):
     return reference.sample_gates(log_alpha.detach().flatten(), seed=SEED).z.view(log_alpha.shape)
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("size", SIZES)
 def test_sizes_and_blocks(backend, size, dtype):

@@ -66,6 +66,7 @@ def case(
 
 
 class TestAgainstTheFormula:
+    @pytest.mark.covering(2)
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
     @pytest.mark.parametrize("activation", ACTIVATIONS)
     @pytest.mark.parametrize(
@@ -87,6 +88,7 @@ class TestAgainstTheFormula:
         tensors, masks = case(batch, sizes, activation=activation, dtype=dtype)
         compare(chain(activation), tensors, dtype=dtype, masks=masks)
 
+    @pytest.mark.covering(2)
     @pytest.mark.parametrize("activation", ACTIVATIONS)
     @pytest.mark.parametrize("gated", GATED)
     def test_with_and_without_each_gate_and_bias(self, backend, gated, activation):
@@ -94,6 +96,7 @@ class TestAgainstTheFormula:
             tensors, masks = case(11, (13, 37, 17, 7), activation=activation, gated=gated, biased=biased)
             compare(chain(activation), tensors, dtype=torch.float32, what=f"{biased}", masks=masks)
 
+    @pytest.mark.covering(2)
     @pytest.mark.parametrize("activation", ACTIVATIONS)
     @pytest.mark.parametrize("kinds", list(itertools.product(KINDS, repeat=2)))
     def test_kinds_of_gates(self, backend, kinds, activation):
@@ -107,6 +110,7 @@ class TestAgainstTheFormula:
         assert not grads["w1"][:, ~open_hidden].any()
         assert not grads["x"][:, ~open_in].any()
 
+    @pytest.mark.covering(2)
     @pytest.mark.parametrize("full", [False, True])
     @pytest.mark.parametrize("activation", ACTIVATIONS)
     def test_own_gates_below_zero_and_above_one(self, backend, activation, full):
@@ -114,6 +118,7 @@ class TestAgainstTheFormula:
             tensors, masks = case(batch, (23, 41, 19), activation=activation, kinds=("wild",), full=full)
             compare(chain(activation, full), tensors, dtype=torch.float32, what=f"{batch}", masks=masks)
 
+    @pytest.mark.covering(2)
     @pytest.mark.parametrize("activation", ACTIVATIONS)
     @pytest.mark.parametrize("shape", [(13,), (0, 13), (2, 0, 13), (3, 2, 13), (2, 1, 3, 13)])
     def test_leading_dimensions_and_empty_batches(self, backend, shape, activation):
@@ -129,6 +134,7 @@ class TestAgainstTheFormula:
         tensors, masks = case(4, sizes, activation=activation)
         compare(chain(activation), tensors, dtype=torch.float32, masks=masks)
 
+    @pytest.mark.covering(1)
     @pytest.mark.parametrize("activation", ACTIVATIONS)
     def test_layouts(self, backend, activation):
         for x_layout, w_layout in itertools.product(LAYOUTS.values(), repeat=2):
@@ -195,6 +201,7 @@ class TestAgainstTheFormula:
 
 
 class TestNeededGradients:
+    @pytest.mark.covering(1)
     @pytest.mark.parametrize("activation", ["relu", "gelu", "swiglu"])
     @pytest.mark.parametrize("batch", [4, 50])
     def test_every_subset(self, backend, activation, batch):
@@ -221,6 +228,7 @@ class TestNeededGradients:
 
 
 class TestL0Mlp:
+    @pytest.mark.covering(2)
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
     @pytest.mark.parametrize("activation", ACTIVATIONS)
     @pytest.mark.parametrize("gated", GATED)
@@ -291,6 +299,7 @@ def test_large_arguments(activation, backend):
 
 
 class TestGradcheck:
+    @pytest.mark.covering(1)
     @pytest.mark.parametrize("activation", ACTIVATIONS)
     @pytest.mark.parametrize("gated", [(True, True, True), (False, True, False), (True, False, True)])
     def test_sampled_gates(self, backend, activation, gated):

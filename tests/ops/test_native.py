@@ -7,9 +7,9 @@ import math
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
+import fresh
 import pytest
 import torch
 
@@ -346,6 +346,7 @@ class TestCasts:
             unpacked, _, _ = cpp.unpack(values, (1, n), None, gate, target)
             assert_same_values(unpacked, expected)
 
+    @pytest.mark.covering(2)
     @pytest.mark.parametrize("source", DTYPES)
     @pytest.mark.parametrize("target", DTYPES)
     @pytest.mark.parametrize("layout", LAYOUTS)
@@ -400,10 +401,9 @@ class TestMemory:
         """No kernel reads or writes outside its operands, and every result is written whole."""
         environment = {k: v for k, v in os.environ.items() if not k.startswith("L0KERNELS_")}
         environment["PYTHONPATH"] = str(Path(l0.__file__).parents[1])
-        script = [sys.executable, str(TESTS / "support/guard_pages.py")]
-        done = subprocess.run(
-            script, env=environment, capture_output=True, text=True, timeout=120, check=False
-        )
+        script = str(TESTS / "support/guard_pages.py")
+        program = f"import runpy; runpy.run_path({script!r}, run_name='__main__')"
+        done = fresh.run(program, TESTS, environment)
         assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
         assert "base ok" in done.stdout
 

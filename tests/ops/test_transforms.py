@@ -32,6 +32,7 @@ def constants():
     return {key: value.detach() for key, value in leaves(6).items()}
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("name", CALLS)
 class TestCalls:
     def test_gradients(self, backend, name):

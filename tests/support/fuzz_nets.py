@@ -21,7 +21,7 @@ from op_checks import BACKENDS
 
 T = torch.nn
 
-NETS = int(os.environ.get("L0KERNELS_FUZZ_NETS", "100"))
+NETS = int(os.environ.get("L0KERNELS_FUZZ_NETS", "60"))
 """How many nets the test-suite tries."""
 
 ROUNDINGS = 16 * 316

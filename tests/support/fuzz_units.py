@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 import l0kernels as l0
 from l0kernels import _checks
 
-NETS = int(os.environ.get("L0KERNELS_FUZZ_NETS", "150"))
+NETS = int(os.environ.get("L0KERNELS_FUZZ_NETS", "100"))
 
 ACTIVATIONS = {
     "relu": F.relu,

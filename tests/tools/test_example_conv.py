@@ -1,10 +1,9 @@
 """The convolutional examples: short runs end to end, proven export, CIFAR-10's files, what they refuse."""
 
 import pickle
-import subprocess
-import sys
 
 import data
+import fresh
 import numpy as np
 import pytest
 import shipping
@@ -84,7 +83,7 @@ def test_an_export_loads_where_there_is_no_l0kernels(lenet5, tmp_path):
         "torch.testing.assert_close(net(saved['x']), saved['y'])\n"
         "print('equal')"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    done = fresh.run(code, tmp_path)
     assert done.stdout == "equal\n", done.stderr
 
 

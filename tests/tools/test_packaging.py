@@ -10,6 +10,7 @@ import textwrap
 import zipfile
 from pathlib import Path
 
+import fresh
 import pytest
 import torch
 
@@ -31,16 +32,8 @@ def clean_environment():
 
 
 def run_python(code, cwd, **environment):
-    """stdout of `code` in a fresh interpreter, outside the repository; fails with its stderr."""
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=cwd,
-        env={**clean_environment(), **environment},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    """stdout of `code` in a process of its own, outside the repository; fails with its stderr."""
+    done = fresh.run(code, cwd, {**clean_environment(), **environment})
     assert done.returncode == 0, done.stderr
     return done.stdout
 

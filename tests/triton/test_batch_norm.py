@@ -94,6 +94,7 @@ def check(shape, gate, *, training=True, dtype=torch.float32, affine=True, track
         assert torch.equal(torch.nan_to_num(grads[i]), torch.nan_to_num([dx, *rest][i]))
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize(
     ("channels", "kind"), [(5, "none"), (5, "plain"), (140, "none"), (140, "plain"), (140, "packed")]

@@ -175,6 +175,7 @@ def test_sides_packed_and_dense(kind, sides, kernel):
             )  # fmt: skip
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("keep", [0.0, 1.0])
 @pytest.mark.parametrize("n", [12, 130], ids=["narrow", "wide"])
 def test_all_open_and_all_closed(n, keep):
@@ -214,6 +215,7 @@ def test_groups(groups, multiplier):
         check((2, 6, 4, 3), n_out, (3, 2), **options, gates=gates)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("groups", [34, 136], ids=["groups", "depthwise"])
 @pytest.mark.parametrize("kind", ["packed", "plain"])
 def test_groups_packed(kind, groups):
@@ -250,7 +252,9 @@ def test_nothing_beyond_the_channels_of_a_slice_is_read():
     near(y, F.conv2d(x.double(), weight.double(), padding=1), x.dtype, "y")
 
 
-@pytest.mark.parametrize("n_open", [0, 3, 17, 40, 60, 64, 65, 97, 140])
+@pytest.mark.parametrize(
+    "n_open", [0, 17, 64, 65, 140, *(pytest.param(n, marks=pytest.mark.long) for n in (3, 40, 60, 97))]
+)
 def test_tiles_cover_the_open_columns(n_open):
     """Tiles halve where the columns end: every width, in the product and in the gradient of W."""
     n, k = 144, 16
@@ -325,6 +329,7 @@ def test_a_bias_of_any_strides(layout, kernel, groups):
         torch.testing.assert_close(got, want, rtol=0, atol=1e-4 * max(1.0, want.abs().max().item()))
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("sizes", [(0, 6), (8, 0)], ids=str)
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("packed", [False, True])
@@ -351,7 +356,7 @@ def test_no_inputs_or_no_outputs(packed, groups, sizes):
         torch.testing.assert_close(got, expected)
 
 
-@pytest.mark.parametrize("n", [1, 2])
+@pytest.mark.parametrize("n", [1, pytest.param(2, marks=pytest.mark.long)])
 def test_outputs_may_be_changed_in_place(n):
     """As those of torch's convolution: what a Function returns must be no view."""
     gates = Gates.from_z(torch.tensor([0.0, 1.0, 0.5, 0.0, 1.0, 0.2], device=DEVICE), full_grad=False)

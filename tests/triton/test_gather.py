@@ -176,6 +176,7 @@ def test_linear_in_half_precision(dtype, bias):
     check_linear((40, 37, 90), dtype, ("mixed", "mixed"), bias=bias)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("kind", ["open", "closed", "few"])
 @pytest.mark.parametrize("plain", [False, True])
 def test_linear_with_gates_alike(kind, plain):
@@ -184,6 +185,7 @@ def test_linear_with_gates_alike(kind, plain):
     check_linear((20, 50, 70), torch.float32, ("mixed", kind), plain=plain)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("layout", ["transposed", "strided"])
 @pytest.mark.parametrize("wide", [False, True])
 def test_linear_of_any_strides(layout, wide, monkeypatch):
@@ -350,6 +352,7 @@ def check_mlp(
     return grads
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_chain(activation, dtype, launches):
@@ -364,6 +367,7 @@ def test_chain_with_gates_alike(kind):
     check_mlp((30, 70, 10), 20, torch.float32, "relu", [kind, "mixed"])
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("sizes", [(5, 3), (1, 1, 1), (130, 67, 2, 65)], ids=str)
 @pytest.mark.parametrize("M", [0, 1, 37])
 def test_chain_of_odd_sizes(sizes, M):

@@ -98,23 +98,25 @@ def test_gated_linear(sides, plain, keep, route):
 @pytest.mark.covering(2)
 @pytest.mark.parametrize("keep", [0.0, 0.6])
 @pytest.mark.parametrize("activation", ["relu", "gelu", "silu", "identity", "swiglu", "geglu"])
-def test_gated_mlp(activation, keep, route):
+@pytest.mark.parametrize(
+    ("which", "plain", "repack"), [(7, False, False), (7, False, True), (2, False, False), (7, True, False)]
+)
+def test_gated_mlp(activation, keep, which, plain, repack, route):
+    """``which``: bits of the layers that have gates."""
     sizes = (16, 24, 20, 8)
     rows = 2 if "glu" in activation else 1
     weights = [
         randn(b * (rows if i < 2 else 1), a) * 0.3 for i, (a, b) in enumerate(itertools.pairwise(sizes))
     ]
     biases = [randn(w.shape[0]) * 0.3 for w in weights]
-    for which, plain, repack in ((7, False, False), (7, False, True), (2, False, False), (7, True, False)):
-        gates = [gates_of(n, keep, plain) if which >> i & 1 else None for i, n in enumerate(sizes[:-1])]
+    gates = [gates_of(n, keep, plain) if which >> i & 1 else None for i, n in enumerate(sizes[:-1])]
 
-        def call(x, w0, w1, w2, b0, b1, b2, *z, gates=gates, repack=repack):
-            given = [g if g is None else l0.Gates(v, *g[1:]) for g, v in zip(gates, z, strict=True)]
-            options = {"repack_in_backward": repack}
-            return l0.gated_mlp(x, [w0, w1, w2], [b0, b1, b2], given, activation, **options)
+    def call(x, w0, w1, w2, b0, b1, b2, *z):
+        given = [g if g is None else l0.Gates(v, *g[1:]) for g, v in zip(gates, z, strict=True)]
+        return l0.gated_mlp(x, [w0, w1, w2], [b0, b1, b2], given, activation, repack_in_backward=repack)
 
-        leaves = [randn(M, 16), *weights, *biases, *(None if g is None else g.z for g in gates)]
-        compare(call, leaves, 8, [g for g in gates if g is not None])
+    leaves = [randn(M, 16), *weights, *biases, *(None if g is None else g.z for g in gates)]
+    compare(call, leaves, 8, [g for g in gates if g is not None])
 
 
 @pytest.mark.parametrize("call", ["l0_linear", "l0_mlp"])
@@ -219,6 +221,7 @@ def test_activations_of_any_size(activation):
     assert ((grad - exact_grad).abs() <= 1e-5).all()
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not INTERPRETED, reason="on a GPU gpu-check runs the example itself")
 def test_the_example_runs_unchanged(tmp_path):
     """The LeNet-300-100 example with no change of code, one step, its kernels interpreted."""

@@ -166,6 +166,7 @@ class TestBlocks:
     def test_sizes_and_blocks(self, size, block):
         check_blocks(size, block)
 
+    @pytest.mark.covering(1)
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize(
         ("size", "block"),
@@ -180,6 +181,7 @@ class TestBlocks:
     def test_tiles_and_dtypes(self, size, block, dtype):
         check_blocks(size, block, dtype=dtype)
 
+    @pytest.mark.covering(1)
     @pytest.mark.parametrize("kind", ["open", "closed", "few", "wild"])
     @pytest.mark.parametrize("full", [False, True])
     def test_kinds(self, kind, full):
@@ -205,15 +207,20 @@ class TestBlocks:
         expected = kernels.block_linear_backward(dy.contiguous(), *args)
         assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
-    @pytest.mark.parametrize("needs", list(itertools.product([True, False], repeat=4)))
-    def test_only_what_is_needed(self, needs):
+    @pytest.mark.covering(2)
+    @pytest.mark.parametrize("need_x", [True, False])
+    @pytest.mark.parametrize("need_w", [True, False])
+    @pytest.mark.parametrize("need_b", [True, False])
+    @pytest.mark.parametrize("need_z", [True, False])
+    def test_only_what_is_needed(self, need_x, need_w, need_b, need_z):
+        needs = [need_x, need_w, need_b, need_z]
         x, weight, dy = on_device(torch.randn(6, 10), torch.randn(8, 10), torch.randn(6, 8))
         (z,) = on_device(make_z("mixed", 6).view(2, 3))
         args = (dy, x, weight, z, 4, 4, False, torch.float32)
         everything = kernels.block_linear_backward(*args, [True] * 4)
         before = weight.clone()
         for value, expected, need in zip(
-            kernels.block_linear_backward(*args, list(needs)), everything, needs, strict=True
+            kernels.block_linear_backward(*args, needs), everything, needs, strict=True
         ):
             assert torch.equal(value, expected) if need else value is None
         assert torch.equal(weight, before)

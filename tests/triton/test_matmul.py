@@ -49,7 +49,7 @@ def buffer(rows, columns):
 @pytest.mark.parametrize("activation", ["identity", "relu", "gelu", "silu"])
 def test_hidden_layer_and_its_gradients(keep, activation, plain, pointers):
     """A gated hidden layer from end to end: act, grad, scatter and every extent."""
-    M, N, K, D = 70, 300, 200, 50
+    M, N, K, D = 37, 200, 72, 42
     x, w, b, gate = draw(M, K), draw(N, K), draw(N), make_gate(N, keep, plain)
     options = {"config": TILE, "pointers": pointers}
     h, slope = buffer(M, N), buffer(M, N)
@@ -69,7 +69,7 @@ def test_hidden_layer_and_its_gradients(keep, activation, plain, pointers):
 
     dy, w2 = draw(M, D + 6)[:, :D], draw(D, N + 4)[:, :N]
     hidden.backward(dy @ w2)
-    da, partial = buffer(M, N), torch.full((2, -(-M // 32), 384), float("nan"), device=DEVICE)
+    da, partial = buffer(M, N), torch.full((2, -(-M // 32), 256), float("nan"), device=DEVICE)
     after = Epilogue(
         "grad", activation, scale_n=True, saved=slope if saves else None, hidden=Operand(None, h),
         partial=partial, dz=True, db=True,

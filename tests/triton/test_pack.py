@@ -112,15 +112,16 @@ def test_pack_of_one_dimension(shape, keep):
         check_pack(full, None, cols, torch.float32, scale_cols=scale)
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("keep_rows", [(0.5, False), (0.5, True), (0.0, False)])
 @pytest.mark.parametrize("keep_cols", [(0.5, False), (0.5, True), (0.0, False)])
-def test_pack_of_both_dimensions(keep_rows, keep_cols):
+@pytest.mark.parametrize("scale", [(False, False), (True, False), (False, True), (True, True)])
+def test_pack_of_both_dimensions(keep_rows, keep_cols, scale):
     full = torch.randn(45, 401, device=DEVICE)
-    for scale_rows, scale_cols in ((False, False), (True, False), (False, True), (True, True)):
-        rows, cols = draw(45, *keep_rows), draw(401, *keep_cols)
-        check_pack(full, rows, cols, torch.float32, scale_rows, scale_cols)
+    check_pack(full, draw(45, *keep_rows), draw(401, *keep_cols), torch.float32, *scale)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("source", ELEMENTWISE)
 @pytest.mark.parametrize("dtype", ELEMENTWISE)
 def test_pack_casts(source, dtype):
@@ -267,17 +268,20 @@ def test_unpack_of_one_dimension(shape, keep):
         check_unpack(shape, None, cols, torch.float32, torch.float32, **kwargs)
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("keep_rows", [(0.5, False), (0.5, True), (0.0, False)])
 @pytest.mark.parametrize("keep_cols", [(0.5, False), (0.5, True), (0.0, False)])
-def test_unpack_of_both_dimensions(keep_rows, keep_cols):
+@pytest.mark.parametrize("scale", [(False, False), (True, False), (False, True), (True, True)])
+def test_unpack_of_both_dimensions(keep_rows, keep_cols, scale):
     shape = (45, 401)
     theta = torch.randn(shape, device=DEVICE)
-    for scale in ((False, False), (True, False), (False, True), (True, True)):
-        rows, cols = draw(45, *keep_rows), draw(401, *keep_cols)
-        check_unpack(shape, rows, cols, torch.float32, torch.float32, scale=scale, theta=theta)
-    check_unpack(shape, rows, cols, torch.float32, torch.float32)
+    rows, cols = draw(45, *keep_rows), draw(401, *keep_cols)
+    check_unpack(shape, rows, cols, torch.float32, torch.float32, scale=scale, theta=theta)
+    if scale == (False, False):
+        check_unpack(shape, rows, cols, torch.float32, torch.float32)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("packed_dtype", ELEMENTWISE)
 @pytest.mark.parametrize("dtype", ELEMENTWISE)
 def test_unpack_casts(packed_dtype, dtype):

@@ -20,8 +20,10 @@ CASES = {
 }
 
 
-EVERY = [(name, log_alpha) for name in CASES for log_alpha in (None, 60.0, -60.0)]
-EVERY.remove(("lenet5", 60.0))  # slow, interpreted
+EVERY = [(name, None) for name in CASES] + [("wide block", 60.0), ("recommended block", -60.0)]
+LONG = [(name, log_alpha) for name in CASES for log_alpha in (60.0, -60.0) if (name, log_alpha) not in EVERY]
+LONG.remove(("lenet5", 60.0))  # slow, interpreted
+EVERY += [pytest.param(case, marks=pytest.mark.long) for case in LONG]
 
 
 @pytest.mark.covering(1)

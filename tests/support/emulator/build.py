@@ -1,5 +1,8 @@
 """Builds the CUDA sources for the emulator: l0kernels._CUDA as a module that runs on the CPU."""
 
+import hashlib
+import os
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -9,7 +12,9 @@ from pathlib import Path
 import pybind11
 
 HERE = Path(__file__).resolve().parent
-CSRC = HERE.parents[2] / "csrc"
+ROOT = HERE.parents[2]
+CSRC = ROOT / "csrc"
+COMPILER = os.environ.get("CXX", "g++")
 NAME = "emulated_cuda"
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
 WARNINGS = ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
@@ -30,6 +35,26 @@ def sources() -> list[Path]:
     suffixes = {".h", ".cuh", ".cu", ".cpp", ".py"}
     folders = (CSRC, CSRC / "cuda", HERE)
     return sorted(p for folder in folders for p in folder.iterdir() if p.suffix in suffixes)
+
+
+def why_not() -> str | None:
+    """Why the module cannot be built here; None if it can."""
+    if not sys.platform.startswith("linux") or shutil.which(COMPILER) is None:
+        return "needs g++ on Linux"
+    if not all(map(os.path.isabs, sanitizer_libraries(COMPILER))):
+        return f"{COMPILER} has no sanitizers"
+    return None
+
+
+def built() -> Path:
+    """Folder of the sanitized module; built anew only when a source has changed."""
+    digest = hashlib.sha256()
+    for path in sources():
+        digest.update(path.read_bytes())
+    folder = ROOT / "build" / "emulator" / f"{sys.implementation.cache_tag}-{digest.hexdigest()[:16]}"
+    if not list(folder.glob(f"{NAME}*.so")):
+        build(folder, COMPILER)
+    return folder
 
 
 def build(folder: Path, compiler: str = "g++", sanitize: bool = True) -> Path:
@@ -64,4 +89,7 @@ def compile_module(inputs: list[Path], flags: list[str], folder: Path, name: str
 
 
 if __name__ == "__main__":
-    print(build(Path(sys.argv[1]), sanitize="--plain" not in sys.argv))
+    if sys.argv[1:]:
+        print(build(Path(sys.argv[1]), sanitize="--plain" not in sys.argv))
+    else:
+        print(why_not() or built())
