@@ -204,9 +204,13 @@ class Budget:
         self._handle = optimizer.register_step_post_hook(self._after_step)
         return self._handle
 
-    @torch.compiler.disable
     def _after_step(self, *_: Any) -> None:
-        self.step()
+        if torch.compiler.is_compiling():
+            from .uncompiled import uncompiled
+
+            uncompiled(self.step)
+        else:
+            self.step()
 
     def step(self) -> None:
         """What ends a step of the optimiser, with the gates' gradients at hand: for loops without hooks."""
