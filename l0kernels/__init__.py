@@ -11,6 +11,9 @@ In short::
 """
 
 import gc as _gc
+from importlib import import_module as _import_module
+from typing import TYPE_CHECKING as _TYPE_CHECKING
+from typing import Any as _Any
 
 import torch as _torch  # before the native extension: both must share one OpenMP runtime  # noqa: F401
 
@@ -19,7 +22,7 @@ import torch as _torch  # before the native extension: both must share one OpenM
 _collects = _gc.isenabled()
 _gc.disable()
 try:
-    from . import nn, prox, reference
+    from . import nn, reference
     from ._registry import backends, use_backend
     from .batch_norm import gated_batch_norm
     from .conv2d import Packed, gated_conv2d, pack_channels, packed_conv2d, unpack_channels
@@ -32,6 +35,16 @@ try:
 finally:
     if _collects:
         _gc.enable()
+
+if _TYPE_CHECKING:
+    from . import prox
+
+
+def __getattr__(name: str) -> _Any:
+    if name == "prox":  # what few trainings use can wait
+        return _import_module(".prox", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 __version__ = "0.1.0"
 

@@ -15,9 +15,12 @@ A whole training, for N examples in batches::
     small = l0.nn.export(model)                                     # plain torch.nn, without what is closed
 """
 
+from importlib import import_module as _import_module
+from typing import TYPE_CHECKING as _TYPE_CHECKING
+from typing import Any as _Any
+
 from .bank import Draw, GateBank
 from .batch_norm import L0BatchNorm1d, L0BatchNorm2d, L0BatchNorm3d
-from .budget import Budget
 from .conv import (
     L0Conv1d,
     L0Conv2d,
@@ -31,7 +34,6 @@ from .distributed import agree_on_gates, independent_gates_, keep_gates_whole
 from .export import Residual, ScatterOutputs, SelectInputs, SlicedConv1d, SlicedConv2d, SlicedLinear, export
 from .feed_forward import GatedProduct, L0FeedForward
 from .gate import GatedLayer, HardConcreteGate, gate_modules
-from .lagrangian import Lagrangian
 from .linear import L0Linear
 from .mlp import L0MLP
 from .norm import L0GroupNorm, L0LayerNorm, L0RMSNorm
@@ -44,10 +46,30 @@ from .penalty import (
     weight_parameters,
 )
 from .report import GateReport, Report, Size, Watch, report
-from .schedules import Ramp, Schedule, set_lam_
 from .sequential import L0Residual, L0Sequential
 from .summary import GateSummary, Open, Summary, open_units, summary
 from .units import UnitGraph, gate_, ungate_, unit_graph
+
+if _TYPE_CHECKING:
+    from .budget import Budget
+    from .lagrangian import Lagrangian
+    from .schedules import Ramp, Schedule, set_lam_
+
+_LATER = {
+    "Budget": ".budget",
+    "Lagrangian": ".lagrangian",
+    "Ramp": ".schedules",
+    "Schedule": ".schedules",
+    "set_lam_": ".schedules",
+}
+"""Where names are that few trainings use: these modules are imported when asked for."""
+
+
+def __getattr__(name: str) -> _Any:
+    if name in _LATER:
+        return getattr(_import_module(_LATER[name], __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 __all__ = [
     "L0MLP",

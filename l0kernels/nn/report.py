@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,11 +17,13 @@ from torch.utils.hooks import RemovableHandle
 from .. import reference
 from .._gates import EVAL_MODES
 from ..gates import eval_gates, sample_gates
-from .budget import Budget
 from .cost import Cost, cost_of
 from .gate import HardConcreteGate
 from .names import named_gates
 from .units.graph import aligned
+
+if TYPE_CHECKING:
+    from .budget import Budget
 
 UNDECIDED = (0.1, 0.9)
 """Between these a P(z > 0) is neither open nor closed."""
