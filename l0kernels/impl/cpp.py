@@ -284,6 +284,12 @@ def _z_dtype(dtype: torch.dtype, rows: Gate | None, cols: Gate | None) -> torch.
     return torch.float64 if double else torch.float32
 
 
+def _following(t: Tensor, run: int) -> Tensor:
+    """A matrix whose columns' entries follow one another: kernels may be expanded, or every other entry."""
+    t = plain(t)
+    return t if run == 1 or t.stride(1) == 1 else t.contiguous()
+
+
 def pack(
     full: Tensor,
     rows: Gate | None,
@@ -300,7 +306,7 @@ def pack(
     ``run``: how many entries in a row are one column; ``apart``: in the result the first entries of all
     columns stand together, then the second ones, and so on.
     """
-    full, size_rows, size_cols = plain(full), full.shape[0], full.shape[1] // run
+    full, size_rows, size_cols = _following(full, run), full.shape[0], full.shape[1] // run
     n_rows, n_cols = extent(rows, size_rows, dtype), extent(cols, size_cols, dtype)
     out = full.new_empty(n_rows, n_cols * run, dtype=dtype)
     z_dtype = _z_dtype(dtype, rows, cols)
@@ -344,7 +350,7 @@ def unpack(
     ``out``: contiguous memory for the matrix. ``run``, ``apart``: as of pack.
     """
     packed = plain(packed).contiguous()
-    theta = None if grads.theta is None else plain(grads.theta)
+    theta = None if grads.theta is None else _following(grads.theta, run)
     out = packed.new_empty(shape, dtype=dtype) if out is None else out
     dz_row = torch.empty_like(rows[0]) if grads.rows and rows is not None else None
     dz_col = torch.empty_like(cols[0]) if grads.cols and cols is not None else None

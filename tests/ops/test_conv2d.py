@@ -551,3 +551,19 @@ class TestErrors:
             l0.packed_conv2d(
                 torch.zeros(4, 8, 8), torch.zeros(6, 4, 3, 3), out_gates=Gates.from_z(torch.ones(6))
             )
+
+
+@pytest.mark.parametrize("kind", ["expanded", "every other entry"])
+@pytest.mark.parametrize("side", ["in_gates", "out_gates"])
+def test_kernels_whose_entries_do_not_follow_one_another(backend, kind, side):
+    whole = torch.randn(3, 2, 5 if kind == "expanded" else 10, 1)
+    weight = whole[:, :, :1].expand(3, 2, 5, 1) if kind == "expanded" else whole[:, :, ::2]
+    n = 2 if side == "in_gates" else 3
+    z = torch.tensor([0.4, 0.0, 1.0])[:n]
+    compare(
+        lambda of, x, weight, z: of.gated_conv2d(x, weight, **{side: Gates.from_z(z, full_grad=False)}),
+        {"x": torch.randn(2, 2, 9, 4), "weight": weight, "z": z},
+        dtype=torch.float32,
+        what=kind,
+        masks={"z": wanted(z, False)},
+    )

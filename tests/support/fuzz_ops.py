@@ -102,9 +102,11 @@ class Draw:
         elif kind < 0.88 or not expand:
             steps = [self.pick(1, 1, 2, 3) for _ in range(t.ndim)]
             starts = [self.random.randint(0, 3) for _ in range(t.ndim)]
-            whole = t.new_full(
-                [a + n * s + 1 for a, n, s in zip(starts, t.shape, steps, strict=True)], float("nan")
-            )
+            # torch's own products read between rows of bfloat16 where the processor has AMX, and multiply
+            # that by 0: what is huge shows there, too, who takes it for a value.
+            beside = torch.finfo(t.dtype).max if t.dtype == torch.bfloat16 else float("nan")
+            sizes = [a + n * s + 1 for a, n, s in zip(starts, t.shape, steps, strict=True)]
+            whole = t.new_full(sizes, beside)
             part = whole[tuple(slice(a, None, s) for a, s in zip(starts, steps, strict=True))]
             laid = part[tuple(slice(n) for n in t.shape)]
             laid.copy_(t)
