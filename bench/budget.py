@@ -13,8 +13,8 @@ from typing import NamedTuple
 import cli
 import documents
 import torch
+from documents import header, line
 from rows import RESULTS, Row, append, commit, cpu_name, read
-from table import header, line
 from torch import Tensor, nn
 from torch.nn import functional as F
 

@@ -7,12 +7,20 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = {
     "README.md": ("nets",),
-    "docs/benchmarks.md": ("cpu", "cpu-ms", "gpu", "gpu-ms"),
+    "docs/benchmarks.md": ("cpu", "cpu-ms", "gpu", "gpu-ms", "paper"),
     "docs/guides/proximal.md": ("proximal", "proximal-steps", "proximal-operators"),
 }
 """Who shows tables, and which of them it must."""
 BEGIN, END = "<!-- table: {} -->", "<!-- end -->"
 _PLACE = re.compile(r"^<!-- table: (\S+) -->\n(.*?)^<!-- end -->$", re.MULTILINE | re.DOTALL)
+
+
+def line(*cells: str) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def header(*cells: str) -> list[str]:
+    return [line(*cells), "|" + "---|" * len(cells)]
 
 
 def places(text: str) -> dict[str, str]:

@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 
 import cli
 import torch
+from documents import header, line
 from rows import RESULTS, Row, append, commit, cpu_name, read
-from table import header, line
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -218,18 +218,32 @@ def result(run: Run, steps: int) -> Row:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Each run beside the paper's line."""
+    """Each run beside the paper's line, by net and seed."""
     lines = header(
         *("net", "seed", "open at the end", "paper's", "error, last / best", "paper's"),
         *("s dense", "s masked", "s ours"),
     )
-    for row in rows:
+    order = list(SETTINGS)
+    for row in sorted(rows, key=lambda row: (order.index(row["net"]), int(row["seed"]))):
         setting = SETTINGS[row["net"]]
-        errors = f"{float(row['last_error']):.2%} / {float(row['best_error']):.2%}"
+        errors = f"{100 * float(row['last_error']):.2f} / {100 * float(row['best_error']):.2f} %"
         times = [f"{float(row[name]):.0f}" for name in ("dense_seconds", "masked_seconds", "seconds")]
         found = (row["net"], row["seed"], row["open"], setting.open, errors, f"{setting.error} %")
         lines.append(line(*found, *times))
     return "\n".join(lines)
+
+
+def tables() -> dict[str, str]:
+    """Of the runs on all of MNIST in bench/results, with where they come from."""
+    rows = [row for row in read(PATH) if row["data"] == "mnist"]
+    machines = {f"{row['device']}, torch {row['torch']}" for row in rows}
+    commits = ", ".join(sorted({row["commit"] for row in rows}))
+    last = max(row["date"] for row in rows)
+    origin = (
+        f"{' and '.join(sorted(machines))}, one thread, commit {commits}, {last}. "
+        'Measured by `make paper ARGS="--data DIR"`.'
+    )
+    return {"paper": f"{table(rows)}\n\n{origin}"}
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -8,7 +8,9 @@ from typing import NamedTuple
 
 import cli
 import documents
+import paper
 import proximal
+from documents import header, line
 from found import Found, break_even, curve, device_files, load
 from registry import FEW_KEEPS, NETS, PROVIDERS, TABLE_KEEPS, WORKS, Keep, Work, keep_name
 from rows import RESULTS, Row, machine
@@ -27,14 +29,6 @@ COMMANDS = {"cpu": "make bench-cpu", "cuda": "make gpu-check"}
 MARKS = "¹²³⁴⁵⁶⁷⁸⁹"
 FAIRLY = 1.1
 """By how much a dense variant must be faster than torch.nn as installed for the small table to name it."""
-
-
-def line(*cells: str) -> str:
-    return "| " + " | ".join(cells) + " |"
-
-
-def header(*cells: str) -> list[str]:
-    return [line(*cells), "|" + "---|" * len(cells)]
 
 
 def short(keep: Keep) -> str:
@@ -356,7 +350,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         sources = load(args.paths or device_files())
         if args.write or args.check:
-            return documents.main(tables(sources) | proximal.tables(), args.write)
+            return documents.main(tables(sources) | proximal.tables() | paper.tables(), args.write)
     except ValueError as error:
         parser.error(str(error))
     parts = list(tables(sources).values())
