@@ -101,3 +101,9 @@ def test_what_scripts_write_is_as_they_write_it(script, capsys):
     module = module_from_spec(spec)
     spec.loader.exec_module(module)
     assert module.main(["--check"]) == 0, capsys.readouterr().err
+
+
+def test_readme_is_read_in_two_minutes():
+    text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines()) <= 120
+    assert len(text.split()) <= 1200
