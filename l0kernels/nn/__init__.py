@@ -52,6 +52,7 @@ from .units import UnitGraph, gate_, ungate_, unit_graph
 
 if _TYPE_CHECKING:
     from .budget import Budget
+    from .checkpoints import converted_state_dict
     from .lagrangian import Lagrangian
     from .schedules import Ramp, Schedule, set_lam_
 
@@ -60,6 +61,7 @@ _LATER = {
     "Lagrangian": ".lagrangian",
     "Ramp": ".schedules",
     "Schedule": ".schedules",
+    "converted_state_dict": ".checkpoints",
     "set_lam_": ".schedules",
 }
 """Where names are that few trainings use: these modules are imported when asked for."""
@@ -115,6 +117,7 @@ __all__ = [
     "agree_on_gates",
     "clamp_after_step",
     "clamp_gates_",
+    "converted_state_dict",
     "eval_flops",
     "eval_l0",
     "expected_flops",
