@@ -628,7 +628,8 @@ def _sliced(
         weight = weight * (layer.spread(z) if isinstance(layer, L0Linear) else z.view(weight.shape))
     weight = _turned(weight, groups) if transposed else weight
     per_group = weight.shape[1]
-    z_in = _z_of(layer, "in_gate", units_in(layer)) if z_in is None else z_in
+    own = _z_of(layer, "in_gate", units_in(layer))
+    z_in = own if z_in is None else z_in if own is None else own * z_in
     if groups == 1:
         weight = narrowed(weight, 1, read, z_in)
     elif z_in is not None:

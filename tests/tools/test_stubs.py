@@ -44,6 +44,7 @@ def numbers(annotation, aliases=()):
 def test_every_name_is_declared(name):
     declared = {stub.name for module, stub in FUNCTIONS if module == name}
     declared |= {node.target.id for node in STUBS[name] if isinstance(node, ast.AnnAssign) and not node.value}
+    declared |= {node.name for node in STUBS[name] if isinstance(node, ast.ClassDef)}
     assert declared == {key for key in vars(built(name)) if not key.startswith(("__", "emulator_"))}
 
 
@@ -60,6 +61,14 @@ def test_parameters_are_those_of_the_module(name, stub):
     expected = [numbers(ast.unparse(parameter.annotation), aliases) for parameter in stub.args.posonlyargs]
     assert [numbers(kind) for kind in types] == expected
     assert numbers(result) == numbers(ast.unparse(stub.returns), aliases)
+
+
+@pytest.mark.parametrize("name", BUILT)
+def test_methods_take_as_many_arguments_as_those_of_the_module(name):
+    for stub in STUBS[name]:
+        for method in stub.body if isinstance(stub, ast.ClassDef) else []:
+            doc = getattr(getattr(built(name), stub.name), method.name).__doc__.splitlines()[0]
+            assert len(re.findall(r"\barg\d+: ", doc)) == len(method.args.posonlyargs) - 1, method.name
 
 
 @each_function

@@ -200,7 +200,7 @@ class GateGroups(GatedLayer, nn.Module):
         exact = exact and (model is None or not self._is_seen_by_functions(model))
         held = [gate.drawn if gate.training else None for gate in gates]
         joins = exact and self.block == 1 and backend != "reference" and draws_of(gates, held) is not None
-        z = None
+        z = key = None
         if joins:
             of_bank = [one for one in held if one is not None]
             seed = None if of_bank else gates[0].fresh_seed()
@@ -208,13 +208,15 @@ class GateGroups(GatedLayer, nn.Module):
             drawn, z = draw_joined(whole, of_bank or None, seed, gates[0].dist)
         else:
             found = draw(gates)
-            key = (*map(id, found), exact, backend, torch.is_inference_mode_enabled())
-            if (kept := self._local.__dict__.get("kept")) is not None and kept[0] == key:
-                return kept[2]
+            if exact and all(gate.frozen for gate in gates):  # gates that stay the same objects
+                key = (*map(id, found), *self.multiples, backend, torch.is_inference_mode_enabled())
+                kept = self._local.__dict__.get("kept")
+                if kept is not None and kept[0] == key:
+                    return kept[2]
             pairs = zip(found, self.groups, strict=True)
             drawn = [self._spread(one, group.units) for one, group in pairs]
         made = Draw(drawn, self.multiples, exact, "torch" if backend == "reference" else backend, z)
-        if exact and not joins and all(gate.frozen for gate in gates):  # gates that stay the same objects
+        if key is not None:
             self._local.kept = key, found, made
         return made
 
