@@ -231,8 +231,15 @@ def test_native_code_refuses_shapes_that_do_not_fit():
                 False, rows, 1, 4, at_index, True, at, 0, 0, at, at, 0.1, at, 0, 0, 0.1, at_updated, 1,
                 0, 0, 0, 0, 1,
             )  # fmt: skip
-    with pytest.raises(ValueError, match="run must be positive"):
-        module("cpp").pack(torch.zeros(4, 6).t(), None, None, torch.float32, run=2)
+    for strides, run in (((1, 6), 2), ((6, 1), 0)):
+        with pytest.raises(ValueError, match=f"run must be positive, .* got {run}"):
+            native.pack((at, *strides), 0, 6, 2, at, 0, 6, 2, None, None, False, False, False, run, False, 1)
+
+
+@needs_native
+def test_runs_of_strided_matrices_are_copied():
+    strided = torch.randn(4, 6).t()
+    assert torch.equal(module("cpp").pack(strided, None, None, torch.float32, run=2), strided)
 
 
 @needs_native
