@@ -141,7 +141,7 @@ void sum_of_outputs(const ConvShape& s, const T* x, const T* dy, T* sums, int64_
   for_blocks<T>(s.C, [&](int64_t c, auto width) {
     constexpr int64_t kApart = width * sizeof(T) > L0_VECTOR_BYTES ? 1 : 4;  // sums that need not wait
     T sum[kApart][width] = {};
-    for (int64_t a = rows.begin; a < rows.end; ++a) {
+    for (int64_t a = rows.begin; a < rows.end && cols.begin < cols.end; ++a) {
       const T* p = x + ((a * s.stride_h + h) * s.W + cols.begin * s.stride_w + w) * s.C + c;
       const T* q = dy + (a * s.out_w + cols.begin) * s.C + c;
       int64_t b = cols.begin;
