@@ -5,7 +5,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from gpu_cases import BACKENDS, NEEDS_GPU, or_refused, why_skip
+from gpu_cases import BACKENDS, NEEDS_GPU, capture, no_sync, or_refused, why_skip
 
 import l0kernels as l0
 
@@ -167,17 +167,6 @@ FEATURES = {
 """What of a case a backend may not serve."""
 
 
-class no_sync:
-    """Within it, whatever makes the host wait for the GPU is an error."""
-
-    def __enter__(self):
-        torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode("error")
-
-    def __exit__(self, *_):
-        torch.cuda.set_sync_debug_mode("default")
-
-
 def test_sync_is_an_error():
     x = torch.ones(3, device=DEVICE)
     with pytest.raises(RuntimeError, match="synchroniz"), no_sync():
@@ -298,20 +287,6 @@ def assert_expected(draw, gates):
     for gate, value in draw.expected.items():
         exact = gate.dist.p_open(gate.log_alpha.detach().double()).sum()
         torch.testing.assert_close(value, exact.to(value.dtype), rtol=1e-5, atol=0)
-
-
-def capture(call):
-    """(graph, what call returned), after a warm-up in a stream of its own."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = call()
-    return graph, result
 
 
 @pytest.mark.parametrize("name", [name for name in OPS if name != "penalty"])

@@ -85,3 +85,28 @@ def gates_from(z, *, plain, full=False):
 def why_skip(backend):
     """The reason why a backend cannot be tested here, or None."""
     return _registry.why_not(backend)
+
+
+class no_sync:
+    """Within it, whatever makes the host wait for the GPU is an error."""
+
+    def __enter__(self):
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+
+    def __exit__(self, *_):
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def capture(call):
+    """(graph, what call returned), after a warm-up in a stream of its own."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = call()
+    return graph, result
