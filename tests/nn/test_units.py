@@ -115,7 +115,11 @@ GROUPS = {
     "glu": {"0": 5, "1.up": 6, "1.down": 5, "2.gate": 4},
     "tied": {"up": 9, "down": 6},
     "constants": {"conv": 4, "fc1": 5},
-    "hand_attention": {"0": 8, "2.gate": 6},
+    "hand_attention": {"0": 8, "1.q": 2, "2.gate": 6},
+    "grouped_queries": {"0": 8, "1.q": 2, "2.gate": 6},
+    "enabled_gqa": {"0": 8, "1.q": 2},
+    "fused_attention": {"first": 8, "second": 8, "fused.qkv": 3, "fused.kv": 3},
+    "patches": {"cut": 8, "block.q": 2},
     "attention": {"up": 12},
     "encoder_layer": {"1.linear1": 12},
     "pixel_shuffle": {"0": 4, "2": 2},
@@ -132,7 +136,6 @@ def test_groups(name):
 
 PINNED = {
     "mixer": ("blocks.0.tokens.0.weight", 0, "over another dimension"),
-    "hand_attention": ("1.v.weight", 0, "scaled_dot_product_attention in 1"),
     "attention": ("embed.weight", 1, "multi_head_attention_forward in attention"),
     "projected": ("embed.weight", 1, "lstm in lstm"),
     "custom": ("b.weight", 0, "Cube in the model's forward, out of sight"),

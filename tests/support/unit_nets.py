@@ -649,6 +649,153 @@ def hand_attention() -> Example:
     )
 
 
+class OwnRMSNorm(nn.Module):
+    """As LLaMA has it: a forward of its own."""
+
+    def __init__(self, width: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.weight, self.variance_epsilon = nn.Parameter(torch.ones(width)), eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        kind = x.dtype
+        x = x.double()
+        x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+        return self.weight * x.to(kind)
+
+
+def turned(x: Tensor) -> Tensor:
+    first, second = x[..., : x.shape[-1] // 2], x[..., x.shape[-1] // 2 :]
+    return torch.cat((-second, first), -1)
+
+
+class GroupedQueries(nn.Module):
+    """Rotary positions, normalised heads, keys and values that several queries share; pre-norm."""
+
+    def __init__(self, width: int, heads: int, shared: int, each: int, enable_gqa: bool = False) -> None:
+        super().__init__()
+        self.sizes, self.enable_gqa = (heads, shared, each), enable_gqa
+        self.norm, self.of_q, self.of_k = OwnRMSNorm(width), OwnRMSNorm(each), OwnRMSNorm(each)
+        self.q, self.k, self.v = (nn.Linear(width, n * each) for n in (heads, shared, shared))
+        self.o = nn.Linear(heads * each, width, bias=False)
+        self.register_buffer("speeds", 0.3 ** torch.arange(each // 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, length, _ = x.shape
+        (heads, shared, each), y = self.sizes, self.norm(x)
+        q, k, v = (f(y).view(n, length, -1, each) for f in (self.q, self.k, self.v))
+        q, k, v = (t.transpose(1, 2) for t in (self.of_q(q), self.of_k(k), v))
+        times = torch.arange(length, dtype=x.dtype)[None, :, None]
+        angles = (self.speeds[None, :, None] @ times.transpose(1, 2)).transpose(1, 2)
+        angles = torch.cat((angles, angles), -1)[:, None]
+        q, k = (t * angles.cos() + turned(t) * angles.sin() for t in (q, k))
+        if not self.enable_gqa:
+            k, v = (
+                t[:, :, None].expand(n, shared, heads // shared, length, each).reshape(n, heads, length, each)
+                for t in (k, v)
+            )
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.enable_gqa)
+        return x + self.o(y.transpose(1, 2).contiguous().view(n, length, -1))
+
+
+@net
+def grouped_queries() -> Example:
+    return nn.Sequential(nn.Linear(3, 8), GroupedQueries(8, 4, 2, 6), SwiGLU(8, 6), nn.Linear(8, 2)), (
+        rows(2, 5, 3),
+    )
+
+
+@net
+def enabled_gqa() -> Example:
+    return nn.Sequential(nn.Linear(3, 8), GroupedQueries(8, 6, 2, 4, True), nn.Linear(8, 2)), (rows(2, 5, 3),)
+
+
+class Conv1D(nn.Module):
+    """A linear layer as GPT-2 has it, its weight (in, out)."""
+
+    def __init__(self, n_out: int, n_in: int) -> None:
+        super().__init__()
+        self.nf, self.nx = n_out, n_in
+        self.weight, self.bias = (
+            nn.Parameter(torch.randn(n_in, n_out) / n_in),
+            nn.Parameter(torch.randn(n_out)),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        sizes = (*x.shape[:-1], self.nf)
+        return torch.addmm(self.bias, x.view(-1, x.shape[-1]), self.weight).view(sizes)
+
+
+class Fused(nn.Module):
+    """Queries, keys and values from one layer, the product of attention by hand, a bias by head that is
+    learned, and a layer that attends to what it is given beside x."""
+
+    def __init__(self, width: int, heads: int, each: int) -> None:
+        super().__init__()
+        self.heads, self.each = heads, each
+        self.qkv, self.o = Conv1D(3 * heads * each, width), Conv1D(width, heads * each)
+        self.places = nn.Embedding(9, heads)
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.q, self.kv = nn.Linear(width, heads * each), nn.Linear(width, 2 * heads * each)
+        self.back = nn.Linear(heads * each, width)
+
+    def split(self, x: Tensor) -> Tensor:
+        return x.view(*x.shape[:2], -1, self.each).permute(0, 2, 1, 3)
+
+    def attended(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+        scores = torch.matmul(q, k.transpose(-1, -2)) / self.each**0.5
+        scores = scores if bias is None else scores + bias
+        y = torch.matmul(F.dropout(scores.softmax(-1), 0.0), v)
+        return y.permute(0, 2, 1, 3).flatten(2)
+
+    def forward(self, x: Tensor, other: Tensor) -> Tensor:
+        y = self.qkv(self.norm1(x))
+        q, k, v = map(self.split, y.split(y.shape[-1] // 3, -1))
+        length = x.shape[1]
+        apart = (torch.arange(length)[:, None] - torch.arange(length)).clamp(-4, 4) + 4
+        x = x + self.o(self.attended(q, k, v, self.places(apart).permute(2, 0, 1)[None]))
+        k, v = map(self.split, self.kv(other).chunk(2, -1))
+        return x + self.back(self.attended(self.split(self.q(self.norm2(x))), k, v))
+
+
+class TwoStreams(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.fused, self.last = (
+            nn.Linear(3, 8),
+            nn.Linear(2, 8),
+            Fused(8, 3, 4),
+            nn.Linear(8, 2),
+        )
+
+    def forward(self, x: Tensor, other: Tensor) -> Tensor:
+        return self.last(self.fused(self.first(x), torch.relu(self.second(other))))
+
+
+@net
+def fused_attention() -> Example:
+    return TwoStreams(), (rows(2, 5, 3), rows(2, 4, 2))
+
+
+class Patches(nn.Module):
+    """As a vision transformer: patches behind a token that is learned, with places; its own head last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cut = nn.Conv2d(3, 8, 4, stride=4)
+        self.first, self.places = nn.Parameter(torch.randn(1, 1, 8)), nn.Parameter(torch.randn(1, 5, 8))
+        self.block, self.norm, self.head = HandAttention(8, 2), nn.LayerNorm(8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.cut(x).flatten(2).transpose(1, 2)
+        x = torch.cat((self.first.expand(len(x), -1, -1), x), 1) + self.places
+        return self.head(self.norm(self.block(x))[:, 0])
+
+
+@net
+def patches() -> Example:
+    return Patches(), (image(),)
+
+
 class Tied(nn.Module):
     def __init__(self) -> None:
         super().__init__()

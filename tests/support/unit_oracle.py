@@ -101,9 +101,10 @@ class Oracle:
             if any(v is not None for v in found):
                 module.forward = lambda x, hx=None: run(module, Gated(z_in, z, support), x, hx)
             return
-        spatial = next((d for d in (1, 2, 3) if f"{d}d" in type(module).__name__), 0)
-        if isinstance(module, nn.Linear | nn.modules.conv._ConvNd):
-            rows, cols = (1, 0) if getattr(module, "transposed", False) else (0, 1)
+        spatial = next((d for d in (1, 2, 3) if f"{d}d" in type(module).__name__), 0)  # Conv1D has none
+        is_own = type(module).__name__ == "Conv1D"  # of GPT-2
+        if isinstance(module, nn.Linear | nn.modules.conv._ConvNd) or is_own:
+            rows, cols = (1, 0) if is_own or getattr(module, "transposed", False) else (0, 1)
             ins = of("weight", cols) if getattr(module, "groups", 1) == 1 else None
             outs = of("weight", rows)
             dim = -1 - spatial
@@ -115,10 +116,11 @@ class Oracle:
             found = [of(what, 0) for what in ("weight", "bias", "running_mean")]
             outs = next((one for one in found if one is not None), None)
             dim = 1
-            if isinstance(
-                module, nn.LayerNorm | nn.RMSNorm | nn.GroupNorm | nn.modules.instancenorm._InstanceNorm
+            is_rms = type(module).__name__.endswith("RMSNorm")
+            if is_rms or isinstance(
+                module, nn.LayerNorm | nn.GroupNorm | nn.modules.instancenorm._InstanceNorm
             ):
-                dim = -1 if isinstance(module, nn.LayerNorm | nn.RMSNorm) else 1
+                dim = -1 if is_rms or isinstance(module, nn.LayerNorm) else 1
                 key = (f"{name}.", 0)
                 if outs is None and key in self.members:
                     size = sum(index.numel() for _, index in self.members[key])
@@ -161,9 +163,10 @@ def normal(norm: Any, x: Tensor, support: Tensor) -> Tensor:
     if not last:
         value, mask = (t.reshape(len(x), norm.num_groups, -1) for t in (value, mask))
     n = mask.sum(-1, keepdim=True).clamp(min=1)
-    mean = 0 if isinstance(norm, nn.RMSNorm) else (value * mask).sum(-1, keepdim=True) / n
+    mean = 0 if type(norm).__name__.endswith("RMSNorm") else (value * mask).sum(-1, keepdim=True) / n
     variance = ((value - mean).square() * mask).sum(-1, keepdim=True) / n
-    eps = torch.finfo(x.dtype).eps if norm.eps is None else norm.eps
+    eps = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
+    eps = torch.finfo(x.dtype).eps if eps is None else eps
     y = ((value - mean) / torch.sqrt(variance + eps)).reshape(x.shape)
     bias, dim = getattr(norm, "bias", None), -1 if last else 1
     y = y if norm.weight is None else y * expand(norm.weight, dim, x.ndim)

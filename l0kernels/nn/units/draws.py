@@ -70,6 +70,18 @@ class Spaces:
             found = space._made[times] = self.of(space.labels.repeat_interleave(times))
         return found
 
+    def runs(self, space: Space, times: int) -> Space | None:
+        """One entry for each `times` in a row, as a view by heads has of features; None: they differ."""
+        if times == 1:
+            return space
+        key = "runs", times
+        if key not in space._made:
+            cells = space.labels.view(-1, times)
+            if not bool((cells == cells[:, :1]).all()):
+                return None
+            space._made[key] = self.of(cells[:, 0].clone())
+        return space._made[key]
+
     def tiled(self, space: Space, times: int) -> Space:
         """All of them `times` times, as the gates of a recurrent layer have its units."""
         if times == 1:

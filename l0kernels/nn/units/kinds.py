@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import copy
+from collections.abc import Hashable
+from functools import cache
+from typing import Any, NamedTuple, cast
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ..._compat import AnyInstanceNorm
 
@@ -16,12 +21,14 @@ class Kind(NamedTuple):
         name: of the method of `layers.py` that runs it.
         spatial: how many dimensions stand behind that of the units.
         rows, cols: the dimensions of the weight that make units and that read them.
+        own: whether the class has a forward of its own: what it calls of torch is not looked at.
     """
 
     name: str
     spatial: int = 0
     rows: int = 0
     cols: int = 1
+    own: bool = False
 
     @property
     def is_norm(self) -> bool:
@@ -78,9 +85,64 @@ _BASES: list[tuple[type[nn.Module], Kind]] = [
 ]
 
 
+@cache
+def _own_kind(cls: Hashable) -> Kind | None:
+    """Of a class with a forward of its own that is known by its name, as model libraries have them."""
+    name = cast(type, cls).__name__
+    if name == "Conv1D":  # of GPT-2: a linear layer whose weight is (in, out)
+        return Kind("linear", 0, 1, 0, own=True)
+    if name.endswith("RMSNorm") or name == "T5LayerNorm":
+        return Kind("rms_norm", own=True)
+    return None
+
+
+def _computes(module: nn.Module, kind: Kind) -> bool:
+    """Whether a forward is that of its kind: it is run, on random numbers."""
+    weight = module._parameters.get("weight")
+    if weight is None or weight.ndim != (1 if kind.is_norm else 2):
+        return False
+    if kind.is_norm and epsilon(module) is None:
+        return False
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            layer = copy.copy(module)
+            layer._parameters = {
+                name: None if p is None else nn.Parameter(torch.randn(p.shape, dtype=torch.float64), False)
+                for name, p in module._parameters.items()
+            }
+            x = torch.randn(2, 3, weight.shape[0], dtype=torch.float64)
+            given, bias = cast(Tensor, layer._parameters["weight"]), layer._parameters.get("bias")
+            if kind.is_norm:
+                expected = F.rms_norm(x, x.shape[-1:], given, epsilon(module))
+            else:
+                expected = F.linear(x, given.T, bias)
+            return torch.allclose(type(module).forward(layer, x), expected, rtol=1e-5, atol=1e-5)
+    except Exception:  # it takes something else
+        return False
+
+
+_computed: dict[tuple[type[nn.Module], float | None], bool] = {}
+
+
+def epsilon(norm: Any) -> float | None:
+    """What a norm adds to the mean square, None: that of the dtype, or it is not known."""
+    return getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
+
+
 def kind_of(module: nn.Module) -> Kind | None:
-    """How `module` computes, None where it is no layer of torch.nn or has a forward of its own."""
+    """How `module` computes, None where it is no layer that is known, or has a forward of its own."""
     cls = type(module)
+    own = _own_kind(cast(Hashable, cls))
+    if own is not None and not isinstance(module, nn.RMSNorm):
+        if "forward" in module.__dict__ or not all(
+            isinstance(p, nn.Parameter) for p in module._parameters.values() if p is not None
+        ):
+            return None
+        key = cls, epsilon(module)
+        if key not in _computed:
+            _computed[key] = _computes(module, own)
+        return own if _computed[key] else None
     for base, kind in _BASES:
         if not isinstance(module, base) or "forward" in module.__dict__ or cls.forward is not base.forward:
             continue

@@ -48,6 +48,10 @@ class UnionFind:
             elif first != second:  # the older number stands for both
                 self._parent[max(first, second)] = min(first, second)
 
+    def are_one(self, a: Tensor, b: Tensor) -> bool:
+        """Whether the numbers of each pair are of one set."""
+        return all(self.find(x) == self.find(y) for x, y in zip(a.tolist(), b.tolist(), strict=True))
+
     def pin(self, labels: Tensor, why: str) -> None:
         """Has the units of `labels` never be gated."""
         for label in labels.flatten().tolist():

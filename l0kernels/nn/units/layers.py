@@ -23,7 +23,7 @@ from ...linear import gated_linear
 from ...narrow import Sides, narrow_batch_norm, narrow_conv2d, narrow_depthwise, narrow_weight
 from ...norm import gated_group_norm, gated_layer_norm, gated_rms_norm
 from .draws import Draw, Present, Space
-from .kinds import Kind
+from .kinds import Kind, epsilon
 from .narrow import Narrow, plain, refuse_function
 
 if TYPE_CHECKING:
@@ -114,10 +114,11 @@ class _Exact:
         """The weight of what exists, times z of the inputs."""
         return narrow_weight(layer.weight, *self.sides(layer.weight))
 
-    def linear(self, layer: nn.Linear, x: Tensor) -> Tensor:
+    def linear(self, layer: Any, x: Tensor) -> Tensor:
         dim = x.ndim - 1
         x = self.enter(x, self.units.ins, dim)
-        y = F.linear(x, self.weight(layer), self.take(layer.bias))
+        weight = self.weight(layer)
+        y = F.linear(x, weight if self.units.kind.rows == 0 else weight.T, self.take(layer.bias))
         return self.leave(y, dim)
 
     def conv(self, layer: Any, x: Tensor) -> Tensor:
@@ -208,10 +209,10 @@ class _Exact:
         y = F.layer_norm(x, x.shape[-1:], self.take(layer.weight), self.take(layer.bias), layer.eps)
         return self.leave(y, dim)
 
-    def rms_norm(self, layer: nn.RMSNorm, x: Tensor) -> Tensor:
+    def rms_norm(self, layer: Any, x: Tensor) -> Tensor:
         dim = x.ndim - 1
         x = self.enter(x, self.units.outs, dim)
-        return self.leave(F.rms_norm(x, x.shape[-1:], self.take(layer.weight), layer.eps), dim)
+        return self.leave(F.rms_norm(x, x.shape[-1:], self.take(layer.weight), epsilon(layer)), dim)
 
     def group_norm(self, layer: nn.GroupNorm, x: Tensor) -> Tensor:
         x = self.enter(x, self.units.outs, 1)
@@ -332,8 +333,9 @@ class _Static:
             "out_support": None if outs is None else self.draw.gates(outs),
         }
 
-    def linear(self, layer: nn.Linear, x: Tensor) -> Tensor:
-        return gated_linear(x, layer.weight, layer.bias, **self.gates())
+    def linear(self, layer: Any, x: Tensor) -> Tensor:
+        weight = layer.weight if self.units.kind.rows == 0 else layer.weight.T
+        return gated_linear(x, weight, layer.bias, **self.gates())
 
     def folded(self, layer: Any) -> tuple[Tensor, Tensor | None]:
         """Weight and bias, z of the inputs and zeros of closed outputs in them: smaller than activations."""
@@ -382,9 +384,9 @@ class _Static:
         gates = self.draw.gates(cast(Space, self.units.outs))
         return gated_layer_norm(x, x.shape[-1:], layer.weight, layer.bias, layer.eps, gates=gates)
 
-    def rms_norm(self, layer: nn.RMSNorm, x: Tensor) -> Tensor:
+    def rms_norm(self, layer: Any, x: Tensor) -> Tensor:
         gates = self.draw.gates(cast(Space, self.units.outs))
-        return gated_rms_norm(x, x.shape[-1:], layer.weight, layer.eps, gates=gates)
+        return gated_rms_norm(x, x.shape[-1:], layer.weight, epsilon(layer), gates=gates)
 
     def group_norm(self, layer: nn.GroupNorm, x: Tensor) -> Tensor:
         gates = self.draw.gates(cast(Space, self.units.outs))

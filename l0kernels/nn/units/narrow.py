@@ -368,8 +368,26 @@ def _reshaped(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
                     x._held = x._data.contiguous()
                 data = x._data.reshape(narrow)
                 return Narrow.of(data, spaces.repeated(space, times), at, draw, spaces)
+        if passed == before and 0 < size < space.size and space.size % size == 0:
+            return _in_runs(x, shape, at)
         passed *= size
     return None
+
+
+def _in_runs(x: Narrow, shape: torch.Size, at: int) -> Any:
+    """x whose units, in runs of one, are seen run by run: heads, of a projection's features."""
+    assert x._at is not None
+    space, _, draw, spaces = x._at
+    times = space.size // shape[at]
+    if _run(shape[at + 1 :], times) is None:
+        return None
+    runs = spaces.runs(space, times)
+    if runs is None or draw.present(runs).n * times != draw.present(space).n:
+        return None
+    if not x._data.retains_grad:
+        x._held = x._data.contiguous()
+    data = x._data.reshape((*shape[:at], draw.present(runs).n, *shape[at + 1 :]))
+    return Narrow.of(data, runs, at, draw, spaces)
 
 
 def _run(sizes: Sequence[int], product: int) -> int | None:
@@ -391,6 +409,64 @@ def _view_shape(full: torch.Size, args: tuple[Any, ...], kwargs: dict[str, Any])
         known = torch.Size(size for size in sizes if size != -1).numel()
         sizes[at] = full.numel() // known if known else 0
     return torch.Size(sizes) if torch.Size(sizes).numel() == full.numel() else None
+
+
+def _expanded(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    x = args[0]
+    if not isinstance(x, Narrow) or x._at is None or kwargs:
+        return None
+    sizes = [*(args[1] if isinstance(args[1], Sequence) else args[1:])]
+    at = x._at[1] + len(sizes) - x._data.ndim
+    if sizes[at] not in (-1, x._at[0].size):
+        return None
+    sizes[at] = -1
+    return _like(x, x._data.expand(sizes), at)
+
+
+def _attended(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """scaled_dot_product_attention of the heads that exist."""
+    names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+    named = {**dict(zip(names, args, strict=False)), **kwargs}
+    q = named["query"]
+    if not isinstance(q, Narrow) or q._at is None or q._at[1] != q._held.ndim - 3:
+        return None
+    space, dim, draw, spaces = q._at
+    for name in ("key", "value", "attn_mask"):
+        x = named.get(name)
+        if isinstance(x, Tensor) and x.ndim > 2:
+            named[name] = found = _heads_of(x, space, draw, spaces, named.get("enable_gqa", False))
+            if found is None:
+                return None
+    named["query"] = q._data
+    return Narrow.of(func(**named), space, dim, draw, spaces)
+
+
+def _heads_of(x: Tensor, space: Space, draw: Draw, spaces: Spaces, shares: bool) -> Tensor | None:
+    """What exists of the heads of x, (..., H, rows, columns), which are those of `space`, fewer if queries
+    share them; None where they may lie otherwise."""
+    heads = x.shape[-3]
+    if heads == 1 and space.size > 1 and not isinstance(x, Narrow):
+        return x
+    if heads != space.size:
+        found = spaces.runs(space, space.size // heads) if shares and heads else None
+        if found is None:
+            return None
+        space = found
+    if isinstance(x, Narrow) and x._at is not None:
+        return x._data if x._at[0] is space and x._at[1] == x._held.ndim - 3 and x._at[2] is draw else None
+    index = draw.present(space).index
+    x = plain(x)
+    return x if index is None else x.index_select(-3, index)
+
+
+def _multiplied(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Products of matrices, one for each head that exists."""
+    if len(args) != 2 or kwargs or not all(_is_narrow(x) for x in args):
+        return None
+    (a, b), (space, dim, draw, spaces) = args, args[0]._at
+    if not _lie_alike(a, b) or dim >= a._held.ndim - 2:
+        return None
+    return Narrow.of(func(a._data, b._data), space, dim, draw, spaces)
 
 
 def _concatenated(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -574,7 +650,10 @@ def _length(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 def _rules() -> dict[Any, Rule]:
     kinds: list[tuple[str, Rule]] = [
-        (table.POINTWISE, _pointwise),
+        (
+            f"{table.POINTWISE} rsqrt",
+            _pointwise,
+        ),  # of norms whose forward is their own: closed heads do not exist
         ("to type_as", _converted),
         (f"{table.ELEMENTWISE} {table.QUOTIENTS}", _elementwise),
         (table.SPATIAL, _spatial),
@@ -584,6 +663,9 @@ def _rules() -> dict[Any, Rule]:
         ("squeeze unsqueeze", _squeezed),
         ("view reshape flatten unflatten", _reshaped),
         ("cat concat concatenate", _concatenated),
+        ("expand", _expanded),
+        ("scaled_dot_product_attention", _attended),
+        ("matmul bmm __matmul__", _multiplied),
         ("chunk split split_with_sizes tensor_split", _divided),
         ("__getitem__", _item),
         ("pad", _padded),

@@ -9,11 +9,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..._compat import pytree
-from . import table, trace_recurrent
+from . import table, trace_attention, trace_recurrent
 from .kinds import kind_of
 from .labels import UnionFind, across, along, shortened, spread, varying
 
@@ -74,6 +75,7 @@ class Trace(TorchFunctionMode):
         self._labels: dict[int, Tensor] = {}
         self._alive: list[Tensor] = []  # an address is not given away again
         self._busy = False
+        self._leaf: nn.Module | None = None  # that runs, and computes what its kind says
         self._function: type[torch.autograd.Function] | None = None  # that is about to begin
         for name, value in [*model.named_parameters(), *model.named_buffers()]:
             self._names.setdefault(id(value), name)
@@ -83,7 +85,10 @@ class Trace(TorchFunctionMode):
 
     def labels(self, x: Tensor) -> Tensor | None:
         """The labels of x, or None: no units."""
-        return self._labels.get(id(x))
+        labels = self._labels.get(id(x))
+        if labels is not None and len(varying(labels)) > 1:  # some may have become one since
+            labels = self._labels[id(x)] = spread(self.sets.named(labels))
+        return labels
 
     def set(self, x: Tensor, labels: Tensor | None) -> None:
         """x has these labels."""
@@ -207,8 +212,15 @@ class Trace(TorchFunctionMode):
 
             def enter(module: nn.Module, _: Any, name: str = name) -> None:
                 self.stack.append((name, module))
+                if self._leaf is None and (kind := kind_of(module)) is not None and kind.own:
+                    self._leaf, self._busy = module, True
 
-            def leave(module: nn.Module, _: Any, __: Any) -> None:
+            def leave(module: nn.Module, args: Any, out: Any) -> None:
+                if self._leaf is module:
+                    self._leaf = None
+                    if args and isinstance(out, Tensor):
+                        self._see(_as_function(module, args[0], out))
+                    self._busy = False
                 self.stack.pop()
 
             handles.append(module.register_forward_pre_hook(enter, prepend=True))
@@ -222,6 +234,16 @@ class Trace(TorchFunctionMode):
             sys.setprofile(profiler)
             for handle in handles:
                 handle.remove()
+
+
+def _as_function(module: nn.Module, x: Tensor, out: Tensor) -> Call:
+    """The function of torch that a module with a forward of its own stands for."""
+    kind = kind_of(module)
+    assert kind is not None
+    weight = module._parameters["weight"]
+    if kind.is_norm:
+        return Call(F.rms_norm, (x, x.shape[-1:], weight), {}, out)
+    return Call(F.linear, (x, weight, module._parameters.get("bias")), {}, out)
 
 
 class _Hidden(TorchDispatchMode):
@@ -296,7 +318,7 @@ def _elementwise(trace: Trace, call: Call) -> None:
         trace._none(call)
         return
     _, most = max(labelled, key=lambda pair: len(varying(pair[1])))
-    dims = varying(most)
+    dims, are_two = varying(most), False
     for x, labels in labelled:
         if varying(labels) != dims:  # they meet along different dimensions
             trace.pin(x, trace.where(call))
@@ -304,6 +326,7 @@ def _elementwise(trace: Trace, call: Call) -> None:
                 trace.sets.pin(shortened([most])[0], trace.where(call))
         elif labels is not most:
             first, second = shortened([most, labels])
+            are_two = are_two or not trace.sets.are_one(first.flatten(), second.flatten())
             trace.sets.join(first.flatten(), second.flatten(), trace.where(call))
     for x in tensors:
         if trace.labels(x) is not None:
@@ -311,13 +334,17 @@ def _elementwise(trace: Trace, call: Call) -> None:
         wide = [dim for dim in dims if _size_at(x, dim, len(shape)) > 1]
         if not wide:
             continue
+        if len(wide) < len(dims):  # it does the same to whatever else there is: a rotation to each head
+            most = spread(trace_attention.merged(trace, most, wide, call))
+            dims = varying(most)
+            continue
         units = along(most, dims[0]) if len(dims) == 1 else None
         if trace.is_owned(x) and units is not None:
             own = dims[0] - (len(shape) - x.ndim)
             trace.sets.join(units, trace.dim(x, own, "along"), trace.where(call))
         else:
             trace.sets.pin(shortened([most])[0], f"{trace.where(call)}, with what has no units")
-    if call.func in SUMS and len(labelled) > 1:
+    if call.func in SUMS and are_two:
         trace.sums.append(shortened([most])[0])
     trace.set(results[0], most)
 
@@ -356,7 +383,8 @@ def _move(trace: Trace, call: Call) -> None:
         if labels is None and trace.is_owned(x) and x.is_floating_point() and 0 < x.ndim < 4:
             labels = across(trace.dim(x, x.ndim - 1, "along"), -1, x.shape)
         if labels is None:  # an index is one of itself
-            return torch.zeros((), dtype=torch.int64).expand(x.shape) if x.is_floating_point() else x
+            moves = x.is_floating_point() or id(x) in moved_ones
+            return torch.zeros((), dtype=torch.int64).expand(x.shape) if moves else x
         return labels
 
     args, kwargs = pytree.tree_map(label, (call.args, call.kwargs))
@@ -366,11 +394,27 @@ def _move(trace: Trace, call: Call) -> None:
         trace.unknown(call)
         return
     found = [a for a in pytree.tree_leaves(moved) if isinstance(a, Tensor)]
+    if call.name in ("cat", "concat", "concatenate"):
+        found = [_met(trace, call, args, kwargs, found[0])]
     for out, labels in zip(call.results(), found, strict=True):
         if out.shape != labels.shape:
             trace.unknown(call)
             return
         trace.set(out, labels)
+
+
+def _met(trace: Trace, call: Call, args: Any, kwargs: Any, out: Tensor) -> Tensor:
+    """The labels of a concatenation along another dimension than that of the units: they are one there."""
+    parts = [spread(part) for part in (args[0] if args else kwargs["tensors"]) if part.ndim == out.ndim]
+    dim = call.get(1, "dim", kwargs.get("axis", 0)) % out.ndim
+    dims = varying(parts[0])
+    if not dims or dim in dims or any(varying(part) != dims for part in parts):
+        return out
+    first = parts[0].narrow(dim, 0, 1)
+    for part in parts[1:]:
+        a, b = shortened([first, part.narrow(dim, 0, 1)])
+        trace.sets.join(a.flatten(), b.flatten(), trace.where(call))
+    return first.expand(out.shape)
 
 
 def _moved(func: Any, args: Any, kwargs: Any) -> Any:
@@ -420,7 +464,10 @@ def _reduction(trace: Trace, call: Call) -> None:
     if dims is None or isinstance(dims, bool | Tensor):
         dims = range(x.ndim)
     dims = sorted({int(d) % x.ndim for d in ([dims] if isinstance(dims, int) else dims)}, reverse=True)
-    if set(dims) & set(varying(labels)) or not dims:
+    within = [dim for dim in varying(labels) if dim in dims]
+    if within and len(within) < len(varying(labels)):
+        labels, within = spread(trace_attention.merged(trace, labels, within, call)), []
+    if within or not dims:
         trace.pin(x, trace.where(call))
         trace._none(call)
         return
@@ -594,6 +641,8 @@ def _norm(trace: Trace, call: Call) -> None:
         return
     dim = x.ndim - 1 if last else 1 if x.ndim > 1 else 0
     labels = trace.labels(x)
+    if last and labels is not None and dim in varying(labels) and len(varying(labels)) > 1:
+        labels = spread(trace_attention.merged(trace, labels, [dim], call))
     if last and labels is not None and dim not in varying(labels) and varying(labels):
         for parameter in own:
             trace.pin(parameter, f"{trace.where(call)}, over another dimension than that of the units")
@@ -653,6 +702,8 @@ def _rules() -> dict[Any, Rule]:
         ("prelu", _prelu),
         (table.RECURRENT, trace_recurrent.recurrence),
         (table.SEQUENCES, trace_recurrent.sequences),
+        ("scaled_dot_product_attention", trace_attention.attention),
+        ("matmul bmm __matmul__", trace_attention.batched_product),
         ("pad", _pad),
         ("pixel_shuffle", _pixel_shuffle),
         ("__setitem__", _set_item),

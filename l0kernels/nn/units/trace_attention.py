@@ -1,0 +1,88 @@
+"""Which dimensions are the same units where heads attend: rules of trace.py.
+
+A head h is one unit: its rows of the projections of queries, keys and values, and the columns that read it
+in the projection of the output. Query heads that share keys and values (grouped-query attention) are one.
+It is found by what meets: a dimension of the labels within a head becomes one where a product sums over it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .labels import shortened, spread, varying
+
+if TYPE_CHECKING:
+    from .trace import Call, Trace
+
+
+def merged(trace: Trace, labels: Tensor, dims: list[int], call: Call) -> Tensor:
+    """`labels` whose units along `dims`, which is not all that they vary along, are one."""
+    short = shortened([labels])[0]
+    for dim in dims:
+        first = short.narrow(dim, 0, 1)
+        trace.sets.join(first.expand_as(short).flatten(), short.flatten(), trace.where(call))
+        short = first
+    return short.expand(labels.shape)
+
+
+def attention(trace: Trace, call: Call) -> None:
+    """torch.nn.functional.scaled_dot_product_attention: (..., H, L, D), (..., H, S, D), (..., H, S, D')."""
+    q, k, v = (call.get(at, name) for at, name in enumerate(("query", "key", "value")))
+    mask, out = call.get(3, "attn_mask"), call.results()[0]
+    heads = q.ndim - 3
+    if heads < 0 or any(trace.labels(x) is None or trace.is_owned(x) for x in (q, k, v)):
+        trace.unknown(call)
+        return
+    found = []
+    for x in (q, k, v):
+        labels = trace.labels(x)
+        assert labels is not None
+        if not {*varying(labels)} <= {heads, heads + 2}:  # a unit would be a position
+            trace.unknown(call)
+            return
+        labels = spread(merged(trace, labels, [heads + 2], call)).select(-1, 0).select(-1, 0)
+        found.append(labels.repeat_interleave(q.shape[heads] // x.shape[heads], heads))
+    if isinstance(mask, Tensor) and mask.ndim > 2 and mask.shape[-3] > 1:
+        of_mask, first_head = trace.labels(mask), mask.narrow(-3, 0, 1)
+        alike = of_mask is None and not trace.is_owned(mask) and torch.equal(mask, first_head.expand_as(mask))
+        if not alike and (of_mask is None or {*varying(of_mask)} != {mask.ndim - 3}):
+            trace.unknown(call)
+            return
+        if of_mask is not None:
+            found.append(of_mask.select(-1, 0).select(-1, 0).expand_as(found[0]))
+    for labels in found[1:]:
+        first, second = shortened([found[0], labels])
+        trace.sets.join(first.flatten(), second.flatten(), trace.where(call))
+    trace.set(out, found[0][..., None, None].expand(out.shape))
+
+
+def batched_product(trace: Trace, call: Call) -> None:
+    """torch.matmul and torch.bmm of activations, where what they sum over lies within a unit: a head."""
+    a, b = call.get(0, "input"), call.get(1, "other", call.kwargs.get("mat2"))
+    out = call.results()[0]
+    labels = [trace.labels(x) if isinstance(x, Tensor) and not trace.is_owned(x) else None for x in (a, b)]
+    if any(of is None for of in labels) or a.ndim != b.ndim or a.ndim < 3 or a.shape[:-2] != b.shape[:-2]:
+        trace.unknown(call)
+        return
+    found = []
+    for of, summed in zip(labels, (a.ndim - 1, a.ndim - 2), strict=True):
+        assert of is not None
+        if summed in varying(of) and len(varying(of)) > 1:
+            of = spread(merged(trace, of, [summed], call))
+        if summed in varying(of) or not varying(of):
+            trace.unknown(call)
+            return
+        found.append(of)
+    rows, cols = (of.expand(x.shape) for of, x in zip(found, (a, b), strict=True))
+    rows, cols = rows.narrow(-1, 0, 1).expand(out.shape), cols.narrow(-2, 0, 1).expand(out.shape)
+    rows, cols = spread(rows), spread(cols)
+    free = {out.ndim - 2, out.ndim - 1}
+    if {*varying(rows)} - free != {*varying(cols)} - free or not {*varying(rows)} - free:
+        trace.unknown(call)
+        return
+    first, second = shortened([rows, cols])
+    trace.sets.join(first.flatten(), second.flatten(), trace.where(call))
+    trace.set(out, rows if len(varying(rows)) >= len(varying(cols)) else cols)
