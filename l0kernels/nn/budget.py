@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from .names import named_gates
 from .notices import LOOK_EVERY, Closing
 from .penalty import LIMIT, clamp
 from .shares import WHOLE, CostFunction, GateKind, Wish, check_reach, kinds_of
+from .units.example import Inputs
 
 
 class Budget:
@@ -62,7 +63,8 @@ class Budget:
         model: any module with gates.
         keep: B, the share of the whole cost that is to be left, ungated parts included. Or a mapping from
             patterns to shares, a price for each: a regular expression for the whole name of a gate (as
-            :func:`open_units` has them), or the end of it after a dot. A share is then of what the gates of
+            :func:`open_units` has them), the end of it after a dot, or a kind of units ("heads", "units" or
+            "width" of a model that :func:`gate_` has gated). A share is then of what the gates of
             the pattern can close while all others are open; gates that no pattern names are clamped only.
         cost: "params", as :func:`expected_l0` counts; "flops", as :func:`expected_flops`; or a function of a
             mapping from the names of gates to how open they are, (n,) float64 in [0, 1], that returns a
@@ -86,7 +88,7 @@ class Budget:
         cost: str | CostFunction = "params",
         steps: int,
         ramp: float = 0.3,
-        input_shape: Sequence[int] | Tensor | None = None,
+        input_shape: Inputs | None = None,
     ) -> None:
         _checks.check_count("steps", steps, 1, 2**63)
         _checks.check_number("ramp", ramp)

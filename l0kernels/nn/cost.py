@@ -17,6 +17,8 @@ from .counts import _Sides as LayerSides
 from .gate import HardConcreteGate
 from .linear import L0Linear
 from .steps import gate_of, is_linear, is_norm, units_in, units_out
+from .times import Times, times_of
+from .units.example import Inputs
 from .units.place import NAME, GateGroups
 from .units.sizes import Sided, hosts_of, sided_parameters
 
@@ -41,7 +43,7 @@ def cost_of(
     model: nn.Module,
     gates: Sequence[HardConcreteGate],
     cost: str = "params",
-    input_shape: Sequence[int] | Tensor | None = None,
+    input_shape: Inputs | None = None,
 ) -> Cost:
     """The cost of `model` as terms of `gates`; every other gate is open, a frozen one as it is.
 
@@ -60,9 +62,9 @@ def cost_of(
                 _add_parameters(terms, model)
         else:
             full = counts._flops(model, input_shape, _open)
-            seen = counts._times(model, input_shape)
+            times = times_of(model, input_shape)
             with torch.device("cpu"):
-                _add_flops(terms, model, *seen)
+                _add_flops(terms, model, times)
         with torch.device("cpu"):
             return Cost(tuple(gates), terms.made(), full.item())
 
@@ -77,30 +79,30 @@ def _add_parameters(terms: "_Terms", model: nn.Module) -> None:
         _add_layer(terms, sides, 1, 1)
     of_units = _add_units(terms, model, lambda _: 1)
     counted = {part for layer in products for part in layer.modules()}
+    tied = {parameter for layer in products for parameter in layer.parameters(recurse=False)}
     rest = {
         parameter: parameter.numel()
         for module in model.modules()
         if module not in counted and not isinstance(module, HardConcreteGate)
         for parameter in module.parameters(recurse=False)
-        if parameter not in of_units
+        if parameter not in of_units and parameter not in tied
     }
     terms.constant += sum(rest.values())
 
 
-def _add_flops(
-    terms: "_Terms", model: nn.Module, times: Mapping[tuple[nn.Module, str], int], dense: int
-) -> None:
-    """With what `counts._times` has seen."""
+def _add_flops(terms: "_Terms", model: nn.Module, times: Times) -> None:
     products = counts._products(model)
     others: dict[Tensor, int] = {}
-    for (layer, name), n in times.items():
+    for (layer, name), n in times.of.items():
         if layer not in products:
             parameter = getattr(layer, name)
             others[parameter] = others.get(parameter, 0) + n
     of_units = _add_units(terms, model, lambda parameter: others.get(parameter, 0))
-    terms.constant += dense + sum(n * p.numel() for p, n in others.items() if p not in of_units)
+    for (gates, space), n in times.heads.items():
+        terms.add(_numbers(terms, gates)[gates.gate_index(space, torch.device("cpu"))], n)
+    terms.constant += times.dense + sum(n * p.numel() for p, n in others.items() if p not in of_units)
     for layer, sides in products.items():
-        of_weights, of_biases = times.get((layer, "weight"), 0), times.get((layer, "bias"), 0)
+        of_weights, of_biases = times.of[layer, "weight"], times.of[layer, "bias"]
         if of_weights or of_biases:
             _add_layer(terms, sides, of_weights, of_biases)
 
@@ -324,7 +326,7 @@ def _add_units(
 
 
 def _add_sided(terms: _Terms, gates: GateGroups, sided: Sided, scale: int) -> None:
-    numbers = torch.cat([*(terms.gate(gate) for gate in gates.gates), torch.tensor([terms.one])])
+    numbers = _numbers(terms, gates)
     labels = [gates.gate_index(space, torch.device("cpu")) for space in sided.sides.values()]
     scale = scale * sided.parameter.numel()
     for of in labels:
@@ -340,6 +342,11 @@ def _add_sided(terms: _Terms, gates: GateGroups, sided: Sided, scale: int) -> No
         terms.add(terms.product(torch.stack((both, both), 1)), -meets)
     else:
         terms.add(_elements(terms, numbers, labels), scale)
+
+
+def _numbers(terms: _Terms, gates: GateGroups) -> Tensor:
+    """Those of all gates of a gated model; behind them that of what is always open."""
+    return torch.cat([*(terms.gate(gate) for gate in gates.gates), torch.tensor([terms.one])])
 
 
 def _elements(terms: _Terms, numbers: Tensor, labels: list[Tensor]) -> Tensor:

@@ -1,6 +1,5 @@
 """How many parameters and FLOPs a gated model has: expected over the draws, or under its evaluation gates."""
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import cache
 from itertools import accumulate
@@ -9,12 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .._compat import AnyConv
 from .conv import GatedConv
-from .export import SlicedConv1d, SlicedConv2d
 from .gate import HardConcreteGate, gate_modules
 from .linear import L0Linear
-from .penalty import weight_parameters
 from .ranks import check_none_flat
 from .steps import (
     GateModules,
@@ -23,14 +19,14 @@ from .steps import (
     is_feed_forward,
     is_linear,
     is_norm,
-    is_product,
     is_residual,
     units_in,
     units_out,
     walk,
 )
-from .units.place import GatedUnits
-from .units.sizes import meeting, open_counts, open_entries, open_pairs, with_one
+from .times import times_of
+from .units.example import Inputs
+from .units.sizes import meeting, open_counts, open_entries, open_heads, open_pairs, with_one
 
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 Openness = Callable[[HardConcreteGate], Tensor]
@@ -64,20 +60,21 @@ def eval_l0(model: nn.Module) -> int:
         return round(_l0(model, _is_open).item())
 
 
-def expected_flops(model: nn.Module, input_shape: Sequence[int] | Tensor | None = None) -> Tensor:
+def expected_flops(model: nn.Module, input_shape: Inputs | None = None) -> Tensor:
     r"""E[FLOPs] of a forward: 2 k (sum p_in)(sum p_out) + sum p_out for the bias, per row or output position.
 
     The units are those of :func:`expected_l0`; positions that read padding count like others. Linear layers,
-    convolutions and the projections of ``nn.MultiheadAttention`` count (weight gates as if each could be
-    skipped), a transposed convolution 2 k (in) (out) / groups per input position and its bias per output;
-    activations, normalisations, recurrent layers and the products within attention do not.
+    convolutions and attention count (weight gates as if each could be skipped), a transposed convolution
+    2 k (in) (out) / groups per input position and its bias per output; activations, normalisations and
+    recurrent layers do not. The products within attention are 2 (D + D') per head and pair of positions, D
+    of the keys, D' of the values; without a run they are left out.
 
     Args:
         model: any module.
         input_shape: of the whole input, the batch included: (1, 784) gives the FLOPs of one example. The
             model is run on zeros of this shape, in eval mode, to see how many rows or positions reach each
-            layer. A tensor is an input itself, for models that take other than floats. None: one row for
-            every linear layer, without a run.
+            layer. A tensor is an input itself, for models that take other than floats; a mapping holds
+            inputs by name. None: one row for every linear layer, without a run.
 
     Returns:
         A float64 scalar, differentiable in log_alpha.
@@ -89,14 +86,15 @@ def expected_flops(model: nn.Module, input_shape: Sequence[int] | Tensor | None 
     return _flops(model, input_shape, _p_open)
 
 
-def eval_flops(model: nn.Module, input_shape: Sequence[int] | Tensor | None = None) -> int:
+def eval_flops(model: nn.Module, input_shape: Inputs | None = None) -> int:
     """The same count under the evaluation gates: of what is open, on both sides of each layer.
 
     ``export(model)`` spends as much where all that is closed can be left out. It spends more for weight and
     block gates, for a grouped convolution, of which whole groups stay, for a convolution that is closed
     altogether, of which one channel of zeros stays on each side, for closed units of which a plain norm
     or an activation with f(0) != 0 makes constants that the next layer reads, and for what it keeps of a
-    model that :func:`gate_` has gated: one unit of a closed group, and groups that have to stay whole.
+    model that :func:`gate_` has gated: one unit of a closed group where a convolution, a norm or the forward
+    needs one, and groups that have to stay whole.
     """
     with torch.no_grad():
         return round(_flops(model, input_shape, _is_open).item())
@@ -116,22 +114,24 @@ def _l0(model: nn.Module, openness: Openness) -> Tensor:
     _check(model)
     of_layers, of_units = _open(model, openness)
     counted = {part for layer, _ in of_layers for part in layer.modules()}
+    tied = {parameter for layer, _ in of_layers for parameter in layer.parameters(recurse=False)}
     rest = {
         parameter: parameter.numel()
         for module in model.modules()
         if module not in counted and not isinstance(module, HardConcreteGate)
         for parameter in module.parameters(recurse=False)
-        if parameter not in of_units
+        if parameter not in of_units and parameter not in tied
     }
     return _total([*of_layers.values(), *of_units.values()], sum(rest.values()))
 
 
-def _flops(model: nn.Module, input_shape: Sequence[int] | Tensor | None, openness: Openness) -> Tensor:
+def _flops(model: nn.Module, input_shape: Inputs | None, openness: Openness) -> Tensor:
     _check(model)
-    times, dense = _times(model, input_shape)
+    times = times_of(model, input_shape)
+    dense = times.dense
     of_layers, of_units = _open(model, openness)  # behind the run, which makes sharded parameters anew
-    counts = []
-    for (layer, name), n in times.items():
+    counts = [n * open_heads(gates, space, openness) for (gates, space), n in times.heads.items()]
+    for (layer, name), n in times.of.items():
         parameter = getattr(layer, name)
         found = of_layers.get((layer, name), of_units.get(parameter))
         if found is None:
@@ -238,86 +238,3 @@ def _own(layer: Any, openness: Openness) -> Tensor | None:
 def _total(counts: Sequence[Tensor], rest: int) -> Tensor:
     device = counts[0].device if counts else None
     return sum(counts, torch.tensor(float(rest), dtype=torch.float64, device=device))
-
-
-def _times(
-    model: nn.Module, input_shape: Sequence[int] | Tensor | None
-) -> tuple[Counter[tuple[nn.Module, str]], int]:
-    """The FLOPs for each element of the layers' parameters, and those of what no gate of ours can close."""
-    times: Counter[tuple[nn.Module, str]] = Counter()
-    modules = list(model.modules())
-    products = [module for module in modules if is_product(module) or _is_product_of_units(module)]
-    attentions = [module for module in modules if isinstance(module, nn.MultiheadAttention)]
-    convolutions = [module for module in modules if isinstance(module, AnyConv)]
-    convolutions = [module for module in convolutions if not isinstance(module, SlicedConv1d | SlicedConv2d)]
-
-    def count(layer: Any, n_in: int, n_out: int) -> None:
-        times[layer, "weight"] += 2 * (n_in if isinstance(layer, TRANSPOSED) else n_out)
-        if layer.bias is not None:
-            times[layer, "bias"] += n_out
-
-    if input_shape is None:
-        if convolutions:
-            raise ValueError(f"input_shape must be given for a model with convolutions: {convolutions[0]}")
-        for layer in products:
-            count(layer, 1, 1)
-        return times, sum(_of_attention(attention, (1, 1, 1, 0)) for attention in attentions)
-    if not (products or convolutions or attentions):
-        return times, 0
-
-    dense = 0
-
-    def see_product(layer: Any, args: Any, kwargs: Any, y: Tensor) -> None:
-        x = args[0] if args else kwargs.get("x", kwargs.get("input"))
-        # An exported layer may have no units left.
-        count(layer, x.numel() // max(units_in(layer), 1), y.numel() // max(units_out(layer), 1))
-
-    def see_convolution(layer: Any, args: Any, kwargs: Any, y: Tensor) -> None:
-        nonlocal dense
-        x = args[0] if args else kwargs["input"]
-        taps = layer.weight[0].numel()  # of an output's position or, in a transposed one, of an input's
-        dense += 2 * taps * (x if isinstance(layer, TRANSPOSED) else y).numel()
-        dense += y.numel() * (layer.bias is not None)
-
-    def see_attention(layer: Any, args: Any, kwargs: Any, _: Any) -> None:
-        nonlocal dense
-        given = [*args, *(kwargs[name] for name in ("query", "key", "value")[len(args) :])][:3]
-        counts = [x.numel() // x.shape[-1] for x in given]
-        dense += _of_attention(layer, (*counts, counts[0]))
-
-    hooks = [module.register_forward_hook(see_product, with_kwargs=True) for module in products]
-    others = [module for module in convolutions if module not in products]
-    hooks += [module.register_forward_hook(see_convolution, with_kwargs=True) for module in others]
-    hooks += [module.register_forward_hook(see_attention, with_kwargs=True) for module in attentions]
-    modes = [module.training for module in modules]
-    try:
-        model.eval()
-        with torch.no_grad():
-            model(_input(model, input_shape))
-    finally:
-        for module, training in zip(modules, modes, strict=True):
-            module.training = training
-        for hook in hooks:
-            hook.remove()
-    return times, dense
-
-
-def _is_product_of_units(layer: nn.Module) -> bool:
-    return isinstance(layer, GatedUnits) and isinstance(layer, nn.Linear | AnyConv)
-
-
-def _input(model: nn.Module, input_shape: Sequence[int] | Tensor) -> Tensor:
-    if isinstance(input_shape, Tensor):
-        return input_shape
-    like = next((parameter for parameter in weight_parameters(model) if parameter.is_floating_point()), None)
-    options: dict[str, Any] = {} if like is None else {"dtype": like.dtype, "device": like.device}
-    return torch.zeros(tuple(input_shape), **options)
-
-
-def _of_attention(attention: nn.MultiheadAttention, rows: tuple[int, int, int, int]) -> int:
-    """FLOPs of the projections of query, key, value and output: of so many rows each."""
-    width = attention.embed_dim
-    sizes = (width, attention.kdim or width, attention.vdim or width, width)
-    bias = attention.in_proj_bias is not None
-    flops = sum(n * width * (2 * size + bias) for n, size in zip(rows[:3], sizes, strict=False))
-    return flops + rows[3] * width * (2 * width + (attention.out_proj.bias is not None))

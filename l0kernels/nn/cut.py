@@ -59,8 +59,12 @@ def set_gates_(model: nn.Module, values: Sequence[Tensor]) -> None:
 
 def _blocks(model: nn.Module) -> dict[HardConcreteGate, int]:
     """The units of a gate, where they are several."""
-    hosts = [module for module in model.modules() if isinstance(module, GateGroups)]
-    return {gate: host.block for host in hosts for gate in host.gates}
+    return {
+        gate: host.block_of(group)
+        for host in model.modules()
+        if isinstance(host, GateGroups)
+        for group, gate in zip(host.groups, host.gates, strict=True)
+    }
 
 
 def _per_chunk(multiple_of: int, block: int) -> int:

@@ -46,6 +46,7 @@ from .steps import (
     units_out,
     walk,
 )
+from .units.example import Inputs
 from .units.place import GatedUnits, GateGroups, relink
 from .units.shrink import narrowed, set_sizes, shrunk
 
@@ -189,7 +190,7 @@ def export(
     multiple_of: int = 1,
     keep: float | Mapping[str, float] | None = None,
     cost: Any = "params",
-    input_shape: Sequence[int] | Tensor | None = None,
+    input_shape: Inputs | None = None,
     evenly: bool = False,
 ) -> nn.Module:
     """A smaller model of plain torch modules with the outputs of ``model.eval()``, itself in eval mode.

@@ -71,6 +71,8 @@ class HardConcreteGate(Unscriptable, nn.Module):
     """lam, (), float64, on the device of log_alpha: an input of compiled graphs, a number is a constant."""
     shared: bool = False
     """Whether a layer was handed it, so that another one may have it, too."""
+    kind: str | None = None
+    """Of a model that gate_ has gated: what its units are, see :class:`UnitGraph`."""
     searches: int = 0
     """How often it was looked for in what led to a draw of it, see `notices`."""
     _drawn: Gates | Tensor | None = None

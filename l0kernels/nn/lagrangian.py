@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .. import _checks, reference
 from .shares import CostFunction, GateKind, Wish, check_reach, kinds_of
+from .units.example import Inputs
 
 
 class Lagrangian:
@@ -55,7 +56,7 @@ class Lagrangian:
         ramp: float = 0.3,
         lr: float = 1.0,
         restarts: bool = True,
-        input_shape: Sequence[int] | Tensor | None = None,
+        input_shape: Inputs | None = None,
     ) -> None:
         _checks.check_count("steps", steps, 1, 2**63)
         for name, value in (("ramp", ramp), ("lr", lr)):

@@ -20,6 +20,7 @@ from ..gates import eval_gates, sample_gates
 from .cost import Cost, cost_of
 from .gate import HardConcreteGate
 from .names import named_gates
+from .units.example import Inputs
 from .units.graph import aligned
 
 if TYPE_CHECKING:
@@ -221,7 +222,7 @@ def _sentence(what: str, size: Size) -> str:
     )
 
 
-def report(model: nn.Module, input_shape: Sequence[int] | Tensor | None = None, *, seed: int = 0) -> Report:
+def report(model: nn.Module, input_shape: Inputs | None = None, *, seed: int = 0) -> Report:
     """What the gates of a model do, vector by vector, what that makes of its size, and what is odd.
 
     ::
@@ -384,7 +385,7 @@ class Watch:
         writer: Writer | None = None,
         csv: str | Path | None = None,
         call: Callable[[int, Report], Any] | None = None,
-        input_shape: Sequence[int] | Tensor | None = None,
+        input_shape: Inputs | None = None,
     ) -> None:
         if every < 1:
             raise ValueError(f"every must be at least 1, got {every!r}")

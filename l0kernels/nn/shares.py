@@ -17,6 +17,7 @@ from .gate import HardConcreteGate
 from .names import named_gates
 from .penalty import LIMIT
 from .ranks import is_sharded
+from .units.example import Inputs
 
 CostFunction = Callable[[dict[str, Tensor]], Tensor]
 """Names of gates -> how open they are, (n,) float64 in [0, 1]; what that costs, a scalar, differentiable."""
@@ -31,7 +32,7 @@ class Wish(NamedTuple):
 
     keep: float | Mapping[str, float]
     cost: str | CostFunction = "params"
-    input_shape: Sequence[int] | Tensor | None = None
+    input_shape: Inputs | None = None
 
 
 class GateKind(NamedTuple):
@@ -187,7 +188,7 @@ def matched(
     of: dict[HardConcreteGate, str] = {}
     for pattern in patterns:
         try:
-            own = [gate for gate, name in names.items() if matches(name, pattern)]
+            own = [gate for gate, name in names.items() if matches(name, pattern) or gate.kind == pattern]
         except re.error as error:
             raise ValueError(f"pattern must be a regular expression, got {pattern!r}: {error}") from error
         if strict and not own:

@@ -454,7 +454,7 @@ def test_transposed_convolutions(kind, dims, options):
 
 
 @pytest.mark.parametrize("options", [{}, {"bias": False}, {"kdim": 3, "vdim": 7}])
-def test_projections_of_attention(options):
+def test_attention(options):
     attention = torch.nn.MultiheadAttention(8, 2, batch_first=True, **options)
     q = torch.zeros(2, 5, 8)
     k, v = (torch.zeros(2, 6, options.get(name, 8)) for name in ("kdim", "vdim"))
@@ -470,7 +470,7 @@ def test_projections_of_attention(options):
     rows, bias = (10, 12, 12), attention.in_proj_bias is not None
     sizes = (8, options.get("kdim", 8), options.get("vdim", 8))
     expected = sum(n * 8 * (2 * size + bias) for n, size in zip(rows, sizes, strict=True))
-    expected += 10 * 8 * (2 * 8 + bias)
+    expected += 10 * 8 * (2 * 8 + bias) + 2 * 10 * 6 * (8 + 8)
     assert nn.eval_flops(Cross(), q.shape) == expected
     assert nn.eval_flops(attention) == 8 * sum(2 * size + bias for size in (*sizes, 8))
     assert nn.eval_l0(attention) == sum(p.numel() for p in attention.parameters())

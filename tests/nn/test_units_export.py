@@ -8,6 +8,7 @@ import pickle
 import pytest
 import torch
 import torch.distributed as dist
+import unit_nets
 from torch import nn
 from torch.nn import functional as F
 
@@ -406,7 +407,7 @@ def test_multiple_of_is_for_gated_models():
 
 
 @pytest.mark.parametrize("name", NETS)
-def test_a_group_without_open_units_keeps_one(name):
+def test_a_group_without_open_units_keeps_one_where_a_convolution_needs_it(name):
     model, x = gated(name)
     for gate in groups_of(model).gates:
         before = gate.log_alpha.detach().clone()
@@ -417,7 +418,55 @@ def test_a_group_without_open_units_keeps_one(name):
         gate.log_alpha.data.fill_(-10)
     small = l0.nn.export(model)
     assert_same(small(x), model(x))
-    assert all(p.numel() for p in small.parameters())
+    assert all(p.numel() for p in small.parameters()) == (name not in ("mlp", "mixer"))
+
+
+ATTENTIONS = {"grouped_queries": ("1.q", 6), "enabled_gqa": ("1.q", 4), "fused_attention": ("fused.qkv", 4)}
+
+
+@pytest.mark.parametrize("n_open", [0, 1])
+@pytest.mark.parametrize("name", ATTENTIONS)
+def test_closed_heads_go(name, n_open):
+    net, args = unit_nets.NETS[name]()
+    graph = l0.nn.gate_(net, *args)
+    net.eval()
+    group, each = ATTENTIONS[name]
+    for gate, of in zip(groups_of(net).gates, graph.groups, strict=True):
+        gate.log_alpha.data.fill_(9.0)
+        if of.name == group:
+            assert of.kind == gate.kind == "heads"
+            gate.log_alpha.data[n_open:] = -9.0
+    small = l0.nn.export(net)
+    torch.testing.assert_close(small(*args), net(*args), rtol=1e-12, atol=1e-12)
+    queries = small.get_submodule(group)
+    if name == "fused_attention":
+        assert queries.nf == queries.weight.shape[1] == 3 * each * max(n_open, 1)  # Conv1D asks for one
+    else:
+        shared = {"grouped_queries": 2, "enabled_gqa": 3}[name]
+        assert queries.out_features == n_open * shared * each
+        assert [small.get_submodule(f"1.{of}").out_features for of in "kv"] == [n_open * each] * 2
+        assert small.get_submodule("1.o").in_features == n_open * shared * each
+    if n_open:
+        assert l0.nn.eval_l0(net) == sum(p.numel() for p in small.parameters())
+        shapes = {"x" if at == 0 else "other": x for at, x in enumerate(args)}
+        shapes = args[0] if len(args) == 1 else shapes
+        assert l0.nn.eval_flops(net, shapes) == l0.nn.eval_flops(small, shapes)
+
+
+def test_flops_of_attention():
+    net, (x,) = unit_nets.NETS["hand_attention"]()
+    l0.nn.gate_(net, x, kinds=["heads"])
+    (gate,) = groups_of(net).gates
+    gate.log_alpha.data.copy_(torch.tensor([9.0, -9.0]))
+    n, length = x.shape[:2]
+    dense = l0.nn.eval_flops(l0.nn.ungate_(copy.deepcopy(net)), x)
+    each = 2 * n * length * (3 * 8 * 4 + 4 * 8) + 2 * n * length * length * (4 + 4)
+    assert dense - l0.nn.eval_flops(net, x) == each
+    expected = l0.nn.expected_flops(net, x)
+    p = gate.dist.p_open(gate.log_alpha.double()).sum()
+    torch.testing.assert_close(expected, dense - each * (2 - p))
+    cost = l0.nn.Budget(net, keep=0.9, cost="flops", steps=3, input_shape=x)
+    assert cost.expected == pytest.approx((dense - each) / dense, abs=0.05)
 
 
 class Views(nn.Module):

@@ -690,7 +690,7 @@ class GroupedQueries(nn.Module):
         q, k = (t * angles.cos() + turned(t) * angles.sin() for t in (q, k))
         if not self.enable_gqa:
             k, v = (
-                t[:, :, None].expand(n, shared, heads // shared, length, each).reshape(n, heads, length, each)
+                t[:, :, None].expand(n, t.shape[1], heads // shared, length, each).flatten(1, 2)
                 for t in (k, v)
             )
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.enable_gqa)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -9,6 +10,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from ..._compat import pytree
+
+Inputs = Sequence[int] | Tensor | Mapping[str, Any]
+"""The shape of zeros that a model is run on, a tensor, or inputs by their names."""
 
 
 class _Like(NamedTuple):

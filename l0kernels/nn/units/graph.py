@@ -15,6 +15,8 @@ from torch.nn.parameter import is_lazy
 from ..._compat import pytree
 from .trace import Dim, Trace, model_inputs
 
+KINDS = ("heads", "units", "width")
+
 
 @dataclass(frozen=True)
 class Member:
@@ -44,6 +46,7 @@ class Group:
         members: what a closed unit takes with it.
         parameters: how many parameters that is, of one unit.
         residual: whether the sum of two branches carries them.
+        kind: "heads" of attention; "width", the features or channels of a residual stream; else "units".
     """
 
     name: str
@@ -51,6 +54,7 @@ class Group:
     members: tuple[Member, ...]
     parameters: int
     residual: bool
+    kind: str = "units"
 
     @property
     def layers(self) -> list[str]:
@@ -75,16 +79,31 @@ class Pinned:
 
 
 @dataclass(frozen=True)
+class Attention:
+    """A product of activations, by head: scores, what they weigh, or both.
+
+    Attributes:
+        module: the name of the module that calls it.
+        heads: the group and the unit in it that each head is, None where it has none.
+    """
+
+    module: str
+    heads: tuple[tuple[str, int] | None, ...]
+
+
+@dataclass(frozen=True)
 class UnitGraph:
     """What :func:`unit_graph` has found.
 
     Attributes:
         groups: those that can be gated, in the order of the parameters.
         pinned: what cannot.
+        attentions: each product of activations, in the order of the calls.
     """
 
     groups: tuple[Group, ...]
     pinned: tuple[Pinned, ...]
+    attentions: tuple[Attention, ...] = field(default=(), repr=False)
     _sizes: dict[tuple[str, int], int] = field(default_factory=dict, repr=False)
 
     def __getitem__(self, name: str) -> Group:
@@ -103,16 +122,20 @@ class UnitGraph:
         include: str | Sequence[str] | None = None,
         exclude: str | Sequence[str] | None = None,
         residual: bool = True,
+        kinds: Sequence[str] | None = None,
     ) -> list[Group]:
         """The groups one of whose makers is named by `include`, and none by `exclude`.
 
         Args:
             include, exclude: a regular expression for the whole name of a module, or suffixes of names.
             residual: whether those carried by sums are among them.
+            kinds: of "heads", "units" and "width"; None: all.
 
         Raises:
-            ValueError: a pattern that names no module around any group.
+            ValueError: a pattern that names no module around any group, or another kind.
         """
+        if kinds is not None and (isinstance(kinds, str) or not {*kinds} <= {*KINDS}):
+            raise ValueError(f"kinds must be some of {KINDS}, got {kinds!r}")
         for what, pattern in (("include", include), ("exclude", exclude)):
             names = [name for group in self.groups for name in (group.makers or group.layers)]
             if pattern is not None and not any(_named(name, pattern) for name in names):
@@ -124,6 +147,7 @@ class UnitGraph:
             names = group.makers or group.layers
             wanted = include is None or any(_named(name, include) for name in names)
             left = exclude is not None and any(_named(name, exclude) for name in names)
+            wanted = wanted and (kinds is None or group.kind in kinds)
             if wanted and not left and (residual or not group.residual):
                 found.append(group)
         return found
@@ -133,7 +157,7 @@ class UnitGraph:
         for group in self.groups:
             layers = group.layers
             names = ", ".join(layers[:4]) + (f" and {len(layers) - 4} more" if len(layers) > 4 else "")
-            kind = " (residual)" if group.residual else ""
+            kind = "" if group.kind == "units" else f" ({group.kind})"
             rows.append((group.name + kind, str(group.units), names, f"{group.parameters:,}"))
         lines = aligned(rows)
         if self.pinned:
@@ -240,8 +264,13 @@ def _build(model: nn.Module, trace: Trace) -> UnitGraph:
         )
         by_signature.setdefault(signature, []).append(unit)
     groups, known = [], set[str]()
+    attending = {
+        sets.find(label) for _, labels in trace.attentions if labels is not None for label in labels.tolist()
+    }
     for signature, units in by_signature.items():
         group = _group(signature, units, places, trace, tensors, summed)
+        kind = "heads" if units[0] in attending else "width" if group.residual else "units"
+        group = replace(group, kind=kind)
         name, times = group.name, 1
         while key_of(name) in known:  # what one layer makes, and several read
             times += 1
@@ -249,7 +278,19 @@ def _build(model: nn.Module, trace: Trace) -> UnitGraph:
         known.add(key_of(name))
         groups.append(replace(group, name=name))
     sizes = {(key.name, key.dim): len(labels) for key, labels in trace.dims.items()}
-    return UnitGraph(tuple(_named_apart(groups)), tuple(pinned), sizes)
+    named = tuple(_named_apart(groups))
+    of_unit = {
+        unit: (group.name, at)
+        for group, units in zip(named, by_signature.values(), strict=True)
+        for at, unit in enumerate(units)
+    }
+    return UnitGraph(named, tuple(pinned), tuple(_attentions(trace, of_unit)), sizes)
+
+
+def _attentions(trace: Trace, of_unit: dict[int, tuple[str, int]]) -> Iterator[Attention]:
+    for name, labels in trace.attentions:
+        heads = [] if labels is None else labels.tolist()
+        yield Attention(name, tuple(of_unit.get(trace.sets.find(head)) for head in heads))
 
 
 def _named_apart(groups: Sequence[Group]) -> Iterator[Group]:

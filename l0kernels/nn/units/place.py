@@ -6,6 +6,7 @@ import re
 import threading
 from collections import OrderedDict, deque
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar, cast
 
 import torch
@@ -43,9 +44,11 @@ class GateGroups(GatedLayer, nn.Module):
 
     Attributes:
         groups: what of :func:`unit_graph` is gated, in the order of the gates.
-        block: so many units in a row are closed together.
+        block: so many units in a row are closed together, heads each for itself.
         spaces: where the units lie in the layers.
         places: those of each parameter and buffer of the model, by its name and dimension.
+        attentions: by the name of a module, the heads of each product of activations that it calls, in order;
+            None: they are not gated.
         example: what the model was run with, without its values; None where that cannot be made again.
     """
 
@@ -58,6 +61,7 @@ class GateGroups(GatedLayer, nn.Module):
         self.block = block
         self.spaces = Spaces()
         self.places: dict[str, dict[int, Space]] = {}
+        self.attentions: dict[str, list[Space | None]] = {}
         self.example: Example | None = None
         self._keys: dict[str, str] = {}
         for group in groups:
@@ -65,7 +69,9 @@ class GateGroups(GatedLayer, nn.Module):
             while hasattr(self, key):
                 key += "_"
             self._keys[group.name] = key
-            self.add_module(key, HardConcreteGate(-(-group.units // block), **options))
+            gate = HardConcreteGate(-(-group.units // self.block_of(group)), **options)
+            gate.kind = group.kind
+            self.add_module(key, gate)
         self.multiples = [1] * len(groups)
         self._made: dict[Any, Any] = {}
         self._local = threading.local()
@@ -76,14 +82,18 @@ class GateGroups(GatedLayer, nn.Module):
         """In the order of the groups."""
         return [cast(HardConcreteGate, self._modules[key]) for key in self._keys.values()]
 
+    def block_of(self, group: Group) -> int:
+        """How many units of a group share a gate."""
+        return 1 if group.kind == "heads" else self.block
+
     def gate_of_unit(self) -> Tensor:
         """(units + 1,) int64: which of all gates closes each unit; the last number: none."""
         found = self._made.get("gate_of_unit")
         if found is None:
             parts, start = [], 0
             for group in self.groups:
-                parts.append(start + torch.arange(group.units) // self.block)
-                start += -(-group.units // self.block)
+                parts.append(start + torch.arange(group.units) // self.block_of(group))
+                start += -(-group.units // self.block_of(group))
             found = self._made["gate_of_unit"] = torch.cat([*parts, torch.tensor([start])])
         return found
 
@@ -100,7 +110,7 @@ class GateGroups(GatedLayer, nn.Module):
         if key not in self._made:
             of, start, found = self.gate_of_unit()[space.labels], 0, None
             for at, group in enumerate(self.groups):
-                n = -(-group.units // self.block)
+                n = -(-group.units // self.block_of(group))
                 found = at if torch.equal(of, torch.arange(start, start + n)) else found
                 start += n
             self._made[key] = found
@@ -214,27 +224,29 @@ class GateGroups(GatedLayer, nn.Module):
                 if kept is not None and kept[0] == key:
                     return kept[2]
             pairs = zip(found, self.groups, strict=True)
-            drawn = [self._spread(one, group.units) for one, group in pairs]
+            drawn = [self._spread(one, group) for one, group in pairs]
         made = Draw(drawn, self.multiples, exact, "torch" if backend == "reference" else backend, z)
         if key is not None:
             self._local.kept = key, found, made
         return made
 
-    def _spread(self, gates: Gates | None, units: int) -> Gates:
+    def _spread(self, gates: Gates | None, group: Group) -> Gates:
         assert gates is not None
-        if self.block == 1:
+        block = self.block_of(group)
+        if block == 1:
             return gates
-        return Gates.from_z(gates.z.repeat_interleave(self.block)[:units], full_grad=False)
+        return Gates.from_z(gates.z.repeat_interleave(block)[: group.units], full_grad=False)
 
     def gate_groups(self) -> Iterator[tuple[HardConcreteGate, Tensor, int]]:
         """|g| = what one unit closes, of all of its layers, times the units of a block."""
         for group, gate in zip(self.groups, self.gates, strict=True):
-            log_alpha, last = gate.whole(), group.units % self.block
+            block = self.block_of(group)
+            log_alpha, last = gate.whole(), group.units % block
             if not last:
-                yield gate, log_alpha, group.parameters * self.block
+                yield gate, log_alpha, group.parameters * block
                 continue
             if len(log_alpha) > 1:
-                yield gate, log_alpha[:-1], group.parameters * self.block
+                yield gate, log_alpha[:-1], group.parameters * block
             yield gate, log_alpha[-1:], group.parameters * last
 
     def l2_terms(self) -> Iterator[tuple[HardConcrete, L2Term]]:
@@ -325,6 +337,7 @@ def gate_(
     exclude: str | Sequence[str] | None = None,
     inputs: bool = False,
     residual: bool = True,
+    kinds: Sequence[str] | None = None,
     block: int = 1,
     droprate_init: float = 0.5,
     lam: float = 0.1,
@@ -358,7 +371,9 @@ def gate_(
             of a module, or a sequence of last parts of names. None: all, none.
         inputs: whether the inputs' features (channels, of images) are gated, too.
         residual: whether units that a sum of two branches carries are.
-        block: so many units in a row share a gate.
+        kinds: which of "heads" (of attention; queries that share keys and values are one), "width" (of the
+            residual stream) and "units" (all others); None: all.
+        block: so many units in a row share a gate; a head has its own.
         droprate_init, lam, eval_mode, dist: see :class:`HardConcreteGate`.
 
     Returns:
@@ -372,7 +387,7 @@ def gate_(
     if not isinstance(block, int) or isinstance(block, bool) or block < 1:
         raise ValueError(f"block must be a positive int, got {block!r}")
     graph = unit_graph(model, *args, inputs=inputs, **kwargs)
-    groups = graph.select(include, exclude, residual)
+    groups = graph.select(include, exclude, residual, kinds)
     if not groups:
         raise ValueError(f"model must have units to gate, got none:\n{graph}")
     gated(
@@ -387,7 +402,7 @@ def gate_(
         eval_mode=eval_mode,
         dist=dist,
     )
-    return UnitGraph(tuple(groups), graph.pinned, graph._sizes)
+    return replace(graph, groups=tuple(groups))
 
 
 def gated(
@@ -404,6 +419,7 @@ def gated(
     gates = GateGroups(groups, block, device=first.device, dtype=first.dtype, **options)
     gates.example = example_of(args, kwargs, first.dtype)
     _place(model, gates, graph._sizes)
+    _note_attentions(gates, graph)
     gates.train(model.training)
     return gates
 
@@ -474,6 +490,20 @@ def _place(model: nn.Module, gates: GateGroups, sizes: dict[tuple[str, int], int
     _round(gates, placed, total)
     model.add_module(NAME, gates)
     gates.hook(model)
+
+
+def _note_attentions(gates: GateGroups, graph: UnitGraph) -> None:
+    starts, total = {}, 0
+    for group in gates.groups:
+        starts[group.name] = total
+        total += group.units
+    for attention in graph.attentions:
+        of = [
+            starts[head[0]] + head[1] if head is not None and head[0] in starts else total
+            for head in attention.heads
+        ]
+        space = gates.spaces.of(torch.tensor(of)) if any(at != total for at in of) else None
+        gates.attentions.setdefault(attention.module, []).append(space)
 
 
 def _round(gates: GateGroups, placed: Sequence[Units], total: int) -> None:

@@ -41,11 +41,12 @@ def shrunk(model: nn.Module, multiple_of: int) -> nn.Module:
 
 def _shrunk(host: nn.Module, multiple_of: int) -> nn.Module:
     gates = cast(GateGroups, groups_of(host))
-    plan = _Plan(host, gates, multiple_of)
     check = _Check(host, gates)
-    out, found = check.of(plan.cut(plan.narrowed))
-    if found is None:
-        return out
+    for least in (0, 1):  # not every forward takes what has no units at all
+        plan = _Plan(host, gates, multiple_of, least)
+        out, found = check.of(plan.cut(plan.narrowed))
+        if found is None:
+            return out
     # Some of them meet a size that stands in a forward: those stay whole, with zeros.
     out, wrong = check.of(plan.cut([]))
     if wrong is not None:
@@ -72,15 +73,21 @@ class _Plan:
         needed: the names of those of which all that is closed must go: a norm is over them.
     """
 
-    def __init__(self, host: nn.Module, gates: GateGroups, multiple_of: int) -> None:
+    def __init__(self, host: nn.Module, gates: GateGroups, multiple_of: int, least: int) -> None:
         self._host, self._gates = host, gates
+        linear = {
+            f"{name}.{of}"
+            for name, m in host.named_modules()
+            if isinstance(m, nn.Linear | nn.Embedding)
+            for of in m._parameters
+        }
         self._layers: list[Any] = [m for m in host.modules() if isinstance(m, GatedUnits)]
         starts: list[int] = []
         z, total = [], 0
         for group, gate in zip(gates.groups, gates.gates, strict=True):
             starts.append(total)
             total += group.units
-            z.append(gates._spread(gate.eval_gates(), group.units).z.detach().cpu())
+            z.append(gates._spread(gate.eval_gates(), group).z.detach().cpu())
         self._z = torch.cat([*z, z[0].new_ones(1)])  # behind all units stands what is always open
         self._open = self._z != 0
         self._of = {
@@ -98,11 +105,13 @@ class _Plan:
                 continue
             wanted = n_open
             if group.name not in self.needed:
-                wanted = min(group.units, max(-(-n_open // multiple_of) * multiple_of, 1))
+                at_least = least if all(m.name in linear for m in group.members) else 1
+                wanted = min(group.units, max(-(-n_open // multiple_of) * multiple_of, at_least))
             elif group.name not in mixed:
                 wanted = max(n_open, 1)
             if wanted > n_open:
-                likely = gate.whole().detach().flatten().cpu().repeat_interleave(gates.block)[: group.units]
+                likely = gate.whole().detach().flatten().cpu().repeat_interleave(gates.block_of(group))
+                likely = likely[: group.units]
                 likely = likely.double().masked_fill(self._open[place], torch.inf)
                 self._kept[place][likely.argsort(descending=True, stable=True)[:wanted]] = True
             if not self._kept[place].all():
@@ -161,6 +170,8 @@ class _Plan:
             _resize(cast(Any, layer), own, cutter.count)
             if _is_over_units(layer, own):
                 open_norm_(layer, cutter.is_open(cast(Space, own.outs)))
+        for name, spaces in self._gates.attentions.items():
+            _set_heads(copied.get_submodule(name), spaces, cutter.count)
         return copied
 
 
@@ -242,10 +253,31 @@ def narrowed(data: Tensor, dim: int, index: Tensor | None, z: Tensor | None = No
 
 def set_sizes(layer: Any, n_in: int | None, n_out: int | None) -> None:
     """Has a linear layer or a convolution say how many units it reads and makes; None: as many as it did."""
-    of = "features" if isinstance(layer, nn.Linear) else "channels"
-    for name, n in (("in", n_in), ("out", n_out)):
+    of = "{}_features" if isinstance(layer, nn.Linear) else "{}_channels"
+    names = ("nx", "nf") if hasattr(layer, "nf") else (of.format("in"), of.format("out"))  # Conv1D of GPT-2
+    for name, n in zip(names, (n_in, n_out), strict=True):
         if n is not None:
-            setattr(layer, f"{name}_{of}", n)
+            setattr(layer, name, n)
+
+
+HEADS = ("heads", "num_heads", "n_heads", "n_head", "num_attention_heads")
+SHARED = ("num_key_value_heads", "num_kv_heads", "n_kv_heads")
+FEATURES = ("all_head_size", "inner_dim", "split_size")
+
+
+def _set_heads(attention: nn.Module, spaces: Sequence[Space | None], count: Callable[[Space], int]) -> None:
+    """Has the attributes of a module that attends say how many heads it has left, by their usual names."""
+    sizes = {(space.size, count(space)) for space in spaces if space is not None}
+    if len(sizes) != 1:
+        return
+    ((heads, left),) = sizes
+    for name, value in vars(attention).items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            continue
+        if (name in HEADS and value == heads) or (name in FEATURES and value % heads == 0):
+            setattr(attention, name, value // heads * left)
+        elif name in SHARED and heads % value == 0 and left % (heads // value) == 0:
+            setattr(attention, name, left // (heads // value))
 
 
 def _resize(layer: Any, units: Units, count: Callable[[Space], int]) -> None:

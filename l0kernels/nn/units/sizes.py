@@ -70,6 +70,12 @@ def open_counts(
     return counts
 
 
+def open_heads(gates: GateGroups, space: Space, openness: Callable[[HardConcreteGate], Tensor]) -> Tensor:
+    """How many entries of a space are open, a float64 scalar."""
+    p = with_one([openness(gate) for gate in gates.gates])
+    return p[gates.gate_index(space, p.device)].sum()
+
+
 def with_one(parts: list[Tensor]) -> Tensor:
     """P(open) of all gates, one after the other, in float64; behind them stands what is always open."""
     flat = [part.double().flatten() for part in parts]

@@ -60,6 +60,8 @@ class Trace(TorchFunctionMode):
         roles: what the dimension is to its layer: "out" makes the units, "in" reads them, "along" is between.
         sums: labels of the sums of two branches.
         recurrent: the recurrent layers that have been called.
+        attentions: of each product of activations, in order: the module that calls it, and the labels of its
+            heads, (H,), None where it has none.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -69,6 +71,7 @@ class Trace(TorchFunctionMode):
         self.roles: dict[Dim, str] = {}
         self.sums: list[Tensor] = []
         self.recurrent: set[nn.Module] = set()
+        self.attentions: list[tuple[str, Tensor | None]] = []
         self.stack: list[tuple[str, nn.Module]] = []
         self._names: dict[int, str] = {}
         self._owned: list[Tensor] = []
@@ -158,6 +161,8 @@ class Trace(TorchFunctionMode):
             self._busy = False
 
     def _see(self, call: Call) -> None:
+        if call.func in trace_attention.PRODUCTS:
+            self.attentions.append((self.stack[-1][0] if self.stack else "", None))
         if not any(self.is_owned(t) or id(t) in self._labels for t in call.tensors()):
             self._none(call)
             return
@@ -702,8 +707,8 @@ def _rules() -> dict[Any, Rule]:
         ("prelu", _prelu),
         (table.RECURRENT, trace_recurrent.recurrence),
         (table.SEQUENCES, trace_recurrent.sequences),
-        ("scaled_dot_product_attention", trace_attention.attention),
-        ("matmul bmm __matmul__", trace_attention.batched_product),
+        (trace_attention.ATTENTION, trace_attention.attention),
+        (trace_attention.BATCHED, trace_attention.batched_product),
         ("pad", _pad),
         ("pixel_shuffle", _pixel_shuffle),
         ("__setitem__", _set_item),

@@ -12,10 +12,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from . import table
 from .labels import shortened, spread, varying
 
 if TYPE_CHECKING:
     from .trace import Call, Trace
+
+ATTENTION, BATCHED = "scaled_dot_product_attention", "matmul bmm __matmul__"
+PRODUCTS = {*table.functions(f"{ATTENTION} {BATCHED}")}
+"""Functions that multiply activations with each other."""
 
 
 def merged(trace: Trace, labels: Tensor, dims: list[int], call: Call) -> Tensor:
@@ -56,6 +61,7 @@ def attention(trace: Trace, call: Call) -> None:
     for labels in found[1:]:
         first, second = shortened([found[0], labels])
         trace.sets.join(first.flatten(), second.flatten(), trace.where(call))
+    _of_heads(trace, found[0])
     trace.set(out, found[0][..., None, None].expand(out.shape))
 
 
@@ -85,4 +91,11 @@ def batched_product(trace: Trace, call: Call) -> None:
         return
     first, second = shortened([rows, cols])
     trace.sets.join(first.flatten(), second.flatten(), trace.where(call))
+    if {*varying(rows)} - free == {out.ndim - 3}:
+        _of_heads(trace, rows.select(-1, 0).select(-1, 0))
     trace.set(out, rows if len(varying(rows)) >= len(varying(cols)) else cols)
+
+
+def _of_heads(trace: Trace, labels: Tensor) -> None:
+    """Has the product that is seen be one of these heads, (..., H)."""
+    trace.attentions[-1] = trace.attentions[-1][0], labels.reshape(-1, labels.shape[-1])[0]
