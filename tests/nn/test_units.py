@@ -2,6 +2,8 @@
 
 import copy
 import dataclasses
+import itertools
+import math
 import threading
 
 import pytest
@@ -13,6 +15,7 @@ from torch.nn import functional as F
 
 import l0kernels as l0
 from l0kernels import _checks
+from l0kernels.nn.cost import cost_of
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
@@ -86,6 +89,81 @@ def test_nothing_else_reads_a_unit(name):
     for one in range(len(graph.groups)):
         z = [torch.full((group.units,), float(at != one)).double() for at, group in enumerate(graph.groups)]
         unit_oracle.check_graph(plain, graph, z, args, f"{name}, {graph.groups[one].name}")
+
+
+LAYERED = ["hand_attention", "grouped_queries", "fused_attention", "glu", "resnet", "mixer", "tied"]
+
+
+def layered(name, **options):
+    model, plain, graph, args = gated(name, layers=True, **options)
+    layers = model.l0_units.l0_layers
+    generator = torch.Generator().manual_seed(3)
+    values = torch.where(torch.rand(layers.n, generator=generator) < 0.4, -40.0, 0.3)
+    values[0], values[-1] = 0.7, -40.0
+    layers.log_alpha.data.copy_(values)
+    return model, plain, graph, args
+
+
+@pytest.mark.parametrize("name", LAYERED)
+def test_gates_of_layers(name):
+    case = layered(name)
+    for pattern in ("open", "fractional", "mixed", "one unit open"):
+        check(case, pattern, True)
+    check(case, "mixed", False)
+    model, _, graph, args = case
+    gates = model.l0_units
+    unit_oracle.set_gates(graph, model, "mixed")
+    model.eval()
+    z_layers = gates.l0_layers().z
+    drawn = gates.now().z
+    assert drawn.ne(0).any()
+    wanted = [
+        gate().z * (1 if at is None else z_layers[at])
+        for gate, at in zip(gates.gates, gates.layered, strict=True)
+    ]
+    torch.testing.assert_close(drawn[:-1], torch.cat(wanted))
+    small = l0.nn.export(model)
+    for mine, other in zip(*map(unit_oracle.tensors_of, (small(*args), model(*args))), strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", LAYERED)
+def test_gates_of_layers_dense_with_zeros(name, static):
+    case = layered(name)
+    for pattern, train in (("open", True), ("mixed", True), ("half", False)):
+        check(case, pattern, train)
+
+
+@pytest.mark.parametrize("name", LAYERED)
+def test_counts_of_gates_of_layers(name):
+    model, plain, graph, _ = layered(name)
+    unit_oracle.set_gates(graph, model, "fractional")
+    gates = model.l0_units
+    p = {gate: gate.dist.p_open(gate.log_alpha.double()) for gate in l0.nn.gate_modules(model)}
+    of = dict(
+        zip((group.name for group in gates.groups), zip(gates.gates, gates.layered, strict=True), strict=True)
+    )
+    sides = {}
+    for group in gates.groups:
+        gate, at = of[group.name]
+        own = p[gate] if at is None else p[gate] * p[gates.l0_layers][at]
+        for member in group.members:
+            along = sides.setdefault(member.name, {}).setdefault(member.dim, {})
+            along.update({int(i): (group.name, u, own[u]) for u, row in enumerate(member.index) for i in row})
+    total = 0.0
+    for parameter_name, parameter in plain.named_parameters():
+        if parameter_name not in sides:
+            total += parameter.numel()
+            continue
+        for place in itertools.product(*map(range, parameter.shape)):
+            met = {along[place[dim]] for dim, along in sides[parameter_name].items() if place[dim] in along}
+            total += math.prod(
+                float(value) for _, _, value in {(n, u): (n, u, v) for n, u, v in met}.values()
+            )
+    assert float(l0.nn.expected_l0(model)) == pytest.approx(total, rel=1e-9)
+    found = cost_of(model, l0.nn.gate_modules(model))
+    x = torch.cat([p[gate].detach() for gate in found.gates])
+    assert float(l0.reference.budget.Terms(found.terms)(x)) == pytest.approx(total, rel=1e-9)
 
 
 GROUPS = {
