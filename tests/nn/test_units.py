@@ -16,6 +16,7 @@ from torch.nn import functional as F
 import l0kernels as l0
 from l0kernels import _checks
 from l0kernels.nn.cost import cost_of
+from l0kernels.nn.units import narrow
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
@@ -698,3 +699,59 @@ def test_functions_are_smooth_where_units_are_closed():
             y.sum().backward()
             assert x.grad.isfinite().all(), name
     assert seen > 50
+
+
+class Decoder(nn.Module):
+    """Attends to what it has been given so far, which it keeps."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.v, self.o = (nn.Linear(8, 8) for _ in range(4))
+
+    def forward(self, x, kept=None):
+        q, k, v = (f(x).view(*x.shape[:2], -1, 4).transpose(1, 2) for f in (self.q, self.k, self.v))
+        k, v = (
+            torch.cat((old, new), -2)
+            for old, new in zip(kept or (torch.tensor([], dtype=x.dtype),) * 2, (k, v), strict=True)
+        )
+        return self.o(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)), [k, v]
+
+
+class Caching(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.decoder, self.cache = Decoder(), None
+
+    def forward(self, x):
+        y, self.cache = self.decoder(x, self.cache)
+        return y
+
+
+@pytest.mark.parametrize("changes", [False, True], ids=["same gates", "other gates"])
+def test_heads_of_forwards_before(changes, monkeypatch):
+    model = Caching().double().eval()
+    l0.nn.gate_(model, torch.randn(1, 3, 8, dtype=torch.float64))
+    (gate,) = l0.nn.gate_modules(model)
+    fell = []
+    on_dense = narrow._on_dense
+    monkeypatch.setattr(narrow, "_on_dense", lambda func, *rest: fell.append(func) or on_dense(func, *rest))
+    model.cache, parts = None, torch.randn(2, 4, 8, dtype=torch.float64).split([2, 1, 1], 1)
+    found = []
+    for at, part in enumerate(parts):
+        closed = changes and at == 1
+        gate.log_alpha.data.copy_(torch.tensor([9.0, -9.0] if not closed else [-9.0, 9.0]))
+        found.append(model(part))
+    assert bool(fell) == changes
+    z, keys, values = torch.tensor([1.0, 0.0]), [], []
+    decoder = model.decoder
+    for at, part in enumerate(parts):
+        z = torch.tensor([1.0, 0.0] if not (changes and at == 1) else [0.0, 1.0], dtype=torch.float64)
+        q, k, v = (
+            F.linear(part, f.weight, f.bias).view(2, -1, 2, 4).transpose(1, 2)
+            for f in (decoder.q, decoder.k, decoder.v)
+        )
+        keys.append(k * z[:, None, None])
+        values.append(v * z[:, None, None])
+        y = F.scaled_dot_product_attention(q, torch.cat(keys, 2), torch.cat(values, 2)) * z[:, None, None]
+        y = F.linear(y.transpose(1, 2).flatten(2), decoder.o.weight, decoder.o.bias)
+        torch.testing.assert_close(found[at], y)

@@ -368,7 +368,7 @@ def _reshaped(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
                     x._held = x._data.contiguous()
                 data = x._data.reshape(narrow)
                 return Narrow.of(data, spaces.repeated(space, times), at, draw, spaces)
-        if passed == before and 0 < size < space.size and space.size % size == 0:
+        if passed == before and 1 < size < space.size and space.size % size == 0:
             return _in_runs(x, shape, at)
         passed *= size
     return None
@@ -453,7 +453,8 @@ def _heads_of(x: Tensor, space: Space, draw: Draw, spaces: Spaces, shares: bool)
             return None
         space = found
     if isinstance(x, Narrow) and x._at is not None:
-        return x._data if x._at[0] is space and x._at[1] == x._held.ndim - 3 and x._at[2] is draw else None
+        alike = x._at[0] is space and x._at[1] == x._held.ndim - 3 and _open_alike(x._at[2], draw)
+        return x._data if alike else None
     index = draw.present(space).index
     x = plain(x)
     return x if index is None else x.index_select(-3, index)
@@ -472,20 +473,29 @@ def _multiplied(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any
 def _concatenated(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     tensors = args[0] if args else kwargs["tensors"]
     at = args[1] if len(args) > 1 else kwargs.get("dim", kwargs.get("axis", 0))
-    first = tensors[0]._at if tensors and isinstance(tensors[0], Narrow) else None
+    tensors = [t for t in tensors if isinstance(t, Narrow) or t.shape != (0,)]  # as torch leaves it out
+    first = tensors[-1]._at if tensors and isinstance(tensors[-1], Narrow) else None
     if first is None:
         return None
     space, dim, draw, known = first
     spaces = []
     for t in tensors:
         other = t._at if isinstance(t, Narrow) else None
-        if other is None or other[1] != dim or other[2] is not draw:
+        if other is None or other[1] != dim or not _open_alike(other[2], draw):
             return None
         spaces.append(other[0])
     data = torch.cat([t._data for t in tensors], at)
     if at % tensors[0]._held.ndim == dim:
         return _at_place(data, (known.joined(spaces), dim, draw, known))
     return _at_place(data, first) if all(other is space for other in spaces) else None
+
+
+def _open_alike(earlier: Draw, draw: Draw) -> bool:
+    """Whether what exists is the same: keys and values of a forward before, in a cache."""
+    if earlier is draw:
+        return True
+    both = earlier.exact and draw.exact and earlier._counts == draw._counts
+    return both and torch.equal(earlier.is_open, draw.is_open)
 
 
 def _divided(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
