@@ -198,6 +198,7 @@ GROUPS = {
     "grouped_queries": {"0": 8, "1.q": 2, "2.gate": 6},
     "enabled_gqa": {"0": 8, "1.q": 2},
     "fused_attention": {"first": 8, "second": 8, "fused.qkv": 3, "fused.kv": 3},
+    "timm_attention": {"0": 8, "1.qkv": 3, "1.proj": 8},
     "patches": {"cut": 8, "block.q": 2},
     "attention": {"up": 12},
     "encoder_layer": {"1.linear1": 12},

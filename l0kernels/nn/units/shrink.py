@@ -263,7 +263,7 @@ def set_sizes(layer: Any, n_in: int | None, n_out: int | None) -> None:
 
 HEADS = ("heads", "num_heads", "n_heads", "n_head", "num_attention_heads")
 SHARED = ("num_key_value_heads", "num_kv_heads", "n_kv_heads")
-FEATURES = ("all_head_size", "inner_dim", "split_size")
+FEATURES = ("all_head_size", "attn_dim", "inner_dim", "split_size")
 
 
 def _set_heads(attention: nn.Module, spaces: Sequence[Space | None], count: Callable[[Space], int]) -> None:
