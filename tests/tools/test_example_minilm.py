@@ -15,10 +15,9 @@ import sentences
 import texts
 import torch
 import trainer
+import transformers
 
 import l0kernels as l0
-
-transformers = pytest.importorskip("transformers")
 
 LINES = {
     "tweets": "1\t2.5\tSo lucky.\r\n2\t-1\tNot so lucky; caf\u00e9.\r\n",
@@ -356,6 +355,15 @@ def test_the_folder_is_tried_before_the_training(teacher, corpus, tmp_path, monk
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="--out: expected a folder that can be written to"):
         prune_minilm.prune(args(tmp_path / "file" / "out"), teacher, corpus)
+
+
+def test_help_ends_with_an_example_that_parses(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        prune_minilm.parse_args(["--help"])
+    last = capsys.readouterr().out.strip().split("\n")[-1]
+    prefix = "example: python examples/prune_minilm.py "
+    assert last.startswith(prefix)
+    assert prune_minilm.parse_args(last.removeprefix(prefix).split()).keep == 0.35
 
 
 @pytest.mark.slow
