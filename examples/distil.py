@@ -9,13 +9,14 @@ from typing import Any, NamedTuple
 
 import sentences
 import torch
+import trainer
 from sentences import Batch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import l0kernels as l0
 
-BATCH, LR, GATE_LR = 16, 1e-4, 0.05
+BATCH, LR, GATE_LR = 32, 2e-4, 0.05
 OPEN = 0.94  # of the draws at first: the student begins near its teacher
 ENCODER = ".*"  # every gate; of a pattern, `keep` is a share of what its gates close: embeddings do not count
 
@@ -156,6 +157,11 @@ class Student:
 
     def step(self, batch: Batch, wanted: Tensor) -> tuple[float, float]:
         """The loss, and the time in milliseconds."""
+        rate = LR * trainer.half_then_down(self.done / self.steps)
+        for group in self.optimizer.param_groups:
+            if group["name"] != "gates":  # gates keep theirs: the budget moves them to the end
+                group["lr"] = rate
+        self.done += 1
         begin = time.perf_counter()
         loss = loss_of(sentences.states(self.model, batch), wanted, batch.mask)
         self.optimizer.zero_grad()
@@ -164,11 +170,13 @@ class Student:
         return loss.item(), 1e3 * (time.perf_counter() - begin)
 
     def state(self) -> dict[str, Any]:
-        return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+        of_torch = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+        return {**of_torch, "done": self.done}
 
     def load(self, state: dict[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
+        self.done = state["done"]
 
 
 def step_ms(pairs: Sequence[tuple[float, float]]) -> tuple[float, float]:

@@ -277,7 +277,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = made.add_argument
-    add("--steps", type=trainer.whole(1), default=500, help="of 16 sentences; default %(default)s")
+    add("--steps", type=trainer.whole(1), default=500, help="of 32 sentences; default %(default)s")
     add(
         "--keep",
         type=trainer.positive,
