@@ -1,4 +1,4 @@
-"""Runs examples/prune_minilm.py with its baseline, and writes the lines of its table to
+"""Runs examples/prune_minilm.py and writes the lines of its table to
 bench/results/accuracy/minilm.csv, in place of those of the same keep, steps and seed. With --write a table
 of all goes between the markers of docs/guides/prune-an-encoder.md; --check says whether it stands there."""
 
@@ -32,7 +32,7 @@ def run(wanted: Row, options: Sequence[str]) -> list[Row]:
     with tempfile.TemporaryDirectory(prefix="l0kernels-minilm-") as out:
         script = str(documents.ROOT / "examples" / "prune_minilm.py")
         of_run = [part for name, value in wanted.items() for part in (f"--{name}", value)]
-        command = [sys.executable, script, "--baseline", "--out", out, *of_run, *options]
+        command = [sys.executable, script, "--out", out, *of_run, *options]
         subprocess.run(command, check=True)
         with (Path(out) / "table.csv").open(newline="") as file:
             found = list(csv.DictReader(file))
@@ -73,7 +73,7 @@ def table(rows: Sequence[Row]) -> str:
             line(f"{row['name']}, {steps:g} steps to {keep:g}", *_cells(row, teacher)) for row in others
         ]
     first = rows[0]
-    versions = f"transformers {first['transformers']}, {first['threads']} threads"
+    versions = f"transformers {first['transformers']}, {first['threads']} thread(s)"
     origin = f"{machine(rows)}, {versions}. Measured by `python bench/minilm.py`."
     return "\n".join([*lines, "", origin])
 
@@ -107,12 +107,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--baseline", action="store_true", help="the example's --baseline, too")
     parser.add_argument("--data", type=Path, help="where downloads are kept; default: the example's")
     args = parser.parse_args(argv)
     if args.write or args.check:
         return document(read(PATH), args.write)
     wanted = {name: f"{getattr(args, name):g}" for name in OF_RUN}
     options = ["--threads", str(args.threads), *(("--data", str(args.data)) if args.data else ())]
+    options += ["--baseline"] if args.baseline else []
     torch.set_num_threads(args.threads)
     common = common_fields("cpu") | {"transformers": version("transformers")} | wanted
     new = [common | row for row in run(wanted, options)]

@@ -192,10 +192,10 @@ def test_the_manual_shows_what_budgets_gave(capsys):
 def test_the_manual_shows_how_the_encoder_was_pruned(capsys):
     assert minilm.main(["--check"]) == 0, capsys.readouterr().out
     found = rows.read(minilm.PATH)
-    names = ["teacher", "gated, eval()", "exported", "smallest weights cut"]
-    assert [row["name"] for row in found[:4]] == names
-    assert minilm.replaced(found, found[:4]) == [*found[4:], *found[:4]]
-    assert minilm.replaced(found[:4], [found[0] | {"seed": "7"}])[:4] == found[:4]
+    own = found[:3]
+    assert [row["name"] for row in own] == ["teacher", "gated, eval()", "exported"]
+    assert minilm.replaced(own, own[::-1]) == own[::-1]
+    assert minilm.replaced(own, [own[0] | {"seed": "7"}])[:3] == own
     smaller = found[0] | {"name": "exported", "parameters": "5323392", "encode_ms": "", "step_ms": ""}
     lines = minilm.table([found[0], smaller]).splitlines()
     assert lines[2].startswith("| teacher | 1.000 | 1.000 |")
