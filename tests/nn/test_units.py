@@ -200,8 +200,9 @@ GROUPS = {
     "fused_attention": {"first": 8, "second": 8, "fused.qkv": 3, "fused.kv": 3},
     "timm_attention": {"0": 8, "1.qkv": 3, "1.proj": 8},
     "patches": {"cut": 8, "block.q": 2},
-    "attention": {"up": 12},
-    "encoder_layer": {"1.linear1": 12},
+    "attention": {"embed": 8, "attention": 2, "up": 12},
+    "encoder_layer": {"0": 8, "1.self_attn": 2, "1.linear1": 12},
+    "several_attentions": {"first": 6, "second": 4, "cross": 2, "alone": 3},
     "pixel_shuffle": {"0": 4, "2": 2},
     "branches": {"a": 3, "a/2": 3, "a/3": 3},
 }
@@ -216,7 +217,6 @@ def test_groups(name):
 
 PINNED = {
     "mixer": ("blocks.0.tokens.0.weight", 0, "over another dimension"),
-    "attention": ("embed.weight", 1, "multi_head_attention_forward in attention"),
     "projected": ("embed.weight", 1, "lstm in lstm"),
     "custom": ("b.weight", 0, "Cube in the model's forward, out of sight"),
     "parametrized": ("0.weight", 0, "linear in 2"),

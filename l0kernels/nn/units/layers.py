@@ -37,12 +37,15 @@ class Units(NamedTuple):
         groups: those of the whole model.
         kind: of the layer.
         ins, outs: the units that it reads and makes; None: those are always open. A norm has outs alone.
+        heads, reads: of an attention: the features of its heads; the units of queries, keys and values.
     """
 
     groups: GateGroups
     kind: Kind
     ins: Space | None
     outs: Space | None
+    heads: Space | None = None
+    reads: tuple[Space | None, Space | None, Space | None] = (None, None, None)
 
 
 def run(layer: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
@@ -103,7 +106,7 @@ class _Exact:
 
     def sides(self, weight: Tensor) -> tuple[Tensor | None, Sides]:
         """z of the inputs, and how the weight is packed."""
-        draw, (_, kind, ins, outs) = self.draw, self.units
+        draw, (_, kind, ins, outs, *_) = self.draw, self.units
         z = None if ins is None else draw.scales(ins, weight.dtype)
         made = None if outs is None else draw.side(outs, weight.dtype, True)
         read = None if ins is None else draw.side(ins, weight.dtype, False)
@@ -327,7 +330,7 @@ class _Static:
 
     def gates(self) -> dict[str, Any]:
         """As the gated operations take them."""
-        _, _, ins, outs = self.units
+        _, _, ins, outs, *_ = self.units
         return {
             "in_gates": None if ins is None else self.draw.gates(ins),
             "out_support": None if outs is None else self.draw.gates(outs),
@@ -339,7 +342,7 @@ class _Static:
 
     def folded(self, layer: Any) -> tuple[Tensor, Tensor | None]:
         """Weight and bias, z of the inputs and zeros of closed outputs in them: smaller than activations."""
-        weight, bias, (_, kind, ins, outs) = layer.weight, layer.bias, self.units
+        weight, bias, (_, kind, ins, outs, *_) = layer.weight, layer.bias, self.units
         if ins is not None and getattr(layer, "groups", 1) == 1:
             z = self.draw.scales(ins, weight.dtype).to(weight.dtype)
             weight = weight * _along(z, kind.cols, weight.ndim)

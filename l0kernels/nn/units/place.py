@@ -20,7 +20,7 @@ from ...gates import draw_joined
 from ...penalty import L2Term
 from ..batch_norm import ChannelAverages
 from ..gate import GatedLayer, HardConcreteGate, draw, draws_of, leaves_no_fast_path
-from . import recurrent
+from . import attention, recurrent
 from .draws import Draw, Space, Spaces
 from .example import Example, example_of
 from .graph import Group, UnitGraph, unit_graph
@@ -342,6 +342,14 @@ class GatedRecurrent(GatedUnits):
         return recurrent.run(self, *args, **kwargs)
 
 
+class GatedAttention(GatedUnits):
+    """Mixin of ``torch.nn.MultiheadAttention``."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the class it is of, of open heads."""
+        return attention.run(self, *args, **kwargs)
+
+
 class GatedNorm(GatedUnits, ChannelAverages):
     """Mixin of batch norms."""
 
@@ -361,6 +369,8 @@ def _class_of(cls: type[nn.Module]) -> type[nn.Module]:
         mixin: type[GatedUnits] = GatedUnits
         if issubclass(cls, nn.RNNBase | nn.RNNCellBase):
             mixin = GatedRecurrent
+        elif issubclass(cls, nn.MultiheadAttention):
+            mixin = GatedAttention
         elif issubclass(cls, AnyBatchNorm):
             mixin = GatedNorm
         found = _gated[cls] = type(cls.__name__, (mixin, cls), attributes)
@@ -537,13 +547,23 @@ def _place(model: nn.Module, gates: GateGroups, sizes: dict[tuple[str, int], int
             first, second = recurrent_names(module)[:2]
             units = Units(gates, kind, space(first, 1), space(second, 1))
             recurrent.prepare(module, units)
+        elif kind.name == "attention":
+            reads = [space(f"{of}_proj_weight", 1) for of in ("q", "k", "v")]
+            if module._parameters.get("in_proj_weight") is not None:
+                reads = [space("in_proj_weight", 1)] * 3
+                heads = space("in_proj_weight", 0)
+                heads = None if heads is None else gates.spaces.tile(heads, 3)
+            else:
+                heads = space("q_proj_weight", 0)
+            units = Units(gates, kind, reads[0], None, heads, (reads[0], reads[1], reads[2]))
+            attention.prepare(units)
         elif kind.name == "embedding":
             units = Units(gates, kind, None, space("weight", 1))
         else:
             own = [space(of, 0) for of in ("weight", "bias", "running_mean")]
             outs = next((one for one in own if one is not None), spaces.get((f"{name}.", 0)))
             units = Units(gates, kind, None, outs)
-        if units.ins is None and units.outs is None:
+        if all(one is None for one in (units.ins, units.outs, units.heads, *units.reads)):
             continue
         placed.append(units)
         module.__dict__["_l0_units"] = units
@@ -560,13 +580,13 @@ def _note_attentions(gates: GateGroups, graph: UnitGraph) -> None:
     for group in gates.groups:
         starts[group.name] = total
         total += group.units
-    for attention in graph.attentions:
+    for product in graph.attentions:
         of = [
             starts[head[0]] + head[1] if head is not None and head[0] in starts else total
-            for head in attention.heads
+            for head in product.heads
         ]
         space = gates.spaces.of(torch.tensor(of)) if any(at != total for at in of) else None
-        gates.attentions.setdefault(attention.module, []).append(space)
+        gates.attentions.setdefault(product.module, []).append(space)
 
 
 def _round(gates: GateGroups, placed: Sequence[Units], total: int) -> None:
