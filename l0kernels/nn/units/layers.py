@@ -37,14 +37,14 @@ class Units(NamedTuple):
         groups: those of the whole model.
         kind: of the layer.
         ins, outs: the units that it reads and makes; None: those are always open. A norm has outs alone.
-        heads, reads: of an attention: the features of its heads; the units of queries, keys and values.
+        heads, reads: of an attention, for queries, keys and values: the features of its heads; what is read.
     """
 
     groups: GateGroups
     kind: Kind
     ins: Space | None
     outs: Space | None
-    heads: Space | None = None
+    heads: tuple[Space | None, Space | None, Space | None] = (None, None, None)
     reads: tuple[Space | None, Space | None, Space | None] = (None, None, None)
 
 

@@ -25,7 +25,7 @@ def attend(layer: Any, q: Tensor, k: Tensor, v: Tensor, options: Options) -> tup
     Args:
         layer: has num_heads, head_dim, dropout, batch_first, bias_k, bias_v, add_zero_attn and out_proj.
         q, k, v: (N, L, heads * head_dim), (N, S, ...), (N, S, ...), or as `layer.batch_first` says; without
-            N where there are no examples.
+            N where there are no examples. Several heads of q in a row may share one of k and v.
     """
     batched = q.ndim == 3
     if not batched:
@@ -38,6 +38,9 @@ def attend(layer: Any, q: Tensor, k: Tensor, v: Tensor, options: Options) -> tup
             for x, extra in ((k, layer.bias_k), (v, layer.bias_v))
         )
     q, k, v = (x.view(x.shape[0], x.shape[1], -1, layer.head_dim).transpose(1, 2) for x in (q, k, v))
+    if k.shape[1] != q.shape[1]:  # of several queries
+        each = q.shape[1] // max(k.shape[1], 1)
+        k, v = (x[:, :, None].expand(-1, -1, each, -1, -1).flatten(1, 2) for x in (k, v))
     if layer.add_zero_attn:
         k, v = (F.pad(x, (0, 0, 0, 1)) for x in (k, v))
     mask = _mask(layer, q, k, options, batched)
@@ -97,7 +100,9 @@ def projections(layer: Any) -> list[tuple[Tensor, Tensor | None]]:
     weights = [layer.q_proj_weight, layer.k_proj_weight, layer.v_proj_weight]
     if layer.in_proj_weight is not None:
         weights = layer.in_proj_weight.chunk(3)
-    biases = [None] * 3 if layer.in_proj_bias is None else layer.in_proj_bias.chunk(3)
+    biases: Any = [None] * 3
+    if layer.in_proj_bias is not None:
+        biases = layer.in_proj_bias.split([len(weight) for weight in weights])
     return list(zip(weights, biases, strict=True))
 
 
@@ -118,7 +123,9 @@ class OpenMultiheadAttention(nn.MultiheadAttention):
 
 def open_attention_(layer: Any) -> None:
     """Has an attention whose parameters have become smaller be one of its heads."""
-    if layer.num_heads * layer.head_dim == layer.embed_dim == layer.out_proj.in_features:
+    whole = layer.num_heads * layer.head_dim == layer.embed_dim == layer.out_proj.in_features
+    if whole and all(len(weight) == layer.embed_dim for weight, _ in projections(layer)):
+        layer.__class__ = nn.MultiheadAttention
         return
     layer.__class__ = OpenMultiheadAttention
     layer._qkv_same_embed_dim = False  # torch's fast path of an encoder layer asks

@@ -548,22 +548,14 @@ def _place(model: nn.Module, gates: GateGroups, sizes: dict[tuple[str, int], int
             units = Units(gates, kind, space(first, 1), space(second, 1))
             recurrent.prepare(module, units)
         elif kind.name == "attention":
-            reads = [space(f"{of}_proj_weight", 1) for of in ("q", "k", "v")]
-            if module._parameters.get("in_proj_weight") is not None:
-                reads = [space("in_proj_weight", 1)] * 3
-                heads = space("in_proj_weight", 0)
-                heads = None if heads is None else gates.spaces.tile(heads, 3)
-            else:
-                heads = space("q_proj_weight", 0)
-            units = Units(gates, kind, reads[0], None, heads, (reads[0], reads[1], reads[2]))
-            attention.prepare(units)
+            units = attention.units_of(gates, kind, module, space)
         elif kind.name == "embedding":
             units = Units(gates, kind, None, space("weight", 1))
         else:
             own = [space(of, 0) for of in ("weight", "bias", "running_mean")]
             outs = next((one for one in own if one is not None), spaces.get((f"{name}.", 0)))
             units = Units(gates, kind, None, outs)
-        if all(one is None for one in (units.ins, units.outs, units.heads, *units.reads)):
+        if all(one is None for one in (units.ins, units.outs, *units.heads, *units.reads)):
             continue
         placed.append(units)
         module.__dict__["_l0_units"] = units

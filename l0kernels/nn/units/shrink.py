@@ -77,7 +77,7 @@ class _Plan:
     def __init__(self, host: nn.Module, gates: GateGroups, multiple_of: int, least: int) -> None:
         self._host, self._gates = host, gates
         linear = {
-            f"{name}.{of}"
+            f"{name}.{of}" if name else of
             for name, m in host.named_modules()
             if isinstance(m, nn.Linear | nn.Embedding | nn.MultiheadAttention)
             for of in m._parameters
