@@ -389,7 +389,7 @@ class _Static:
         return _step(layer, self.draw, outs, lambda norm: self.normalised(norm, x, outs))
 
     def normalised(self, norm: _BatchNorm, x: Tensor, outs: Space) -> Tensor:
-        """The norm of all channels, zero where they are closed: by weight and bias, rather than activations."""
+        """The norm of all channels; weight and bias, rather than activations, make closed ones zero."""
         some, averages = [*norm.running], self.draw.averages
         mean, var = some
         if norm.tracks and averages is not None and mean is not None and var is not None:
