@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 _TILE = 2048  # gates at once
 _ATOMS = 512  # atoms at once
-_SUMS, _PARTS = 64, 16  # sums at once, and so many parts of each
+_SUMS, _PARTS = 32, 32  # sums at once, and so many parts of each
 _COLUMNS = 8  # of a row of gates: address, count, place, place in grad (-1: none), moves, 0, 0, 0
 _HEAD = 32  # numbers of a kind, see `plan`
 
@@ -248,7 +248,7 @@ def _gradient(
     return dx_ptr
 
 
-@partial(has_registers, n=255)
+@partial(has_registers, n=128)
 @triton.jit(do_not_specialize=["kinds", "rows"])
 def _budget_kernel(
     table_ptr,  # (rows, 8) int64: where the gates are
@@ -675,6 +675,6 @@ def step(
         ATOMS=_ATOMS,
         SUMS=_SUMS,
         PARTS=_PARTS,
-        num_warps=8,
+        num_warps=16,
         num_stages=1,
     )
