@@ -12,8 +12,10 @@ from torch import Tensor
 
 from l0kernels._calls import Conv2dCall, GateGrads, L0LinearCall, LinearCall, MlpCall, ProxCall, Wanted
 from l0kernels._gates import DEFAULT_DIST, HardConcrete, round_up
+from l0kernels.budget import State
 from l0kernels.triton_kernels import (
     batch_norm,
+    budget,
     conv2d,
     conv2d_channels,
     gather,
@@ -112,6 +114,18 @@ def penalty_cases() -> Iterator[Case]:
         yield Case(f"{len(sizes)}x{sizes[0]}", call)
 
 
+def budget_cases() -> Iterator[Case]:
+    double, integer = torch.float64, torch.int64
+    for name, sizes, dists in (("small", [20, 7], 1), ("mlp", [784, 300, 100], 1), ("dists", [784], 2)):
+        n, row, log_alphas = sum(sizes), budget.row_of(sizes), [new(size) for size in sizes]
+        numbers = new(1, 4, dtype=double), new(n, dtype=torch.int32), new(n, dtype=double)
+        of_dists = new(dists, 3), new(n, dtype=torch.int32)
+        plan = budget.Plan(new(1, 32, dtype=integer), *numbers, *of_dists, row, row, n + 2, n)
+        scalars = [new(1, dtype=dtype) for dtype in (double, double, integer, integer)]
+        call = partial(budget.step, plan, log_alphas, [*log_alphas], State(new(n), *scalars), 100.0, 4.6)
+        yield Case(name, call)
+
+
 def prox_cases() -> Iterator[Case]:
     shrink, ridge, transformed, lasso, hard = (
         [1.0, 0.1, 0.1],
@@ -131,6 +145,11 @@ def prox_cases() -> Iterator[Case]:
         ("tl1 metric", FP16, (transformed, none, none), elements, True),
         ("lasso rows", FP32, (none, lasso, none), rows, False),
         ("lasso rows metric", BF16, (none, lasso, none), rows, True),
+        ("lasso short rows", FP32, (none, lasso, none), [1, 4096, 9], False),
+        ("lasso single", FP32, (none, lasso, none), [1, 4096, 1], False),
+        ("sparse group rows", FP32, (shrink, lasso, none), [1, 512, 16384], False),
+        ("tl1 rows metric", FP32, (none, lasso, transformed), [1, 4096, 4096], True),
+        ("sparse group long rows metric", FP32, (shrink, lasso, none), [1, 16, 1 << 20], True),
         ("l0 columns", FP32, (none, hard, none), columns, False),
         ("sparse group columns", FP32, (shrink, lasso, none), columns, False),
         ("sparse group columns metric", FP32, (shrink, lasso, none), columns, True),
@@ -475,6 +494,7 @@ def convolution(
 ALL_CASES = (
     sample_cases,
     penalty_cases,
+    budget_cases,
     prox_cases,
     masked_linear_cases,
     batch_norm_cases,
