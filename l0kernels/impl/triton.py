@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .._calls import (
+    AttentionCall,
     BlockCall,
     Conv2dCall,
     DrawnMlpCall,
@@ -21,7 +22,17 @@ from .._calls import (
     Wanted,
 )
 from .._gates import HardConcrete
-from ..triton_kernels import batch_norm, conv2d, conv2d_channels, gather, linear, masked_linear, mlp, penalty
+from ..triton_kernels import (
+    attention,
+    batch_norm,
+    conv2d,
+    conv2d_channels,
+    gather,
+    linear,
+    masked_linear,
+    mlp,
+    penalty,
+)
 from ..triton_kernels import prox as proximal
 from ..triton_kernels import sample as sampling
 from .memory import optional, plain, strided, vector
@@ -30,7 +41,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 _VALUES = frozenset((int, float, bool, str, type(None), torch.dtype, HardConcrete, Wanted))
-_RECORDS = frozenset((LinearCall, L0LinearCall, MlpCall, Conv2dCall))
+_RECORDS = frozenset((LinearCall, L0LinearCall, MlpCall, Conv2dCall, AttentionCall))
 _SEVERAL = _RECORDS | {list}
 
 
@@ -85,6 +96,8 @@ _block_linear_forward = _on_its_device(masked_linear.block_linear_forward)
 _block_linear_backward = _on_its_device(masked_linear.block_linear_backward)
 conv2d_forward = _on_its_device(conv2d.conv2d_forward)
 conv2d_backward = _on_its_device(conv2d.conv2d_backward)
+attention_forward = _on_its_device(attention.attention_forward)
+attention_backward = _on_its_device(attention.attention_backward)
 
 
 def draws_within(
