@@ -107,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not torch.cuda.is_available():
         parser.error("expected a CUDA device, got none")
     for kernel, size, choice in args.tile:
-        kernels._NARROW[kernel][size] = choice
+        kernels._HALF[kernel][size] = kernels._HOPPER[kernel, size] = choice
     shapes = [tuple(map(int, text.split(","))) for text in args.shape] if args.shape else SHAPES
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, bfloat16, causal={args.causal}")
     for shape in shapes:

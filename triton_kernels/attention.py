@@ -17,7 +17,7 @@ from torch import Tensor
 
 from l0kernels._calls import AttentionCall, Wanted
 
-from ._launch import cdiv, launch
+from ._launch import cdiv, gpu, launch
 from .hard_concrete import uniform
 from .matmul import precision
 
@@ -493,14 +493,17 @@ def _size(d: int) -> int:
     return max(16, 1 << (d - 1).bit_length())
 
 
-def _tile(kernel: str, d: int, dtype: torch.dtype, rows: int) -> _Tile:
+def _tile(kernel: str, call: AttentionCall) -> _Tile:
     """Rows, keys, warps and stages of a program."""
-    size, is_wide = _size(d), dtype == torch.float32
-    if is_wide:
-        tile = _WIDE[kernel][size] if precision(dtype) == "ieee" else _TF32[kernel][size]
+    q, mask, dropout = call.q, call.mask, call.dropout
+    size, rows = _size(q.shape[-1]), q.shape[2]
+    if q.dtype == torch.float32:
+        tile = (_IEEE if precision(q.dtype) == "ieee" else _TF32)[kernel][size]
     else:
-        tile = _NARROW[kernel][size]
-    if kernel != "dkv" and rows <= 16 and tile.m > 16:
+        tile = _HALF[kernel][size]
+        if gpu(q.device.index)[0] == 90 and mask is None and not dropout and size == q.shape[-1]:
+            tile = _HOPPER.get((kernel, size), tile)
+    if kernel != "dkv" and rows <= 16:
         return tile._replace(m=16, warps=4)
     return tile
 
@@ -511,20 +514,30 @@ def _tiles(*by_size: tuple[int, int, int, int]) -> dict[int, _Tile]:
     return {16: small, 32: small, 64: small, 128: middle, 256: large}
 
 
-_NARROW = {
-    "forward": _tiles((128, 64, 4, 3), (128, 64, 8, 3), (64, 32, 4, 2)),
-    "dq": _tiles((128, 64, 8, 2), (64, 64, 4, 2), (64, 32, 8, 2)),
-    "dkv": _tiles((64, 64, 4, 2), (32, 128, 8, 2), (16, 64, 8, 2)),
+_HALF = {
+    "forward": _tiles((64, 64, 4, 3), (64, 64, 8, 2), (64, 64, 8, 2)),
+    "dq": _tiles((64, 32, 4, 2), (64, 32, 4, 2), (64, 32, 8, 2)),
+    "dkv": _tiles((32, 64, 4, 2), (32, 64, 8, 2), (16, 32, 4, 2)),
 }
+_HOPPER = {
+    ("forward", 64): _Tile(128, 64, 4, 3),
+    ("forward", 128): _Tile(128, 64, 8, 3),
+    ("dq", 64): _Tile(128, 64, 8, 2),
+    ("dq", 128): _Tile(64, 64, 4, 2),
+    ("dkv", 64): _Tile(64, 128, 8, 2),
+    ("dkv", 128): _Tile(32, 128, 8, 2),
+    ("dkv", 256): _Tile(16, 64, 8, 2),
+}
+"""Larger ones without masks and dropout, with which, as on other chips, these would spill."""
 _TF32 = {
-    "forward": _tiles((64, 64, 4, 2), (64, 32, 4, 2), (64, 32, 8, 1)),
-    "dq": _tiles((64, 32, 4, 2), (64, 32, 8, 1), (64, 32, 8, 1)),
-    "dkv": _tiles((32, 64, 4, 2), (32, 32, 4, 1), (16, 32, 8, 1)),
+    "forward": _tiles((64, 64, 4, 2), (64, 32, 4, 2), (32, 32, 8, 1)),
+    "dq": _tiles((64, 32, 4, 2), (32, 32, 4, 1), (32, 16, 8, 1)),
+    "dkv": _tiles((32, 32, 4, 1), (32, 32, 4, 1), (16, 32, 8, 1)),
 }
-_WIDE = {
-    "forward": _tiles((32, 32, 4, 1), (32, 32, 4, 1), (32, 16, 4, 1)),
-    "dq": _tiles((32, 32, 4, 1), (32, 32, 8, 1), (16, 16, 4, 1)),
-    "dkv": _tiles((32, 32, 4, 1), (16, 32, 8, 1), (16, 16, 4, 1)),
+_IEEE = {
+    "forward": _tiles((32, 32, 4, 1), (32, 16, 4, 1), (16, 16, 4, 1)),
+    "dq": _tiles((32, 32, 8, 1), (16, 16, 8, 1), (16, 16, 16, 1)),
+    "dkv": _tiles((16, 32, 4, 1), (16, 32, 8, 1), (16, 16, 4, 1)),
 }
 
 
@@ -554,7 +567,7 @@ def attention_forward(call: AttentionCall) -> tuple[Tensor, list[Tensor]]:
     if not y.numel():
         return y, [lse]
     mask, mask_strides, kind, by_row = _mask_of(call)
-    tile = _tile("forward", D, q.dtype, L)
+    tile = _tile("forward", call)
     blocks = cdiv(L, tile.m)
     launch(
         _attention,
@@ -599,7 +612,7 @@ def attention_backward(
         "DROPOUT": dropout > 0,
         "PRECISION": precision(q.dtype),
     }
-    tile = _tile("dq", D, q.dtype, L)
+    tile = _tile("dq", call)
     blocks = cdiv(L, tile.m)
     delta = torch.empty_like(lse)
     part = None if z is None else torch.empty(B, heads, blocks, dtype=torch.float32, device=q.device)
@@ -618,7 +631,7 @@ def attention_backward(
             FULL=wanted.full[0], BLOCK=128, num_warps=1,
         )  # fmt: skip
     if dk is not None and dv is not None:
-        tile = _tile("dkv", D, q.dtype, L)
+        tile = _tile("dkv", call)
         blocks = cdiv(k.shape[2], tile.n)
         launch(
             _attention_dkv,
