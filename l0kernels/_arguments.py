@@ -291,10 +291,7 @@ def check_attention(
             raise TypeError(
                 f"attn_mask must be bool, float32 or of q's dtype, {q.dtype}, got {attn_mask.dtype}"
             )
-        shape = (B, heads, L, k.shape[2])
-        sizes = zip(reversed(attn_mask.shape), reversed(shape), strict=False)
-        if attn_mask.ndim > 4 or any(size not in (1, full) for size, full in sizes):
-            raise ValueError(f"attn_mask must be broadcastable to {shape}, got {tuple(attn_mask.shape)}")
+        _checks.check_broadcastable("attn_mask", attn_mask, (B, heads, L, k.shape[2]))
         if is_causal:
             raise ValueError(
                 "is_causal must be False where attn_mask is given, which may hold both, got True"

@@ -23,6 +23,7 @@ from ._calls import (
     ProxCall,
     Wanted,
 )
+from ._checks import check_broadcastable
 from ._compat import VMAP_MODE, dispatch_key_included
 from ._gates import HardConcrete, round_up
 from ._operator import LIBRARY, operator
@@ -372,7 +373,7 @@ def _checked_attention(call: AttentionCall) -> AttentionCall:
         ValueError: k, v, z, mask or seed does not fit q.
     """
     q, k, v, z, mask, seed = call[:6]
-    if q.ndim != 4 or k.ndim != 4 or not k.shape[1] or q.shape[1] % k.shape[1]:
+    if q.ndim != 4 or k.ndim != 4 or q.shape[1] % max(k.shape[1], 1) or (q.shape[1] and not k.shape[1]):
         raise ValueError(
             f"q and k must have shapes (B, shared * H, L, D) and (B, H, S, D), got {tuple(q.shape)} and "
             f"{tuple(k.shape)}"
@@ -384,9 +385,8 @@ def _checked_attention(call: AttentionCall) -> AttentionCall:
         )
     if z is not None and (z.ndim != 1 or len(z) not in (q.shape[1], k.shape[1])):
         raise ValueError(f"z must be one per head of q or of k, got {tuple(z.shape)}")
-    shape = (*q.shape[:3], k.shape[2])
-    if mask is not None and torch.broadcast_shapes(mask.shape, shape) != shape:
-        raise ValueError(f"mask must be broadcastable to {shape}, got {tuple(mask.shape)}")
+    if mask is not None:
+        check_broadcastable("mask", mask, (*q.shape[:3], k.shape[2]))
     if call.dropout > 0 and (seed is None or seed.shape != (1,) or seed.dtype != torch.int64):
         raise ValueError("seed must be (1,) int64 where there is dropout")
     for name, t in (("k", k), ("v", v), ("z", z), ("mask", mask), ("seed", seed)):

@@ -155,7 +155,7 @@ def _of_torch(q: Tensor, k: Tensor, v: Tensor, gates: Gates | None, options: dic
     is_shared = k.shape[1] != q.shape[1]
     if gates is None:
         return scaled_dot_product_attention(q, k, v, **options, enable_gqa=is_shared)
-    per_gate = q.shape[1] // len(gates.z)
+    per_gate = q.shape[1] // max(len(gates.z), 1)
     z = multiplier(gates)
     exact = q.is_cpu and _checks.readable()
     index = open_order(gates) if exact else None

@@ -47,11 +47,11 @@ def gated_attention(
         ValueError: a wrong shape, number of gates, device or range, or both attn_mask and is_causal.
     """
     check_attention(q, k, v, gates, attn_mask, dropout_p, is_causal, scale)
-    heads, shared = q.shape[1], q.shape[1] // k.shape[1]
+    heads, shared = q.shape[1], q.shape[1] // max(k.shape[1], 1)
     k, v = (t.repeat_interleave(shared, 1) if shared > 1 else t for t in (k, v))
     z = shut = None
     if gates is not None:
-        per_gate = heads // len(gates.z)
+        per_gate = heads // max(len(gates.z), 1)
         z, shut = (t.repeat_interleave(per_gate)[:, None, None] for t in (multiplier(gates), closed(gates)))
         q, k, v = (t.masked_fill(shut, 0.0) for t in (q, k, v))
     scores = q @ k.mT * (1 / math.sqrt(q.shape[-1]) if scale is None else scale)
