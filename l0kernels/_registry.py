@@ -191,9 +191,9 @@ def resolve(device: torch.device, dtype: torch.dtype, primitive: str) -> str:
         if kind == "cpu":
             _warn_of_fallback("CPU", "in plain torch, which is slower", "torch", _native.why_not)
         return "torch"
-    if kind == "cuda" and primitive in TORCH_FIRST:
-        return "torch"
     if kind == "cuda" and dtype in TRITON_DTYPES:
+        if primitive in TORCH_FIRST:
+            return "torch"
         if primitive in CUDA_FIRST and primitive not in _PRODUCTS and _why_no_cuda() is None:
             return "cuda"
         if _why_no_triton() is None:

@@ -17,7 +17,6 @@ from ._gates import Gates, draw_seed
 from ._gates import scale as scaled
 from .conv2d import open_order
 from .linear import compute_dtype, gate_tensors
-from .reference.linear import closed, multiplier
 
 MAX_HEAD_DIM = 256
 """Of the kernels: a block of a head lies in registers whole."""
@@ -152,25 +151,27 @@ def _of_kernels(
 
 def _of_torch(q: Tensor, k: Tensor, v: Tensor, gates: Gates | None, options: dict[str, Any]) -> Tensor:
     """Of the open heads where the host may ask which they are without waiting, else of all."""
-    is_shared = k.shape[1] != q.shape[1]
+    is_shared, mask = k.shape[1] != q.shape[1], options["attn_mask"]
+    if mask is not None:  # torch takes no vector
+        mask = mask.view(*[1] * (4 - mask.ndim), *mask.shape)
+        options = {**options, "attn_mask": mask}
     if gates is None:
         return scaled_dot_product_attention(q, k, v, **options, enable_gqa=is_shared)
     per_gate = q.shape[1] // max(len(gates.z), 1)
-    z = multiplier(gates)
+    z = reference.linear.multiplier(gates)
     exact = q.is_cpu and _checks.readable()
     index = open_order(gates) if exact else None
     if index is None:
         y = scaled_dot_product_attention(q, k, v, **options, enable_gqa=is_shared)
         y = scaled(y, _of_heads(z, per_gate))
-        return y if exact else y.masked_fill(_of_heads(closed(gates), per_gate), 0.0)
+        return y if exact else y.masked_fill(_of_heads(reference.linear.closed(gates), per_gate), 0.0)
     of_q, of_k = index, index
     if per_gate > 1:
         of_q = (index[:, None] * per_gate + torch.arange(per_gate)).flatten()
     elif is_shared:
         of_k = index // (q.shape[1] // k.shape[1])
-    mask = options["attn_mask"]
-    if mask is not None and mask.ndim > 2 and mask.shape[-3] > 1:
-        options = {**options, "attn_mask": mask.index_select(-3, of_q)}
+    if mask is not None and mask.shape[1] > 1:
+        options = {**options, "attn_mask": mask.index_select(1, of_q)}
     some = q.index_select(1, of_q), k.index_select(1, of_k), v.index_select(1, of_k)
     y = scaled_dot_product_attention(*some, **options, enable_gqa=per_gate > 1)
     y = scaled(y, _of_heads(z.index_select(0, index), per_gate))

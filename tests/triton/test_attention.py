@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.library import opcheck
 
 import l0kernels as l0
 from l0kernels import Gates, reference
@@ -189,6 +190,21 @@ def test_refuses():
     y = l0.gated_attention(leaf, q, q)
     with pytest.raises(RuntimeError, match="no second derivative"):
         torch.autograd.grad(y.sum(), leaf, create_graph=True)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="a GPU's AOTAutograd adds nothing")
+@pytest.mark.parametrize("shared", [1, 2])
+def test_operators(shared):
+    """Schema, fake and autograd registration, and AOTAutograd with dynamic shapes."""
+    q = torch.randn(2, 5, 4, 16).transpose(1, 2)
+    k = torch.randn(2, 4 // shared, 16, 6).mT
+    call = (q, k, k.clone(), torch.tensor(Z), torch.rand(5, 6) < 0.8, None, 0.25, False, 0.0)
+    op = torch.ops.l0kernels
+    opcheck(op.gated_attention.default, (*call, "triton"))
+    saved = op.gated_attention(*call, "triton")
+    for needs in ([True] * 4, [False, True, False, True]):
+        rest = (saved, [False], needs, [], "triton")
+        opcheck(op.gated_attention_backward.default, (torch.randn_like(q), *call, *rest))
 
 
 def test_operators_believe_no_sizes():
