@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .._calls import (
+    AttentionCall,
     BlockCall,
     Conv2dCall,
     DrawnMlpCall,
@@ -23,6 +24,7 @@ from .._calls import (
 )
 from .._gates import HardConcrete
 from ..triton_kernels import (
+    attention,
     batch_norm,
     budget,
     conv2d,
@@ -41,7 +43,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 _VALUES = frozenset((int, float, bool, str, type(None), torch.dtype, HardConcrete, Wanted))
-_RECORDS = frozenset((LinearCall, L0LinearCall, MlpCall, Conv2dCall))
+_RECORDS = frozenset((LinearCall, L0LinearCall, MlpCall, Conv2dCall, AttentionCall))
 _SEVERAL = _RECORDS | {list}
 
 
@@ -96,6 +98,8 @@ _block_linear_forward = _on_its_device(masked_linear.block_linear_forward)
 _block_linear_backward = _on_its_device(masked_linear.block_linear_backward)
 conv2d_forward = _on_its_device(conv2d.conv2d_forward)
 conv2d_backward = _on_its_device(conv2d.conv2d_backward)
+attention_forward = _on_its_device(attention.attention_forward)
+attention_backward = _on_its_device(attention.attention_backward)
 
 
 def draws_within(
