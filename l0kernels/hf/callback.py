@@ -213,6 +213,6 @@ def check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
 def _advice(got: str) -> str:
     return (
         f"optimizer must train the gates, with no decay and a rate of {SLOWEST:g} or more, got {got}. "
-        "Trainer's own does not: Trainer(..., optimizers=(torch.optim.AdamW(l0kernels.nn.parameter_groups(model, "
-        "gate_lr=0.05, weight_decay=0.01), lr=2e-5), None))"
+        "Trainer's own does not: Trainer(..., optimizers=(torch.optim.AdamW(l0kernels.nn.parameter_groups("
+        "model, gate_lr=0.05, weight_decay=0.01), lr=2e-5), None))"
     )

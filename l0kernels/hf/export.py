@@ -202,11 +202,8 @@ def _uniform(model: Any, stock: Any, wish: Wish | None, multiple_of: int) -> Any
         said |= _in_config(config, group, min(n * block, group.units))
     with torch.no_grad():
         set_gates_(whole, [z[gate].to(gate.log_alpha.device) for gate in gate_modules(model)])
-    if "d_kv" not in vars(config) and hasattr(config, "head_dim"):
-        config.head_dim = config.head_dim or config.hidden_size // config.num_attention_heads
     said = {name: n for name, n in said.items() if n != getattr(config, name)}
-    small = export_layers(whole)
-    return _become(small, stock, _saying(small, stock, config, said))
+    return _said(export_layers(whole), stock, config, said)
 
 
 def _zero(tensors: Mapping[str, Tensor], group: Group, closed: Tensor, block: int) -> None:
@@ -220,24 +217,30 @@ def _zero(tensors: Mapping[str, Tensor], group: Group, closed: Tensor, block: in
             tensor.index_fill_(member.dim, member.index[units].flatten().to(tensor.device), 0)
 
 
-def _saying(small: Any, stock: Any, config: Any, said: Mapping[str, int]) -> Any:
-    """`config` with these numbers, which are all that `small` differs in."""
+def _said(small: Any, stock: Any, config: Any, said: Mapping[str, int]) -> Any:
+    """`small` with a config that has these numbers, and says all of its sizes."""
+    head_dim = {"head_dim": config.hidden_size // config.num_attention_heads} if len(said) > 1 else {}
+    failed = ""
+    for values in (said, {**head_dim, **said}):
+        trial = copy.deepcopy(config)
+        try:
+            for name, n in values.items():
+                setattr(trial, name, n)
+            like = built(stock, trial)
+        except Exception as error:  # a size that this architecture refuses
+            failed = failed or str(error)
+            continue
+        differs = sized_models.sizes_of(small, like)
+        if not differs or not differs["shapes"]:
+            for name, attributes in (differs or {"attributes": {}})["attributes"].items():
+                for key in attributes:
+                    setattr(small.get_submodule(name), key, getattr(like.get_submodule(name), key))
+            return _become(small, stock, trial)
+        name, shape = next(iter(differs["shapes"].items()))
+        failed = failed or f"{name} would be {list(like.state_dict()[name].shape)}, not {shape}"
     told = ", ".join(f"{name}={n}" for name, n in said.items())
-    why: Any = None
-    try:
-        for name, n in said.items():
-            setattr(config, name, n)
-        config.validate() if hasattr(config, "validate") else None
-        sizes = sized_models.sizes_of(small, built(stock, config))
-    except Exception as error:
-        why, sizes = error, {"shapes": {}}
-    if not sizes and why is None:
-        return config
-    if why is None:
-        name, shape = next(iter({**sizes["shapes"], **sizes["attributes"]}.items()))
-        why = f"{name} would not be of size {shape}"
     raise ValueError(
-        f"uniform must leave sizes that {type(config).__name__} can say, got {told}: {why}. Leave uniform "
+        f"uniform must leave sizes that {type(config).__name__} can say, got {told}: {failed}. Leave uniform "
         "out, or gate with heads=False where the size of a head follows from the number of heads"
     )
 
