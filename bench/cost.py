@@ -192,8 +192,23 @@ def _net(name: str, shape: tuple[int, ...], at: Share, size: int) -> Parts:
     return forward, backward, sum(p.numel() for layer, *_ in layers for p in layer.parameters())
 
 
+def _encoder(shape: tuple[int, ...], at: Share, size: int) -> Parts:
+    n, length, width, units = shape
+    rows, heads, hidden = n * length, at(0), at(1)
+    sides = [(width, width, 1.0, heads)] * 3 + [(width, width, heads, 1.0)]
+    sides += [(width, units, 1.0, hidden), (units, width, hidden, 1.0)]
+    forward, backward = (
+        sum((layer(rows, *side, size, back) for side in sides), NOTHING) for back in (False, True)
+    )
+    # Scores and what they weigh; backward computes the scores anew.
+    products, moved = 4 * rows * length * width * heads, 4 * size * rows * width * heads
+    forward += Cost(products, moved)
+    backward += Cost(2.5 * products, 2 * moved)
+    return forward, backward, 4 * width * width + 2 * width * units + 9 * width + units
+
+
 _FORMULAS: dict[str, Formula] = {"linear": _linear, "ffn": _ffn(1), "swiglu": _ffn(2), "chain": _chain}
-_FORMULAS |= {"conv": _conv, "lenet5": _lenet5, "block": _block}
+_FORMULAS |= {"encoder": _encoder, "conv": _conv, "lenet5": _lenet5, "block": _block}
 _FORMULAS |= {name: partial(_net, name) for name in ("resnet18", "mobilenet_v2")}
 
 

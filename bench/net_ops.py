@@ -7,6 +7,7 @@ from functools import cache, partial
 import torch
 import torch.nn.functional as F
 from conv_ops import CONV_OPS, add_channels_last
+from encoder_op import encoder
 from nets import NETS, BasicBlock, InvertedResidual
 from ops import LAM, OPS, Case, Draw, Forward, Provider, adam, add_modules, open_parameters, torch_gate
 from torch import Tensor, nn
@@ -115,6 +116,7 @@ def whole_net(
 ALL_OPS: dict[str, Callable[..., Case]] = {
     **OPS,
     **CONV_OPS,
+    "encoder": encoder,
     "resnet18": partial(whole_net, "resnet18"),
     "mobilenet_v2": partial(whole_net, "mobilenet_v2"),
 }

@@ -175,6 +175,15 @@ WORKS = (
         ours="nn",
         targets=_targets((1.15, None, 0.80, 0.60, 0.50)),
     ),
+    Work(
+        "encoder",
+        (8, 128, 768, 3072),
+        "cpu",
+        "encoder layer of BERT, 8 x 128 positions",
+        passes=("fwd+bwd",),
+        ours="nn",
+        targets=_targets((1.06, 0.97, 0.57, 0.33, 0.20)),
+    ),
     Work("conv", (100, 20, 12, 12, 50, 5), "cpu", "convolution 100 x 20 x 12 x 12, 50 of 5 x 5"),
     Work("conv", (100, 1, 28, 28, 20, 5), "cpu", full=True),
     Work("conv", (16, 160, 32, 32, 160, 3), "cpu", full=True),
@@ -240,6 +249,7 @@ WORKS = (
 NETS = {
     "resnet18": "ResNet-18, 16 images of 64 x 64",
     "mobilenet_v2": "MobileNetV2, 16 images of 64 x 64",
+    "encoder": "encoder layer of BERT, 8 x 128 positions",
     "ffn": "transformer's feed-forward block",
     "lenet5": "LeNet-5-Caffe, batch 100",
     "chain": "LeNet-300-100, batch 100",
@@ -256,6 +266,7 @@ QUICK = {
     "block": (3, 12, 7, 7),
     "resnet18": (4, 3, 16, 16, 2),
     "mobilenet_v2": (4, 3, 16, 16, 2),
+    "encoder": (2, 5, 16, 24),
 }
 """Tiny shapes: do they run, and are they right?"""
 

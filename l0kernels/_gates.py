@@ -58,6 +58,11 @@ class HardConcrete:
         """``P(z > 0) = sigmoid(log_alpha - beta * log(-gamma / zeta))`` (equation 12), elementwise."""
         return torch.sigmoid(log_alpha - self.beta * math.log(-self.gamma / self.zeta))
 
+    def log_alpha_of(self, p: Tensor) -> Tensor:
+        """The log_alpha at which P(z > 0) is p, elementwise; p within 1e-12 of 0 or 1 counts as that far."""
+        inner = torch.logit(p.double(), eps=1e-12) + self.beta * math.log(-self.gamma / self.zeta)
+        return inner.to(p.dtype)
+
     def p_one(self, log_alpha: Tensor) -> Tensor:
         """``P(z = 1) = sigmoid(log_alpha - beta * log((1 - gamma) / (zeta - 1)))``, elementwise."""
         return torch.sigmoid(log_alpha - self.beta * math.log((1 - self.gamma) / (self.zeta - 1)))

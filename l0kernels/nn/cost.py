@@ -346,7 +346,14 @@ def _add_sided(terms: _Terms, gates: GateGroups, sided: Sided, scale: int) -> No
 
 def _numbers(terms: _Terms, gates: GateGroups) -> Tensor:
     """Those of all gates of a gated model; behind them that of what is always open."""
-    return torch.cat([*(terms.gate(gate) for gate in gates.gates), torch.tensor([terms.one])])
+    numbers = [terms.gate(gate) for gate in gates.gates]
+    if gates.l0_layers is not None:
+        layers = terms.gate(gates.l0_layers)
+        numbers = [
+            of if at is None else terms.product(torch.stack((of, layers[at].expand_as(of)), 1))
+            for of, at in zip(numbers, gates.layered, strict=True)
+        ]
+    return torch.cat([*numbers, torch.tensor([terms.one])])
 
 
 def _elements(terms: _Terms, numbers: Tensor, labels: list[Tensor]) -> Tensor:

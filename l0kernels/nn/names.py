@@ -26,6 +26,10 @@ def named_gates(model: nn.Module) -> dict[HardConcreteGate, Named]:
             host = path.rpartition(".")[0]
             for gate, group in zip(module.gates, module.groups, strict=True):
                 found[gate] = Named(_joined(host, group.name), [_joined(host, name) for name in group.layers])
+            if module.l0_layers is not None:
+                pairs = zip(module.groups, module.layered, strict=True)
+                names = [_joined(host, group.name) for group, at in pairs if at is not None]
+                found[module.l0_layers] = Named(_joined(host, "layers"), names)
             continue
         for name, child in module.named_children():
             if isinstance(child, HardConcreteGate):

@@ -2,6 +2,8 @@
 
 import copy
 import dataclasses
+import itertools
+import math
 import threading
 
 import pytest
@@ -13,6 +15,8 @@ from torch.nn import functional as F
 
 import l0kernels as l0
 from l0kernels import _checks
+from l0kernels.nn.cost import cost_of
+from l0kernels.nn.units import narrow
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
@@ -88,6 +92,81 @@ def test_nothing_else_reads_a_unit(name):
         unit_oracle.check_graph(plain, graph, z, args, f"{name}, {graph.groups[one].name}")
 
 
+LAYERED = ["hand_attention", "grouped_queries", "fused_attention", "glu", "resnet", "mixer", "tied"]
+
+
+def layered(name, **options):
+    model, plain, graph, args = gated(name, layers=True, **options)
+    layers = model.l0_units.l0_layers
+    generator = torch.Generator().manual_seed(3)
+    values = torch.where(torch.rand(layers.n, generator=generator) < 0.4, -40.0, 0.3)
+    values[0], values[-1] = 0.7, -40.0
+    layers.log_alpha.data.copy_(values)
+    return model, plain, graph, args
+
+
+@pytest.mark.parametrize("name", LAYERED)
+def test_gates_of_layers(name):
+    case = layered(name)
+    for pattern in ("open", "fractional", "mixed", "one unit open"):
+        check(case, pattern, True)
+    check(case, "mixed", False)
+    model, _, graph, args = case
+    gates = model.l0_units
+    unit_oracle.set_gates(graph, model, "mixed")
+    model.eval()
+    z_layers = gates.l0_layers().z
+    drawn = gates.now().z
+    assert drawn.ne(0).any()
+    wanted = [
+        gate().z * (1 if at is None else z_layers[at])
+        for gate, at in zip(gates.gates, gates.layered, strict=True)
+    ]
+    torch.testing.assert_close(drawn[:-1], torch.cat(wanted))
+    small = l0.nn.export(model)
+    for mine, other in zip(*map(unit_oracle.tensors_of, (small(*args), model(*args))), strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", LAYERED)
+def test_gates_of_layers_dense_with_zeros(name, static):
+    case = layered(name)
+    for pattern, train in (("open", True), ("mixed", True), ("half", False)):
+        check(case, pattern, train)
+
+
+@pytest.mark.parametrize("name", LAYERED)
+def test_counts_of_gates_of_layers(name):
+    model, plain, graph, _ = layered(name)
+    unit_oracle.set_gates(graph, model, "fractional")
+    gates = model.l0_units
+    p = {gate: gate.dist.p_open(gate.log_alpha.double()) for gate in l0.nn.gate_modules(model)}
+    of = dict(
+        zip((group.name for group in gates.groups), zip(gates.gates, gates.layered, strict=True), strict=True)
+    )
+    sides = {}
+    for group in gates.groups:
+        gate, at = of[group.name]
+        own = p[gate] if at is None else p[gate] * p[gates.l0_layers][at]
+        for member in group.members:
+            along = sides.setdefault(member.name, {}).setdefault(member.dim, {})
+            along.update({int(i): (group.name, u, own[u]) for u, row in enumerate(member.index) for i in row})
+    total = 0.0
+    for parameter_name, parameter in plain.named_parameters():
+        if parameter_name not in sides:
+            total += parameter.numel()
+            continue
+        for place in itertools.product(*map(range, parameter.shape)):
+            met = {along[place[dim]] for dim, along in sides[parameter_name].items() if place[dim] in along}
+            total += math.prod(
+                float(value) for _, _, value in {(n, u): (n, u, v) for n, u, v in met}.values()
+            )
+    assert float(l0.nn.expected_l0(model)) == pytest.approx(total, rel=1e-9)
+    found = cost_of(model, l0.nn.gate_modules(model))
+    x = torch.cat([p[gate].detach() for gate in found.gates])
+    assert float(l0.reference.budget.Terms(found.terms)(x)) == pytest.approx(total, rel=1e-9)
+
+
 GROUPS = {
     "resnet": {"body.0.0": 4, "body.1.conv1": 4, "body.2.conv1": 6, "body.2.conv2": 6, "body.3.conv1": 6},
     "resnet_option_a": {
@@ -119,6 +198,7 @@ GROUPS = {
     "grouped_queries": {"0": 8, "1.q": 2, "2.gate": 6},
     "enabled_gqa": {"0": 8, "1.q": 2},
     "fused_attention": {"first": 8, "second": 8, "fused.qkv": 3, "fused.kv": 3},
+    "timm_attention": {"0": 8, "1.qkv": 3, "1.proj": 8},
     "patches": {"cut": 8, "block.q": 2},
     "attention": {"up": 12},
     "encoder_layer": {"1.linear1": 12},
@@ -620,3 +700,59 @@ def test_functions_are_smooth_where_units_are_closed():
             y.sum().backward()
             assert x.grad.isfinite().all(), name
     assert seen > 50
+
+
+class Decoder(nn.Module):
+    """Attends to what it has been given so far, which it keeps."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.v, self.o = (nn.Linear(8, 8) for _ in range(4))
+
+    def forward(self, x, kept=None):
+        q, k, v = (f(x).view(*x.shape[:2], -1, 4).transpose(1, 2) for f in (self.q, self.k, self.v))
+        k, v = (
+            torch.cat((old, new), -2)
+            for old, new in zip(kept or (torch.tensor([], dtype=x.dtype),) * 2, (k, v), strict=True)
+        )
+        return self.o(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)), [k, v]
+
+
+class Caching(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.decoder, self.cache = Decoder(), None
+
+    def forward(self, x):
+        y, self.cache = self.decoder(x, self.cache)
+        return y
+
+
+@pytest.mark.parametrize("changes", [False, True], ids=["same gates", "other gates"])
+def test_heads_of_forwards_before(changes, monkeypatch):
+    model = Caching().double().eval()
+    l0.nn.gate_(model, torch.randn(1, 3, 8, dtype=torch.float64))
+    (gate,) = l0.nn.gate_modules(model)
+    fell = []
+    on_dense = narrow._on_dense
+    monkeypatch.setattr(narrow, "_on_dense", lambda func, *rest: fell.append(func) or on_dense(func, *rest))
+    model.cache, parts = None, torch.randn(2, 4, 8, dtype=torch.float64).split([2, 1, 1], 1)
+    found = []
+    for at, part in enumerate(parts):
+        closed = changes and at == 1
+        gate.log_alpha.data.copy_(torch.tensor([9.0, -9.0] if not closed else [-9.0, 9.0]))
+        found.append(model(part))
+    assert bool(fell) == changes
+    z, keys, values = torch.tensor([1.0, 0.0]), [], []
+    decoder = model.decoder
+    for at, part in enumerate(parts):
+        z = torch.tensor([1.0, 0.0] if not (changes and at == 1) else [0.0, 1.0], dtype=torch.float64)
+        q, k, v = (
+            F.linear(part, f.weight, f.bias).view(2, -1, 2, 4).transpose(1, 2)
+            for f in (decoder.q, decoder.k, decoder.v)
+        )
+        keys.append(k * z[:, None, None])
+        values.append(v * z[:, None, None])
+        y = F.scaled_dot_product_attention(q, torch.cat(keys, 2), torch.cat(values, 2)) * z[:, None, None]
+        y = F.linear(y.transpose(1, 2).flatten(2), decoder.o.weight, decoder.o.bias)
+        torch.testing.assert_close(found[at], y)

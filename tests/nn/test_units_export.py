@@ -421,7 +421,12 @@ def test_a_group_without_open_units_keeps_one_where_a_convolution_needs_it(name)
     assert all(p.numel() for p in small.parameters()) == (name not in ("mlp", "mixer"))
 
 
-ATTENTIONS = {"grouped_queries": ("1.q", 6), "enabled_gqa": ("1.q", 4), "fused_attention": ("fused.qkv", 4)}
+ATTENTIONS = {
+    "grouped_queries": ("1.q", 6),
+    "enabled_gqa": ("1.q", 4),
+    "fused_attention": ("fused.qkv", 4),
+    "timm_attention": ("1.qkv", 4),
+}
 
 
 @pytest.mark.parametrize("n_open", [0, 1])
@@ -442,8 +447,11 @@ def test_closed_heads_go(name, n_open):
     if name == "fused_attention":
         assert queries.nf == queries.weight.shape[1] == 3 * each * max(n_open, 1)  # Conv1D asks for one
     else:
-        shared = {"grouped_queries": 2, "enabled_gqa": 3}[name]
+        shared = {"grouped_queries": 2, "enabled_gqa": 3, "timm_attention": 3}[name]
         assert queries.out_features == n_open * shared * each
+        if name == "timm_attention":
+            assert small[1].proj.in_features == n_open * each
+            return
         assert [small.get_submodule(f"1.{of}").out_features for of in "kv"] == [n_open * each] * 2
         assert small.get_submodule("1.o").in_features == n_open * shared * each
     if n_open:

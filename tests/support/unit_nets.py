@@ -776,6 +776,29 @@ def fused_attention() -> Example:
     return TwoStreams(), (rows(2, 5, 3), rows(2, 4, 2))
 
 
+class TimmAttention(nn.Module):
+    """Queries, keys and values side by side in one layer's outputs, as timm has them."""
+
+    def __init__(self, width: int, heads: int, each: int) -> None:
+        super().__init__()
+        self.num_heads, self.each, self.attn_dim = heads, each, heads * each
+        self.qkv, self.proj = nn.Linear(width, 3 * heads * each), nn.Linear(heads * each, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, length, _ = x.shape
+        qkv = self.qkv(x).reshape(n, length, 3, self.num_heads, self.each).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv.unbind(0)
+        y = F.scaled_dot_product_attention(q * 0.7, k, v)
+        return self.proj(y.transpose(1, 2).reshape(n, length, self.attn_dim))
+
+
+@net
+def timm_attention() -> Example:
+    return nn.Sequential(nn.Linear(3, 8), TimmAttention(8, 3, 4), nn.GELU(), nn.Linear(8, 2)), (
+        rows(2, 5, 3),
+    )
+
+
 class Patches(nn.Module):
     """As a vision transformer: patches behind a token that is learned, with places; its own head last."""
 

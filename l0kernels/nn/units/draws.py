@@ -82,6 +82,16 @@ class Spaces:
             space._made[key] = self.of(cells[:, 0].clone())
         return space._made[key]
 
+    def tile(self, space: Space, times: int) -> Space | None:
+        """What `space` holds `times` times; None: it does not."""
+        key = "tile", times
+        if key not in space._made:
+            cells = space.labels.view(times, -1)
+            if not bool((cells == cells[:1]).all()):
+                return None
+            space._made[key] = self.of(cells[0].clone())
+        return space._made[key]
+
     def tiled(self, space: Space, times: int) -> Space:
         """All of them `times` times, as the gates of a recurrent layer have its units."""
         if times == 1:

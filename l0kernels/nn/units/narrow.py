@@ -368,8 +368,9 @@ def _reshaped(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
                     x._held = x._data.contiguous()
                 data = x._data.reshape(narrow)
                 return Narrow.of(data, spaces.repeated(space, times), at, draw, spaces)
-        if passed == before and 0 < size < space.size and space.size % size == 0:
-            return _in_runs(x, shape, at)
+        if passed == before and 1 < size < space.size and space.size % size == 0:
+            found = _in_runs(x, shape, at)
+            return _in_tiles(x, shape, at) if found is None else found
         passed *= size
     return None
 
@@ -388,6 +389,31 @@ def _in_runs(x: Narrow, shape: torch.Size, at: int) -> Any:
         x._held = x._data.contiguous()
     data = x._data.reshape((*shape[:at], draw.present(runs).n, *shape[at + 1 :]))
     return Narrow.of(data, runs, at, draw, spaces)
+
+
+def _in_tiles(x: Narrow, shape: torch.Size, at: int) -> Any:
+    """x whose units come several times, seen one after the other: queries, keys and values of one layer."""
+    assert x._at is not None
+    space, _, draw, spaces = x._at
+    times = shape[at]
+    tile = spaces.tile(space, times)
+    if (
+        tile is None
+        or at + 1 == len(shape)
+        or not 1 < shape[at + 1] <= tile.size
+        or tile.size % shape[at + 1]
+    ):
+        return None
+    run = tile.size // shape[at + 1]
+    runs = spaces.runs(tile, run)
+    if runs is None or _run(shape[at + 2 :], run) is None:
+        return None
+    n = draw.present(runs).n
+    if n * run * times != draw.present(space).n:
+        return None
+    if not x._data.retains_grad:
+        x._held = x._data.contiguous()
+    return Narrow.of(x._data.reshape((*shape[: at + 1], n, *shape[at + 2 :])), runs, at + 1, draw, spaces)
 
 
 def _run(sizes: Sequence[int], product: int) -> int | None:
@@ -453,7 +479,8 @@ def _heads_of(x: Tensor, space: Space, draw: Draw, spaces: Spaces, shares: bool)
             return None
         space = found
     if isinstance(x, Narrow) and x._at is not None:
-        return x._data if x._at[0] is space and x._at[1] == x._held.ndim - 3 and x._at[2] is draw else None
+        alike = x._at[0] is space and x._at[1] == x._held.ndim - 3 and _open_alike(x._at[2], draw)
+        return x._data if alike else None
     index = draw.present(space).index
     x = plain(x)
     return x if index is None else x.index_select(-3, index)
@@ -472,20 +499,49 @@ def _multiplied(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any
 def _concatenated(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     tensors = args[0] if args else kwargs["tensors"]
     at = args[1] if len(args) > 1 else kwargs.get("dim", kwargs.get("axis", 0))
-    first = tensors[0]._at if tensors and isinstance(tensors[0], Narrow) else None
-    if first is None:
+    tensors = [t for t in tensors if isinstance(t, Narrow) or t.shape != (0,)]  # as torch leaves it out
+    last = next((t for t in reversed(tensors) if _is_narrow(t)), None)
+    if last is None:
         return None
-    space, dim, draw, known = first
+    first = last._at
+    _, dim, draw, known = first
+    at %= last._held.ndim
+    if at != dim:
+        return _behind_each_other(tensors, at, first)
     spaces = []
     for t in tensors:
         other = t._at if isinstance(t, Narrow) else None
-        if other is None or other[1] != dim or other[2] is not draw:
+        if other is None or other[1] != dim or not _open_alike(other[2], draw):
             return None
         spaces.append(other[0])
     data = torch.cat([t._data for t in tensors], at)
-    if at % tensors[0]._held.ndim == dim:
-        return _at_place(data, (known.joined(spaces), dim, draw, known))
-    return _at_place(data, first) if all(other is space for other in spaces) else None
+    return _at_place(data, (known.joined(spaces), dim, draw, known))
+
+
+def _behind_each_other(tensors: Sequence[Tensor], at: int, place: tuple[Space, int, Draw, Spaces]) -> Any:
+    """Along another dimension than that of the units; of what has all units, those that exist."""
+    space, dim, draw, _ = place
+    index, parts = draw.present(space).index, []
+    for t in tensors:
+        other = t._at if isinstance(t, Narrow) else None
+        if other is not None:
+            if other[0] is not space or other[1] != dim or not _open_alike(other[2], draw):
+                return None
+            parts.append(t._data)  # type: ignore[attr-defined]
+        elif t.ndim <= dim or t.shape[dim] != space.size:
+            return None
+        else:
+            t = plain(t)
+            parts.append(t if index is None else t.index_select(dim, index))
+    return _at_place(torch.cat(parts, at), place)
+
+
+def _open_alike(earlier: Draw, draw: Draw) -> bool:
+    """Whether what exists is the same: keys and values of a forward before, in a cache."""
+    if earlier is draw:
+        return True
+    both = earlier.exact and draw.exact and earlier._counts == draw._counts
+    return both and torch.equal(earlier.is_open, draw.is_open)
 
 
 def _divided(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -512,6 +568,15 @@ def _divided(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         found.append(Narrow.of(data, piece, dim, draw, spaces))
         start = stop
     return tuple(found)
+
+
+def _unbound(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    x = args[0]
+    at = args[1] if len(args) > 1 else kwargs.get("dim", 0)
+    if not isinstance(x, Narrow) or x._at is None or at % x._held.ndim == x._at[1]:
+        return None
+    dim = x._at[1] - (at % x._held.ndim < x._at[1])
+    return tuple(_like(x, part, dim) for part in x._data.unbind(at))
 
 
 def _item(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -667,6 +732,7 @@ def _rules() -> dict[Any, Rule]:
         ("scaled_dot_product_attention", _attended),
         ("matmul bmm __matmul__", _multiplied),
         ("chunk split split_with_sizes tensor_split", _divided),
+        ("unbind", _unbound),
         ("__getitem__", _item),
         ("pad", _padded),
         ("is_floating_point is_complex element_size get_device ndimension is_signed", _looked_at),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import threading
 from collections import OrderedDict, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, cast
 
@@ -35,6 +35,8 @@ NAME = "l0_units"
 """Of the module in a gated model that holds its gates."""
 _DRAWS = ("CatBackward0", "_JoinedBackward")
 """The nodes of autograd that z of a draw comes from."""
+OPEN = 80.0
+"""A log_alpha of what is always open: P is 1 to the last bit, and its derivative 0 for sums."""
 _RECENT = 8
 """So many forwards may come before the backward pass of the first, whose checkpoints look for their draw."""
 
@@ -50,12 +52,16 @@ class GateGroups(GatedLayer, nn.Module):
         attentions: by the name of a module, the heads of each product of activations that it calls, in order;
             None: they are not gated.
         example: what the model was run with, without its values; None where that cannot be made again.
+        l0_layers: the gates that close whole groups, None: there are none.
+        layered: the number in l0_layers of the gate of each group, None: it has none.
     """
+
+    l0_layers: HardConcreteGate | None
 
     _backwards: Sequence[dict[int, Any]] = ()
     """The backward hooks of the model's modules, as they are at any time."""
 
-    def __init__(self, groups: Sequence[Group], block: int, **options: Any) -> None:
+    def __init__(self, groups: Sequence[Group], block: int, layers: bool = False, **options: Any) -> None:
         super().__init__()
         self.groups = tuple(groups)
         self.block = block
@@ -72,6 +78,12 @@ class GateGroups(GatedLayer, nn.Module):
             gate = HardConcreteGate(-(-group.units // self.block_of(group)), **options)
             gate.kind = group.kind
             self.add_module(key, gate)
+        at = iter(range(len(groups)))
+        self.layered = [next(at) if layers and can_close(group) else None for group in groups]
+        n_layers = len(groups) - self.layered.count(None)
+        self.l0_layers = HardConcreteGate(n_layers, **options) if n_layers else None
+        if self.l0_layers is not None:
+            self.l0_layers.kind = "layers"
         self.multiples = [1] * len(groups)
         self._made: dict[Any, Any] = {}
         self._local = threading.local()
@@ -176,7 +188,8 @@ class GateGroups(GatedLayer, nn.Module):
         return self._draw()
 
     def _draws(self) -> bool:
-        return any(gate.draws for gate in self.gates)
+        layers = self.l0_layers
+        return any(gate.draws for gate in self.gates) or (layers is not None and layers.draws)
 
     def _behind(self, node: Any) -> Draw:
         """The draw that the result of a node of autograd's graph, which a backward pass runs, comes from."""
@@ -202,14 +215,32 @@ class GateGroups(GatedLayer, nn.Module):
             found = self._local.stack = []
         return found
 
+    def closed_by_layers(self, values: Sequence[Tensor], of_layers: Tensor | None) -> list[Tensor]:
+        """Values of the gates of each group, such as z or P(open), times those of the group's layer."""
+        if of_layers is None:
+            return [*values]
+        pairs = zip(values, self.layered, strict=True)
+        return [value if at is None else value * of_layers[at] for value, at in pairs]
+
+    def p_open(self, openness: Callable[[HardConcreteGate], Tensor]) -> list[Tensor]:
+        """How open the units of each gate are, flat: so far as their layer is."""
+        of_layers = None if self.l0_layers is None else openness(self.l0_layers).flatten()
+        return self.closed_by_layers([openness(gate).flatten() for gate in self.gates], of_layers)
+
     def _draw(self, model: nn.Module | None = None) -> Draw:
-        gates = self.gates
+        gates = self.gates if self.l0_layers is None else [*self.gates, self.l0_layers]
         device = gates[0].log_alpha.device
         backend = _registry.resolve(device, torch.float32, "gated_conv2d")
         exact = device.type == "cpu" and _checks.readable() and (backend == "reference" or is_exact(backend))
         exact = exact and (model is None or not self._is_seen_by_functions(model))
         held = [gate.drawn if gate.training else None for gate in gates]
-        joins = exact and self.block == 1 and backend != "reference" and draws_of(gates, held) is not None
+        joins = (
+            self.l0_layers is None
+            and exact
+            and self.block == 1
+            and backend != "reference"
+            and draws_of(gates, held) is not None
+        )
         z = key = None
         if joins:
             of_bank = [one for one in held if one is not None]
@@ -223,19 +254,25 @@ class GateGroups(GatedLayer, nn.Module):
                 kept = self._local.__dict__.get("kept")
                 if kept is not None and kept[0] == key:
                     return kept[2]
-            pairs = zip(found, self.groups, strict=True)
-            drawn = [self._spread(one, group) for one, group in pairs]
+            drawn = self.spread([cast(Gates, one) for one in found])
         made = Draw(drawn, self.multiples, exact, "torch" if backend == "reference" else backend, z)
         if key is not None:
             self._local.kept = key, found, made
         return made
 
-    def _spread(self, gates: Gates | None, group: Group) -> Gates:
-        assert gates is not None
-        block = self.block_of(group)
-        if block == 1:
-            return gates
-        return Gates.from_z(gates.z.repeat_interleave(block)[: group.units], full_grad=False)
+    def spread(self, drawn: Sequence[Gates]) -> list[Gates]:
+        """The gates of the units of each group, from what is drawn for its gates and, behind, the layers'."""
+        values = [gates.z for gates in drawn]
+        of_layers = values.pop() if self.l0_layers is not None else None
+        made = []
+        for gates, z, group in zip(
+            drawn, self.closed_by_layers(values, of_layers), self.groups, strict=False
+        ):
+            block = self.block_of(group)
+            if block > 1:
+                z = z.repeat_interleave(block)[: group.units]
+            made.append(gates if z is gates.z else Gates.from_z(z, full_grad=False))
+        return made
 
     def gate_groups(self) -> Iterator[tuple[HardConcreteGate, Tensor, int]]:
         """|g| = what one unit closes, of all of its layers, times the units of a block."""
@@ -248,6 +285,11 @@ class GateGroups(GatedLayer, nn.Module):
             if len(log_alpha) > 1:
                 yield gate, log_alpha[:-1], group.parameters * block
             yield gate, log_alpha[-1:], group.parameters * last
+        if self.l0_layers is not None:
+            log_alpha = self.l0_layers.whole()
+            for group, at in zip(self.groups, self.layered, strict=True):
+                if at is not None:
+                    yield self.l0_layers, log_alpha[at : at + 1], group.parameters * group.units
 
     def l2_terms(self) -> Iterator[tuple[HardConcrete, L2Term]]:
         """None: :func:`penalty` asks the model that has the weights, see `sizes.L2Terms`."""
@@ -264,6 +306,12 @@ class GateGroups(GatedLayer, nn.Module):
 
     def extra_repr(self) -> str:
         return "" if self.block == 1 else f"block={self.block}"
+
+
+def can_close(group: Group) -> bool:
+    """Whether a gate of its own may close all of a group: it is a layer's, and meets itself in no weight."""
+    names = [member.name for member in group.members]
+    return group.kind != "width" and len({*names}) == len(names)
 
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:
@@ -338,6 +386,7 @@ def gate_(
     inputs: bool = False,
     residual: bool = True,
     kinds: Sequence[str] | None = None,
+    layers: bool = False,
     block: int = 1,
     droprate_init: float = 0.5,
     lam: float = 0.1,
@@ -373,6 +422,10 @@ def gate_(
         residual: whether units that a sum of two branches carries are.
         kinds: which of "heads" (of attention; queries that share keys and values are one), "width" (of the
             residual stream) and "units" (all others); None: all.
+        layers: whether each group of heads and units has one more gate, which closes all of them at once: z
+            of a unit is then its own times that of its layer. Of an attention or a feed-forward network that
+            is closed so the bias of the last projection is left. A layer that is not among `kinds` has that
+            gate alone.
         block: so many units in a row share a gate; a head has its own.
         droprate_init, lam, eval_mode, dist: see :class:`HardConcreteGate`.
 
@@ -387,21 +440,31 @@ def gate_(
     if not isinstance(block, int) or isinstance(block, bool) or block < 1:
         raise ValueError(f"block must be a positive int, got {block!r}")
     graph = unit_graph(model, *args, inputs=inputs, **kwargs)
-    groups = graph.select(include, exclude, residual, kinds)
+    chosen = graph.select(include, exclude, residual, kinds)
+    groups = [
+        group
+        for group in graph.select(include, exclude, residual)
+        if group in chosen or (layers and can_close(group))
+    ]
     if not groups:
         raise ValueError(f"model must have units to gate, got none:\n{graph}")
-    gated(
+    gates = gated(
         model,
         groups,
         graph,
         args,
         kwargs,
         block,
+        layers=layers,
         droprate_init=droprate_init,
         lam=lam,
         eval_mode=eval_mode,
         dist=dist,
     )
+    for group, gate in zip(groups, gates.gates, strict=True):
+        if group not in chosen:
+            nn.init.constant_(gate.log_alpha, OPEN)
+            gate.freeze_()
     return replace(graph, groups=tuple(groups))
 
 

@@ -83,11 +83,12 @@ class _Plan:
         }
         self._layers: list[Any] = [m for m in host.modules() if isinstance(m, GatedUnits)]
         starts: list[int] = []
-        z, total = [], 0
-        for group, gate in zip(gates.groups, gates.gates, strict=True):
+        total = 0
+        own = gates.gates if gates.l0_layers is None else [*gates.gates, gates.l0_layers]
+        z = [one.z.detach().cpu() for one in gates.spread([gate.eval_gates() for gate in own])]
+        for group in gates.groups:
             starts.append(total)
             total += group.units
-            z.append(gates._spread(gate.eval_gates(), group).z.detach().cpu())
         self._z = torch.cat([*z, z[0].new_ones(1)])  # behind all units stands what is always open
         self._open = self._z != 0
         self._of = {
@@ -262,7 +263,7 @@ def set_sizes(layer: Any, n_in: int | None, n_out: int | None) -> None:
 
 HEADS = ("heads", "num_heads", "n_heads", "n_head", "num_attention_heads")
 SHARED = ("num_key_value_heads", "num_kv_heads", "n_kv_heads")
-FEATURES = ("all_head_size", "inner_dim", "split_size")
+FEATURES = ("all_head_size", "attn_dim", "inner_dim", "split_size")
 
 
 def _set_heads(attention: nn.Module, spaces: Sequence[Space | None], count: Callable[[Space], int]) -> None:

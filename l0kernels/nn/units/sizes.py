@@ -13,10 +13,7 @@ from ...penalty import L2Term
 from .. import ranks
 from ..gate import HardConcreteGate
 from .draws import Space
-from .place import NAME, GateGroups
-
-OPEN = 80.0
-"""A log_alpha of what is always open: P is 1 to the last bit, and its derivative 0 for sums."""
+from .place import NAME, OPEN, GateGroups
 
 
 class Sided(NamedTuple):
@@ -53,7 +50,7 @@ def open_counts(
     counts: dict[nn.Parameter, Tensor] = {}
     for host in hosts_of(model):
         gates = cast(GateGroups, host._modules[NAME])
-        p = with_one([openness(gate) for gate in gates.gates])
+        p = with_one(gates.p_open(openness))
         for parameter, sides in sided_parameters(host):
             labels = {dim: gates.gate_index(space, p.device) for dim, space in sides.items()}
             others = parameter.numel()
@@ -72,7 +69,7 @@ def open_counts(
 
 def open_heads(gates: GateGroups, space: Space, openness: Callable[[HardConcreteGate], Tensor]) -> Tensor:
     """How many entries of a space are open, a float64 scalar."""
-    p = with_one([openness(gate) for gate in gates.gates])
+    p = with_one(gates.p_open(openness))
     return p[gates.gate_index(space, p.device)].sum()
 
 
@@ -166,6 +163,14 @@ class L2Terms:
         self._gates = gates = cast(GateGroups, host._modules[NAME])
         self._dist = gates.gates[0].dist
         self._log_alphas = [_log_alpha(gate) for gate in gates.gates]
+        if gates.l0_layers is not None:
+            p = [self._dist.p_open(log_alpha) for log_alpha in self._log_alphas]
+            of_layers = self._dist.p_open(_log_alpha(gates.l0_layers))
+            closed = gates.closed_by_layers(p, of_layers)
+            self._log_alphas = [
+                a if one is before else self._dist.log_alpha_of(one)
+                for a, before, one in zip(self._log_alphas, p, closed, strict=True)
+            ]
         self._all: Tensor | None = None
         self._of: dict[Space, Tensor] = {}
         self.terms: list[tuple[HardConcrete, L2Term]] = []
