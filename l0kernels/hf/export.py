@@ -49,7 +49,7 @@ def export(
         uniform: all layers keep as many heads and as many units as the layer that keeps most, filled up with
             zeros; with `keep`, the same share of each. The result is of the model's own class with its own
             config, which other programs load.
-        multiple_of: each group keeps a multiple of so many units; with `uniform` of feed-forwards only.
+        multiple_of: of feed-forwards: each keeps a multiple of so many units, or all.
         cost, input_shape: as of :func:`l0kernels.nn.export`. ``input_shape`` may hold inputs by their names.
 
     Returns:
@@ -219,13 +219,15 @@ def _zero(tensors: Mapping[str, Tensor], group: Group, closed: Tensor, block: in
 
 def _said(small: Any, stock: Any, config: Any, said: Mapping[str, int]) -> Any:
     """`small` with a config that has these numbers, and says all of its sizes."""
-    head_dim = {"head_dim": config.hidden_size // config.num_attention_heads} if len(said) > 1 else {}
+    has_heads = any(name not in UNITS for name in said)
+    head_dim = {"head_dim": config.hidden_size // config.num_attention_heads} if has_heads else {}
     failed = ""
     for values in (said, {**head_dim, **said}):
         trial = copy.deepcopy(config)
         try:
             for name, n in values.items():
                 setattr(trial, name, n)
+            type(trial).from_dict(trial.to_dict())  # as a file is read, with all checks
             like = built(stock, trial)
         except Exception as error:  # a size that this architecture refuses
             failed = failed or str(error)

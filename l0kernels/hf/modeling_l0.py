@@ -7,6 +7,8 @@ and gives parameters and attributes the sizes that stand in its config.
 """
 
 import json
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import transformers
@@ -14,12 +16,17 @@ from torch import nn
 
 PREFIX = "L0"
 FORMAT = 1
+AUTOS = [name for name in dir(transformers) if name.startswith("AutoModel")]
 REFUSAL = (
     "this folder holds a model pruned by l0kernels, whose layers have sizes of their own: load it by "
     "l0kernels.hf.from_pretrained, by AutoModel.from_pretrained after `import l0kernels.hf`, or with "
     "trust_remote_code=True"
 )
 """Stands in config.json where classes of transformers read a number, which refuse it with this text."""
+
+
+def _once(fn: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    return cache(fn)
 
 
 def sizes_of(model: nn.Module, stock: nn.Module) -> dict[str, Any]:
@@ -145,65 +152,45 @@ class SizedModel:
         resize_(self, config.l0)  # type: ignore[arg-type]
 
 
-_made: dict[Any, Any] = {}
-
-
+@_once
 def sized(stock: Any) -> Any:
     """The class here for a class of transformers, a model's or a config's."""
-    found = _made.get(stock)
-    if found is not None:
-        return found
     name = PREFIX + stock.__name__
     attributes: dict[str, Any] = {"__module__": __name__, "__qualname__": name, "__doc__": stock.__doc__}
     if issubclass(stock, transformers.PretrainedConfig):
         attributes |= {"model_type": f"l0_{stock.model_type}", "_auto_class": "AutoConfig"}
-        found = type(name, (SizedConfig, stock), attributes)
-    else:
-        autos = auto_classes(stock)
-        attributes |= {"config_class": sized(stock.config_class), "_auto_class": next(iter(autos), None)}
-        found = type(name, (SizedModel, stock), attributes)
-    _made[stock] = found
-    return found
+        return type(name, (SizedConfig, stock), attributes)
+    auto = next((auto for auto, model in models_of(stock.config_class).items() if model is stock), None)
+    attributes |= {"config_class": sized(stock.config_class), "_auto_class": auto}
+    return type(name, (SizedModel, stock), attributes)
 
 
-def auto_classes(stock: Any) -> dict[str, Any]:
-    """The classes AutoModel... that make a model of this class, by their names."""
+@_once
+def models_of(config: Any) -> dict[str, Any]:
+    """The class of transformers that each AutoModel... makes of a config of transformers, by their names."""
     found = {}
-    for name in dir(transformers):
-        auto = getattr(transformers, name) if name.startswith("AutoModel") else None
-        if stock in models_of(auto, stock.config_class):
-            found[name] = auto
+    for name in AUTOS:
+        mapping = getattr(getattr(transformers, name, None), "_model_mapping", None) or {}
+        models = mapping.get(config, ())
+        models = models if isinstance(models, list | tuple) else (models,)
+        own = [model for model in models if getattr(model, "config_class", None) is config]
+        if own:
+            found[name] = own[0]
     return found
 
 
-def models_of(auto: Any, config: type) -> tuple[type, ...]:
-    """The classes that an AutoModel... chooses from for a config."""
-    mapping = getattr(auto, "_model_mapping", None)
-    if mapping is None or config not in mapping:
-        return ()
-    models = mapping[config]
-    models = models if isinstance(models, list | tuple) else (models,)
-    return tuple(model for model in models if getattr(model, "config_class", None) is config)
-
-
-def auto_map(config: type) -> dict[str, str]:
+def auto_map(config: Any) -> dict[str, str]:
     """What transformers loads from this file: class of this file by name of the Auto class."""
-    module = __name__.rpartition(".")[2]
-    found = {"AutoConfig": f"{module}.{PREFIX}{config.__name__}"}
-    for name in dir(transformers):
-        models = models_of(getattr(transformers, name) if name.startswith("AutoModel") else None, config)
-        if models:
-            found[name] = f"{module}.{PREFIX}{models[0].__name__}"
-    return found
+    classes = {"AutoConfig": config, **models_of(config)}
+    return {auto: f"{__name__.rpartition('.')[2]}.{PREFIX}{cls.__name__}" for auto, cls in classes.items()}
 
 
+@_once
 def register(config: Any) -> None:
     """Has AutoModel and its kin make the classes here of a config of this file."""
     stock = config.__mro__[config.__mro__.index(SizedConfig) + 1]
-    for name in dir(transformers):
-        auto: Any = getattr(transformers, name) if name.startswith("AutoModel") else None
-        for model in models_of(auto, stock)[:1]:
-            auto.register(config, sized(model), exist_ok=True)
+    for name, model in models_of(stock).items():
+        getattr(transformers, name).register(config, sized(model), exist_ok=True)
 
 
 def __getattr__(name: str) -> type:
