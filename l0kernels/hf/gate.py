@@ -43,7 +43,8 @@ def gate(
         model: a ``PreTrainedModel``.
         heads: gates heads of attention. Heads that share keys and values (grouped-query attention) have one
             gate; layers that add one position bias (T5) have the same.
-        units: gates the units of feed-forwards.
+        units: gates the units of feed-forwards, those in the numbered blocks. Others, of a pooler say, are
+            gated where `include` names them.
         width: gates the residual stream, where nothing pins it, as a model's output does.
         include, exclude: which of these, by the names of layers that make them: see :func:`gate_`.
         example: the inputs by name, in place of those made of the config.
@@ -92,19 +93,26 @@ def _chosen(
     asked = [kind for kind in KINDS if wanted[kind]]
     if not asked:
         raise ValueError("heads, units or width must be True, got none of them")
-    lacking = [kind for kind in asked if not any(group.kind == kind for group in graph.groups)]
+    lacking = [kind for kind in asked if not graph.select(kinds=[kind])]
     if lacking:
         raise ValueError(
             f"model must have {lacking[0]} to gate, or {lacking[0]}=False be given, got none that can be. If "
             f"a layer is not seen, call it in an example={{...}} of your own. Found was\n{graph}"
         )
-    groups = [g for g in graph.select(include, exclude) if g.kind in asked]
+    groups = graph.select(include, exclude, kinds=asked)
+    groups = [group for group in groups if include is not None or _is_in_blocks(group)]
     if not groups:
         raise ValueError(
             f"include and exclude must leave {' or '.join(asked)} to gate, got {include!r} and {exclude!r}; "
             f"there are {[group.name for group in graph.groups if group.kind in asked]}"
         )
     return groups
+
+
+def _is_in_blocks(group: Group) -> bool:
+    """Whether it lies in one of the model's numbered blocks, or runs through them."""
+    names = group.makers or group.layers
+    return group.kind == "width" or any(part.isdigit() for name in names for part in name.split("."))
 
 
 def _check_model(model: Any) -> None:
@@ -229,14 +237,15 @@ def describe(model: Any, example: Mapping[str, Any] | None = None) -> Descriptio
     names = {group.name for group in gates.groups} if gates is not None else set()
     kinds = {}
     for kind in KINDS:
-        groups = [group for group in graph.groups if group.kind == kind]
+        groups = [group for group in graph.groups if group.kind == kind and _is_in_blocks(group)]
         of_kind = [group for group in groups if group.name in names] or groups
         if of_kind:
             n, total = sum(g.units for g in of_kind), sum(g.units * g.parameters for g in of_kind)
             is_gated = any(group.name in names for group in of_kind)
             kinds[kind] = len(of_kind), n, total / n, total, is_gated
-    closed = {member.name for g in graph.groups for member in g.members if not names or g.name in names}
-    return Description(kinds, tuple(_dense(plain, graph, closed)), sum(p.numel() for p in plain.parameters()))
+    chosen = [g for g in graph.groups if g.name in names or (not names and _is_in_blocks(g))]
+    dense = tuple(_dense(plain, graph, chosen))
+    return Description(kinds, dense, sum(p.numel() for p in plain.parameters()))
 
 
 def _without_gates(model: nn.Module) -> nn.Module:
@@ -245,15 +254,16 @@ def _without_gates(model: nn.Module) -> nn.Module:
     return ungate_(copy.deepcopy(model, cast(dict[int, Any], memo)))
 
 
-def _dense(model: nn.Module, graph: UnitGraph, closed: set[str]) -> list[Kept]:
+def _dense(model: nn.Module, graph: UnitGraph, chosen: Sequence[Group]) -> list[Kept]:
     why = {pin.name: pin.why for pin in graph.pinned}
+    closed = {member.name for group in chosen for member in group.members}
     free = {member.name for group in graph.groups for member in group.members}
     found: dict[tuple[str, str], int] = {}
     for name, parameter in model.named_parameters():
         if name in closed:
             continue
         layer = ".".join("*" if part.isdigit() else part for part in name.split(".")[:-1])
-        reason = "not asked for" if name in free else why.get(name, "no unit of a group")
+        reason = "not asked for" if name in free else why.get(name, "no units")
         found[layer, reason] = found.get((layer, reason), 0) + parameter.numel()
     return [Kept(layer, n, reason) for (layer, reason), n in found.items()]
 

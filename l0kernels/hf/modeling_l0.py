@@ -60,7 +60,8 @@ def sizes_of(model: nn.Module, stock: nn.Module) -> dict[str, Any]:
         }
         if found:
             attributes[name] = found
-    return {"shapes": shapes, "attributes": attributes} if shapes or attributes else {}
+    of = PREFIX + type(stock).__name__
+    return {"of": of, "shapes": shapes, "attributes": attributes} if shapes or attributes else {}
 
 
 def _is_size(value: Any) -> bool:
@@ -72,14 +73,17 @@ def _is_size(value: Any) -> bool:
 def resize_(model: nn.Module, sizes: dict[str, Any]) -> None:
     """Gives a model as transformers builds it the sizes of one that was pruned."""
     modules = dict(model.named_modules())
-    prefix = getattr(model, "base_model_prefix", "")
+    prefix = getattr(model, "base_model_prefix", "") + "."
+    is_base = not any(name.startswith(prefix) for name in (*sizes["shapes"], *sizes["attributes"]))
 
     def module_of(name: str) -> nn.Module | None:
-        """Under this name; or under that of the base model's class, or of one with a head."""
-        for known in (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}.")):
-            if known in modules:
-                return modules[known]
-        return None
+        """Under this name; of another class than the saved one what both have, the base model."""
+        if type(model).__name__ == sizes["of"]:
+            return modules[name]
+        if is_base:
+            return modules.get(name, modules.get(prefix + name))
+        own = modules.get(name, modules.get(name.removeprefix(prefix)))
+        return own if name.startswith(prefix) else None
 
     made: dict[int, Any] = {}
     for name, shape in sizes["shapes"].items():

@@ -79,7 +79,9 @@ def test_half_precision_and_other_heads_of_the_same_base(tmp_path):
         id2label={0: "a", 1: "b", 2: "c"},
         label2id={"a": 0, "b": 1, "c": 2},
     )
-    model = open_gates_(hf.gate(t.BertForSequenceClassification(config).eval()))
+    model = t.BertForSequenceClassification(config).eval()
+    names = ("attention.self.query", "intermediate.dense", "pooler.dense")
+    open_gates_(hf.gate(model, include=names))
     inputs = inputs_of(model)
     small = hf.export(model)
     small.save_pretrained(tmp_path)
@@ -88,13 +90,20 @@ def test_half_precision_and_other_heads_of_the_same_base(tmp_path):
     close(output_of(loaded.eval(), inputs), output_of(model, inputs))
     base = t.AutoModel.from_pretrained(tmp_path)
     assert type(base).__name__ == "L0BertModel"
+    assert small.classifier.in_features < 24
     close(output_of(base.eval(), inputs), small.bert(**inputs).last_hidden_state)
-    tokens = t.AutoModelForTokenClassification.from_pretrained(tmp_path, dtype=torch.bfloat16)
-    assert tokens(**inputs).logits.shape == (3, 7, 3)
+    tokens = t.AutoModelForTokenClassification.from_pretrained(
+        tmp_path, dtype=torch.bfloat16, num_labels=5, ignore_mismatched_sizes=True
+    )
+    assert tokens(**inputs).logits.shape == (3, 7, 5)
     assert tokens.dtype == torch.bfloat16
     base.save_pretrained(tmp_path / "base")
     again = t.AutoModelForSequenceClassification.from_pretrained(tmp_path / "base")
     close(output_of(again.bert.eval(), inputs), small.bert(**inputs).last_hidden_state)
+    stock = hf.export(
+        open_gates_(hf.gate(t.BertForSequenceClassification(config), heads=False)), uniform=True
+    )
+    assert type(stock) is t.BertForSequenceClassification  # a pooler is gated only where it is named
     fresh_weights = type(small)(small.config)  # without a checkpoint
     assert all(p.isfinite().all() for p in fresh_weights.parameters())
 
@@ -205,7 +214,9 @@ def test_uniform_refuses_what_the_config_refuses():
     )
     model = hf.gate(t.LlamaForCausalLM(config).eval(), units=False)
     model.l0_units.gates[0].log_alpha.data[0] = -9
-    with pytest.raises(ValueError, match=r"(?s)got num_attention_heads=5, num_key_value_heads=5: .*multiple of"):
+    with pytest.raises(
+        ValueError, match=r"(?s)got num_attention_heads=5, num_key_value_heads=5: .*multiple of"
+    ):
         hf.export(model, uniform=True)
 
 
