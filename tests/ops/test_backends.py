@@ -123,7 +123,8 @@ class TestUseBackend:
         monkeypatch.setattr(_registry, "_why_no_triton", lambda: "none here")
         monkeypatch.setattr(_registry, "_why_no_cuda", lambda: "none here")
         for primitive in PRIMITIVES:
-            assert _registry.resolve(torch.device("cuda", 0), torch.float32, primitive) == "reference"
+            expected = "torch" if primitive in _registry.TORCH_FIRST else "reference"
+            assert _registry.resolve(torch.device("cuda", 0), torch.float32, primitive) == expected
 
     def test_on_a_gpu_the_measured_winner_serves(self, monkeypatch):
         gpu = torch.device("cuda", 0)
@@ -131,10 +132,12 @@ class TestUseBackend:
         monkeypatch.setattr(_registry, "_why_no_cuda", lambda: None)
         for primitive in PRIMITIVES:
             first = primitive in _registry.CUDA_FIRST and primitive not in ("gated_linear", "gated_mlp")
-            assert _registry.resolve(gpu, torch.bfloat16, primitive) == ("cuda" if first else "triton")
+            winner = "torch" if primitive in _registry.TORCH_FIRST else "cuda" if first else "triton"
+            assert _registry.resolve(gpu, torch.bfloat16, primitive) == winner
             assert _registry.resolve(gpu, torch.float64, primitive) == "reference"
         monkeypatch.setattr(_registry, "_why_no_cuda", lambda: "none here")
-        assert {_registry.resolve(gpu, torch.float32, p) for p in PRIMITIVES} == {"triton"}
+        others = set(PRIMITIVES) - _registry.TORCH_FIRST
+        assert {_registry.resolve(gpu, torch.float32, p) for p in others} == {"triton"}
 
     def test_a_backend_that_does_not_serve_a_primitive_says_so(self, monkeypatch):
         monkeypatch.setattr(_registry, "_why_no_cuda", lambda: None)
@@ -350,6 +353,7 @@ class TestTable:
             "gated_mlp": ("mlp_forward", "mlp_backward"),
             "gated_conv2d": ("conv2d_forward", "conv2d_backward"),
             "gated_batch_norm": (),
+            "gated_attention": (),
             "masked_linear": ("masked_weight", "masked_weight_grad"),
             "block_linear": ("block_linear_forward", "block_linear_backward"),
             "pack": (),
