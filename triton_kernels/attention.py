@@ -504,7 +504,7 @@ def _tile(kernel: str, call: AttentionCall) -> _Tile:
         if gpu(q.device.index)[0] == 90 and mask is None and not dropout and size == q.shape[-1]:
             tile = _HOPPER.get((kernel, size), tile)
     if kernel != "dkv" and rows <= 16:
-        return tile._replace(m=16, warps=4)
+        return tile._replace(m=16, n=min(tile.n, 32), warps=4)
     return tile
 
 
@@ -532,12 +532,13 @@ _HOPPER = {
 _TF32 = {
     "forward": _tiles((64, 64, 4, 2), (64, 32, 4, 2), (32, 32, 8, 1)),
     "dq": _tiles((64, 32, 4, 2), (32, 32, 4, 1), (32, 16, 8, 1)),
-    "dkv": _tiles((32, 32, 4, 1), (32, 32, 4, 1), (16, 32, 8, 1)),
+    "dkv": _tiles((32, 32, 4, 1), (32, 32, 4, 1), (16, 32, 8, 1))
+    | dict.fromkeys((16, 32), _Tile(16, 32, 4, 1)),
 }
 _IEEE = {
     "forward": _tiles((32, 32, 4, 1), (32, 16, 4, 1), (16, 16, 4, 1)),
     "dq": _tiles((32, 32, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
-    "dkv": _tiles((16, 32, 4, 1), (16, 32, 8, 1), (16, 16, 4, 1))
+    "dkv": _tiles((16, 64, 8, 1), (16, 32, 8, 1), (16, 16, 4, 1))
     | dict.fromkeys((16, 32), _Tile(32, 16, 4, 1)),
 }
 

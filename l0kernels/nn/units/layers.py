@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ... import _checks
-from ..._compat import batch_norm
+from ..._compat import batch_norm, foreach_mul
 from ...conv2d import gated_conv2d
 from ...impl import im2col
 from ...impl.batch_norm import Channels, Settings, serves
@@ -401,7 +401,7 @@ class _Static:
             some = [*averages.copies(mean, var, outs)]
         elif norm.tracks:
             some = [None if t is None else t.clone() for t in some]
-        weight, bias = (None if t is None else t * self.draw.mask(outs, t.dtype) for t in norm.affine)
+        weight, bias = self.masked_affine(norm, outs)
         y = norm(x, some, weight, bias)
         if norm.tracks and averages is None:
             is_open = self.draw.mask(outs, torch.bool)
@@ -410,6 +410,15 @@ class _Static:
                     if whole is not None and new is not None:
                         whole.copy_(torch.where(is_open, new, whole))
         return y if weight is not None else self.mask(y, 1)
+
+    def masked_affine(self, norm: _BatchNorm, outs: Space) -> Running:
+        """Weight and bias, zero where a channel is closed."""
+        weight, bias = norm.affine
+        if weight is not None and bias is not None and weight.dtype == bias.dtype and _checks.readable():
+            weight, bias = foreach_mul([weight, bias], [self.draw.mask(outs, weight.dtype)] * 2)
+            return weight, bias
+        weight, bias = (None if t is None else t * self.draw.mask(outs, t.dtype) for t in norm.affine)
+        return weight, bias
 
     def layer_norm(self, layer: nn.LayerNorm, x: Tensor) -> Tensor:
         gates = self.draw.gates(cast(Space, self.units.outs))
