@@ -16,10 +16,13 @@ Needs transformers and safetensors: ``pip install l0kernels[hf]``. Once this is 
 ``AutoModel.from_pretrained`` loads what :func:`export` has made, too.
 """
 
-from importlib.util import find_spec as _find_spec
-
-if _find_spec("transformers") is None:
-    raise ImportError("l0kernels.hf needs transformers and safetensors: pip install l0kernels[hf]")
+try:
+    import safetensors as _safetensors  # noqa: F401
+    import transformers as _transformers  # noqa: F401
+except ImportError as _error:
+    raise ImportError(
+        "l0kernels.hf needs transformers and safetensors: pip install l0kernels[hf]"
+    ) from _error
 
 from .callback import L0Callback
 from .export import export, from_pretrained

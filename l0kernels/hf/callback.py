@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from ..nn.budget import Budget
@@ -36,10 +36,11 @@ class L0Callback(TrainerCallback):
     under accumulation; a step that overflows in fp16 is none. The penalty's gradient is added before it,
     behind accumulation and clipping.
 
-    Each log has ``l0_expected`` and ``l0_open``, the share of the parameters that is expected to be left and
-    that the evaluation gates leave now; of a budget ``l0_target`` and ``l0_price``, too. They are in
-    ``trainer.state.log_history`` and in what the progress bar prints. Callbacks that come before, such as
-    those of ``report_to``, have read the log by then: see :meth:`goes_first`.
+    Each log has ``l0_expected`` and ``l0_open``, the share of the parameters (or of the budget's cost) that
+    is expected to be left and that the evaluation gates leave now; of a budget ``l0_target`` and
+    ``l0_price``, too. Shares of kinds have their names behind. They are in ``trainer.state.log_history`` and
+    in what the progress bar prints. Callbacks that come before, such as those of ``report_to``, have read the
+    log by then: see :meth:`goes_first`.
 
     A checkpoint gets a file with the budget's state: ``train(resume_from_checkpoint=...)`` goes on from it.
 
@@ -115,11 +116,11 @@ class L0Callback(TrainerCallback):
             if self.budget is None or (self._wish["keep"] is not None and self.budget.model is not model):
                 self.budget = Budget(model, steps=state.max_steps, **self._wish)
             if state.global_step:
-                self._resume(args, state)
+                self._resume(args, state, _log_alpha(model))
             self._handle = self.budget.attach(optimizer)
         self._whole = _parameters(model)
 
-    def _resume(self, args: Any, state: Any) -> None:
+    def _resume(self, args: Any, state: Any, log_alpha: Tensor) -> None:
         assert self.budget is not None
         name = f"checkpoint-{state.global_step}"
         given = [args.resume_from_checkpoint] if isinstance(args.resume_from_checkpoint, str) else []
@@ -132,7 +133,13 @@ class L0Callback(TrainerCallback):
                 f"{' or '.join(map(str, files))}: it is written by this callback. For one elsewhere set "
                 "TrainingArguments(resume_from_checkpoint=folder), too"
             )
-        self.budget.load_state_dict(torch.load(file, weights_only=True))
+        saved = torch.load(file, weights_only=True)
+        if not torch.equal(saved["log_alpha"], log_alpha.cpu()):
+            raise ValueError(
+                f"checkpoint must be that which {file} is in, got other gates. For one elsewhere set "
+                "TrainingArguments(resume_from_checkpoint=folder), too"
+            )
+        self.budget.load_state_dict(saved["budget"])
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Lets the optimiser go."""
@@ -164,21 +171,32 @@ class L0Callback(TrainerCallback):
 
     def figures(self, model: nn.Module) -> dict[str, float]:
         """What a log gets."""
-        found = {
-            "l0_expected": float(expected_l0(model).detach()) / self._whole,
-            "l0_open": eval_l0(model) / self._whole,
-        }
-        if self.budget is not None:
-            for name, value in (("l0_target", self.budget.target), ("l0_price", self.budget.mu)):
-                kinds = value if isinstance(value, dict) else {"": value}
-                found |= {f"{name}_{kind}" if kind else name: float(of) for kind, of in kinds.items()}
+        budget = self.budget
+        if budget is not None:
+            values = {"expected": budget.expected, "open": budget.deterministic}
+            values |= {"target": budget.target, "price": budget.mu}
+        else:
+            values = {
+                "expected": float(expected_l0(model).detach()) / self._whole,
+                "open": eval_l0(model) / self._whole,
+            }
+        found: dict[str, float] = {}
+        for name, value in values.items():
+            kinds = value if isinstance(value, dict) else {"": value}
+            found |= {f"l0_{name}_{kind}" if kind else f"l0_{name}": float(of) for kind, of in kinds.items()}
         return {name: float(f"{value:.4g}") for name, value in found.items()}
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Writes the budget's state into the checkpoint."""
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if self.budget is not None and state.is_world_process_zero and folder.is_dir():
-            torch.save(self.budget.state_dict(), folder / STATE)
+            model = getattr(kwargs["model"], "module", kwargs["model"])
+            saved = {"budget": self.budget.state_dict(), "log_alpha": _log_alpha(model).cpu()}
+            torch.save(saved, folder / STATE)
+
+
+def _log_alpha(model: nn.Module) -> Tensor:
+    return torch.cat([gate.log_alpha.detach().flatten() for gate in gate_modules(model)])
 
 
 def _parameters(model: nn.Module) -> int:

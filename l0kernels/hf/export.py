@@ -126,7 +126,9 @@ def built(stock: Any, config: Any) -> Any:
 
 def _become(model: Any, cls: type, config: Any) -> Any:
     """`model` as one of a class, with a config in each part that had its."""
-    old = model.config
+    old, last = model.config, model.get_output_embeddings()
+    if last is not None and last.weight is not model.get_input_embeddings().weight:
+        config.tie_word_embeddings = False  # one of two was multiplied by z: a file must hold both
     for module in model.modules():
         if vars(module).get("config") is old:
             module.config = config

@@ -90,7 +90,7 @@ def _chosen(
     include: str | Sequence[str] | None,
     exclude: str | Sequence[str] | None,
 ) -> list[Group]:
-    asked = [kind for kind in KINDS if wanted[kind]]
+    asked = [kind for kind, is_wanted in wanted.items() if is_wanted]
     if not asked:
         raise ValueError("heads, units or width must be True, got none of them")
     lacking = [kind for kind in asked if not graph.select(kinds=[kind])]
@@ -255,7 +255,7 @@ def _without_gates(model: nn.Module) -> nn.Module:
 
 
 def _dense(model: nn.Module, graph: UnitGraph, chosen: Sequence[Group]) -> list[Kept]:
-    why = {pin.name: pin.why for pin in graph.pinned}
+    why = {pin.name.rpartition(".")[0]: pin.why for pin in graph.pinned}
     closed = {member.name for group in chosen for member in group.members}
     free = {member.name for group in graph.groups for member in group.members}
     found: dict[tuple[str, str], int] = {}
@@ -263,7 +263,7 @@ def _dense(model: nn.Module, graph: UnitGraph, chosen: Sequence[Group]) -> list[
         if name in closed:
             continue
         layer = ".".join("*" if part.isdigit() else part for part in name.split(".")[:-1])
-        reason = "not asked for" if name in free else why.get(name, "no units")
+        reason = "not asked for" if name in free else why.get(name.rpartition(".")[0], "no units")
         found[layer, reason] = found.get((layer, reason), 0) + parameter.numel()
     return [Kept(layer, n, reason) for (layer, reason), n in found.items()]
 

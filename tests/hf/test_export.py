@@ -159,6 +159,33 @@ def test_generation_is_the_same_with_every_cache(name):
         assert len(found[0].unique()) > 2
 
 
+CLASSIFIERS = {
+    "bert": t.BertForSequenceClassification,
+    "roberta": t.RobertaForSequenceClassification,
+    "distilbert": t.DistilBertForSequenceClassification,
+    "vit": t.ViTForImageClassification,
+}
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "mistral", "qwen2", "qwen3", *CLASSIFIERS])
+def test_width_goes_through_the_whole_model(name, tmp_path):
+    model = model_of(name).eval()
+    if name in CLASSIFIERS:
+        with pytest.raises(ValueError, match="must have width to gate"):
+            hf.gate(model, width=True)
+        model = CLASSIFIERS[name](model.config).eval()
+    open_gates_(hf.gate(model, width=True), 0.6)
+    for fractional in (False, True):
+        if fractional:  # z is another factor for each of two tied embeddings
+            for gate in model.l0_units.gates:
+                gate.log_alpha.data.clamp_(max=1)
+        small, inputs = hf.export(model), inputs_of(model)
+        assert small.num_parameters() < model.num_parameters() * 0.7
+        close(output_of(small, inputs), output_of(model, inputs))
+        small.save_pretrained(tmp_path)
+        close(output_of(hf.from_pretrained(tmp_path).eval(), inputs), output_of(model, inputs))
+
+
 STATIC = {"cache_implementation": "static"}
 
 

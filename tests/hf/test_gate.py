@@ -3,6 +3,7 @@
 import copy
 import json
 
+import fresh
 import pytest
 import torch
 from hf_models import MODELS, inputs_of, model_of, open_gates_, output_of
@@ -149,15 +150,6 @@ def test_kinds_and_names_choose():
     assert {(gate.eval_mode, gate.lam) for gate in last.l0_units.gates} == {("median", 0.3)}
 
 
-def test_width_is_that_of_the_export():
-    for name in ("gpt2", "llama", "qwen3"):
-        model = open_gates_(hf.gate(model_of(name), width=True).eval(), 0.6)
-        inputs = inputs_of(model)
-        small = hf.export(model)
-        assert small.get_input_embeddings().weight.shape[1] < 24
-        torch.testing.assert_close(output_of(small, inputs), output_of(model, inputs), rtol=1e-4, atol=1e-4)
-
-
 def test_what_cannot_be_gated_says_why():
     with pytest.raises(ValueError, match=r"(?s)must have width to gate.*output of the model") as error:
         hf.gate(model_of("bert"), width=True)
@@ -237,6 +229,22 @@ def test_gates_are_saved_and_come_back(tmp_path):
         assert (ours.lam, ours.eval_mode) == (expected.lam, expected.eval_mode)
     third = hf.load_gates(hf.gate(model_of("bert"), units=False), tmp_path)
     assert torch.equal(third.l0_units.gates[0].log_alpha, model.l0_units.gates[0].log_alpha)
+
+
+def test_nothing_of_transformers_is_imported_before_it_is_asked_for(tmp_path):
+    program = """
+import sys
+import l0kernels.nn
+assert not {name.partition(".")[0] for name in sys.modules} & {"transformers", "safetensors", "accelerate"}
+sys.modules["transformers"] = None
+try:
+    import l0kernels.hf
+except ImportError as error:
+    print(error)
+"""
+    found = fresh.run(program, tmp_path)
+    assert found.returncode == 0, found.stderr
+    assert "pip install l0kernels[hf]" in found.stdout
 
 
 def test_gates_of_another_model_are_refused(tmp_path):

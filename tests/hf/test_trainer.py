@@ -177,7 +177,15 @@ def test_a_training_goes_on_from_its_checkpoint_bit_for_bit(tmp_path):
         found.append([*(p.detach().clone() for p in model.parameters()), *callback.budget._state])
     for ours, expected in zip(*found, strict=True):
         assert torch.equal(ours, expected)
-    (tmp_path / "checkpoint-6" / "l0_budget.pt").unlink()
+    file = tmp_path / "checkpoint-6" / "l0_budget.pt"
+    saved = torch.load(file)
+    torch.save(saved | {"log_alpha": saved["log_alpha"] + 1}, file)
+    trainer = trainer_of(hf.gate(classifier()), tmp_path, hf.L0Callback(keep=0.5), **options)
+    with pytest.raises(
+        ValueError, match=r"checkpoint must be that which .*l0_budget.pt is in, got other gates"
+    ):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+    file.unlink()
     model = hf.gate(classifier())
     trainer = trainer_of(model, tmp_path, hf.L0Callback(keep=0.5), **options)
     with pytest.raises(
