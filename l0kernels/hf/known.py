@@ -7,8 +7,23 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from .modeling_l0 import sized
 
-KNOWN = ("bert", "distilbert", "gpt2", "llama", "mistral", "qwen2", "qwen3", "roberta", "t5", "vit")
-"""Those that the tests run. Of others :func:`from_pretrained` makes the classes when it is asked to."""
+KNOWN = (
+    *("bert", "distilbert", "gpt2", "llama", "mistral", "qwen2", "qwen3", "roberta", "t5", "vit"),
+    *(
+        "albert",
+        "bart",
+        "deberta-v2",
+        "dinov2",
+        "electra",
+        "gemma2",
+        "gpt_neox",
+        "modernbert",
+        "olmo2",
+        "opt",
+        "phi3",
+    ),
+)
+"""Those that the tests run, the first ones in depth. Others are made known where they are loaded by hf."""
 
 
 def make_known(model_type: str) -> None:

@@ -8,7 +8,7 @@ import fresh
 import pytest
 import torch
 import transformers as t
-from hf_models import DECODERS, MODELS, inputs_of, model_of, open_gates_, output_of
+from hf_models import DECODERS, MODELS, OTHERS, inputs_of, model_of, open_gates_, output_of
 
 import l0kernels as l0
 from l0kernels import hf
@@ -55,6 +55,20 @@ def test_exports_compute_the_same_saved_and_loaded(name, attention, tmp_path):
                 close(output_of(loaded.eval(), inputs), expected)
         linear = [m for m in loaded.modules() if isinstance(m, torch.nn.Linear)]
         assert all(m.weight.shape == (m.out_features, m.in_features) for m in linear)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_architectures_are_exported_and_loaded(name, tmp_path):
+    model = gated(name)
+    assert {group.kind for group in model.l0_units.groups} == {"heads", "units"}
+    inputs = inputs_of(model)
+    small = hf.export(model)
+    small.save_pretrained(tmp_path)
+    with torch.no_grad():
+        close(output_of(small, inputs), output_of(model, inputs))
+        assert type(small).__name__.startswith("L0")
+        close(output_of(hf.from_pretrained(tmp_path).eval(), inputs), output_of(model, inputs))
+    assert type(t.AutoModel.from_pretrained(tmp_path)).__name__.startswith("L0")
 
 
 def test_zero_heads_and_units_are_none_at_all(tmp_path):

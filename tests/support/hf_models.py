@@ -60,15 +60,46 @@ MODELS = {
     "vit": lambda: t.ViTModel(t.ViTConfig(image_size=8, patch_size=4, **_BERT, **_NO_DROPOUT)),
     "t5": _t5,
 }
-"""One of each architecture."""
+"""One of each architecture that is tested in depth."""
+_GEMMA = _LLAMA | {"head_dim": 6}
+_MODERNBERT = _BERT | _TEXT | _NAMED | {"cls_token_id": 1, "sep_token_id": 2}
+_OPT = {"ffn_dim": 14, "word_embed_proj_dim": 24, "hidden_size": 24, "num_attention_heads": 4}
+_BART = {"d_model": 24, "encoder_layers": 2, "decoder_layers": 2, "dropout": 0.0, "encoder_ffn_dim": 14}
+_BART |= {"decoder_ffn_dim": 14, "encoder_attention_heads": 4, "decoder_attention_heads": 4}
+OTHERS = {
+    "albert": lambda: t.AlbertForMaskedLM(t.AlbertConfig(embedding_size=24, **_BERT, **_TEXT)),
+    "bart": lambda: t.BartForConditionalGeneration(
+        t.BartConfig(vocab_size=VOCAB, max_position_embeddings=24, **_BART)
+    ),
+    "deberta-v2": lambda: t.DebertaV2Model(t.DebertaV2Config(**_BERT, **_TEXT, **_NO_DROPOUT)),
+    "dinov2": lambda: t.Dinov2Model(
+        t.Dinov2Config(
+            image_size=8,
+            patch_size=4,
+            hidden_size=24,
+            num_attention_heads=4,
+            mlp_ratio=1,
+            num_hidden_layers=2,
+        )
+    ),
+    "electra": lambda: t.ElectraModel(t.ElectraConfig(embedding_size=24, **_BERT, **_TEXT)),
+    "gemma2": lambda: t.Gemma2ForCausalLM(t.Gemma2Config(**_GEMMA)),
+    "gpt_neox": lambda: t.GPTNeoXForCausalLM(t.GPTNeoXConfig(**_BERT, **_TEXT, **_NAMED)),
+    "modernbert": lambda: t.ModernBertModel(t.ModernBertConfig(**_MODERNBERT)),
+    "olmo2": lambda: t.Olmo2ForCausalLM(t.Olmo2Config(**_LLAMA)),
+    "opt": lambda: t.OPTForCausalLM(t.OPTConfig(num_hidden_layers=2, **_OPT, **_TEXT)),
+    "phi3": lambda: t.Phi3ForCausalLM(t.Phi3Config(**_LLAMA)),
+}
+"""One of each that is only exported and loaded."""
 DECODERS = ("gpt2", "llama", "mistral", "qwen2", "qwen3", "t5")
 
 
 def model_of(name, seed=0, dtype=torch.float32, attention="sdpa"):
     """In train(), weights large enough for attention to look somewhere."""
     torch.manual_seed(seed)
-    model = MODELS[name]().to(dtype).train()
-    model.set_attn_implementation(attention)
+    model = (MODELS | OTHERS)[name]().to(dtype).train()
+    if attention != model.config._attn_implementation and name in MODELS:
+        model.set_attn_implementation(attention)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:
