@@ -139,10 +139,6 @@ CUDA_FIRST = frozenset({"gated_linear", "gated_mlp", "l2_penalty"})
 """Where the CUDA kernels come before Triton's: the products of small layers, as measured on an H200, and what
 only they have."""
 
-TORCH_FIRST = frozenset({"gated_attention"})
-"""Where torch's dense operation comes before Triton's kernels, which serve where they are asked for: no GPU
-has timed both."""
-
 _TRITON_OR_CUDA = "triton; cuda where it is asked for"
 _ONLY_TRITON = "triton, the only one"
 ON_CUDA = {
@@ -154,7 +150,7 @@ ON_CUDA = {
     "gated_mlp": "cuda where every layer is as small as that; triton else, and for swiglu and geglu",
     "gated_conv2d": _ONLY_TRITON,
     "gated_batch_norm": _ONLY_TRITON,
-    "gated_attention": "torch, all heads, times z; triton, which skips closed ones, where it is asked for",
+    "gated_attention": "triton, which skips closed heads; torch without gates, and where it alone serves",
     "masked_linear": _ONLY_TRITON,
     "block_linear": _ONLY_TRITON,
     "pack": _TRITON_OR_CUDA,
@@ -192,8 +188,6 @@ def resolve(device: torch.device, dtype: torch.dtype, primitive: str) -> str:
             _warn_of_fallback("CPU", "in plain torch, which is slower", "torch", _native.why_not)
         return "torch"
     if kind == "cuda" and dtype in TRITON_DTYPES:
-        if primitive in TORCH_FIRST:
-            return "torch"
         if primitive in CUDA_FIRST and primitive not in _PRODUCTS and _why_no_cuda() is None:
             return "cuda"
         if _why_no_triton() is None:

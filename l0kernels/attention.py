@@ -85,9 +85,10 @@ def gated_attention(
     where 0 < z < 1, for ``Gates.full_grad`` wherever z != 0; it is zero for closed gates.
 
     On a CPU torch's attention computes the open heads alone; in a compiled graph, whose shapes must not
-    depend on gates, all of them. On a GPU it computes all of them, too, unless ``use_backend("triton")`` asks
-    for the kernels, which skip: FlashAttention-2 (Dao, arXiv 2307.08691), with the gates of Louizos et al.
-    (arXiv 1712.01312) read on the device. Where torch computes all of them, the zeros of closed heads'
+    depend on gates, all of them. On a GPU the kernels skip closed heads: FlashAttention-2 (Dao, arXiv
+    2307.08691), with the gates of Louizos et al. (arXiv 1712.01312) read on the device. With most heads open
+    torch's attention is faster there, see the benchmarks; it serves calls without gates, D above 256 and
+    those that ask for the gradient of attn_mask. Where torch computes all heads, the zeros of closed heads'
     gradients need finite q, k and v.
 
     Args:
@@ -121,9 +122,15 @@ def gated_attention(
     }
     if backend == "reference":
         return reference.gated_attention(q, k, v, gates=gates, **options)
-    if backend != "triton":
+    if backend != "triton" or (_registry.requested() is None and _is_torchs(q, gates, attn_mask)):
         return _of_torch(q, k, v, gates, options)
     return _of_kernels(q, k, v, gates, options, backend)
+
+
+def _is_torchs(q: Tensor, gates: Gates | None, mask: Tensor | None) -> bool:
+    """Whether torch's attention is faster, or the only one to serve the call."""
+    has_gradient = mask is not None and mask.requires_grad and torch.is_grad_enabled()
+    return gates is None or q.shape[-1] > MAX_HEAD_DIM or has_gradient
 
 
 def _of_kernels(

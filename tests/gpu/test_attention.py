@@ -1,5 +1,5 @@
 """On a GPU the attention kernels never make the host wait, can be captured, and equal the formula; so does
-the default there, torch's attention of all heads."""
+torch's attention of all heads."""
 
 import pytest
 import torch
@@ -124,7 +124,7 @@ def test_tf32():
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_default(dtype):
+def test_torchs_attention(dtype):
     check("torch", dtype, (2, 8, 2, 130, 130, 64), KEEPS["some"], "causal")
 
 

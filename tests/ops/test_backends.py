@@ -123,8 +123,7 @@ class TestUseBackend:
         monkeypatch.setattr(_registry, "_why_no_triton", lambda: "none here")
         monkeypatch.setattr(_registry, "_why_no_cuda", lambda: "none here")
         for primitive in PRIMITIVES:
-            expected = "torch" if primitive in _registry.TORCH_FIRST else "reference"
-            assert _registry.resolve(torch.device("cuda", 0), torch.float32, primitive) == expected
+            assert _registry.resolve(torch.device("cuda", 0), torch.float32, primitive) == "reference"
 
     def test_on_a_gpu_the_measured_winner_serves(self, monkeypatch):
         gpu = torch.device("cuda", 0)
@@ -132,12 +131,11 @@ class TestUseBackend:
         monkeypatch.setattr(_registry, "_why_no_cuda", lambda: None)
         for primitive in PRIMITIVES:
             first = primitive in _registry.CUDA_FIRST and primitive not in ("gated_linear", "gated_mlp")
-            winner = "torch" if primitive in _registry.TORCH_FIRST else "cuda" if first else "triton"
+            winner = "cuda" if first else "triton"
             assert _registry.resolve(gpu, torch.bfloat16, primitive) == winner
             assert _registry.resolve(gpu, torch.float64, primitive) == "reference"
         monkeypatch.setattr(_registry, "_why_no_cuda", lambda: "none here")
-        others = set(PRIMITIVES) - _registry.TORCH_FIRST
-        assert {_registry.resolve(gpu, torch.float32, p) for p in others} == {"triton"}
+        assert {_registry.resolve(gpu, torch.float32, p) for p in PRIMITIVES} == {"triton"}
 
     def test_a_backend_that_does_not_serve_a_primitive_says_so(self, monkeypatch):
         monkeypatch.setattr(_registry, "_why_no_cuda", lambda: None)

@@ -352,6 +352,8 @@ def _elementwise(trace: Trace, call: Call) -> None:
         if trace.is_owned(x) and units is not None:
             own = dims[0] - (len(shape) - x.ndim)
             trace.sets.join(units, trace.dim(x, own, "along"), trace.where(call))
+        elif not trace.is_owned(x) and trace_attention.are_alike(x, [dim - len(shape) for dim in dims]):
+            trace.set(x, trace_attention.of_shape(most, x.shape))  # who else meets it has as many units
         else:
             trace.sets.pin(shortened([most])[0], f"{trace.where(call)}, with what has no units")
     if call.func in SUMS and are_two:

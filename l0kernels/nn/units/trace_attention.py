@@ -7,6 +7,7 @@ It is found by what meets: a dimension of the labels within a head becomes one w
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -33,6 +34,20 @@ def merged(trace: Trace, labels: Tensor, dims: list[int], call: Call) -> Tensor:
     return short.expand(labels.shape)
 
 
+def are_alike(x: Tensor, dims: Sequence[int]) -> bool:
+    """Whether a tensor, of no parameter, says the same of each entry of these dimensions."""
+    return all(torch.equal(x, x.narrow(dim, 0, 1).expand_as(x)) for dim in dims)
+
+
+def of_shape(labels: Tensor, shape: Sequence[int]) -> Tensor:
+    """Labels for a tensor of `shape` that is broadcast to what has `labels`."""
+    while labels.ndim > len(shape):
+        labels = labels.select(0, 0)
+    for dim, size in enumerate(shape):
+        labels = labels.narrow(dim, 0, min(size, labels.shape[dim]))
+    return labels
+
+
 def attention(trace: Trace, call: Call) -> None:
     """torch.nn.functional.scaled_dot_product_attention: (..., H, L, D), (..., H, S, D), (..., H, S, D')."""
     q, k, v = (call.get(at, name) for at, name in enumerate(("query", "key", "value")))
@@ -51,12 +66,13 @@ def attention(trace: Trace, call: Call) -> None:
         labels = spread(merged(trace, labels, [heads + 2], call)).select(-1, 0).select(-1, 0)
         found.append(labels.repeat_interleave(q.shape[heads] // x.shape[heads], heads))
     if isinstance(mask, Tensor) and mask.ndim > 2 and mask.shape[-3] > 1:
-        of_mask, first_head = trace.labels(mask), mask.narrow(-3, 0, 1)
-        alike = of_mask is None and not trace.is_owned(mask) and torch.equal(mask, first_head.expand_as(mask))
-        if not alike and (of_mask is None or {*varying(of_mask)} != {mask.ndim - 3}):
+        of_mask = trace.labels(mask)
+        if of_mask is None and not trace.is_owned(mask) and are_alike(mask, [-3]):
+            trace.set(mask, of_shape(found[0][..., None, None].expand(out.shape), mask.shape))
+        elif of_mask is None or {*varying(of_mask)} != {mask.ndim - 3}:
             trace.unknown(call)
             return
-        if of_mask is not None:
+        else:
             found.append(of_mask.select(-1, 0).select(-1, 0).expand_as(found[0]))
     for labels in found[1:]:
         first, second = shortened([found[0], labels])
