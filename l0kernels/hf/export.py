@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..nn.cut import cut_gates, set_gates_
 from ..nn.export import export as export_layers
-from ..nn.gate import gate_modules
+from ..nn.gate import HardConcreteGate
 from ..nn.shares import Wish
 from ..nn.units.graph import Group
 from ..nn.units.place import tensors_of
@@ -179,9 +179,7 @@ def _in_config(config: Any, group: Group, left: int) -> dict[str, int]:
 
 
 def _uniform(model: Any, stock: Any, wish: Wish | None, multiple_of: int) -> Any:
-    gates = gates_of(model)
-    cut = {} if wish is None else cut_gates(model, wish, multiple_of, evenly=True)
-    z = {gate: cut.get(gate, gate.eval_gates().z.detach()).cpu() for gate in gates.gates}
+    gates, z = gates_of(model), _values(model, wish, multiple_of)
     most: dict[str, int] = {}
     for group, gate in zip(gates.groups, gates.gates, strict=True):
         n, block = max(int((z[gate] != 0).sum()), 1), gates.block_of(group)
@@ -189,6 +187,11 @@ def _uniform(model: Any, stock: Any, wish: Wish | None, multiple_of: int) -> Any
             n = -(-n * block // multiple_of) * multiple_of // block
         most[group.kind] = max(most.get(group.kind, 0), n)
     whole = copy.deepcopy(model)
+    for part in whole.modules():
+        if isinstance(part, HardConcreteGate) and part.frozen:  # their layers' gates are theirs now
+            value = part.log_alpha
+            del part._buffers["log_alpha"]
+            part.frozen, part.log_alpha = False, nn.Parameter(value)
     tensors = tensors_of(whole)
     config = stock_config(model.config)
     said: dict[str, int] = {}
@@ -202,10 +205,21 @@ def _uniform(model: Any, stock: Any, wish: Wish | None, multiple_of: int) -> Any
         z[gate] = z[gate].index_fill(0, filled, 1)
         _zero(tensors, group, filled, block)
         said |= _in_config(config, group, min(n * block, group.units))
-    with torch.no_grad():
-        set_gates_(whole, [z[gate].to(gate.log_alpha.device) for gate in gate_modules(model)])
+    with torch.no_grad():  # the gates of a copy come in the order of their model's
+        set_gates_(whole, [value.to(gates.gates[0].log_alpha.device) for value in z.values()])
     said = {name: n for name, n in said.items() if n != getattr(config, name)}
     return _said(export_layers(whole), stock, config, said)
+
+
+def _values(model: Any, wish: Wish | None, multiple_of: int) -> dict[HardConcreteGate, Tensor]:
+    """z of all gates of a model, in order, those of layers taken into their groups."""
+    gates = gates_of(model)
+    cut = {} if wish is None else cut_gates(model, wish, multiple_of, evenly=True)
+    own = [*gates.gates, *([] if gates.l0_layers is None else [gates.l0_layers])]
+    found = [cut.get(gate, gate.eval_gates().z.detach()).cpu() for gate in own]
+    if gates.l0_layers is not None:
+        found = [*gates.closed_by_layers(found[:-1], found[-1]), torch.ones_like(found[-1])]
+    return dict(zip(own, found, strict=True))
 
 
 def _zero(tensors: Mapping[str, Tensor], group: Group, closed: Tensor, block: int) -> None:

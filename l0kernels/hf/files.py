@@ -11,15 +11,21 @@ import torch
 
 from .. import __version__
 from .._gates import HardConcrete
+from ..nn.gate import HardConcreteGate
+from ..nn.units.place import GateGroups
 
 CONFIG, GATES = "l0_config.json", "l0_gates.safetensors"
 FORMAT = 1
+LAYERS = "(layers)"
+"""Name of the gates of whole layers, beside those of groups."""
 
 
 class Saved(NamedTuple):
-    """What l0_config.json says: kind, units and options of each group by its name, and units to a gate."""
+    """What l0_config.json says: kind, units and options of each group by its name, of the layers' gates, and
+    units to a gate."""
 
     groups: dict[str, dict[str, Any]]
+    layers: dict[str, Any] | None
     block: int
     model_type: str
 
@@ -44,23 +50,17 @@ def save_gates(model: Any, folder: str | Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     groups = {}
     for group, own in zip(gates.groups, gates.gates, strict=True):
-        options = {"droprate_init": own.droprate_init, "lam": own.lam, "eval_mode": own.eval_mode}
-        groups[group.name] = {
-            "kind": group.kind,
-            "units": group.units,
-            **options,
-            "dist": [own.dist.beta, own.dist.gamma, own.dist.zeta],
-        }
+        groups[group.name] = {"kind": group.kind, "units": group.units, **_options(own)}
     config = {
         "format": FORMAT,
         "l0kernels": __version__,
         "model_type": model.config.model_type,
         "block": gates.block,
         "groups": groups,
+        "layers": None if gates.l0_layers is None else _options(gates.l0_layers),
     }
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    pairs = zip(gates.groups, gates.gates, strict=True)
-    values = {group.name: own.whole().detach().contiguous() for group, own in pairs}
+    values = {name: own.whole().detach().contiguous() for name, own in _named(gates).items()}
     save_file(values, str(folder / GATES), {"format": "pt"})
 
 
@@ -86,19 +86,32 @@ def load_gates(model: Any, folder: str | Path) -> Any:
     check_groups(saved, {group.name: (group.kind, group.units) for group, _ in pairs})
     if saved.block != gates.block:
         raise ValueError(f"model must have gates of block={saved.block}, as {folder} has, got {gates.block}")
+    if (saved.layers is None) != (gates.l0_layers is None):
+        raise ValueError(f"model must have gates with layers={saved.layers is not None}, as {folder} has")
     values = load_file(str(_there(folder, GATES)))
-    for group, own in pairs:
-        options, value = saved.groups[group.name], values.get(group.name)
+    for name, own in _named(gates).items():
+        options, value = saved.layers if name == LAYERS else saved.groups[name], values.get(name)
+        assert options is not None
         if value is None or value.shape != own.log_alpha.shape:
             got = "none" if value is None else tuple(value.shape)
-            raise ValueError(
-                f"{GATES} must have {tuple(own.log_alpha.shape)} values of {group.name!r}, got {got}"
-            )
+            raise ValueError(f"{GATES} must have {tuple(own.log_alpha.shape)} values of {name!r}, got {got}")
         own.eval_mode, own.lam = options["eval_mode"], options["lam"]
         own.droprate_init, own.dist = options["droprate_init"], HardConcrete(*options["dist"])
         with torch.no_grad():
             own.log_alpha.copy_(value)
     return model
+
+
+def _options(gate: HardConcreteGate) -> dict[str, Any]:
+    dist = [gate.dist.beta, gate.dist.gamma, gate.dist.zeta]
+    options = {"droprate_init": gate.droprate_init, "lam": gate.lam, "eval_mode": gate.eval_mode}
+    return {**options, "dist": dist, "frozen": gate.frozen}
+
+
+def _named(gates: GateGroups) -> dict[str, HardConcreteGate]:
+    """All gates by the names of their groups, the layers' as LAYERS."""
+    named = {group.name: own for group, own in zip(gates.groups, gates.gates, strict=True)}
+    return named if gates.l0_layers is None else {**named, LAYERS: gates.l0_layers}
 
 
 def read(folder: str | Path) -> Saved:
@@ -110,7 +123,7 @@ def read(folder: str | Path) -> Saved:
     config = json.loads(_there(folder, CONFIG).read_text(encoding="utf-8"))
     if config["format"] != FORMAT:
         raise ValueError(f"{CONFIG} must be of format {FORMAT}, got {config['format']}: a newer l0kernels")
-    return Saved(config["groups"], config["block"], config["model_type"])
+    return Saved(config["groups"], config["layers"], config["block"], config["model_type"])
 
 
 def check_groups(saved: Saved, found: Mapping[str, tuple[str, int]], subset: bool = False) -> None:

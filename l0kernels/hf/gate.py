@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..nn.units.graph import KINDS, Group, UnitGraph, aligned, unit_graph
-from ..nn.units.place import GateGroups, check_ungated, gated, groups_of, ungate_
+from ..nn.units.place import OPEN, GateGroups, can_close, check_ungated, gated, groups_of, ungate_
 from . import files
 
 OPTIONS = ("droprate_init", "lam", "eval_mode", "dist", "block")
@@ -27,6 +27,7 @@ def gate(
     heads: bool = True,
     units: bool = True,
     width: bool = False,
+    layers: bool = False,
     *,
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
@@ -46,6 +47,8 @@ def gate(
         units: gates the units of feed-forwards, those in the numbered blocks. Others, of a pooler say, are
             gated where `include` names them.
         width: gates the residual stream, where nothing pins it, as a model's output does.
+        layers: gives each attention and each feed-forward one more gate, which closes it whole, or, with
+            ``heads=False, units=False``, its only one. Its output is then the bias of its last projection.
         include, exclude: which of these, by the names of layers that make them: see :func:`gate_`.
         example: the inputs by name, in place of those made of the config.
         config: a folder of :func:`save_gates`. It says what is gated, how, and has the values of the gates;
@@ -66,22 +69,36 @@ def gate(
     if unknown:
         raise TypeError(f"options must be of {OPTIONS}, got {unknown[0]!r}")
     check_ungated(model)
-    given = (heads, units, width, include, exclude) != (True, True, False, None, None)
+    given = (heads, units, width, layers, include, exclude) != (True, True, False, False, None, None)
     if config is not None and (given or options):
         raise ValueError("config must come alone, it says what is gated and how, got other arguments, too")
     inputs = example_of(model) if example is None else dict(example)
     graph = _graph(model, inputs, made=example is None)
     if config is None:
-        chosen = _chosen(graph, {"heads": heads, "units": units, "width": width}, include, exclude)
+        wanted = {"heads": heads, "units": units, "width": width, "layers": layers}
+        groups = _chosen(graph, wanted, include, exclude)
+        opened = [group for group in groups if not wanted[group.kind]]
         block = options.pop("block", 1)
-        gated(model, chosen, graph, (), inputs, block, **{"droprate_init": DROPRATE, **options})
+        options = {"droprate_init": DROPRATE, **options}
+        _keep_open(gated(model, groups, graph, (), inputs, block, layers=layers, **options), opened)
         return model
     saved = files.read(config)
     by_name = {group.name: group for group in graph.groups}
-    files.check_groups(saved, {name: (g.kind, g.units) for name, g in by_name.items()}, subset=True)
-    gated(model, [by_name[name] for name in saved.groups], graph, (), inputs, saved.block)
+    found = {name: (group.kind, group.units) for name, group in by_name.items()}
+    files.check_groups(saved, found, subset=True)
+    groups = [by_name[name] for name in saved.groups]
+    opened = [by_name[name] for name, of in saved.groups.items() if of["frozen"]]
+    _keep_open(gated(model, groups, graph, (), inputs, saved.block, layers=saved.layers is not None), opened)
     files.load_gates(model, config)
     return model
+
+
+def _keep_open(gates: GateGroups, groups: Sequence[Group]) -> None:
+    """Has the gates of these groups be open for good: their layers' close them."""
+    for group, own in zip(gates.groups, gates.gates, strict=True):
+        if group in groups:
+            nn.init.constant_(own.log_alpha, OPEN)
+            own.freeze_()
 
 
 def _chosen(
@@ -92,19 +109,22 @@ def _chosen(
 ) -> list[Group]:
     asked = [kind for kind, is_wanted in wanted.items() if is_wanted]
     if not asked:
-        raise ValueError("heads, units or width must be True, got none of them")
-    lacking = [kind for kind in asked if not graph.select(kinds=[kind])]
+        raise ValueError("heads, units, width or layers must be True, got none of them")
+    layers = wanted["layers"]
+    found = [group for group in graph.groups if group.kind in asked or (layers and can_close(group))]
+    lacking = [kind for kind in asked if kind != "layers" and kind not in {group.kind for group in found}]
+    lacking += ["layers"] if layers and not any(map(can_close, found)) else []
     if lacking:
         raise ValueError(
             f"model must have {lacking[0]} to gate, or {lacking[0]}=False be given, got none that can be. If "
             f"a layer is not seen, call it in an example={{...}} of your own. Found was\n{graph}"
         )
-    groups = graph.select(include, exclude, kinds=asked)
+    groups = [group for group in graph.select(include, exclude) if group in found]
     groups = [group for group in groups if include is not None or _is_in_blocks(group)]
     if not groups:
         raise ValueError(
             f"include and exclude must leave {' or '.join(asked)} to gate, got {include!r} and {exclude!r}; "
-            f"there are {[group.name for group in graph.groups if group.kind in asked]}"
+            f"there are {[group.name for group in found]}"
         )
     return groups
 
@@ -193,8 +213,8 @@ class Description:
     """What of a model has gates, and what stays dense; it prints as two tables.
 
     Attributes:
-        kinds: for "heads", "units" and "width": how many groups, how many units, the size of one, how many of
-            the model's parameters all of them are, and whether they are gated.
+        kinds: for "heads", "units", "width" and "layers": how many groups, how many units, the size of one,
+            how many of the model's parameters all of them are, and whether they are gated.
         dense: parameters that no gate closes, by the names of their layers without numbers, with the reason.
         parameters: of the whole model.
     """
@@ -234,7 +254,8 @@ def describe(model: Any, example: Mapping[str, Any] | None = None) -> Descriptio
     inputs = example_of(model) if example is None else dict(example)
     plain = model if gates is None else _without_gates(model)
     graph = _graph(plain, inputs, made=example is None)
-    names = {group.name for group in gates.groups} if gates is not None else set()
+    pairs = [] if gates is None else list(zip(gates.groups, gates.gates, strict=True))
+    names = {group.name for group, own in pairs if not own.frozen}
     kinds = {}
     for kind in KINDS:
         groups = [group for group in graph.groups if group.kind == kind and _is_in_blocks(group)]
@@ -243,7 +264,16 @@ def describe(model: Any, example: Mapping[str, Any] | None = None) -> Descriptio
             n, total = sum(g.units for g in of_kind), sum(g.units * g.parameters for g in of_kind)
             is_gated = any(group.name in names for group in of_kind)
             kinds[kind] = len(of_kind), n, total / n, total, is_gated
-    chosen = [g for g in graph.groups if g.name in names or (not names and _is_in_blocks(g))]
+    closable = [g for g in graph.groups if can_close(g) and _is_in_blocks(g)]
+    if gates is not None and gates.l0_layers is not None:
+        layered = zip(gates.groups, gates.layered, strict=True)
+        names |= {group.name for group, at in layered if at is not None}
+        closable = [g for g in graph.groups if g.name in names and can_close(g)]
+    if closable:
+        total = sum(g.units * g.parameters for g in closable)
+        is_gated = gates is not None and gates.l0_layers is not None
+        kinds["layers"] = len(closable), len(closable), total / len(closable), total, is_gated
+    chosen = [g for g in graph.groups if g.name in names or (gates is None and _is_in_blocks(g))]
     dense = tuple(_dense(plain, graph, chosen))
     return Description(kinds, dense, sum(p.numel() for p in plain.parameters()))
 

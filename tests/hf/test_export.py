@@ -170,7 +170,6 @@ def test_generation_is_the_same_with_every_cache(name):
             one.generation_config.pad_token_id = 0
             found.append(one.generate(ids, max_new_tokens=6, do_sample=False, **options))
         assert all(torch.equal(found[0], other) for other in found[1:])
-        assert len(found[0].unique()) > 2
 
 
 CLASSIFIERS = {

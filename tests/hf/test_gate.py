@@ -156,11 +156,52 @@ def test_kinds_and_names_choose():
     assert {(gate.eval_mode, gate.lam) for gate in last.l0_units.gates} == {("median", 0.3)}
 
 
+@pytest.mark.parametrize("name", ["bert", "gpt2", "t5"])
+def test_layers_have_gates_of_their_own(name, tmp_path):
+    model = hf.gate(model_of(name).eval(), layers=True)
+    gates = model.l0_units
+    assert gates.l0_layers.n == len(gates.groups)
+    inputs = inputs_of(model)
+    open_gates_(model, 0.7)
+    gates.l0_layers.log_alpha.data[:] = 9.0
+    before = output_of(model, inputs)
+    gates.l0_layers.log_alpha.data[1] = -9.0
+    now = output_of(model, inputs)
+    assert not torch.equal(now, before)
+    gates.gates[1].log_alpha.data[:] = -9.0
+    assert torch.equal(output_of(model, inputs), now)
+    hf.save_gates(model, tmp_path)
+    other = hf.gate(model_of(name).eval(), config=tmp_path)
+    assert torch.equal(output_of(other, inputs), now)
+    with pytest.raises(ValueError, match="must have gates with layers=True"):
+        hf.load_gates(hf.gate(model_of(name)), tmp_path)
+    assert hf.describe(model).kinds["layers"][0] == len(gates.groups)
+
+
+def test_layers_alone_have_all_else_open(tmp_path):
+    model = hf.gate(model_of("bert").eval(), heads=False, units=False, layers=True)
+    assert [gate.n for gate in l0.nn.gate_modules(model)] == [4]
+    model.l0_units.l0_layers.log_alpha.data[:] = torch.tensor([9.0, -9.0, -9.0, 9.0])
+    hf.save_gates(model, tmp_path)
+    again = hf.gate(model_of("bert").eval(), config=tmp_path)
+    assert [gate.n for gate in l0.nn.gate_modules(again)] == [4]
+    expected = output_of(model, inputs_of(model))
+    assert torch.equal(output_of(again, inputs_of(model)), expected)
+    assert [row[-1] for row in hf.describe(model).kinds.values()] == [False, False, True]
+    small = hf.export(again)
+    assert [layer.intermediate_size for layer in small.config.per_layer_config] == [0, 14]
+    assert [layer.num_attention_heads for layer in small.config.per_layer_config] == [4, 0]
+    torch.testing.assert_close(output_of(small, inputs_of(model)), expected)
+    stock = hf.export(again, uniform=True)  # nothing is gone, all is as it was
+    assert type(stock).__name__ == "BertModel"
+    torch.testing.assert_close(output_of(stock, inputs_of(model)), expected)
+
+
 def test_what_cannot_be_gated_says_why():
     with pytest.raises(ValueError, match=r"(?s)must have width to gate.*output of the model") as error:
         hf.gate(model_of("bert"), width=True)
     assert "encoder.layer.0.attention.self.query" in str(error.value)  # what was found
-    with pytest.raises(ValueError, match=r"heads, units or width must be True"):
+    with pytest.raises(ValueError, match=r"heads, units, width or layers must be True"):
         hf.gate(model_of("bert"), heads=False, units=False)
     with pytest.raises(ValueError, match=r"must leave heads to gate.*'intermediate.dense'"):
         hf.gate(model_of("bert"), units=False, include=["intermediate.dense"])
@@ -213,6 +254,7 @@ def test_description_counts_all_parameters():
         "heads": (2, 4),
         "units": (2, 28),
         "width": (1, 24),
+        "layers": (4, 4),
     }
     assert found.kinds["heads"][3] + sum(row.parameters for row in found.dense) == total
     assert found.kinds["heads"][4]
