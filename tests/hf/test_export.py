@@ -3,6 +3,7 @@
 import copy
 import json
 import logging
+import pickle
 
 import fresh
 import pytest
@@ -129,6 +130,9 @@ def test_an_export_is_gated_and_exported_again(tmp_path):
     assert type(smaller) is type(small)
     assert sum(p.numel() for p in smaller.parameters()) < sum(p.numel() for p in small.parameters())
     inputs = inputs_of(model)
+    copied = pickle.loads(pickle.dumps(smaller))
+    assert type(copied) is type(smaller)
+    close(output_of(copied, inputs), output_of(model, inputs))
     smaller.save_pretrained(tmp_path)
     close(output_of(hf.from_pretrained(tmp_path).eval(), inputs), output_of(model, inputs))
 
