@@ -108,7 +108,8 @@ class _Plan:
             wanted = n_open
             if group.name not in self.needed:
                 at_least = least if all(m.name in linear for m in group.members) else 1
-                wanted = min(group.units, max(-(-n_open // multiple_of) * multiple_of, at_least))
+                multiple = 1 if group.kind == "heads" else multiple_of
+                wanted = min(group.units, max(-(-n_open // multiple) * multiple, at_least))
             elif group.name not in mixed:
                 wanted = max(n_open, 1)
             if wanted > n_open:
