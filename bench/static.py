@@ -20,6 +20,8 @@ from static_cases import ARCHS, Variant, variants
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from l0kernels.triton_kernels._launch import options_of
+
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 """Bytes that one block may ask for (CUDA C++ programming guide, technical specifications)."""
 EXPECTATIONS = ("tensor_core", "mma", "wide_copy", "wide_load")
@@ -113,7 +115,7 @@ def resources(cubin: bytes) -> dict[str, int]:
 
 def inspect(variant: Variant, arch: int) -> Report:
     """Compiles one variant for one chip; what the compiler refuses is in the report, not raised."""
-    options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages}
+    options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages, **options_of(variant.kernel)}
     try:
         kernel: Any = triton.compile(source(variant), target=GPUTarget("cuda", arch, 32), options=options)
         used = resources(kernel.asm["cubin"])

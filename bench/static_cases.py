@@ -10,10 +10,22 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from l0kernels._calls import Conv2dCall, GateGrads, L0LinearCall, LinearCall, MlpCall, ProxCall, Wanted
+from l0kernels._calls import (
+    AttentionCall,
+    Conv2dCall,
+    GateGrads,
+    L0LinearCall,
+    LinearCall,
+    MlpCall,
+    ProxCall,
+    Wanted,
+)
 from l0kernels._gates import DEFAULT_DIST, HardConcrete, round_up
+from l0kernels.budget import State
 from l0kernels.triton_kernels import (
+    attention,
     batch_norm,
+    budget,
     conv2d,
     conv2d_channels,
     gather,
@@ -36,6 +48,7 @@ TYPES = {
     torch.float64: "fp64",
     torch.int32: "i32",
     torch.int64: "i64",
+    torch.uint8: "u8",
 }
 """Triton's names of the dtypes."""
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -112,6 +125,18 @@ def penalty_cases() -> Iterator[Case]:
         yield Case(f"{len(sizes)}x{sizes[0]}", call)
 
 
+def budget_cases() -> Iterator[Case]:
+    double, integer = torch.float64, torch.int64
+    for name, sizes, dists in (("small", [20, 7], 1), ("mlp", [784, 300, 100], 1), ("dists", [784], 2)):
+        n, row, log_alphas = sum(sizes), budget.row_of(sizes), [new(size) for size in sizes]
+        numbers = new(1, 4, dtype=double), new(n, dtype=torch.int32), new(n, dtype=double)
+        of_dists = new(dists, 3), new(n, dtype=torch.int32)
+        plan = budget.Plan(new(1, 32, dtype=integer), *numbers, *of_dists, row, row, n + 2, n)
+        scalars = [new(1, dtype=dtype) for dtype in (double, double, integer, integer)]
+        call = partial(budget.step, plan, log_alphas, [*log_alphas], State(new(n), *scalars), 100.0, 4.6)
+        yield Case(name, call)
+
+
 def prox_cases() -> Iterator[Case]:
     shrink, ridge, transformed, lasso, hard = (
         [1.0, 0.1, 0.1],
@@ -131,6 +156,11 @@ def prox_cases() -> Iterator[Case]:
         ("tl1 metric", FP16, (transformed, none, none), elements, True),
         ("lasso rows", FP32, (none, lasso, none), rows, False),
         ("lasso rows metric", BF16, (none, lasso, none), rows, True),
+        ("lasso short rows", FP32, (none, lasso, none), [1, 4096, 9], False),
+        ("lasso single", FP32, (none, lasso, none), [1, 4096, 1], False),
+        ("sparse group rows", FP32, (shrink, lasso, none), [1, 512, 16384], False),
+        ("tl1 rows metric", FP32, (none, lasso, transformed), [1, 4096, 4096], True),
+        ("sparse group long rows metric", FP32, (shrink, lasso, none), [1, 16, 1 << 20], True),
         ("l0 columns", FP32, (none, hard, none), columns, False),
         ("sparse group columns", FP32, (shrink, lasso, none), columns, False),
         ("sparse group columns metric", FP32, (shrink, lasso, none), columns, True),
@@ -440,6 +470,52 @@ def conv2d_cases() -> Iterator[Case]:
     yield Case("bf16", partial(conv2d_channels.pack_channels, x, gates(320)[0], BF16))
 
 
+def attention_cases() -> Iterator[Case]:
+    """Every tile; then masks, dropout, keys that heads share, odd sizes, and few rows, at one head size."""
+    for D in (32, 64, 128, 256):
+        yield from attended("half", BF16, (1024, 1024, D))
+        if D < 256:  # there dq spills 224 bytes: both operands of its products stay in registers
+            yield from attended("ieee", FP32, (1024, 1024, D), "highest")
+        yield from attended("tf32", FP32, (1024, 1024, D))
+    even, odd = (1024, 1024, 64), (517, 389, 80)
+    for D in (64, 256):
+        yield from attended("causal", BF16, (1024, 1024, D), is_causal=True)
+    padding, by_row = torch.bool, torch.float32
+    yield from attended("padding", BF16, even, mask=new(2, 1, 1, 1024, dtype=padding))
+    yield from attended("bias", FP16, even, mask=new(4, 1024, 1024, dtype=by_row))
+    yield from attended("odd", FP16, odd, is_causal=True)
+    yield from attended("decoding", BF16, (1, 1024, 128))
+    yield from attended("dropout ungated", BF16, even, gated=False, seed=SEED, dropout=0.1)
+    yield from attended("shared", BF16, even, shared=4)
+
+
+def attended(
+    name: str,
+    dtype: torch.dtype,
+    sizes: tuple[int, int, int],
+    precision: str = "high",
+    *,
+    gated: bool = True,
+    shared: int = 1,
+    mask: Tensor | None = None,
+    **options: Any,
+) -> Iterator[Case]:
+    """2 x 4 heads of q of (rows, keys, head size), as projections leave them, ``shared`` to a head of k."""
+    L, S, D = sizes
+    q, k = (new(2, n, h, D, dtype=dtype).transpose(1, 2) for n, h in ((L, 4), (S, 4 // shared)))
+    z = new(4) if gated else None
+    options = {"seed": None, "is_causal": False, "dropout": 0.0} | options
+    call = AttentionCall(q, k, k, z, mask, scale=0.125, **options)
+    name = f"{name} {TYPES[dtype]} {D}"
+    yield Case(name, partial(attention.attention_forward, call), ARCHS, precision)
+
+    def backward() -> None:
+        y, saved = attention.attention_forward(call)
+        attention.attention_backward(call, y, [y, *saved], Wanted([False], [True] * 3 + [gated], None))
+
+    yield Case(f"{name} backward", backward, ARCHS, precision)
+
+
 def convolution(
     name: str,
     dtype: torch.dtype,
@@ -475,6 +551,7 @@ def convolution(
 ALL_CASES = (
     sample_cases,
     penalty_cases,
+    budget_cases,
     prox_cases,
     masked_linear_cases,
     batch_norm_cases,
@@ -482,6 +559,7 @@ ALL_CASES = (
     product_cases,
     gather_cases,
     conv2d_cases,
+    attention_cases,
 )
 
 
@@ -500,6 +578,11 @@ def expectations(kernel: str, signature: Mapping[str, str], constexprs: Mapping[
             of_fp32 = signature.get("a_ptr", signature.get("x_ptr")) == "*fp32:16"
             rows = constexprs["BLOCK_K" if kernel == "_weight_grad_kernel" else "BLOCK_M"]
             copies = ("wide_copy",) if constexprs["B_K"] >= 16 and not (of_fp32 and turned) else ()
+            return frozenset({"tensor_core" if rows >= 64 else "mma", *copies})
+        case "_attention" | "_attention_dq" | "_attention_dkv" if tensors:
+            rows = constexprs["BLOCK_N" if kernel == "_attention_dkv" else "BLOCK_M"]
+            of_fp32 = signature["q_ptr"].startswith("*fp32")  # their products turn no operand around
+            copies = () if of_fp32 else ("wide_copy",)
             return frozenset({"tensor_core" if rows >= 64 else "mma", *copies})
         case "_moments" | "_normalise" | "_grad_sums" | "_grad":
             wide = True

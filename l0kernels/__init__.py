@@ -24,6 +24,7 @@ _gc.disable()
 try:
     from . import nn, reference
     from ._registry import backends, use_backend
+    from .attention import gated_attention
     from .batch_norm import gated_batch_norm
     from .conv2d import Packed, gated_conv2d, pack_channels, packed_conv2d, unpack_channels
     from .gates import Gates, HardConcrete, eval_gates, sample_gates
@@ -54,6 +55,7 @@ __all__ = [
     "Packed",
     "backends",
     "eval_gates",
+    "gated_attention",
     "gated_batch_norm",
     "gated_conv2d",
     "gated_group_norm",

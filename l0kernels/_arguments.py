@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from . import _checks
@@ -253,6 +254,55 @@ def check_group_norm(
             _checks.check_shape(name, value, (x.shape[1],), "one per channel of x")
             _checks.check_device(name, value, x.device, "x")
     _checks.check_number("eps", eps)
+
+
+def check_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gates: Gates | None,
+    attn_mask: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+) -> None:
+    """Checks of the arguments of gated_attention."""
+    for name, value in (("q", q), ("k", k), ("v", v)):
+        _checks.check_floating(name, value)
+        _checks.check_device(name, value, q.device, "q")
+        _checks.check_same_dtype(name, value, "q", q)
+    if q.ndim != 4 or not q.shape[3]:
+        raise ValueError(f"q must have shape (B, Hq, L, D), D > 0, got {tuple(q.shape)}")
+    (B, heads, L, D), got = q.shape, tuple(k.shape)
+    if k.ndim != 4 or (got[0], got[3]) != (B, D):
+        raise ValueError(f"k must have shape ({B}, Hkv, S, {D}), batch and D of q, got {got}")
+    if heads % k.shape[1] if k.shape[1] else heads:
+        raise ValueError(f"k must have a number of heads that divides the {heads} of q, got {got}")
+    _checks.check_shape("v", v, k.shape, "that of k")
+    if gates is not None:
+        n = len(gates.z) if isinstance(gates, Gates) and isinstance(gates.z, Tensor) and gates.z.ndim else 0
+        of_q = n == heads or k.shape[1] == heads
+        what = "head of q" if of_q else f"head of k, or {heads}, one per head of q"
+        check_gates("gates", gates, heads if of_q else k.shape[1], q.device, what)
+    if attn_mask is not None:
+        _checks.check_tensor("attn_mask", attn_mask)
+        _checks.check_device("attn_mask", attn_mask, q.device, "q")
+        if attn_mask.dtype not in (torch.bool, torch.float32, q.dtype):
+            raise TypeError(
+                f"attn_mask must be bool, float32 or of q's dtype, {q.dtype}, got {attn_mask.dtype}"
+            )
+        _checks.check_broadcastable("attn_mask", attn_mask, (B, heads, L, k.shape[2]))
+        if is_causal:
+            raise ValueError(
+                "is_causal must be False where attn_mask is given, which may hold both, got True"
+            )
+    if not isinstance(is_causal, bool):
+        raise TypeError(f"is_causal must be a bool, got {type(is_causal).__name__}")
+    _checks.check_number("dropout_p", dropout_p)
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
+    if scale is not None:
+        _checks.check_number("scale", scale)
 
 
 def check_masked(

@@ -165,6 +165,28 @@ class BlockCall(NamedTuple):
     dtype: torch.dtype
 
 
+class AttentionCall(NamedTuple):
+    """``y = z * softmax(q k^T * scale + mask) v``, closed heads skipped.
+
+    Attributes:
+        q: (B, heads, L, D).
+        k, v: (B, heads / shared, S, D).
+        z: one per head of q, or one per head of k.
+        mask: of (B, heads, L, S), expanded or to be; bool, True where a key takes part, or to be added.
+        seed: (1,) int64, of the weights that dropout leaves out.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    z: Tensor | None
+    mask: Tensor | None
+    seed: Tensor | None
+    scale: float
+    is_causal: bool
+    dropout: float
+
+
 class ProxCall(NamedTuple):
     """``after(factor_g * before(x))``, a proximal operator of a penalty by element and by group.
 

@@ -106,6 +106,13 @@ def check_shape(name: str, value: Tensor, shape: Sequence[int], why: str) -> Non
         raise ValueError(f"{name} must have shape {tuple(shape)} ({why}), got {tuple(value.shape)}")
 
 
+def check_broadcastable(name: str, value: Tensor, shape: Sequence[int]) -> None:
+    """ValueError unless ``value`` can be expanded to ``shape``."""
+    sizes = zip(reversed(value.shape), reversed(shape), strict=False)
+    if value.ndim > len(shape) or any(size not in (1, full) for size, full in sizes):
+        raise ValueError(f"{name} must be broadcastable to {tuple(shape)}, got {tuple(value.shape)}")
+
+
 def check_device(name: str, value: Tensor, device: torch.device, other: str) -> None:
     """ValueError unless ``value`` lies on ``device``, the device of ``other``."""
     if value.device != device:

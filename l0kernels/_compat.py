@@ -82,6 +82,7 @@ without_torch_function: Any = torch._C.DisableTorchFunctionSubclass
 
 # Lists of tensors, a call for all of them instead of a launch for each.
 foreach_add_: Any = torch._foreach_add_
+foreach_mul: Any = torch._foreach_mul
 foreach_copy_: Any = torch._foreach_copy_
 foreach_clamp_min_: Any = torch._foreach_clamp_min_
 foreach_clamp_max_: Any = torch._foreach_clamp_max_

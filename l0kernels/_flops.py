@@ -53,9 +53,19 @@ def _conv2d_backward(dy: Shape, x: Shape, weight: Shape, *rest: Any, out_shape: 
     return _conv2d(x, weight, out_shape=[dy]) * (dx + (dw or any(gates)))
 
 
+def _attention(q: Shape, k: Shape, *_: Any, out_shape: Any = None) -> int:
+    return 4 * prod(q) * k[2]
+
+
+def _attention_backward(dy: Shape, q: Shape, k: Shape, *_: Any, out_shape: Any = None) -> int:
+    return 10 * prod(q) * k[2]  # torch counts the weights' second computation
+
+
 FORMULAS = {
     "block_linear": _linear,
     "block_linear_backward": _block_backward,
+    "gated_attention": _attention,
+    "gated_attention_backward": _attention_backward,
     "gated_conv2d": _conv2d,
     "gated_conv2d_backward": _conv2d_backward,
     "gated_linear": _linear,

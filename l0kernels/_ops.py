@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy
 
 from ._calls import (
+    AttentionCall,
     BlockCall,
     Conv2dCall,
     DrawnMlpCall,
@@ -22,6 +23,7 @@ from ._calls import (
     ProxCall,
     Wanted,
 )
+from ._checks import check_broadcastable
 from ._compat import VMAP_MODE, dispatch_key_included
 from ._gates import HardConcrete, round_up
 from ._operator import LIBRARY, operator
@@ -362,6 +364,73 @@ def gated_conv2d_backward(
 ) -> list[Tensor]:
     """Gradients of x, weight, bias and the two gates."""
     return _given(module(backend).conv2d_backward(call, dy, saved, wanted), call.x)
+
+
+def _checked_attention(call: AttentionCall) -> AttentionCall:
+    """Kernels believe these sizes.
+
+    Raises:
+        ValueError: k, v, z, mask or seed does not fit q.
+    """
+    q, k, v, z, mask, seed = call[:6]
+    if q.ndim != 4 or k.ndim != 4 or q.shape[1] % max(k.shape[1], 1) or (q.shape[1] and not k.shape[1]):
+        raise ValueError(
+            f"q and k must have shapes (B, shared * H, L, D) and (B, H, S, D), got {tuple(q.shape)} and "
+            f"{tuple(k.shape)}"
+        )
+    if k.shape != (q.shape[0], k.shape[1], k.shape[2], q.shape[3]) or v.shape != k.shape:
+        raise ValueError(
+            f"k and v must have one shape, of q's batch and last dimension, got {tuple(k.shape)} and "
+            f"{tuple(v.shape)} for q of {tuple(q.shape)}"
+        )
+    if z is not None and (z.ndim != 1 or len(z) not in (q.shape[1], k.shape[1])):
+        raise ValueError(f"z must be one per head of q or of k, got {tuple(z.shape)}")
+    if mask is not None:
+        check_broadcastable("mask", mask, (*q.shape[:3], k.shape[2]))
+    if call.dropout > 0 and (seed is None or seed.shape != (1,) or seed.dtype != torch.int64):
+        raise ValueError("seed must be (1,) int64 where there is dropout")
+    for name, t in (("k", k), ("v", v), ("z", z), ("mask", mask), ("seed", seed)):
+        if t is not None and t.device != q.device:
+            raise ValueError(f"{name} must be on {q.device}, the device of q, got {t.device}")
+        if name in "kv" and t is not None and t.dtype != q.dtype:
+            raise TypeError(f"{name} must have the dtype of q, {q.dtype}, got {t.dtype}")
+    return call
+
+
+def _in_one_piece(t: Tensor) -> Tensor:
+    """t as attention takes it: a row of a head lies in one piece."""
+    return t if t.stride(-1) == 1 else t.contiguous()
+
+
+def _fake_attention(call: AttentionCall, backend: str) -> list[Tensor]:
+    lse = call.q.new_empty(call.q.shape[:3], dtype=torch.float32)
+    return [torch.empty_like(_in_one_piece(call.q)), lse]
+
+
+@operator(_fake_attention)
+def gated_attention(call: AttentionCall, backend: str) -> list[Tensor]:
+    """y in the memory order of q, and what backward takes over."""
+    y, saved = module(backend).attention_forward(_checked_attention(call))
+    return [y, *saved]
+
+
+def _fake_attention_backward(
+    dy: Tensor, call: AttentionCall, saved: list[Tensor], wanted: Wanted, backend: str
+) -> list[Tensor]:
+    tensors = [*map(_in_one_piece, call[:3]), call.z]
+    pairs = zip(tensors, wanted.needs, strict=True)
+    return _given([torch.empty_like(t) if n and t is not None else None for t, n in pairs], call.q)
+
+
+@operator(_fake_attention_backward)
+def gated_attention_backward(
+    dy: Tensor, call: AttentionCall, saved: list[Tensor], wanted: Wanted, backend: str
+) -> list[Tensor]:
+    """Gradients of q, k and v, in the memory order of each, and of the gates; ``saved``: y and the rest."""
+    call = _checked_attention(call)
+    if dy.shape != call.q.shape:
+        raise ValueError(f"dy must have the shape of q, {tuple(call.q.shape)}, got {tuple(dy.shape)}")
+    return _given(module(backend).attention_backward(call, dy, saved, wanted), call.q)
 
 
 @operator(lambda call, _: torch.empty_like(call.x))

@@ -1,8 +1,9 @@
-"""The step that puts gates on a budget, in place: one native call on a CPU, else the reference.budget."""
+"""The step that puts gates on a budget, in place: one native call or kernel, else the reference.budget."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -10,6 +11,9 @@ from torch import Tensor
 
 from . import _ops, _registry, reference
 from ._calls import CostTerms
+
+Run = tuple[int, int, float]
+"""The first of values in a row, how many they are, and their weight."""
 
 
 class Kind(NamedTuple):
@@ -41,6 +45,29 @@ class Kind(NamedTuple):
         """(..., n) how open the gates are -> (...): the share of the cost that is left."""
         return (self.values(x) - self.offset) / self.unit
 
+    def dists(self) -> list[tuple[float, float, float]]:
+        """shift, low and 1 / (high - low) of each gate vector."""
+        firsts = [0, *accumulate(self.sizes)][:-1]
+        each = zip(*(of[firsts].tolist() for of in self.kept[:3]), strict=True)
+        return [(shift, low, 1 / (high - low)) for shift, low, high in each]
+
+    def runs(self) -> list[list[Run]]:
+        """Of what is linear in the terms, then of each of their sums."""
+        terms = self.terms
+        assert terms is not None
+        bounds = terms.offsets.tolist()
+        linear = _runs(terms.linear.nonzero()[:, 0], terms.linear[terms.linear != 0])
+        return [linear, *(_runs(terms.index[a:b], terms.weight[a:b]) for a, b in pairwise(bounds))]
+
+
+def _runs(index: Tensor, weight: Tensor) -> list[Run]:
+    """Ascending places and their weights, as runs of places in a row with one weight."""
+    if not len(index):
+        return []
+    breaks = ((index.diff() != 1) | (weight.diff() != 0)).nonzero()[:, 0] + 1
+    firsts, counts = [0, *breaks.tolist()], torch.tensor([0, *breaks.tolist(), len(index)]).diff().tolist()
+    return [*zip(index[firsts].tolist(), counts, weight[firsts].tolist(), strict=True)]
+
 
 class State(NamedTuple):
     """What a budget knows; all of it is written in place, but for `first`.
@@ -59,6 +86,10 @@ class State(NamedTuple):
     skipped: Tensor
 
 
+_NATIVE = ("cpp", "triton")
+"""The backends that take a step at once; float64 on a GPU and costs of the user's are the formula's."""
+
+
 class Projection:
     """Puts the gates of some kinds on their budgets.
 
@@ -72,6 +103,7 @@ class Projection:
         self._ramp_steps = ramp_steps
         self._has_terms = all(kind.terms is not None for kind in kinds)
         self._plan: Any = None
+        self._backend = ""
 
     def __call__(self, log_alphas: list[Tensor], grads: list[Tensor | None], state: State) -> None:
         """One step: of log_alphas (those that do not require a gradient stay) and state, in place.
@@ -82,11 +114,11 @@ class Projection:
         first = log_alphas[0]
         if self._is_native(log_alphas):
             backend = _registry.resolve(first.device, first.dtype, "l0_penalty")
-            if backend == "cpp":
+            if backend in _NATIVE:
                 module = _ops.module(backend)
-                if self._plan is None or self._plan.state is not state:
+                if self._plan is None or self._plan.state is not state or self._backend != backend:
                     sizes = [size for kind in self._kinds for size in kind.sizes]
-                    self._plan = module.BudgetPlan(self._kinds, state, sizes)
+                    self._plan, self._backend = module.BudgetPlan(self._kinds, state, sizes), backend
                 module.budget_step(self._plan, log_alphas, grads, self._ramp_steps, self._kinds[0].kept.limit)
                 return
         self._formula(log_alphas, grads, state)

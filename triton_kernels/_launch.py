@@ -23,6 +23,18 @@ _HOOKS = (
     knobs.runtime.launch_exit_hook,
 )  # a profiler's, called by Triton alone
 _compiled: dict[tuple[Any, ...], Any] = {}
+_options: dict[int, dict[str, int]] = {}
+
+
+def has_registers(kernel: Any, n: int) -> Any:
+    """`kernel`, compiled for up to n registers a thread: ptxas leaves room for a second program."""
+    _options[id(kernel)] = {"maxnreg": n}
+    return kernel
+
+
+def options_of(kernel: Any) -> dict[str, int]:
+    """What a kernel is compiled with beside warps and stages."""
+    return _options.get(id(kernel), {})
 
 
 def cdiv(a: int, b: int) -> int:
@@ -118,7 +130,8 @@ def launch(
         _check(kernel, args, constants)
         if len(_compiled) >= _LIMIT:
             _compiled.clear()
-        _compiled[key] = kernel[grid](*args, num_warps=num_warps, num_stages=num_stages, **constants)
+        options = {"num_warps": num_warps, "num_stages": num_stages, **options_of(kernel)}
+        _compiled[key] = kernel[grid](*args, **options, **constants)
         return
     x, y, z = (*grid, 1, 1)[:3]
     stream = torch._C._cuda_getCurrentRawStream(device)

@@ -1,4 +1,4 @@
-"""Proximal operators by element and by group, one pass over memory; with groups one more that reads alone."""
+"""Proximal operators by element and by group, one pass over memory; one more where groups lie apart."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from l0kernels._calls import ProxCall
 
 _BLOCK = 1024
+_LONGEST = 16384  # elements of a group in a row that a program keeps in registers
+_TILE = 2048  # elements of a program, where its groups are shorter
 _ROWS, _COLUMNS = 16, 128  # a tile of what is summed by column
 _PART = 16384  # elements that one program sums, at most
 _SEGMENT = 64  # elements in a row from which on a group is read by itself
@@ -136,6 +138,59 @@ def _column_squares_kernel(
 
 
 @triton.jit
+def _scaled(x, squares, group_step_ptr, mask, lam, GROUP: tl.constexpr, GROUP_BY: tl.constexpr):
+    """x times its group's factor, by the sum of the group's squares in float64."""
+    norm = tl.sqrt(squares)
+    own = tl.zeros_like(norm) + lam
+    if GROUP_BY:
+        own *= tl.load(group_step_ptr, mask=mask, other=1.0)
+    if GROUP == 1:
+        factor = tl.where(norm <= own, 0.0, 1.0 - own / norm)
+    else:
+        factor = tl.where(norm <= tl.sqrt(2.0 * own), 0.0, 1.0)
+    scale = factor.to(tl.float32)
+    return tl.where(scale == 0.0, 0.0, x * scale)
+
+
+@triton.jit
+def _rows_kernel(
+    x_ptr,
+    step_ptr,  # like x, if BY
+    y_ptr,  # may be x
+    group_step_ptr,  # (groups,), if GROUP_BY
+    groups,
+    n,
+    lam,
+    b0,
+    b1,
+    b2,
+    b3,
+    a0,
+    a1,
+    a2,
+    a3,
+    BEFORE: tl.constexpr,
+    GROUP: tl.constexpr,
+    AFTER: tl.constexpr,
+    BY: tl.constexpr,
+    GROUP_BY: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """y = after(factor_g * before(x)) of groups of n elements in a row, each read once."""
+    group = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
+    offs, own = tl.arange(0, BLOCK)[None, :], group < groups
+    at, mask = group.to(tl.int64) * n + offs, own & (offs < n)
+    x, step = _load(x_ptr, step_ptr, at, mask, b0, b1, b2, b3, BEFORE, BY)
+    wide = tl.where(mask, x, 0.0).to(tl.float64)
+    squares = tl.sum(wide * wide, 1)[:, None]
+    x = _scaled(x, squares, group_step_ptr + group, own, lam, GROUP, GROUP_BY)
+    if AFTER > 0:
+        x = _stage(x, step, a0, a1, a2, a3, AFTER, BY)
+    tl.store(y_ptr + at, x.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def _prox_kernel(
     x_ptr,
     step_ptr,  # like x, if BY
@@ -168,16 +223,8 @@ def _prox_kernel(
     x, step = _load(x_ptr, step_ptr, at, mask, b0, b1, b2, b3, BEFORE, BY)
     if GROUP > 0:
         group = (at if WIDE else at.to(tl.int32)) // inner % groups  # 64 bits divide slowly
-        norm = tl.sqrt(tl.load(squares_ptr + group, mask=mask, other=0.0))
-        own = tl.zeros((BLOCK,), tl.float64) + lam
-        if GROUP_BY:
-            own *= tl.load(group_step_ptr + group, mask=mask, other=1.0)
-        if GROUP == 1:
-            factor = tl.where(norm <= own, 0.0, 1.0 - own / norm)
-        else:
-            factor = tl.where(norm <= tl.sqrt(2.0 * own), 0.0, 1.0)
-        scale = factor.to(tl.float32)
-        x = tl.where(scale == 0.0, 0.0, x * scale)
+        squares = tl.load(squares_ptr + group, mask=mask, other=0.0)
+        x = _scaled(x, squares, group_step_ptr + group, mask, lam, GROUP, GROUP_BY)
     if AFTER > 0:
         x = _stage(x, step, a0, a1, a2, a3, AFTER, BY)
     tl.store(y_ptr + at, x.to(y_ptr.dtype.element_ty), mask=mask)
@@ -221,10 +268,41 @@ def _squares(call: ProxCall, before: tuple[int, tuple[float, float, float, float
     return out.view(parts, groups, inner).sum((0, 2))
 
 
-def _prox(call: ProxCall, out: Tensor) -> None:
+def _by_rows(call: ProxCall, out: Tensor) -> None:
+    """Of groups that lie in a row and fit into registers: memory is read once."""
     x, step, group_step, before, group, after, (_, groups, inner) = call
+    first, last, block = _numbers(before), _numbers(after), triton.next_power_of_2(inner)
+    rows = max(1, _TILE // block)
+    launch(
+        _rows_kernel,
+        (cdiv(groups, rows),),
+        x,
+        x if step is None else step,
+        out,
+        x if group_step is None else group_step,
+        groups,
+        inner,
+        float(group[1]),
+        *first[1],
+        *last[1],
+        BEFORE=first[0],
+        GROUP=int(group[0]),
+        AFTER=last[0],
+        BY=step is not None,
+        GROUP_BY=group_step is not None,
+        ROWS=rows,
+        BLOCK=block,
+        num_warps=max(4, rows * block // 512),
+    )
+
+
+def _prox(call: ProxCall, out: Tensor) -> None:
+    x, step, group_step, before, group, after, (outer, groups, inner) = call
     n = x.numel()
     if n == 0:
+        return
+    if group and outer == 1 and inner <= _LONGEST:
+        _by_rows(call, out)
         return
     first, last = _numbers(before), _numbers(after)
     squares = _squares(call, first) if group else x

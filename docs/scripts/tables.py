@@ -35,6 +35,7 @@ FUNCTIONS = {
     "pack_channels": "gated_conv2d",
     "unpack_channels": "gated_conv2d",
     "gated_batch_norm": "gated_batch_norm",
+    "gated_attention": "gated_attention",
     "prox": "prox",
     "eval_gates": None,
     "gated_layer_norm": None,

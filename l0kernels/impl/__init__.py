@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from .._calls import (
+        AttentionCall,
         BlockCall,
         Conv2dCall,
         DrawnMlpCall,
@@ -210,6 +211,18 @@ class Convolutions(Protocol):
         """dx, dweight, dbias, dz_in, dz_out."""
 
 
+class Attention(Protocol):
+    """Attention that skips closed heads, whichever they are."""
+
+    def attention_forward(self, call: AttentionCall, /) -> tuple[Tensor, list[Tensor]]:
+        """y, and what backward takes over behind it: the logarithms of the rows' sums."""
+
+    def attention_backward(
+        self, call: AttentionCall, dy: Tensor, saved: list[Tensor], wanted: Wanted, /
+    ) -> list[Tensor | None]:
+        """dq, dk, dv, dz; ``saved``: y and the rest."""
+
+
 class Proximal(Protocol):
     """Proximal operators, in place where an `out` is its x."""
 
@@ -218,7 +231,7 @@ class Proximal(Protocol):
 
 
 class Backend(Gates, Layers, Draws, Penalties, Masked, Convolutions, Proximal, Protocol):
-    """Everything; who serves what says _registry.py."""
+    """Everything but attention; who serves what says _registry.py."""
 
 
 if TYPE_CHECKING:
@@ -227,7 +240,7 @@ if TYPE_CHECKING:
 
     class _Cuda(Gates, Layers, Draws, Penalties, Protocol): ...
 
-    class _Triton(Gates, Layers, Draws, Masked, Convolutions, Proximal, Protocol): ...
+    class _Triton(Gates, Layers, Draws, Masked, Convolutions, Proximal, Attention, Protocol): ...
 
     _cpp: Backend = cpp
     _portable: _Torch = plain_torch

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from itertools import accumulate, pairwise
+from itertools import accumulate
 from types import SimpleNamespace
 from typing import Any
 
@@ -233,30 +233,14 @@ class BudgetPlan:
 def _budget_kind(kind: Any) -> _C.BudgetKind:
     terms: CostTerms = kind.terms
     atoms = [(one.is_any, one.index.shape[1], one.index.flatten().tolist()) for one in terms.atoms]
-    linear = _runs(terms.linear.nonzero()[:, 0], terms.linear[terms.linear != 0])
-    bounds = terms.offsets.tolist()
-    sums = [_runs(terms.index[a:b], terms.weight[a:b]) for a, b in pairwise(bounds)]
+    linear, *sums = kind.runs()
     offsets = [0, *accumulate(len(runs) for runs in sums)]
     of_pairs = terms.first.tolist(), terms.second.tolist(), terms.coefficient.tolist()
     pairs = [*zip(*of_pairs, strict=True)]
     runs = [run for of_sum in sums for run in of_sum]
     cost = terms.n, terms.constant, atoms, linear, offsets, runs, pairs
-    gates, start = [], 0
-    for size in kind.sizes:
-        shift, low, high = (float(of[start]) for of in kind.kept[:3])
-        gates.append((size, shift, low, 1 / (high - low)))
-        start += size
+    gates = [(size, *dist) for size, dist in zip(kind.sizes, kind.dists(), strict=True)]
     return kind.number, cost, gates, kind.offset, kind.unit, kind.keep
-
-
-def _runs(index: Tensor, weight: Tensor) -> list[_C.CostRun]:
-    """Ascending places and their weights, as runs of places in a row with one weight."""
-    if not len(index):
-        return []
-    breaks = ((index.diff() != 1) | (weight.diff() != 0)).nonzero()[:, 0] + 1
-    firsts, counts = [0, *breaks.tolist()], torch.tensor([0, *breaks.tolist(), len(index)]).diff().tolist()
-    of = index[firsts].tolist(), counts, weight[firsts].tolist()
-    return [*zip(*of, strict=True)]
 
 
 def budget_step(

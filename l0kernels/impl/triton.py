@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from .._calls import (
+    AttentionCall,
     BlockCall,
     Conv2dCall,
     DrawnMlpCall,
@@ -21,7 +23,18 @@ from .._calls import (
     Wanted,
 )
 from .._gates import HardConcrete
-from ..triton_kernels import batch_norm, conv2d, conv2d_channels, gather, linear, masked_linear, mlp, penalty
+from ..triton_kernels import (
+    attention,
+    batch_norm,
+    budget,
+    conv2d,
+    conv2d_channels,
+    gather,
+    linear,
+    masked_linear,
+    mlp,
+    penalty,
+)
 from ..triton_kernels import prox as proximal
 from ..triton_kernels import sample as sampling
 from .memory import optional, plain, strided, vector
@@ -30,7 +43,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 _VALUES = frozenset((int, float, bool, str, type(None), torch.dtype, HardConcrete, Wanted))
-_RECORDS = frozenset((LinearCall, L0LinearCall, MlpCall, Conv2dCall))
+_RECORDS = frozenset((LinearCall, L0LinearCall, MlpCall, Conv2dCall, AttentionCall))
 _SEVERAL = _RECORDS | {list}
 
 
@@ -85,6 +98,8 @@ _block_linear_forward = _on_its_device(masked_linear.block_linear_forward)
 _block_linear_backward = _on_its_device(masked_linear.block_linear_backward)
 conv2d_forward = _on_its_device(conv2d.conv2d_forward)
 conv2d_backward = _on_its_device(conv2d.conv2d_backward)
+attention_forward = _on_its_device(attention.attention_forward)
+attention_backward = _on_its_device(attention.attention_backward)
 
 
 def draws_within(
@@ -171,3 +186,37 @@ def prox(calls: list[ProxCall], outs: list[Tensor]) -> None:
     for call, out in zip(calls, outs, strict=True):
         with torch.cuda.device(call.x.device):
             proximal.prox([call], [out])
+
+
+class BudgetPlan:
+    """What budget_step knows of the kinds of gates and of the state (l0kernels.budget's), which it holds."""
+
+    def __init__(self, kinds: Sequence[Any], state: Any, sizes: Sequence[int]) -> None:
+        self.state, self.sizes, self.device = state, sizes, state.moment.device
+        n = state.first.numel()
+        vector(state.moment, "moment", torch.float32, sum(sizes), self.device)
+        vector(state.first, "first", torch.float64, n, self.device)
+        vector(state.price, "price", torch.float64, n, self.device)
+        vector(state.step, "step", torch.int64, 1, self.device)
+        vector(state.skipped, "skipped", torch.int64, 1, self.device)
+        dists = [dist for kind in kinds for dist in kind.dists()]
+        self.plan = budget.plan(kinds, [kind.runs() for kind in kinds], dists, self.device)
+
+
+def budget_step(
+    plan: BudgetPlan, log_alphas: list[Tensor], grads: list[Tensor | None], ramp_steps: float, limit: float
+) -> None:
+    """One step of l0kernels.budget's Projection, of log_alphas and state in place."""
+    own = [None if grad is None else grad.contiguous() for grad in grads]
+    for log_alpha, grad, n in zip(log_alphas, own, plan.sizes, strict=True):
+        vector(log_alpha, "log_alpha", torch.float32, n, plan.device)
+        optional(grad, "grad", torch.float32, n, plan.device)
+    with torch.no_grad(), _device(plan.device):
+        budget.step(plan.plan, log_alphas, own, plan.state, ramp_steps, limit)
+    torch.autograd.graph.increment_version(log_alphas)
+
+
+def _device(device: torch.device) -> AbstractContextManager[Any]:
+    """On which Triton launches."""
+    is_current = device.type != "cuda" or device.index == torch.cuda.current_device()
+    return nullcontext() if is_current else torch.cuda.device(device)

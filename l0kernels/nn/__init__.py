@@ -51,6 +51,7 @@ from .summary import GateSummary, Open, Summary, open_units, summary
 from .units import UnitGraph, gate_, ungate_, unit_graph
 
 if _TYPE_CHECKING:
+    from .attention import L0MultiheadAttention
     from .budget import Budget
     from .checkpoints import converted_state_dict
     from .lagrangian import Lagrangian
@@ -58,6 +59,7 @@ if _TYPE_CHECKING:
 
 _LATER = {
     "Budget": ".budget",
+    "L0MultiheadAttention": ".attention",
     "Lagrangian": ".lagrangian",
     "Ramp": ".schedules",
     "Schedule": ".schedules",
@@ -96,6 +98,7 @@ __all__ = [
     "L0GroupNorm",
     "L0LayerNorm",
     "L0Linear",
+    "L0MultiheadAttention",
     "L0RMSNorm",
     "L0Residual",
     "L0Sequential",

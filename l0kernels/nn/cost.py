@@ -92,7 +92,7 @@ def _add_parameters(terms: "_Terms", model: nn.Module) -> None:
 
 def _add_flops(terms: "_Terms", model: nn.Module, times: Times) -> None:
     products = counts._products(model)
-    others: dict[Tensor, int] = {}
+    others: dict[Tensor, float] = {}
     for (layer, name), n in times.of.items():
         if layer not in products:
             parameter = getattr(layer, name)
@@ -225,7 +225,7 @@ class _Terms:
         )
 
 
-def _add_layer(terms: _Terms, sides: LayerSides, of_weights: int, of_biases: int) -> None:
+def _add_layer(terms: _Terms, sides: LayerSides, of_weights: float, of_biases: float) -> None:
     """The weights and biases of one layer, each element so many times, as `counts._count` counts them."""
     layer: Any = sides.layer
     n_in, n_out = units_in(layer), units_out(layer)
@@ -312,7 +312,7 @@ def _own(terms: _Terms, layer: Any) -> tuple[Tensor, Tensor, Tensor] | None:
 
 
 def _add_units(
-    terms: _Terms, model: nn.Module, times: Callable[[nn.Parameter], int]
+    terms: _Terms, model: nn.Module, times: Callable[[nn.Parameter], float]
 ) -> Mapping[nn.Parameter, object]:
     """The parameters of what :func:`gate_` has gated, each so many times; see `units.sizes.open_counts`."""
     found: dict[nn.Parameter, tuple[GateGroups, Sided]] = {}
@@ -325,12 +325,13 @@ def _add_units(
     return found
 
 
-def _add_sided(terms: _Terms, gates: GateGroups, sided: Sided, scale: int) -> None:
+def _add_sided(terms: _Terms, gates: GateGroups, sided: Sided, times: float) -> None:
     numbers = _numbers(terms, gates)
     labels = [gates.gate_index(space, torch.device("cpu")) for space in sided.sides.values()]
-    scale = scale * sided.parameter.numel()
+    others = sided.parameter.numel()
     for of in labels:
-        scale //= len(of)
+        others //= len(of)
+    scale = times * others
     if len(labels) == 1:
         terms.add(numbers[labels[0]], scale)
     elif len(labels) == 2:

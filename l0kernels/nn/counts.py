@@ -235,6 +235,6 @@ def _own(layer: Any, openness: Openness) -> Tensor | None:
     return torch.block_diag(*(blocks.mT if layer.transposed else blocks))
 
 
-def _total(counts: Sequence[Tensor], rest: int) -> Tensor:
+def _total(counts: Sequence[Tensor], rest: float) -> Tensor:
     device = counts[0].device if counts else None
     return sum(counts, torch.tensor(float(rest), dtype=torch.float64, device=device))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple, cast
@@ -19,6 +19,7 @@ from .steps import is_product, units_in, units_out
 from .units.draws import Space
 from .units.example import Inputs
 from .units.kinds import kind_of
+from .units.open_attention import OpenMultiheadAttention, projections
 from .units.place import NAME, GatedUnits, GateGroups
 from .units.sizes import hosts_of
 from .units.trace_attention import ATTENTION, PRODUCTS
@@ -35,9 +36,9 @@ class Times(NamedTuple):
         dense: for what no gate of ours can close.
     """
 
-    of: Counter[tuple[nn.Module, str]]
+    of: dict[tuple[nn.Module, str], float]
     heads: Counter[tuple[GateGroups, Space]]
-    dense: int
+    dense: float
 
 
 def times_of(model: nn.Module, inputs: Inputs | None) -> Times:
@@ -52,7 +53,8 @@ def times_of(model: nn.Module, inputs: Inputs | None) -> Times:
                 raise ValueError(f"input_shape must be given for a model with convolutions: {layer}")
             if is_product(layer) or isinstance(layer, GatedUnits):
                 found.count(layer, 1, 1)
-        found.dense += sum(_projections(attention, (1, 1, 1, 0)) for attention in attentions)
+        for attention in attentions:
+            found.see_projections(attention, [1, 1, 1])
         return found.times()
     hooks = [layer.register_forward_hook(found.see_layer, with_kwargs=True) for layer in layers]
     hooks += [module.register_forward_hook(found.see_attention, with_kwargs=True) for module in attentions]
@@ -99,9 +101,9 @@ class _Found(TorchFunctionMode):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self._model = model
-        self._of: Counter[tuple[nn.Module, str]] = Counter()
+        self._of: dict[tuple[nn.Module, str], float] = defaultdict(float)
         self._heads: Counter[tuple[GateGroups, Space]] = Counter()
-        self.dense = 0
+        self.dense = 0.0
         self._running: list[tuple[GateGroups, str]] = []
         self._calls: Counter[tuple[GateGroups, str]] = Counter()
 
@@ -128,9 +130,31 @@ class _Found(TorchFunctionMode):
     def see_attention(self, layer: Any, args: Any, kwargs: Any, _: Any) -> None:
         given = [*args, *(kwargs[name] for name in ("query", "key", "value")[len(args) :])][:3]
         counts = [x.numel() // x.shape[-1] for x in given]
-        self.dense += _projections(layer, (*counts, counts[0]))
+        self.see_projections(layer, counts)
+        if isinstance(layer, GatedUnits | OpenMultiheadAttention):  # the rest is seen where it is called
+            return
+        out = layer.out_proj
+        self.dense += counts[0] * (2 * out.weight.numel() + (0 if out.bias is None else out.bias.numel()))
         examples = 1 if given[0].ndim == 2 else given[0].shape[0 if layer.batch_first else 1]
-        self.dense += 4 * counts[0] * (counts[1] // max(examples, 1)) * layer.embed_dim
+        keys = counts[1] // max(examples, 1) + (layer.bias_k is not None) + layer.add_zero_attn
+        self.dense += 4 * counts[0] * keys * layer.embed_dim
+
+    def see_projections(self, layer: Any, rows: list[int]) -> None:
+        """Those of queries, keys and values, of so many rows each."""
+        if not isinstance(layer, GatedUnits):
+            for n, (weight, bias) in zip(rows, projections(layer), strict=True):
+                self.dense += n * (2 * weight.numel() + (0 if bias is None else bias.numel()))
+            return
+        of = cast(nn.Module, layer)
+        parameters = of._parameters
+        thirds = sum(rows) / 3  # of one parameter for all three, which have as many open heads
+        if parameters.get("in_proj_bias") is not None:
+            self._of[of, "in_proj_bias"] += thirds
+        if parameters.get("in_proj_weight") is not None:
+            self._of[of, "in_proj_weight"] += 2 * thirds
+            return
+        for n, name in zip(rows, ("q", "k", "v"), strict=True):
+            self._of[of, f"{name}_proj_weight"] += 2 * n
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -194,12 +218,3 @@ def _input(model: nn.Module, inputs: Sequence[int] | Tensor) -> Tensor:
     like = next((parameter for parameter in weight_parameters(model) if parameter.is_floating_point()), None)
     options: dict[str, Any] = {} if like is None else {"dtype": like.dtype, "device": like.device}
     return torch.zeros(tuple(inputs), **options)
-
-
-def _projections(attention: nn.MultiheadAttention, rows: tuple[int, int, int, int]) -> int:
-    """FLOPs of the projections of query, key, value and output: of so many rows each."""
-    width = attention.embed_dim
-    sizes = (width, attention.kdim or width, attention.vdim or width, width)
-    bias = attention.in_proj_bias is not None
-    flops = sum(n * width * (2 * size + bias) for n, size in zip(rows[:3], sizes, strict=False))
-    return flops + rows[3] * width * (2 * width + (attention.out_proj.bias is not None))

@@ -7,6 +7,7 @@ types and checks that every backend shares.
 from .._gates import ALIGN, Gates, HardConcrete
 from . import budget as budget
 from . import prox
+from .attention import gated_attention
 from .batch_norm import gated_batch_norm
 from .conv2d import gated_conv2d
 from .convolution import gated_convolution
@@ -33,6 +34,7 @@ __all__ = [
     "conv_expected_params",
     "conv_output_size",
     "eval_gates",
+    "gated_attention",
     "gated_batch_norm",
     "gated_conv2d",
     "gated_convolution",

@@ -461,6 +461,48 @@ def test_closed_heads_go(name, n_open):
         assert l0.nn.eval_flops(net, shapes) == l0.nn.eval_flops(small, shapes)
 
 
+class Cross(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(3, 6), nn.Linear(2, 4)
+        options = {"kdim": 4, "vdim": 4, "add_bias_kv": True, "add_zero_attn": True}
+        self.cross, self.last = nn.MultiheadAttention(6, 2, **options), nn.Linear(6, 2)
+
+    def forward(self, x, other):
+        x, y = self.first(x), torch.relu(self.second(other))
+        return self.last(x + self.cross(x, y, y)[0])
+
+
+@pytest.mark.parametrize("n_open", [0, 1, 2])
+@pytest.mark.parametrize("name", ["attention", "encoder_layer", "cross"])
+def test_closed_heads_of_multihead_attention_go(name, n_open):
+    if name == "cross":
+        net, args = Cross().double(), (torch.randn(5, 2, 3).double(), torch.randn(4, 2, 2).double())
+    else:
+        net, args = unit_nets.NETS[name]()
+    l0.nn.gate_(net, *args)
+    net.eval()
+    for gate in groups_of(net).gates:
+        gate.log_alpha.data.fill_(9.0)
+        if gate.kind == "heads":
+            gate.log_alpha.data[n_open:] = -9.0
+    small = l0.nn.export(net)
+    torch.testing.assert_close(small(*args), net(*args), rtol=1e-12, atol=1e-12)
+    for part, before in zip(small.modules(), l0.nn.ungate_(copy.deepcopy(net)).modules(), strict=True):
+        if isinstance(part, nn.MultiheadAttention):
+            assert part.num_heads == min(n_open, before.num_heads)
+            assert part.out_proj.weight.shape == (part.embed_dim, part.num_heads * part.head_dim)
+            assert (type(part) is nn.MultiheadAttention) == (part.num_heads == before.num_heads)
+    assert l0.nn.eval_l0(net) == sum(p.numel() for p in small.parameters())
+    shapes = args[0] if len(args) == 1 else dict(zip(("x", "other"), args, strict=True))
+    assert l0.nn.eval_flops(net, shapes) == l0.nn.eval_flops(small, shapes)
+    dense = l0.nn.eval_flops(l0.nn.ungate_(copy.deepcopy(net)), shapes)
+    assert (l0.nn.eval_flops(net, shapes) < dense) == (n_open < 2)
+    small.train()(*args).sum().backward()
+    copied = pickle.loads(pickle.dumps(small.eval()))
+    torch.testing.assert_close(copied(*args), small(*args))
+
+
 def test_flops_of_attention():
     net, (x,) = unit_nets.NETS["hand_attention"]()
     l0.nn.gate_(net, x, kinds=["heads"])

@@ -131,7 +131,8 @@ class TestUseBackend:
         monkeypatch.setattr(_registry, "_why_no_cuda", lambda: None)
         for primitive in PRIMITIVES:
             first = primitive in _registry.CUDA_FIRST and primitive not in ("gated_linear", "gated_mlp")
-            assert _registry.resolve(gpu, torch.bfloat16, primitive) == ("cuda" if first else "triton")
+            winner = "cuda" if first else "triton"
+            assert _registry.resolve(gpu, torch.bfloat16, primitive) == winner
             assert _registry.resolve(gpu, torch.float64, primitive) == "reference"
         monkeypatch.setattr(_registry, "_why_no_cuda", lambda: "none here")
         assert {_registry.resolve(gpu, torch.float32, p) for p in PRIMITIVES} == {"triton"}
@@ -350,6 +351,7 @@ class TestTable:
             "gated_mlp": ("mlp_forward", "mlp_backward"),
             "gated_conv2d": ("conv2d_forward", "conv2d_backward"),
             "gated_batch_norm": (),
+            "gated_attention": (),
             "masked_linear": ("masked_weight", "masked_weight_grad"),
             "block_linear": ("block_linear_forward", "block_linear_backward"),
             "pack": (),

@@ -50,6 +50,8 @@ ONLY = {
     "unpack_channels": {"triton"},
     "batch_norm_forward": {"triton"},
     "batch_norm_backward": {"triton"},
+    "attention_forward": {"triton"},
+    "attention_backward": {"triton"},
     "l0_linear_forward": {"cpp", "triton", "cuda"},  # of these, draws_within says where
     "l0_mlp_forward": {"cpp", "triton", "cuda"},
     "l0_mlp_backward": {"cpp", "triton", "cuda"},
@@ -112,6 +114,7 @@ def _eight_bits(name):
         "gated_layer_norm": lambda: l0.gated_layer_norm(x, x.shape[-1]),
         "gated_rms_norm": lambda: l0.gated_rms_norm(x, x.shape[-1]),
         "gated_group_norm": lambda: l0.gated_group_norm(image, 2, gates=gates),
+        "gated_attention": lambda: l0.gated_attention(image, image, image),
         "l2_penalty": lambda: l0.l2_penalty(w),
         "L0Linear": lambda: l0.nn.L0Linear(8, 5)(x),
         "L0MLP": lambda: l0.nn.L0MLP([8, 5])(x),
@@ -131,7 +134,9 @@ def _eight_bits(name):
 )
 @pytest.mark.parametrize("chosen", ["reference", "torch", *(["cpp"] if native is not None else [])])
 def test_eight_bits_are_refused(name, chosen):
-    message = r"^(x|weights?(\[0\])?) must be float32, float64, bfloat16 or float16, got torch.float8_e4m3fn"
+    message = (
+        r"^(x|q|weights?(\[0\])?) must be float32, float64, bfloat16 or float16, got torch.float8_e4m3fn"
+    )
     with l0.use_backend(chosen), pytest.raises(TypeError, match=message):
         _eight_bits(name)()
 

@@ -156,7 +156,8 @@ class TestEveryOperatorEveryArgument:
             if "l0kernels::" in n
         }
         of_a_seed = {"agreed_seed", "copied_seed", "kept_seed"}
-        assert {name for name, _ in operators("cpp")} == names - of_a_seed
+        of_triton = {"gated_attention", "gated_attention_backward"}  # alone: triton/test_attention.py
+        assert {name for name, _ in operators("cpp")} == names - of_a_seed - of_triton
 
     @pytest.mark.parametrize("kind", SAME_VALUES)
     def test_values_count_not_memory(self, backend, kind):

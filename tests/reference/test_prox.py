@@ -319,6 +319,14 @@ def test_top_k(k):
     assert torch.equal(prox.top_k(x, k, step=step).flatten()[keep], x.flatten()[keep])
 
 
+@pytest.mark.parametrize("n", [1, 2, 7, 100])
+def test_kth_largest(n):
+    """As a GPU finds it, from either end; with ties, infinities and zeros."""
+    for size in (torch.rand(n), torch.randint(3, (n,)).double(), torch.full((n,), math.inf), torch.zeros(n)):
+        for k in {1, 2, n // 2, n // 2 + 1, n - 1, n} & {*range(1, n + 1)}:
+            assert prox.kth_largest(size, k) == size.sort(descending=True).values[k - 1]
+
+
 def test_top_k_of_ties_and_nan():
     x = torch.tensor([1.0, -2.0, 1.0, 1.0, math.nan, 2.0])
     assert (

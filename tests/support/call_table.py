@@ -183,6 +183,17 @@ def _units_norm(name, *options, bias=True):
     return _function(make)
 
 
+def _attention(gates_of="q", **options):
+    def make():
+        def call(q, k, v, a):
+            return l0.gated_attention(q, k, v, gates=_gates(a), **options)
+
+        shapes = (2, 4, 5, 8), (2, 2, 7, 8), (2, 2, 7, 8)
+        return [*(_randn(*shape) for shape in shapes), _alpha(4 if gates_of == "q" else 2)], call
+
+    return _function(make)
+
+
 def _bank():
     chain = nn.L0MLP([20, 12, 5])
     bank, x = nn.GateBank(chain), _randn(ROWS, 20).requires_grad_()
@@ -240,6 +251,10 @@ FUNCTIONS = {
         "groups": _conv(["in", "out"], groups=4, dilation=2),
     },
     "packed_conv2d": {"": _function(_packed)},
+    "gated_attention": {
+        "of q": _attention(is_causal=True),
+        "of k": _attention("k", attn_mask=torch.arange(7) < 5, scale=0.3),
+    },
     "gated_batch_norm": {"training": _norm(True), "evaluating": _norm(False)},
     "gated_layer_norm": {"": _units_norm("gated_layer_norm", 8)},
     "gated_rms_norm": {"": _units_norm("gated_rms_norm", 8, bias=False)},

@@ -481,6 +481,32 @@ def packed_channels(d):
     return Case(call, tensors, dtype, masks, frozen, what=what, slack=64 if norm else 8)
 
 
+def gated_attention(d):
+    """Of heads that share keys or do not, with every kind of mask."""
+    dtype, shared, heads_k, B = d.dtype(), d.pick(1, 1, 2, 3), d.pick(1, 2, 3, 5), d.pick(0, 1, 1, 2)
+    heads, L, S, D = shared * heads_k, d.size(70), d.size(70), d.pick(1, 3, 8, 16, 20, 32, 64)
+    z, full = d.z(heads if d.chance(0.5) else heads_k, dtype)
+    make, options = d.gates(full), {"scale": d.pick(None, 0.3)}
+    kind = d.pick("none", "causal", "taken", "added")
+    if kind == "causal":
+        options["is_causal"] = True
+    elif kind != "none":
+        shape = [size if d.chance(0.5) else 1 for size in (B, heads, L, S)][d.pick(0, 0, 2) :]
+        mask = d.values(*shape, dtype=torch.float32)
+        options["attn_mask"] = d.lay(mask > -0.5 if kind == "taken" else mask)
+
+    def call(ns, q, k, v, z):
+        given = dict(options)
+        if kind == "added":
+            given["attn_mask"] = options["attn_mask"].to(q.dtype)
+        return ns.gated_attention(q, k, v, gates=make(z), **given)
+
+    shapes = (B, heads, L, D), (B, heads_k, S, D), (B, heads_k, S, D)
+    tensors = {name: d.operand(*shape, dtype=dtype) for name, shape in zip("qkv", shapes, strict=True)}
+    what = f"{kind} {shared}"
+    return Case(call, {**tensors, "z": z}, dtype, _masks(z=(z, full)), what=what)
+
+
 OPS = {
     op.__name__: op
     for op in (
@@ -496,6 +522,7 @@ OPS = {
         gated_conv2d,
         gated_batch_norm,
         packed_channels,
+        gated_attention,
     )
 }
 
@@ -532,6 +559,7 @@ PRIMITIVES = {
     "gated_conv2d": {"gated_conv2d"},
     "gated_batch_norm": {"gated_batch_norm", "gated_conv2d"},
     "packed_channels": {"gated_batch_norm", "gated_conv2d"},
+    "gated_attention": {"gated_attention"},
 }
 """What a backend must implement to serve the calls."""
 

@@ -625,6 +625,31 @@ def encoder() -> Example:
     )
 
 
+class SeveralAttentions(nn.Module):
+    """Keys and values of other widths, masks, keys that are learned, time in front."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(3, 6), nn.Linear(2, 4)
+        self.cross = nn.MultiheadAttention(6, 2, kdim=4, vdim=4, add_bias_kv=True, add_zero_attn=True)
+        self.alone = nn.MultiheadAttention(6, 3, bias=False)
+        self.last = nn.Linear(6, 2)
+
+    def forward(self, x: Tensor, other: Tensor) -> Tensor:
+        x, y = self.first(x), torch.relu(self.second(other))  # (time, examples, features)
+        padding = torch.arange(len(y)) >= torch.tensor([[len(y)], [len(y) - 1]])
+        x = x + self.cross(x, y, y, key_padding_mask=padding, need_weights=False)[0]
+        later = torch.arange(len(x))[:, None] < torch.arange(len(x))
+        z = self.alone(x, x, x, attn_mask=later, need_weights=False, is_causal=True)[0]
+        each = torch.linspace(-1, 1, 6 * len(x) ** 2, dtype=x.dtype).view(6, len(x), len(x))
+        return self.last(z + self.alone(x[:, :], z, z, attn_mask=each, need_weights=False)[0])
+
+
+@net
+def several_attentions() -> Example:
+    return SeveralAttentions(), (rows(5, 2, 3), rows(4, 2, 2))
+
+
 class HandAttention(nn.Module):
     """Heads by views, as in most transformers; the stream has RMSNorm, the values gates of their own."""
 

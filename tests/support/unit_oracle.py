@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 from torch.utils import _pytree as pytree
@@ -101,6 +102,15 @@ class Oracle:
             if any(v is not None for v in found):
                 module.forward = lambda x, hx=None: run(module, Gated(z_in, z, support), x, hx)
             return
+        if isinstance(module, nn.MultiheadAttention):
+            out = module.out_proj.weight
+            sides = [self.along((names[id(out)], dim), out.shape[dim]) for dim in (0, 1)]
+            reads = [of(f"{name}_proj_weight", 1) for name in ("in", "q", "k", "v")]
+            if any(one is not None for one in (*sides, *reads)):
+                module.forward = lambda q, k, v, **options: attended(
+                    module, (q, k, v), reads, sides, self.masks, **options
+                )
+            return
         spatial = next((d for d in (1, 2, 3) if f"{d}d" in type(module).__name__), 0)  # Conv1D has none
         is_own = type(module).__name__ == "Conv1D"  # of GPT-2
         if isinstance(module, nn.Linear | nn.modules.conv._ConvNd) or is_own:
@@ -171,6 +181,41 @@ def normal(norm: Any, x: Tensor, support: Tensor) -> Tensor:
     bias, dim = getattr(norm, "bias", None), -1 if last else 1
     y = y if norm.weight is None else y * expand(norm.weight, dim, x.ndim)
     return y if bias is None else y + expand(bias, dim, x.ndim)
+
+
+def attended(
+    layer: Any, given: Any, reads: Any, sides: Any, masks: bool, need_weights: bool = True, **options: Any
+) -> Any:
+    """nn.MultiheadAttention by torch's function, z in the weights that read units."""
+
+    def times(weight: Tensor | None, z: Tensor | None) -> Tensor | None:
+        return weight if weight is None or z is None else weight * z
+
+    turned = [x.transpose(0, 1) if layer.batch_first and x.ndim == 3 else x for x in given]
+    outs, heads = sides
+    names = ("in", "q", "k", "v")
+    whole, *parts = (
+        times(getattr(layer, f"{name}_proj_weight"), z) for name, z in zip(names, reads, strict=True)
+    )
+    y, weights = F.multi_head_attention_forward(
+        *turned,
+        layer.embed_dim,
+        layer.num_heads,
+        whole,
+        layer.in_proj_bias,
+        layer.bias_k,
+        layer.bias_v,
+        layer.add_zero_attn,
+        0.0,
+        times(layer.out_proj.weight, heads),
+        layer.out_proj.bias,
+        need_weights=need_weights,
+        use_separate_proj_weight=whole is None,
+        **dict(zip(("q_proj_weight", "k_proj_weight", "v_proj_weight"), parts, strict=True)),
+        **options,
+    )
+    y = y.transpose(0, 1) if layer.batch_first and y.ndim == 3 else y
+    return (y * (outs.detach() != 0) if masks and outs is not None else y), weights
 
 
 class Gated(NamedTuple):

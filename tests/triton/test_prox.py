@@ -63,6 +63,24 @@ def test_several_parts(name, shape):
     assert_prox(PENALTIES[name], torch.randn(shape))
 
 
+@pytest.mark.parametrize("name", ["tl1 group", "lasso", "sparse group rows", "l0 rows"])
+@pytest.mark.parametrize("shape", [(3, 16_384), (2, 16_385), (2, 9_000), (1000, 3), (70, 31), (5, 1)])
+@pytest.mark.parametrize("by_element", [False, True])
+def test_groups_in_a_row(name, shape, by_element):
+    """Long ones are read twice, short ones several at once."""
+    more = {"sparse group rows": prox.SparseGroupLasso(0.1, 0.5), "l0 rows": prox.GroupL0(1.5)}
+    penalty = {**PENALTIES, **more}[name]
+    x = torch.randn(shape) * torch.rand(shape[0], 1).square()
+    assert_prox(penalty, x, torch.rand(shape) + 0.1 if by_element else 1.0)
+
+
+def test_several_rows_are_one_group():
+    x = torch.randn(30, 40)
+    for penalty in (prox.GroupLasso(5.0, run=3), prox.TransformedL1Group(0.9, 1.0, 0.9, run=10)):
+        assert_prox(penalty, x)
+    assert (prox.GroupLasso(5.0, run=3).formula(x, 1.0) != 0).any()
+
+
 @each
 def test_channels_last(name):
     x = torch.randn(6, 5, 3, 3).contiguous(memory_format=torch.channels_last)

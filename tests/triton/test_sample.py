@@ -93,9 +93,10 @@ def assert_expected(log_alphas, dist=DIST):
 
 
 def test_more_chunks_than_one_step_counts(monkeypatch):
-    monkeypatch.setattr(kernels, "_CHUNK", 64)
-    monkeypatch.setattr(kernels, "ONE_PASS", 64)
-    log_alphas = [torch.randn(n) for n in (64 * 66 + 5, 200)]
+    chunk = 128  # the smallest block there is
+    monkeypatch.setattr(kernels, "_CHUNK", chunk)
+    monkeypatch.setattr(kernels, "ONE_PASS", chunk)
+    log_alphas = [torch.randn(n) for n in (chunk * (chunk + 2) + 5, 200)]
     assert_sampled(log_alphas)
     assert_expected(log_alphas)
 

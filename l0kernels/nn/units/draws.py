@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ... import _checks
+from ..._compat import foreach_add_, foreach_copy_
 from ..._gates import Gates, round_up
 
 
@@ -143,6 +144,7 @@ class Draw:
         exact: whether packed data hold the present units alone; otherwise all, the closed ones zero.
         backend: that packs weights, where exact.
         recurrent: recurrent layers of this draw, while the forward that it is of runs; else None.
+        averages: running statistics that the forward moves when it ends; None: each layer moves its own.
         open_all, one_all: whether, where exact, no gate is closed, and whether all are 1.
     """
 
@@ -156,6 +158,7 @@ class Draw:
     ) -> None:
         self.exact, self.backend = exact, backend
         self.recurrent: dict[Any, Any] | None = None
+        self.averages: Averages | None = None
         z = [gate.z for gate in gates]
         self.z = torch.cat([*z, z[0].new_ones(1)]) if joined is None else joined
         self.is_open = self.z.detach() != 0
@@ -166,11 +169,11 @@ class Draw:
         self._parts: dict[torch.dtype, tuple[Tensor, ...]] = {}
         self._static: dict[Space, Gates] = {}
         self._masks: dict[tuple[Space, torch.dtype], Tensor] = {}
+        self._opens: dict[torch.dtype, tuple[Tensor, ...]] = {}
+        self._factors: dict[tuple[Space, Space, int, torch.dtype], Tensor] = {}
         self._exists: Tensor | None = None
+        self._begins = {start: at for at, start in enumerate(accumulate((len(one) for one in z), initial=0))}
         if exact:
-            self._begins = {
-                start: at for at, start in enumerate(accumulate((len(one) for one in z), initial=0))
-            }
             counts = torch.stack([gate.count for gate in gates])[:, 0].tolist()
             self._counts = [
                 (n, _rounded(n, len(one), m)) for n, one, m in zip(counts, z, multiples, strict=True)
@@ -238,7 +241,7 @@ class Draw:
         key = space, torch.float64 if dtype == torch.float64 else torch.float32
         found = self._scales.get(key)
         if found is None:
-            start, at = space.start, self._group(space) if self.exact else None
+            start, at = space.start, self._group(space)
             if at is not None:
                 return self._scales.setdefault(key, self._by_group(key[1])[at])
             with _unwatched():
@@ -255,9 +258,13 @@ class Draw:
         found = self._parts.get(dtype)
         if found is None:
             with _unwatched():
-                found = self.z.to(dtype).split_with_sizes([*(len(gate.z) for gate in self._gates), 1])
+                found = self.z.to(dtype).split_with_sizes(self._sizes())
             self._parts[dtype] = found
         return found
+
+    def _sizes(self) -> list[int]:
+        """Of the vectors in z, and of the 1 behind them."""
+        return [*(len(gate.z) for gate in self._gates), 1]
 
     def side(self, space: Space, dtype: torch.dtype, selects: bool) -> list[Tensor] | None:
         """The gates of one side of a matrix, as pack takes them.
@@ -293,18 +300,83 @@ class Draw:
         key = space, dtype
         found = self._masks.get(key)
         if found is None:
-            labels = space.labels_on(self.z.device)
-            found = self._masks[key] = self.is_open.index_select(0, labels).to(dtype)
+            at, (whole, *parts) = self._group(space), self._open_by_group(dtype)
+            found = whole.index_select(0, space.labels_on(whole.device)) if at is None else parts[at]
+            self._masks[key] = found
+        return found
+
+    def _open_by_group(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """is_open in a dtype, then its part of each vector."""
+        found = self._opens.get(dtype)
+        if found is None:
+            whole = self.is_open.to(dtype)
+            found = self._opens[dtype] = whole, *whole.split_with_sizes(self._sizes())
+        return found
+
+    def factor(self, rows: Space, cols: Space, rows_dim: int, dtype: torch.dtype) -> Tensor:
+        """What a weight of two gated sides is multiplied by: z of what it reads, 0 where a row is closed.
+
+        Args:
+            rows, cols: what it makes, and what it reads.
+            rows_dim: the dimension of the rows; the result is (rows, cols), or where it is 1 (cols, rows).
+        """
+        key = rows, cols, rows_dim, dtype
+        found = self._factors.get(key)
+        if found is None:
+            mask, z = self.mask(rows, dtype), self.scales(cols, dtype).to(dtype)
+            with _unwatched():
+                found = mask * z[:, None] if rows_dim else mask[:, None] * z
+            self._factors[key] = found
         return found
 
     def gates(self, space: Space) -> Gates:
         """The gates of a space's entries, as the gated operations take them."""
         found = self._static.get(space)
         if found is None:
-            with _unwatched():
-                z = self.z.index_select(0, space.labels_on(self.z.device))
-            found = self._static[space] = Gates.from_z(z, full_grad=False)
+            at = self._group(space)
+            if at is not None:
+                found = Gates(self._by_group(self.z.dtype)[at], *self._gates[at][1:3])
+            else:
+                with _unwatched():
+                    z = self.z.index_select(0, space.labels_on(self.z.device))
+                found = Gates.from_z(z, full_grad=False)
+            self._static[space] = found
         return found
+
+
+class Averages:
+    """The running statistics of the batch norms of a forward, which moves them at its end, all in a few
+    operations: those of closed channels stay."""
+
+    def __init__(self) -> None:
+        self._moved: dict[int, tuple[Tensor, Tensor, Tensor, Space]] = {}
+        self._counted: dict[int, tuple[Tensor, int]] = {}
+
+    def copies(self, mean: Tensor, var: Tensor, space: Space) -> tuple[Tensor, ...]:
+        """Of both, for a norm to write the next ones into; the same ones where it runs twice."""
+        if id(mean) not in self._moved:
+            self._moved[id(mean)] = mean, var, torch.cat((mean, var)), space
+        return self._moved[id(mean)][2].split(len(mean))
+
+    def count(self, batches: Tensor) -> None:
+        """Adds 1 to a norm's num_batches_tracked."""
+        _, times = self._counted.get(id(batches), (batches, 0))
+        self._counted[id(batches)] = batches, times + 1
+
+    @torch.no_grad()
+    def settle(self, draw: Draw) -> None:
+        """Moves all of it, where channels are open."""
+        if self._counted:
+            batches, times = zip(*self._counted.values(), strict=True)
+            foreach_add_([*batches], [*times])
+        for dtype in {mean.dtype for mean, *_ in self._moved.values()}:
+            parts = [part for part in self._moved.values() if part[0].dtype == dtype]
+            running = [value for mean, var, *_ in parts for value in (mean, var)]
+            is_open = [draw.mask(space, torch.bool) for *_, space in parts for _ in range(2)]
+            moved = torch.where(
+                torch.cat(is_open), torch.cat([both for _, _, both, _ in parts]), torch.cat(running)
+            )
+            foreach_copy_(running, moved.split_with_sizes([len(value) for value in running]))
 
 
 def _unwatched() -> AbstractContextManager[Any]:

@@ -37,7 +37,7 @@ class Kind(NamedTuple):
     @property
     def is_bypassed(self) -> bool:
         """Whether torch.nn.TransformerEncoderLayer reads the weights of such layers, and calls none."""
-        return self.name in ("linear", "layer_norm", "rms_norm")
+        return self.name in ("linear", "layer_norm", "rms_norm", "attention")
 
     @property
     def is_exact(self) -> bool:
@@ -54,7 +54,9 @@ class Kind(NamedTuple):
 
     def reads(self, parameter: str) -> bool:
         """Whether the columns of a parameter of this name are multiplied by what the layer reads."""
-        return parameter == "weight" if self.is_product else self.is_recurrent and "weight" in parameter
+        if self.is_product:
+            return parameter == "weight"
+        return (self.is_recurrent or self.name == "attention") and "weight" in parameter
 
 
 _BASES: list[tuple[type[nn.Module], Kind]] = [
@@ -82,6 +84,7 @@ _BASES: list[tuple[type[nn.Module], Kind]] = [
     (nn.RNNCell, Kind("recurrent")),
     (nn.GRUCell, Kind("recurrent")),
     (nn.LSTMCell, Kind("recurrent")),
+    (nn.MultiheadAttention, Kind("attention", own=True)),
 ]
 
 

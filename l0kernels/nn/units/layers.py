@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ... import _checks
-from ..._compat import batch_norm
+from ..._compat import batch_norm, foreach_mul
 from ...conv2d import gated_conv2d
 from ...impl import im2col
 from ...impl.batch_norm import Channels, Settings, serves
@@ -37,12 +37,15 @@ class Units(NamedTuple):
         groups: those of the whole model.
         kind: of the layer.
         ins, outs: the units that it reads and makes; None: those are always open. A norm has outs alone.
+        heads, reads: of an attention, for queries, keys and values: the features of its heads; what is read.
     """
 
     groups: GateGroups
     kind: Kind
     ins: Space | None
     outs: Space | None
+    heads: tuple[Space | None, Space | None, Space | None] = (None, None, None)
+    reads: tuple[Space | None, Space | None, Space | None] = (None, None, None)
 
 
 def run(layer: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
@@ -68,6 +71,24 @@ def _along(value: Tensor, dim: int, ndim: int) -> Tensor:
     shape = [1] * ndim
     shape[dim] = -1
     return value.view(shape)
+
+
+def masked(draw: Draw, weight: Tensor, rows: Space | None, cols: Space | None, rows_dim: int = 0) -> Tensor:
+    """A weight times z of what it reads, zero where what it makes is closed: one product with it.
+
+    Args:
+        rows, cols: the units of dimension `rows_dim`, and of the other of the first two; None: always open.
+    """
+    if rows is None and cols is None:
+        return weight
+    if rows is not None and cols is not None:
+        factor = draw.factor(rows, cols, rows_dim, weight.dtype)
+        return weight * factor.view(*factor.shape, *[1] * (weight.ndim - 2))
+    if rows is not None:
+        return weight * _along(draw.mask(rows, weight.dtype), rows_dim, weight.ndim)
+    assert cols is not None
+    z = draw.scales(cols, weight.dtype).to(weight.dtype)
+    return weight * _along(z, 1 - rows_dim, weight.ndim)
 
 
 class _Exact:
@@ -103,7 +124,7 @@ class _Exact:
 
     def sides(self, weight: Tensor) -> tuple[Tensor | None, Sides]:
         """z of the inputs, and how the weight is packed."""
-        draw, (_, kind, ins, outs) = self.draw, self.units
+        draw, (_, kind, ins, outs, *_) = self.draw, self.units
         z = None if ins is None else draw.scales(ins, weight.dtype)
         made = None if outs is None else draw.side(outs, weight.dtype, True)
         read = None if ins is None else draw.side(ins, weight.dtype, False)
@@ -283,7 +304,10 @@ def _step(layer: Any, draw: Draw, outs: Space, compute: Callable[[_BatchNorm], T
                 is_open, lambda mean, var: compute(norm._replace(running=(mean, var), momentum=1.0))
             )
         layer.forget_counts()
-        layer.num_batches_tracked.add_(1)
+        if draw.averages is None:
+            layer.num_batches_tracked.add_(1)
+        else:
+            draw.averages.count(layer.num_batches_tracked)
     return compute(norm)
 
 
@@ -327,7 +351,7 @@ class _Static:
 
     def gates(self) -> dict[str, Any]:
         """As the gated operations take them."""
-        _, _, ins, outs = self.units
+        _, _, ins, outs, *_ = self.units
         return {
             "in_gates": None if ins is None else self.draw.gates(ins),
             "out_support": None if outs is None else self.draw.gates(outs),
@@ -339,23 +363,24 @@ class _Static:
 
     def folded(self, layer: Any) -> tuple[Tensor, Tensor | None]:
         """Weight and bias, z of the inputs and zeros of closed outputs in them: smaller than activations."""
-        weight, bias, (_, kind, ins, outs) = layer.weight, layer.bias, self.units
-        if ins is not None and getattr(layer, "groups", 1) == 1:
-            z = self.draw.scales(ins, weight.dtype).to(weight.dtype)
-            weight = weight * _along(z, kind.cols, weight.ndim)
-        if outs is not None:
-            mask = self.draw.mask(outs, weight.dtype)
-            weight = weight * _along(mask, kind.rows, weight.ndim)
-            bias = None if bias is None else bias * mask
+        weight, bias, (_, kind, ins, outs, *_) = layer.weight, layer.bias, self.units
+        if getattr(layer, "groups", 1) > 1:
+            ins = None
+        weight = masked(self.draw, weight, outs, ins, kind.rows)
+        if outs is not None and bias is not None:
+            bias = bias * self.draw.mask(outs, bias.dtype)
         return weight, bias
 
     def conv(self, layer: Any, x: Tensor) -> Tensor:
         dim = x.ndim - 1 - self.units.kind.spatial
-        # On a GPU torch's dense convolution is faster than what skips.
-        if x.is_cpu and dim == 1 and x.ndim == 4 and layer.groups == 1 and layer.padding_mode == "zeros":
+        if self.skips(x) and dim == 1 and x.ndim == 4 and layer.groups == 1 and layer.padding_mode == "zeros":
             stride, dilation = layer.stride, layer.dilation
             return gated_conv2d(x, layer.weight, layer.bias, stride, layer.padding, dilation, **self.gates())
         return layer._conv_forward(x, *self.folded(layer))
+
+    def skips(self, x: Tensor) -> bool:
+        """Whether convolutions of x leave out what is closed: on a GPU torch's dense ones are faster."""
+        return x.is_cpu
 
     def transposed(self, layer: Any, x: Tensor, output_size: Any = None) -> Tensor:
         spatial = self.units.kind.spatial
@@ -366,19 +391,34 @@ class _Static:
     def batch_norm(self, layer: Any, x: Tensor) -> Tensor:
         layer._check_input_dim(x)
         outs = cast(Space, self.units.outs)
-        return self.mask(_step(layer, self.draw, outs, lambda norm: self.normalised(norm, x, outs)), 1)
+        return _step(layer, self.draw, outs, lambda norm: self.normalised(norm, x, outs))
 
     def normalised(self, norm: _BatchNorm, x: Tensor, outs: Space) -> Tensor:
-        """The norm of all channels."""
-        some = [None if t is None else t.clone() if norm.tracks else t for t in norm.running]
-        y = norm(x, some, *norm.affine)
-        if norm.tracks:
+        """The norm of all channels; weight and bias, rather than activations, make closed ones zero."""
+        some, averages = [*norm.running], self.draw.averages
+        mean, var = some
+        if norm.tracks and averages is not None and mean is not None and var is not None:
+            some = [*averages.copies(mean, var, outs)]
+        elif norm.tracks:
+            some = [None if t is None else t.clone() for t in some]
+        weight, bias = self.masked_affine(norm, outs)
+        y = norm(x, some, weight, bias)
+        if norm.tracks and averages is None:
             is_open = self.draw.mask(outs, torch.bool)
             with torch.no_grad():
                 for whole, new in zip(norm.running, some, strict=True):
                     if whole is not None and new is not None:
                         whole.copy_(torch.where(is_open, new, whole))
-        return y
+        return y if weight is not None else self.mask(y, 1)
+
+    def masked_affine(self, norm: _BatchNorm, outs: Space) -> Running:
+        """Weight and bias, zero where a channel is closed."""
+        weight, bias = norm.affine
+        if weight is not None and bias is not None and weight.dtype == bias.dtype and _checks.readable():
+            weight, bias = foreach_mul([weight, bias], [self.draw.mask(outs, weight.dtype)] * 2)
+            return weight, bias
+        weight, bias = (None if t is None else t * self.draw.mask(outs, t.dtype) for t in norm.affine)
+        return weight, bias
 
     def layer_norm(self, layer: nn.LayerNorm, x: Tensor) -> Tensor:
         gates = self.draw.gates(cast(Space, self.units.outs))

@@ -20,8 +20,8 @@ from ...gates import draw_joined
 from ...penalty import L2Term
 from ..batch_norm import ChannelAverages
 from ..gate import GatedLayer, HardConcreteGate, draw, draws_of, leaves_no_fast_path
-from . import recurrent
-from .draws import Draw, Space, Spaces
+from . import attention, recurrent
+from .draws import Averages, Draw, Space, Spaces
 from .example import Example, example_of
 from .graph import Group, UnitGraph, unit_graph
 from .kinds import kind_of, recurrent_names
@@ -60,6 +60,8 @@ class GateGroups(GatedLayer, nn.Module):
 
     _backwards: Sequence[dict[int, Any]] = ()
     """The backward hooks of the model's modules, as they are at any time."""
+    _captures = False
+    """Whether the recent draws were made within the capture of a CUDA graph."""
 
     def __init__(self, groups: Sequence[Group], block: int, layers: bool = False, **options: Any) -> None:
         super().__init__()
@@ -160,8 +162,11 @@ class GateGroups(GatedLayer, nn.Module):
     def begin(self, model: nn.Module, *_: Any) -> None:
         """The model's forward begins: its layers are to see one draw."""
         stack = self._stack()
+        self._forget_others()
         stack.append(self._draw(model))
         stack[-1].recurrent = {}
+        if not stack[-1].exact and _checks.readable():
+            stack[-1].averages = Averages()
         self._recent.append(stack[-1])
         if (node := stack[-1].z.grad_fn) is not None and _checks.readable():
             cast(Any, node).metadata[NAME] = True
@@ -170,8 +175,20 @@ class GateGroups(GatedLayer, nn.Module):
         """It ends; what it returns is dense."""
         stack = self._stack()
         if stack:
-            stack.pop().recurrent = None
+            draw = stack.pop()
+            averages, draw.recurrent, draw.averages = draw.averages, None, None
+            if averages is not None:
+                averages.settle(draw)
         return plain(out)
+
+    def _forget_others(self) -> None:
+        """At the begin and end of the capture of a CUDA graph: the draws hold the nodes that add to
+        log_alpha.grad, each on the stream of its first forward, which no capture may be made to wait for."""
+        device = self.gates[0].log_alpha.device
+        captures = device.type == "cuda" and _checks.readable() and torch.cuda.is_current_stream_capturing()
+        if captures != self._captures:
+            self._captures = captures
+            self._recent.clear()
 
     def now(self) -> Draw:
         """The draw of the forward that runs; of a checkpoint computed again, that of its forward."""
@@ -195,7 +212,7 @@ class GateGroups(GatedLayer, nn.Module):
         """The draw that the result of a node of autograd's graph, which a backward pass runs, comes from."""
         recent = [*self._recent]
         draws = {draw.z.grad_fn: draw for draw in recent if draw.z.grad_fn is not None}
-        if len(recent) == 1 or node is None:
+        if node is None:
             return recent[-1]
         seen, front = {node}, [node]
         while front:
@@ -205,7 +222,10 @@ class GateGroups(GatedLayer, nn.Module):
             if found is not None:
                 return found
             if any(node.name() in _DRAWS and NAME in node.metadata for node in front):
-                raise RuntimeError(f"a checkpoint must be computed again before {_RECENT} more forwards")
+                raise RuntimeError(
+                    f"a checkpoint must be computed again before {_RECENT} more forwards, and before the "
+                    "capture of a CUDA graph begins or ends"
+                )
             seen.update(front)
         return recent[-1]
 
@@ -234,13 +254,9 @@ class GateGroups(GatedLayer, nn.Module):
         exact = device.type == "cpu" and _checks.readable() and (backend == "reference" or is_exact(backend))
         exact = exact and (model is None or not self._is_seen_by_functions(model))
         held = [gate.drawn if gate.training else None for gate in gates]
-        joins = (
-            self.l0_layers is None
-            and exact
-            and self.block == 1
-            and backend != "reference"
-            and draws_of(gates, held) is not None
-        )
+        joins = self.l0_layers is None and self.block == 1 and _checks.readable()
+        joins = joins and draws_of(gates, held) is not None
+        joins = joins and _registry.resolve(device, gates[0].log_alpha.dtype, "sample") != "reference"
         z = key = None
         if joins:
             of_bank = [one for one in held if one is not None]
@@ -296,7 +312,7 @@ class GateGroups(GatedLayer, nn.Module):
         return iter(())
 
     def __getstate__(self) -> dict[str, Any]:
-        left_out = ("_local", "_backwards", "_recent")
+        left_out = ("_local", "_backwards", "_recent", "_captures")
         return {name: value for name, value in self.__dict__.items() if name not in left_out}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -342,6 +358,14 @@ class GatedRecurrent(GatedUnits):
         return recurrent.run(self, *args, **kwargs)
 
 
+class GatedAttention(GatedUnits):
+    """Mixin of ``torch.nn.MultiheadAttention``."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the class it is of, of open heads."""
+        return attention.run(self, *args, **kwargs)
+
+
 class GatedNorm(GatedUnits, ChannelAverages):
     """Mixin of batch norms."""
 
@@ -361,6 +385,8 @@ def _class_of(cls: type[nn.Module]) -> type[nn.Module]:
         mixin: type[GatedUnits] = GatedUnits
         if issubclass(cls, nn.RNNBase | nn.RNNCellBase):
             mixin = GatedRecurrent
+        elif issubclass(cls, nn.MultiheadAttention):
+            mixin = GatedAttention
         elif issubclass(cls, AnyBatchNorm):
             mixin = GatedNorm
         found = _gated[cls] = type(cls.__name__, (mixin, cls), attributes)
@@ -537,13 +563,15 @@ def _place(model: nn.Module, gates: GateGroups, sizes: dict[tuple[str, int], int
             first, second = recurrent_names(module)[:2]
             units = Units(gates, kind, space(first, 1), space(second, 1))
             recurrent.prepare(module, units)
+        elif kind.name == "attention":
+            units = attention.units_of(gates, kind, module, space)
         elif kind.name == "embedding":
             units = Units(gates, kind, None, space("weight", 1))
         else:
             own = [space(of, 0) for of in ("weight", "bias", "running_mean")]
             outs = next((one for one in own if one is not None), spaces.get((f"{name}.", 0)))
             units = Units(gates, kind, None, outs)
-        if units.ins is None and units.outs is None:
+        if all(one is None for one in (units.ins, units.outs, *units.heads, *units.reads)):
             continue
         placed.append(units)
         module.__dict__["_l0_units"] = units
@@ -560,13 +588,13 @@ def _note_attentions(gates: GateGroups, graph: UnitGraph) -> None:
     for group in gates.groups:
         starts[group.name] = total
         total += group.units
-    for attention in graph.attentions:
+    for product in graph.attentions:
         of = [
             starts[head[0]] + head[1] if head is not None and head[0] in starts else total
-            for head in attention.heads
+            for head in product.heads
         ]
         space = gates.spaces.of(torch.tensor(of)) if any(at != total for at in of) else None
-        gates.attentions.setdefault(attention.module, []).append(space)
+        gates.attentions.setdefault(product.module, []).append(space)
 
 
 def _round(gates: GateGroups, placed: Sequence[Units], total: int) -> None:

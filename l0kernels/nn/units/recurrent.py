@@ -21,7 +21,7 @@ from ... import _checks
 from ...narrow import narrow_weight
 from .draws import Draw, Space, _unwatched
 from .kinds import reads_inputs, recurrent_names
-from .layers import Units, _along, _Exact, _Static
+from .layers import Units, _Exact, _Static, masked
 from .narrow import RULES, plain, refuse_function
 from .narrow_recurrent import rules
 
@@ -174,9 +174,7 @@ class _Zeros(_Side):
         return y
 
     def weight(self, value: Tensor, rows: Space | None, cols: Space | None) -> Tensor:
-        if cols is not None:
-            value = value * self.draw.scales(cols, value.dtype).to(value.dtype)
-        return value if rows is None else value * _along(self.draw.mask(rows, value.dtype), 0, 2)
+        return masked(self.draw, value, rows, cols)
 
     def bias(self, value: Tensor, rows: Space | None) -> Tensor:
         return value if rows is None else value * self.draw.mask(rows, value.dtype)

@@ -13,6 +13,7 @@ from ..._compat import pytree
 from .draws import Space
 from .graph import Group
 from .layers import Units
+from .open_attention import open_attention_
 from .open_norm import open_norm_
 from .place import GatedUnits, GateGroups, groups_of, tensors_of, ungate_
 
@@ -76,9 +77,9 @@ class _Plan:
     def __init__(self, host: nn.Module, gates: GateGroups, multiple_of: int, least: int) -> None:
         self._host, self._gates = host, gates
         linear = {
-            f"{name}.{of}"
+            f"{name}.{of}" if name else of
             for name, m in host.named_modules()
-            if isinstance(m, nn.Linear | nn.Embedding)
+            if isinstance(m, nn.Linear | nn.Embedding | nn.MultiheadAttention)
             for of in m._parameters
         }
         self._layers: list[Any] = [m for m in host.modules() if isinstance(m, GatedUnits)]
@@ -107,7 +108,8 @@ class _Plan:
             wanted = n_open
             if group.name not in self.needed:
                 at_least = least if all(m.name in linear for m in group.members) else 1
-                wanted = min(group.units, max(-(-n_open // multiple_of) * multiple_of, at_least))
+                multiple = 1 if group.kind == "heads" else multiple_of
+                wanted = min(group.units, max(-(-n_open // multiple) * multiple, at_least))
             elif group.name not in mixed:
                 wanted = max(n_open, 1)
             if wanted > n_open:
@@ -173,6 +175,9 @@ class _Plan:
                 open_norm_(layer, cutter.is_open(cast(Space, own.outs)))
         for name, spaces in self._gates.attentions.items():
             _set_heads(copied.get_submodule(name), spaces, cutter.count)
+        for layer, own in units.items():
+            if own.kind.name == "attention":
+                open_attention_(layer)
         return copied
 
 
@@ -292,6 +297,15 @@ def _resize(layer: Any, units: Units, count: Callable[[Space], int]) -> None:
             assert n_out is not None
             layer.groups = groups * n_out // layer.out_channels
         set_sizes(layer, n_in, n_out)
+        return
+    if name == "attention":
+        sizes = [layer.embed_dim if space is None else count(space) for space in units.reads]
+        layer.embed_dim, layer.kdim, layer.vdim = (
+            old if space is None else new
+            for old, new, space in zip(
+                (layer.embed_dim, layer.kdim, layer.vdim), sizes, units.reads, strict=True
+            )
+        )
         return
     if units.kind.is_recurrent:
         layer.input_size = layer.input_size if n_in is None else n_in

@@ -220,16 +220,18 @@ class Trace(TorchFunctionMode):
                 if self._leaf is None and (kind := kind_of(module)) is not None and kind.own:
                     self._leaf, self._busy = module, True
 
-            def leave(module: nn.Module, args: Any, out: Any) -> None:
+            def leave(module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
                 if self._leaf is module:
                     self._leaf = None
-                    if args and isinstance(out, Tensor):
+                    if isinstance(module, nn.MultiheadAttention):
+                        trace_attention.module(self, module, Call(_ATTENTION, args, kwargs, out))
+                    elif args and isinstance(out, Tensor):
                         self._see(_as_function(module, args[0], out))
                     self._busy = False
                 self.stack.pop()
 
             handles.append(module.register_forward_pre_hook(enter, prepend=True))
-            handles.append(module.register_forward_hook(leave, always_call=True))
+            handles.append(module.register_forward_hook(leave, always_call=True, with_kwargs=True))
         profiler = sys.getprofile()
         try:
             sys.setprofile(self.profile)
@@ -239,6 +241,9 @@ class Trace(TorchFunctionMode):
             sys.setprofile(profiler)
             for handle in handles:
                 handle.remove()
+
+
+_ATTENTION = F.multi_head_attention_forward
 
 
 def _as_function(module: nn.Module, x: Tensor, out: Tensor) -> Call:
@@ -347,6 +352,8 @@ def _elementwise(trace: Trace, call: Call) -> None:
         if trace.is_owned(x) and units is not None:
             own = dims[0] - (len(shape) - x.ndim)
             trace.sets.join(units, trace.dim(x, own, "along"), trace.where(call))
+        elif not trace.is_owned(x) and trace_attention.are_alike(x, [dim - len(shape) for dim in dims]):
+            trace.set(x, trace_attention.of_shape(most, x.shape))  # who else meets it has as many units
         else:
             trace.sets.pin(shortened([most])[0], f"{trace.where(call)}, with what has no units")
     if call.func in SUMS and are_two:

@@ -7,13 +7,14 @@ It is found by what meets: a dimension of the labels within a head becomes one w
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import table
-from .labels import shortened, spread, varying
+from .labels import across, along, shortened, spread, varying
 
 if TYPE_CHECKING:
     from .trace import Call, Trace
@@ -31,6 +32,20 @@ def merged(trace: Trace, labels: Tensor, dims: list[int], call: Call) -> Tensor:
         trace.sets.join(first.expand_as(short).flatten(), short.flatten(), trace.where(call))
         short = first
     return short.expand(labels.shape)
+
+
+def are_alike(x: Tensor, dims: Sequence[int]) -> bool:
+    """Whether a tensor, of no parameter, says the same of each entry of these dimensions."""
+    return all(torch.equal(x, x.narrow(dim, 0, 1).expand_as(x)) for dim in dims)
+
+
+def of_shape(labels: Tensor, shape: Sequence[int]) -> Tensor:
+    """Labels for a tensor of `shape` that is broadcast to what has `labels`."""
+    while labels.ndim > len(shape):
+        labels = labels.select(0, 0)
+    for dim, size in enumerate(shape):
+        labels = labels.narrow(dim, 0, min(size, labels.shape[dim]))
+    return labels
 
 
 def attention(trace: Trace, call: Call) -> None:
@@ -51,12 +66,13 @@ def attention(trace: Trace, call: Call) -> None:
         labels = spread(merged(trace, labels, [heads + 2], call)).select(-1, 0).select(-1, 0)
         found.append(labels.repeat_interleave(q.shape[heads] // x.shape[heads], heads))
     if isinstance(mask, Tensor) and mask.ndim > 2 and mask.shape[-3] > 1:
-        of_mask, first_head = trace.labels(mask), mask.narrow(-3, 0, 1)
-        alike = of_mask is None and not trace.is_owned(mask) and torch.equal(mask, first_head.expand_as(mask))
-        if not alike and (of_mask is None or {*varying(of_mask)} != {mask.ndim - 3}):
+        of_mask = trace.labels(mask)
+        if of_mask is None and not trace.is_owned(mask) and are_alike(mask, [-3]):
+            trace.set(mask, of_shape(found[0][..., None, None].expand(out.shape), mask.shape))
+        elif of_mask is None or {*varying(of_mask)} != {mask.ndim - 3}:
             trace.unknown(call)
             return
-        if of_mask is not None:
+        else:
             found.append(of_mask.select(-1, 0).select(-1, 0).expand_as(found[0]))
     for labels in found[1:]:
         first, second = shortened([found[0], labels])
@@ -94,6 +110,50 @@ def batched_product(trace: Trace, call: Call) -> None:
     if {*varying(rows)} - free == {out.ndim - 3}:
         _of_heads(trace, rows.select(-1, 0).select(-1, 0))
     trace.set(out, rows if len(varying(rows)) >= len(varying(cols)) else cols)
+
+
+def module(trace: Trace, layer: nn.MultiheadAttention, call: Call) -> None:
+    """A torch.nn.MultiheadAttention that has run."""
+    given = [call.get(at, name) for at, name in enumerate(("query", "key", "value"))]
+    shape, own = (layer.num_heads, layer.head_dim), layer._parameters
+    masks = [x for x in call.tensors() if all(x is not other for other in given)]
+    if any(trace.labels(x) is not None for x in masks) or not isinstance(call.out, tuple):
+        trace.unknown(call)
+        return
+    weights: list[Any] = [own.get(f"{of}_proj_weight") for of in ("q", "k", "v")]
+    if own.get("in_proj_weight") is not None:
+        weights = [own["in_proj_weight"]] * 3
+    features = [trace.dim(weight, 0, "out").view(-1, *shape) for weight in dict.fromkeys(weights)]
+    for name, dim in (("in_proj_bias", 0), ("bias_k", 2), ("bias_v", 2)):
+        if own.get(name) is not None:
+            features.append(trace.dim(cast(Tensor, own[name]), dim, "along").view(-1, *shape))
+    read = layer.out_proj.weight
+    features.append(trace.dim(read, 1, "in").view(-1, *shape))
+    heads = features[0][0, :, 0]
+    for labels in features:
+        trace.sets.join(
+            heads.expand(labels.movedim(1, 2).shape).flatten(),
+            labels.movedim(1, 2).flatten(),
+            trace.where(call),
+        )
+    for x, weight in zip(given, weights, strict=True):
+        cols = trace.dim(weight, 1, "in")
+        of = trace.labels(x)
+        units = None if of is None else along(of, -1)
+        if units is None:
+            trace.pin(x, trace.where(call))
+            trace.sets.pin(cols, f"{trace.where(call)}, of what has no units")
+        else:
+            trace.sets.join(units, cols, trace.where(call))
+    rows = trace.dim(read, 0, "out")
+    if layer.out_proj.bias is not None:
+        trace.sets.join(rows, trace.dim(layer.out_proj.bias, 0, "along"), trace.where(call))
+    name = trace.stack[-1][0]
+    trace.attentions += [(name, heads)] * 2  # scores, and what they weigh, where one product is not both
+    y, attended = call.out
+    trace.set(y, across(rows, -1, y.shape))
+    if attended is not None:
+        trace.set(attended, None)
 
 
 def _of_heads(trace: Trace, labels: Tensor) -> None:

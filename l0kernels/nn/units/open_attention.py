@@ -1,0 +1,131 @@
+"""torch.nn.MultiheadAttention of fewer heads than its features divided by their size: plain torch."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class Options(NamedTuple):
+    """What ``torch.nn.MultiheadAttention`` takes beside its operands."""
+
+    key_padding_mask: Tensor | None = None
+    need_weights: bool = True
+    attn_mask: Tensor | None = None
+    average_attn_weights: bool = True
+    is_causal: bool = False
+
+
+def attend(layer: Any, q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor | None]:
+    """What follows the projections of queries, keys and values: ``layer.out_proj`` of what heads attend to.
+
+    Args:
+        layer: has num_heads, head_dim, dropout, batch_first, bias_k, bias_v, add_zero_attn and out_proj.
+        q, k, v: (N, L, heads * head_dim), (N, S, ...), (N, S, ...), or as `layer.batch_first` says; without
+            N where there are no examples. Several heads of q in a row may share one of k and v.
+    """
+    batched = q.ndim == 3
+    if not batched:
+        q, k, v = (x.unsqueeze(0) for x in (q, k, v))
+    elif not layer.batch_first:
+        q, k, v = (x.transpose(0, 1) for x in (q, k, v))
+    if layer.bias_k is not None:
+        k, v = (
+            torch.cat((x, extra.expand(len(x), 1, -1)), 1)
+            for x, extra in ((k, layer.bias_k), (v, layer.bias_v))
+        )
+    q, k, v = (x.view(x.shape[0], x.shape[1], -1, layer.head_dim).transpose(1, 2) for x in (q, k, v))
+    if k.shape[1] != q.shape[1]:  # of several queries
+        each = q.shape[1] // max(k.shape[1], 1)
+        k, v = (x[:, :, None].expand(-1, -1, each, -1, -1).flatten(1, 2) for x in (k, v))
+    if layer.add_zero_attn:
+        k, v = (F.pad(x, (0, 0, 0, 1)) for x in (k, v))
+    mask = _mask(layer, q, k, options, batched)
+    dropout = layer.dropout if layer.training else 0.0
+    weights = None
+    if options.need_weights:
+        scores = torch.matmul(q * layer.head_dim**-0.5, k.transpose(-2, -1))
+        scores = scores if mask is None else scores + mask
+        weights = F.dropout(scores.softmax(-1), dropout)
+        y = torch.matmul(weights, v)
+    else:
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+    y = y.transpose(1, 2).flatten(2)
+    if not batched:
+        y, weights = y.squeeze(0), None if weights is None else weights.squeeze(0)
+    elif not layer.batch_first:
+        y = y.transpose(0, 1)
+    if weights is not None and options.average_attn_weights:
+        weights = weights.sum(-3) / max(layer.num_heads, 1)
+    return layer.out_proj(y), weights
+
+
+def _mask(layer: Any, q: Tensor, k: Tensor, options: Options, batched: bool) -> Tensor | None:
+    """(N or 1, heads or 1, L, S) to add to the scores."""
+    mask, padding = options.attn_mask, options.key_padding_mask
+    if options.is_causal and mask is None:
+        raise RuntimeError("attn_mask must be given where is_causal is a hint of what it is, got None")
+    n, heads, length = q.shape[:3]
+    size = k.shape[-2]
+    more = size - layer.add_zero_attn - (layer.bias_k is not None)
+    if mask is not None:
+        shapes = [(length, more), (n * heads, length, more)]
+        if tuple(mask.shape) not in shapes:
+            raise RuntimeError(
+                f"attn_mask must have shape {shapes[0]} or {shapes[1]}, got {tuple(mask.shape)}"
+            )
+        mask = _floats(mask, q)
+        mask = mask[None, None] if mask.ndim == 2 else mask.view(n, heads, length, more)
+    if padding is not None:
+        wanted = (n, more) if batched else (more,)
+        if tuple(padding.shape) != wanted:
+            raise RuntimeError(f"key_padding_mask must have shape {wanted}, got {tuple(padding.shape)}")
+        padding = _floats(padding, q).view(-1, 1, 1, more)
+        mask = padding if mask is None else mask + padding
+    return mask if mask is None or size == more else F.pad(mask, (0, size - more))
+
+
+def _floats(mask: Tensor, like: Tensor) -> Tensor:
+    """-inf where a bool is True, which says: not this one."""
+    if mask.dtype != torch.bool:
+        return mask.to(like.dtype)
+    return torch.zeros(mask.shape, dtype=like.dtype, device=mask.device).masked_fill(mask, -torch.inf)
+
+
+def projections(layer: Any) -> list[tuple[Tensor, Tensor | None]]:
+    """Weight and bias for queries, keys and values."""
+    weights = [layer.q_proj_weight, layer.k_proj_weight, layer.v_proj_weight]
+    if layer.in_proj_weight is not None:
+        weights = layer.in_proj_weight.chunk(3)
+    biases: Any = [None] * 3
+    if layer.in_proj_bias is not None:
+        biases = layer.in_proj_bias.split([len(weight) for weight in weights])
+    return list(zip(weights, biases, strict=True))
+
+
+class OpenMultiheadAttention(nn.MultiheadAttention):
+    """``torch.nn.MultiheadAttention`` with the heads that are open: ``num_heads * head_dim`` may differ from
+    ``embed_dim``. Of attention weights that are averaged it is the mean over these heads."""
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """As torch's."""
+        q, k, v = (
+            F.linear(x, weight, bias)
+            for x, (weight, bias) in zip((query, key, value), projections(self), strict=True)
+        )
+        return attend(self, q, k, v, Options(*args, **kwargs))
+
+
+def open_attention_(layer: Any) -> None:
+    """Has an attention whose parameters have become smaller be one of its heads."""
+    whole = layer.num_heads * layer.head_dim == layer.embed_dim == layer.out_proj.in_features
+    if whole and all(len(weight) == layer.embed_dim for weight, _ in projections(layer)):
+        layer.__class__ = nn.MultiheadAttention
+        return
+    layer.__class__ = OpenMultiheadAttention
+    layer._qkv_same_embed_dim = False  # torch's fast path of an encoder layer asks
