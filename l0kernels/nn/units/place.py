@@ -23,7 +23,7 @@ from ..gate import GatedLayer, HardConcreteGate, draw, draws_of, leaves_no_fast_
 from . import attention, recurrent
 from .draws import Averages, Draw, Space, Spaces
 from .example import Example, example_of
-from .graph import Group, UnitGraph, unit_graph
+from .graph import Group, UnitGraph, nesting, unit_graph
 from .kinds import kind_of, recurrent_names
 from .layers import Units, run
 from .narrow import plain
@@ -54,6 +54,7 @@ class GateGroups(GatedLayer, nn.Module):
         example: what the model was run with, without its values; None where that cannot be made again.
         l0_layers: the gates that close whole groups, None: there are none.
         layered: the number in l0_layers of the gate of each group, None: it has none.
+        nesting: the names of the encoders that make nested tensors without gates.
     """
 
     l0_layers: HardConcreteGate | None
@@ -70,6 +71,7 @@ class GateGroups(GatedLayer, nn.Module):
         self.spaces = Spaces()
         self.places: dict[str, dict[int, Space]] = {}
         self.attentions: dict[str, list[Space | None]] = {}
+        self.nesting: list[str] = []
         self.example: Example | None = None
         self._keys: dict[str, str] = {}
         for group in groups:
@@ -430,6 +432,9 @@ def gate_(
     every time step, and z multiplies h_{t-1} where weight_hh reads it; the layers and directions of a stack
     share their gates.
 
+    A ``torch.nn.TransformerEncoder`` makes no nested tensor of a padded batch: as in training it computes the
+    padding, too.
+
     Layers stay instances of their classes, with their parameters, names, hooks, dtypes and devices;
     state_dict has the gates beside them, under ``l0_units``. :func:`penalty`, :class:`GateBank`,
     :func:`clamp_after_step`, :func:`open_units` and :func:`export` work as with every gated layer.
@@ -578,6 +583,10 @@ def _place(model: nn.Module, gates: GateGroups, sizes: dict[tuple[str, int], int
         module.__class__ = _class_of(type(module))
         if kind.is_bypassed:
             module.register_forward_pre_hook(leaves_no_fast_path)
+    for name, encoder in nesting(model).items():
+        if any(isinstance(part, GatedUnits) for part in encoder.modules()):
+            encoder.use_nested_tensor = False
+            gates.nesting.append(name)
     _round(gates, placed, total)
     model.add_module(NAME, gates)
     gates.hook(model)
@@ -628,6 +637,8 @@ def ungate_(model: nn.Module) -> nn.Module:
                 module.forget_counts()
             module.__class__ = cast(Any, module)._l0_class
             _drop(module._forward_pre_hooks, leaves_no_fast_path)
+    for name in gates.nesting:
+        cast(Any, model.get_submodule(name)).use_nested_tensor = True
     _drop(model._forward_pre_hooks, gates.begin)
     _drop(model._forward_hooks, gates.end)
     for key in [k for k in model._forward_hooks_always_called if k not in model._forward_hooks]:
