@@ -335,7 +335,9 @@ def _group(
     for key, times in signature:
         index = [[at for found, at in places[unit] if found == key] for unit in units]
         members.append(
-            Member(key.name, key.dim, trace.roles[key], torch.tensor(index).view(len(units), times))
+            Member(
+                key.name, key.dim, trace.roles[key], torch.tensor(index, device="cpu").view(len(units), times)
+            )
         )
     makers = [member for member in members if member.role == "out"] or members
     name = makers[0].name.rpartition(".")[0] or makers[0].name

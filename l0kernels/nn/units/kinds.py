@@ -110,14 +110,13 @@ def _computes(module: nn.Module, kind: Kind) -> bool:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             layer = copy.copy(module)
+            like: Any = {"dtype": torch.float64, "device": "cpu"}
             layer._parameters = {
-                name: None if p is None else nn.Parameter(torch.randn(p.shape, dtype=torch.float64), False)
+                name: None if p is None else nn.Parameter(torch.randn(p.shape, **like), False)
                 for name, p in module._parameters.items()
             }
-            x = torch.randn(2, 3, weight.shape[0], dtype=torch.float64)
-            x = (
-                x * torch.tensor([1e-3, 1, 1e3], dtype=x.dtype)[:, None]
-            )  # it may clip, or have its own epsilon
+            sizes = torch.tensor([[1e-3], [1], [1e3]], **like)  # it may clip, or add another epsilon
+            x = torch.randn(2, 3, weight.shape[0], **like) * sizes
             given, bias = cast(Tensor, layer._parameters["weight"]), layer._parameters.get("bias")
             if kind.is_norm:
                 expected = F.rms_norm(x, x.shape[-1:], given, epsilon(module))

@@ -108,9 +108,9 @@ class GateGroups(GatedLayer, nn.Module):
         if found is None:
             parts, start = [], 0
             for group in self.groups:
-                parts.append(start + torch.arange(group.units) // self.block_of(group))
+                parts.append(start + torch.arange(group.units, device="cpu") // self.block_of(group))
                 start += -(-group.units // self.block_of(group))
-            found = self._made["gate_of_unit"] = torch.cat([*parts, torch.tensor([start])])
+            found = self._made["gate_of_unit"] = torch.cat([*parts, torch.tensor([start], device="cpu")])
         return found
 
     def gate_index(self, space: Space, device: torch.device) -> Tensor:
@@ -127,7 +127,7 @@ class GateGroups(GatedLayer, nn.Module):
             of, start, found = self.gate_of_unit()[space.labels], 0, None
             for at, group in enumerate(self.groups):
                 n = -(-group.units // self.block_of(group))
-                found = at if torch.equal(of, torch.arange(start, start + n)) else found
+                found = at if torch.equal(of, torch.arange(start, start + n, device="cpu")) else found
                 start += n
             self._made[key] = found
         return self._made[key]
@@ -534,8 +534,8 @@ def _place(model: nn.Module, gates: GateGroups, sizes: dict[tuple[str, int], int
     for group in gates.groups:
         for member in group.members:
             key = member.name, member.dim
-            found = labels.setdefault(key, torch.full((sizes[key],), total))
-            found[member.index] = (start + torch.arange(group.units))[:, None]
+            found = labels.setdefault(key, torch.full((sizes[key],), total, device="cpu"))
+            found[member.index] = (start + torch.arange(group.units, device="cpu"))[:, None]
         start += group.units
     spaces = {key: gates.spaces.of(found) for key, found in labels.items()}
     placed: list[Units] = []
@@ -602,13 +602,13 @@ def _note_attentions(gates: GateGroups, graph: UnitGraph) -> None:
             starts[head[0]] + head[1] if head is not None and head[0] in starts else total
             for head in product.heads
         ]
-        space = gates.spaces.of(torch.tensor(of)) if any(at != total for at in of) else None
+        space = gates.spaces.of(torch.tensor(of, device="cpu")) if any(at != total for at in of) else None
         gates.attentions.setdefault(product.module, []).append(space)
 
 
 def _round(gates: GateGroups, placed: Sequence[Units], total: int) -> None:
     """Sets the multiples: of what convolutions see, unless the statistics of a norm would see it, too."""
-    convolved, exact = (torch.zeros(total + 1, dtype=torch.bool) for _ in range(2))
+    convolved, exact = (torch.zeros(total + 1, dtype=torch.bool, device="cpu") for _ in range(2))
     for units in placed:
         for space in (units.ins, units.outs):
             if space is not None:

@@ -413,7 +413,7 @@ def _move(trace: Trace, call: Call) -> None:
             labels = across(trace.dim(x, x.ndim - 1, "along"), -1, x.shape)
         if labels is None:  # an index is one of itself
             moves = x.is_floating_point() or id(x) in moved_ones
-            return torch.zeros((), dtype=torch.int64).expand(x.shape) if moves else x
+            return torch.zeros((), dtype=torch.int64, device="cpu").expand(x.shape) if moves else x
         return labels
 
     args, kwargs = pytree.tree_map(label, (call.args, call.kwargs))
