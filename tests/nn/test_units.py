@@ -703,7 +703,7 @@ def test_compile(train):
     args = (unit_nets.image(1),)
     unit_oracle.set_gates(l0.nn.gate_(model, *args), model, "half")
     model.train(train)
-    compiled = torch.compile(copy.deepcopy(model), backend="aot_eager")
+    compiled = torch.compile(copy.deepcopy(model), backend="aot_eager", fullgraph=True)
     unit_oracle.loss_of(model(*args)).backward()
     out = compiled(*args)
     unit_oracle.loss_of(out).backward()

@@ -170,7 +170,7 @@ class GateGroups(GatedLayer, nn.Module):
         if not stack[-1].exact and _checks.readable():
             stack[-1].averages = Averages()
         self._recent.append(stack[-1])
-        if (node := stack[-1].z.grad_fn) is not None and _checks.readable():
+        if _checks.readable() and (node := stack[-1].z.grad_fn) is not None:
             cast(Any, node).metadata[NAME] = True
 
     def end(self, _: nn.Module, __: Any, out: Any) -> Any:
