@@ -124,7 +124,7 @@ class OpenMultiheadAttention(nn.MultiheadAttention):
 def open_attention_(layer: Any) -> None:
     """Has an attention whose parameters have become smaller be one of its heads."""
     whole = layer.num_heads * layer.head_dim == layer.embed_dim == layer.out_proj.in_features
-    if whole and all(len(weight) == layer.embed_dim for weight, _ in projections(layer)):
+    if layer.num_heads and whole and all(len(weight) == layer.embed_dim for weight, _ in projections(layer)):
         layer.__class__ = nn.MultiheadAttention
         return
     layer.__class__ = OpenMultiheadAttention

@@ -11,13 +11,15 @@ from torch import Tensor, nn
 
 from ..._compat import pytree
 from .draws import Space
-from .graph import Group
+from .graph import Group, nesting
 from .layers import Units
-from .open_attention import open_attention_
-from .open_norm import open_norm_
+from .open_attention import OpenMultiheadAttention, open_attention_
+from .open_norm import KINDS, open_norm_
 from .place import GatedUnits, GateGroups, groups_of, tensors_of, ungate_
 
 STATISTICS = ("running_mean", "running_var")
+OPEN: tuple[type[nn.Module], ...] = (OpenMultiheadAttention, *KINDS.values())
+"""Layers that take no nested tensors."""
 
 
 def shrunk(model: nn.Module, multiple_of: int) -> nn.Module:
@@ -178,6 +180,8 @@ class _Plan:
         for layer, own in units.items():
             if own.kind.name == "attention":
                 open_attention_(layer)
+        for encoder in nesting(copied).values():
+            encoder.use_nested_tensor = not any(isinstance(part, OPEN) for part in encoder.modules())
         return copied
 
 
