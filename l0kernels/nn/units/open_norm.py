@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .kinds import epsilon
+
 
 class OpenLayerNorm(nn.LayerNorm):
     """``torch.nn.LayerNorm`` of the features `opened`; the others are 0.
@@ -84,6 +86,10 @@ def open_norm_(norm: Any, is_open: Tensor) -> None:
     if bool(is_open.all()) or not bool(is_open.any()):
         return
     like = next(iter(norm.parameters()), None)
-    norm.__class__ = next(kind for base, kind in KINDS.items() if isinstance(norm, base))
+    kind = next((kind for base, kind in KINDS.items() if isinstance(norm, base)), OpenRMSNorm)
+    if not isinstance(norm, tuple(KINDS)):  # an RMSNorm of somebody's own
+        norm.normalized_shape, norm.eps = tuple(norm.weight.shape), epsilon(norm)
+        norm.elementwise_affine = True
+    norm.__class__ = kind
     opened = is_open.nonzero()[:, 0]
     norm.register_buffer("opened", opened if like is None else opened.to(like.device))

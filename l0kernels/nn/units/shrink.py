@@ -176,7 +176,8 @@ class _Plan:
             _set_heads(copied.get_submodule(name), spaces, cutter.count)
         for layer, own in units.items():
             if own.kind.name == "attention":
-                open_attention_(layer)
+                of_q = own.heads[0]
+                open_attention_(layer, None if of_q is None else cutter.kept(of_q))
         return copied
 
 
@@ -202,6 +203,10 @@ class _Cutter:
     def count(self, space: Space) -> int:
         """How many entries of a space stay."""
         return int(self._kept[space.labels].sum())
+
+    def kept(self, space: Space) -> Tensor:
+        """Which entries of a space stay."""
+        return self._kept[space.labels]
 
     def is_open(self, space: Space) -> Tensor:
         """Which of the entries that stay are."""
