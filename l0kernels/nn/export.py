@@ -595,12 +595,12 @@ class _Units:
 
 def _export_feed_forward(block: L0FeedForward) -> nn.Sequential:
     gate, up, down = block.hidden_gate, block.up, block.down
-    read = write = _open_units((gate,), gate.n)
+    read = write = _open_units((gate,), block.d_hidden)
     if read is not None and up.out_features > block.d_hidden:
         write = torch.cat((read, read + block.d_hidden))
-    return nn.Sequential(
-        _sliced(up, None, write), block.activation_module(), _sliced(down, read, None, gate.eval_gates().z)
-    )
+    z = over_runs(gate.eval_gates().z, block.d_hidden)
+    between = [block.activation_module(), *([nn.Dropout(block.dropout)] if block.dropout else [])]
+    return nn.Sequential(_sliced(up, None, write), *between, _sliced(down, read, None, z))
 
 
 def _open_units(gates: GateModules, n: int) -> Tensor | None:

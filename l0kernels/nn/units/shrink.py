@@ -179,7 +179,8 @@ class _Plan:
             _set_heads(copied.get_submodule(name), spaces, cutter.count)
         for layer, own in units.items():
             if own.kind.name == "attention":
-                open_attention_(layer)
+                of_q = own.heads[0]
+                open_attention_(layer, None if of_q is None else cutter.kept(of_q))
         for encoder in nesting(copied).values():
             encoder.use_nested_tensor = not any(isinstance(part, OPEN) for part in encoder.modules())
         return copied
@@ -207,6 +208,10 @@ class _Cutter:
     def count(self, space: Space) -> int:
         """How many entries of a space stay."""
         return int(self._kept[space.labels].sum())
+
+    def kept(self, space: Space) -> Tensor:
+        """Which entries of a space stay."""
+        return self._kept[space.labels]
 
     def is_open(self, space: Space) -> Tensor:
         """Which of the entries that stay are."""

@@ -363,7 +363,13 @@ def _elementwise(trace: Trace, call: Call) -> None:
         wide = [dim for dim in dims if _size_at(x, dim, len(shape)) > 1]
         if not wide:
             continue
-        if len(wide) < len(dims):  # it does the same to whatever else there is: a rotation to each head
+        within = [dim for dim in dims if dim not in wide]
+        if (
+            within and trace.is_owned(x) and len(wide) == 1 and wide[0] < within[0]
+        ):  # one number for each head
+            most = spread(trace_attention.merged(trace, most, within, call))
+            dims = varying(most)
+        elif within:  # it does the same to whatever else there is: a rotation to each head
             most = spread(trace_attention.merged(trace, most, wide, call))
             dims = varying(most)
             continue
@@ -515,7 +521,12 @@ def _over(trace: Trace, call: Call) -> None:
     labels = trace.labels(x)
     default = 1 if call.name == "normalize" else None
     dim = call.get(2 if call.name == "normalize" else 1, "dim", default)
-    if labels is None or not isinstance(dim, int) or dim % x.ndim in varying(labels):
+    if labels is None or not isinstance(dim, int):
+        trace.unknown(call)
+        return
+    if dim % x.ndim in varying(labels) and len(varying(labels)) > 1:  # of the features of a head
+        labels = spread(trace_attention.merged(trace, labels, [dim % x.ndim], call))
+    if dim % x.ndim in varying(labels):
         trace.unknown(call)
         return
     trace.set(call.results()[0], labels)
