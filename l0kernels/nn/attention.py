@@ -110,7 +110,7 @@ class L0MultiheadAttention(nn.MultiheadAttention):
 
     def _gate(self, **options: Any) -> None:
         group = _group(self)
-        heads = torch.arange(self.num_heads)
+        heads = torch.arange(self.num_heads, device="cpu")
         each = self.num_heads // self.kv_heads
         of = heads % each if self.gates == "slots" else heads // each
         product = Attention("", tuple((group.name, int(at)) for at in of))
@@ -165,13 +165,13 @@ class L0MultiheadAttention(nn.MultiheadAttention):
 def _group(layer: L0MultiheadAttention) -> Group:
     """The heads, and where they lie in the parameters."""
     each, size = layer.num_heads // layer.kv_heads, layer.head_dim
-    features = torch.arange(layer.embed_dim).view(layer.kv_heads, each, size)
+    features = torch.arange(layer.embed_dim, device="cpu").view(layer.kv_heads, each, size)
     if layer.gates == "slots":
         q = features.movedim(1, 0).flatten(1)
         own = [q]
     else:
         q = features.flatten(1)
-        shared = torch.arange(layer.kv_heads * size).view(-1, size)
+        shared = torch.arange(layer.kv_heads * size, device="cpu").view(-1, size)
         own = [q, shared, shared]
     starts = [0, layer.embed_dim, layer.embed_dim + layer.kv_heads * size]
     members, parameters = [], dict(layer.named_parameters())

@@ -130,9 +130,9 @@ class _Terms:
         """(n,) the numbers of a gate vector."""
         start = self._starts.get(gate)
         if start is not None:
-            return torch.arange(start, start + gate.n)
+            return torch.arange(start, start + gate.n, device="cpu")
         if not gate.frozen:
-            return torch.full((gate.n,), self.one)
+            return torch.full((gate.n,), self.one, device="cpu")
         return torch.where(gate.eval_gates().z.cpu() != 0, self.one, self.zero)
 
     def product(self, factors: Tensor) -> Tensor:
@@ -142,7 +142,7 @@ class _Terms:
         ordered = factors.masked_fill(factors == self.one, last).sort(1)[0]
         ordered = ordered[:, (ordered != last).any(0)]  # whose sort puts the ones behind
         if not ordered.shape[1]:
-            found = torch.full((len(factors),), self.one)
+            found = torch.full((len(factors),), self.one, device="cpu")
         else:
             found = ordered[:, 0].masked_fill(ordered[:, 0] == last, self.one)
             several = (ordered[:, 1:] != last).any(1) & ~closed
@@ -152,7 +152,7 @@ class _Terms:
 
     def any(self, factors: Tensor) -> Tensor:
         """(m, k) -> (m,): numbers of what is open where one of k units is."""
-        found = torch.full((len(factors),), self.zero)
+        found = torch.full((len(factors),), self.zero, device="cpu")
         open_ = (factors == self.one).any(1)
         several = (factors != self.zero).any(1) & ~open_
         if several.any():
@@ -170,7 +170,9 @@ class _Terms:
         key = tuple(gates), n, halves
         if key not in self._units:
             columns = [self._column(gate, n, halves) for gate in gates]
-            self._units[key] = torch.stack(columns, 1) if columns else torch.empty(n, 0, dtype=torch.int64)
+            self._units[key] = (
+                torch.stack(columns, 1) if columns else torch.empty(n, 0, dtype=torch.int64, device="cpu")
+            )
         return self._units[key]
 
     def _column(self, gate: HardConcreteGate, n: int, halves: bool) -> Tensor:
@@ -205,23 +207,23 @@ class _Terms:
 
     def made(self) -> CostTerms:
         """What has been added."""
-        linear = torch.zeros(self._width, dtype=torch.float64)
+        linear = torch.zeros(self._width, dtype=torch.float64, device="cpu")
         for units, scales in self._linear:
             linear.index_add_(0, units, scales)
-        empty = torch.empty(0)
+        empty = torch.empty(0, device="cpu")
         sizes = [0, *(len(index) for index, _ in self._sides)]
-        pairs = torch.tensor([*self._pairs], dtype=torch.int64).view(-1, 2)
+        pairs = torch.tensor([*self._pairs], dtype=torch.int64, device="cpu").view(-1, 2)
         return CostTerms(
             self.n,
             tuple(self._atoms),
             self.constant,
             linear,
-            torch.tensor(sizes).cumsum(0),
+            torch.tensor(sizes, device="cpu").cumsum(0),
             torch.cat([empty.long(), *(index for index, _ in self._sides)]),
             torch.cat([empty.double(), *(weight for _, weight in self._sides)]),
             pairs[:, 0].contiguous(),
             pairs[:, 1].contiguous(),
-            torch.tensor([*self._pairs.values()], dtype=torch.float64),
+            torch.tensor([*self._pairs.values()], dtype=torch.float64, device="cpu"),
         )
 
 
@@ -244,8 +246,10 @@ def _add_layer(terms: _Terms, sides: LayerSides, of_weights: float, of_biases: f
         at_out, at_in, of_gates = own
         terms.add(_joint(terms, sides, rows, cols, at_out, at_in, of_gates), of_weights)
     elif groups > 1 and min(per_out, per_in) == 1:
-        at_out = torch.arange(n_out).repeat_interleave(per_in)
-        at_in = torch.arange(n_in).view(groups, 1, per_in).expand(groups, per_out, per_in).flatten()
+        at_out = torch.arange(n_out, device="cpu").repeat_interleave(per_in)
+        at_in = (
+            torch.arange(n_in, device="cpu").view(groups, 1, per_in).expand(groups, per_out, per_in).flatten()
+        )
         terms.add(_joint(terms, sides, rows, cols, at_out, at_in), of_weights * taps)
     else:
         ins = terms.product(cols).view(groups, -1)
@@ -284,9 +288,9 @@ def _is_met(sides: LayerSides, gate: HardConcreteGate, at_out: Tensor, at_in: Te
 
 def _meets(sides: LayerSides, n_in: int, n_out: int, groups: int) -> Tensor:
     """(out, in): where one gate closes both."""
-    outs = torch.arange(n_out).repeat_interleave(n_in)
-    ins = torch.arange(n_in).repeat(n_out)
-    meets = torch.zeros(n_out * n_in, dtype=torch.bool)
+    outs = torch.arange(n_out, device="cpu").repeat_interleave(n_in)
+    ins = torch.arange(n_in, device="cpu").repeat(n_out)
+    meets = torch.zeros(n_out * n_in, dtype=torch.bool, device="cpu")
     for gate in sides.in_gates:
         if gate in sides.out_gates:
             meets |= _is_met(sides, gate, outs, ins)
@@ -304,8 +308,8 @@ def _own(terms: _Terms, layer: Any) -> tuple[Tensor, Tensor, Tensor] | None:
         return outs.flatten(), ins.flatten(), of.flatten()
     of = terms.gate(gate).view(layer.weight.shape).flatten(2)
     first, second, _ = of.shape
-    at_first = torch.arange(first).view(-1, 1, 1).expand(of.shape).flatten()
-    at_second = torch.arange(second).view(-1, 1).expand(of.shape).flatten()
+    at_first = torch.arange(first, device="cpu").view(-1, 1, 1).expand(of.shape).flatten()
+    at_second = torch.arange(second, device="cpu").view(-1, 1).expand(of.shape).flatten()
     group = at_first // (first // layer.groups)
     inner = group * second + at_second
     return (inner, at_first, of.flatten()) if layer.transposed else (at_first, inner, of.flatten())
@@ -354,7 +358,7 @@ def _numbers(terms: _Terms, gates: GateGroups) -> Tensor:
             of if at is None else terms.product(torch.stack((of, layers[at].expand_as(of)), 1))
             for of, at in zip(numbers, gates.layered, strict=True)
         ]
-    return torch.cat([*numbers, torch.tensor([terms.one])])
+    return torch.cat([*numbers, torch.tensor([terms.one], device="cpu")])
 
 
 def _elements(terms: _Terms, numbers: Tensor, labels: list[Tensor]) -> Tensor:

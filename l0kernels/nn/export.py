@@ -241,8 +241,8 @@ def export(
             exported model that has lost channels there fails on a single image.
         multiple_of: of a model that gate_ has gated: each group keeps a multiple of so many units (or all),
             the likeliest of the closed ones as zeros. Groups that a norm is over (layer, RMS, group norms)
-            keep what is open. With `keep`, of any model: each gate vector keeps a multiple of units (or all),
-            all of them open, and the cost is met with these.
+            keep what is open, heads any number. With `keep`, of any model: each gate vector keeps a
+            multiple of units (or all), all of them open, and the cost is met with these.
         keep: the share of the cost that is to be left, as of :class:`Budget`: one number, or one for each
             pattern of names of gates. None: what the evaluation gates leave.
         cost, input_shape: what the share is of, as of :class:`Budget`.

@@ -715,6 +715,23 @@ def test_meta():
     assert model.to("meta")(*(arg.to("meta") for arg in args)).shape == (2, 3)
 
 
+def test_whatever_the_default_device():
+    """Tensors of indices are on the CPU, where the model is or not."""
+    model, plain, graph, args = gated("attention")
+    unit_oracle.set_gates(graph, model, "half")
+    expected, other = model.eval()(*args), copy.deepcopy(plain)
+    torch.set_default_device("meta")
+    try:
+        torch.testing.assert_close(l0.nn.export(model)(*args), expected)
+        l0.nn.gate_(other, *args)
+        other.load_state_dict(model.state_dict())
+        torch.testing.assert_close(other.eval()(*args), expected)
+        other.train()(*args).sum().backward()
+        (l0.nn.penalty(other) + l0.nn.expected_flops(other, args[0])).backward()
+    finally:
+        torch.set_default_device(None)
+
+
 def test_export():
     model, _, graph, args = gated("vgg")
     unit_oracle.set_gates(graph, model, "half")
@@ -730,7 +747,7 @@ def test_compile(train):
     args = (unit_nets.image(1),)
     unit_oracle.set_gates(l0.nn.gate_(model, *args), model, "half")
     model.train(train)
-    compiled = torch.compile(copy.deepcopy(model), backend="aot_eager")
+    compiled = torch.compile(copy.deepcopy(model), backend="aot_eager", fullgraph=True)
     unit_oracle.loss_of(model(*args)).backward()
     out = compiled(*args)
     unit_oracle.loss_of(out).backward()

@@ -49,6 +49,14 @@ def set_gates(graph: l0.nn.UnitGraph, model: nn.Module, pattern: str, seed: int 
 PATTERNS = ["open", "closed", "half", "one group closed", "one unit open", "fractional", "mixed"]
 
 
+def first_changed(change: Any, args: Any, named: Any) -> Any:
+    """The arguments of a call, `change` of the first, which may be given by name."""
+    if args:
+        return (change(args[0]), *args[1:]), named
+    name = next(iter(named))
+    return args, {**named, name: change(named[name])}
+
+
 class Oracle:
     """The plain model under given gates.
 
@@ -119,7 +127,10 @@ class Oracle:
             outs = of("weight", rows)
             dim = -1 - spatial
             if ins is not None:
-                module.register_forward_pre_hook(lambda _, a: (a[0] * expand(ins, dim, a[0].ndim), *a[1:]))
+                module.register_forward_pre_hook(
+                    lambda _, *given: first_changed(lambda x: x * expand(ins, dim, x.ndim), *given),
+                    with_kwargs=True,
+                )
         elif isinstance(module, nn.Embedding):
             outs, dim = of("weight", 1), -1
         else:
@@ -138,7 +149,9 @@ class Oracle:
                     outs = self.along(key, size)
                 if outs is not None and not isinstance(module, nn.modules.instancenorm._InstanceNorm):
                     support = (outs.detach() != 0).double()
-                    module.forward = lambda x: normal(module, x, support)
+                    module.forward = lambda *args, **named: normal(
+                        module, [*args, *named.values()][0], support
+                    )
             elif not isinstance(module, _BatchNorm | nn.PReLU):
                 return
         if outs is None:

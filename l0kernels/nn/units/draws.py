@@ -30,7 +30,9 @@ class Space:
         self.size = len(labels)
         first = int(labels[0]) if len(labels) else 0
         # Where its gates follow each other, z is a slice of all.
-        self.start = first if torch.equal(labels, torch.arange(first, first + self.size)) else None
+        self.start = (
+            first if torch.equal(labels, torch.arange(first, first + self.size, device="cpu")) else None
+        )
         self.tiles: dict[int, Space] = {}  # apart from _made, whose keys dynamo does not know
         self._made: dict[object, Space] = {}
         self._labels: dict[torch.device, Tensor] = {}
@@ -181,7 +183,7 @@ class Draw:
             self.open_all = all(n == len(one) for n, one in zip(counts, z, strict=True))
             # z = 1 has no gradient: what reads such units may as well not know of gates.
             self.one_all = self.open_all and bool((self.z.detach() == 1).all())
-            self._extents = torch.tensor([(n, n) for _, n in self._counts], dtype=torch.int32)
+            self._extents = torch.tensor([(n, n) for _, n in self._counts], dtype=torch.int32, device="cpu")
 
     def present(self, space: Space) -> Present:
         """What of a space exists in packed data."""
@@ -287,13 +289,13 @@ class Draw:
             if present.within is not None:  # what rounds up stands among the others
                 order = torch.cat([present.index.int(), order[present.n :]])
             return [z, order, self._extents[at]]
-        index = torch.zeros(round_up(space.size), dtype=torch.int32)
+        index = torch.zeros(round_up(space.size), dtype=torch.int32, device="cpu")
         if present.index is None:
-            torch.arange(space.size, out=index[: space.size])
+            torch.arange(space.size, out=index[: space.size], device="cpu")
         else:
             index[: present.n] = present.index
             index[present.n : space.size] = (~self.exists[space.labels]).nonzero()[:, 0]
-        return [z, index, torch.full((2,), present.n, dtype=torch.int32)]
+        return [z, index, torch.full((2,), present.n, dtype=torch.int32, device="cpu")]
 
     def mask(self, space: Space, dtype: torch.dtype) -> Tensor:
         """1 where an entry of a space is open, 0 elsewhere, (size,)."""

@@ -33,10 +33,10 @@ class _Like(NamedTuple):
     def make(self, dtype: torch.dtype, device: torch.device) -> Tensor:
         """A tensor like it, floats in `dtype`."""
         if self.dtype.is_floating_point:
-            return torch.randn(self.shape).to(device, dtype)
+            return torch.randn(self.shape, device="cpu").to(device, dtype)
         if self.dtype.is_complex:
-            return torch.randn(self.shape, dtype=self.dtype).to(device)
-        return torch.randint(self.low, self.high + 1, self.shape).to(device, self.dtype)
+            return torch.randn(self.shape, dtype=self.dtype, device="cpu").to(device)
+        return torch.randint(self.low, self.high + 1, self.shape, device="cpu").to(device, self.dtype)
 
 
 class Example(NamedTuple):

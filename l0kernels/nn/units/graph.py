@@ -128,7 +128,7 @@ class UnitGraph:
 
         Args:
             include, exclude: a regular expression for the whole name of a module, or suffixes of names.
-            residual: whether those carried by sums are among them.
+            residual: whether those carried by sums, "width", are among them.
             kinds: of "heads", "units" and "width"; None: all.
 
         Raises:
@@ -148,7 +148,7 @@ class UnitGraph:
             wanted = include is None or any(_named(name, include) for name in names)
             left = exclude is not None and any(_named(name, exclude) for name in names)
             wanted = wanted and (kinds is None or group.kind in kinds)
-            if wanted and not left and (residual or not group.residual):
+            if wanted and not left and (residual or group.kind != "width"):
                 found.append(group)
         return found
 
@@ -210,8 +210,11 @@ def unit_graph(model: nn.Module, *args: Any, inputs: bool = False, **kwargs: Any
     trace = Trace(model)
     modes = {module: module.training for module in model.modules()}
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    encoders = nesting(model)
     try:
         model.eval()
+        for encoder in encoders.values():
+            encoder.use_nested_tensor = False
         if inputs:
             model_inputs(trace, (args, kwargs))
         devices = {p.device.index for p in model.parameters() if p.is_cuda}
@@ -224,6 +227,8 @@ def unit_graph(model: nn.Module, *args: Any, inputs: bool = False, **kwargs: Any
     finally:
         for module, mode in modes.items():
             module.training = mode
+        for encoder in encoders.values():
+            encoder.use_nested_tensor = True
         with torch.no_grad():
             for name, buffer in model.named_buffers():
                 if name in buffers and not torch.equal(buffer, buffers[name]):
@@ -231,6 +236,15 @@ def unit_graph(model: nn.Module, *args: Any, inputs: bool = False, **kwargs: Any
     for value in _tensors_in(out):
         trace.pin(value, "output of the model")
     return _build(model, trace)
+
+
+def nesting(model: nn.Module) -> dict[str, Any]:
+    """Each torch.nn.TransformerEncoder that makes nested tensors of padded batches, by its name."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.TransformerEncoder) and getattr(module, "use_nested_tensor", False)
+    }
 
 
 def _tensors_in(value: Any, depth: int = 3) -> Iterator[Tensor]:
@@ -321,7 +335,9 @@ def _group(
     for key, times in signature:
         index = [[at for found, at in places[unit] if found == key] for unit in units]
         members.append(
-            Member(key.name, key.dim, trace.roles[key], torch.tensor(index).view(len(units), times))
+            Member(
+                key.name, key.dim, trace.roles[key], torch.tensor(index, device="cpu").view(len(units), times)
+            )
         )
     makers = [member for member in members if member.role == "out"] or members
     name = makers[0].name.rpartition(".")[0] or makers[0].name

@@ -102,7 +102,7 @@ def _own_kind(cls: Hashable) -> Kind | None:
 def _computes(module: nn.Module, kind: Kind) -> bool:
     """Whether a forward is that of its kind: it is run, on random numbers."""
     weight = module._parameters.get("weight")
-    if weight is None or weight.ndim != (1 if kind.is_norm else 2):
+    if weight is None or weight.ndim != (1 if kind.is_norm else 2) or module._buffers or module._modules:
         return False
     if kind.is_norm and epsilon(module) is None:
         return False
@@ -110,22 +110,34 @@ def _computes(module: nn.Module, kind: Kind) -> bool:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             layer = copy.copy(module)
+            like: Any = {"dtype": torch.float64, "device": "cpu"}
             layer._parameters = {
-                name: None if p is None else nn.Parameter(torch.randn(p.shape, dtype=torch.float64), False)
+                name: None if p is None else nn.Parameter(torch.randn(p.shape, **like), False)
                 for name, p in module._parameters.items()
             }
-            x = torch.randn(2, 3, weight.shape[0], dtype=torch.float64)
+            sizes = torch.tensor([[1e-3], [1], [1e3]], **like)  # it may clip, or add another epsilon
+            x = torch.randn(2, 3, weight.shape[0], **like) * sizes
             given, bias = cast(Tensor, layer._parameters["weight"]), layer._parameters.get("bias")
             if kind.is_norm:
                 expected = F.rms_norm(x, x.shape[-1:], given, epsilon(module))
             else:
                 expected = F.linear(x, given.T, bias)
-            return torch.allclose(type(module).forward(layer, x), expected, rtol=1e-5, atol=1e-5)
+            found = [type(module).forward(layer.train(mode), x) for mode in (True, False)]
+            return all(torch.allclose(y, expected, rtol=1e-5, atol=1e-5) for y in found)
     except Exception:  # it takes something else
         return False
 
 
-_computed: dict[tuple[type[nn.Module], float | None], bool] = {}
+_computed: dict[Any, bool] = {}
+_EVERY = {*vars(nn.Module())}
+_PLAIN = (bool, int, float, str, torch.Size, torch.dtype, type(None))
+
+
+def _settings(module: nn.Module) -> tuple[Any, ...] | None:
+    """What a forward may go by besides parameters and inputs; None: more than can be compared."""
+    values = [(name, value) for name, value in vars(module).items() if name not in _EVERY]
+    sizes = [(name, None if p is None else p.shape) for name, p in module._parameters.items()]
+    return (*values, *sizes) if all(isinstance(value, _PLAIN) for _, value in values) else None
 
 
 def epsilon(norm: Any) -> float | None:
@@ -142,7 +154,10 @@ def kind_of(module: nn.Module) -> Kind | None:
             isinstance(p, nn.Parameter) for p in module._parameters.values() if p is not None
         ):
             return None
-        key = cls, epsilon(module)
+        settings = _settings(module)
+        if settings is None:
+            return None
+        key = cls, settings
         if key not in _computed:
             _computed[key] = _computes(module, own)
         return own if _computed[key] else None

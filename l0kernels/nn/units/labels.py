@@ -23,7 +23,7 @@ class UnionFind:
         """n new numbers, each a set of its own."""
         start = len(self._parent)
         self._parent.extend(range(start, start + n))
-        return torch.arange(start, start + n)
+        return torch.arange(start, start + n, device="cpu")
 
     def find(self, a: int) -> int:
         """The number that stands for the set of `a`."""
@@ -37,7 +37,7 @@ class UnionFind:
         """`labels` by the numbers that stand for their sets."""
         short = shortened([labels])[0]
         names = [self.find(label) for label in short.flatten().tolist()]
-        return torch.tensor(names, dtype=labels.dtype).view(short.shape).expand(labels.shape)
+        return torch.tensor(names, dtype=labels.dtype, device="cpu").view(short.shape).expand(labels.shape)
 
     def join(self, a: Tensor, b: Tensor, why: str) -> None:
         """Makes one of the sets of each pair; a number beside a 0, which is no unit, is pinned."""

@@ -48,8 +48,11 @@ class Units(NamedTuple):
     reads: tuple[Space | None, Space | None, Space | None] = (None, None, None)
 
 
-def run(layer: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
+def run(layer: Any, *args: Any, **kwargs: Any) -> Any:
     """The forward of a gated layer."""
+    if not args:  # classes name it input, x or hidden_states
+        args = (kwargs.pop(next((name for name, a in kwargs.items() if isinstance(a, Tensor)), ""), None),)
+    x, args = args[0], args[1:]
     units: Units = layer._l0_units
     if type(x) is not Narrow:
         _checks.check_tensor("x" if units.kind.name != "embedding" else "input", x)

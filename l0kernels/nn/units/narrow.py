@@ -553,14 +553,14 @@ def _divided(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     at = (args[2] if len(args) > 2 else kwargs.get("dim", 0)) % x._data.ndim
     if at != dim:
         return tuple(_like(x, part) for part in func(x._data, sizes, at))
-    parts = func(torch.arange(space.size), sizes, 0)
+    parts = func(torch.arange(space.size, device="cpu"), sizes, 0)
     found, index, start = [], draw.present(space).index, 0
     for part in parts:
         stop = start + len(part)
         piece = spaces.part(space, start, stop)
         first, last = start, stop
         if index is not None:
-            first, last = torch.searchsorted(index, torch.tensor([start, stop])).tolist()
+            first, last = torch.searchsorted(index, torch.tensor([start, stop], device="cpu")).tolist()
         data = x._data.narrow(dim, first, last - first)
         mine = draw.present(piece).n
         if mine != last - first or not mine:  # not every function takes what has no channel at all
@@ -636,7 +636,7 @@ def _reduced_to(
     dims = _dims(value, ndim)
     if dim in dims or not dims:
         return None
-    out = func(torch.zeros([2] * ndim), *args, **named)  # of one alone there is no variance
+    out = func(torch.zeros([2] * ndim, device="cpu"), *args, **named)  # of one alone there is no variance
     kept = (out if isinstance(out, Tensor) else out[0]).ndim == ndim
     return dim if kept else dim - sum(d < dim for d in dims)
 

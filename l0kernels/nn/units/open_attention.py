@@ -137,7 +137,7 @@ def open_attention_(layer: Any, kept: Tensor | None) -> None:
         kept: of all features of its queries, (n,) bool, which stay; None: all.
     """
     whole = layer.num_heads * layer.head_dim == layer.embed_dim == layer.out_proj.in_features
-    if whole and all(len(weight) == layer.embed_dim for weight, _ in projections(layer)):
+    if layer.num_heads and whole and all(len(weight) == layer.embed_dim for weight, _ in projections(layer)):
         layer.__class__ = nn.MultiheadAttention
         return
     layer.__class__ = OpenMultiheadAttention

@@ -86,10 +86,10 @@ def open_norm_(norm: Any, is_open: Tensor) -> None:
     if bool(is_open.all()) or not bool(is_open.any()):
         return
     like = next(iter(norm.parameters()), None)
-    kind = next((kind for base, kind in KINDS.items() if isinstance(norm, base)), OpenRMSNorm)
-    if not isinstance(norm, tuple(KINDS)):  # an RMSNorm of somebody's own
-        norm.normalized_shape, norm.eps = tuple(norm.weight.shape), epsilon(norm)
-        norm.elementwise_affine = True
-    norm.__class__ = kind
+    found = next((kind for base, kind in KINDS.items() if isinstance(norm, base)), None)
+    if found is None:  # an RMSNorm of a library's own
+        found, norm.eps = OpenRMSNorm, epsilon(norm)
+        norm.normalized_shape, norm.elementwise_affine = tuple(norm.weight.shape), True
+    norm.__class__ = found
     opened = is_open.nonzero()[:, 0]
     norm.register_buffer("opened", opened if like is None else opened.to(like.device))

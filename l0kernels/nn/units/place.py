@@ -23,7 +23,7 @@ from ..gate import GatedLayer, HardConcreteGate, draw, draws_of, leaves_no_fast_
 from . import attention, recurrent
 from .draws import Averages, Draw, Space, Spaces
 from .example import Example, example_of
-from .graph import Group, UnitGraph, unit_graph
+from .graph import Group, UnitGraph, nesting, unit_graph
 from .kinds import kind_of, recurrent_names
 from .layers import Units, run
 from .narrow import plain
@@ -54,6 +54,7 @@ class GateGroups(GatedLayer, nn.Module):
         example: what the model was run with, without its values; None where that cannot be made again.
         l0_layers: the gates that close whole groups, None: there are none.
         layered: the number in l0_layers of the gate of each group, None: it has none.
+        nesting: the names of the encoders that make nested tensors without gates.
     """
 
     l0_layers: HardConcreteGate | None
@@ -70,6 +71,7 @@ class GateGroups(GatedLayer, nn.Module):
         self.spaces = Spaces()
         self.places: dict[str, dict[int, Space]] = {}
         self.attentions: dict[str, list[Space | None]] = {}
+        self.nesting: list[str] = []
         self.example: Example | None = None
         self._keys: dict[str, str] = {}
         for group in groups:
@@ -106,9 +108,9 @@ class GateGroups(GatedLayer, nn.Module):
         if found is None:
             parts, start = [], 0
             for group in self.groups:
-                parts.append(start + torch.arange(group.units) // self.block_of(group))
+                parts.append(start + torch.arange(group.units, device="cpu") // self.block_of(group))
                 start += -(-group.units // self.block_of(group))
-            found = self._made["gate_of_unit"] = torch.cat([*parts, torch.tensor([start])])
+            found = self._made["gate_of_unit"] = torch.cat([*parts, torch.tensor([start], device="cpu")])
         return found
 
     def gate_index(self, space: Space, device: torch.device) -> Tensor:
@@ -125,7 +127,7 @@ class GateGroups(GatedLayer, nn.Module):
             of, start, found = self.gate_of_unit()[space.labels], 0, None
             for at, group in enumerate(self.groups):
                 n = -(-group.units // self.block_of(group))
-                found = at if torch.equal(of, torch.arange(start, start + n)) else found
+                found = at if torch.equal(of, torch.arange(start, start + n, device="cpu")) else found
                 start += n
             self._made[key] = found
         return self._made[key]
@@ -168,7 +170,7 @@ class GateGroups(GatedLayer, nn.Module):
         if not stack[-1].exact and _checks.readable():
             stack[-1].averages = Averages()
         self._recent.append(stack[-1])
-        if (node := stack[-1].z.grad_fn) is not None and _checks.readable():
+        if _checks.readable() and (node := stack[-1].z.grad_fn) is not None:
             cast(Any, node).metadata[NAME] = True
 
     def end(self, _: nn.Module, __: Any, out: Any) -> Any:
@@ -430,6 +432,9 @@ def gate_(
     every time step, and z multiplies h_{t-1} where weight_hh reads it; the layers and directions of a stack
     share their gates.
 
+    A ``torch.nn.TransformerEncoder`` makes no nested tensor of a padded batch: as in training it computes the
+    padding, too.
+
     Layers stay instances of their classes, with their parameters, names, hooks, dtypes and devices;
     state_dict has the gates beside them, under ``l0_units``. :func:`penalty`, :class:`GateBank`,
     :func:`clamp_after_step`, :func:`open_units` and :func:`export` work as with every gated layer.
@@ -529,8 +534,8 @@ def _place(model: nn.Module, gates: GateGroups, sizes: dict[tuple[str, int], int
     for group in gates.groups:
         for member in group.members:
             key = member.name, member.dim
-            found = labels.setdefault(key, torch.full((sizes[key],), total))
-            found[member.index] = (start + torch.arange(group.units))[:, None]
+            found = labels.setdefault(key, torch.full((sizes[key],), total, device="cpu"))
+            found[member.index] = (start + torch.arange(group.units, device="cpu"))[:, None]
         start += group.units
     spaces = {key: gates.spaces.of(found) for key, found in labels.items()}
     placed: list[Units] = []
@@ -578,6 +583,10 @@ def _place(model: nn.Module, gates: GateGroups, sizes: dict[tuple[str, int], int
         module.__class__ = _class_of(type(module))
         if kind.is_bypassed:
             module.register_forward_pre_hook(leaves_no_fast_path)
+    for name, encoder in nesting(model).items():
+        if any(isinstance(part, GatedUnits) for part in encoder.modules()):
+            encoder.use_nested_tensor = False
+            gates.nesting.append(name)
     _round(gates, placed, total)
     model.add_module(NAME, gates)
     gates.hook(model)
@@ -593,13 +602,13 @@ def _note_attentions(gates: GateGroups, graph: UnitGraph) -> None:
             starts[head[0]] + head[1] if head is not None and head[0] in starts else total
             for head in product.heads
         ]
-        space = gates.spaces.of(torch.tensor(of)) if any(at != total for at in of) else None
+        space = gates.spaces.of(torch.tensor(of, device="cpu")) if any(at != total for at in of) else None
         gates.attentions.setdefault(product.module, []).append(space)
 
 
 def _round(gates: GateGroups, placed: Sequence[Units], total: int) -> None:
     """Sets the multiples: of what convolutions see, unless the statistics of a norm would see it, too."""
-    convolved, exact = (torch.zeros(total + 1, dtype=torch.bool) for _ in range(2))
+    convolved, exact = (torch.zeros(total + 1, dtype=torch.bool, device="cpu") for _ in range(2))
     for units in placed:
         for space in (units.ins, units.outs):
             if space is not None:
@@ -628,6 +637,8 @@ def ungate_(model: nn.Module) -> nn.Module:
                 module.forget_counts()
             module.__class__ = cast(Any, module)._l0_class
             _drop(module._forward_pre_hooks, leaves_no_fast_path)
+    for name in gates.nesting:
+        cast(Any, model.get_submodule(name)).use_nested_tensor = True
     _drop(model._forward_pre_hooks, gates.begin)
     _drop(model._forward_hooks, gates.end)
     for key in [k for k in model._forward_hooks_always_called if k not in model._forward_hooks]:

@@ -11,13 +11,15 @@ from torch import Tensor, nn
 
 from ..._compat import pytree
 from .draws import Space
-from .graph import Group
+from .graph import Group, nesting
 from .layers import Units
-from .open_attention import open_attention_
-from .open_norm import open_norm_
+from .open_attention import OpenMultiheadAttention, open_attention_
+from .open_norm import KINDS, open_norm_
 from .place import GatedUnits, GateGroups, groups_of, tensors_of, ungate_
 
 STATISTICS = ("running_mean", "running_var")
+OPEN: tuple[type[nn.Module], ...] = (OpenMultiheadAttention, *KINDS.values())
+"""Layers that take no nested tensors."""
 
 
 def shrunk(model: nn.Module, multiple_of: int) -> nn.Module:
@@ -108,7 +110,8 @@ class _Plan:
             wanted = n_open
             if group.name not in self.needed:
                 at_least = least if all(m.name in linear for m in group.members) else 1
-                wanted = min(group.units, max(-(-n_open // multiple_of) * multiple_of, at_least))
+                multiple = 1 if group.kind == "heads" else multiple_of
+                wanted = min(group.units, max(-(-n_open // multiple) * multiple, at_least))
             elif group.name not in mixed:
                 wanted = max(n_open, 1)
             if wanted > n_open:
@@ -178,6 +181,8 @@ class _Plan:
             if own.kind.name == "attention":
                 of_q = own.heads[0]
                 open_attention_(layer, None if of_q is None else cutter.kept(of_q))
+        for encoder in nesting(copied).values():
+            encoder.use_nested_tensor = not any(isinstance(part, OPEN) for part in encoder.modules())
         return copied
 
 

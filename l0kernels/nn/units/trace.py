@@ -217,21 +217,27 @@ class Trace(TorchFunctionMode):
 
             def enter(module: nn.Module, _: Any, name: str = name) -> None:
                 self.stack.append((name, module))
-                if self._leaf is None and (kind := kind_of(module)) is not None and kind.own:
+
+            def begin(module: nn.Module, _: Any) -> None:
+                if self._leaf is None:
                     self._leaf, self._busy = module, True
 
-            def leave(module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
+            def end(module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
                 if self._leaf is module:
                     self._leaf = None
-                    if isinstance(module, nn.MultiheadAttention):
-                        trace_attention.module(self, module, Call(_ATTENTION, args, kwargs, out))
-                    elif args and isinstance(out, Tensor):
-                        self._see(_as_function(module, args[0], out))
+                    self._own(module, Call(module.forward, args, kwargs, out))
                     self._busy = False
+
+            def leave(*_: Any) -> None:
                 self.stack.pop()
 
             handles.append(module.register_forward_pre_hook(enter, prepend=True))
-            handles.append(module.register_forward_hook(leave, always_call=True, with_kwargs=True))
+            if (kind := kind_of(module)) is not None and kind.own:  # between these are no hooks of others
+                handles.append(module.register_forward_pre_hook(begin))
+                handles.append(
+                    module.register_forward_hook(end, always_call=True, prepend=True, with_kwargs=True)
+                )
+            handles.append(module.register_forward_hook(leave, always_call=True))
         profiler = sys.getprofile()
         try:
             sys.setprofile(self.profile)
@@ -242,8 +248,21 @@ class Trace(TorchFunctionMode):
             for handle in handles:
                 handle.remove()
 
+    def _own(self, module: nn.Module, call: Call) -> None:
+        """A module with a forward of its own has run."""
+        given = [a for a in (*call.args, *call.kwargs.values()) if a is not None]
+        if isinstance(module, nn.MultiheadAttention):
+            trace_attention.module(self, module, call._replace(func=F.multi_head_attention_forward))
+        elif len(given) == 1 and isinstance(call.out, Tensor):
+            self._see(_as_function(module, given[0], call.out))
+        else:
+            self.unknown_module(module, call)
 
-_ATTENTION = F.multi_head_attention_forward
+    def unknown_module(self, module: nn.Module, call: Call) -> None:
+        """As :meth:`unknown`: its parameters stay whole, too."""
+        self.unknown(call)
+        for parameter in module.parameters():
+            self.pin(parameter, self.where(call))
 
 
 def _as_function(module: nn.Module, x: Tensor, out: Tensor) -> Call:
@@ -358,6 +377,8 @@ def _elementwise(trace: Trace, call: Call) -> None:
         if trace.is_owned(x) and units is not None:
             own = dims[0] - (len(shape) - x.ndim)
             trace.sets.join(units, trace.dim(x, own, "along"), trace.where(call))
+        elif not trace.is_owned(x) and trace_attention.are_alike(x, [dim - len(shape) for dim in dims]):
+            trace.set(x, trace_attention.of_shape(most, x.shape))  # who else meets it has as many units
         else:
             trace.sets.pin(shortened([most])[0], f"{trace.where(call)}, with what has no units")
     if call.func in SUMS and are_two:
@@ -400,7 +421,7 @@ def _move(trace: Trace, call: Call) -> None:
             labels = across(trace.dim(x, x.ndim - 1, "along"), -1, x.shape)
         if labels is None:  # an index is one of itself
             moves = x.is_floating_point() or id(x) in moved_ones
-            return torch.zeros((), dtype=torch.int64).expand(x.shape) if moves else x
+            return torch.zeros((), dtype=torch.int64, device="cpu").expand(x.shape) if moves else x
         return labels
 
     args, kwargs = pytree.tree_map(label, (call.args, call.kwargs))

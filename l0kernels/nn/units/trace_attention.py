@@ -7,6 +7,7 @@ It is found by what meets: a dimension of the labels within a head becomes one w
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -33,12 +34,33 @@ def merged(trace: Trace, labels: Tensor, dims: list[int], call: Call) -> Tensor:
     return short.expand(labels.shape)
 
 
+def are_alike(x: Tensor, dims: Sequence[int]) -> bool:
+    """Whether a tensor, of no parameter, says the same of each entry of these dimensions: one number alone
+    may be a value that each of them has for now."""
+    if not all(torch.equal(x, x.narrow(dim, 0, 1).expand_as(x)) for dim in dims):
+        return False
+    is_spread = all(x.stride(dim) == 0 for dim in dims)
+    return is_spread or not torch.equal(x, x.flatten()[:1].expand(x.numel()).view(x.shape))
+
+
+def of_shape(labels: Tensor, shape: Sequence[int]) -> Tensor:
+    """Labels for a tensor of `shape` that is broadcast to what has `labels`."""
+    while labels.ndim > len(shape):
+        labels = labels.select(0, 0)
+    for dim, size in enumerate(shape):
+        labels = labels.narrow(dim, 0, min(size, labels.shape[dim]))
+    return labels
+
+
 def attention(trace: Trace, call: Call) -> None:
     """torch.nn.functional.scaled_dot_product_attention: (..., H, L, D), (..., H, S, D), (..., H, S, D')."""
     q, k, v = (call.get(at, name) for at, name in enumerate(("query", "key", "value")))
     mask, out = call.get(3, "attn_mask"), call.results()[0]
     heads = q.ndim - 3
     if heads < 0 or any(trace.labels(x) is None or trace.is_owned(x) for x in (q, k, v)):
+        trace.unknown(call)
+        return
+    if k.ndim != q.ndim or v.ndim != q.ndim or out.shape[heads] != q.shape[heads]:  # keys share a query
         trace.unknown(call)
         return
     found = []
@@ -50,19 +72,27 @@ def attention(trace: Trace, call: Call) -> None:
             return
         labels = spread(merged(trace, labels, [heads + 2], call)).select(-1, 0).select(-1, 0)
         found.append(labels.repeat_interleave(q.shape[heads] // x.shape[heads], heads))
-    if isinstance(mask, Tensor) and mask.ndim > 2 and mask.shape[-3] > 1:
-        of_mask, first_head = trace.labels(mask), mask.narrow(-3, 0, 1)
-        alike = of_mask is None and not trace.is_owned(mask) and torch.equal(mask, first_head.expand_as(mask))
-        if not alike and (of_mask is None or {*varying(of_mask)} != {mask.ndim - 3}):
+    of_mask = None if mask is None else trace.labels(mask)
+    if of_mask is not None:
+        if not {*varying(of_mask)} <= {mask.ndim - 3}:
             trace.unknown(call)
             return
-        if of_mask is not None:
-            found.append(of_mask.select(-1, 0).select(-1, 0).expand_as(found[0]))
+        found.append(of_mask.select(-1, 0).select(-1, 0).expand_as(found[0]))
+    elif mask is not None and not _is_for_all(trace, mask):
+        trace.unknown(call)
+        return
     for labels in found[1:]:
         first, second = shortened([found[0], labels])
         trace.sets.join(first.flatten(), second.flatten(), trace.where(call))
     _of_heads(trace, found[0])
     trace.set(out, found[0][..., None, None].expand(out.shape))
+
+
+def _is_for_all(trace: Trace, mask: Tensor) -> bool:
+    """Whether a mask without units is the same for every head, and says so."""
+    if mask.ndim < 3 or mask.shape[-3] == 1:
+        return True
+    return not trace.is_owned(mask) and are_alike(mask, [-3])
 
 
 def batched_product(trace: Trace, call: Call) -> None:
@@ -102,7 +132,7 @@ def module(trace: Trace, layer: nn.MultiheadAttention, call: Call) -> None:
     shape, own = (layer.num_heads, layer.head_dim), layer._parameters
     masks = [x for x in call.tensors() if all(x is not other for other in given)]
     if any(trace.labels(x) is not None for x in masks) or not isinstance(call.out, tuple):
-        trace.unknown(call)
+        trace.unknown_module(layer, call)
         return
     weights: list[Any] = [own.get(f"{of}_proj_weight") for of in ("q", "k", "v")]
     if own.get("in_proj_weight") is not None:
@@ -137,7 +167,8 @@ def module(trace: Trace, layer: nn.MultiheadAttention, call: Call) -> None:
     y, attended = call.out
     trace.set(y, across(rows, -1, y.shape))
     if attended is not None:
-        trace.set(attended, None)
+        by_head = attended.ndim > y.ndim
+        trace.set(attended, across(heads, -3, attended.shape) if by_head else None)
 
 
 def _of_heads(trace: Trace, labels: Tensor) -> None:

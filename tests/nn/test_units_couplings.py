@@ -1,0 +1,286 @@
+"""Forwards that look like what gate_ knows and are not: nothing may be gated that something else reads."""
+
+import copy
+
+import pytest
+import torch
+import unit_oracle
+from torch import nn
+from torch.nn import functional as F
+
+import l0kernels as l0
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+
+
+def rows(*shape):
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+class Attends(nn.Module):
+    """Two heads of four features, `masks` makes four features of each position."""
+
+    def __init__(self, attend):
+        super().__init__()
+        self.attend = attend
+        self.first, self.masks = nn.Linear(3, 8), nn.Linear(3, 4)
+        self.q, self.k, self.v, self.one = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 4)
+        self.whole = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.out, self.of_masks, self.of_values = nn.Linear(8, 2), nn.Linear(4, 2), nn.Linear(8, 2)
+        self.hidden, self.last = nn.Linear(2, 5), nn.Linear(5, 1)
+
+    def forward(self, x):
+        return self.last(F.relu(self.hidden(self.attend(self, self.first(x), x))))
+
+
+def heads(x, n=2):
+    return x.view(*x.shape[:2], n, -1).transpose(1, 2)
+
+
+def joined(y):
+    return y.transpose(1, 2).flatten(2)
+
+
+def one_query(model, x, _):
+    """Several heads of keys and values, one of queries."""
+    v = model.v(x)
+    y = F.scaled_dot_product_attention(heads(model.one(x), 1), heads(model.k(x)), heads(v))
+    return model.out(joined(y)) + model.of_values(v)
+
+
+def units_in_a_mask(model, x, given):
+    """A layer's outputs are the positions of a mask."""
+    mask = model.masks(given)
+    q = heads(model.q(x))
+    y = F.scaled_dot_product_attention(q, q, q, attn_mask=mask[:, None])
+    return model.out(joined(y)) + model.of_masks(mask)
+
+
+def units_in_a_mask_of_one_head(model, x, given):
+    mask, q = model.masks(given), model.q(x)[:, None]
+    y = F.scaled_dot_product_attention(q, q, q, attn_mask=mask[:, None])
+    return model.out(y[:, 0]) + model.of_masks(mask)
+
+
+def units_in_a_mask_of_a_module(model, x, given):
+    """The second time what is known of the first does not hold."""
+    mask = model.masks(given).repeat_interleave(2, 0)
+    y = model.whole(x, x, x, need_weights=False)[0]
+    other = model.whole(x, x, x, need_weights=False, attn_mask=mask)[0]
+    return model.out(model.q(y)) + model.out(other)
+
+
+class Reversed(nn.Module):
+    """Its hooks turn around what an attention reads and makes."""
+
+    def __init__(self, before):
+        super().__init__()
+        self.first, self.out = nn.Linear(3, 8), nn.Linear(8, 2)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        if before:
+            self.attention.register_forward_pre_hook(lambda _, args: tuple(a.flip(-1) for a in args))
+        else:
+            self.attention.register_forward_hook(lambda _, __, out: (out[0].flip(-1), None))
+
+    def forward(self, x):
+        x = self.first(x)
+        return self.out(self.attention(x, x, x, need_weights=False)[0] + x)
+
+
+class RMSNorm(nn.Module):
+    """As libraries have it; `settings` has it be another function."""
+
+    def __init__(self, **settings):
+        super().__init__()
+        self.weight, self.variance_epsilon = nn.Parameter(rows(6)), 1e-6
+        self.offset, self.in_training, self.limit = 0.0, 1.0, None
+        vars(self).update(settings)
+
+    def forward(self, hidden_states, gate=None):
+        x = hidden_states if self.limit is None else hidden_states.clamp(-self.limit, self.limit)
+        x = x if gate is None else x * F.silu(gate)
+        y = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon)
+        return y * (self.weight + self.offset) * (self.in_training if self.training else 1.0)
+
+
+class Scaled(RMSNorm):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("scale", torch.ones(()))
+
+    def forward(self, x):
+        return super().forward(x) * self.scale
+
+
+Scaled.__name__ = "ScaledRMSNorm"
+
+
+class Conv1D(nn.Module):
+    """As GPT-2 has it, but for `scale`."""
+
+    def __init__(self, n_out, n_in, scale=1.0):
+        super().__init__()
+        self.nf, self.nx, self.scale = n_out, n_in, scale
+        self.weight, self.bias = nn.Parameter(rows(n_in, n_out)), nn.Parameter(rows(n_out))
+
+    def forward(self, x):
+        return (x @ self.weight + self.bias) * self.scale
+
+
+class Normed(nn.Module):
+    """`normal`: (norms, a, b) -> what the last layer reads."""
+
+    def __init__(self, normal, *norms):
+        super().__init__()
+        self.a, self.b, self.norms, self.out = (
+            nn.Linear(3, 6),
+            nn.Linear(3, 6),
+            nn.ModuleList(norms),
+            nn.Linear(6, 2),
+        )
+        self.hidden, self.last = nn.Linear(2, 5), nn.Linear(5, 1)
+        self.normal = normal
+
+    def forward(self, x):
+        y = self.out(self.normal(self.norms, self.a(x), self.b(x)))
+        return self.last(F.relu(self.hidden(y)))
+
+
+def in_turn(norms, a, b):
+    for norm in norms:
+        a = norm(a)
+    return a
+
+
+def scaled():
+    norm = Scaled()
+    model = Normed(in_turn, Scaled(), norm)
+    norm.scale.fill_(3.0)
+    return model
+
+
+NETS = {
+    "one query": lambda: Attends(one_query),
+    "units in a mask": lambda: Attends(units_in_a_mask),
+    "units in a mask of one head": lambda: Attends(units_in_a_mask_of_one_head),
+    "units in a mask of a module": lambda: Attends(units_in_a_mask_of_a_module),
+    "hooks before": lambda: Reversed(True),
+    "hooks behind": lambda: Reversed(False),
+    "norms of other settings": lambda: Normed(in_turn, RMSNorm(), RMSNorm(offset=1.0)),
+    "norms of other settings in training": lambda: Normed(in_turn, RMSNorm(), RMSNorm(in_training=2.0)),
+    "norms that clip": lambda: Normed(in_turn, RMSNorm(limit=1.0), RMSNorm(limit=100.0)),
+    "norms with buffers": scaled,
+    "norms with gates": lambda: Normed(lambda norms, a, b: norms[0](a, b), RMSNorm()),
+    "norms with gates by name": lambda: Normed(lambda norms, a, b: norms[0](a, gate=b), RMSNorm()),
+    "norms by name": lambda: Normed(lambda norms, a, b: norms[0](hidden_states=a) + b, RMSNorm()),
+    "layers by name": lambda: Normed(lambda parts, a, b: parts[0](input=a), nn.Linear(6, 6)),
+    "layers of other settings": lambda: Normed(in_turn, Conv1D(6, 6), Conv1D(6, 6, scale=2.0)),
+}
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_never_a_wrong_coupling(name, seeded):
+    model, x = NETS[name]().double(), rows(2, 4, 3)
+    plain = copy.deepcopy(model)
+    graph = l0.nn.gate_(model, x)
+    for train in (True, False):
+        unit_oracle.set_gates(graph, model, "open")
+        model.train(train), plain.train(train)
+        torch.testing.assert_close(model(x), plain(x), rtol=1e-12, atol=1e-12)
+    generator = torch.Generator().manual_seed(1)
+    for one in range(len(graph.groups)):
+        z = [torch.full((g.units,), float(at != one)).double() for at, g in enumerate(graph.groups)]
+        unit_oracle.check_graph(plain, graph, z, (x,), f"{name}, {graph.groups[one].name}")
+    z = [(torch.rand(g.units, generator=generator) < 0.5).double() for g in graph.groups]
+    unit_oracle.check_graph(plain, graph, z, (x,), name)
+    for pattern in ("half", "one unit open", "closed"):
+        unit_oracle.set_gates(graph, model, pattern)
+        torch.testing.assert_close(l0.nn.export(model)(x), model(x))
+
+
+def test_a_trial_is_no_attention():
+    """Whether a layer computes what its name says is found by running it, which is not the model's run."""
+    net = nn.Sequential(Conv1D(5, 3), nn.ReLU(), Conv1D(2, 5)).double()
+    assert l0.nn.unit_graph(net, rows(2, 3)).attentions == ()
+
+
+class Slopes(nn.Module):
+    """A bias of each head that is zero at the first position, for as many heads as the module says."""
+
+    def __init__(self):
+        super().__init__()
+        self.num_heads = 3
+        self.qkv, self.out = nn.Linear(5, 36), nn.Linear(12, 2)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).view(*x.shape[:2], 3, self.num_heads, 4).permute(2, 0, 3, 1, 4)
+        slopes = 2.0 ** -torch.arange(self.num_heads, dtype=q.dtype).view(1, -1, 1, 1)
+        mask = slopes * torch.arange(k.shape[-2])
+        return self.out(joined(F.scaled_dot_product_attention(q, k, v, attn_mask=mask)))
+
+
+def test_a_mask_of_zeros_may_be_of_each_head():
+    graph = l0.nn.unit_graph(Slopes().double(), rows(2, 1, 5))
+    assert graph.groups == ()
+    assert any("scaled_dot_product_attention" in pin.why for pin in graph.pinned)
+
+
+class Weights(nn.Module):
+    """Returns attention weights, of each head or their mean."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.out = nn.Linear(3, 8), nn.Linear(8, 2)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def forward(self, x, average_attn_weights=True):
+        x = self.first(x)
+        y, weights = self.attention(x, x, x, average_attn_weights=average_attn_weights)
+        return self.out(y), weights
+
+
+@pytest.mark.parametrize("average", [True, False])
+def test_weights_that_a_model_returns(average):
+    model, x = Weights().double().eval(), rows(2, 4, 3)
+    graph = l0.nn.gate_(model, x, average_attn_weights=average)
+    assert ("heads" in {group.kind for group in graph.groups}) == average
+    unit_oracle.set_gates(graph, model, "half")
+    exported = l0.nn.export(model)
+    for mine, other in zip(
+        exported(x, average_attn_weights=average), model(x, average_attn_weights=average), strict=True
+    ):
+        torch.testing.assert_close(mine, other)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("padded", [False, True], ids=["whole example", "padded example"])
+def test_padded_batches_of_an_encoder(padded):
+    """In eval() without gradients torch makes a nested tensor of one, which gated layers do not take."""
+    layer = nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0, batch_first=True)
+    model, x = nn.TransformerEncoder(layer, 2).double().eval(), rows(3, 5, 8)
+    padding = torch.arange(5) >= torch.tensor([[5], [3], [1]])
+    graph = l0.nn.gate_(model, x, **({"src_key_padding_mask": padding} if padded else {}))
+    assert "heads" in {group.kind for group in graph.groups}
+    unit_oracle.set_gates(graph, model, "half")
+    expected = model(x, src_key_padding_mask=padding)[~padding]
+    exported = l0.nn.export(model)
+    with torch.no_grad():
+        for one in (model, exported):
+            torch.testing.assert_close(one(x, src_key_padding_mask=padding)[~padding], expected)
+    assert l0.nn.ungate_(model).use_nested_tensor
+
+
+def test_a_norm_of_a_library_over_what_stays():
+    """A size in the forward keeps closed units, as zeros, of which the exported norm knows."""
+
+    class Fixed(Normed):
+        def forward(self, x):
+            return self.out(self.norms[0](self.a(x)).view(-1, 6))
+
+    model, x = Fixed(None, RMSNorm()).double().eval(), rows(2, 4, 3)
+    graph = l0.nn.gate_(model, x)
+    unit_oracle.set_gates(graph, model, "half")
+    exported = l0.nn.export(model)
+    assert exported.norms[0].weight.shape == (6,)
+    torch.testing.assert_close(exported(x), model(x))
+    assert "1e-06" in repr(exported)
