@@ -191,7 +191,9 @@ class _Found(TorchFunctionMode):
             space = spaces[at] if at < len(spaces) else None
             self._calls[running] += 1
         flops = _of_product(func, args, kwargs, out)
-        if space is not None and out.ndim > 2 and out.shape[-3] == space.size:
+        n = out.shape[-3] if out.ndim > 2 else 0
+        several = out.ndim == 3 and space is not None and n % space.size == 0  # examples by heads
+        if space is not None and n and (n == space.size or several):
             self._heads[running[0], space] += flops // space.size
         else:
             self.dense += flops

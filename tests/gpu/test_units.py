@@ -32,7 +32,37 @@ def gru():
     return unit_nets.GRU(), torch.randint(7, (16, 6))
 
 
-NETS = {"resnet": resnet, "mobilenet": mobilenet, "gru": gru}
+class Tokens(torch.nn.Module):
+    """Layers of a transformer, x (batch, tokens, 3) -> (batch, 2)."""
+
+    def __init__(self, width, *layers):
+        super().__init__()
+        self.embed, self.head = torch.nn.Linear(3, width), torch.nn.Linear(width, 2)
+        self.layers = torch.nn.Sequential(*layers)
+
+    def forward(self, x):
+        return self.head(self.layers(self.embed(x)).mean(1))
+
+
+def encoder():
+    layer = torch.nn.TransformerEncoderLayer(16, 4, 24, dropout=0.0, batch_first=True, norm_first=True)
+    return Tokens(16, torch.nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)), torch.randn(
+        16, 6, 3
+    )
+
+
+def heads_by_hand():
+    attentions = unit_nets.HandAttention(16, 4), unit_nets.SwiGLU(16, 24), unit_nets.TimmAttention(16, 4, 4)
+    return Tokens(16, *attentions), torch.randn(16, 6, 3)
+
+
+NETS = {
+    "resnet": resnet,
+    "mobilenet": mobilenet,
+    "gru": gru,
+    "encoder": encoder,
+    "heads by hand": heads_by_hand,
+}
 
 
 @pytest.fixture(params=NETS)

@@ -507,6 +507,42 @@ def test_closed_heads_of_multihead_attention_go(name, n_open):
     torch.testing.assert_close(copied(*args), small(*args))
 
 
+class ByBmm(nn.Module):
+    """Examples and heads in one dimension, as in fairseq."""
+
+    def __init__(self):
+        super().__init__()
+        self.num_heads, self.head_dim = 4, 2
+        self.first, self.qkv = nn.Linear(3, 8), nn.Linear(8, 24)
+        self.out, self.last = nn.Linear(8, 8), nn.Linear(8, 2)
+
+    def forward(self, x):
+        x, (n, length) = self.first(x), x.shape[:2]
+        q, k, v = (
+            t.reshape(n, length, self.num_heads, self.head_dim).transpose(1, 2).flatten(0, 1)
+            for t in self.qkv(x).chunk(3, -1)
+        )
+        y = torch.bmm(torch.bmm(q, k.transpose(1, 2)).softmax(-1), v)
+        y = y.view(n, self.num_heads, length, self.head_dim).transpose(1, 2).flatten(2)
+        return self.last(x + self.out(y))
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+@pytest.mark.parametrize("n_open", [1, 2, 4])
+def test_heads_beside_examples_go(n, n_open):
+    model, x = ByBmm().double(), torch.randn(n, 5, 3, dtype=torch.float64)
+    graph = l0.nn.gate_(model, x, kinds=["heads"])
+    assert [group.units for group in graph.groups] == [4]
+    (gate,) = groups_of(model).gates
+    gate.log_alpha.data.copy_(torch.where(torch.arange(4) < n_open, 9.0, -9.0))
+    small = l0.nn.export(model.eval())
+    assert (small.num_heads, small.out.in_features) == (n_open, 2 * n_open)
+    for other in (1, 2, 5):
+        x = torch.randn(other, 7, 3, dtype=torch.float64)
+        assert_same(small(x), model(x))
+        assert l0.nn.eval_flops(model, x) == l0.nn.eval_flops(small, x)
+
+
 class MaskByHead(nn.Module):
     def __init__(self):
         super().__init__()

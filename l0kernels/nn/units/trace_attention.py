@@ -122,7 +122,8 @@ def batched_product(trace: Trace, call: Call) -> None:
     first, second = shortened([rows, cols])
     trace.sets.join(first.flatten(), second.flatten(), trace.where(call))
     if {*varying(rows)} - free == {out.ndim - 3}:
-        _of_heads(trace, rows.select(-1, 0).select(-1, 0))
+        heads = rows.select(-1, 0).select(-1, 0)
+        _of_heads(trace, _of_one_example(trace, heads) if out.ndim == 3 else heads)
     trace.set(out, rows if len(varying(rows)) >= len(varying(cols)) else cols)
 
 
@@ -169,6 +170,15 @@ def module(trace: Trace, layer: nn.MultiheadAttention, call: Call) -> None:
     if attended is not None:
         by_head = attended.ndim > y.ndim
         trace.set(attended, across(heads, -3, attended.shape) if by_head else None)
+
+
+def _of_one_example(trace: Trace, heads: Tensor) -> Tensor:
+    """Those that come again and again, once: torch.bmm has examples and heads in one dimension."""
+    named = trace.sets.named(heads)
+    n = next(
+        n for n in range(1, len(named) + 1) if len(named) % n == 0 and named.view(-1, n).eq(named[:n]).all()
+    )
+    return heads[:n]
 
 
 def _of_heads(trace: Trace, labels: Tensor) -> None:
