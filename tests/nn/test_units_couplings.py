@@ -284,3 +284,30 @@ def test_a_norm_of_a_library_over_what_stays():
     assert exported.norms[0].weight.shape == (6,)
     torch.testing.assert_close(exported(x), model(x))
     assert "1e-06" in repr(exported)
+
+
+class ScaledByHeads(nn.Module):
+    """Its scale is of the number of its heads, which an export changes, and its weights are small."""
+
+    def __init__(self):
+        super().__init__()
+        self.num_heads, self.width = 4, 48
+        self.first, self.norm = nn.Linear(5, 48), nn.LayerNorm(48)
+        self.qkv, self.back, self.out = nn.Linear(48, 144), nn.Linear(48, 48), nn.Linear(48, 2)
+        for layer in (self.qkv, self.back):
+            nn.init.normal_(layer.weight, 0, 0.02)
+
+    def forward(self, x):
+        x = self.first(x)
+        y = self.qkv(self.norm(x)).view(*x.shape[:2], 3, self.num_heads, -1)
+        q, k, v = y.permute(2, 0, 3, 1, 4)
+        scores = q @ k.transpose(-1, -2) * (self.width // self.num_heads) ** -0.5
+        return self.out(x + self.back(joined(scores.softmax(-1) @ v)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_scale_of_the_number_of_heads(dtype, seeded):
+    model, x = ScaledByHeads().to(dtype).eval(), torch.randn(2, 7, 5, dtype=dtype)
+    graph = l0.nn.gate_(model, x, kinds=["heads"])
+    unit_oracle.set_gates(graph, model, "half")
+    torch.testing.assert_close(l0.nn.export(model)(x), model(x), rtol=2e-6, atol=2e-6)

@@ -51,7 +51,7 @@ def _shrunk(host: nn.Module, multiple_of: int) -> nn.Module:
         if found is None:
             return out
     # Some of them meet a size that stands in a forward: those stay whole, with zeros.
-    out, wrong = check.of(plan.cut([]))
+    out, wrong = check.of(plan.cut([]), loosely=True)
     if wrong is not None:
         raise ValueError(
             f"model must compute the same with its closed units zero, got another result: {wrong}"
@@ -360,11 +360,11 @@ class _Check:
             self._wanted = None
             return
 
-    def of(self, model: nn.Module) -> tuple[nn.Module, _Fault | None]:
-        """The model, and what is wrong with it."""
-        return model, self._fault(model)
+    def of(self, model: nn.Module, loosely: bool = False) -> tuple[nn.Module, _Fault | None]:
+        """The model, and what is wrong with it; `loosely`: only what is plainly so."""
+        return model, self._fault(model, LOOSE if loosely or self._devices else STRICT)
 
-    def _fault(self, model: nn.Module) -> _Fault | None:
+    def _fault(self, model: nn.Module, tolerance: float) -> _Fault | None:
         if self._wanted is None:
             return None
         stack: list[str] = []
@@ -389,14 +389,14 @@ class _Check:
                 handle.remove()
         if [_shape(a) for a in out] != [_shape(b) for b in self._wanted]:
             return _Fault("", "outputs of another shape")
-        if _differ(out, self._wanted) and not self._is_random():
+        if _differ(out, self._wanted, tolerance) and not self._is_random():
             return _Fault("", "other outputs")
         return None
 
     def _is_random(self) -> bool:
         """Whether the gated model itself gives other outputs each time."""
         assert self._wanted is not None
-        return _differ(self._wanted, self._run(self._host, seed=2))
+        return _differ(self._wanted, self._run(self._host, seed=2), LOOSE)
 
     def _run(self, model: nn.Module, seed: int = 1) -> list[Any]:
         args, kwargs = pytree.tree_map_only(Tensor, Tensor.clone, self._inputs)
@@ -420,16 +420,21 @@ def _shape(x: Tensor) -> tuple[Any, ...]:
     return tuple(x.shape), x.dtype
 
 
-def _differ(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> bool:
+STRICT, LOOSE = 2e-5, 1e-3
+"""How much of the largest output another one may differ. A scale that a forward takes from the number of its
+heads changes little while weights are small; a GPU rounds products to 10 bits."""
+
+
+def _differ(ours: Sequence[Tensor], theirs: Sequence[Tensor], tolerance: float) -> bool:
     """Whether outputs differ by more than rounding makes of them; those of ints may, at ties."""
     for a, b in zip(ours, theirs, strict=True):
         if not a.is_floating_point() or not a.numel():
             continue
-        tolerance = 1e-3 if a.dtype in (torch.float32, torch.float64) else 5e-2
+        near = tolerance if a.dtype in (torch.float32, torch.float64) else 5e-2
         a, b = a.double(), b.double()
         if not torch.equal(a.isfinite(), b.isfinite()):
             return True
         a, b = (torch.where(x.isfinite(), x, 0) for x in (a, b))
-        if (a - b).abs().max() > tolerance * b.abs().max() + 1e-12:
+        if (a - b).abs().max() > near * b.abs().max() + 1e-12:
             return True
     return False
