@@ -229,3 +229,14 @@ def test_within_other_layers():
 def test_bad_arguments(options, words):
     with pytest.raises(ValueError, match=words):
         l0.nn.L0MultiheadAttention(8, **{"num_heads": 4, **options})
+
+
+@pytest.mark.parametrize("shape", [(0, 4, 8), (2, 0, 8)], ids=["no examples", "no positions"])
+@pytest.mark.parametrize("need_weights", [False, True])
+def test_empty(shape, need_weights, form):
+    layer = l0.nn.L0MultiheadAttention(8, 2, batch_first=True).double()
+    x = torch.zeros(shape, dtype=torch.float64, requires_grad=True)
+    y, weights = layer(x, x, x, need_weights=need_weights)
+    y.sum().backward()
+    assert y.shape == shape
+    assert (weights is not None) == need_weights

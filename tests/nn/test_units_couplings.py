@@ -70,6 +70,28 @@ def units_in_a_mask_of_a_module(model, x, given):
     return model.out(model.q(y)) + model.out(other)
 
 
+def weights_read_elsewhere(model, x, _):
+    y = model.whole(x, key=x, value=x, need_weights=False)[0]
+    return model.out(y + F.linear(x, model.whole.in_proj_weight[:8]))
+
+
+class Parametrized(nn.Module):
+    """The weights of an attention are of other parameters."""
+
+    def __init__(self, name):
+        super().__init__()
+        self.first, self.out = nn.Linear(3, 8), nn.Linear(8, 2)
+        self.hidden, self.last = nn.Linear(2, 5), nn.Linear(5, 1)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        part = self.attention.out_proj if name == "weight" else self.attention
+        nn.utils.parametrizations.weight_norm(part, name)
+
+    def forward(self, x):
+        x = self.first(x)
+        y = self.out(self.attention(x, x, x, need_weights=False)[0])
+        return self.last(F.relu(self.hidden(y)))
+
+
 class Reversed(nn.Module):
     """Its hooks turn around what an attention reads and makes."""
 
@@ -164,6 +186,9 @@ NETS = {
     "units in a mask": lambda: Attends(units_in_a_mask),
     "units in a mask of one head": lambda: Attends(units_in_a_mask_of_one_head),
     "units in a mask of a module": lambda: Attends(units_in_a_mask_of_a_module),
+    "weights read elsewhere": lambda: Attends(weights_read_elsewhere),
+    "parametrized queries": lambda: Parametrized("in_proj_weight"),
+    "parametrized output": lambda: Parametrized("weight"),
     "hooks before": lambda: Reversed(True),
     "hooks behind": lambda: Reversed(False),
     "norms of other settings": lambda: Normed(in_turn, RMSNorm(), RMSNorm(offset=1.0)),

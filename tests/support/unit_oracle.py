@@ -112,11 +112,11 @@ class Oracle:
             return
         if isinstance(module, nn.MultiheadAttention):
             out = module.out_proj.weight
-            sides = [self.along((names[id(out)], dim), out.shape[dim]) for dim in (0, 1)]
+            sides = [self.along((names.get(id(out), ""), dim), out.shape[dim]) for dim in (0, 1)]
             reads = [of(f"{name}_proj_weight", 1) for name in ("in", "q", "k", "v")]
             if any(one is not None for one in (*sides, *reads)):
-                module.forward = lambda q, k, v, **options: attended(
-                    module, (q, k, v), reads, sides, self.masks, **options
+                module.forward = lambda query, key, value, **options: attended(
+                    module, (query, key, value), reads, sides, self.masks, **options
                 )
             return
         spatial = next((d for d in (1, 2, 3) if f"{d}d" in type(module).__name__), 0)  # Conv1D has none

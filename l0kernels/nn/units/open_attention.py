@@ -37,7 +37,8 @@ def attend(layer: Any, q: Tensor, k: Tensor, v: Tensor, options: Options) -> tup
             torch.cat((x, extra.expand(len(x), 1, -1)), 1)
             for x, extra in ((k, layer.bias_k), (v, layer.bias_v))
         )
-    q, k, v = (x.view(x.shape[0], x.shape[1], -1, layer.head_dim).transpose(1, 2) for x in (q, k, v))
+    size = layer.head_dim
+    q, k, v = (x.view(*x.shape[:2], x.shape[-1] // size, size).transpose(1, 2) for x in (q, k, v))
     if k.shape[1] != q.shape[1]:  # of several queries
         each = q.shape[1] // max(k.shape[1], 1)
         k, v = (x[:, :, None].expand(-1, -1, each, -1, -1).flatten(1, 2) for x in (k, v))

@@ -347,13 +347,12 @@ class _Check:
         self._host = host
         self._wanted: list[Any] | None = None
         like = next((p for p in host.parameters() if p.is_floating_point()), None)
+        self._devices = [like.device] if like is not None and like.is_cuda else []
         if gates.example is None or like is None:
             return
-        devices = [like.device] if like.is_cuda else []
-        with torch.random.fork_rng(devices=devices):
+        with torch.random.fork_rng(devices=self._devices):
             torch.manual_seed(0)
             self._inputs = gates.example.make(like)
-        self._devices = devices
         try:
             self._wanted = self._run(host)
         except Exception:  # its inputs cannot be random
