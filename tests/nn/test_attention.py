@@ -240,3 +240,21 @@ def test_empty(shape, need_weights, form):
     y.sum().backward()
     assert y.shape == shape
     assert (weights is not None) == need_weights
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_an_encoder_with_padding():
+    """In eval() without gradients torch makes a nested tensor of one."""
+    layer = nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0, batch_first=True)
+    layer.self_attn = l0.nn.L0MultiheadAttention.from_dense(layer.self_attn)
+    encoder, x = nn.TransformerEncoder(layer, 2).double().eval(), torch.randn(3, 5, 8, dtype=torch.float64)
+    padding = torch.arange(5) >= torch.tensor([[5], [3], [1]])
+    for part in encoder.layers:
+        set_z(part.self_attn, torch.tensor([1.0, 0.0]))
+    exported = l0.nn.export(encoder)
+    expected = encoder(x, src_key_padding_mask=padding)[~padding]
+    for model in (encoder, exported):
+        for context in (torch.no_grad(), torch.enable_grad()):
+            with context:
+                got = model(x, src_key_padding_mask=padding)
+            torch.testing.assert_close(got[~padding], expected)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -107,6 +108,21 @@ def projections(layer: Any) -> list[tuple[Tensor, Tensor | None]]:
     return list(zip(weights, biases, strict=True))
 
 
+def is_nested(x: Any) -> bool:
+    """Whether x is what torch.nn.TransformerEncoder makes of a padded batch."""
+    return type(x) is Tensor and x.is_nested and x.layout == torch.strided
+
+
+def over_padded(x: Tensor, run: Callable[..., Any]) -> Tensor:
+    """What an attention makes of a nested tensor, whose parts attend to themselves."""
+    sizes = [len(part) for part in x.unbind()]
+    dense = x.to_padded_tensor(0.0)
+    lengths = torch.tensor(sizes, device=dense.device)
+    padding = torch.arange(dense.shape[1], device=dense.device) >= lengths[:, None]
+    y, _ = run(dense, dense, dense, padding, need_weights=False)
+    return torch.nested.as_nested_tensor([part[:n] for part, n in zip(y.unbind(), sizes, strict=True)])
+
+
 class OpenMultiheadAttention(nn.MultiheadAttention):
     """``torch.nn.MultiheadAttention`` with the heads that are open: ``num_heads * head_dim`` may differ from
     ``embed_dim``. Of attention weights that are averaged it is the mean over these heads."""
@@ -115,6 +131,8 @@ class OpenMultiheadAttention(nn.MultiheadAttention):
         self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
         """As torch's."""
+        if is_nested(query) and query is key is value:
+            return over_padded(query, self.forward), None
         q, k, v = (
             F.linear(x, weight, bias)
             for x, (weight, bias) in zip((query, key, value), projections(self), strict=True)
