@@ -244,7 +244,7 @@ class Slopes(nn.Module):
         return self.out(joined(F.scaled_dot_product_attention(q, k, v, attn_mask=mask)))
 
 
-def test_a_mask_of_zeros_may_be_of_each_head():
+def test_a_mask_of_one_position_may_be_of_each_head():
     graph = l0.nn.unit_graph(Slopes().double(), rows(2, 1, 5))
     assert graph.groups == ()
     assert any("scaled_dot_product_attention" in pin.why for pin in graph.pinned)

@@ -57,6 +57,10 @@ def first_changed(change: Any, args: Any, named: Any) -> Any:
     return args, {**named, name: change(named[name])}
 
 
+def is_rms_norm(module: nn.Module) -> bool:
+    return type(module).__name__.endswith(("RMSNorm", "T5LayerNorm"))
+
+
 class Oracle:
     """The plain model under given gates.
 
@@ -137,7 +141,7 @@ class Oracle:
             found = [of(what, 0) for what in ("weight", "bias", "running_mean")]
             outs = next((one for one in found if one is not None), None)
             dim = 1
-            is_rms = type(module).__name__.endswith("RMSNorm")
+            is_rms = is_rms_norm(module)
             if is_rms or isinstance(
                 module, nn.LayerNorm | nn.GroupNorm | nn.modules.instancenorm._InstanceNorm
             ):
@@ -186,7 +190,7 @@ def normal(norm: Any, x: Tensor, support: Tensor) -> Tensor:
     if not last:
         value, mask = (t.reshape(len(x), norm.num_groups, -1) for t in (value, mask))
     n = mask.sum(-1, keepdim=True).clamp(min=1)
-    mean = 0 if type(norm).__name__.endswith("RMSNorm") else (value * mask).sum(-1, keepdim=True) / n
+    mean = 0 if is_rms_norm(norm) else (value * mask).sum(-1, keepdim=True) / n
     variance = ((value - mean).square() * mask).sum(-1, keepdim=True) / n
     eps = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
     eps = torch.finfo(x.dtype).eps if eps is None else eps
