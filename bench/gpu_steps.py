@@ -6,7 +6,7 @@ the eager times on the CPU."""
 import copy
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -112,10 +112,10 @@ def budget(sizes: list[int], n: int, device: str) -> Callable[[], object]:
     return step
 
 
-def main() -> None:
-    parser = cli.parser(__doc__, "gpu_steps.py")
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = cli.parser(__doc__, "gpu_steps.py --quick")
     parser.add_argument("--quick", action="store_true", help="small cases, to see that it runs")
-    quick = parser.parse_args().quick
+    quick = parser.parse_args(argv).quick
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
     print(torch.cuda.get_device_name() if device == "cuda" else "CPU", "torch", torch.__version__)
@@ -146,6 +146,7 @@ def main() -> None:
             1 if quick else 10,
             operations,
         )
+    return 0
 
 
 if __name__ == "__main__":

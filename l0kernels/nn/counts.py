@@ -186,7 +186,8 @@ def _products_of(steps: Sequence[Step]) -> dict[nn.Module, _Sides]:
         module = step.module
         if is_feed_forward(module):
             gates = (module.hidden_gate,)
-            inside = _Sides(module.up, (), gates, halves=True), _Sides(module.down, gates, ())
+            halves = units_out(module.up) > module.d_hidden
+            inside = _Sides(module.up, (), gates, halves), _Sides(module.down, gates, ())
             found = {sides.layer: sides for sides in inside} | found
         elif is_residual(module):
             for branch in step.branches:

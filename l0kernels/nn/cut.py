@@ -30,7 +30,7 @@ def cut_gates(
     sigmoid(.8 log_alpha / beta), as evaluation gates of mode "topk" do.
 
     Args:
-        multiple_of: each vector keeps a multiple of so many units, or all.
+        multiple_of: each vector keeps a multiple of so many units, or all; heads are not counted so.
 
     Raises:
         ValueError, TypeError: as :class:`Budget`.
@@ -40,7 +40,9 @@ def cut_gates(
     blocks = _blocks(model)
     found: dict[HardConcreteGate, Tensor] = {}
     for kind in kinds:
-        chunks = [_chunks(gate, _per_chunk(multiple_of, blocks.get(gate, 1))) for gate in kind.gates]
+        multiples = [1 if gate.kind == "heads" else multiple_of for gate in kind.gates]
+        sizes = [_per_chunk(n, blocks.get(gate, 1)) for n, gate in zip(multiples, kind.gates, strict=True)]
+        chunks = [_chunks(gate, size) for gate, size in zip(kind.gates, sizes, strict=True)]
         is_open = _even(kind, chunks) if evenly else _likeliest(kind, chunks)
         for gate, part in zip(kind.gates, is_open.split(kind.of.sizes), strict=True):
             found[gate] = torch.where(part, _value(gate), 0.0)

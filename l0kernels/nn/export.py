@@ -241,8 +241,8 @@ def export(
             exported model that has lost channels there fails on a single image.
         multiple_of: of a model that gate_ has gated: each group keeps a multiple of so many units (or all),
             the likeliest of the closed ones as zeros. Groups that a norm is over (layer, RMS, group norms)
-            keep what is open. With `keep`, of any model: each gate vector keeps a multiple of units (or all),
-            all of them open, and the cost is met with these.
+            keep what is open, heads any number. With `keep`, of any model: each gate vector keeps a
+            multiple of units (or all), all of them open, and the cost is met with these.
         keep: the share of the cost that is to be left, as of :class:`Budget`: one number, or one for each
             pattern of names of gates. None: what the evaluation gates leave.
         cost, input_shape: what the share is of, as of :class:`Budget`.
@@ -595,12 +595,12 @@ class _Units:
 
 def _export_feed_forward(block: L0FeedForward) -> nn.Sequential:
     gate, up, down = block.hidden_gate, block.up, block.down
-    read = write = _open_units((gate,), gate.n)
+    read = write = _open_units((gate,), block.d_hidden)
     if read is not None and up.out_features > block.d_hidden:
         write = torch.cat((read, read + block.d_hidden))
-    return nn.Sequential(
-        _sliced(up, None, write), block.activation_module(), _sliced(down, read, None, gate.eval_gates().z)
-    )
+    z = over_runs(gate.eval_gates().z, block.d_hidden)
+    between = [block.activation_module(), *([nn.Dropout(block.dropout)] if block.dropout else [])]
+    return nn.Sequential(_sliced(up, None, write), *between, _sliced(down, read, None, z))
 
 
 def _open_units(gates: GateModules, n: int) -> Tensor | None:

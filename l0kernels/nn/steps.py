@@ -285,11 +285,15 @@ def activation_name(module: nn.Module) -> str | None:
 
 
 def gate_of(size: int, n: int, halves: bool = False) -> Tensor:
-    """Which of `size` gates close each of n units: (n,), or (n, times) where they do so together."""
+    """Which of `size` gates close each of n units: (n,), or (n, times) where they do so together.
+
+    halves: whether the units are two halves that the gates close alike.
+    """
     if size > n:
         return torch.arange(size).view(n, -1)
-    units = torch.arange(n)
-    return units % size if halves else units // (n // size)
+    n = n // 2 if halves else n
+    of = torch.arange(n) // (n // size)
+    return of.repeat(2) if halves else of
 
 
 class Value(NamedTuple):

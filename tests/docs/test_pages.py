@@ -1,6 +1,7 @@
 """README and the manual: links lead somewhere, commands and paths exist, what is generated is up to date."""
 
 import re
+from importlib import import_module
 from importlib.util import module_from_spec, spec_from_file_location
 
 import pytest
@@ -83,7 +84,8 @@ def entries(*names):
 
 
 def test_every_public_name_has_an_entry():
-    packages = ("nn", "prox")
+    packages = ("nn", "prox", "hf")
+    import_module("l0kernels.hf")
     names = {f"l0kernels.{name}" for name in {*l0.__all__} - {*packages, "reference"}}
     names |= {f"l0kernels.{package}.{name}" for package in packages for name in getattr(l0, package).__all__}
     assert entries("functions", *packages) == names

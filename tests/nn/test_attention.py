@@ -161,6 +161,24 @@ def test_as_torch_takes_it():
         layer(x, x[:, :4], x)
 
 
+@pytest.mark.parametrize("options", [{}, {"add_bias_kv": True}, {"add_zero_attn": True}])
+@pytest.mark.parametrize("needs", [False, True])
+def test_a_causal_mask_is_used_as_torch_does(options, needs, form):
+    """By the hint alone, unless something else asks for the mask; learned keys then count as first ones."""
+    layer = l0.nn.L0MultiheadAttention(8, 4, **options, dtype=D)
+    later = torch.triu(torch.ones(5, 5, dtype=torch.bool), 1)
+    padding = torch.zeros(3, 5, dtype=torch.bool)
+    padding[:, -1] = True
+    for z in ([1, 1, 1, 1], [1, 0, 0.4, 1]):
+        set_z(layer, z)
+        for more in ({}, {"key_padding_mask": padding}):
+            masks = {"attn_mask": later, "is_causal": True, "need_weights": needs, **more}
+            x = inputs({}, same=True)
+            y = layer(*x, **masks)[0]
+            torch.testing.assert_close(y, dense(layer, z, x, **masks)[2], rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(l0.nn.export(layer)(*x, **masks)[0], y, rtol=1e-10, atol=1e-10)
+
+
 def test_training():
     torch.manual_seed(0)
     layer = l0.nn.L0MultiheadAttention(8, 4, batch_first=True, lam=1.0)

@@ -9,9 +9,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint
+from torch.nn.utils import parametrizations, parametrize, prune, weight_norm
 
-from l0kernels import nn, reference
+from l0kernels import _checks, nn, reference
 from l0kernels._arguments import GLU, ROWS
+from l0kernels.nn.cost import cost_of
+from l0kernels.reference.budget import Terms
 from op_checks import count_open
 
 D, H = 13, 29
@@ -414,7 +417,7 @@ def test_bad_arguments(arguments, options, words):
         ([["in", "relu", "out", "relu"]], {}, ValueError, "dense must be nn.Linear, activation, nn.Linear"),
         ([["in", "tanh", "out"]], {}, ValueError, "dense must have an activation among ReLU"),
         ([["in", "relu", "out"]], {"activation": "relu"}, ValueError, "activation must be None"),
-        ([["in", "product", "out"]], {}, ValueError, "dense must have a GatedProduct of nn.SiLU or nn.GELU"),
+        ([["in", "product", "out"]], {}, ValueError, "dense must have a GatedProduct of nn.SiLU, nn"),
         ([["in", "relu", "in"]], {}, ValueError, r"weights of shapes \(3, 5\) and then \(5, 3\)"),
         ([["in", "swiglu", "out"]], {}, ValueError, r"weights of shapes \(10, 3\) and .* got \(5, 3\)"),
         (["in", "in", "out"], {"activation": "gelu"}, ValueError, "activation must be one of .*got 'gelu'"),
@@ -432,7 +435,7 @@ def test_from_dense_of_something_else(dense, options, error, words):
         "relu": torch.nn.ReLU,
         "tanh": torch.nn.Tanh,
         "swiglu": lambda: nn.GatedProduct(torch.nn.SiLU()),
-        "product": lambda: nn.GatedProduct(torch.nn.ReLU()),
+        "product": lambda: nn.GatedProduct(torch.nn.Identity()),
     }
 
     def build(item):
@@ -472,3 +475,241 @@ def test_a_layer_without_weight():
     assert nn.penalty(block).item() > 0
     with pytest.raises(ValueError, match="down of an L0FeedForward must have a weight where weight_decay"):
         nn.penalty(block, weight_decay=0.1)
+
+
+# ---- dropout, runs of units, hooks: against the formula with masks, in fp64
+
+PRODUCTS = {**GLU, "reglu": "relu"}
+EVERY = [*ACTIVATIONS, "reglu"]
+PATTERNS = {
+    "open": lambda n: torch.full((n,), 40.0),
+    "closed": lambda n: torch.full((n,), -40.0),
+    "one": lambda n: torch.where(torch.arange(n) == n // 2, 0.4, -40.0),
+    "half": lambda n: torch.where(torch.arange(n) % 2 == 0, -40.0, 0.3),
+    "mixed": lambda n: torch.linspace(-4, 4, n),
+}
+
+
+@pytest.fixture(params=["eager", "static"])
+def form(request, monkeypatch):
+    if request.param == "static":
+        monkeypatch.setattr(_checks, "readable", lambda: False)
+    return request.param
+
+
+def double(activation, pattern="mixed", **options):
+    torch.manual_seed(0)
+    block = nn.L0FeedForward(5, 12, activation, dtype=torch.float64, **options)
+    block.hidden_gate.log_alpha.data.copy_(PATTERNS[pattern](block.hidden_gate.n))
+    return block
+
+
+def by_masks(block, x, z, mask=None):
+    """The block's formula over all units, z by unit."""
+    hidden = F.linear(x, block.up.weight, block.up.bias)
+    if block.activation in PRODUCTS:
+        a, b = hidden.chunk(2, -1)
+        hidden = PLAIN[PRODUCTS[block.activation]]()(a) * b
+    else:
+        hidden = PLAIN[block.activation]()(hidden)
+    hidden = hidden if mask is None else hidden * mask
+    return F.linear(hidden * z, block.down.weight, block.down.bias)
+
+
+def grads_of(block, y, x):
+    torch.manual_seed(9)
+    block.zero_grad()
+    x.grad = None
+    y.backward(torch.randn(y.shape, dtype=y.dtype))
+    return [x.grad, *(None if p.grad is None else p.grad.clone() for p in block.parameters())]
+
+
+def assert_as_by_masks(block, y, expected, x):
+    torch.testing.assert_close(y, expected, rtol=1e-9, atol=1e-9)
+    for mine, other in zip(grads_of(block, y, x), grads_of(block, expected, x), strict=True):
+        mine, other = (torch.zeros(()) if g is None else g for g in (mine, other))
+        torch.testing.assert_close(*torch.broadcast_tensors(mine, other.to(mine)), rtol=1e-8, atol=1e-9)
+
+
+@pytest.mark.covering(2)
+@pytest.mark.parametrize("activation", EVERY)
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("bias", [True, False, (False, True)])
+@pytest.mark.parametrize("block", [1, 3, 12])
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_dropout_and_runs(activation, pattern, bias, block, dropout, form, backend):
+    layer = double(activation, pattern, bias=bias, block=block, dropout=dropout)
+    layer.hidden_gate.eval()
+    assert layer.hidden_gate.log_alpha.shape == (12 // block,)
+    z = layer.hidden_gate.eval_gates().z.repeat_interleave(block)
+    x = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True)
+    n, mask = int((z != 0).sum()), None
+    alone = form == "eager" and backend != "reference"  # open units exist alone; one at least
+    kept = z.nonzero()[:, 0] if n else torch.tensor([0])
+    torch.manual_seed(3)
+    y = layer(x)
+    if dropout:
+        torch.manual_seed(3)
+        drawn = F.dropout(torch.ones(2, 3, max(n, 1) if alone else 12, dtype=torch.float64), dropout)
+        mask = torch.zeros(2, 3, 12, dtype=torch.float64).index_copy(-1, kept, drawn) if alone else drawn
+    layer.hidden_gate.train()  # with the way back to log_alpha
+    z = layer.hidden_gate.eval_gates().z.repeat_interleave(block)
+    assert_as_by_masks(layer, y, by_masks(layer, x, z, mask), x)
+    layer.eval()
+    torch.testing.assert_close(layer(x), by_masks(layer, x, z))
+
+
+@pytest.mark.parametrize("activation", EVERY)
+@pytest.mark.parametrize("block", [1, 4])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_gates_of_runs_and_with_dropout_learn(activation, block, dropout, form, monkeypatch):
+    """Drawn in training: the gradient of log_alpha is that of the formula with the gates that were drawn."""
+    layer = double(activation, block=block, dropout=dropout)
+    monkeypatch.setattr(F, "dropout", lambda h, p, training: h * (1 + p))  # the same for all
+    x = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
+    torch.manual_seed(4)
+    y = layer(x)
+    torch.manual_seed(4)
+    z = layer.hidden_gate().z
+    assert z.eq(0).any() or len(z) < 4
+    assert_as_by_masks(layer, y, by_masks(layer, x, z.repeat_interleave(block), 1 + dropout), x)
+    given = layer.hidden_gate.eval_gates()
+    torch.testing.assert_close(
+        layer(x, given), by_masks(layer, x, given.z.repeat_interleave(block), 1 + dropout)
+    )
+
+
+def test_dropout_is_drawn_for_open_units_alone(monkeypatch):
+    seen, dropout = [], F.dropout
+
+    def counted(h, p, training):
+        seen.append(tuple(h.shape))
+        return dropout(h, p, training)
+
+    monkeypatch.setattr(F, "dropout", counted)
+    block = nn.L0FeedForward(5, 12, "gelu", dropout=0.5)
+    block.hidden_gate.log_alpha.data[:] = torch.tensor([-40.0, 40.0]).repeat(6)
+    block(torch.randn(3, 7, 5))
+    assert seen == [(3, 7, 6)]
+
+
+@pytest.mark.parametrize("activation", EVERY)
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+@pytest.mark.parametrize("block", [1, 3])
+def test_counts_penalty_and_export_of_runs(activation, dropout, block):
+    layer = double(activation, block=block, dropout=dropout, lam=0.3)
+    rows, p = 1 + (activation in PRODUCTS), layer.hidden_gate.dist.p_open(layer.hidden_gate.log_alpha)
+    group = block * (rows * 6 + 5)
+    assert nn.penalty(layer).item() == pytest.approx(0.3 * group * p.sum().item())
+    assert nn.expected_l0(layer).item() == pytest.approx(group * p.sum().item() + 5)
+    squares = layer.down.weight.square().sum(0) + sum(w.square().sum(1) for w in layer.up.weight.chunk(rows))
+    squares = squares + sum(b.square() for b in layer.up.bias.chunk(rows))
+    weighed = 0.35 * (p.repeat_interleave(block) * squares).sum()
+    assert (nn.penalty(layer, weight_decay=0.7) - nn.penalty(layer)).item() == pytest.approx(weighed.item())
+    small, x = nn.export(layer), torch.randn(4, 5, dtype=torch.float64)
+    torch.testing.assert_close(small(x), layer.eval()(x))
+    assert nn.eval_l0(layer) == sum(parameter.numel() for parameter in small.parameters())
+    assert nn.eval_flops(layer, x) == nn.eval_flops(small, x)
+    assert [type(part).__name__ for part in small][2:-1] == (["Dropout"] if dropout else [])
+    alphas = layer.hidden_gate.log_alpha
+    for cost, expected in (("params", nn.expected_l0(layer)), ("flops", nn.expected_flops(layer, x))):
+        found = Terms(cost_of(layer, [layer.hidden_gate], cost, x).terms)(p.double())
+        torch.testing.assert_close(found, expected)
+        slopes = [torch.autograd.grad(value, alphas, retain_graph=True)[0] for value in (found, expected)]
+        torch.testing.assert_close(*slopes)
+    again = nn.L0FeedForward.from_dense(small)
+    assert (again.dropout, again.activation) == (dropout, activation)
+    again.hidden_gate.log_alpha.data.fill_(60.0)
+    torch.testing.assert_close(again.eval()(x), small(x))
+
+
+def test_from_dense_with_dropout_and_runs():
+    parts = torch.nn.Linear(4, 6), torch.nn.GELU(), torch.nn.Dropout(0.3), torch.nn.Linear(6, 4)
+    block = nn.L0FeedForward.from_dense(torch.nn.Sequential(*parts), block=2)
+    assert (block.dropout, block.block, block.hidden_gate.n) == (0.3, 2, 3)
+    assert nn.L0FeedForward.from_dense(torch.nn.Sequential(*parts), dropout=0.0).dropout == 0.0
+    assert nn.L0FeedForward.from_dense(*llama(), activation="reglu", dropout=0.1).dropout == 0.1
+    assert repr(block).startswith("L0FeedForward(\n  4, 6, activation='gelu', dropout=0.3, block=2\n")
+
+
+def hooked(layer):
+    layer.register_forward_hook(lambda _, __, y: y * 1.5)
+
+
+def with_a_backward_hook(layer):
+    layer.register_full_backward_hook(lambda _, grads, __: tuple(2 * g for g in grads))
+
+
+CHANGES = {
+    "hook": hooked,
+    "backward hook": with_a_backward_hook,
+    "forward of its own": lambda layer: setattr(layer, "forward", lambda x: F.linear(x, layer.weight).sin()),
+    "prune": lambda layer: prune.l1_unstructured(layer, "weight", 0.4),
+    "old weight_norm": weight_norm,
+    "weight_norm": parametrizations.weight_norm,
+    "spectral_norm": parametrizations.spectral_norm,
+    "parametrize": lambda layer: parametrize.register_parametrization(layer, "weight", torch.nn.Tanh()),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated:FutureWarning")
+@pytest.mark.parametrize("name", ["up", "down"])
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("options", [{}, {"dropout": 0.3, "block": 3}], ids=["plain", "dropout"])
+@pytest.mark.parametrize("activation", ["gelu", "swiglu"])
+def test_what_is_changed_in_a_layer_counts(name, change, options, activation, monkeypatch):
+    """As the modules themselves compute, one after the other, with their state after it."""
+    monkeypatch.setattr(F, "dropout", lambda h, p, training: h * (1 + p * training))
+    blocks = [double(activation, "half", **options) for _ in range(2)]
+    for block in blocks:
+        block.hidden_gate.eval()
+        torch.manual_seed(1)
+        CHANGES[change](getattr(block, name))
+    block, twin = blocks
+    z = block.hidden_gate.eval_gates().z.repeat_interleave(block.block)
+    xs = [torch.linspace(-1, 1, 20, dtype=torch.float64).view(4, 5).requires_grad_() for _ in range(2)]
+    y = block(xs[0])
+    found = [*grads_of(block, y, xs[0]), *(b.clone() for b in block.buffers())]
+    hidden = twin.activation_module()(twin.up(xs[1])) * (1 + block.dropout)
+    expected = twin.down(hidden * z)
+    torch.testing.assert_close(y, expected, rtol=1e-9, atol=1e-9)
+    others = [*grads_of(twin, expected, xs[1]), *(b.clone() for b in twin.buffers())]
+    for mine, other in zip(found, others, strict=True):
+        if mine is not None and other is not None:
+            torch.testing.assert_close(mine, other, rtol=1e-8, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"dropout": 1.0}, r"dropout must lie in \[0, 1\), got 1.0"),
+        ({"dropout": -0.1}, r"dropout must lie in \[0, 1\), got -0.1"),
+        ({"dropout": "no"}, r"dropout must lie in \[0, 1\), got 'no'"),
+        ({"block": 3}, "block must be a positive int that divides d_hidden 4, got 3"),
+        ({"block": 0}, "block must be a positive int that divides d_hidden 4, got 0"),
+        ({"block": True}, "block must be a positive int that divides d_hidden 4, got True"),
+    ],
+)
+def test_bad_dropout_and_block(options, words):
+    with pytest.raises(ValueError, match=words):
+        nn.L0FeedForward(3, 4, **options)
+
+
+def test_runs_and_dropout_compile(monkeypatch):
+    block, x = nn.L0FeedForward(5, 12, "swiglu", block=3, dropout=0.25), torch.randn(4, 5)
+    found = {}
+    for name, run in (
+        ("eager", block),
+        ("compiled", torch.compile(block, fullgraph=True, backend="aot_eager")),
+    ):
+        torch.manual_seed(1)
+        with monkeypatch.context() as patch:
+            patch.setattr(_checks, "readable", lambda: False)  # masks of all units
+            found[name] = run(x)
+    torch.testing.assert_close(found["compiled"], found["eager"])
+
+
+def test_tensor_parallel_runs_and_dropout_are_refused():
+    for options, words in (({"block": 2}, "block=2"), ({"dropout": 0.5}, "dropout=0.5")):
+        with pytest.raises(ValueError, match=f"up.weight must be whole with {words}, got a DTensor"):
+            nn.L0FeedForward(3, 4, **options)._tensor_parallel(torch.randn(2, 3), None)

@@ -2,6 +2,7 @@
 
 from collections import Counter
 
+import fuzz_attention
 import fuzz_units
 import pytest
 import torch
@@ -33,6 +34,8 @@ def test_nets_are_of_every_kind():
             {what for kind, what, _, _ in net.steps if kind in ("activation", "image", "rows", "recurrent")}
         )
         seen.update({kind for kind, _, _, _ in net.steps})
+        seen.update(str(value) for part in net.parts for value in getattr(part, "what", {}).values())
+        seen["attends to another"] += ("block", "attends") in [step[:2] for step in net.steps]
         uses = Counter(step[2][0] for step in net.steps if step[0] == "layer")
         seen["a layer twice"] += max(uses.values()) > 1
         seen["two results"] += net.two
@@ -41,6 +44,8 @@ def test_nets_are_of_every_kind():
     kinds += ["squeeze", "value", "attention", "pool", "a layer twice", "two results"]
     kinds += ["RNN", "GRU", "LSTM", "RNNCell", "GRUCell", "LSTMCell", "recurrent"]
     kinds += ["all", "last", "cell", "given", "packed"]
+    kinds += ["block", "Heads", "Attends", "Layers", "Product", "attends to another"]
+    kinds += [str(value) for values in fuzz_attention.CHOICES.values() for value in values]
     kinds += [*fuzz_units.ACTIVATIONS, *fuzz_units.IMAGE, *fuzz_units.ROWS]
     assert {kind for kind in kinds if not seen[kind]} == set()
     a, b = fuzz_units.random_net(7), fuzz_units.random_net(7)
@@ -69,5 +74,5 @@ def test_a_fault_is_found(fault, monkeypatch):
         for seed in range(100):
             fuzz_units.check_net(seed)
 
-    with pytest.raises((AssertionError, RuntimeError, ValueError)):
+    with pytest.raises((AssertionError, RuntimeError, ValueError, IndexError)):
         search()

@@ -210,6 +210,7 @@ GROUPS = {
     "enabled_gqa": {"0": 8, "1.q": 2},
     "fused_attention": {"first": 8, "second": 8, "fused.qkv": 3, "fused.kv": 3},
     "timm_attention": {"0": 8, "1.qkv": 3, "1.proj": 8},
+    "cosine_attention": {"0": 8, "1.qkv": 2},
     "patches": {"cut": 8, "block.q": 2},
     "attention": {"embed": 8, "attention": 2, "up": 12},
     "encoder_layer": {"0": 8, "1.self_attn": 2, "1.linear1": 12},
@@ -245,6 +246,49 @@ def test_what_is_not_gated_says_why(name):
     found = [pin for pin in graph.pinned if (pin.name, pin.dim) == (tensor, dim)]
     assert why in found[0].why
     assert why in str(graph)
+
+
+class TwoGroups(nn.Module):
+    """A norm over the units of two layers."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.a, self.b, self.norm, self.c = nn.Linear(3, 4), nn.Linear(3, 4), norm, nn.Linear(8, 2)
+
+    def forward(self, x):
+        return self.c(self.norm(torch.cat((self.a(x), torch.relu(self.b(x))), 1)))
+
+
+@pytest.mark.parametrize(
+    "norm", [nn.LayerNorm(8), nn.RMSNorm(8), nn.GroupNorm(1, 8), nn.GroupNorm(8, 8)], ids=str
+)
+@pytest.mark.parametrize("closed", ["a", "b"])
+def test_a_norm_does_not_count_a_group_that_is_closed(norm, closed):
+    model, x = TwoGroups(copy.deepcopy(norm)).double(), torch.randn(5, 3, dtype=torch.float64)
+    plain = copy.deepcopy(model)
+    graph = l0.nn.gate_(model, x)
+    assert {group.units for group in graph.groups} == {4}
+    for group, gate in zip(graph.groups, model.l0_units.gates, strict=True):
+        gate.log_alpha.data.fill_(-40.0 if group.name == closed else 0.3)
+    for train in (True, False):
+        unit_oracle.check(plain, model.train(train), graph, (x,), closed)
+
+
+class Spread(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 4), nn.Linear(4, 2)
+
+    def forward(self, x):
+        x = self.a(x)
+        return self.b(x.var(0) + x.std(0, keepdim=True))
+
+
+def test_a_variance_brings_no_warning(recwarn):
+    model, x = Spread(), torch.randn(5, 3)
+    l0.nn.gate_(model, x)
+    model(x)
+    assert not [str(one.message) for one in recwarn]
 
 
 # ---- what is refused

@@ -426,6 +426,7 @@ ATTENTIONS = {
     "enabled_gqa": ("1.q", 4),
     "fused_attention": ("fused.qkv", 4),
     "timm_attention": ("1.qkv", 4),
+    "cosine_attention": ("1.qkv", 4),
 }
 
 
@@ -447,10 +448,13 @@ def test_closed_heads_go(name, n_open):
     if name == "fused_attention":
         assert queries.nf == queries.weight.shape[1] == 3 * each * max(n_open, 1)  # Conv1D asks for one
     else:
-        shared = {"grouped_queries": 2, "enabled_gqa": 3, "timm_attention": 3}[name]
+        shared = {"grouped_queries": 2, "enabled_gqa": 3}.get(name, 3)
+        n_open = max(n_open, name == "cosine_attention")  # whose scale may be asked for one
         assert queries.out_features == n_open * shared * each
-        if name == "timm_attention":
-            assert small[1].proj.in_features == n_open * each
+        if name not in ("grouped_queries", "enabled_gqa"):
+            assert (
+                small[1].get_submodule({"timm_attention": "proj"}.get(name, "o")).in_features == n_open * each
+            )
             return
         assert [small.get_submodule(f"1.{of}").out_features for of in "kv"] == [n_open * each] * 2
         assert small.get_submodule("1.o").in_features == n_open * shared * each
@@ -501,6 +505,33 @@ def test_closed_heads_of_multihead_attention_go(name, n_open):
     small.train()(*args).sum().backward()
     copied = pickle.loads(pickle.dumps(small.eval()))
     torch.testing.assert_close(copied(*args), small(*args))
+
+
+class MaskByHead(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(3, 8), nn.Linear(8, 2)
+        self.attention = nn.MultiheadAttention(8, 4, batch_first=True)
+
+    def forward(self, x):
+        y, n = self.first(x), len(x) * 4 * x.shape[1] ** 2
+        mask = torch.linspace(-2, 2, n, dtype=x.dtype).view(-1, x.shape[1], x.shape[1])
+        return self.last(y + self.attention(y, y, y, attn_mask=mask, need_weights=False)[0])
+
+
+@pytest.mark.parametrize("closed", [[0], [1, 3], [0, 1, 2, 3]])
+def test_masks_by_head_stay_those_of_all_heads(closed):
+    model, x = MaskByHead().double(), torch.randn(2, 5, 3, dtype=torch.float64)
+    l0.nn.gate_(model, x, kinds=["heads"])
+    (gate,) = groups_of(model).gates
+    gate.log_alpha.data.fill_(9.0)
+    gate.log_alpha.data[closed] = -9.0
+    small = l0.nn.export(model.eval())
+    assert small.attention.num_heads == 4 - len(closed)
+    for n in (2, 3):
+        x = torch.randn(n, 5, 3, dtype=torch.float64)
+        assert_same(small(x), model(x))
+    assert_same(copy.deepcopy(small)(x), model(x))
 
 
 def test_flops_of_attention():
@@ -576,6 +607,7 @@ class SizeBehindNorm(nn.Module):
         nn.LayerNorm(8),
         nn.LayerNorm(8, elementwise_affine=False),
         nn.RMSNorm(8),
+        unit_nets.OwnRMSNorm(8),
         nn.GroupNorm(2, 8),
         nn.GroupNorm(4, 8, affine=False),
     ],
@@ -599,7 +631,7 @@ def test_norms_of_units_that_stay_whole_are_over_the_open_ones(norm, closed):
     assert_same(small(x), model(x))
     assert small.a.out_features == 8
     assert small.b.out_features < 8
-    assert isinstance(small.norm, type(norm))
+    assert isinstance(small.norm, nn.RMSNorm if isinstance(norm, unit_nets.OwnRMSNorm) else type(norm))
     assert small.norm.opened.tolist() == [i for i in range(8) if i % gate.n >= gone]  # a unit in each group
     assert type(small.free) is nn.LayerNorm
     assert_same(pickle.loads(pickle.dumps(small))(x), model(x))

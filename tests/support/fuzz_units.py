@@ -10,6 +10,7 @@ import os
 import random
 from typing import Any
 
+import fuzz_attention
 import torch
 import unit_oracle
 from torch import Tensor, nn
@@ -192,6 +193,8 @@ class Net(nn.Module):
         if kind == "attention":
             q, k, v = (layer(x) for layer in layers)
             return x + torch.softmax(q @ k.transpose(-1, -2), -1) @ v
+        if kind == "block":
+            return layers[0](x) if what is None else layers[0](x, kept[at])
         if kind == "pool":
             return {
                 "mean": lambda: x.mean((2, 3)),
@@ -213,7 +216,7 @@ class Net(nn.Module):
 
     def build(self, rng: random.Random) -> None:
         self.rng = rng
-        kind = rng.choice(["image", "image", "image", "sequence", "rows"])
+        kind = rng.choice(["image", "image", "image", "sequence", "sequence", "rows"])
         n = rng.choice([2, 3])
         if kind == "image":
             self.example = torch.randn(n, 3, 6, 6, dtype=torch.float64)
@@ -228,6 +231,9 @@ class Net(nn.Module):
             self.add(self.layer(nn.Conv2d(3, 6, 3, padding=1)))
         else:
             self.add(self.layer(nn.Linear(5, 6)))
+        if kind == "sequence":
+            for _ in range(rng.randint(0, 3)):
+                self.block()
         for _ in range(rng.randint(3, 9)):
             (self.image if self.x.ndim == 4 else self.row)()
         if self.x.ndim == 4:
@@ -340,7 +346,7 @@ class Net(nn.Module):
         rng, units = self.rng, self.x.shape[-1]
         if self.common():
             return
-        kind = rng.choice(["linear", "linear", "norm", "rows", "attention", "recurrent"])
+        kind = rng.choice(["linear", "linear", "norm", "rows", "attention", "block", "recurrent"])
         if kind == "linear":
             self.add(self.layer(nn.Linear(units, rng.choice([4, 6, 8]), bias=rng.random() < 0.7)))
         elif kind == "norm":
@@ -360,6 +366,18 @@ class Net(nn.Module):
         elif kind == "attention" and self.x.ndim == 3:
             parts = [nn.Linear(units, 4), nn.Linear(units, 4), nn.Linear(units, units)]
             self.add(("attention", None, tuple(map(self.part, parts)), 0))
+        elif kind == "block" and self.x.ndim == 3:
+            self.block()
+
+    def block(self) -> None:
+        """A part of a transformer; it may attend to what was kept."""
+        rng, (n, _, units) = self.rng, self.x.shape
+        fits = [at for at, x in enumerate(self.kept) if x.ndim == 3 and len(x) == n]
+        at = rng.choice(fits) if fits else 0
+        block, attends = fuzz_attention.random_block(rng, units, self.kept[at].shape[-1] if fits else None)
+        self.add(("block", "attends" if attends else None, (self.part(block),), at))
+        if rng.random() < 0.4:
+            self.add(("keep", None, (), 0))
 
 
 def random_net(seed: int) -> tuple[Net, Tensor]:
@@ -379,6 +397,20 @@ def has_gradient(net: Net, x: Tensor) -> bool:
     return True
 
 
+def check_export(net: Net, x: Tensor, what: str) -> None:
+    """The model without gates computes the same."""
+    for module in net.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and not module.track_running_stats:
+            return  # of the examples, which may be one
+    small = l0.nn.export(net.eval())
+    with torch.no_grad():
+        pairs = zip(*(unit_oracle.tensors_of(one(x)) for one in (small, net)), strict=True)
+        for mine, theirs in pairs:
+            torch.testing.assert_close(
+                mine, theirs, rtol=1e-6, atol=1e-6, msg=lambda t: f"{what}: export: {t}"
+            )
+
+
 def check_net(seed: int) -> int:
     """Gates a random net and compares it with the oracle; how many units it gates."""
     net, x = random_net(seed)
@@ -388,7 +420,10 @@ def check_net(seed: int) -> int:
         "residual": rng.random() < 0.9,
         "block": rng.choice([1, 1, 1, 2, 3]),
         "inputs": rng.random() < 0.2,
+        "layers": rng.random() < 0.2,
     }
+    if rng.random() < 0.2:
+        options["kinds"] = rng.sample(["heads", "units", "width"], rng.choice([1, 2]))
     if not has_gradient(plain, x):
         return 0
     graph = l0.nn.unit_graph(net, x, inputs=options["inputs"])
@@ -407,6 +442,10 @@ def check_net(seed: int) -> int:
     static, multiple = rng.random() < 0.3, rng.choice([0, 0, 2, 4])
     what = f"net {seed}, {pattern}, {'train' if train else 'eval'}, {'static' if static else 'exact'}"
     unit_oracle.set_gates(graph, net, pattern, seed)
+    layers = net.l0_units.l0_layers
+    if layers is not None:
+        values = [rng.choice([-40.0, 0.3, 40.0, 40.0]) for _ in range(layers.n)]
+        layers.log_alpha.data.copy_(torch.tensor(values))
     if multiple:
         net.l0_units.multiples = [1 if m == 1 else multiple for m in net.l0_units.multiples]
     net.train(train)
@@ -420,4 +459,6 @@ def check_net(seed: int) -> int:
     drawn = net.l0_units._recent[-1].z.detach().double()
     z = [*drawn[:-1].split([group.units for group in graph.groups])]
     unit_oracle.check_graph(plain, graph, z, (x,), what)
+    if rng.random() < 0.2:
+        check_export(net, x, what)
     return sum(group.units for group in graph.groups)

@@ -824,6 +824,27 @@ def timm_attention() -> Example:
     )
 
 
+class CosineAttention(nn.Module):
+    """Queries and keys of length 1, as in Swin V2, a factor for each head that is learned."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads, self.each = heads, width // heads
+        self.scale = nn.Parameter(torch.rand(heads, 1, 1) + 0.5)
+        self.qkv, self.o = nn.Linear(width, 3 * width), nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, length, _ = x.shape
+        q, k, v = self.qkv(x).reshape(n, length, 3, self.heads, self.each).permute(2, 0, 3, 1, 4).unbind(0)
+        q, k = F.normalize(q, dim=-1) * self.scale, F.normalize(k, dim=-1)
+        return x + self.o(((q @ k.transpose(-2, -1)).softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+
+@net
+def cosine_attention() -> Example:
+    return nn.Sequential(nn.Linear(3, 8), CosineAttention(8, 2), nn.Linear(8, 2)), (rows(2, 5, 3),)
+
+
 class Patches(nn.Module):
     """As a vision transformer: patches behind a token that is learned, with places; its own head last."""
 

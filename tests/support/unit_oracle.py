@@ -203,7 +203,10 @@ def normal(norm: Any, x: Tensor, support: Tensor) -> Tensor:
 def attended(
     layer: Any, given: Any, reads: Any, sides: Any, masks: bool, need_weights: bool = True, **options: Any
 ) -> Any:
-    """nn.MultiheadAttention by torch's function, z in the weights that read units."""
+    """nn.MultiheadAttention by torch's function, z in the weights that read units.
+
+    Attention weights are 0 in closed heads, and their mean is over the open ones.
+    """
 
     def times(weight: Tensor | None, z: Tensor | None) -> Tensor | None:
         return weight if weight is None or z is None else weight * z
@@ -227,11 +230,16 @@ def attended(
         times(layer.out_proj.weight, heads),
         layer.out_proj.bias,
         need_weights=need_weights,
+        average_attn_weights=False,
         use_separate_proj_weight=whole is None,
         **dict(zip(("q_proj_weight", "k_proj_weight", "v_proj_weight"), parts, strict=True)),
         **options,
     )
     y = y.transpose(0, 1) if layer.batch_first and y.ndim == 3 else y
+    if weights is not None:
+        z = torch.ones(layer.embed_dim) if heads is None else heads.detach()
+        is_open = (z.view(-1, layer.head_dim)[:, 0] != 0).double()
+        weights = (weights * is_open[:, None, None]).sum(-3) / is_open.sum().clamp(min=1)
     return (y * (outs.detach() != 0) if masks and outs is not None else y), weights
 
 

@@ -16,6 +16,7 @@ import cost
 import documents
 import matplotlib
 import micro
+import minilm
 import plot
 import pytest
 import rows
@@ -186,6 +187,19 @@ def test_the_manual_shows_what_budgets_gave(capsys):
     assert (
         len({tuple(row[name] for name in ("keep", "gate_lr", "loss_times", "seed")) for row in found}) == 81
     )
+
+
+def test_the_manual_shows_how_the_encoder_was_pruned(capsys):
+    assert minilm.main(["--check"]) == 0, capsys.readouterr().out
+    found = rows.read(minilm.PATH)
+    own = found[:3]
+    assert [row["name"] for row in own] == ["teacher", "gated, eval()", "exported"]
+    assert minilm.replaced(own, own[::-1]) == own[::-1]
+    assert minilm.replaced(own, [own[0] | {"seed": "7"}])[:3] == own
+    smaller = found[0] | {"name": "exported", "parameters": "5323392", "encode_ms": "", "step_ms": ""}
+    lines = minilm.table([found[0], smaller]).splitlines()
+    assert lines[2].startswith("| teacher | 1.000 | 1.000 |")
+    assert lines[3].startswith("| exported, 500 steps to 0.5 | 0.500 | ")
 
 
 def place(name, text="old\n"):

@@ -128,7 +128,7 @@ class UnitGraph:
 
         Args:
             include, exclude: a regular expression for the whole name of a module, or suffixes of names.
-            residual: whether those carried by sums are among them.
+            residual: whether those carried by sums, "width", are among them.
             kinds: of "heads", "units" and "width"; None: all.
 
         Raises:
@@ -148,7 +148,7 @@ class UnitGraph:
             wanted = include is None or any(_named(name, include) for name in names)
             left = exclude is not None and any(_named(name, exclude) for name in names)
             wanted = wanted and (kinds is None or group.kind in kinds)
-            if wanted and not left and (residual or not group.residual):
+            if wanted and not left and (residual or group.kind != "width"):
                 found.append(group)
         return found
 

@@ -227,23 +227,38 @@ class _Exact:
                         whole.index_copy_(0, places, part if within is None else part.index_select(0, within))
         return y
 
-    def layer_norm(self, layer: nn.LayerNorm, x: Tensor) -> Tensor:
-        dim = x.ndim - 1
+    def over_open(self, norm: Callable[..., Tensor], layer: Any, x: Tensor, dim: int) -> Tensor:
+        """A norm of what exists, but for a closed unit, which is there where all of its group are closed.
+
+        Args:
+            norm: of x, weight and bias.
+        """
         x = self.enter(x, self.units.outs, dim)
-        y = F.layer_norm(x, x.shape[-1:], self.take(layer.weight), self.take(layer.bias), layer.eps)
-        return self.leave(y, dim)
+        affine = [self.take(layer.weight), self.take(getattr(layer, "bias", None))]
+        within = self.draw.present(cast(Space, self.units.outs)).within
+        if within is None or not len(within):
+            return self.leave(norm(x, *affine), dim)
+        affine = [None if t is None else t.index_select(0, within) for t in affine]
+        y = norm(x.index_select(dim, within), *affine)
+        return self.leave(torch.zeros_like(x, dtype=y.dtype).index_copy(dim, within, y), dim)
+
+    def layer_norm(self, layer: nn.LayerNorm, x: Tensor) -> Tensor:
+        def norm(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+            return F.layer_norm(x, x.shape[-1:], weight, bias, layer.eps)
+
+        return self.over_open(norm, layer, x, x.ndim - 1)
 
     def rms_norm(self, layer: Any, x: Tensor) -> Tensor:
-        dim = x.ndim - 1
-        x = self.enter(x, self.units.outs, dim)
-        return self.leave(F.rms_norm(x, x.shape[-1:], self.take(layer.weight), epsilon(layer)), dim)
+        return self.over_open(
+            lambda x, weight, _: F.rms_norm(x, x.shape[-1:], weight, epsilon(layer)), layer, x, x.ndim - 1
+        )
 
     def group_norm(self, layer: nn.GroupNorm, x: Tensor) -> Tensor:
-        x = self.enter(x, self.units.outs, 1)
-        groups = layer.num_groups if layer.num_groups != layer.num_channels else x.shape[1]
-        return self.leave(
-            F.group_norm(x, groups, self.take(layer.weight), self.take(layer.bias), layer.eps), 1
-        )
+        def norm(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+            groups = layer.num_groups if layer.num_groups != layer.num_channels else x.shape[1]
+            return F.group_norm(x, groups, weight, bias, layer.eps)
+
+        return self.over_open(norm, layer, x, 1)
 
     def instance_norm(self, layer: Any, x: Tensor) -> Tensor:
         layer._check_input_dim(x)

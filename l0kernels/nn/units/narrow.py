@@ -636,7 +636,7 @@ def _reduced_to(
     dims = _dims(value, ndim)
     if dim in dims or not dims:
         return None
-    out = func(torch.zeros([1] * ndim, device="cpu"), *args, **named)
+    out = func(torch.zeros([2] * ndim, device="cpu"), *args, **named)  # of one alone there is no variance
     kept = (out if isinstance(out, Tensor) else out[0]).ndim == ndim
     return dim if kept else dim - sum(d < dim for d in dims)
 

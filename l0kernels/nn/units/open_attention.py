@@ -24,7 +24,8 @@ def attend(layer: Any, q: Tensor, k: Tensor, v: Tensor, options: Options) -> tup
     """What follows the projections of queries, keys and values: ``layer.out_proj`` of what heads attend to.
 
     Args:
-        layer: has num_heads, head_dim, dropout, batch_first, bias_k, bias_v, add_zero_attn and out_proj.
+        layer: has num_heads, head_dim, dropout, batch_first, bias_k, bias_v, add_zero_attn and out_proj;
+            ``_kept``, where it has it, says which heads of a mask by head are its own, and of how many.
         q, k, v: (N, L, heads * head_dim), (N, S, ...), (N, S, ...), or as `layer.batch_first` says; without
             N where there are no examples. Several heads of q in a row may share one of k and v.
     """
@@ -46,6 +47,8 @@ def attend(layer: Any, q: Tensor, k: Tensor, v: Tensor, options: Options) -> tup
     if layer.add_zero_attn:
         k, v = (F.pad(x, (0, 0, 0, 1)) for x in (k, v))
     mask = _mask(layer, q, k, options, batched)
+    # As torch has it: the hint alone counts where nothing else asks for the mask.
+    is_causal = options.is_causal and options.key_padding_mask is None and not options.need_weights
     dropout = layer.dropout if layer.training else 0.0
     weights = None
     if options.need_weights:
@@ -54,7 +57,8 @@ def attend(layer: Any, q: Tensor, k: Tensor, v: Tensor, options: Options) -> tup
         weights = F.dropout(scores.softmax(-1), dropout)
         y = torch.matmul(weights, v)
     else:
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+        mask = None if is_causal else mask
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=is_causal)
     y = y.transpose(1, 2).flatten(2)
     if not batched:
         y, weights = y.squeeze(0), None if weights is None else weights.squeeze(0)
@@ -74,13 +78,15 @@ def _mask(layer: Any, q: Tensor, k: Tensor, options: Options, batched: bool) -> 
     size = k.shape[-2]
     more = size - layer.add_zero_attn - (layer.bias_k is not None)
     if mask is not None:
-        shapes = [(length, more), (n * heads, length, more)]
+        kept, all_heads = getattr(layer, "_kept", None) or (None, heads)
+        shapes = [(length, more), (n * all_heads, length, more)]
         if tuple(mask.shape) not in shapes:
             raise RuntimeError(
                 f"attn_mask must have shape {shapes[0]} or {shapes[1]}, got {tuple(mask.shape)}"
             )
         mask = _floats(mask, q)
-        mask = mask[None, None] if mask.ndim == 2 else mask.view(n, heads, length, more)
+        mask = mask[None, None] if mask.ndim == 2 else mask.view(n, all_heads, length, more)
+        mask = mask if kept is None or len(mask[0]) == 1 else mask[:, kept]
     if padding is not None:
         wanted = (n, more) if batched else (more,)
         if tuple(padding.shape) != wanted:
@@ -125,7 +131,10 @@ def over_padded(x: Tensor, run: Callable[..., Any]) -> Tensor:
 
 class OpenMultiheadAttention(nn.MultiheadAttention):
     """``torch.nn.MultiheadAttention`` with the heads that are open: ``num_heads * head_dim`` may differ from
-    ``embed_dim``. Of attention weights that are averaged it is the mean over these heads."""
+    ``embed_dim``. Of attention weights that are averaged it is the mean over these heads. A mask by head is
+    that of all heads, those of the gated layer."""
+
+    _kept: tuple[list[int], int] | None = None
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
@@ -140,11 +149,18 @@ class OpenMultiheadAttention(nn.MultiheadAttention):
         return attend(self, q, k, v, Options(*args, **kwargs))
 
 
-def open_attention_(layer: Any) -> None:
-    """Has an attention whose parameters have become smaller be one of its heads."""
+def open_attention_(layer: Any, kept: Tensor | None) -> None:
+    """Has an attention whose parameters have become smaller be one of its heads.
+
+    Args:
+        kept: of all features of its queries, (n,) bool, which stay; None: all.
+    """
     whole = layer.num_heads * layer.head_dim == layer.embed_dim == layer.out_proj.in_features
     if layer.num_heads and whole and all(len(weight) == layer.embed_dim for weight, _ in projections(layer)):
         layer.__class__ = nn.MultiheadAttention
         return
     layer.__class__ = OpenMultiheadAttention
+    if kept is not None:
+        by_head = kept.view(-1, layer.head_dim)[:, 0]
+        layer._kept = by_head.nonzero()[:, 0].tolist(), len(by_head)
     layer._qkv_same_embed_dim = False  # torch's fast path of an encoder layer asks

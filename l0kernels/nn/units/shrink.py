@@ -110,7 +110,8 @@ class _Plan:
             wanted = n_open
             if group.name not in self.needed:
                 at_least = least if all(m.name in linear for m in group.members) else 1
-                wanted = min(group.units, max(-(-n_open // multiple_of) * multiple_of, at_least))
+                multiple = 1 if group.kind == "heads" else multiple_of
+                wanted = min(group.units, max(-(-n_open // multiple) * multiple, at_least))
             elif group.name not in mixed:
                 wanted = max(n_open, 1)
             if wanted > n_open:
@@ -178,7 +179,8 @@ class _Plan:
             _set_heads(copied.get_submodule(name), spaces, cutter.count)
         for layer, own in units.items():
             if own.kind.name == "attention":
-                open_attention_(layer)
+                of_q = own.heads[0]
+                open_attention_(layer, None if of_q is None else cutter.kept(of_q))
         for encoder in nesting(copied).values():
             encoder.use_nested_tensor = not any(isinstance(part, OPEN) for part in encoder.modules())
         return copied
@@ -206,6 +208,10 @@ class _Cutter:
     def count(self, space: Space) -> int:
         """How many entries of a space stay."""
         return int(self._kept[space.labels].sum())
+
+    def kept(self, space: Space) -> Tensor:
+        """Which entries of a space stay."""
+        return self._kept[space.labels]
 
     def is_open(self, space: Space) -> Tensor:
         """Which of the entries that stay are."""

@@ -367,7 +367,13 @@ def _elementwise(trace: Trace, call: Call) -> None:
         wide = [dim for dim in dims if _size_at(x, dim, len(shape)) > 1]
         if not wide:
             continue
-        if len(wide) < len(dims):  # it does the same to whatever else there is: a rotation to each head
+        within = [dim for dim in dims if dim not in wide]
+        if (
+            within and trace.is_owned(x) and len(wide) == 1 and wide[0] < within[0]
+        ):  # one number for each head
+            most = spread(trace_attention.merged(trace, most, within, call))
+            dims = varying(most)
+        elif within:  # it does the same to whatever else there is: a rotation to each head
             most = spread(trace_attention.merged(trace, most, wide, call))
             dims = varying(most)
             continue
@@ -375,6 +381,8 @@ def _elementwise(trace: Trace, call: Call) -> None:
         if trace.is_owned(x) and units is not None:
             own = dims[0] - (len(shape) - x.ndim)
             trace.sets.join(units, trace.dim(x, own, "along"), trace.where(call))
+        elif not trace.is_owned(x) and trace_attention.are_alike(x, [dim - len(shape) for dim in dims]):
+            trace.set(x, trace_attention.of_shape(most, x.shape))  # who else meets it has as many units
         else:
             trace.sets.pin(shortened([most])[0], f"{trace.where(call)}, with what has no units")
     if call.func in SUMS and are_two:
@@ -518,7 +526,12 @@ def _over(trace: Trace, call: Call) -> None:
     labels = trace.labels(x)
     default = 1 if call.name == "normalize" else None
     dim = call.get(2 if call.name == "normalize" else 1, "dim", default)
-    if labels is None or not isinstance(dim, int) or dim % x.ndim in varying(labels):
+    if labels is None or not isinstance(dim, int):
+        trace.unknown(call)
+        return
+    if dim % x.ndim in varying(labels) and len(varying(labels)) > 1:  # of the features of a head
+        labels = spread(trace_attention.merged(trace, labels, [dim % x.ndim], call))
+    if dim % x.ndim in varying(labels):
         trace.unknown(call)
         return
     trace.set(call.results()[0], labels)

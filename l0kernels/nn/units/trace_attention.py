@@ -7,6 +7,7 @@ It is found by what meets: a dimension of the labels within a head becomes one w
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -31,6 +32,24 @@ def merged(trace: Trace, labels: Tensor, dims: list[int], call: Call) -> Tensor:
         trace.sets.join(first.expand_as(short).flatten(), short.flatten(), trace.where(call))
         short = first
     return short.expand(labels.shape)
+
+
+def are_alike(x: Tensor, dims: Sequence[int]) -> bool:
+    """Whether a tensor, of no parameter, says the same of each entry of these dimensions: one number alone
+    may be a value that each of them has for now."""
+    if not all(torch.equal(x, x.narrow(dim, 0, 1).expand_as(x)) for dim in dims):
+        return False
+    is_spread = all(x.stride(dim) == 0 for dim in dims)
+    return is_spread or not torch.equal(x, x.flatten()[:1].expand(x.numel()).view(x.shape))
+
+
+def of_shape(labels: Tensor, shape: Sequence[int]) -> Tensor:
+    """Labels for a tensor of `shape` that is broadcast to what has `labels`."""
+    while labels.ndim > len(shape):
+        labels = labels.select(0, 0)
+    for dim, size in enumerate(shape):
+        labels = labels.narrow(dim, 0, min(size, labels.shape[dim]))
+    return labels
 
 
 def attention(trace: Trace, call: Call) -> None:
