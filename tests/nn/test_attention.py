@@ -276,3 +276,14 @@ def test_an_encoder_with_padding():
             with context:
                 got = model(x, src_key_padding_mask=padding)
             torch.testing.assert_close(got[~padding], expected)
+
+
+def test_rows_and_masks_that_torch_refuses():
+    layer = l0.nn.L0MultiheadAttention(8, 2, batch_first=True)
+    one, two = torch.randn(1, 4, 8), torch.randn(2, 4, 8)
+    for q, k, v in ((one, two, two), (two, one, one), (two, two, one), (two, two, two[:, :3])):
+        with pytest.raises(RuntimeError, match="query, key and value must be of"):
+            layer(q, k, v)
+    for name, shape in (("attn_mask", (4, 4)), ("key_padding_mask", (2, 4))):
+        with pytest.raises(TypeError, match=f"{name} must be bool or floating, got torch.int64"):
+            layer(two, two, two, **{name: torch.ones(shape, dtype=torch.int64)})

@@ -34,6 +34,9 @@ def attend(layer: Any, q: Tensor, k: Tensor, v: Tensor, options: Options) -> tup
         q, k, v = (x.unsqueeze(0) for x in (q, k, v))
     elif not layer.batch_first:
         q, k, v = (x.transpose(0, 1) for x in (q, k, v))
+    if k.shape[0] != q.shape[0] or k.shape[:2] != v.shape[:2]:
+        sizes = ", ".join(f"{tuple(x.shape[:2])}" for x in (q, k, v))
+        raise RuntimeError(f"query, key and value must be of (N, L), (N, S) and (N, S) rows, got {sizes}")
     if layer.bias_k is not None:
         k, v = (
             torch.cat((x, extra.expand(len(x), 1, -1)), 1)
@@ -84,20 +87,22 @@ def _mask(layer: Any, q: Tensor, k: Tensor, options: Options, batched: bool) -> 
             raise RuntimeError(
                 f"attn_mask must have shape {shapes[0]} or {shapes[1]}, got {tuple(mask.shape)}"
             )
-        mask = _floats(mask, q)
+        mask = _floats("attn_mask", mask, q)
         mask = mask[None, None] if mask.ndim == 2 else mask.view(n, all_heads, length, more)
         mask = mask if kept is None or len(mask[0]) == 1 else mask[:, kept]
     if padding is not None:
         wanted = (n, more) if batched else (more,)
         if tuple(padding.shape) != wanted:
             raise RuntimeError(f"key_padding_mask must have shape {wanted}, got {tuple(padding.shape)}")
-        padding = _floats(padding, q).view(-1, 1, 1, more)
+        padding = _floats("key_padding_mask", padding, q).view(-1, 1, 1, more)
         mask = padding if mask is None else mask + padding
     return mask if mask is None or size == more else F.pad(mask, (0, size - more))
 
 
-def _floats(mask: Tensor, like: Tensor) -> Tensor:
+def _floats(name: str, mask: Tensor, like: Tensor) -> Tensor:
     """-inf where a bool is True, which says: not this one."""
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        raise TypeError(f"{name} must be bool or floating, got {mask.dtype}")
     if mask.dtype != torch.bool:
         return mask.to(like.dtype)
     return torch.zeros(mask.shape, dtype=like.dtype, device=mask.device).masked_fill(mask, -torch.inf)
