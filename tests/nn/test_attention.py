@@ -247,3 +247,43 @@ def test_within_other_layers():
 def test_bad_arguments(options, words):
     with pytest.raises(ValueError, match=words):
         l0.nn.L0MultiheadAttention(8, **{"num_heads": 4, **options})
+
+
+@pytest.mark.parametrize("shape", [(0, 4, 8), (2, 0, 8)], ids=["no examples", "no positions"])
+@pytest.mark.parametrize("need_weights", [False, True])
+def test_empty(shape, need_weights, form):
+    layer = l0.nn.L0MultiheadAttention(8, 2, batch_first=True).double()
+    x = torch.zeros(shape, dtype=torch.float64, requires_grad=True)
+    y, weights = layer(x, x, x, need_weights=need_weights)
+    y.sum().backward()
+    assert y.shape == shape
+    assert (weights is not None) == need_weights
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_an_encoder_with_padding():
+    """In eval() without gradients torch makes a nested tensor of one."""
+    layer = nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0, batch_first=True)
+    layer.self_attn = l0.nn.L0MultiheadAttention.from_dense(layer.self_attn)
+    encoder, x = nn.TransformerEncoder(layer, 2).double().eval(), torch.randn(3, 5, 8, dtype=torch.float64)
+    padding = torch.arange(5) >= torch.tensor([[5], [3], [1]])
+    for part in encoder.layers:
+        set_z(part.self_attn, torch.tensor([1.0, 0.0]))
+    exported = l0.nn.export(encoder)
+    expected = encoder(x, src_key_padding_mask=padding)[~padding]
+    for model in (encoder, exported):
+        for context in (torch.no_grad(), torch.enable_grad()):
+            with context:
+                got = model(x, src_key_padding_mask=padding)
+            torch.testing.assert_close(got[~padding], expected)
+
+
+def test_rows_and_masks_that_torch_refuses():
+    layer = l0.nn.L0MultiheadAttention(8, 2, batch_first=True)
+    one, two = torch.randn(1, 4, 8), torch.randn(2, 4, 8)
+    for q, k, v in ((one, two, two), (two, one, one), (two, two, one), (two, two, two[:, :3])):
+        with pytest.raises(RuntimeError, match="query, key and value must be of"):
+            layer(q, k, v)
+    for name, shape in (("attn_mask", (4, 4)), ("key_padding_mask", (2, 4))):
+        with pytest.raises(TypeError, match=f"{name} must be bool or floating, got torch.int64"):
+            layer(two, two, two, **{name: torch.ones(shape, dtype=torch.int64)})

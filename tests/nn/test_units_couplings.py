@@ -70,6 +70,28 @@ def units_in_a_mask_of_a_module(model, x, given):
     return model.out(model.q(y)) + model.out(other)
 
 
+def weights_read_elsewhere(model, x, _):
+    y = model.whole(x, key=x, value=x, need_weights=False)[0]
+    return model.out(y + F.linear(x, model.whole.in_proj_weight[:8]))
+
+
+class Parametrized(nn.Module):
+    """The weights of an attention are of other parameters."""
+
+    def __init__(self, name):
+        super().__init__()
+        self.first, self.out = nn.Linear(3, 8), nn.Linear(8, 2)
+        self.hidden, self.last = nn.Linear(2, 5), nn.Linear(5, 1)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        part = self.attention.out_proj if name == "weight" else self.attention
+        nn.utils.parametrizations.weight_norm(part, name)
+
+    def forward(self, x):
+        x = self.first(x)
+        y = self.out(self.attention(x, x, x, need_weights=False)[0])
+        return self.last(F.relu(self.hidden(y)))
+
+
 class Reversed(nn.Module):
     """Its hooks turn around what an attention reads and makes."""
 
@@ -164,6 +186,9 @@ NETS = {
     "units in a mask": lambda: Attends(units_in_a_mask),
     "units in a mask of one head": lambda: Attends(units_in_a_mask_of_one_head),
     "units in a mask of a module": lambda: Attends(units_in_a_mask_of_a_module),
+    "weights read elsewhere": lambda: Attends(weights_read_elsewhere),
+    "parametrized queries": lambda: Parametrized("in_proj_weight"),
+    "parametrized output": lambda: Parametrized("weight"),
     "hooks before": lambda: Reversed(True),
     "hooks behind": lambda: Reversed(False),
     "norms of other settings": lambda: Normed(in_turn, RMSNorm(), RMSNorm(offset=1.0)),
@@ -219,7 +244,7 @@ class Slopes(nn.Module):
         return self.out(joined(F.scaled_dot_product_attention(q, k, v, attn_mask=mask)))
 
 
-def test_a_mask_of_zeros_may_be_of_each_head():
+def test_a_mask_of_one_position_may_be_of_each_head():
     graph = l0.nn.unit_graph(Slopes().double(), rows(2, 1, 5))
     assert graph.groups == ()
     assert any("scaled_dot_product_attention" in pin.why for pin in graph.pinned)
@@ -284,3 +309,30 @@ def test_a_norm_of_a_library_over_what_stays():
     assert exported.norms[0].weight.shape == (6,)
     torch.testing.assert_close(exported(x), model(x))
     assert "1e-06" in repr(exported)
+
+
+class ScaledByHeads(nn.Module):
+    """Its scale is of the number of its heads, which an export changes, and its weights are small."""
+
+    def __init__(self):
+        super().__init__()
+        self.num_heads, self.width = 4, 48
+        self.first, self.norm = nn.Linear(5, 48), nn.LayerNorm(48)
+        self.qkv, self.back, self.out = nn.Linear(48, 144), nn.Linear(48, 48), nn.Linear(48, 2)
+        for layer in (self.qkv, self.back):
+            nn.init.normal_(layer.weight, 0, 0.02)
+
+    def forward(self, x):
+        x = self.first(x)
+        y = self.qkv(self.norm(x)).view(*x.shape[:2], 3, self.num_heads, -1)
+        q, k, v = y.permute(2, 0, 3, 1, 4)
+        scores = q @ k.transpose(-1, -2) * (self.width // self.num_heads) ** -0.5
+        return self.out(x + self.back(joined(scores.softmax(-1) @ v)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_scale_of_the_number_of_heads(dtype, seeded):
+    model, x = ScaledByHeads().to(dtype).eval(), torch.randn(2, 7, 5, dtype=dtype)
+    graph = l0.nn.gate_(model, x, kinds=["heads"])
+    unit_oracle.set_gates(graph, model, "half")
+    torch.testing.assert_close(l0.nn.export(model)(x), model(x), rtol=2e-6, atol=2e-6)

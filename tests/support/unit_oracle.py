@@ -57,6 +57,10 @@ def first_changed(change: Any, args: Any, named: Any) -> Any:
     return args, {**named, name: change(named[name])}
 
 
+def is_rms_norm(module: nn.Module) -> bool:
+    return type(module).__name__.endswith(("RMSNorm", "T5LayerNorm"))
+
+
 class Oracle:
     """The plain model under given gates.
 
@@ -112,11 +116,11 @@ class Oracle:
             return
         if isinstance(module, nn.MultiheadAttention):
             out = module.out_proj.weight
-            sides = [self.along((names[id(out)], dim), out.shape[dim]) for dim in (0, 1)]
+            sides = [self.along((names.get(id(out), ""), dim), out.shape[dim]) for dim in (0, 1)]
             reads = [of(f"{name}_proj_weight", 1) for name in ("in", "q", "k", "v")]
             if any(one is not None for one in (*sides, *reads)):
-                module.forward = lambda q, k, v, **options: attended(
-                    module, (q, k, v), reads, sides, self.masks, **options
+                module.forward = lambda query, key, value, **options: attended(
+                    module, (query, key, value), reads, sides, self.masks, **options
                 )
             return
         spatial = next((d for d in (1, 2, 3) if f"{d}d" in type(module).__name__), 0)  # Conv1D has none
@@ -137,7 +141,7 @@ class Oracle:
             found = [of(what, 0) for what in ("weight", "bias", "running_mean")]
             outs = next((one for one in found if one is not None), None)
             dim = 1
-            is_rms = type(module).__name__.endswith("RMSNorm")
+            is_rms = is_rms_norm(module)
             if is_rms or isinstance(
                 module, nn.LayerNorm | nn.GroupNorm | nn.modules.instancenorm._InstanceNorm
             ):
@@ -186,7 +190,7 @@ def normal(norm: Any, x: Tensor, support: Tensor) -> Tensor:
     if not last:
         value, mask = (t.reshape(len(x), norm.num_groups, -1) for t in (value, mask))
     n = mask.sum(-1, keepdim=True).clamp(min=1)
-    mean = 0 if type(norm).__name__.endswith("RMSNorm") else (value * mask).sum(-1, keepdim=True) / n
+    mean = 0 if is_rms_norm(norm) else (value * mask).sum(-1, keepdim=True) / n
     variance = ((value - mean).square() * mask).sum(-1, keepdim=True) / n
     eps = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
     eps = torch.finfo(x.dtype).eps if eps is None else eps

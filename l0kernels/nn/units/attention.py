@@ -9,6 +9,7 @@ head are 0, and their mean is over the open ones.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -22,7 +23,7 @@ from .draws import Draw, Space
 from .kinds import Kind
 from .layers import Units, _Exact
 from .narrow import Narrow, plain, refuse_function
-from .open_attention import Options, attend, projections
+from .open_attention import Options, attend, is_nested, over_padded, projections
 
 if TYPE_CHECKING:
     from .place import GateGroups
@@ -35,6 +36,8 @@ def run(
     layer: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
     """The forward of a gated attention: that of torch.nn.MultiheadAttention, on open heads."""
+    if is_nested(query) and query is key is value:
+        return over_padded(query, partial(run, layer)), None
     units: Units = layer._l0_units
     given, options = (query, key, value), Options(*args, **kwargs)
     _check(layer, given)

@@ -145,6 +145,18 @@ def epsilon(norm: Any) -> float | None:
     return getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
 
 
+def _has_own_weights(attention: Any) -> bool:
+    """Whether its weights and those of its output are parameters, which no parametrization makes."""
+    names = [*(f"{of}_proj_weight" for of in ("in", "q", "k", "v")), "in_proj_bias", "bias_k", "bias_v"]
+    pairs = [(attention, name) for name in names] + [
+        (attention.out_proj, name) for name in ("weight", "bias")
+    ]
+    linear = kind_of(attention.out_proj)
+    return linear is not None and all(
+        getattr(module, name) is module._parameters.get(name) for module, name in pairs
+    )
+
+
 def kind_of(module: nn.Module) -> Kind | None:
     """How `module` computes, None where it is no layer that is known, or has a forward of its own."""
     cls = type(module)
@@ -167,6 +179,8 @@ def kind_of(module: nn.Module) -> Kind | None:
         if kind.name == "conv" and cls._conv_forward is not base._conv_forward:  # type: ignore[attr-defined]
             return None
         if isinstance(module, AnyInstanceNorm) and module.track_running_stats:
+            return None
+        if kind.name == "attention" and not _has_own_weights(module):
             return None
         if getattr(module, "proj_size", 0):  # its outputs are other units than its cells
             return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -33,12 +34,16 @@ def attend(layer: Any, q: Tensor, k: Tensor, v: Tensor, options: Options) -> tup
         q, k, v = (x.unsqueeze(0) for x in (q, k, v))
     elif not layer.batch_first:
         q, k, v = (x.transpose(0, 1) for x in (q, k, v))
+    if k.shape[0] != q.shape[0] or k.shape[:2] != v.shape[:2]:
+        sizes = ", ".join(f"{tuple(x.shape[:2])}" for x in (q, k, v))
+        raise RuntimeError(f"query, key and value must be of (N, L), (N, S) and (N, S) rows, got {sizes}")
     if layer.bias_k is not None:
         k, v = (
             torch.cat((x, extra.expand(len(x), 1, -1)), 1)
             for x, extra in ((k, layer.bias_k), (v, layer.bias_v))
         )
-    q, k, v = (x.view(x.shape[0], x.shape[1], -1, layer.head_dim).transpose(1, 2) for x in (q, k, v))
+    size = layer.head_dim
+    q, k, v = (x.view(*x.shape[:2], x.shape[-1] // size, size).transpose(1, 2) for x in (q, k, v))
     if k.shape[1] != q.shape[1]:  # of several queries
         each = q.shape[1] // max(k.shape[1], 1)
         k, v = (x[:, :, None].expand(-1, -1, each, -1, -1).flatten(1, 2) for x in (k, v))
@@ -82,20 +87,22 @@ def _mask(layer: Any, q: Tensor, k: Tensor, options: Options, batched: bool) -> 
             raise RuntimeError(
                 f"attn_mask must have shape {shapes[0]} or {shapes[1]}, got {tuple(mask.shape)}"
             )
-        mask = _floats(mask, q)
+        mask = _floats("attn_mask", mask, q)
         mask = mask[None, None] if mask.ndim == 2 else mask.view(n, all_heads, length, more)
         mask = mask if kept is None or len(mask[0]) == 1 else mask[:, kept]
     if padding is not None:
         wanted = (n, more) if batched else (more,)
         if tuple(padding.shape) != wanted:
             raise RuntimeError(f"key_padding_mask must have shape {wanted}, got {tuple(padding.shape)}")
-        padding = _floats(padding, q).view(-1, 1, 1, more)
+        padding = _floats("key_padding_mask", padding, q).view(-1, 1, 1, more)
         mask = padding if mask is None else mask + padding
     return mask if mask is None or size == more else F.pad(mask, (0, size - more))
 
 
-def _floats(mask: Tensor, like: Tensor) -> Tensor:
+def _floats(name: str, mask: Tensor, like: Tensor) -> Tensor:
     """-inf where a bool is True, which says: not this one."""
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        raise TypeError(f"{name} must be bool or floating, got {mask.dtype}")
     if mask.dtype != torch.bool:
         return mask.to(like.dtype)
     return torch.zeros(mask.shape, dtype=like.dtype, device=mask.device).masked_fill(mask, -torch.inf)
@@ -112,6 +119,21 @@ def projections(layer: Any) -> list[tuple[Tensor, Tensor | None]]:
     return list(zip(weights, biases, strict=True))
 
 
+def is_nested(x: Any) -> bool:
+    """Whether x is what torch.nn.TransformerEncoder makes of a padded batch."""
+    return type(x) is Tensor and x.is_nested and x.layout == torch.strided
+
+
+def over_padded(x: Tensor, run: Callable[..., Any]) -> Tensor:
+    """What an attention makes of a nested tensor, whose parts attend to themselves."""
+    sizes = [len(part) for part in x.unbind()]
+    dense = x.to_padded_tensor(0.0)
+    lengths = torch.tensor(sizes, device=dense.device)
+    padding = torch.arange(dense.shape[1], device=dense.device) >= lengths[:, None]
+    y, _ = run(dense, dense, dense, padding, need_weights=False)
+    return torch.nested.as_nested_tensor([part[:n] for part, n in zip(y.unbind(), sizes, strict=True)])
+
+
 class OpenMultiheadAttention(nn.MultiheadAttention):
     """``torch.nn.MultiheadAttention`` with the heads that are open: ``num_heads * head_dim`` may differ from
     ``embed_dim``. Of attention weights that are averaged it is the mean over these heads. A mask by head is
@@ -123,6 +145,8 @@ class OpenMultiheadAttention(nn.MultiheadAttention):
         self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
         """As torch's."""
+        if is_nested(query) and query is key is value:
+            return over_padded(query, self.forward), None
         q, k, v = (
             F.linear(x, weight, bias)
             for x, (weight, bias) in zip((query, key, value), projections(self), strict=True)

@@ -135,15 +135,19 @@ class Trace(TorchFunctionMode):
         if x is None:
             return
         if self.is_owned(x):
-            for key, known in self.dims.items():
-                if key.name == self._names[id(x)]:
-                    self.sets.pin(known, why)
-            for dim in range(x.ndim):
-                if Dim(self._names[id(x)], dim) not in self.dims and x.shape[dim] < 1 << 20:
-                    self.sets.pin(self.dim(x, dim, "along"), why)
+            self.pin_dims(x, range(x.ndim), why)
         labels = self.labels(x)
         if labels is not None:
             self.sets.pin(shortened([labels])[0], why)
+
+    def pin_dims(self, x: Tensor, dims: Sequence[int], why: str) -> None:
+        """Has no unit in these dimensions of a parameter or buffer be gated."""
+        for dim in dims:
+            known = self.dims.get(Dim(self._names[id(x)], dim))
+            if known is None and x.shape[dim] < 1 << 20:
+                known = self.dim(x, dim, "along")
+            if known is not None:
+                self.sets.pin(known, why)
 
     # ---- the model runs
 
@@ -419,6 +423,7 @@ def _move(trace: Trace, call: Call) -> None:
         labels = trace.labels(x)
         if labels is None and trace.is_owned(x) and x.is_floating_point() and 0 < x.ndim < 4:
             labels = across(trace.dim(x, x.ndim - 1, "along"), -1, x.shape)
+            trace.pin_dims(x, range(x.ndim - 1), trace.where(call))
         if labels is None:  # an index is one of itself
             moves = x.is_floating_point() or id(x) in moved_ones
             return torch.zeros((), dtype=torch.int64, device="cpu").expand(x.shape) if moves else x

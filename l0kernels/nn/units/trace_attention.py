@@ -89,10 +89,12 @@ def attention(trace: Trace, call: Call) -> None:
 
 
 def _is_for_all(trace: Trace, mask: Tensor) -> bool:
-    """Whether a mask without units is the same for every head, and says so."""
+    """Whether a mask without units is the same for every head, which one of one position does not show."""
     if mask.ndim < 3 or mask.shape[-3] == 1:
         return True
-    return not trace.is_owned(mask) and are_alike(mask, [-3])
+    if trace.is_owned(mask) or not torch.equal(mask, mask.narrow(-3, 0, 1).expand_as(mask)):
+        return False
+    return mask.stride(-3) == 0 or mask.shape[-1] > 1
 
 
 def batched_product(trace: Trace, call: Call) -> None:
