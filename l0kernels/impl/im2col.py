@@ -20,7 +20,8 @@ CHUNK = 1 << 20
 """Bytes of the rows that are made at a time: they stay in the cache until the product has read them."""
 
 FEW_TAPS = 9
-"""Of a kernel: where there are more, copying patches takes longer than oneDNN's compiling."""
+"""Of a kernel: where there are more, copying patches takes longer than oneDNN's compiling. Its convolutions
+with vectors of 512 bits are so fast that no patches are worth it."""
 
 MOST_TAPS = 64
 """Of a depthwise kernel, see kMostTaps in csrc/conv.h."""
@@ -51,6 +52,11 @@ def _shape(size: torch.Size, kernel: tuple[int, int], geometry: Geometry) -> Sha
     if min(out) < 1:
         raise RuntimeError(f"images must have no fewer pixels than kernels reach, {kernel}, got {(H, W)}")
     return (N, H, W, C, *kernel, *stride, *padding, *dilation, *out)
+
+
+def few_taps() -> int:
+    """Of a kernel up to which convolutions are products of matrices on this machine."""
+    return 1 if _C is not None and _C.isa() == "avx512" else FEW_TAPS
 
 
 def serves(dtype: torch.dtype) -> bool:

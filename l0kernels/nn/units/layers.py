@@ -150,12 +150,21 @@ class _Exact:
         x = self.enter(x, self.units.ins, dim)
         if layer.groups > 1:
             return self.leave(self.grouped(layer, x), dim)
-        geometry = self.geometry(layer, x) if layer.weight.shape[2:].numel() <= im2col.FEW_TAPS else None
+        few = layer.weight.shape[2:].numel() <= im2col.few_taps()
+        geometry = self.geometry(layer, x) if few else None
         if geometry is not None:
             z, sides = self.sides(layer.weight)
             return self.leave(narrow_conv2d(x, layer.weight, self.take(layer.bias), z, sides, geometry), dim)
-        y = layer._conv_forward(x, self.weight(layer), self.take(layer.bias))
+        weight = layer.weight if self.is_whole(layer, x) else self.weight(layer)
+        if weight is layer.weight and self.units.ins is not None:
+            x = x * _along(self.draw.scales(self.units.ins, x.dtype).to(x.dtype), dim, x.ndim)
+        y = layer._conv_forward(x, weight, self.take(layer.bias))
         return self.leave(y, dim)
+
+    def is_whole(self, layer: Any, x: Tensor) -> bool:
+        """Whether all units exist and there are fewer activations than weights: those are multiplied by z."""
+        _, _, ins, outs, *_ = self.units
+        return self.index(ins) is None and self.index(outs) is None and x.numel() < layer.weight.numel()
 
     def geometry(self, layer: Any, x: Tensor) -> Geometry | None:
         """How the convolution is computed as a product of matrices, None where torch is asked: that compiles

@@ -17,6 +17,7 @@ from ..._compat import AnyBatchNorm, current_node, graph_task
 from ..._gates import DEFAULT_DIST, Gates, HardConcrete
 from ...conv2d import is_exact
 from ...gates import draw_joined
+from ...impl.im2col import few_taps
 from ...penalty import L2Term
 from ..batch_norm import ChannelAverages
 from ..gate import GatedLayer, HardConcreteGate, draw, draws_of, leaves_no_fast_path
@@ -24,12 +25,14 @@ from . import attention, recurrent
 from .draws import Averages, Draw, Space, Spaces
 from .example import Example, example_of
 from .graph import Group, UnitGraph, nesting, unit_graph
-from .kinds import kind_of, recurrent_names
+from .kinds import Kind, kind_of, recurrent_names
 from .layers import Units, run
 from .narrow import plain
 
 MULTIPLE = 8
-"""Of channels of convolutions: products of matrices are faster so, and oneDNN compiles each new number."""
+"""Of channels of convolutions: products of matrices are faster so."""
+NUMBERS = 8
+"""So many numbers of channels may occur where oneDNN computes, which compiles each new one."""
 
 NAME = "l0_units"
 """Of the module in a gated model that holds its gates."""
@@ -538,7 +541,7 @@ def _place(model: nn.Module, gates: GateGroups, sizes: dict[tuple[str, int], int
             found[member.index] = (start + torch.arange(group.units, device="cpu"))[:, None]
         start += group.units
     spaces = {key: gates.spaces.of(found) for key, found in labels.items()}
-    placed: list[Units] = []
+    placed: list[tuple[nn.Module, Units]] = []
     by_tensor = {(id(tensors[name]), dim): one for (name, dim), one in spaces.items() if name in tensors}
     for (name, dim), one in spaces.items():
         gates.places.setdefault(name, {})[dim] = one
@@ -578,7 +581,7 @@ def _place(model: nn.Module, gates: GateGroups, sizes: dict[tuple[str, int], int
             units = Units(gates, kind, None, outs)
         if all(one is None for one in (units.ins, units.outs, *units.heads, *units.reads)):
             continue
-        placed.append(units)
+        placed.append((module, units))
         module.__dict__["_l0_units"] = units
         module.__class__ = _class_of(type(module))
         if kind.is_bypassed:
@@ -606,19 +609,29 @@ def _note_attentions(gates: GateGroups, graph: UnitGraph) -> None:
         gates.attentions.setdefault(product.module, []).append(space)
 
 
-def _round(gates: GateGroups, placed: Sequence[Units], total: int) -> None:
+def _round(gates: GateGroups, placed: Sequence[tuple[nn.Module, Units]], total: int) -> None:
     """Sets the multiples: of what convolutions see, unless the statistics of a norm would see it, too."""
-    convolved, exact = (torch.zeros(total + 1, dtype=torch.bool, device="cpu") for _ in range(2))
-    for units in placed:
+    convolved, compiled, exact = (torch.zeros(total + 1, dtype=torch.bool, device="cpu") for _ in range(3))
+    few = few_taps()
+    for layer, units in placed:
         for space in (units.ins, units.outs):
             if space is not None:
                 convolved[space.labels] |= units.kind.spatial > 0
+                compiled[space.labels] |= _is_compiled(layer, units.kind, few)
                 exact[space.labels] |= units.kind.is_exact
     start = 0
     for at, group in enumerate(gates.groups):
         if convolved[start] and not exact[start]:
-            gates.multiples[at] = MULTIPLE
+            of_all = group.units // NUMBERS // MULTIPLE * MULTIPLE if compiled[start] else 0
+            gates.multiples[at] = max(MULTIPLE, of_all)
         start += group.units
+
+
+def _is_compiled(layer: Any, kind: Kind, few: int) -> bool:
+    """Whether oneDNN computes a layer, see `layers`: a convolution of which patches would be too many."""
+    if kind.spatial == 0 or layer.groups > 1:
+        return False
+    return kind.spatial != 2 or kind.name != "conv" or layer.weight.shape[2:].numel() > few
 
 
 def ungate_(model: nn.Module) -> nn.Module:
