@@ -23,7 +23,7 @@ peak_mb: allocated by torch within a call. launches: kernels and copies of a cal
 largest relative one against fp64. stock, fair: time over that of `dense`, and of the fastest ungated one."""
 APART = 1.6
 """By how much an exchange takes longer once the cores share no cache: figures of both are not mixed."""
-GENERATIONS = {"25-1": "Zen 3, AVX2", "25-17": "Zen 4, AVX-512"}
+GENERATIONS = {"25-1": "Zen 3, AVX2", "25-17": "Zen 4, AVX-512", "26-2": "Zen 5, AVX-512"}
 """AMD's names, and the widest vectors, by family and model."""
 KEY = ("op", "shape", "dtype", "keep", "pass", "mode", "provider")
 Row = dict[str, str]
