@@ -613,6 +613,7 @@ REFUSED = {
     "l0_mlp geglu": "it does not serve 'geglu'; triton does",
     "gated_conv2d": "it does not serve gated_conv2d; the triton backend does",
     "packed_conv2d": "it does not serve gated_conv2d; the triton backend does",
+    "gated_attention": "it does not serve gated_attention; the triton backend does",
     "gated_batch_norm": "it does not serve gated_batch_norm; the triton backend does",
     "nn.L0Linear weight": "it does not serve masked_linear; the triton backend does",
     "nn.L0Linear (5, 5)": "it does not serve block_linear; the triton backend does",
