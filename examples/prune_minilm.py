@@ -212,7 +212,7 @@ def told(rows: Sequence[Row]) -> str:
     return "\n".join(
         (
             f"Left: {share:.1%} of the encoder; heads by layer {small.heads} of {teacher.heads},",
-            f"units {small.units} of {teacher.units}. Where no head is open, one of zeros stays.",
+            f"units {small.units} of {teacher.units}.",
             f"Step: {student.step_ms:.0f} ms in the last fifth of the run, {teacher.step_ms:.0f} dense: "
             f"{step:.2f}. It keeps {student.saved_mb:.0f} MB for the backward pass, dense "
             f"{teacher.saved_mb:.0f}: {saved:.2f}.",
