@@ -22,7 +22,7 @@ from .units.kinds import kind_of
 from .units.open_attention import OpenMultiheadAttention, projections
 from .units.place import NAME, GatedUnits, GateGroups
 from .units.sizes import hosts_of
-from .units.trace_attention import ATTENTION, PRODUCTS
+from .units.trace_attention import PRODUCTS
 
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
@@ -202,16 +202,14 @@ class _Found(TorchFunctionMode):
 def _of_product(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> int:
     """FLOPs of a product of activations; those with parameters are layers' or nobody's."""
     if func is F.scaled_dot_product_attention:
-        q, k, v = (args[at] if len(args) > at else kwargs[name] for at, name in enumerate(ATTENDED))
+        q, k, v = (
+            args[at] if len(args) > at else kwargs[name] for at, name in enumerate(("query", "key", "value"))
+        )
         return 2 * q.shape[:-1].numel() * k.shape[-2] * (q.shape[-1] + v.shape[-1])
     given = [*args, *kwargs.values()][:2]
     if any(not isinstance(x, Tensor) or x.ndim < 3 or isinstance(x, nn.Parameter) for x in given):
         return 0
     return 2 * out.numel() * given[0].shape[-1]
-
-
-ATTENDED = ("query", "key", "value")
-assert F.scaled_dot_product_attention.__name__ == ATTENTION
 
 
 def _input(model: nn.Module, inputs: Sequence[int] | Tensor) -> Tensor:

@@ -45,11 +45,13 @@ def shrunk(model: nn.Module, multiple_of: int) -> nn.Module:
 def _shrunk(host: nn.Module, multiple_of: int) -> nn.Module:
     gates = cast(GateGroups, groups_of(host))
     check = _Check(host, gates)
-    for least in (0, 1):  # not every forward takes what has no units at all
+    for least in (0, 1) if check.compares else (1,):  # not every forward takes what has no units at all
         plan = _Plan(host, gates, multiple_of, least)
         out, found = check.of(plan.cut(plan.narrowed))
         if found is None:
             return out
+        if not plan.leaves_none:  # the next plan would be the same
+            break
     # Some of them meet a size that stands in a forward: those stay whole, with zeros.
     out, wrong = check.of(plan.cut([]), loosely=True)
     if wrong is not None:
@@ -121,6 +123,11 @@ class _Plan:
                 self._kept[place][likely.argsort(descending=True, stable=True)[:wanted]] = True
             if not self._kept[place].all():
                 self.narrowed.append(group)
+
+    @property
+    def leaves_none(self) -> bool:
+        """Whether nothing is kept of some group."""
+        return not all(bool(self._kept[place].any()) for place in self._of.values())
 
     def _names(self, space: Space) -> set[str]:
         """The groups whose units lie in a space."""
@@ -364,6 +371,11 @@ class _Check:
         except Exception:  # its inputs cannot be random
             self._wanted = None
             return
+
+    @property
+    def compares(self) -> bool:
+        """Whether there is something to compare with."""
+        return self._wanted is not None
 
     def of(self, model: nn.Module, loosely: bool = False) -> tuple[nn.Module, _Fault | None]:
         """The model, and what is wrong with it; `loosely`: only what is plainly so."""
