@@ -45,7 +45,7 @@ def shrunk(model: nn.Module, multiple_of: int) -> nn.Module:
 def _shrunk(host: nn.Module, multiple_of: int) -> nn.Module:
     gates = cast(GateGroups, groups_of(host))
     check = _Check(host, gates)
-    for least in (0, 1) if check.compares else (1,):  # not every forward takes what has no units at all
+    for least in (0, 1):  # not every forward takes what has no units at all
         plan = _Plan(host, gates, multiple_of, least)
         out, found = check.of(plan.cut(plan.narrowed))
         if found is None:
@@ -371,11 +371,6 @@ class _Check:
         except Exception:  # its inputs cannot be random
             self._wanted = None
             return
-
-    @property
-    def compares(self) -> bool:
-        """Whether there is something to compare with."""
-        return self._wanted is not None
 
     def of(self, model: nn.Module, loosely: bool = False) -> tuple[nn.Module, _Fault | None]:
         """The model, and what is wrong with it; `loosely`: only what is plainly so."""
