@@ -1,6 +1,8 @@
 """Trains the nets of the paper's table of MNIST (Louizos, Welling & Kingma, ICLR 2018, table 1) by its
 recipe: LeNet-300-100 and LeNet-5-Caffe, 200 epochs, batches of 100, Adam at 1e-3 for weights and gates alike,
-errors of an exponential moving average of .999. One row a run in bench/results/accuracy/paper.csv, one an
+errors of an exponential moving average of .999. Then the same nets with nn.Budget instead of a penalty, each
+gate vector towards the number of units that the paper's net has, in fewer epochs and with gates at .02: their
+last error is that of the net cut to these numbers. One row a run in bench/results/accuracy/paper.csv, one an
 epoch in paper-epochs.csv. Hours: a run is saved after each epoch and goes on from there; those that have a
 row are not run again."""
 
@@ -33,6 +35,10 @@ import train_lenet300  # noqa: E402
 import trainer  # noqa: E402
 
 BATCH, RATE, AVERAGE = 100, 1e-3, 0.999
+GATE_RATE = 0.02
+"""Of gates under a budget."""
+BUDGET = "budget"
+"""What a row has in the place of lambdas if there are none."""
 TIMED = 10
 """Steps of each epoch for which the same net dense, and with masks, takes a step beside."""
 PATH = RESULTS / "accuracy" / "paper.csv"
@@ -52,14 +58,32 @@ class Setting(NamedTuple):
 
     Attributes:
         example: the net, as the examples build it.
-        lambdas: of each gate vector.
+        lambdas: of each gate vector; none: a budget.
         open, error: what the paper's table has.
+        epochs: how long it is trained.
     """
 
     example: trainer.Example
     lambdas: tuple[float, ...]
     open: str
     error: float
+    epochs: int = 200
+
+    @property
+    def told(self) -> str:
+        """Its lambdas, for a row."""
+        return " ".join(f"{value:g}" for value in self.lambdas) or BUDGET
+
+    def gated(self) -> nn.Module:
+        return self.example.gated(self.lambdas or (0.0,) * len(self.example.units))
+
+    def keep(self, model: nn.Module) -> dict[str, float] | None:
+        """The share of each gate vector that the paper's net has; None: no budget."""
+        if self.lambdas:
+            return None
+        units = l0.nn.open_units(model)
+        sizes = map(int, self.open.split("-"))
+        return {name: size / of.total for (name, of), size in zip(units.items(), sizes, strict=True)}
 
 
 LENET300, LENET5 = train_lenet300.EXAMPLE, train_lenet5.EXAMPLE
@@ -68,18 +92,38 @@ SETTINGS = {
     "lenet300-apart": Setting(LENET300, (0.1, 0.3, 0.4), "266-88-33", 1.8),
     "lenet5": Setting(LENET5, (0.1, 0.1, 0.1, 0.1), "20-25-45-462", 0.9),
     "lenet5-apart": Setting(LENET5, (10.0, 0.5, 0.1, 10.0), "9-18-65-25", 1.0),
+    "lenet300-budget": Setting(LENET300, (), "219-214-100", 1.4, 60),
+    "lenet300-apart-budget": Setting(LENET300, (), "266-88-33", 1.8, 60),
+    "lenet5-budget": Setting(LENET5, (), "20-25-45-462", 0.9, 60),
+    "lenet5-apart-budget": Setting(LENET5, (), "9-18-65-25", 1.0, 60),
 }
 """One lambda for all, and one for each; those of LeNet-300-100 are ours, for want of the paper's."""
 
 
 class Learner:
-    """A net and its optimiser; `backend`: that computes it, None: the default one."""
+    """A net and its optimiser.
 
-    def __init__(self, model: nn.Module, examples: int, backend: str | None = None) -> None:
-        self.model, self._examples, self._backend = model, examples, backend
-        self.optimizer = torch.optim.Adam(model.parameters(), lr=RATE, fused=True)
-        self._gated = bool(l0.nn.gate_modules(model))
-        if self._gated:
+    Args:
+        examples: N, by which the penalty is divided; None: no penalty.
+        backend: that computes it, None: the default one.
+        budget: what the gates end on in place of the penalty.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        examples: int | None = None,
+        backend: str | None = None,
+        budget: l0.nn.Budget | None = None,
+    ) -> None:
+        self.model, self.budget = model, budget
+        self._examples, self._backend = examples, backend
+        gate_rate = RATE if budget is None else GATE_RATE
+        groups = l0.nn.parameter_groups(model, gate_lr=gate_rate) if examples else model.parameters()
+        self.optimizer = torch.optim.Adam(groups, lr=RATE, fused=True)
+        if budget is not None:
+            budget.attach(self.optimizer)
+        elif examples:
             l0.nn.clamp_after_step(self.optimizer, model)
 
     def step(self, x: Tensor, y: Tensor) -> float:
@@ -94,7 +138,7 @@ class Learner:
 
     def _step(self, x: Tensor, y: Tensor) -> None:
         loss = F.cross_entropy(self.model(x), y)
-        if self._gated:
+        if self._examples and self.budget is None:
             loss = loss + l0.nn.penalty(self.model) / self._examples
         self.optimizer.zero_grad()
         loss.backward()
@@ -102,19 +146,26 @@ class Learner:
 
 
 class Run:
-    """A net between two epochs, beside it the dense and the masked one that are only timed."""
+    """A net between two epochs, beside it the dense and the masked one that are only timed.
 
-    def __init__(self, setting: Setting, of: data.Data, seed: int) -> None:
+    Attributes:
+        keep: of each gate vector under a budget, None without one.
+    """
+
+    def __init__(self, setting: Setting, of: data.Data, seed: int, epochs: int) -> None:
         example, examples = setting.example, len(of.train_y)
         name, train_x, train_y, test_x, test_y = of
         self.data = data.Data(name, example.shaped(train_x), train_y, example.shaped(test_x), test_y)
         self.order = torch.Generator().manual_seed(seed)
         torch.manual_seed(seed)
-        model = example.gated(setting.lambdas)
-        self.ours = Learner(model, examples)
+        model = setting.gated()
+        self.keep, budget = setting.keep(model), None
+        if self.keep is not None:
+            budget = l0.nn.Budget(model, self.keep, steps=epochs * (examples // BATCH))
+        self.ours = Learner(model, examples, budget=budget)
         self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(AVERAGE))
         self.beside = {
-            "dense": Learner(example.dense(), examples),
+            "dense": Learner(example.dense()),
             "masked": Learner(copy.deepcopy(model), examples, "reference"),
         }
         self.shape = (1, *self.data.train_x.shape[1:])
@@ -161,12 +212,20 @@ class Run:
         """The open units of the averaged net."""
         return "-".join(str(units.open) for units in l0.nn.open_units(self.average.module.eval()).values())
 
+    def cut(self) -> tuple[str, float]:
+        """Units that the averaged net has when it is cut to the budget, and its error."""
+        net = l0.nn.export(self.average.module.eval(), keep=self.keep)
+        sizes = [layer.out_channels for layer in net.modules() if isinstance(layer, nn.Conv2d)]
+        sizes += [layer.in_features for layer in net.modules() if isinstance(layer, nn.Linear)]
+        return "-".join(map(str, sizes)), self.error(net)
+
     def state(self) -> dict[str, Any]:
         learners = {"ours": self.ours, **self.beside}
         return {
             "models": {name: learner.model.state_dict() for name, learner in learners.items()},
             "optimizers": {name: learner.optimizer.state_dict() for name, learner in learners.items()},
             "average": self.average.state_dict(),
+            "budget": None if self.ours.budget is None else self.ours.budget.state_dict(),
             "history": self.history,
             "seconds": self.seconds,
             "order": self.order.get_state(),
@@ -178,6 +237,8 @@ class Run:
             learner.model.load_state_dict(state["models"][name])
             learner.optimizer.load_state_dict(state["optimizers"][name])
         self.average.load_state_dict(state["average"])
+        if self.ours.budget is not None:
+            self.ours.budget.load_state_dict(state["budget"])
         self.history, self.seconds = state["history"], state["seconds"]
         self.order.set_state(state["order"])
         torch.set_rng_state(state["rng"])
@@ -205,12 +266,15 @@ def result(run: Run, steps: int) -> Row:
     seconds = {
         name: sum(row[f"{name}_ms"] for row in run.history) * steps / 1e3 for name in ("dense", "masked")
     }
+    is_open, last = (run.open(), errors[-1]) if run.keep is None else run.cut()
+    # Before a budget is met, an error is of a larger net.
+    chosen = (f"{errors[best]:.4f}", str(best + 1)) if run.keep is None else ("", "")
     return {
         "data": run.data.name,
-        "open": run.open(),
-        "last_error": f"{errors[-1]:.4f}",
-        "best_error": f"{errors[best]:.4f}",
-        "best_epoch": str(best + 1),
+        "open": is_open,
+        "last_error": f"{last:.4f}",
+        "best_error": chosen[0],
+        "best_epoch": chosen[1],
         "expected_flops": f"{run.history[-1]['expected_flops']:.4f}",
         "seconds": f"{run.seconds:.1f}",
         **{f"{name}_seconds": f"{value:.1f}" for name, value in seconds.items()},
@@ -220,16 +284,20 @@ def result(run: Run, steps: int) -> Row:
 def table(rows: Sequence[Row]) -> str:
     """Each run beside the paper's line, by net and seed."""
     lines = header(
-        *("net", "seed", "open at the end", "paper's", "error, last / best", "paper's"),
+        *("net", "lambda", "seed", "epochs", "units at the end", "paper's", "error, last / best", "paper's"),
         *("s dense", "s masked", "s ours"),
     )
     order = list(SETTINGS)
-    for row in sorted(rows, key=lambda row: (order.index(row["net"]), int(row["seed"]))):
+    for row in sorted(rows, key=lambda row: (order.index(row["net"]), row["lambdas"], int(row["seed"]))):
         setting = SETTINGS[row["net"]]
-        errors = f"{100 * float(row['last_error']):.2f} / {100 * float(row['best_error']):.2f} %"
+        errors = " / ".join(
+            f"{100 * float(row[name]):.2f}" for name in ("last_error", "best_error") if row[name]
+        )
         times = [f"{float(row[name]):.0f}" for name in ("dense_seconds", "masked_seconds", "seconds")]
-        found = (row["net"], row["seed"], row["open"], setting.open, errors, f"{setting.error} %")
-        lines.append(line(*found, *times))
+        lambdas = row["lambdas"].split()
+        told = lambdas[0] if len(set(lambdas)) == 1 else "-".join(lambdas)
+        found = (setting.example.title, told, row["seed"], row["epochs"], row["open"], setting.open)
+        lines.append(line(*found, f"{errors} %", f"{setting.error} %", *times))
     return "\n".join(lines)
 
 
@@ -251,10 +319,19 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, help="folder of MNIST's four idx .gz files; default: digits")
     parser.add_argument("--net", choices=list(SETTINGS), nargs="+", default=list(SETTINGS))
     parser.add_argument("--seeds", type=trainer.whole(0), nargs="+", default=[0, 1, 2])
-    parser.add_argument("--epochs", type=trainer.whole(1), default=200)
+    parser.add_argument(
+        "--lambdas", type=float, nargs="+", help="others than those of --net, one a gate vector"
+    )
+    parser.add_argument("--epochs", type=trainer.whole(1), help="default 200, under a budget 60")
     parser.add_argument("--work", type=Path, default=Path("runs", "paper"), help="folder of the checkpoints")
     parser.add_argument("--csv", type=Path, default=PATH, help="default bench/results/accuracy/paper.csv")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    for net in args.net if args.lambdas else ():
+        expected = len(SETTINGS[net].example.units)
+        if len(args.lambdas) != expected or not SETTINGS[net].lambdas:
+            needs = f"{expected} for {net}" if SETTINGS[net].lambdas else f"none for {net}"
+            parser.error(f"--lambdas must be {needs}, got {len(args.lambdas)}")
+    return args
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -263,18 +340,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     of = data.mnist(args.data) if args.data else data.mnist5k()
     done = read(args.csv) if args.csv.exists() else []
     args.work.mkdir(parents=True, exist_ok=True)
+    begun = commit()
     for seed in args.seeds:
         for net in args.net:
-            lambdas = " ".join(f"{value:g}" for value in SETTINGS[net].lambdas)
-            key = {"net": net, "lambdas": lambdas, "seed": str(seed), "epochs": str(args.epochs)}
+            setting = SETTINGS[net]
+            if args.lambdas:
+                setting = setting._replace(lambdas=tuple(args.lambdas))
+            epochs = args.epochs or setting.epochs
+            key = {"net": net, "lambdas": setting.told, "seed": str(seed), "epochs": str(epochs)}
             if any(key.items() <= row.items() and row["data"] == of.name for row in done):
                 continue
             with trainer.denormals_flushed():
-                run = Run(SETTINGS[net], of, seed)
-                checkpoint = args.work / f"{net}-{of.name}-{args.epochs}-{seed}.pt"
-                train(run, args.epochs, checkpoint, f"{net}, seed {seed}")
+                run = Run(setting, of, seed, epochs)
+                own = "-".join([net, *(f"{value:g}" for value in args.lambdas or ())])
+                checkpoint = args.work / f"{own}-{of.name}-{epochs}-{seed}.pt"
+                train(run, epochs, checkpoint, f"{own}, seed {seed}")
             common = dict(
-                zip(COMMON, (time.strftime("%Y-%m-%d"), commit(), cpu_name(), torch.__version__), strict=True)
+                zip(COMMON, (time.strftime("%Y-%m-%d"), begun, cpu_name(), torch.__version__), strict=True)
             )
             row = common | key | result(run, len(of.train_y) // BATCH)
             append(args.csv, [row], FIELDS)

@@ -19,11 +19,11 @@ def few(monkeypatch):
     return some
 
 
-def run(folder, epochs, nets=("lenet300",)):
+def run(folder, epochs, nets=("lenet300",), *options):
     assert (
         paper.main(
             [
-                *("--epochs", str(epochs), "--seeds", "3", "--net", *nets),
+                *("--epochs", str(epochs), "--seeds", "3", "--net", *nets, *options),
                 *("--work", str(folder / "work"), "--csv", str(folder / "paper.csv")),
             ]
         )
@@ -41,12 +41,31 @@ def test_a_row_a_run_and_an_epoch(few, tmp_path, capsys):
     epochs = rows.read(tmp_path / "paper-epochs.csv")
     assert [row["epoch"] for row in epochs] == ["1", "2", "1", "2"]
     assert all(float(row[name]) > 0 for row in epochs for name in ("step_ms", "dense_ms", "masked_ms"))
-    assert capsys.readouterr().out.splitlines()[-1].startswith("| lenet5-apart | 3 |")
+    assert capsys.readouterr().out.splitlines()[-1].startswith("| LeNet-5-Caffe | 10-0.5-0.1-10 | 3 | 2 |")
     assert run(tmp_path, 2, ("lenet300", "lenet5-apart")) == found  # nothing is run again
 
 
-def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(few, tmp_path, monkeypatch):
-    whole = run(tmp_path / "whole", 3)
+def test_a_budget_ends_at_the_units_of_the_paper(few, tmp_path):
+    (row,) = run(tmp_path, 2, ("lenet300-apart-budget",))
+    assert (row["lambdas"], row["open"]) == ("budget", "266-88-33")
+    assert 0 < float(row["last_error"]) < 1
+    assert row["best_error"] == row["best_epoch"] == ""
+
+
+def test_other_lambdas_are_a_run_of_their_own(few, tmp_path, capsys):
+    run(tmp_path, 1)
+    found = run(tmp_path, 1, ("lenet300",), "--lambdas", "0.1", "0.2", "2")
+    assert [row["lambdas"] for row in found] == ["0.1 0.1 0.1", "0.1 0.2 2"]
+    assert "| LeNet-300-100 | 0.1-0.2-2 | 3 | 1 |" in capsys.readouterr().out
+    for net, needed in (("lenet300", "3 for lenet300"), ("lenet5-budget", "none for lenet5-budget")):
+        with pytest.raises(SystemExit):
+            run(tmp_path, 1, (net,), "--lambdas", "0.1", "0.2")
+        assert f"--lambdas must be {needed}, got 2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("net", ["lenet300", "lenet300-budget"])
+def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(few, tmp_path, monkeypatch, net):
+    whole = run(tmp_path / "whole", 3, (net,))
     epoch, ended = paper.Run.epoch, []
 
     def stopped(self):
@@ -57,8 +76,8 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(few, tmp_path, mon
 
     monkeypatch.setattr(paper.Run, "epoch", stopped)
     with pytest.raises(KeyboardInterrupt):
-        run(tmp_path / "parts", 3)
-    parts = run(tmp_path / "parts", 3)
+        run(tmp_path / "parts", 3, (net,))
+    parts = run(tmp_path / "parts", 3, (net,))
     for name in ("open", "last_error", "best_error", "expected_flops"):
         assert parts[0][name] == whole[0][name]
     both = [rows.read(tmp_path / part / "paper-epochs.csv") for part in ("whole", "parts")]
