@@ -28,10 +28,11 @@ def cut(run: "Run") -> torch.nn.Module:
     gates = l0.nn.gate_modules(model)
     log_alphas = {id(gate.log_alpha) for gate in gates}
     weights = [p for p in model.parameters() if id(p) not in log_alphas]
+    dense = run.dense.model
     with torch.no_grad():
-        for ours, theirs in zip(weights, run.dense.model.parameters(), strict=True):
-            ours.copy_(theirs)
-        for ours, theirs in zip(model.buffers(), run.dense.model.buffers(), strict=True):
+        for ours, theirs in zip(
+            [*weights, *model.buffers()], [*dense.parameters(), *dense.buffers()], strict=True
+        ):
             ours.copy_(theirs)
     sizes = _sizes(model)
     for gate, open_units in zip(gates, run.history[-1].open_units, strict=True):
