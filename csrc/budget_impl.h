@@ -5,13 +5,21 @@ namespace L0_ISA {
 
 constexpr double kDecay = 0.999, kFloor = 1e-2;  // as in reference/budget.py
 constexpr double kLeast = 1e-30;                 // a direction below it is none: its price would overflow
-constexpr int kSearch = 100;  // evaluations at most; from the last step's price on 2 to 4 are enough
+constexpr int kSearch = 100;  // evaluations at most; from the last step's price on 2 or 3 are enough
 
 template <typename T>
 double sum(const T* x, int64_t n) {
   double total = 0.0;
 #pragma omp simd reduction(+ : total)
   for (int64_t i = 0; i < n; ++i) total += double(x[i]);
+  return total;
+}
+
+template <typename T>
+T dot(const T* a, const T* b, int64_t n) {
+  T total = T(0);
+#pragma omp simd reduction(+ : total)
+  for (int64_t i = 0; i < n; ++i) total += a[i] * b[i];
   return total;
 }
 
@@ -151,6 +159,9 @@ struct Evaluation {
       if (factor.repeat == 1 && factor.stride == 1) {
         T* to = dx + factor.first;
         for (int64_t i = 0; i < n; ++i) to[i] += by[i] * others[i];
+      } else if (factor.repeat > 1) {
+        for (int64_t i = 0, to = factor.first; i < n; i += factor.repeat, to += factor.stride)
+          dx[to] += dot(by + i, others + i, std::min(factor.repeat, n - i));
       } else {
         for (int64_t i = 0; i < n; ++i) dx[factor.index[i]] += by[i] * others[i];
       }
@@ -220,26 +231,36 @@ struct MovingKind {
     return found;
   }
 
-  // The smallest price at which the share is at most `target`: Newton's steps from `guess`, between the two
-  // prices around the target as soon as there are two, and halves of that where they do not close in.
+  // The smallest price at which the share is at most `target`: Newton's steps from `guess`, the price of the
+  // step before. They stay between the two prices around the target, as soon as there are two, by a line
+  // through both, and by halves of what is between where they do not close in. The last step is not evaluated:
+  // it is off by what the slope changes on so short a way.
   double solve(double start, double slope, double target, double guess) const {
-    const double tolerance = sizeof(T) == 4 ? 1e-7 : 1e-13, none = std::numeric_limits<double>::infinity();
-    double low = 0.0, high = none, price = guess, step = none, end = none;
+    const double tolerance = sizeof(T) == 4 ? 3e-7 : 1e-11, none = std::numeric_limits<double>::infinity();
+    double low = 0.0, at_low = start - target, high = none, at_high = 0.0, step = none, end = none;
     const auto within_end = [&](double asked) {
       if (end == none) end = highest();
       return asked < end ? asked : end;  // NaN: end
     };
-    if (!(price > 0.0 && price < none)) price = within_end((start - target) / slope);
+    const double first = at_low / slope;
+    double price = guess > 0.0 && guess < none && at_low > tolerance ? guess : within_end(first);
     for (int i = 0; i < kSearch; ++i) {
       const double found = at(price, slope) - target;
-      if (std::abs(found) <= tolerance) break;
-      (found > 0.0 ? low : high) = price;
+      if (found > 0.0)
+        low = price, at_low = found;
+      else
+        high = price, at_high = found;
       double next = price + found / slope;
+      if (std::abs(found) <= tolerance) {
+        if (next > low && next < high) price = next;
+        break;
+      }
       if (high == none) {
         if (!(next > price && next < 8.0 * price)) next = within_end(next);
         if (price >= end) return end;  // that is all there is
         if (!(next > price)) next = end;
       } else {
+        if (!(next > low && next < high)) next = (low * at_high - high * at_low) / (at_high - at_low);
         if (!(next > low && next < high && std::abs(next - price) <= step / 2)) next = low + (high - low) / 2;
         if (!(next > low && next < high)) return high;  // neighbours
       }
