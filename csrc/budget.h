@@ -13,8 +13,8 @@ struct CostRun {
   double weight;
 };
 
-// Where each of some atoms has one of its factors: index[i], which is first + i / repeat * stride unless repeat
-// is 0.
+// Where each of some atoms has one of its factors: index[i], which is first + i / repeat * stride unless
+// repeat is 0.
 struct CostFactor {
   std::vector<int64_t> index;  // (atoms)
   int64_t first = 0, stride = 0, repeat = 0;

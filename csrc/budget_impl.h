@@ -86,8 +86,8 @@ struct Evaluation {
     };
     double total = linear(fall, T(0), falls, atoms);
     for (const CostPair& pair : cost.pairs)
-      total += pair.coefficient *
-               (falls[pair.first] * sums[pair.second] + sums[pair.first] * falls[pair.second]);
+      total +=
+          pair.coefficient * (falls[pair.first] * sums[pair.second] + sums[pair.first] * falls[pair.second]);
     return total;
   }
 
@@ -233,8 +233,8 @@ struct MovingKind {
 
   // The smallest price at which the share is at most `target`: Newton's steps from `guess`, the price of the
   // step before. They stay between the two prices around the target, as soon as there are two, by a line
-  // through both, and by halves of what is between where they do not close in. The last step is not evaluated:
-  // it is off by what the slope changes on so short a way.
+  // through both, and by halves of what is between where they do not close in. The last step is not
+  // evaluated: it is off by what the slope changes on so short a way.
   double solve(double start, double slope, double target, double guess) const {
     const double tolerance = sizeof(T) == 4 ? 3e-7 : 1e-11, none = std::numeric_limits<double>::infinity();
     double low = 0.0, at_low = start - target, high = none, at_high = 0.0, step = none, end = none;
@@ -396,8 +396,7 @@ bool budget_step(const std::vector<BudgetKind>& kinds, const std::vector<int64_t
           for (int64_t i = 0; i < size; ++i) to[i] -= by * q[i];
         }
 #pragma omp simd
-        for (int64_t i = 0; i < size; ++i)
-          to[i] = to[i] > limit ? limit : (to[i] < -limit ? -limit : to[i]);
+        for (int64_t i = 0; i < size; ++i) to[i] = to[i] > limit ? limit : (to[i] < -limit ? -limit : to[i]);
       }
       q += size;
     }

@@ -134,8 +134,8 @@ class Budget:
 
     def _is_stale(self) -> bool:
         """Whether gates are on another device, of another dtype or distribution, or frozen."""
-        for gate, dist in self._dists:
-            if gate.frozen or gate.dist is not dist:
+        for gate, known in self._dists:
+            if gate.frozen or gate.dist is not known:
                 return True
         first, moment = _log_alpha(self._gates[0]), self._state.moment
         return first.device != moment.device or (
@@ -326,7 +326,7 @@ class Budget:
 
 
 def _log_alpha(gate: HardConcreteGate) -> Tensor:
-    """gate.log_alpha without the search of Module.__getattr__, which takes as long as all checks of a tensor."""
+    """gate.log_alpha without the search of Module.__getattr__: it takes as long as all checks of a tensor."""
     found = gate._parameters.get("log_alpha")
     return gate.log_alpha if found is None else found
 
