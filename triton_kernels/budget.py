@@ -1,7 +1,8 @@
 """The step that puts gates on a budget: one program from the moment of the gradients to log_alpha.
 
-It does what csrc/budget.cpp does. An evaluation of the cost goes over all gates, so that one multiprocessor
-takes some 100 ns for a thousand of them; several would wait for each other a dozen times in a step.
+It does what csrc/budget_impl.h does. An evaluation of the cost goes over all gates, so that one
+multiprocessor takes some 100 ns for a thousand of them; several would wait for each other a
+dozen times in a step.
 """
 
 from __future__ import annotations
@@ -351,7 +352,7 @@ def _budget_kernel(
         number = tl.load(head_ptr + 24)
         first = tl.load(start_share_ptr + number)
         target = first + (tl.load(own_ptr + 3) - first) * passed
-        # As csrc/budget.cpp has it: a line from price 0, then between the two prices around the target.
+        # A line from price 0, then between the two prices around the target.
         low_price, at_low, high_price, at_high = end * 0.0, at_zero - target, end, end * 0.0
         around, side, tries = kind < 0, kind * 0, kind * 0
         price = tl.where(slope > 0.0, tl.minimum(at_low / tl.where(slope > 0.0, slope, 1.0), end), end)

@@ -134,10 +134,13 @@ class Budget:
 
     def _is_stale(self) -> bool:
         """Whether gates are on another device, of another dtype or distribution, or frozen."""
-        first, moment = self._gates[0].log_alpha, self._state.moment
-        if first.device != moment.device or (first.dtype != moment.dtype and self._dtype() != moment.dtype):
-            return True
-        return any(gate.frozen or gate.dist is not dist for gate, dist in self._dists)
+        for gate, known in self._dists:
+            if gate.frozen or gate.dist is not known:
+                return True
+        first, moment = _log_alpha(self._gates[0]), self._state.moment
+        return first.device != moment.device or (
+            first.dtype is not moment.dtype and self._dtype() is not moment.dtype
+        )
 
     def _has_other_modules(self) -> bool:
         modules = list(self.model.modules())
@@ -223,7 +226,7 @@ class Budget:
         if looks and self._has_other_modules():
             self.refresh()
         if self._gates:
-            log_alphas: list[Tensor] = [gate.log_alpha for gate in self._gates]
+            log_alphas = [_log_alpha(gate) for gate in self._gates]
             self._projection(log_alphas, [log_alpha.grad for log_alpha in log_alphas], self._state)
         if self._others:
             clamp(self._others, LIMIT)
@@ -320,6 +323,12 @@ class Budget:
     def __repr__(self) -> str:
         cost = self.cost if isinstance(self.cost, str) else getattr(self.cost, "__name__", "a function")
         return f"Budget(keep={self.keep!r}, cost={cost!r}, steps={self.steps}, ramp={self.ramp})"
+
+
+def _log_alpha(gate: HardConcreteGate) -> Tensor:
+    """gate.log_alpha without the search of Module.__getattr__: it takes as long as all checks of a tensor."""
+    found = gate._parameters.get("log_alpha")
+    return gate.log_alpha if found is None else found
 
 
 def _are_two(a: nn.Module, b: nn.Module) -> bool:

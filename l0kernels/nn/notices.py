@@ -219,8 +219,14 @@ def _is_known(gate: HardConcreteGate) -> bool:
 
 def _levels(gates: list[HardConcreteGate]) -> Tensor:
     """The highest log_alpha of each gate vector, infinite where an evaluation gate is open; on the device."""
+    eval_z = reference.gates.eval_z
     with torch.no_grad():
-        highest = torch.stack([gate.log_alpha.amax().float() for gate in gates])
-        eval_z = reference.gates.eval_z
-        z = torch.stack([eval_z(gate.log_alpha, gate.eval_mode, gate.dist).amax().float() for gate in gates])
-        return highest.masked_fill(z != 0, math.inf)
+        tops = [gate.log_alpha.amax() for gate in gates]
+        kinds = {(gate.eval_mode, gate.dist, top.dtype) for gate, top in zip(gates, tops, strict=True)}
+        mode, dist, _ = next(iter(kinds))
+        if len(kinds) == 1 and mode != "topk":  # each for itself: no gate is open unless the highest is
+            z = eval_z(torch.stack(tops), mode, dist)
+        else:
+            each = [eval_z(gate.log_alpha, gate.eval_mode, gate.dist).amax().float() for gate in gates]
+            z = torch.stack(each)
+        return torch.stack([top.float() for top in tops]).masked_fill(z != 0, math.inf)

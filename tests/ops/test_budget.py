@@ -1,6 +1,7 @@
 """The step of a budget: csrc against the formula, on the costs of random nets, and what either refuses."""
 
 import copy
+import math
 import warnings
 
 import fuzz_nets
@@ -57,15 +58,15 @@ def random_cases(makers, seeds):
             yield net, gates, kind
 
 
-def step(kind, gates, keep, backend):
-    """log_alphas and price after a step."""
+def step(kind, gates, keep, backend, price=0.0):
+    """log_alphas and price after a step, which starts from the price of the step before."""
     copies = [copy.deepcopy(gate.log_alpha) for gate in gates]
     n, dtype = sum(gate.n for gate in gates), gates[0].log_alpha.dtype
     integer = torch.zeros(2, dtype=torch.int64)
     state = State(
         torch.zeros(n, dtype=dtype),
         torch.ones(1, dtype=torch.float64),
-        torch.zeros(1, dtype=torch.float64),
+        torch.tensor([price], dtype=torch.float64),
         *integer,
     )
     with l0.use_backend(backend):
@@ -96,6 +97,20 @@ def test_native_is_the_formula(half):
         moved += bool(same)
     assert compared > 15
     assert moved > 0.9 * compared
+
+
+@needs_native
+@pytest.mark.parametrize("price", [1e-12, 1e-3, 1.0, 1e3, 1e12, math.inf, math.nan])
+def test_the_search_ends_alike_wherever_it_starts(price):
+    model = nn.L0MLP([37, 61, 19, 4])
+    gates = nn.gate_modules(model)
+    for gate in gates:
+        gate.log_alpha.grad = torch.randn(gate.n)
+    (kind,) = kinds_of(model, Wish(0.5))
+    for keep in (0.3, 0.05, kind.of.share(torch.zeros(sum(gate.n for gate in gates))).item(), 0.0):
+        (theirs, right), (ours, got) = step(kind, gates, keep, "cpp"), step(kind, gates, keep, "cpp", price)
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(got.price, right.price, rtol=1e-3, atol=0)
 
 
 @needs_native

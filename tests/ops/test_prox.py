@@ -214,7 +214,7 @@ def test_every_instruction_set(name, dtype, isa):
 
 @pytest.mark.skipif(native is None, reason="no native kernels")
 @pytest.mark.parametrize("name", [name for name in NAMES if "top" not in name])
-@pytest.mark.parametrize("shape", [(300, 400), (1000, 3, 64), (2, 70_000), (70_000, 3)])
+@pytest.mark.parametrize("shape", [(300, 400), (1000, 3, 64), (2, 70_000), (70_000, 3), (95, 8193)])
 def test_threads_change_nothing(name, shape, threads):
     x = torch.randn(shape)
     with l0.use_backend("cpp"):
@@ -224,7 +224,7 @@ def test_threads_change_nothing(name, shape, threads):
 
 
 @pytest.mark.parametrize("a", [0.05, 0.5, 1.0, 4.0, 1e3])
-@pytest.mark.parametrize("ratio", [1e-5, 0.3, 0.99, 1.01, 5.0])
+@pytest.mark.parametrize("ratio", [1e-5, 0.01, 0.1, 0.3, 0.99, 1.01, 5.0])
 def test_transformed_l1_between_the_regimes(a, ratio, backend):
     """lam is `ratio` of where one becomes the other; the shrinkage itself is right, not x less it alone."""
     lam = ratio * a * a / (2 * (a + 1))

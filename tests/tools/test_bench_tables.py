@@ -180,6 +180,12 @@ def test_the_documents_show_what_the_results_give(capsys):
     assert table.main(["--check"]) == 0, capsys.readouterr().out
 
 
+def test_the_steps_of_budgets_are_timed(capsys, threads):
+    assert budget.main(["--steps", "--quick"]) == 0
+    rows = capsys.readouterr().out.splitlines()
+    assert [row.split(" | ")[1:3] for row in rows[2:5]] == [["1,184", "3"], ["1,370", "4"], ["36,864", "24"]]
+
+
 def test_the_manual_shows_what_budgets_gave(capsys):
     assert budget.main(["--check"]) == 0, capsys.readouterr().out
     found = rows.read(budget.PATH)
