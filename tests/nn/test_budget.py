@@ -65,6 +65,7 @@ def expected(model, count=nn.counts._l0):
     return (count(model, shares) / full).item()
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("keep", [0.5, 0.2, 0.1])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_it_hits_the_target_and_stays_there(keep, dtype):
@@ -85,6 +86,7 @@ def test_it_hits_the_target_and_stays_there(keep, dtype):
     assert budget.skipped == 0
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("grads", ["random", "some", "none", "zero"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_step_is_the_formula(dtype, grads):
