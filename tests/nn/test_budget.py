@@ -1,6 +1,7 @@
 """Budget: where it ends, by which formula, and what it refuses."""
 
 import copy
+import itertools
 import math
 import pickle
 import re
@@ -86,9 +87,16 @@ def test_it_hits_the_target_and_stays_there(keep, dtype):
     assert budget.skipped == 0
 
 
-@pytest.mark.covering(2)
-@pytest.mark.parametrize("grads", ["random", "some", "none", "zero"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+FORMULA = [
+    *itertools.product((torch.float32, torch.float64), ["random"]),
+    *((torch.float32, "some"), (torch.float64, "none"), (torch.float32, "zero")),
+]
+REST = [(torch.float64, "some"), (torch.float32, "none"), (torch.float64, "zero")]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "grads"), FORMULA + [pytest.param(*case, marks=pytest.mark.long) for case in REST]
+)
 def test_a_step_is_the_formula(dtype, grads):
     """By hand, in float64, with 100 bisections; v, the floor and its mean included."""
     model = spread(mlp(dtype))
