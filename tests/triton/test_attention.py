@@ -198,7 +198,7 @@ def test_operators(shared):
     """Schema, fake and autograd registration, and AOTAutograd with dynamic shapes."""
     q = torch.randn(2, 5, 4, 16).transpose(1, 2)
     k = torch.randn(2, 4 // shared, 16, 6).mT
-    call = (q, k, k.clone(), torch.tensor([0, 0.3, 0, 0]), torch.rand(5, 6) < 0.8, None, 0.25, False, 0.0)
+    call = (q, k, k.clone(), torch.tensor(Z), torch.rand(5, 6) < 0.8, None, 0.25, False, 0.0)
     op = torch.ops.l0kernels
     opcheck(op.gated_attention.default, (*call, "triton"))
     saved = op.gated_attention(*call, "triton")
