@@ -59,7 +59,8 @@ test: $(STAMP)
 	@# mypy has one core; meanwhile the manual is built and, if all tests run, the emulator of tests/cuda.
 	$(PY) -m mypy & mypy=$$!; \
 	{ $(DOCS) $(if $(ARGS),,&& $(PY) tests/support/emulator/build.py); }; beside=$$?; wait $$mypy && exit $$beside
-	$(PY) -m pytest -n 2 --dist loadgroup $(ARGS)
+	@# A thread for each: two that wait for each other on a core that both use cost more than they compute.
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadgroup $(ARGS)
 	@# The Triton kernels run in a process of their own, under Triton's interpreter; 5: ARGS chose none of these.
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadgroup tests/triton $(ARGS) || [ $$? -eq 5 ]
 

@@ -1,5 +1,6 @@
 """Fixtures of the tests of the operations."""
 
+import gc
 import itertools
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -20,6 +21,15 @@ STATIC = list(Path(__file__).parent.glob("*/test_static*.py"))
 RUN = [path for path in Path(__file__).parent.glob("triton/test_*.py") if path not in STATIC]
 collect_ignore = [] if RUNS else RUN
 collect_ignore += STATIC if INTERPRETED else []
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_collection():
+    """What is collected lives to the end: the collector of garbage need not walk it again and again."""
+    gc.disable()
+    yield
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.hookimpl(tryfirst=True)

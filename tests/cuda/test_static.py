@@ -31,6 +31,7 @@ def cuobjdump(*arguments):
 if cuda._CUDA is None:
     pytest.skip(str(cuda.why_not()), allow_module_level=True)
 MODULE = cuda._CUDA.__file__
+pytestmark = pytest.mark.xdist_group("sass")  # one worker disassembles it
 
 KERNELS = (
     "sample_kernel",

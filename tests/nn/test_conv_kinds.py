@@ -455,8 +455,15 @@ def containers():
 CONTAINERS = ["flatten", "flat packed", "convolutions", "norm", "linear", "odd runs"]
 
 
-@pytest.mark.parametrize("which", CONTAINERS)
-@pytest.mark.parametrize("packed", [True, False])
+# One by one a run's features, an odd run and a norm show it; dynamo traces each for seconds.
+COMPILED = ("flatten", "norm", "odd runs")
+ALONE = [
+    (which, False) if which in COMPILED else pytest.param(which, False, marks=pytest.mark.long)
+    for which in CONTAINERS
+]
+
+
+@pytest.mark.parametrize(("which", "packed"), [*((which, True) for which in CONTAINERS), *ALONE])
 def test_runs_in_containers(which, packed):
     model, shape = {name: (model, shape) for name, model, shape in containers()}[which]
     spread(model.double())

@@ -43,10 +43,11 @@ def test_the_useful_inputs_stay_open_and_no_others(seed, seeded, capsys):
     assert sum(p.numel() for p in small.parameters()) == l0.nn.eval_l0(model) < 0.15 * 4290
 
 
+@pytest.mark.parametrize("seeds", [1, pytest.param(3, marks=pytest.mark.long)])
 @pytest.mark.parametrize("lam", [0.1 / 3, 0.3])
-def test_no_fine_tuning_of_lam_is_needed(lam, seeded):
-    results = [open_inputs(seed, lam) for seed in range(3)]
-    assert sum(torch.equal(found, useful) for found, useful, _ in results) >= 2
+def test_no_fine_tuning_of_lam_is_needed(lam, seeds, seeded):
+    results = [open_inputs(seed, lam) for seed in range(seeds)]
+    assert sum(torch.equal(found, useful) for found, useful, _ in results) >= 2 * seeds / 3
     assert all(abs(len(found) - USEFUL) <= 2 for found, _, _ in results)
 
 

@@ -175,6 +175,30 @@ class TestThreads:
 
         self.check(call, [torch.randn(s) for s in ((90, 301), (307, 301), (307,), grid)], threads)
 
+    @pytest.mark.parametrize("groups", [1, 24])
+    def test_gated_conv2d(self, on_cpp, threads, groups):
+        def call(x, w, b, a, a2):
+            first, last = l0.sample_gates([a, a2], seed=SEED)
+            return l0.gated_conv2d(x, w, b, 1, 1, 1, groups, in_gates=first, out_gates=last)
+
+        shapes = ((5, 24, 17, 19), (48, 24 // groups, 3, 3), (48,), (24,), (48,))
+        self.check(call, [torch.randn(s) for s in shapes], threads)
+
+    def test_packed_channels_and_their_norm(self, on_cpp, threads):
+        gates = l0.sample_gates(torch.zeros(24), seed=SEED)
+
+        def call(x, scale, shift):
+            packed = l0.pack_channels(x, gates)
+            return l0.unpack_channels(l0.gated_batch_norm(packed, None, None, scale, shift, training=True))
+
+        self.check(call, [torch.randn(s) for s in ((5, 24, 33, 35), (24,), (24,))], threads)
+
+    def test_gated_attention(self, on_cpp, threads):
+        def call(q, k, v, a):
+            return l0.gated_attention(q, k, v, gates=l0.sample_gates(a, seed=SEED))
+
+        self.check(call, [torch.randn(s) for s in (*[(2, 8, 70, 32)] * 3, (8,))], threads)
+
     def test_pack_and_unpack(self, threads):
         rows, cols = (to_list(Gates.from_z(make_z("mixed", n), full_grad=True)) for n in (301, 207))
         full, theta = torch.randn(301, 207), torch.randn(301, 207)

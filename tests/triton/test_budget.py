@@ -160,7 +160,7 @@ def units(seed):
 def test_random_nets():
     compared = with_atoms = 0
     for make in (lambda seed: fuzz_nets.random_net(seed)[0].float(), units):
-        for seed in range(8):
+        for seed in range(4):
             try:
                 model = prepared(make(seed))
                 kinds = kinds_at(model, Wish(0.5), float(torch.rand(())))
@@ -169,7 +169,7 @@ def test_random_nets():
             assert_alike(kinds, nn.gate_modules(model))
             compared += 1
             with_atoms += bool(kinds[0].terms.atoms)
-    assert compared > 6
+    assert compared > 4
     assert with_atoms
 
 

@@ -1,9 +1,9 @@
 """Variants of every Triton kernel compile for their chips, fit, spill nothing, have what is expected of them.
 
 Each is compiled for sm_90. Of those meant for all chips the first of a kernel is compiled for all, the others
-in turn for sm_80 or sm_100: `make static` compiles everything. Without `-m long` a variant is left out unless
-it brings its kernel a type of an argument, a constant, a tile or an expectation that none before it has, then
-for sm_90 alone, or another chip.
+in turn for sm_80 or sm_100: `make static` compiles everything. Without `-m long` each kernel has so many
+variants on sm_90 that every type of an argument, constant, tile and expectation is in one, and on each other
+chip its first.
 """
 
 import os
@@ -26,23 +26,35 @@ def _traits(variant):
 
 
 def _jobs():
-    """Every job, and whether it is one of the few that are always compiled."""
+    """Every job, by kernel and chip, with its variant's traits."""
+    jobs = defaultdict(list)
     for module in static.modules():
-        turns, known = Counter(), defaultdict(set)
+        turns = Counter()
         for name, variant in static.variants_of(module).items():
             kernel = variant.kernel.__name__
             turn = turns[kernel]
             turns[kernel] += 1
             archs = (90, (80, 100)[turn % 2]) if turn and variant.archs == ARCHS else variant.archs
-            new = not _traits(variant) <= known[kernel]
-            known[kernel] |= _traits(variant)
             for arch in archs:
-                yield static.Job(module, name, arch), (new and arch == 90) or arch not in known[kernel]
-                known[kernel].add(arch)
+                jobs[module, kernel, arch].append((static.Job(module, name, arch), _traits(variant)))
+    return jobs
 
 
-JOBS = dict(sorted(_jobs(), key=lambda entry: (entry[0].module, entry[0].arch != 90)))
-SHORT = [job for job, short in JOBS.items() if short]
+def _few(jobs):
+    """So many of them that no trait is missing, those that bring most first."""
+    missing, found = set().union(*(traits for _, traits in jobs)), []
+    while missing:
+        job, traits = max(jobs, key=lambda entry: len(entry[1] & missing))
+        found.append(job)
+        missing -= traits
+    return found
+
+
+BY_KERNEL = _jobs()
+JOBS = sorted(
+    (job for jobs in BY_KERNEL.values() for job, _ in jobs), key=lambda job: (job.module, job.arch != 90)
+)
+SHORT = {job for key, jobs in BY_KERNEL.items() for job in (_few(jobs) if key[2] == 90 else [jobs[0][0]])}
 LONG = pytest.mark.long
 
 
