@@ -596,21 +596,31 @@ void depthwise_as(const l0::ConvShape& s, Address x, Address w, Address y, Addre
 }
 
 template <typename T>
-void conv_as(const l0::ConvShape& s, int64_t out, bool channels_last, Address x, Address w, Address bias, Address y,
-             Address dy, Address dx, Address dw, Address db, int num_threads) {
-  const l0::ConvParams<T> p = {s,     out,  channels_last, as<const T>(x),  as<const T>(w), as<const T>(bias),
-                               as<T>(y), as<const T>(dy), as<T>(dx), as<T>(dw), as<T>(db)};
-  (dx || dw ? l0::kernels<T>().conv_grad : l0::kernels<T>().conv)(p, num_threads);
+void conv_as(const l0::ConvShape& s, int64_t out, bool channels_last, Address x, Address w, Address bias,
+             Address y, Address dy, Address dx, Address dw, Address db, int num_threads) {
+  const l0::ConvParams<T> p = {s,
+                               out,
+                               channels_last,
+                               as<const T>(x),
+                               as<const T>(w),
+                               as<const T>(bias),
+                               as<T>(y),
+                               as<const T>(dy),
+                               as<T>(dx),
+                               as<T>(dw),
+                               as<T>(db)};
+  (dy ? l0::kernels<T>().conv_grad : l0::kernels<T>().conv)(p, num_threads);
 }
 
-// Backward where dx or dw is wanted.
-void conv(bool is_double, const Shape& shape, int64_t out, bool channels_last, Address x, Address w, Address bias,
-          Address y, Address dy, Address dx, Address dw, Address db, int num_threads) {
+// Forward where there is no dy.
+void conv(bool is_double, const Shape& shape, int64_t out, bool channels_last, Address x, Address w,
+          Address bias, Address y, Address dy, Address dx, Address dw, Address db, int num_threads) {
   py::gil_scoped_release nogil;
   const l0::ConvShape s = conv_shape(shape);
   if (dx) check_taps(s);
   if (out < 0) throw std::invalid_argument("out: " + std::to_string(out));
-  (is_double ? conv_as<double> : conv_as<float>)(s, out, channels_last, x, w, bias, y, dy, dx, dw, db, num_threads);
+  (is_double ? conv_as<double> : conv_as<float>)(s, out, channels_last, x, w, bias, y, dy, dx, dw, db,
+                                                 num_threads);
 }
 
 // Forward where there is no dy.

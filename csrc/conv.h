@@ -166,8 +166,8 @@ struct Pixels {
       : rows(s.H + 2 * s.pad_h), row((s.W + 2 * s.pad_w) * s.C), image(rows * row) {}
 };
 
-// Columns of a panel of patches: runs of `length` neighbours, the i-th from at()[i] on. What column and row of
-// the panel are read from is the sum of both their offsets.
+// Columns of a panel of patches: runs of `length` neighbours, the i-th from at()[i] on. What column and row
+// of the panel are read from is the sum of both their offsets.
 class Runs {
  public:
   const int64_t* at() const { return at_.data(); }
@@ -179,7 +179,8 @@ class Runs {
     const Planes planes(s);
     Runs runs(s.out_w);
     for (int64_t i = 0; i < n; ++i)
-      for (int64_t h = 0; h < s.out_h; ++h) runs.at_.push_back(i * planes.image + h * s.stride_h * planes.row);
+      for (int64_t h = 0; h < s.out_h; ++h)
+        runs.at_.push_back(i * planes.image + h * s.stride_h * planes.row);
     return runs;
   }
 

@@ -211,8 +211,8 @@ inline void store_some(T* p, typename Vec<T>::type v, int64_t n) {
 
 // The same for at most 4 rows and a vector's columns: squares of 4 side by side, in fewer stages.
 template <typename T>
-inline void transpose_squares(const T* src, int64_t src_row, T* dst, int64_t dst_row, int64_t rows, int64_t cols,
-                              const T* add) {
+inline void transpose_squares(const T* src, int64_t src_row, T* dst, int64_t dst_row, int64_t rows,
+                              int64_t cols, const T* add) {
   using V = typename Vec<T>::type;
   constexpr int64_t W = Vec<T>::width;
   V v[4];
@@ -354,8 +354,8 @@ inline int64_t cut(const Runs& runs, int64_t first, int64_t n, Piece* pieces) {
 
 // Rows of kNR columns; one vector behind the last is written, and read behind the last of `from`.
 template <typename T>
-inline void fill_panel(T* __restrict panel, const T* __restrict from, const int64_t* __restrict at, int64_t rows,
-                       const Piece* __restrict pieces, int64_t n) {
+inline void fill_panel(T* __restrict panel, const T* __restrict from, const int64_t* __restrict at,
+                       int64_t rows, const Piece* __restrict pieces, int64_t n) {
   for (int64_t r = 0; r < rows; ++r, panel += kNR<T>)
     for (int64_t i = 0; i < n; ++i) store(panel + pieces[i].to, load(from + at[r] + pieces[i].from));
 }
@@ -365,7 +365,8 @@ inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; 
 // How many images are computed together.
 inline int64_t unit_images(const ConvShape& s, int64_t bytes) {
   const int64_t each = s.out_h * s.out_w;
-  const int64_t n = std::min(kUnitPositions / std::max<int64_t>(each, 1), kUnitBytes / std::max<int64_t>(bytes, 1));
+  const int64_t n =
+      std::min(kUnitPositions / std::max<int64_t>(each, 1), kUnitBytes / std::max<int64_t>(bytes, 1));
   return std::max<int64_t>(1, std::min(n, s.N));
 }
 
@@ -429,8 +430,8 @@ void conv(const ConvParams<T>& p, int num_threads) {
   static thread_local Workspace shared;
   T* const w = static_cast<T*>(shared.get(sizeof(T) * (K * O + W)));
   outs.each([&](int64_t o, int64_t n) {
-    pack_panel<T>(w + o * K, int(n), p.w, Axis{K, nullptr}, O, o, int(n), Axis{1, nullptr}, 0, K, IndexList<T>(),
-                  nullptr);
+    pack_panel<T>(w + o * K, int(n), p.w, Axis{K, nullptr}, O, o, int(n), Axis{1, nullptr}, 0, K,
+                  IndexList<T>(), nullptr);
   });
   const int threads = double(s.N) * each * O * K < 2e5 ? 1 : num_threads;
   const int64_t parts = units < threads ? (threads + units - 1) / units : 1;  // of a unit's panels
@@ -440,7 +441,8 @@ void conv(const ConvParams<T>& p, int num_threads) {
     const Range panels((n * each + NR - 1) / NR, part % parts, parts);
     static thread_local Workspace scratch;
     const int64_t size_panel = round_up(std::min(K, kPanelRows) * NR + W, W);
-    T* const panel = static_cast<T*>(scratch.get(sizeof(T) * (size_panel + O * NR + n_unit * planes.image + W)));
+    T* const panel =
+        static_cast<T*>(scratch.get(sizeof(T) * (size_panel + O * NR + n_unit * planes.image + W)));
     T *const tile = panel + size_panel, *const images = tile + O * NR;
     for (int64_t i = 0; i < n; ++i)
       to_planes(s, planes, p.channels_last, p.x + (first + i) * s.H * s.W * s.C, images + i * planes.image);
@@ -451,8 +453,8 @@ void conv(const ConvParams<T>& p, int num_threads) {
       for_panels(K, [&](int64_t k, int64_t kc) {
         fill_panel(panel, images, rows.at() + k, kc, pieces, n_pieces);
         outs.each([&](int64_t o, int64_t height) {
-          kPanelKernels<T>[width > W][height - 1](kc, w + o * K + k * height, height, panel, tile + o * NR, NR,
-                                                  k > 0);
+          kPanelKernels<T>[width > W][height - 1](kc, w + o * K + k * height, height, panel, tile + o * NR,
+                                                  NR, k > 0);
         });
       });
       if (p.channels_last) {
@@ -493,13 +495,14 @@ inline void sum_of_entries(const T* col, const int64_t* rows, int64_t n_rows, co
 
 // An image from its patches. `rows` and `cols`: where in `col` the entries of the window lie.
 template <typename T>
-void sum_patches(const ConvShape& s, const Window& window, const int64_t* rows, const int64_t* cols, const T* col,
-                 T* to) {
+void sum_patches(const ConvShape& s, const Window& window, const int64_t* rows, const int64_t* cols,
+                 const T* col, T* to) {
   constexpr int64_t W = Vec<T>::width;
   for (int64_t h = 0; h < s.H; ++h)
     for (int64_t w = 0; w < s.W; ++w, to += s.C) {
       const int64_t *i = rows + window.rows.begin(h), *j = cols + window.cols.begin(w);
-      const int64_t n_i = window.rows.end(h) - window.rows.begin(h), n_j = window.cols.end(w) - window.cols.begin(w);
+      const int64_t n_i = window.rows.end(h) - window.rows.begin(h),
+                    n_j = window.cols.end(w) - window.cols.begin(w);
       for (int64_t c = 0; c < s.C; c += 4 * W) {
         const int64_t left = s.C - c;
         if (left > 3 * W)
@@ -547,7 +550,8 @@ void conv_grad_x(const ConvParams<T>& p, int num_threads) {
     static thread_local Workspace scratch;
     const int64_t size_dy = n_unit * each * O, planar = p.channels_last ? 0 : pixels * s.C + size_dy;
     T* const col = static_cast<T*>(scratch.get(sizeof(T) * (n_unit * each * col_row + size_dy + W + planar)));
-    T *const grads = col + n_unit * each * col_row, *const turned = grads + size_dy + W, *const image = turned + size_dy;
+    T *const grads = col + n_unit * each * col_row, *const turned = grads + size_dy + W,
+             *const image = turned + size_dy;
     const RowPanels positions(rows);
     const T* dy = p.dy + first * each * O;
     if (!p.channels_last) {
@@ -574,8 +578,8 @@ void conv_grad_x(const ConvParams<T>& p, int num_threads) {
   }
 }
 
-// Columns of panels are the entries of a kernel in the order of the pixels and, behind them, a column of ones,
-// for db; rows the output positions.
+// Columns of panels are the entries of a kernel in the order of the pixels and, behind them, a column of
+// ones, for db; rows the output positions.
 template <typename T>
 void conv_grad_w(const ConvParams<T>& p, int num_threads) {
   constexpr int64_t NR = kNR<T>, W = Vec<T>::width;
@@ -609,7 +613,8 @@ void conv_grad_w(const ConvParams<T>& p, int num_threads) {
           const int64_t n = std::min(n_unit, mine.end - first);
           const T* dy = p.dy + first * each * O;
           for (int64_t i = 0; i < n; ++i) {
-            to_pixels(s, pixels, p.channels_last, p.x + (first + i) * s.H * s.W * s.C, images + i * pixels.image);
+            to_pixels(s, pixels, p.channels_last, p.x + (first + i) * s.H * s.W * s.C,
+                      images + i * pixels.image);
             if (!p.channels_last) transpose(dy + i * each * O, each, turned + i * each * O, O, O, each);
           }
           if (!p.channels_last) dy = turned;

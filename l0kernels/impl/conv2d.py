@@ -50,7 +50,6 @@ class Convolves(PackUnpack, Protocol):
         """None where torch's is faster."""
 
 
-
 def memory_format(x: Tensor, weight: Tensor) -> torch.memory_format:
     """That of torch's conv2d: channels_last if either operand is."""
     for t in (x, weight):

@@ -1,4 +1,5 @@
-"""Convolutions of channels-last images on a CPU as products of matrices, and depthwise ones by csrc/conv.h.
+"""Convolutions of channels-last images on a CPU as products of matrices; those of few channels, in any memory
+format, and depthwise ones by csrc/conv.h.
 
 oneDNN compiles a kernel for each new number of channels, for some milliseconds; a product of matrices is
 ready for any. Images are (N, C, H, W) in channels_last memory; so are the results.
@@ -183,18 +184,22 @@ def few_channels(x: Tensor, weight: Tensor, conv: Conv) -> bool:
 
 
 def _few(C: int, out: int, itemsize: int) -> bool:
-    """oneDNN computes whole vectors of channels on both sides. Where those are full it is the fastest; csrc, whose
-    vectors are positions and taps, where a quarter or more of the products would be for nothing. With shorter
-    vectors that takes so few channels that pooling and the rest take longer: there oneDNN has them all."""
-    if C == 0 or out == 0 or _C is None or _C.isa() != "avx512":
+    """oneDNN's vectors are channels on both sides: where these fill them it is the fastest. Those of csrc are
+    positions and taps: it is, where a quarter or more of oneDNN's products would be for nothing."""
+    width = 0 if _C is None else _VECTOR_BYTES.get(_C.isa(), 0) // itemsize
+    if C == 0 or out == 0 or width == 0:
         return False
-    width = 64 // itemsize
-    return 4 * C * out <= 3 * (-(-C // width) * width) * (-(-out // width) * width)
+    return 4 * C * out <= 3 * _filled(C, width) * _filled(out, width)
 
 
-def convolve(
-    x: Tensor, weight: Tensor, bias: Tensor | None, conv: Conv, fmt: torch.memory_format
-) -> Tensor:
+_VECTOR_BYTES = {"avx2": 32, "avx512": 64}
+
+
+def _filled(n: int, width: int) -> int:
+    return -(-n // width) * width
+
+
+def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, conv: Conv, fmt: torch.memory_format) -> Tensor:
     """conv2d of x in a memory format, which y gets, too."""
     x, weight = plain(x).contiguous(memory_format=fmt), plain(weight).contiguous()
     shape, out, dtype = _shape_of(x, weight, conv), weight.shape[0], x.dtype
