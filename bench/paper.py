@@ -281,6 +281,12 @@ def result(run: Run, steps: int) -> Row:
     }
 
 
+def brief(lambdas: str) -> str:
+    """Of a row, for people: one number where all gate vectors have the same."""
+    each = lambdas.split()
+    return each[0] if len(set(each)) == 1 else "-".join(each)
+
+
 def table(rows: Sequence[Row]) -> str:
     """Each run beside the paper's line, by net and seed."""
     lines = header(
@@ -294,9 +300,14 @@ def table(rows: Sequence[Row]) -> str:
             f"{100 * float(row[name]):.2f}" for name in ("last_error", "best_error") if row[name]
         )
         times = [f"{float(row[name]):.0f}" for name in ("dense_seconds", "masked_seconds", "seconds")]
-        lambdas = row["lambdas"].split()
-        told = lambdas[0] if len(set(lambdas)) == 1 else "-".join(lambdas)
-        found = (setting.example.title, told, row["seed"], row["epochs"], row["open"], setting.open)
+        found = (
+            setting.example.title,
+            brief(row["lambdas"]),
+            row["seed"],
+            row["epochs"],
+            row["open"],
+            setting.open,
+        )
         lines.append(line(*found, f"{errors} %", f"{setting.error} %", *times))
     return "\n".join(lines)
 

@@ -1,8 +1,9 @@
 """Draws the results files as small SVG pictures beside them, from the rows alone. <device>.csv gives
 <device>-speedup.svg: how many times faster than torch.nn a work is computed, against the share of open
 gates; <device>-training.csv gives <device>-training.svg: step time over training runs; and the whole nets
-of all CPUs together give nets-cpu.svg: their step time against the share of open gates. --check draws
-nothing and says which pictures are older than their rows."""
+of all CPUs together give nets-cpu.svg: their step time against the share of open gates. The runs of paper.py
+give paper.svg, by epoch, and those of wrn.py wrn.svg. --check draws nothing and says which pictures are older
+than their rows."""
 
 import hashlib
 import re
@@ -10,10 +11,13 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from io import StringIO
 from pathlib import Path
+from statistics import median
 from typing import Any, NamedTuple
 
 import cli
 import matplotlib
+import paper
+import wrn
 from found import Found, break_even, curve, device_files
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
@@ -282,8 +286,74 @@ def draw_training(rows: Sequence[Row]) -> Figure:
     return figure
 
 
+# ---- the paper's nets
+
+
+def draw_paper(runs: Sequence[Row], epochs: Sequence[Row]) -> Figure:
+    """Step time and expected FLOPs over the dense net's by epoch: a panel a net, a line a seed."""
+    nets = [net for net in paper.SETTINGS if any(row["net"] == net for row in runs)]
+    columns = min(2, len(nets))
+    height = 80 + 250 * -(-len(nets) // columns)
+    figure = card(WIDTH, height, "The paper's nets, by epoch, as shares of the dense net", runs)
+    for net, axis in zip(nets, grid(figure, len(nets), columns, right=112), strict=True):
+        setting = paper.SETTINGS[net]
+        part = [row for row in epochs if row["net"] == net and row["lambdas"] == setting.told]
+        ends: dict[str, float] = {}
+        for seed in dict.fromkeys(row["seed"] for row in part):
+            own = [row for row in part if row["seed"] == seed]
+            numbers = [int(row["epoch"]) for row in own]
+            times = smooth([float(row["step_ms"]) / float(row["dense_ms"]) for row in own])
+            flops = [float(row["expected_flops"]) for row in own]
+            for name, values, color in (("step time", times, OURS), ("E[FLOPs]", flops, OTHER)):
+                axis.plot(numbers, values, color=color, linewidth=1.2)
+                ends[name] = values[-1]
+        axis.axhline(1, color=FAINT, linewidth=1)
+        axis.set_ylim(0, max(1.05, axis.get_ylim()[1]))
+        axis.set_xlim(left=0)
+        axis.set_xlabel("epoch")
+        axis.set_ylabel("share of dense")
+        told = paper.brief(setting.told)
+        title = told if told == paper.BUDGET else f"lambda {told}"
+        axis.set_title(f"{setting.example.title}, {title}", fontsize=12)
+        colors = {"step time": OURS, "E[FLOPs]": OTHER}
+        name_lines(axis, [("dense", 1.0, FAINT), *((name, end, colors[name]) for name, end in ends.items())])
+    return figure
+
+
+def smooth(values: Sequence[float], width: int = 5) -> list[float]:
+    """Running medians: what else the machine did meets single epochs."""
+    return [median(values[max(0, i - width // 2) : i + width // 2 + 1]) for i in range(len(values))]
+
+
+def draw_wrn(rows: Sequence[Row]) -> Figure:
+    """Step time over the dense one against the expected FLOPs."""
+    first = rows[0]
+    title = f"A training step of WRN-{first['depth']}-{first['width']}, as a share of the dense step"
+    figure = card(WIDTH, 360, title, rows)
+    (axis,) = grid(figure, 1, 1, right=200, above=16)
+    axis.axhline(1, color=FAINT, linewidth=1)
+    axis.plot([1, 0], [1, 0], color=INK, linewidth=1, dashes=(1, 2))
+    names = [("dense torch.nn", 1.0, FAINT), ("ideal", 0.0, INK)]
+    for order, color in zip(wrn.ORDERS, (OURS, OTHER), strict=True):
+        points = [
+            (float(row["expected_flops"]), float(row["gated_ms"]) / float(row["dense_ms"]))
+            for row in rows
+            if row["order"] == order
+        ]
+        axis.plot(*zip(*points, strict=True), color=color, linewidth=2.4, marker="o", markersize=5)
+        names.append((f"gates {order}", points[-1][1], color))
+    axis.set_xlim(1.02, 0)
+    axis.set_ylim(0, 1.05 * axis.get_ylim()[1])
+    plain_ticks(axis.xaxis, [1, 0.75, 0.5, 0.25, 0])
+    axis.set_xlabel("expected FLOPs, of the dense net's")
+    axis.set_ylabel("step time / dense step time")
+    name_lines(axis, names)
+    return figure
+
+
 def result_files() -> list[Path]:
-    return [*device_files(), *sorted(RESULTS.glob("*-training.csv"))]
+    others = (path for path in (paper.PATH, wrn.PATH) if path.is_file())
+    return [*device_files(), *sorted(RESULTS.glob("*-training.csv")), *others]
 
 
 def pictures(paths: Sequence[Path]) -> Iterator[Picture]:
@@ -293,6 +363,14 @@ def pictures(paths: Sequence[Path]) -> Iterator[Picture]:
         rows = read(path)
         if rows and "run" in rows[0]:
             yield Picture(path.with_suffix(".svg"), (path,), partial(draw_training, rows))
+        elif rows and "net" in rows[0]:
+            whole = [row for row in rows if row["data"] == "mnist"]
+            of_epochs = path.with_stem(f"{path.stem}-epochs")
+            yield Picture(
+                path.with_suffix(".svg"), (path, of_epochs), partial(draw_paper, whole, read(of_epochs))
+            )
+        elif rows and "p_open" in rows[0]:
+            yield Picture(path.with_suffix(".svg"), (path,), partial(draw_wrn, rows))
         elif rows:
             sources[path] = found = Found(rows)
             if speedup_works(found):

@@ -150,13 +150,13 @@ def machine(rows: Sequence[Row], brief: bool = False) -> str:
     """Device, versions, commits and dates that a set of rows came from."""
 
     def each(name: str, form: str) -> str:
-        values = [value for value in dict.fromkeys(row[name] for row in rows) if value]
+        values = [value for value in dict.fromkeys(row.get(name, "") for row in rows) if value]
         several = " and ".join(filter(None, (", ".join(values[:-1]), *values[-1:])))
         return form.format(several, "s" * (len(values) > 1)) if values else ""
 
     dates = sorted({row["date"] for row in rows})
     far = len(apart(rows))
-    on_gpu = any(row["environment"].startswith("CUDA") for row in rows)
+    on_gpu = any(row.get("environment", "").startswith("CUDA") for row in rows)
     parts = (
         " and ".join(device_name(name) for name in dict.fromkeys(row["device"] for row in rows)),
         "" if on_gpu else each("cores", "{} cores"),

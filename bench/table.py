@@ -10,6 +10,7 @@ import cli
 import documents
 import paper
 import proximal
+import wrn
 from documents import header, line
 from found import Found, break_even, curve, device_files, load
 from registry import FEW_KEEPS, NETS, PROVIDERS, TABLE_KEEPS, WORKS, Keep, Work, keep_name
@@ -350,7 +351,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         sources = load(args.paths or device_files())
         if args.write or args.check:
-            return documents.main(tables(sources) | proximal.tables() | paper.tables(), args.write)
+            all_tables = tables(sources) | proximal.tables() | paper.tables() | wrn.tables()
+            return documents.main(all_tables, args.write)
     except ValueError as error:
         parser.error(str(error))
     parts = list(tables(sources).values())

@@ -21,6 +21,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
+import baseline
 import data
 import files
 import picture
@@ -459,6 +460,10 @@ def main(example: Example, args: argparse.Namespace) -> Run:
     )
     train(run, out)
     print(report.summary(run.history, run.gates, example.units))
+    with denormals_flushed():
+        beside = baseline.by_magnitude(run)
+    if beside:
+        print(beside, flush=True)
     print("exporting the open units to plain torch ...", flush=True)
     print(shipping.ship(run, out / f"{example.name}.pt2"))
     title = f"{example.title} with L0 gates beside the same net dense"

@@ -29,7 +29,6 @@ from .ranks import check_not_flat, released, whole
 
 GATINGS = ("in", "out", "both", "weight", None)
 Self = TypeVar("Self", bound="GatedConv")
-Transposed = TypeVar("Transposed", bound="_GatedTransposed")
 
 
 class GatedConv(GatedLayer, AnyConv):
@@ -39,6 +38,7 @@ class GatedConv(GatedLayer, AnyConv):
     out_gate: HardConcreteGate | None
     weight_gate: HardConcreteGate | None
     gate: str | None
+    _dense: ClassVar[type[AnyConv]]
 
     def _own_gates(
         self,
@@ -61,9 +61,18 @@ class GatedConv(GatedLayer, AnyConv):
         check_one_dist(self.in_gate, self.out_gate)
 
     @classmethod
-    def _from_dense(cls: type[Self], conv: nn.Module, dense: type[AnyConv], **options: Any) -> Self:
-        if not isinstance(conv, dense):
-            raise TypeError(f"conv must be a torch.nn.{dense.__name__}, got {type(conv).__name__}")
+    def from_dense(cls: type[Self], conv: nn.Module, **options: Any) -> Self:
+        """A gated layer with a copy of `conv`'s weight and bias, on its device, in its dtype and mode.
+
+        Args:
+            conv: of the class of torch.nn whose gated kin this is, ``torch.nn.Conv2d`` of :class:`L0Conv2d`.
+            **options: the keyword-only arguments of the gated layer.
+
+        Raises:
+            TypeError: `conv` is of another class.
+        """
+        if not isinstance(conv, cls._dense):
+            raise TypeError(f"conv must be a torch.nn.{cls._dense.__name__}, got {type(conv).__name__}")
         geometry = ["in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups"]
         geometry += ["output_padding"] if conv.transposed else []
         layer: Self = cls(
@@ -164,7 +173,51 @@ class GatedConv(GatedLayer, AnyConv):
         return f"{super().extra_repr()}, gate={self.gate!r}"
 
 
-class L0Conv2d(GatedConv, nn.Conv2d):
+class _GatedDirect(GatedConv):
+    """What the others share: torch's order of arguments."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, ...],
+        stride: int | tuple[int, ...] = 1,
+        padding: str | int | tuple[int, ...] = 0,
+        dilation: int | tuple[int, ...] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: Literal["zeros", "reflect", "replicate", "circular"] = "zeros",
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        gate: str | None = "out",
+        in_gate: HardConcreteGate | None = None,
+        out_gate: HardConcreteGate | None = None,
+        droprate_init: float = 0.5,
+        lam: float = 0.1,
+        eval_mode: str = "paper",
+        dist: HardConcrete = DEFAULT_DIST,
+    ) -> None:
+        initialise: Any = super().__init__  # that of torch's class behind this one
+        initialise(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            padding,
+            dilation,
+            groups,
+            bias,
+            padding_mode,
+            device,
+            dtype,
+        )
+        self._own_gates(
+            gate, in_gate, out_gate, droprate_init=droprate_init, lam=lam, eval_mode=eval_mode, dist=dist
+        )
+
+
+class L0Conv2d(_GatedDirect, nn.Conv2d):
     r"""``torch.nn.Conv2d`` with hard-concrete gates whose closed channels are skipped.
 
     ========  =======================================  =====================================
@@ -204,57 +257,7 @@ class L0Conv2d(GatedConv, nn.Conv2d):
         TypeError: in_gate or out_gate is not a HardConcreteGate, or one with a forward of its own.
     """
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int | tuple[int, int],
-        stride: int | tuple[int, int] = 1,
-        padding: str | int | tuple[int, int] = 0,
-        dilation: int | tuple[int, int] = 1,
-        groups: int = 1,
-        bias: bool = True,
-        padding_mode: Literal["zeros", "reflect", "replicate", "circular"] = "zeros",
-        device: torch.device | str | int | None = None,
-        dtype: torch.dtype | None = None,
-        *,
-        gate: str | None = "out",
-        in_gate: HardConcreteGate | None = None,
-        out_gate: HardConcreteGate | None = None,
-        droprate_init: float = 0.5,
-        lam: float = 0.1,
-        eval_mode: str = "paper",
-        dist: HardConcrete = DEFAULT_DIST,
-    ) -> None:
-        super().__init__(
-            in_channels,
-            out_channels,
-            kernel_size,
-            stride,
-            padding,
-            dilation,
-            groups,
-            bias,
-            padding_mode,
-            device,
-            dtype,
-        )
-        self._own_gates(
-            gate, in_gate, out_gate, droprate_init=droprate_init, lam=lam, eval_mode=eval_mode, dist=dist
-        )
-
-    @classmethod
-    def from_dense(cls, conv: nn.Conv2d, **options: Any) -> "L0Conv2d":
-        """A gated layer with a copy of `conv`'s weight and bias, on its device, in its dtype and mode.
-
-        Args:
-            conv: any ``torch.nn.Conv2d``.
-            **options: the keyword-only arguments of :class:`L0Conv2d`.
-
-        Raises:
-            TypeError: `conv` is not a ``torch.nn.Conv2d``.
-        """
-        return cls._from_dense(conv, nn.Conv2d, **options)
+    _dense = nn.Conv2d
 
     def forward(
         self,
@@ -289,56 +292,14 @@ class L0Conv2d(GatedConv, nn.Conv2d):
         return gated_conv2d(x, self.weight, self.bias, stride, padding, dilation, self.groups, **gates)
 
 
-class L0Conv1d(GatedConv, nn.Conv1d):
+class L0Conv1d(_GatedDirect, nn.Conv1d):
     r"""``torch.nn.Conv1d`` with hard-concrete gates whose closed channels are skipped.
 
     As :class:`L0Conv2d`, on (N, C, L), with the arguments, weight (out, in / groups, k) and bias of
     ``torch.nn.Conv1d``; computed as a 2-D convolution of height 1.
     """
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int | tuple[int],
-        stride: int | tuple[int] = 1,
-        padding: str | int | tuple[int] = 0,
-        dilation: int | tuple[int] = 1,
-        groups: int = 1,
-        bias: bool = True,
-        padding_mode: Literal["zeros", "reflect", "replicate", "circular"] = "zeros",
-        device: torch.device | str | int | None = None,
-        dtype: torch.dtype | None = None,
-        *,
-        gate: str | None = "out",
-        in_gate: HardConcreteGate | None = None,
-        out_gate: HardConcreteGate | None = None,
-        droprate_init: float = 0.5,
-        lam: float = 0.1,
-        eval_mode: str = "paper",
-        dist: HardConcrete = DEFAULT_DIST,
-    ) -> None:
-        super().__init__(
-            in_channels,
-            out_channels,
-            kernel_size,
-            stride,
-            padding,
-            dilation,
-            groups,
-            bias,
-            padding_mode,
-            device,
-            dtype,
-        )
-        self._own_gates(
-            gate, in_gate, out_gate, droprate_init=droprate_init, lam=lam, eval_mode=eval_mode, dist=dist
-        )
-
-    @classmethod
-    def from_dense(cls, conv: nn.Conv1d, **options: Any) -> "L0Conv1d":
-        """A gated layer with a copy of `conv`'s weight and bias; see :meth:`L0Conv2d.from_dense`."""
-        return cls._from_dense(conv, nn.Conv1d, **options)
+    _dense = nn.Conv1d
 
     def forward(
         self,
@@ -362,7 +323,7 @@ class L0Conv1d(GatedConv, nn.Conv1d):
         return y.squeeze(-2)
 
 
-class L0Conv3d(GatedConv, nn.Conv3d):
+class L0Conv3d(_GatedDirect, nn.Conv3d):
     r"""``torch.nn.Conv3d`` with hard-concrete gates on its channels or weights.
 
     As :class:`L0Conv2d`, on (N, C, D, H, W), with the arguments, weight (out, in / groups, kd, kh, kw) and
@@ -371,49 +332,7 @@ class L0Conv3d(GatedConv, nn.Conv3d):
     time.
     """
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int | tuple[int, int, int],
-        stride: int | tuple[int, int, int] = 1,
-        padding: str | int | tuple[int, int, int] = 0,
-        dilation: int | tuple[int, int, int] = 1,
-        groups: int = 1,
-        bias: bool = True,
-        padding_mode: Literal["zeros", "reflect", "replicate", "circular"] = "zeros",
-        device: torch.device | str | int | None = None,
-        dtype: torch.dtype | None = None,
-        *,
-        gate: str | None = "out",
-        in_gate: HardConcreteGate | None = None,
-        out_gate: HardConcreteGate | None = None,
-        droprate_init: float = 0.5,
-        lam: float = 0.1,
-        eval_mode: str = "paper",
-        dist: HardConcrete = DEFAULT_DIST,
-    ) -> None:
-        super().__init__(
-            in_channels,
-            out_channels,
-            kernel_size,
-            stride,
-            padding,
-            dilation,
-            groups,
-            bias,
-            padding_mode,
-            device,
-            dtype,
-        )
-        self._own_gates(
-            gate, in_gate, out_gate, droprate_init=droprate_init, lam=lam, eval_mode=eval_mode, dist=dist
-        )
-
-    @classmethod
-    def from_dense(cls, conv: nn.Conv3d, **options: Any) -> "L0Conv3d":
-        """A gated layer with a copy of `conv`'s weight and bias; see :meth:`L0Conv2d.from_dense`."""
-        return cls._from_dense(conv, nn.Conv3d, **options)
+    _dense = nn.Conv3d
 
     def forward(
         self,
@@ -433,9 +352,8 @@ class L0Conv3d(GatedConv, nn.Conv3d):
 
 
 class _GatedTransposed(GatedConv):
-    """What the gated transposed convolutions share."""
+    """What the gated transposed convolutions share: torch's order of arguments, and the forward."""
 
-    _dense: ClassVar[type[AnyConv]]
     _convolution: ClassVar[Any]
     """torch's function; in a tuple, for it is no method."""
 
@@ -480,11 +398,6 @@ class _GatedTransposed(GatedConv):
         self._own_gates(
             gate, in_gate, out_gate, droprate_init=droprate_init, lam=lam, eval_mode=eval_mode, dist=dist
         )
-
-    @classmethod
-    def from_dense(cls: type[Transposed], conv: nn.Module, **options: Any) -> Transposed:
-        """A gated layer with a copy of `conv`'s weight and bias; see :meth:`L0Conv2d.from_dense`."""
-        return cls._from_dense(conv, cls._dense, **options)
 
     def forward(
         self,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -359,9 +359,9 @@ class Watch:
         watch = Watch(model, every=100, csv="gates.csv", budget=budget)
         watch.attach(optimizer)         # a plain loop, Lightning, accelerate, transformers.Trainer
 
-    Instead of :meth:`attach` a loop may call :meth:`step`. It also answers to the callbacks of
-    ``transformers.Trainer(callbacks=[watch])``, where it adds its figures to what is logged, and to
-    ``on_train_batch_end``, as Lightning calls it.
+    Instead of :meth:`attach` a loop may call :meth:`step`. It is a callback, too,
+    ``Trainer(callbacks=[watch])``: of transformers' trainer, where it adds its figures to what is logged,
+    and of Lightning's, where a step is a batch, and a checkpoint holds how many there were.
 
     Args:
         model: with gates.
@@ -445,8 +445,24 @@ class Watch:
         """Of Lightning's callbacks."""
         self.step()
 
+    @property
+    def state_key(self) -> str:
+        """Of Lightning's callbacks: under which a checkpoint holds their state."""
+        return type(self).__qualname__
+
+    _legacy_state_key = state_key  # Lightning asks for the key of old checkpoints, too
+
+    def state_dict(self) -> dict[str, Any]:
+        """How many steps there were."""
+        return {"steps": self.steps}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on counting where :meth:`state_dict` was called."""
+        self.steps = state["steps"]
+
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("on_"):  # the trainers call every event of every callback
+        # The trainers call every event of every callback, the two names without "on_" are Lightning's.
+        if name.startswith("on_") or name in ("setup", "teardown"):
             return _nothing
         raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
 

@@ -7,7 +7,7 @@ import fuzz_units
 import pytest
 import torch
 
-from l0kernels.nn.units import draws, narrow
+from l0kernels.nn.units import draws, narrow_shapes
 
 BLOCK = 25
 
@@ -61,7 +61,7 @@ FAULTS = {
         "scales",
         lambda self, space, dtype: torch.ones(space.size, dtype=dtype),
     ),
-    "dimension lost": (narrow, "_like", lambda x, data, dim=None: data),
+    "dimension lost": (narrow_shapes, "like", lambda x, data, dim=None: data),
 }
 
 

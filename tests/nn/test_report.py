@@ -235,6 +235,18 @@ class TestWatch:
         with pytest.raises(AttributeError, match="Watch has no attribute 'off'"):
             assert watch.off
 
+    def test_as_a_callback_of_lightning(self):
+        """Lightning 2.6 sets callbacks up, and saves their state under a key or that of old checkpoints."""
+        watch = nn.Watch(model_of(DECIDED, [0.5], DECIDED), 100)
+        watch.setup("trainer", "module", stage="fit")
+        for i in range(3):
+            watch.on_train_batch_end("trainer", "module", "outputs", "batch", i)
+        watch.teardown("trainer", "module", stage="fit")
+        saved = {watch.state_key: watch.state_dict()}
+        again = nn.Watch(watch.model, 100)
+        again.load_state_dict(saved.get(again.state_key, saved.get(again._legacy_state_key)))
+        assert again.steps == 3
+
     def test_errors(self):
         with pytest.raises(ValueError, match="every must be at least 1, got 0"):
             nn.Watch(model_of(DECIDED, [0.5], DECIDED), 0)

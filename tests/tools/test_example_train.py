@@ -10,6 +10,7 @@ import sys
 from itertools import pairwise
 from pathlib import Path
 
+import baseline
 import files
 import numpy as np
 import picture
@@ -220,6 +221,35 @@ def test_the_dense_net_does_not_touch_the_training(finished, options, tmp_path):
     run = train_lenet300.main(options(tmp_path, "--no-dense"))
     assert_same(finished[1].gated.state(), run.gated.state())
     assert [row.test_error for row in run.history] == [row.test_error for row in finished[1].history]
+    assert baseline.by_magnitude(run) == ""
+
+
+def test_the_baseline_keeps_the_largest_of_the_dense_net(finished, capsys):
+    _, run = finished
+    model = baseline.cut(run)
+    counts = run.history[-1].open_units
+    for layer, plain, count in zip(model.layers, [*run.dense.model][::2], counts, strict=True):
+        assert torch.equal(layer.weight, plain.weight)
+        is_open, size = layer.in_gate.eval_gates().z == 1, plain.weight.norm(dim=0)
+        assert is_open.sum() == count
+        assert size[is_open].min() >= size[~is_open].max() if count < len(size) else is_open.all()
+    before = run.dense.state()
+    said = baseline.by_magnitude(run)
+    assert re.fullmatch(r"Baseline: .* trained for 1 more epoch, misreads \d+\.\d%\.", said)
+    assert_same(before, run.dense.state())
+    assert said == baseline.by_magnitude(run)
+
+
+def test_the_baseline_of_convolutions(mnist, tmp_path):
+    argv = ["--data", str(mnist), "--out", str(tmp_path), "--batch-size", str(BATCH), "--epochs", "1"]
+    run, _ = trainer.prepare(train_lenet5.EXAMPLE, train_lenet5.parse_args(argv))
+    trainer.train(run, tmp_path)
+    run.history[-1] = dataclasses.replace(run.history[-1], open_units=(3, 5, 70, 9))
+    model = baseline.cut(run)
+    norms = [p.flatten(1).norm(dim=1) for p in (model[0].weight, model[3].weight, model[7].weight.T)]
+    gates = (model[0].out_gate, model[3].out_gate, model[7].in_gate)
+    for gate, norm, count in zip(gates, norms, (3, 5, 70), strict=True):
+        assert gate.eval_gates().z.nonzero()[:, 0].tolist() == norm.topk(count).indices.sort().values.tolist()
 
 
 def test_rates_fall_to_zero(prepare):

@@ -1,5 +1,5 @@
-"""Functions around recurrent layers that run on what exists, as those of `narrow.py` do: time taken apart and
-put together, sequences packed without their padding.
+"""Functions around recurrent layers, on the units that exist: time taken apart and put together, sequences
+packed without their padding.
 """
 
 from __future__ import annotations
@@ -9,22 +9,18 @@ from typing import Any
 import torch
 
 from . import table
-from .narrow import Narrow, Rule, _like
+from .narrow import Narrow, Rule, like
 
 
 def _taken_apart(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """select, unbind and index_select along another dimension than that of the units."""
+    """select and index_select along another dimension than that of the units."""
     x = args[0]
     if not isinstance(x, Narrow) or x._at is None or kwargs or any(isinstance(a, Narrow) for a in args[1:]):
         return None
     dim, at = x._at[1], (args[1] if len(args) > 1 else 0) % x._data.ndim
     if at == dim:
         return None
-    out = func(x._data, *args[1:])
-    left = dim - (at < dim and func not in _KEEP)
-    return (
-        _like(x, out, left) if isinstance(out, torch.Tensor) else tuple(_like(x, part, left) for part in out)
-    )
+    return like(x, func(x._data, *args[1:]), dim - (at < dim and func not in _KEEP))
 
 
 def _stacked(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -47,17 +43,12 @@ def _packed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if not isinstance(x, Narrow) or x._at is None or kwargs or x._at[1] < leading:
         return None
     out, sizes = func(x._data, *args[1:])
-    return _like(x, out, x._at[1] + change), sizes
+    return like(x, out, x._at[1] + change), sizes
 
 
-def rules() -> dict[Any, Rule]:
-    """By function."""
-    kinds: list[tuple[str, Rule]] = [
-        ("select unbind index_select", _taken_apart),
-        ("stack", _stacked),
-        (table.SEQUENCES, _packed),
-    ]
-    return {function: rule for names, rule in kinds for function in table.functions(names, False)}
-
-
+RULES: list[tuple[str, Rule]] = [
+    ("select index_select", _taken_apart),
+    ("stack", _stacked),
+    (table.SEQUENCES, _packed),
+]
 _KEEP = {*table.functions("index_select", False)}

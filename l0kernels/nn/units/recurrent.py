@@ -22,10 +22,7 @@ from ...narrow import narrow_weight
 from .draws import Draw, Space, _unwatched
 from .kinds import reads_inputs, recurrent_names
 from .layers import Units, _Exact, _Static, masked
-from .narrow import RULES, plain, refuse_function
-from .narrow_recurrent import rules
-
-RULES.update(rules())
+from .narrow import plain, refuse_function
 
 
 def run(layer: Any, input: Any, hx: Any = None) -> Any:

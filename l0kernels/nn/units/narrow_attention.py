@@ -1,0 +1,63 @@
+"""Attention of the heads that exist."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from .draws import Draw, Space, Spaces
+from .narrow import Narrow, Rule, is_narrow, lie_alike, open_alike, plain
+
+
+def _attended(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """scaled_dot_product_attention of the heads that exist."""
+    names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+    named = {**dict(zip(names, args, strict=False)), **kwargs}
+    q = named["query"]
+    if not isinstance(q, Narrow) or q._at is None or q._at[1] != q._held.ndim - 3:
+        return None
+    space, dim, draw, spaces = q._at
+    for name in ("key", "value", "attn_mask"):
+        x = named.get(name)
+        if isinstance(x, Tensor) and x.ndim > 2:
+            named[name] = found = _heads_of(x, space, draw, spaces, named.get("enable_gqa", False))
+            if found is None:
+                return None
+    named["query"] = q._data
+    return Narrow.of(func(**named), space, dim, draw, spaces)
+
+
+def _heads_of(x: Tensor, space: Space, draw: Draw, spaces: Spaces, shares: bool) -> Tensor | None:
+    """What exists of the heads of x, (..., H, rows, columns), which are those of `space`, fewer if queries
+    share them; None where they may lie otherwise."""
+    heads = x.shape[-3]
+    if heads == 1 and space.size > 1 and not isinstance(x, Narrow):
+        return x
+    if heads != space.size:
+        found = spaces.runs(space, space.size // heads) if shares and heads else None
+        if found is None:
+            return None
+        space = found
+    if isinstance(x, Narrow) and x._at is not None:
+        alike = x._at[0] is space and x._at[1] == x._held.ndim - 3 and open_alike(x._at[2], draw)
+        return x._data if alike else None
+    index = draw.present(space).index
+    x = plain(x)
+    return x if index is None else x.index_select(-3, index)
+
+
+def _multiplied(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Products of matrices, one for each head that exists."""
+    if len(args) != 2 or kwargs or not all(is_narrow(x) for x in args):
+        return None
+    (a, b), (space, dim, draw, spaces) = args, args[0]._at
+    if not lie_alike(a, b) or dim >= a._held.ndim - 2:
+        return None
+    return Narrow.of(func(a._data, b._data), space, dim, draw, spaces)
+
+
+RULES: list[tuple[str, Rule]] = [
+    ("scaled_dot_product_attention", _attended),
+    ("matmul bmm __matmul__", _multiplied),
+]

@@ -1,0 +1,155 @@
+"""Functions of each unit by itself, and of all numbers of a unit, on the units that exist."""
+
+from __future__ import annotations
+
+from functools import cache, lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import table
+from .narrow import Narrow, Rule, dims_of, is_in_place, is_narrow, lie_alike, like, plain, told
+
+
+def _pointwise(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    x = args[0] if args else kwargs.get("input")
+    if not isinstance(x, Narrow) or x._at is None:
+        return None
+    for a in (*args[1:], *kwargs.values()):
+        if type(a) in _NUMBERS:
+            continue
+        if isinstance(a, Tensor) and (a.ndim or isinstance(a, Narrow)) and (args or a is not x):
+            return _elementwise(func, args, kwargs) if args else None
+    return like(x, func(x._data, *args[1:], **kwargs) if args else func(**{**kwargs, "input": x._data}))
+
+
+def _converted(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """As another tensor is, perhaps a narrow one."""
+    x = args[0]
+    if not isinstance(x, Narrow) or x._at is None:
+        return None
+    return like(x, func(x._data, *plain(args[1:]), **plain(kwargs)))
+
+
+def _elementwise(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if len(args) == 2 and not kwargs:
+        a, b = args
+        alike = type(b) in _NUMBERS or (type(b) is Narrow and type(a) is Narrow and lie_alike(a, b))
+        if alike and type(a) is Narrow and a._at is not None:
+            return like(a, func(a._data, b._data if type(b) is Narrow else b))
+    first = next((a for a in args if is_narrow(a)), None)
+    if first is None or any(isinstance(a, Tensor) for a in kwargs.values()):
+        return None
+    if is_in_place(func) and args[0] is not first:
+        return None
+    space, dim, draw, spaces = first._at
+    ndim = max([a.ndim for a in args if isinstance(a, Tensor)])
+    end = dim - first._data.ndim  # counted from the end
+    values = []
+    for a in args:
+        if not isinstance(a, Tensor):
+            values.append(a)
+        elif isinstance(a, Narrow):
+            if a._at is None:
+                return _elementwise(func, tuple(b._data if b is a else b for b in args), kwargs)
+            other, at, drawn, _ = a._at
+            if other is not space or drawn is not draw or at - a._data.ndim != end:
+                return None
+            values.append(a._data)
+        elif a.ndim < -end or a.shape[end] == 1:
+            values.append(a)
+        elif a.shape[end] == space.size:  # what meets closed units there meets no one's
+            index = draw.present(space).index
+            values.append(a if index is None else a.index_select(end % a.ndim, index))
+        else:
+            return None
+    out = func(*values, **kwargs)
+    if out is first._data:
+        return first
+    if out.ndim != ndim:
+        return None
+    return Narrow.of(out, space, end + ndim, draw, spaces)
+
+
+_NUMBERS = (float, int, bool)
+
+
+def _reduced(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    x = args[0]
+    if not isinstance(x, Narrow) or x._at is None:
+        return None
+    for a in args[1:]:
+        if isinstance(a, Tensor):
+            return None
+    dim = told(_reduced_to, func, x._held.ndim, x._at[1], args[1:], kwargs)
+    if dim is None:
+        return None
+    out = func(x._data, *args[1:], **kwargs)
+    if isinstance(out, Tensor):
+        return like(x, out, dim)
+    return type(out)([like(x, part, dim) for part in out]) if isinstance(out, tuple) else None
+
+
+@lru_cache(1024)
+def _reduced_to(
+    func: Any, ndim: int, dim: int, args: tuple[Any, ...], *kwargs: tuple[str, Any]
+) -> int | None:
+    """Where dimension `dim` is behind the function, None where it is, or may be, reduced."""
+    named = dict(kwargs)
+    value = args[0] if args else named.get("dim")
+    if func.__name__ == "norm" or value is None or isinstance(value, bool):
+        return None
+    dims = dims_of(value, ndim)
+    if dim in dims or not dims:
+        return None
+    out = func(torch.zeros([2] * ndim, device="cpu"), *args, **named)  # of one alone there is no variance
+    kept = (out if isinstance(out, Tensor) else out[0]).ndim == ndim
+    return dim if kept else dim - sum(d < dim for d in dims)
+
+
+def _over(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    x = args[0]
+    dim = args[1] if len(args) > 1 else kwargs.get("dim")
+    if not isinstance(x, Narrow) or x._at is None or not isinstance(dim, int) or func.__name__ == "normalize":
+        return None
+    return None if dim % x._data.ndim == x._at[1] else like(x, func(x._data, *args[1:], **kwargs))
+
+
+def _spatial(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    x = args[0] if args else kwargs["input"]
+    if not isinstance(x, Narrow) or x._at is None:
+        return None
+    for a in (*args[1:], *kwargs.values()):
+        if isinstance(a, Narrow) and a is not x:
+            return None
+    ndim = x._held.ndim
+    if x._at[1] != ndim - (_spatialdims_of(func) or ndim - 2) - 1:
+        return None
+    out = func(x._data, *args[1:], **kwargs) if args else func(**{**kwargs, "input": x._data})
+    return like(x, out) if isinstance(out, Tensor) else tuple(like(x, part) for part in out)
+
+
+@cache
+def _spatialdims_of(func: Any) -> int:
+    """How many dimensions a function says it is of, 0: it does not."""
+    return next((int(digit) for digit in "123" if f"{digit}d" in func.__name__), 0)
+
+
+def _padded(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    x, sides = args[0], args[1] if len(args) > 1 else kwargs["pad"]
+    if not isinstance(x, Narrow) or x._at is None:
+        return None
+    touched = {x._data.ndim - 1 - i // 2 for i, size in enumerate(sides) if size}
+    return None if x._at[1] in touched else like(x, func(x._data, *args[1:], **kwargs))
+
+
+RULES: list[tuple[str, Rule]] = [
+    (f"{table.POINTWISE} rsqrt", _pointwise),
+    ("to type_as", _converted),
+    (f"{table.ELEMENTWISE} {table.QUOTIENTS}", _elementwise),
+    (table.SPATIAL, _spatial),
+    (table.REDUCTIONS, _reduced),
+    (table.OVER, _over),
+    ("pad", _padded),
+]

@@ -1,0 +1,274 @@
+"""Functions that move, part and join dimensions, on the units that exist."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .draws import Draw, Space, Spaces
+from .narrow import Narrow, Rule, at_place, dims_of, is_narrow, like, open_alike, plain, told
+
+
+def _permuted(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    x = args[0]
+    if not isinstance(x, Narrow) or x._at is None:
+        return None
+    data = func(x._data, *args[1:], **kwargs)
+    return like(x, data, told(_moved_to, func, data.ndim, x._at[1], args[1:], kwargs))
+
+
+@lru_cache(1024)
+def _moved_to(func: Any, ndim: int, dim: int, args: tuple[Any, ...], *kwargs: tuple[str, Any]) -> int:
+    """Where dimension `dim` is behind the function, of a tensor whose sizes are its dimensions' numbers."""
+    sizes = func(torch.empty([*range(1, ndim + 1)], device="meta"), *args, **dict(kwargs)).shape
+    return sizes.index(dim + 1)
+
+
+def _squeezed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    x = args[0]
+    if not isinstance(x, Narrow) or x._at is None:
+        return None
+    ndim, dim, name = x._data.ndim, x._at[1], func.__name__
+    if name == "unsqueeze":
+        at = args[1] if len(args) > 1 else kwargs["dim"]
+        at %= ndim + 1
+        return like(x, func(x._data, *args[1:], **kwargs), dim + (at <= dim))
+    if len(args) < 2 and "dim" not in kwargs:
+        gone = [i for i, size in enumerate(x.shape) if size == 1]
+    else:
+        gone = [i for i in dims_of(args[1] if len(args) > 1 else kwargs["dim"], ndim) if x.shape[i] == 1]
+    if dim in gone:
+        return None
+    data = x._data.squeeze(tuple(gone)) if gone else x._data
+    return like(x, data, dim - sum(i < dim for i in gone))
+
+
+def _reshaped(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    x = args[0]
+    if not isinstance(x, Narrow) or x._at is None:
+        return None
+    space, dim, draw, spaces = x._at
+    full = x.shape
+    # A tensor of one element with the shape of x tells which shape is asked for.
+    shape = (
+        func(torch.zeros((), device=x._data.device).expand(full), *args[1:], **kwargs).shape
+        if func is not (Tensor.view)
+        else _view_shape(full, args[1:], kwargs)
+    )
+    if shape is None:
+        return None
+    before, end = full[:dim].numel(), full[: dim + 1].numel()
+    passed = 1
+    for at, size in enumerate(shape):
+        if passed == before and size > 0 and size % space.size == 0:
+            times = size // space.size
+            if end * times <= full.numel() and full[dim + 1 :].numel() % times == 0:
+                if times > 1 and _run(full[dim + 1 :], times) is None:
+                    return None
+                narrow = (*shape[:at], draw.present(space).n * times, *shape[at + 1 :])
+                if not x._data.retains_grad:  # as of the dense tensor, the result is a view
+                    x._held = x._data.contiguous()
+                data = x._data.reshape(narrow)
+                return Narrow.of(data, spaces.repeated(space, times), at, draw, spaces)
+        if passed == before and 1 < size < space.size and space.size % size == 0:
+            found = _in_runs(x, shape, at)
+            return _in_tiles(x, shape, at) if found is None else found
+        passed *= size
+    return None
+
+
+def _in_runs(x: Narrow, shape: torch.Size, at: int) -> Any:
+    """x whose units, in runs of one, are seen run by run: heads, of a projection's features."""
+    assert x._at is not None
+    space, _, draw, spaces = x._at
+    times = space.size // shape[at]
+    if _run(shape[at + 1 :], times) is None:
+        return None
+    runs = spaces.runs(space, times)
+    if runs is None or draw.present(runs).n * times != draw.present(space).n:
+        return None
+    if not x._data.retains_grad:
+        x._held = x._data.contiguous()
+    data = x._data.reshape((*shape[:at], draw.present(runs).n, *shape[at + 1 :]))
+    return Narrow.of(data, runs, at, draw, spaces)
+
+
+def _in_tiles(x: Narrow, shape: torch.Size, at: int) -> Any:
+    """x whose units come several times, seen one after the other: queries, keys and values of one layer."""
+    assert x._at is not None
+    space, _, draw, spaces = x._at
+    times = shape[at]
+    tile = spaces.tile(space, times)
+    if (
+        tile is None
+        or at + 1 == len(shape)
+        or not 1 < shape[at + 1] <= tile.size
+        or tile.size % shape[at + 1]
+    ):
+        return None
+    run = tile.size // shape[at + 1]
+    runs = spaces.runs(tile, run)
+    if runs is None or _run(shape[at + 2 :], run) is None:
+        return None
+    n = draw.present(runs).n
+    if n * run * times != draw.present(space).n:
+        return None
+    if not x._data.retains_grad:
+        x._held = x._data.contiguous()
+    return Narrow.of(x._data.reshape((*shape[: at + 1], n, *shape[at + 2 :])), runs, at + 1, draw, spaces)
+
+
+def _run(sizes: Sequence[int], product: int) -> int | None:
+    """How many of the first sizes have this product."""
+    total = 1
+    for i, size in enumerate(sizes):
+        if total == product:
+            return i
+        total *= size
+    return len(sizes) if total == product else None
+
+
+def _view_shape(full: torch.Size, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Size | None:
+    if kwargs or not args or isinstance(args[0], torch.dtype):
+        return None
+    sizes = [*(args[0] if isinstance(args[0], Sequence) else args)]
+    if -1 in sizes:
+        at = sizes.index(-1)
+        known = torch.Size(size for size in sizes if size != -1).numel()
+        sizes[at] = full.numel() // known if known else 0
+    return torch.Size(sizes) if torch.Size(sizes).numel() == full.numel() else None
+
+
+def _expanded(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    x = args[0]
+    if not isinstance(x, Narrow) or x._at is None or kwargs:
+        return None
+    sizes = [*(args[1] if isinstance(args[1], Sequence) else args[1:])]
+    at = x._at[1] + len(sizes) - x._data.ndim
+    if sizes[at] not in (-1, x._at[0].size):
+        return None
+    sizes[at] = -1
+    return like(x, x._data.expand(sizes), at)
+
+
+def _concatenated(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    tensors = args[0] if args else kwargs["tensors"]
+    at = args[1] if len(args) > 1 else kwargs.get("dim", kwargs.get("axis", 0))
+    tensors = [t for t in tensors if isinstance(t, Narrow) or t.shape != (0,)]  # as torch leaves it out
+    last = next((t for t in reversed(tensors) if is_narrow(t)), None)
+    if last is None:
+        return None
+    first = last._at
+    _, dim, draw, known = first
+    at %= last._held.ndim
+    if at != dim:
+        return _behind_each_other(tensors, at, first)
+    spaces = []
+    for t in tensors:
+        other = t._at if isinstance(t, Narrow) else None
+        if other is None or other[1] != dim or not open_alike(other[2], draw):
+            return None
+        spaces.append(other[0])
+    data = torch.cat([t._data for t in tensors], at)
+    return at_place(data, (known.joined(spaces), dim, draw, known))
+
+
+def _behind_each_other(tensors: Sequence[Tensor], at: int, place: tuple[Space, int, Draw, Spaces]) -> Any:
+    """Along another dimension than that of the units; of what has all units, those that exist."""
+    space, dim, draw, _ = place
+    index, parts = draw.present(space).index, []
+    for t in tensors:
+        other = t._at if isinstance(t, Narrow) else None
+        if other is not None:
+            if other[0] is not space or other[1] != dim or not open_alike(other[2], draw):
+                return None
+            parts.append(t._data)  # type: ignore[attr-defined]
+        elif t.ndim <= dim or t.shape[dim] != space.size:
+            return None
+        else:
+            t = plain(t)
+            parts.append(t if index is None else t.index_select(dim, index))
+    return at_place(torch.cat(parts, at), place)
+
+
+def _divided(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    x = args[0] if args else kwargs["tensor"]
+    if not isinstance(x, Narrow) or x._at is None:
+        return None
+    space, dim, draw, spaces = x._at
+    sizes = args[1] if len(args) > 1 else next((v for k, v in kwargs.items() if k != "dim"), None)
+    at = (args[2] if len(args) > 2 else kwargs.get("dim", 0)) % x._data.ndim
+    if at != dim:
+        return tuple(like(x, part) for part in func(x._data, sizes, at))
+    parts = func(torch.arange(space.size, device="cpu"), sizes, 0)
+    found, index, start = [], draw.present(space).index, 0
+    for part in parts:
+        stop = start + len(part)
+        piece = spaces.part(space, start, stop)
+        first, last = start, stop
+        if index is not None:
+            first, last = torch.searchsorted(index, torch.tensor([start, stop], device="cpu")).tolist()
+        data = x._data.narrow(dim, first, last - first)
+        mine = draw.present(piece).n
+        if mine != last - first or not mine:  # not every function takes what has no channel at all
+            return None
+        found.append(Narrow.of(data, piece, dim, draw, spaces))
+        start = stop
+    return tuple(found)
+
+
+def _unbound(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    x = args[0]
+    at = args[1] if len(args) > 1 else kwargs.get("dim", 0)
+    if not isinstance(x, Narrow) or x._at is None or at % x._held.ndim == x._at[1]:
+        return None
+    dim = x._at[1] - (at % x._held.ndim < x._at[1])
+    return tuple(like(x, part, dim) for part in x._data.unbind(at))
+
+
+def _item(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    x, index = args
+    if not isinstance(x, Narrow) or x._at is None:
+        return None
+    parts = list(index) if isinstance(index, tuple) else [index]
+    if not all(part is None or part is Ellipsis or isinstance(part, int | slice) for part in parts):
+        return None
+    if any(isinstance(part, bool) for part in parts):
+        return None
+    taken = sum(part is not None and part is not Ellipsis for part in parts)
+    if Ellipsis in parts:
+        at = parts.index(Ellipsis)
+        parts[at : at + 1] = [slice(None)] * (x._data.ndim - taken)
+    dim, source = 0, 0
+    for part in parts:
+        if part is None:
+            dim += 1
+            continue
+        if source == x._at[1]:
+            if part != slice(None):
+                return None
+            break
+        dim += not isinstance(part, int)
+        source += 1
+    else:
+        dim += x._at[1] - source
+    return like(x, x._data[tuple(parts)], dim)
+
+
+RULES: list[tuple[str, Rule]] = [
+    ("cat concat concatenate", _concatenated),
+    ("expand", _expanded),
+    ("chunk split split_with_sizes tensor_split", _divided),
+    ("unbind", _unbound),
+    ("__getitem__", _item),
+]
+OF_ANOTHER_SHAPE: list[tuple[str, Rule]] = [
+    ("permute transpose swapaxes swapdims movedim moveaxis t", _permuted),
+    ("squeeze unsqueeze", _squeezed),
+    ("view reshape flatten unflatten", _reshaped),
+]
+"""In place they would have the tensor itself be of another shape: these get the dense one."""
