@@ -601,6 +601,34 @@ void depthwise_as(const l0::ConvShape& s, Address x, Address w, Address y, Addre
   (dy ? l0::kernels<T>().depthwise_grad : l0::kernels<T>().depthwise)(p, num_threads);
 }
 
+template <typename T>
+void conv_as(const l0::ConvShape& s, int64_t out, bool channels_last, Address x, Address w, Address bias,
+             Address y, Address dy, Address dx, Address dw, Address db, int num_threads) {
+  const l0::ConvParams<T> p = {s,
+                               out,
+                               channels_last,
+                               as<const T>(x),
+                               as<const T>(w),
+                               as<const T>(bias),
+                               as<T>(y),
+                               as<const T>(dy),
+                               as<T>(dx),
+                               as<T>(dw),
+                               as<T>(db)};
+  (dy ? l0::kernels<T>().conv_grad : l0::kernels<T>().conv)(p, num_threads);
+}
+
+// Forward where there is no dy.
+void conv(bool is_double, const Shape& shape, int64_t out, bool channels_last, Address x, Address w,
+          Address bias, Address y, Address dy, Address dx, Address dw, Address db, int num_threads) {
+  py::gil_scoped_release nogil;
+  const l0::ConvShape s = conv_shape(shape);
+  if (dx) check_taps(s);
+  if (out < 0) throw std::invalid_argument("out: " + std::to_string(out));
+  (is_double ? conv_as<double> : conv_as<float>)(s, out, channels_last, x, w, bias, y, dy, dx, dw, db,
+                                                 num_threads);
+}
+
 // Forward where there is no dy.
 void depthwise(bool is_double, const Shape& shape, Address x, Address w, Address y, Address dy, Address dx,
                Address dw_parts, int num_threads) {
@@ -749,6 +777,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("unpack", &unpack);
   m.def("im2col", &im2col);
   m.def("col2im", &col2im);
+  m.def("conv", &conv);
   m.def("depthwise", &depthwise);
   m.def("batch_norm", &batch_norm);
   m.def("prox", &prox);

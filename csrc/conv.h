@@ -122,4 +122,106 @@ struct DepthwiseParams {
   T* dw_parts;  // null: not wanted
 };
 
+// A convolution of all channels. Images lie channels last (N, H, W, C), or as planes (N, C, H, W); w (out, C,
+// kernel_h, kernel_w). Backward where there is dy: dx, dw and db, each null where it is not wanted.
+template <typename T>
+struct ConvParams {
+  ConvShape shape;
+  int64_t out;
+  bool channels_last;
+  const T* x;
+  const T* w;
+  const T* bias;  // (out), null: none
+  T* y;           // forward
+  const T* dy;    // backward, like y
+  T* dx;
+  T* dw;
+  T* db;  // comes with dw
+};
+
+// Images as planes with zeros around, of which columns that are a multiple of the stride apart lie side by
+// side: whatever the stride, neighbouring outputs read neighbours.
+struct Planes {
+  int64_t rows, phase, row, plane, image;  // sizes; `phase` of the columns that lie side by side
+
+  explicit Planes(const ConvShape& s)
+      : rows(s.H + 2 * s.pad_h),
+        phase((s.W + 2 * s.pad_w + s.stride_w - 1) / s.stride_w),
+        row(phase * s.stride_w),
+        plane(rows * row),
+        image(plane * s.C),
+        stride_(s.stride_w) {}
+
+  int64_t column(int64_t w) const { return w % stride_ * phase + w / stride_; }
+
+ private:
+  int64_t stride_;
+};
+
+// Images with zeros around, channels last.
+struct Pixels {
+  int64_t rows, row, image;
+
+  explicit Pixels(const ConvShape& s)
+      : rows(s.H + 2 * s.pad_h), row((s.W + 2 * s.pad_w) * s.C), image(rows * row) {}
+};
+
+// Columns of a panel of patches: runs of `length` neighbours, the i-th from at()[i] on. What column and row
+// of the panel are read from is the sum of both their offsets.
+class Runs {
+ public:
+  const int64_t* at() const { return at_.data(); }
+  int64_t size() const { return int64_t(at_.size()); }
+  int64_t length() const { return length_; }
+
+  // Of the output positions of n images, from planes.
+  static Runs positions(const ConvShape& s, int64_t n) {
+    const Planes planes(s);
+    Runs runs(s.out_w);
+    for (int64_t i = 0; i < n; ++i)
+      for (int64_t h = 0; h < s.out_h; ++h)
+        runs.at_.push_back(i * planes.image + h * s.stride_h * planes.row);
+    return runs;
+  }
+
+  // Of the entries of a kernel in the order (kernel_h, kernel_w, C), from pixels.
+  static Runs entries(const ConvShape& s) {
+    const Pixels pixels(s);
+    const bool side_by_side = s.dilation_w == 1;
+    Runs runs(side_by_side ? s.kernel_w * s.C : s.C);
+    for (int64_t u = 0; u < s.kernel_h; ++u)
+      for (int64_t v = 0; v < (side_by_side ? 1 : s.kernel_w); ++v)
+        runs.at_.push_back(u * s.dilation_h * pixels.row + v * s.dilation_w * s.C);
+    return runs;
+  }
+
+  // Offsets one by one: of the entries in the order (C, kernel_h, kernel_w), from planes.
+  static Runs planar_entries(const ConvShape& s) {
+    const Planes planes(s);
+    Runs runs(1);
+    for (int64_t c = 0; c < s.C; ++c)
+      for (int64_t u = 0; u < s.kernel_h; ++u)
+        for (int64_t v = 0; v < s.kernel_w; ++v)
+          runs.at_.push_back(c * planes.plane + u * s.dilation_h * planes.row +
+                             planes.column(v * s.dilation_w));
+    return runs;
+  }
+
+  // Of the output positions of n images, from pixels.
+  static Runs pixel_positions(const ConvShape& s, int64_t n) {
+    const Pixels pixels(s);
+    Runs runs(1);
+    for (int64_t i = 0; i < n; ++i)
+      for (int64_t h = 0; h < s.out_h; ++h)
+        for (int64_t w = 0; w < s.out_w; ++w)
+          runs.at_.push_back(i * pixels.image + h * s.stride_h * pixels.row + w * s.stride_w * s.C);
+    return runs;
+  }
+
+ private:
+  explicit Runs(int64_t length) : length_(length) {}
+  std::vector<int64_t> at_;
+  int64_t length_;
+};
+
 }  // namespace l0

@@ -173,5 +173,491 @@ void depthwise_grad(const DepthwiseParams<T>& p, int num_threads) {
                        p.dw_parts + (image * s.taps() + u * s.kernel_w + v) * s.C, u, v);
 }
 
+// Convolutions of few channels. Patches are never whole in memory: a panel of as many columns as the
+// micro-kernel takes is copied together in the first-level cache, multiplied by all there is, and forgotten.
+
+constexpr int64_t kPanelRows = 128;      // of a panel: 16 KB; and how many products are summed in a row
+constexpr int64_t kUnitPositions = 256;  // of images that are computed together, where those are small
+constexpr int64_t kUnitBytes = 1 << 17;  // likewise, of the copies of images
+constexpr int64_t kGradParts = 16;       // sums of dw over parts of the images, however many threads
+
+// dst[j] = src[j] and back, j < n, where the rest of the vector is not ours.
+template <typename T>
+inline typename Vec<T>::type load_some(const T* p, int64_t n) {
+  if (n >= Vec<T>::width) return load(p);
+#if L0_COMPRESS
+  if constexpr (sizeof(T) == 4)
+    return (typename Vec<T>::type)_mm512_maskz_loadu_ps(__mmask16((1u << n) - 1), p);
+  else
+    return (typename Vec<T>::type)_mm512_maskz_loadu_pd(__mmask8((1u << n) - 1), p);
+#else
+  typename Vec<T>::type v{};
+  for (int64_t i = 0; i < n; ++i) v[i] = p[i];
+  return v;
+#endif
+}
+template <typename T>
+inline void store_some(T* p, typename Vec<T>::type v, int64_t n) {
+  if (n >= Vec<T>::width) return store(p, v);
+#if L0_COMPRESS
+  if constexpr (sizeof(T) == 4)
+    _mm512_mask_storeu_ps(p, __mmask16((1u << n) - 1), (__m512)v);
+  else
+    _mm512_mask_storeu_pd(p, __mmask8((1u << n) - 1), (__m512d)v);
+#else
+  for (int64_t i = 0; i < n; ++i) p[i] = v[i];
+#endif
+}
+
+// The same for at most 4 rows and a vector's columns: squares of 4 side by side, in fewer stages.
+template <typename T>
+inline void transpose_squares(const T* src, int64_t src_row, T* dst, int64_t dst_row, int64_t rows,
+                              int64_t cols, const T* add) {
+  using V = typename Vec<T>::type;
+  constexpr int64_t W = Vec<T>::width;
+  V v[4];
+  for (int64_t i = 0; i < 4; ++i) {
+    v[i] = i < rows ? load_some(src + i * src_row, cols) : V{};
+    if (add && i < rows) v[i] += add[i] - V{};
+  }
+  constexpr auto lanes = std::make_integer_sequence<int, W>{};
+  butterfly<V, 1>(v[0], v[1], lanes);
+  butterfly<V, 1>(v[2], v[3], lanes);
+  butterfly<V, 2>(v[0], v[2], lanes);
+  butterfly<V, 2>(v[1], v[3], lanes);
+  T squares[4][W];
+  for (int64_t i = 0; i < 4; ++i) store(squares[i], v[i]);
+  for (int64_t c = 0; c < cols; ++c) {
+    const T* from = squares[c % 4] + c / 4 * 4;
+    T* to = dst + c * dst_row;
+    if (rows == 4) {
+      std::memcpy(to, from, 4 * sizeof(T));
+    } else {
+      to[0] = from[0];
+      if (rows > 1) to[1] = from[1];
+      if (rows > 2) to[2] = from[2];
+    }
+  }
+}
+
+// dst[c * dst_row + r] = src[r * src_row + c] + add[r]; add null: 0
+template <typename T>
+void transpose(const T* __restrict src, int64_t src_row, T* __restrict dst, int64_t dst_row, int64_t rows,
+               int64_t cols, const T* __restrict add = nullptr) {
+  using V = typename Vec<T>::type;
+  constexpr int64_t W = Vec<T>::width;
+  for (int64_t r = 0; r < rows; r += W)
+    for (int64_t c = 0; c < cols; c += W) {
+      const int64_t n_rows = std::min(W, rows - r), n_cols = std::min(W, cols - c);
+      V v[W];
+      if (W > 4 && n_rows <= 4) {  // squares of 4 side by side
+        transpose_squares(src + r * src_row + c, src_row, dst + c * dst_row + r, dst_row, n_rows, n_cols,
+                          add ? add + r : nullptr);
+        continue;
+      }
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < W; ++i)
+        v[i] = i < n_rows ? load_some(src + (r + i) * src_row + c, n_cols) : V{};
+      transpose_stages<V, W, 1>(v);
+      const V sum = add ? load_some(add + r, n_rows) : V{};
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < W; ++i)
+        if (i < n_cols) store_some(dst + (c + i) * dst_row + r, add ? v[i] + sum : v[i], n_rows);
+    }
+}
+
+// c (MR x NV vectors, rows c_row apart) = or += a times b: a (kc, MR), rows a_row apart; b (kc, kNR).
+template <typename T, int MR, int NV>
+void panel_kernel(int64_t kc, const T* __restrict a, int64_t a_row, const T* __restrict b, T* __restrict c,
+                  int64_t c_row, bool accumulate) {
+  using V = typename Vec<T>::type;
+  constexpr int W = Vec<T>::width;
+  V acc[MR][NV];
+#pragma GCC unroll 14
+  for (int i = 0; i < MR; ++i)
+#pragma GCC unroll 2
+    for (int j = 0; j < NV; ++j) acc[i][j] = V{};
+  for (int64_t k = 0; k < kc; ++k) {
+    V bv[NV];
+#pragma GCC unroll 2
+    for (int j = 0; j < NV; ++j) bv[j] = load(b + j * W);
+#pragma GCC unroll 14
+    for (int i = 0; i < MR; ++i) {
+      const V av = a[i] - V{};  // broadcast
+#pragma GCC unroll 2
+      for (int j = 0; j < NV; ++j) acc[i][j] += av * bv[j];
+    }
+    a += a_row;
+    b += kNR<T>;
+  }
+#pragma GCC unroll 14
+  for (int i = 0; i < MR; ++i)
+#pragma GCC unroll 2
+    for (int j = 0; j < NV; ++j) {
+      T* const to = c + i * c_row + j * W;
+      store(to, accumulate ? load(to) + acc[i][j] : acc[i][j]);
+    }
+}
+
+template <typename T>
+using PanelKernel = void (*)(int64_t, const T*, int64_t, const T*, T*, int64_t, bool);
+
+template <typename T, int NV, int... I>
+constexpr std::array<PanelKernel<T>, sizeof...(I)> make_panel_kernels(std::integer_sequence<int, I...>) {
+  return {{&panel_kernel<T, I + 1, NV>...}};
+}
+template <typename T>
+constexpr std::array<std::array<PanelKernel<T>, kMR>, 2> kPanelKernels = {
+    make_panel_kernels<T, 1>(std::make_integer_sequence<int, kMR>{}),
+    make_panel_kernels<T, 2>(std::make_integer_sequence<int, kMR>{})};
+
+// Rows in panels of equal height.
+struct RowPanels {
+  int64_t size, height;
+  explicit RowPanels(int64_t rows)
+      : size(rows), height(rows ? (rows + (rows + kMR - 1) / kMR - 1) / ((rows + kMR - 1) / kMR) : 1) {}
+  // f(first row, rows)
+  template <typename F>
+  void each(F f) const {
+    for (int64_t i = 0; i < size; i += height) f(i, std::min(height, size - i));
+  }
+};
+
+// f(first, rows) for rows in panels of equal length.
+template <typename F>
+inline void for_panels(int64_t rows, F f) {
+  const int64_t panels = (rows + kPanelRows - 1) / kPanelRows;
+  for (int64_t i = 0; i < panels; ++i) {
+    const Range part(rows, i, panels);
+    f(part.begin, part.end - part.begin);
+  }
+}
+
+// A vector of a panel's row, the rest of which later ones write over.
+struct Piece {
+  int64_t to, from;
+};
+
+// The columns [first, first + n) of a panel; at most n pieces.
+template <typename T>
+inline int64_t cut(const Runs& runs, int64_t first, int64_t n, Piece* pieces) {
+  const int64_t* at = runs.at();
+  const int64_t length = runs.length();
+  int64_t count = 0;
+  for (int64_t i = first; i < first + n;) {
+    const int64_t within = i % length;
+    pieces[count++] = {i - first, at[i / length] + within};
+    i += std::min<int64_t>({length - within, first + n - i, Vec<T>::width});
+  }
+  return count;
+}
+
+// Rows of kNR columns; one vector behind the last is written, and read behind the last of `from`.
+template <typename T>
+inline void fill_panel(T* __restrict panel, const T* __restrict from, const int64_t* __restrict at,
+                       int64_t rows, const Piece* __restrict pieces, int64_t n) {
+  for (int64_t r = 0; r < rows; ++r, panel += kNR<T>)
+    for (int64_t i = 0; i < n; ++i) store(panel + pieces[i].to, load(from + at[r] + pieces[i].from));
+}
+
+inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+// How many images are computed together.
+inline int64_t unit_images(const ConvShape& s, int64_t bytes) {
+  const int64_t each = s.out_h * s.out_w;
+  const int64_t n =
+      std::min(kUnitPositions / std::max<int64_t>(each, 1), kUnitBytes / std::max<int64_t>(bytes, 1));
+  return std::max<int64_t>(1, std::min(n, s.N));
+}
+
+template <typename T>
+void to_planes(const ConvShape& s, const Planes& planes, bool channels_last, const T* x, T* to) {
+  const bool plain = s.pad_h == 0 && s.pad_w == 0 && s.stride_w == 1;
+  if (!plain) std::memset(to, 0, sizeof(T) * planes.image);
+  if (plain && (!channels_last || s.C == 1)) {
+    std::memcpy(to, x, sizeof(T) * planes.image);
+  } else if (plain) {
+    transpose(x, s.C, to, planes.plane, s.H * s.W, s.C);
+  } else if (channels_last && s.stride_w == 1) {
+    for (int64_t h = 0; h < s.H; ++h)
+      transpose(x + h * s.W * s.C, s.C, to + (h + s.pad_h) * planes.row + s.pad_w, planes.plane, s.W, s.C);
+  } else {
+    const int64_t pixel = channels_last ? s.C : 1, channel = channels_last ? 1 : s.H * s.W;
+    for (int64_t c = 0; c < s.C; ++c)
+      for (int64_t h = 0; h < s.H; ++h) {
+        T* row = to + c * planes.plane + (h + s.pad_h) * planes.row;
+        const T* from = x + h * s.W * pixel + c * channel;
+        for (int64_t r = 0; r < s.stride_w; ++r) {  // columns r, r + stride, ... with their zeros
+          const int64_t first = (r - s.pad_w % s.stride_w + s.stride_w) % s.stride_w;
+          T* phase = row + planes.column(first + s.pad_w);
+          for (int64_t w = first, i = 0; w < s.W; w += s.stride_w, ++i) phase[i] = from[w * pixel];
+        }
+      }
+  }
+}
+
+template <typename T>
+void to_pixels(const ConvShape& s, const Pixels& pixels, bool channels_last, const T* x, T* to) {
+  const bool plain = s.pad_h == 0 && s.pad_w == 0;
+  if (!plain) std::memset(to, 0, sizeof(T) * pixels.image);
+  if (plain && (channels_last || s.C == 1)) {
+    std::memcpy(to, x, sizeof(T) * pixels.image);
+  } else if (plain) {
+    transpose(x, s.H * s.W, to, s.C, s.C, s.H * s.W);
+  } else {
+    for (int64_t h = 0; h < s.H; ++h) {
+      T* row = to + (h + s.pad_h) * pixels.row + s.pad_w * s.C;
+      if (channels_last)
+        std::memcpy(row, x + h * s.W * s.C, sizeof(T) * s.W * s.C);
+      else
+        transpose(x + h * s.W, s.H * s.W, row, s.C, s.C, s.W);
+    }
+  }
+}
+
+// Columns of panels are output positions, rows the entries of a kernel: y = w times the panel, whatever the
+// number of open channels a product of full vectors.
+template <typename T>
+void conv(const ConvParams<T>& p, int num_threads) {
+  constexpr int64_t NR = kNR<T>, W = Vec<T>::width;
+  const ConvShape& s = p.shape;
+  const int64_t O = p.out, K = s.C * s.taps(), each = s.out_h * s.out_w;
+  if (s.N * O * each == 0) return;
+  const Planes planes(s);
+  const int64_t n_unit = unit_images(s, sizeof(T) * planes.image), units = (s.N + n_unit - 1) / n_unit;
+  const Runs columns = Runs::positions(s, n_unit), rows = Runs::planar_entries(s);
+  const RowPanels outs(O);
+  static thread_local Workspace shared;
+  T* const w = static_cast<T*>(shared.get(sizeof(T) * (K * O + W)));
+  outs.each([&](int64_t o, int64_t n) {
+    pack_panel<T>(w + o * K, int(n), p.w, Axis{K, nullptr}, O, o, int(n), Axis{1, nullptr}, 0, K,
+                  IndexList<T>(), nullptr);
+  });
+  const int threads = double(s.N) * each * O * K < 2e5 ? 1 : num_threads;
+  const int64_t parts = units < threads ? (threads + units - 1) / units : 1;  // of a unit's panels
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+  for (int64_t part = 0; part < units * parts; ++part) {
+    const int64_t first = part / parts * n_unit, n = std::min(n_unit, s.N - first);
+    const Range panels((n * each + NR - 1) / NR, part % parts, parts);
+    static thread_local Workspace scratch;
+    const int64_t size_panel = round_up(std::min(K, kPanelRows) * NR + W, W);
+    T* const panel =
+        static_cast<T*>(scratch.get(sizeof(T) * (size_panel + O * NR + n_unit * planes.image + W)));
+    T *const tile = panel + size_panel, *const images = tile + O * NR;
+    for (int64_t i = 0; i < n; ++i)
+      to_planes(s, planes, p.channels_last, p.x + (first + i) * s.H * s.W * s.C, images + i * planes.image);
+    for (int64_t q = panels.begin; q < panels.end; ++q) {
+      const int64_t at = q * NR, width = std::min(NR, n * each - at);
+      Piece pieces[NR];
+      const int64_t n_pieces = cut<T>(columns, at, width, pieces);
+      for_panels(K, [&](int64_t k, int64_t kc) {
+        fill_panel(panel, images, rows.at() + k, kc, pieces, n_pieces);
+        outs.each([&](int64_t o, int64_t height) {
+          kPanelKernels<T>[width > W][height - 1](kc, w + o * K + k * height, height, panel, tile + o * NR,
+                                                  NR, k > 0);
+        });
+      });
+      if (p.channels_last) {
+        transpose(tile, NR, p.y + (first * each + at) * O, O, O, width, p.bias);
+        continue;
+      }
+      for (int64_t j = 0, length; j < width; j += length) {
+        const int64_t image = (at + j) / each, within = (at + j) % each;
+        length = std::min(width - j, each - within);
+        for (int64_t o = 0; o < O; ++o) {
+          T* y = p.y + ((first + image) * O + o) * each + within;
+          const T b = p.bias ? p.bias[o] : T(0);
+#pragma omp simd
+          for (int64_t i = 0; i < length; ++i) y[i] = tile[o * NR + j + i] + b;
+        }
+      }
+    }
+  }
+}
+
+// to[c] = sum over the entries of rows and of cols of col[rows[i] + cols[j] + c], c < C; kVectors at a time,
+// which are read whole.
+template <typename T, int kVectors>
+inline void sum_of_entries(const T* col, const int64_t* rows, int64_t n_rows, const int64_t* cols,
+                           int64_t n_cols, T* to, int64_t C) {
+  using V = typename Vec<T>::type;
+  constexpr int64_t W = Vec<T>::width;
+  V sum[kVectors] = {};
+  for (int64_t i = 0; i < n_rows; ++i)
+    for (int64_t j = 0; j < n_cols; ++j) {
+      const T* p = col + rows[i] + cols[j];
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) sum[v] += load(p + v * W);
+    }
+#pragma GCC unroll 4
+  for (int v = 0; v < kVectors; ++v) store_some(to + v * W, sum[v], C - v * W);
+}
+
+// An image from its patches. `rows` and `cols`: where in `col` the entries of the window lie.
+template <typename T>
+void sum_patches(const ConvShape& s, const Window& window, const int64_t* rows, const int64_t* cols,
+                 const T* col, T* to) {
+  constexpr int64_t W = Vec<T>::width;
+  for (int64_t h = 0; h < s.H; ++h)
+    for (int64_t w = 0; w < s.W; ++w, to += s.C) {
+      const int64_t *i = rows + window.rows.begin(h), *j = cols + window.cols.begin(w);
+      const int64_t n_i = window.rows.end(h) - window.rows.begin(h),
+                    n_j = window.cols.end(w) - window.cols.begin(w);
+      for (int64_t c = 0; c < s.C; c += 4 * W) {
+        const int64_t left = s.C - c;
+        if (left > 3 * W)
+          sum_of_entries<T, 4>(col + c, i, n_i, j, n_j, to + c, left);
+        else if (left > 2 * W)
+          sum_of_entries<T, 3>(col + c, i, n_i, j, n_j, to + c, left);
+        else if (left > W)
+          sum_of_entries<T, 2>(col + c, i, n_i, j, n_j, to + c, left);
+        else
+          sum_of_entries<T, 1>(col + c, i, n_i, j, n_j, to + c, left);
+      }
+    }
+}
+
+// dx of the images from the gradients of their patches: rows of `col`, col_row apart, entries in the order of
+// the pixels.
+template <typename T>
+void conv_grad_x(const ConvParams<T>& p, int num_threads) {
+  constexpr int64_t NR = kNR<T>, W = Vec<T>::width;
+  const ConvShape& s = p.shape;
+  const int64_t O = p.out, taps = s.taps(), K = s.C * taps, each = s.out_h * s.out_w, pixels = s.H * s.W;
+  if (s.N * pixels * s.C == 0) return;
+  const int64_t panels = (K + NR - 1) / NR, col_row = panels * NR + W;  // no power of two: all of the cache
+  const int64_t n_unit = unit_images(s, sizeof(T) * each * col_row), units = (s.N + n_unit - 1) / n_unit;
+  const Window window = Window::outputs(s);
+  const int64_t n_rows = window.rows.end(s.H - 1), n_cols = window.cols.end(s.W - 1);
+  static thread_local Workspace shared, table;
+  int64_t* const at_rows = static_cast<int64_t*>(table.get(sizeof(int64_t) * (n_rows + n_cols)));
+  int64_t* const at_cols = at_rows + n_rows;
+  for (int64_t i = 0; i < n_rows; ++i)
+    at_rows[i] = window.rows.at(i) * s.out_w * col_row + window.rows.tap(i) * s.kernel_w * s.C;
+  for (int64_t j = 0; j < n_cols; ++j) at_cols[j] = window.cols.at(j) * col_row + window.cols.tap(j) * s.C;
+  T* const w = static_cast<T*>(shared.get(sizeof(T) * panels * O * NR));  // (panels, O, NR)
+  std::memset(w, 0, sizeof(T) * panels * O * NR);
+  for (int64_t o = 0; o < O; ++o)
+    for (int64_t tap = 0; tap < taps; ++tap)
+      for (int64_t c = 0; c < s.C; ++c) {
+        const int64_t k = tap * s.C + c;
+        w[(k / NR * O + o) * NR + k % NR] = p.w[(o * s.C + c) * taps + tap];
+      }
+  const int threads = double(s.N) * each * O * K < 2e5 ? 1 : num_threads;
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+  for (int64_t unit = 0; unit < units; ++unit) {
+    const int64_t first = unit * n_unit, n = std::min(n_unit, s.N - first), rows = n * each;
+    static thread_local Workspace scratch;
+    const int64_t size_dy = n_unit * each * O, planar = p.channels_last ? 0 : pixels * s.C + size_dy;
+    T* const col = static_cast<T*>(scratch.get(sizeof(T) * (n_unit * each * col_row + size_dy + W + planar)));
+    T *const grads = col + n_unit * each * col_row, *const turned = grads + size_dy + W,
+             *const image = turned + size_dy;
+    const RowPanels positions(rows);
+    const T* dy = p.dy + first * each * O;
+    if (!p.channels_last) {
+      for (int64_t i = 0; i < n; ++i) transpose(dy + i * each * O, each, turned + i * each * O, O, O, each);
+      dy = turned;
+    }
+    positions.each([&](int64_t at, int64_t height) {  // (panels of positions, O, height)
+      transpose(dy + at * O, O, grads + at * O, height, height, O);
+    });
+    for (int64_t q = 0; q < panels; ++q)
+      positions.each([&](int64_t at, int64_t height) {
+        for_panels(O, [&](int64_t o, int64_t kc) {
+          kPanelKernels<T>[K - q * NR > W][height - 1](kc, grads + at * O + o * height, height,
+                                                       w + (q * O + o) * NR, col + at * col_row + q * NR,
+                                                       col_row, o > 0);
+        });
+      });
+    for (int64_t i = 0; i < n; ++i) {
+      T* const whole = p.dx + (first + i) * pixels * s.C;
+      T* const to = p.channels_last ? whole : image;
+      sum_patches(s, window, at_rows, at_cols, col + i * each * col_row, to);
+      if (!p.channels_last) transpose(image, s.C, whole, pixels, pixels, s.C);
+    }
+  }
+}
+
+// Columns of panels are the entries of a kernel in the order of the pixels and, behind them, a column of
+// ones, for db; rows the output positions.
+template <typename T>
+void conv_grad_w(const ConvParams<T>& p, int num_threads) {
+  constexpr int64_t NR = kNR<T>, W = Vec<T>::width;
+  const ConvShape& s = p.shape;
+  const int64_t O = p.out, taps = s.taps(), K = s.C * taps, each = s.out_h * s.out_w;
+  const Pixels pixels(s);
+  const int64_t n_unit = unit_images(s, sizeof(T) * pixels.image);
+  const int64_t panels = (K + 1 + NR - 1) / NR, sum_row = panels * NR + W, size = O * sum_row;
+  const int64_t parts = std::min(s.N, kGradParts);
+  const Runs columns = Runs::entries(s), rows = Runs::pixel_positions(s, n_unit);
+  const RowPanels outs(O);
+  const int threads = double(s.N) * each * O * K < 2e5 ? 1 : num_threads;
+  static thread_local Workspace shared;
+  T* const total = static_cast<T*>(shared.get(sizeof(T) * size * (1 + std::max(threads, 1))));
+  T* const sums = total + size;
+  if (parts == 0) std::memset(total, 0, sizeof(T) * size);
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+    static thread_local Workspace scratch;
+    const int64_t size_panel = round_up(kPanelRows * NR + W, W);
+    const int64_t size_dy = p.channels_last ? 0 : n_unit * each * O;
+    T* const panel =
+        static_cast<T*>(scratch.get(sizeof(T) * (size_panel + n_unit * pixels.image + W + size_dy)));
+    T *const images = panel + size_panel, *const turned = images + n_unit * pixels.image + W;
+    const int thread = thread_number(), team = team_size();
+    for (int64_t round = 0; round < parts; round += team) {
+      if (round + thread < parts) {
+        const Range mine(s.N, round + thread, parts);
+        T* const sum = sums + thread * size;
+        for (int64_t first = mine.begin; first < mine.end; first += n_unit) {
+          const int64_t n = std::min(n_unit, mine.end - first);
+          const T* dy = p.dy + first * each * O;
+          for (int64_t i = 0; i < n; ++i) {
+            to_pixels(s, pixels, p.channels_last, p.x + (first + i) * s.H * s.W * s.C,
+                      images + i * pixels.image);
+            if (!p.channels_last) transpose(dy + i * each * O, each, turned + i * each * O, O, O, each);
+          }
+          if (!p.channels_last) dy = turned;
+          for_panels(n * each, [&](int64_t at, int64_t kc) {
+            for (int64_t q = 0; q < panels; ++q) {
+              const int64_t width = std::min(NR, K - q * NR);
+              Piece pieces[NR];
+              fill_panel(panel, images, rows.at() + at, kc, pieces, cut<T>(columns, q * NR, width, pieces));
+              for (int64_t r = 0; width < NR && r < kc; ++r) panel[r * NR + width] = T(1);
+              outs.each([&](int64_t o, int64_t height) {
+                kPanelKernels<T>[width + 1 > W][height - 1](kc, dy + at * O + o, O, panel,
+                                                            sum + o * sum_row + q * NR, sum_row,
+                                                            first > mine.begin || at > 0);
+              });
+            }
+          });
+        }
+      }
+#pragma omp barrier
+      const Range mine(size, thread, team);
+      for (int64_t j = 0; j < std::min<int64_t>(team, parts - round); ++j) {
+        const T* __restrict sum = sums + j * size;
+        if (round + j == 0)
+          std::memcpy(total + mine.begin, sum + mine.begin, sizeof(T) * (mine.end - mine.begin));
+        else
+#pragma omp simd
+          for (int64_t i = mine.begin; i < mine.end; ++i) total[i] += sum[i];
+      }
+#pragma omp barrier
+    }
+  }
+  for (int64_t o = 0; o < O; ++o) {
+    const T* sum = total + o * sum_row;
+    transpose(sum, s.C, p.dw + o * K, taps, taps, s.C);
+    if (p.db) p.db[o] = sum[K];
+  }
+}
+
+template <typename T>
+void conv_grad(const ConvParams<T>& p, int num_threads) {
+  if (p.dx) conv_grad_x(p, num_threads);
+  if (p.dw) conv_grad_w(p, num_threads);
+}
+
 }  // namespace L0_ISA
 }  // namespace l0

@@ -104,6 +104,8 @@ struct Kernels {
   void (*squares_grad)(const SquaresParams<T>&, T* grad, int num_threads);
   void (*im2col)(const ConvShape&, const T* x, T* col, int num_threads);  // conv.h
   void (*col2im)(const ConvShape&, const T* col, T* x, int num_threads);
+  void (*conv)(const ConvParams<T>&, int num_threads);
+  void (*conv_grad)(const ConvParams<T>&, int num_threads);
   void (*depthwise)(const DepthwiseParams<T>&, int num_threads);
   void (*depthwise_grad)(const DepthwiseParams<T>&, int num_threads);
   void (*batch_norm)(const BatchNormParams<T>&, int num_threads);  // batch_norm.h

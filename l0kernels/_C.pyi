@@ -247,6 +247,22 @@ def unpack(
 ) -> None: ...
 def im2col(is_double: bool, shape: Sequence[int], x: Address, col: Address, num_threads: int, /) -> None: ...
 def col2im(is_double: bool, shape: Sequence[int], col: Address, x: Address, num_threads: int, /) -> None: ...
+def conv(
+    is_double: bool,
+    shape: Sequence[int],
+    out: int,
+    channels_last: bool,
+    x: Address,
+    w: Address,
+    bias: Address,
+    y: Address,
+    dy: Address,
+    dx: Address,
+    dw: Address,
+    db: Address,
+    num_threads: int,
+    /,
+) -> None: ...
 def depthwise(
     is_double: bool,
     shape: Sequence[int],

@@ -388,6 +388,32 @@ class _Without(torch.autograd.Function):
         return dx, dw, dy.sum((0, 2, 3)) if need_b else None, None, None, None
 
 
+class _Convolution(torch.autograd.Function):
+    """conv2d of all channels by a backend's own."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        own: impl.Convolution,
+        conv: impl.Conv,
+        fmt: torch.memory_format,
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.settings = own, conv, fmt
+        return own.convolve(x, weight, bias, conv, fmt)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        _ops.refuse_second_derivative("packed_conv2d")
+        (x, weight), (own, conv, fmt) = ctx.saved_tensors, ctx.settings
+        need_x, need_w, need_b = ctx.needs_input_grad[:3]
+        dx, dw, db = own.convolve_grad(dy, x, weight, conv, fmt, need_x, need_w or need_b)
+        return dx, dw if need_w else None, db if need_b else None, None, None, None
+
+
 def _combined(support: Gates, gates: Gates | None) -> tuple[Gates, bool]:
     """The gates of a product whose input exists where ``support`` is open, and whether they multiply."""
     if gates is None:
@@ -508,7 +534,12 @@ def _exact(
         return apply(_Without, data, w, b, shape, dtype, fmt)
     x = impl.in_format(_inputs(data, held, plan).to(dtype), fmt)
     bias = None if b is None else impl.bias_of(plan, b)
-    y = F.conv2d(settled(x, plan.groups), w, bias, stride, padding, dilation, plan.groups)
+    of = (stride, padding, dilation, plan.groups)
+    own = module(backend).convolution(x, w, of)
+    if own is None:
+        y = F.conv2d(settled(x, plan.groups), w, bias, *of)
+    else:
+        y = apply(_Convolution, x, w, bias, own, of, fmt)
     if not plan.computes_all:
         rest = data.new_zeros(shape, dtype=dtype) if b is None else b[:, None, None].expand(shape)
         y = impl.put_groups(y, plan, rest)

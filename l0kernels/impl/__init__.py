@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from .._gates import HardConcrete
     from . import cpp, cuda, triton
     from . import torch as plain_torch
+    from .conv2d import Convolution
+    from .im2col import Conv
     from .packed import Term
 
 _MODULES = {
@@ -211,6 +213,13 @@ class Convolutions(Protocol):
         """dx, dweight, dbias, dz_in, dz_out."""
 
 
+class Exact(Protocol):
+    """Convolutions of exactly the open channels."""
+
+    def convolution(self, x: Tensor, weight: Tensor, conv: Conv, /) -> Convolution | None:
+        """The backend's own, None where torch's is faster."""
+
+
 class Attention(Protocol):
     """Attention that skips closed heads, whichever they are."""
 
@@ -230,13 +239,13 @@ class Proximal(Protocol):
         """Writes each result; calls of the same stages on one device."""
 
 
-class Backend(Gates, Layers, Draws, Penalties, Masked, Convolutions, Proximal, Protocol):
+class Backend(Gates, Layers, Draws, Penalties, Masked, Convolutions, Exact, Proximal, Protocol):
     """Everything but attention; who serves what says _registry.py."""
 
 
 if TYPE_CHECKING:
 
-    class _Torch(Gates, Layers, Penalties, Masked, Convolutions, Protocol): ...
+    class _Torch(Gates, Layers, Penalties, Masked, Convolutions, Exact, Protocol): ...
 
     class _Cuda(Gates, Layers, Draws, Penalties, Protocol): ...
 

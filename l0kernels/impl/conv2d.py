@@ -9,6 +9,7 @@ a kernel for every new shape: about 1 ms, once, and less than the channels that 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -16,10 +17,37 @@ from torch.nn import functional as F
 
 from .._calls import Conv2dCall, Gate, GateGrads, Wanted
 from .._compat import settled
+from .im2col import Conv
 from .memory import empty_grad
 from .packed import PackUnpack, extent, to_log_alpha
 
-Conv = tuple[list[int], list[int], list[int], int]
+
+class Convolution(Protocol):
+    """A backend's own, of all channels of x and in one memory format."""
+
+    def convolve(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, conv: Conv, fmt: torch.memory_format, /
+    ) -> Tensor: ...
+
+    def convolve_grad(
+        self,
+        dy: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        conv: Conv,
+        fmt: torch.memory_format,
+        need_x: bool,
+        need_w: bool,
+        /,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """dx, and dweight with dbias."""
+
+
+class Convolves(PackUnpack, Protocol):
+    """Pack and unpack, and what multiplies in between."""
+
+    def convolution(self, x: Tensor, weight: Tensor, conv: Conv, /) -> Convolution | None:
+        """None where torch's is faster."""
 
 
 def memory_format(x: Tensor, weight: Tensor) -> torch.memory_format:
@@ -364,7 +392,7 @@ def conv2d_saved_shapes(call: Conv2dCall) -> list[tuple[int, ...]]:
     return []
 
 
-def conv2d_forward(pair: PackUnpack, call: Conv2dCall) -> tuple[Tensor, list[Tensor]]:
+def conv2d_forward(pair: Convolves, call: Conv2dCall) -> tuple[Tensor, list[Tensor]]:
     """y (N, out, H', W') of gated_conv2d for x (N, in, H, W)."""
     x, weight, bias, in_gate, out_gate, scale_in, scale_out, *_, dtype = call
     conv = stride, padding, dilation, groups = call.conv
@@ -373,15 +401,11 @@ def conv2d_forward(pair: PackUnpack, call: Conv2dCall) -> tuple[Tensor, list[Ten
     shape = output_shape(x, weight, conv)
     b = None if bias is None else pack_bias(pair, bias, out_gate, scale_out, dtype)
     if not p.empty:
-        y = F.conv2d(
-            settled(take(x, p.in_index).to(dtype), p.groups),
-            pack_weight(pair, weight, p, in_gate, out_gate, scale_in, scale_out, dtype),
-            None if b is None else bias_of(p, b),
-            stride,
-            padding,
-            dilation,
-            p.groups,
-        )
+        ins = settled(take(x, p.in_index).to(dtype), p.groups)
+        w = pack_weight(pair, weight, p, in_gate, out_gate, scale_in, scale_out, dtype)
+        of, bias = (stride, padding, dilation, p.groups), None if b is None else bias_of(p, b)
+        own = pair.convolution(ins, w, of)
+        y = F.conv2d(ins, w, bias, *of) if own is None else own.convolve(ins, w, bias, of, fmt)
     if p.opened is not None:
         shape[1] = len(p.opened)
     if not p.computes_all:
@@ -393,7 +417,7 @@ def conv2d_forward(pair: PackUnpack, call: Conv2dCall) -> tuple[Tensor, list[Ten
 
 
 def conv2d_backward(
-    pair: PackUnpack, call: Conv2dCall, dy: Tensor, saved: list[Tensor], wanted: Wanted
+    pair: Convolves, call: Conv2dCall, dy: Tensor, saved: list[Tensor], wanted: Wanted
 ) -> list[Tensor | None]:
     """dx, dweight, dbias, dz_in, dz_out, each None where not wanted."""
     x, weight, bias, in_gate, out_gate, scale_in, scale_out, *_, dtype = call
@@ -412,19 +436,19 @@ def conv2d_backward(
         dz_out = torch.zeros_like(out_gate[0]) if need_out and out_gate is not None else None
     elif need_x or reads_dw:
         along = reads_db and reads_dw and p.computes_all  # then the bias comes with the weight
-        dx, dw_packed, total = torch.ops.aten.convolution_backward(
-            dy_open if p.computes_all else take(dy, p.out_index).to(dtype),
-            settled(take(x, p.in_index).to(dtype), p.groups),
-            pack_weight(pair, weight, p, in_gate, out_gate, scale_in, scale_out, dtype),
-            [dy_open.shape[1]] if along else None,
-            stride,
-            padding,
-            dilation,
-            False,
-            [0, 0],
-            p.groups,
-            [need_x, reads_dw, along],
-        )
+        grad = dy_open if p.computes_all else take(dy, p.out_index).to(dtype)
+        ins = settled(take(x, p.in_index).to(dtype), p.groups)
+        w = pack_weight(pair, weight, p, in_gate, out_gate, scale_in, scale_out, dtype)
+        of = stride, padding, dilation, p.groups
+        own = pair.convolution(ins, w, of)
+        if own is None:
+            sizes, wants = [dy_open.shape[1]] if along else None, [need_x, reads_dw, along]
+            dx, dw_packed, total = torch.ops.aten.convolution_backward(
+                grad, ins, w, sizes, stride, padding, dilation, False, [0, 0], p.groups, wants
+            )
+        else:
+            dx, dw_packed, db_packed = own.convolve_grad(grad, ins, w, of, fmt, need_x, reads_dw)
+            total = db_packed if along else None
         if dx is not None:
             dx = _scatter_dx(pair, dx, x, p, in_gate, groups, fmt)
         if reads_dw:

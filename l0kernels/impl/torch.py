@@ -176,7 +176,11 @@ def with_runs(gate: Gate, run: int) -> Gate:
     return [z, F.pad(spread.view(-1), (0, round_up(n * run) - n * run)), count * run]
 
 
-_PACK = SimpleNamespace(pack=pack, unpack=unpack, gate_grad=gate_grad)
+def convolution(*_: Any) -> None:
+    """None beside torch's."""
+
+
+_PACK = SimpleNamespace(pack=pack, unpack=unpack, gate_grad=gate_grad, convolution=convolution)
 block_linear_forward = packed.block_linear_forward
 block_linear_backward = packed.block_linear_backward
 linear_saved_shapes = packed.linear_saved_shapes

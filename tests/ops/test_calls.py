@@ -56,6 +56,7 @@ ONLY = {
     "l0_mlp_forward": {"cpp", "triton", "cuda"},
     "l0_mlp_backward": {"cpp", "triton", "cuda"},
     "prox": {"cpp", "triton"},
+    "convolution": {"torch", "cpp"},  # the exact ones
     "coupled_penalty": {"torch", "cpp", "cuda"},
     "coupled_penalty_grad": {"torch", "cpp", "cuda"},
     **{
