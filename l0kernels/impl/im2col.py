@@ -21,6 +21,9 @@ from .memory import fresh, optional, plain, strided, vector
 CHUNK = 1 << 20
 """Bytes of the rows that are made at a time: they stay in the cache until the product has read them."""
 
+PATCHES = 1 << 21
+"""Bytes of the gradients of an image's patches that csrc adds up before they leave the cache."""
+
 FEW_TAPS = 9
 """Of a kernel: where there are more, copying patches takes longer than oneDNN's compiling. Its convolutions
 with vectors of 512 bits are so fast that no patches are worth it."""
@@ -233,10 +236,17 @@ def convolve_grad(
     need_x: bool,
     need_w: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """dx, and dweight with dbias."""
+    """dx, and dweight with dbias; dx of large images is torch's."""
     x, weight = plain(x).contiguous(memory_format=fmt), plain(weight).contiguous()
     dy = plain(dy).contiguous(memory_format=fmt)
     shape, out, dtype = _shape_of(x, weight, conv), weight.shape[0], x.dtype
+    if need_x and shape[12] * shape[13] * weight[:1].numel() * x.element_size() > PATCHES:
+        stride, padding, dilation, groups = conv
+        dx, _, _ = torch.ops.aten.convolution_backward(
+            dy, x, weight, None, stride, padding, dilation, False, [0, 0], groups, [True, False, False]
+        )
+        _, dw, db = convolve_grad(dy, x, weight, conv, fmt, False, need_w)
+        return dx.contiguous(memory_format=fmt), dw, db
     dx = torch.empty(x.shape, dtype=dtype, memory_format=fmt) if need_x else None
     dw, db = (torch.empty(weight.shape, dtype=dtype), x.new_empty(out)) if need_w else (None, None)
     if not dy.numel():

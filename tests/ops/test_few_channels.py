@@ -101,6 +101,24 @@ def test_what_is_not_wanted_is_not_there(isa):
             assert torch.equal(t, whole) if needed else t is None
 
 
+def test_large_images_have_their_gradient_from_torch(isa, monkeypatch):
+    x, weight, bias, conv = case("both")
+    exact = x.double().requires_grad_()
+    right = F.conv2d(exact, weight.double(), bias.double(), *conv)
+    dy = torch.randn(right.shape)
+    (expected,) = torch.autograd.grad(right, exact, dy.double())
+    for fmt in FORMATS:
+        _, *own = run(x, weight, bias, conv, fmt, dy)
+        monkeypatch.setattr(im2col, "PATCHES", 1)
+        _, dx, dw, db = run(x, weight, bias, conv, fmt, dy)
+        monkeypatch.undo()
+        near(dx, expected, 36)
+        assert dx.is_contiguous(memory_format=fmt)
+        assert torch.equal(dw, own[1])
+        assert torch.equal(db, own[2])
+        assert run(x, weight, bias, conv, fmt, dy, need_w=False)[2:] == (None, None)
+
+
 def test_operands_of_any_strides(isa):
     x, weight, bias, conv = case("strides")
     dy = torch.randn_like(F.conv2d(x, weight, bias, *conv))

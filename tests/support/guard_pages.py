@@ -12,6 +12,7 @@ import torch
 
 from l0kernels import Gates
 from l0kernels._native import native
+from l0kernels.impl.im2col import Geometry, shape_of
 
 PAGE = mmap.PAGESIZE
 KEPT = []
@@ -167,6 +168,25 @@ def penalty(n_out, n_in, run, groups, dtype, at_end):
     KEPT.clear()
 
 
+def convolution(shape, n_out, dtype, last, at_end, threads):
+    """``shape``: ConvShape of csrc/conv.h; ``last``: channels last."""
+    n, height, width, n_in, *kernel = shape[:6]
+    out = n * n_out * shape[12] * shape[13]
+    x, w, b, dy = (
+        guarded(torch.randn(size, dtype=dtype), at_end)
+        for size in (n * height * width * n_in, n_out * n_in * kernel[0] * kernel[1], n_out, out)
+    )
+    y, dx, dw, db = (
+        guarded(torch.full_like(t, float("nan")), at_end) if t.numel() else t for t in (dy, x, w, b)
+    )
+    head = dtype == torch.float64, shape, n_out, last, address(x), address(w)
+    native.conv(*head, address(b), address(y), 0, 0, 0, 0, threads)
+    native.conv(*head, 0, 0, address(dy), address(dx), address(dw), address(db), threads)
+    for t in (y, dx, dw, db):
+        assert not t.isnan().any(), "a result was not written whole"
+    KEPT.clear()
+
+
 def main():
     torch.manual_seed(0)
     sizes = [
@@ -208,6 +228,13 @@ def main():
         ):
             penalty(n_out, n_in, 1, 1, dtype, at_end)
             penalty(m, n_in, 3, 1 + m % 3, dtype, at_end)
+        options = ((1, 1), (0, 0), (1, 1)), ((2, 3), (1, 0), (1, 1)), ((1, 2), (2, 4), (2, 1))
+        for i, ((m, n_in, n_out), (stride, padding, dilation), dtype, last, at_end) in enumerate(
+            itertools.product(sizes, options, (torch.float32, torch.float64), (False, True), (False, True))
+        ):
+            images = torch.empty(1 + m % 4, n_in % 23 + 1, 5 + m % 3, 6 + n_out % 13, device="meta")
+            shape = shape_of(images, (1 + m % 3, 2 + i % 3), Geometry(stride, padding, dilation))
+            convolution(shape, n_out, dtype, last, at_end, 1 + i % 2)
         print(name, "ok")
 
 
