@@ -144,6 +144,8 @@ class _Conv2d(torch.autograd.Function):
         dw = dz = None
         if grad is not None:
             dw, dz = _unpacked(grad, weight, sides, scales, need_z, apart=True)
+            if need_z and dz is None:  # all are 1, see _Whole
+                dz = weight.new_zeros(weight.shape[1])
         db = im2col.rows(dy).sum(0) if need_b else None
         return dx, dw if need_w else None, db, dz, None, None
 

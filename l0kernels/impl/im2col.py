@@ -1,4 +1,4 @@
-"""Convolutions of channels-last images on a CPU as products of matrices, and depthwise ones by csrc/conv.h.
+"""Convolutions of channels-last images on a CPU, most as products of matrices; depthwise ones by csrc/conv.h.
 
 oneDNN compiles a kernel for each new number of channels, for some milliseconds; a product of matrices is
 ready for any. Images are (N, C, H, W) in channels_last memory; so are the results.
@@ -7,11 +7,13 @@ ready for any. Images are (N, C, H, W) in channels_last memory; so are the resul
 from __future__ import annotations
 
 from collections.abc import Iterator
+from enum import Enum
 from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from .._native import native as _C
 from .memory import fresh, vector
@@ -22,6 +24,9 @@ CHUNK = 1 << 20
 FEW_TAPS = 9
 """Of a kernel: where there are more, copying patches takes longer than oneDNN's compiling. Its convolutions
 with vectors of 512 bits are so fast that no patches are worth it."""
+
+MUCH = 1 << 24
+"""Products of numbers, from which on a call for each tap costs less than it saves."""
 
 MOST_TAPS = 64
 """Of a depthwise kernel, see kMostTaps in csrc/conv.h."""
@@ -36,6 +41,28 @@ class Geometry(NamedTuple):
 
 
 Shape = tuple[int, ...]
+
+
+class Way(Enum):
+    """How a convolution is computed.
+
+    PRODUCT: the images are the rows of one. PATCHES: so are copies of what each output reads. TAPS: a product
+    for each tap, of the pixels that it reads within the image: small ones are mostly border, where others
+    multiply zeros. TORCH: by torch's convolution, which is oneDNN's.
+    """
+
+    PRODUCT, PATCHES, TAPS, TORCH = range(4)
+
+
+def way(shape: Shape, outs: int) -> Way:
+    """How to compute a convolution of images to so many channels."""
+    N, H, W, C, kh, kw, *_, out_h, out_w = shape
+    weights, outputs = kh * kw * C * outs, N * out_h * out_w
+    if _is_product(shape):
+        return Way.PRODUCT
+    if 1 < kh * kw <= FEW_TAPS and weights > N * H * W * C + outputs * outs and weights * outputs > MUCH:
+        return Way.TAPS
+    return Way.TORCH if kh * kw > few_taps() else Way.PATCHES
 
 
 def shape_of(x: Tensor, kernel: tuple[int, int], geometry: Geometry) -> Shape:
@@ -115,10 +142,16 @@ def _scratch(x: Tensor, shape: Shape) -> Tensor:
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None, shape: Shape) -> Tensor:
     """y of images x for a packed weight (out, kh * kw * C), whose columns are taps of all channels."""
     N, H, W, *_, out_h, out_w = shape
+    how = way(shape, weight.shape[0])
+    if how is Way.TORCH:
+        y = F.conv2d(x, _kernels(weight, shape), bias, *_options(shape))
+        return y.contiguous(memory_format=torch.channels_last)
     source, w, each = rows(x), weight.t(), out_h * out_w
     made, y = _images(x, N, weight.shape[0], out_h, out_w)
-    if _is_product(shape):
+    if how is Way.PRODUCT:
         _product(source, w, bias, y)
+    elif how is Way.TAPS:
+        _by_tap(source, w, bias, shape, y)
     elif N:
         col = _scratch(x, shape)
         for first, part in _chunks(shape, x.element_size()):
@@ -136,17 +169,84 @@ def _product(a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor) -> None:
         torch.addmm(bias, a, b, out=out)
 
 
+def _kernels(weight: Tensor, shape: Shape) -> Tensor:
+    """A packed weight as torch's convolution takes it, in channels_last memory."""
+    return weight.view(-1, shape[4], shape[5], shape[3]).permute(0, 3, 1, 2)
+
+
+def _options(shape: Shape) -> tuple[Shape, Shape, Shape]:
+    """stride, padding and dilation."""
+    return shape[6:8], shape[8:10], shape[10:12]
+
+
+Block = tuple[slice, slice, slice]  # of images (N, H, W, C): all of them, some of their rows and columns
+
+
+@lru_cache(4096)
+def _taps(shape: Shape) -> list[tuple[slice, Block, Block]]:
+    """Of each tap that reads a pixel of the image: its columns of the packed weight, the pixels that it reads
+    and the outputs that it reaches. Those that reach most come first."""
+    H, W, C, kh, kw, sh, sw, ph, pw, dh, dw, out_h, out_w = shape[1:]
+    found = []
+    for i in range(kh):
+        for j in range(kw):
+            down, across = _reach(out_h, H, i, sh, ph, dh), _reach(out_w, W, j, sw, pw, dw)
+            if down is not None and across is not None:
+                at = (i * kw + j) * C
+                read, made = zip(down, across, strict=True)
+                found.append((slice(at, at + C), (slice(None), *read), (slice(None), *made)))
+    return sorted(found, key=lambda tap: -_length(tap[2][1]) * _length(tap[2][2]))
+
+
+def _reach(n_out: int, n: int, tap: int, stride: int, pad: int, dilation: int) -> tuple[slice, slice] | None:
+    """Of one dimension, the pixels that a tap reads and the outputs that read them; None: there are none."""
+    shift = tap * dilation - pad
+    first, last = max(0, -(shift // stride)), min(n_out - 1, (n - 1 - shift) // stride)
+    if first > last:
+        return None
+    return slice(first * stride + shift, last * stride + shift + 1, stride), slice(first, last + 1)
+
+
+def _length(part: slice) -> int:
+    return part.stop - part.start
+
+
+def _by_tap(source: Tensor, w: Tensor, bias: Tensor | None, shape: Shape, y: Tensor) -> None:
+    """y, the rows of the outputs, of the rows of the images."""
+    N, H, W, C, *_, out_h, out_w = shape
+    pixels, outputs, taps = source.view(N, H, W, C), y.view(N, out_h, out_w, -1), _taps(shape)
+    if not taps or outputs[taps[0][2]].shape != outputs.shape:
+        y.copy_(y.new_zeros(()) if bias is None else bias)
+    for columns, read, made in taps:
+        part, pixel = outputs[made], _matrix_of(pixels, read)
+        if part.shape == outputs.shape and (columns, read, made) == taps[0]:
+            _product(pixel, w[columns], bias, y)
+        else:
+            part.add_((pixel @ w[columns]).view(part.shape))
+
+
+def _matrix_of(images: Tensor, block: Block) -> Tensor:
+    """A block of each image (N, H, W, C) as rows of channels."""
+    part = images[block]
+    return part.reshape(part.shape[:3].numel(), part.shape[3])
+
+
 def backward(
     dy: Tensor, x: Tensor, weight: Tensor, shape: Shape, need_x: bool, need_w: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     """dx, and dweight packed as weight."""
     N, H, W, C, *_, out_h, out_w = shape
+    how = way(shape, weight.shape[0])
+    if how is Way.TORCH:
+        return _torch_backward(dy, x, weight, shape, need_x, need_w)
     source, grads, each = rows(x), rows(dy), out_h * out_w
     made, dx = _images(x, N, C, H, W) if need_x else (None, source)
-    if _is_product(shape):
+    if how is Way.PRODUCT:
         if need_x:
             torch.mm(grads, weight, out=dx)
         return made, grads.t() @ source if need_w else None
+    if how is Way.TAPS:
+        return made, _by_tap_backward(grads, source, weight, shape, dx if need_x else None, need_w)
     dw = torch.zeros_like(weight) if need_w else None
     if N:
         col = _scratch(x, shape)
@@ -161,6 +261,37 @@ def backward(
                 torch.mm(grad, weight, out=some)
                 _col2im(some, part, dx[here])
     return made, dw
+
+
+def _torch_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, shape: Shape, need_x: bool, need_w: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    kernels, options = _kernels(weight, shape), (*_options(shape), False, [0, 0], 1)
+    wanted = [need_x, need_w, False]
+    dx, dw, _ = torch.ops.aten.convolution_backward(dy, x, kernels, None, *options, wanted)
+    if dx is not None:
+        dx = dx.contiguous(memory_format=torch.channels_last)
+    return dx, None if dw is None else dw.permute(0, 2, 3, 1).reshape(weight.shape)
+
+
+def _by_tap_backward(
+    grads: Tensor, source: Tensor, weight: Tensor, shape: Shape, dx: Tensor | None, need_w: bool
+) -> Tensor | None:
+    """Writes dx, rows of the images, and returns dweight."""
+    N, H, W, C, kh, kw, *_, out_h, out_w = shape
+    pixels, outputs, taps = source.view(N, H, W, C), grads.view(N, out_h, out_w, -1), _taps(shape)
+    dw = None
+    if need_w:
+        dw = torch.empty_like(weight) if len(taps) == kh * kw else torch.zeros_like(weight)
+    inputs = None if dx is None else dx.zero_().view(N, H, W, C)
+    for columns, read, made in taps:
+        grad = _matrix_of(outputs, made)
+        if dw is not None:
+            torch.mm(grad.t(), _matrix_of(pixels, read), out=dw[:, columns])
+        if inputs is not None:
+            part = inputs[read]
+            part.add_((grad @ weight[:, columns]).view(part.shape))
+    return dw
 
 
 def depthwise(x: Tensor, weight: Tensor, shape: Shape) -> Tensor:

@@ -18,7 +18,7 @@ from ..._compat import batch_norm, foreach_mul
 from ...conv2d import gated_conv2d
 from ...impl import im2col
 from ...impl.batch_norm import Channels, Settings, serves
-from ...impl.im2col import Geometry
+from ...impl.im2col import Geometry, Way
 from ...linear import gated_linear
 from ...narrow import Sides, narrow_batch_norm, narrow_conv2d, narrow_depthwise, narrow_weight
 from ...norm import gated_group_norm, gated_layer_norm, gated_rms_norm
@@ -150,9 +150,8 @@ class _Exact:
         x = self.enter(x, self.units.ins, dim)
         if layer.groups > 1:
             return self.leave(self.grouped(layer, x), dim)
-        few = layer.weight.shape[2:].numel() <= im2col.few_taps()
-        geometry = self.geometry(layer, x) if few else None
-        if geometry is not None:
+        geometry = self.geometry(layer, x)
+        if geometry is not None and self.takes(layer, x, geometry):
             z, sides = self.sides(layer.weight)
             return self.leave(narrow_conv2d(x, layer.weight, self.take(layer.bias), z, sides, geometry), dim)
         weight = layer.weight if self.is_whole(layer, x) else self.weight(layer)
@@ -167,20 +166,26 @@ class _Exact:
         return self.index(ins) is None and self.index(outs) is None and x.numel() < layer.weight.numel()
 
     def geometry(self, layer: Any, x: Tensor) -> Geometry | None:
-        """How the convolution is computed as a product of matrices, None where torch is asked: that compiles
-        little where all channels exist, or all that are read and few numbers of those that are made."""
+        """How images are convolved by native code, None where it does not serve."""
         dtype, backend = x.dtype, self.draw.backend
-        if (
-            self.draw.open_all
-            or self.units.ins is None
-            or x.ndim != 4
-            or layer.padding_mode != "zeros"
-            or isinstance(layer.padding, str)
-        ):
+        if x.ndim != 4 or layer.padding_mode != "zeros" or isinstance(layer.padding, str):
             return None
         if backend != "cpp" or dtype != layer.weight.dtype or not im2col.serves(dtype) or autocasts():
             return None
         return Geometry(layer.stride, layer.padding, layer.dilation)
+
+    def takes(self, layer: Any, x: Tensor, geometry: Geometry) -> bool:
+        """Whether a convolution is one of channels_last images. Where all channels exist torch's is as it was,
+        and of large kernels unless a norm, which wants such images, follows."""
+        weight, outs = layer.weight, self.units.outs
+        kernel = weight.shape[2:]
+        n = weight.shape[0] if outs is None else self.draw.present(outs).n
+        way = im2col.way(im2col.shape_of(x, kernel, geometry), n)
+        if way is Way.TAPS or self.draw.open_all:
+            return way is Way.TAPS
+        if way is Way.TORCH and outs in self.units.groups.normed:
+            return True
+        return self.units.ins is not None and kernel.numel() <= im2col.FEW_TAPS
 
     def grouped(self, layer: Any, x: Tensor) -> Tensor:
         """A group of channels is one unit: so many fewer groups are there."""
@@ -191,7 +196,8 @@ class _Exact:
             x, padding = F.pad(x, layer._reversed_padding_repeated_twice, mode=layer.padding_mode), 0
         convolve: Any = (F.conv1d, F.conv2d, F.conv3d)[self.units.kind.spatial - 1]
         groups = weight.shape[0] // (layer.out_channels // layer.groups)
-        geometry = self.geometry(layer, x) if groups == weight.shape[0] == x.shape[1] else None
+        one_each = groups == weight.shape[0] == x.shape[1] and not self.draw.open_all
+        geometry = self.geometry(layer, x) if one_each else None
         if geometry is not None and weight.shape[2:].numel() <= im2col.MOST_TAPS:
             y = narrow_depthwise(x, weight, geometry)
             return y if bias is None else y + _along(bias, 1, 4)
