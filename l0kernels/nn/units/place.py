@@ -31,7 +31,7 @@ from .narrow import plain
 
 MULTIPLE = 8
 """Of channels of convolutions: products of matrices are faster so."""
-NUMBERS = 8
+NUMBERS = 32
 """So many numbers of channels may occur where oneDNN computes, which compiles each new one."""
 
 NAME = "l0_units"
