@@ -129,18 +129,18 @@ class _Conv2d(torch.autograd.Function):
         scales, matrix = _scales(sides, z), weight.reshape(weight.shape[0], -1)
         pack = module(sides.backend).pack
         packed = pack(matrix, sides.rows, sides.cols, weight.dtype, run=kh * kw, apart=True, **scales)
-        shape = im2col.shape_of(x, (kh, kw), geometry)
+        plan = im2col.plan(x.shape, (kh, kw), geometry, packed.shape[0])
         ctx.save_for_backward(x, weight, packed)
-        ctx.settings = sides, scales, shape
-        return im2col.forward(x, packed, bias, shape)
+        ctx.settings = sides, scales, plan
+        return im2col.forward(x, packed, bias, plan)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         _ops.refuse_second_derivative("narrow_conv2d")
-        (x, weight, packed), (sides, scales, shape) = ctx.saved_tensors, ctx.settings
+        (x, weight, packed), (sides, scales, plan) = ctx.saved_tensors, ctx.settings
         need_x, need_w, need_b, need_z, *_ = ctx.needs_input_grad
         dy = plain(dy).contiguous(memory_format=torch.channels_last)
-        dx, grad = im2col.backward(dy, x, packed, shape, need_x, need_w or need_z)
+        dx, grad = im2col.backward(dy, x, packed, plan, need_x, need_w or need_z)
         dw = dz = None
         if grad is not None:
             dw, dz = _unpacked(grad, weight, sides, scales, need_z, apart=True)

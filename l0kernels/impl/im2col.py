@@ -42,6 +42,8 @@ class Geometry(NamedTuple):
 
 Shape = tuple[int, ...]
 
+_convolution_backward = torch.ops.aten.convolution_backward.default
+
 
 class Way(Enum):
     """How a convolution is computed.
@@ -54,15 +56,37 @@ class Way(Enum):
     PRODUCT, PATCHES, TAPS, TORCH = range(4)
 
 
-def way(shape: Shape, outs: int) -> Way:
-    """How to compute a convolution of images to so many channels."""
+class Plan(NamedTuple):
+    """How a convolution of images is computed, what native code is told, and torch's options."""
+
+    way: Way
+    shape: Shape
+    options: tuple[Shape, Shape, Shape]
+
+
+def plan(size: torch.Size, kernel: tuple[int, int], geometry: Geometry, outs: int) -> Plan:
+    """The plan of a convolution of images of a size to so many channels."""
+    return _plan(size, kernel, geometry, outs, few_taps())
+
+
+@lru_cache(4096)
+def _plan(size: torch.Size, kernel: tuple[int, int], geometry: Geometry, outs: int, few: int) -> Plan:
+    shape = _shape(size, kernel, geometry)
+    taps = shape[4] * shape[5]
+    if _is_product(shape):
+        way = Way.PRODUCT
+    elif 1 < taps <= FEW_TAPS and _has_small_images(shape, outs):
+        way = Way.TAPS
+    else:
+        way = Way.TORCH if taps > few else Way.PATCHES
+    return Plan(way, shape, (shape[6:8], shape[8:10], shape[10:12]))
+
+
+def _has_small_images(shape: Shape, outs: int) -> bool:
+    """Whether a convolution reads more weights than activations, and is worth a call for each tap."""
     N, H, W, C, kh, kw, *_, out_h, out_w = shape
     weights, outputs = kh * kw * C * outs, N * out_h * out_w
-    if _is_product(shape):
-        return Way.PRODUCT
-    if 1 < kh * kw <= FEW_TAPS and weights > N * H * W * C + outputs * outs and weights * outputs > MUCH:
-        return Way.TAPS
-    return Way.TORCH if kh * kw > few_taps() else Way.PATCHES
+    return weights > N * H * W * C + outputs * outs and weights * outputs > MUCH
 
 
 def shape_of(x: Tensor, kernel: tuple[int, int], geometry: Geometry) -> Shape:
@@ -139,18 +163,18 @@ def _scratch(x: Tensor, shape: Shape) -> Tensor:
     return x.new_empty(n * out_h * out_w, kh * kw * C)
 
 
-def forward(x: Tensor, weight: Tensor, bias: Tensor | None, shape: Shape) -> Tensor:
+def forward(x: Tensor, weight: Tensor, bias: Tensor | None, plan: Plan) -> Tensor:
     """y of images x for a packed weight (out, kh * kw * C), whose columns are taps of all channels."""
+    way, shape, options = plan
     N, H, W, *_, out_h, out_w = shape
-    how = way(shape, weight.shape[0])
-    if how is Way.TORCH:
-        y = F.conv2d(x, _kernels(weight, shape), bias, *_options(shape))
+    if way is Way.TORCH:
+        y = F.conv2d(x, _kernels(weight, shape), bias, *options)
         return y.contiguous(memory_format=torch.channels_last)
     source, w, each = rows(x), weight.t(), out_h * out_w
     made, y = _images(x, N, weight.shape[0], out_h, out_w)
-    if how is Way.PRODUCT:
+    if way is Way.PRODUCT:
         _product(source, w, bias, y)
-    elif how is Way.TAPS:
+    elif way is Way.TAPS:
         _by_tap(source, w, bias, shape, y)
     elif N:
         col = _scratch(x, shape)
@@ -171,12 +195,8 @@ def _product(a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor) -> None:
 
 def _kernels(weight: Tensor, shape: Shape) -> Tensor:
     """A packed weight as torch's convolution takes it, in channels_last memory."""
-    return weight.view(-1, shape[4], shape[5], shape[3]).permute(0, 3, 1, 2)
-
-
-def _options(shape: Shape) -> tuple[Shape, Shape, Shape]:
-    """stride, padding and dilation."""
-    return shape[6:8], shape[8:10], shape[10:12]
+    C, kh, kw = shape[3:6]
+    return weight.as_strided((weight.shape[0], C, kh, kw), (C * kh * kw, 1, kw * C, C))
 
 
 Block = tuple[slice, slice, slice]  # of images (N, H, W, C): all of them, some of their rows and columns
@@ -214,15 +234,19 @@ def _length(part: slice) -> int:
 def _by_tap(source: Tensor, w: Tensor, bias: Tensor | None, shape: Shape, y: Tensor) -> None:
     """y, the rows of the outputs, of the rows of the images."""
     N, H, W, C, *_, out_h, out_w = shape
-    pixels, outputs, taps = source.view(N, H, W, C), y.view(N, out_h, out_w, -1), _taps(shape)
-    if not taps or outputs[taps[0][2]].shape != outputs.shape:
-        y.copy_(y.new_zeros(()) if bias is None else bias)
-    for columns, read, made in taps:
-        part, pixel = outputs[made], _matrix_of(pixels, read)
-        if part.shape == outputs.shape and (columns, read, made) == taps[0]:
-            _product(pixel, w[columns], bias, y)
-        else:
-            part.add_((pixel @ w[columns]).view(part.shape))
+    pixels, outputs, taps = source.view(N, H, W, C), y.view(N, out_h, out_w, y.shape[1]), _taps(shape)
+    first = 0
+    if taps and outputs[taps[0][2]].shape == outputs.shape:
+        columns, read, _ = taps[0]
+        _product(_matrix_of(pixels, read), w[columns], bias, y)
+        first = 1
+    elif bias is None:
+        y.zero_()
+    else:
+        y.copy_(bias)
+    for columns, read, made in taps[first:]:
+        part = outputs[made]
+        part.add_((_matrix_of(pixels, read) @ w[columns]).view(part.shape))
 
 
 def _matrix_of(images: Tensor, block: Block) -> Tensor:
@@ -232,20 +256,20 @@ def _matrix_of(images: Tensor, block: Block) -> Tensor:
 
 
 def backward(
-    dy: Tensor, x: Tensor, weight: Tensor, shape: Shape, need_x: bool, need_w: bool
+    dy: Tensor, x: Tensor, weight: Tensor, plan: Plan, need_x: bool, need_w: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     """dx, and dweight packed as weight."""
+    way, shape, _ = plan
     N, H, W, C, *_, out_h, out_w = shape
-    how = way(shape, weight.shape[0])
-    if how is Way.TORCH:
-        return _torch_backward(dy, x, weight, shape, need_x, need_w)
+    if way is Way.TORCH:
+        return _torch_backward(dy, x, weight, plan, need_x, need_w)
     source, grads, each = rows(x), rows(dy), out_h * out_w
     made, dx = _images(x, N, C, H, W) if need_x else (None, source)
-    if how is Way.PRODUCT:
+    if way is Way.PRODUCT:
         if need_x:
             torch.mm(grads, weight, out=dx)
         return made, grads.t() @ source if need_w else None
-    if how is Way.TAPS:
+    if way is Way.TAPS:
         return made, _by_tap_backward(grads, source, weight, shape, dx if need_x else None, need_w)
     dw = torch.zeros_like(weight) if need_w else None
     if N:
@@ -264,11 +288,13 @@ def backward(
 
 
 def _torch_backward(
-    dy: Tensor, x: Tensor, weight: Tensor, shape: Shape, need_x: bool, need_w: bool
+    dy: Tensor, x: Tensor, weight: Tensor, plan: Plan, need_x: bool, need_w: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    kernels, options = _kernels(weight, shape), (*_options(shape), False, [0, 0], 1)
+    _, shape, options = plan
     wanted = [need_x, need_w, False]
-    dx, dw, _ = torch.ops.aten.convolution_backward(dy, x, kernels, None, *options, wanted)
+    dx, dw, _ = _convolution_backward(
+        dy, x, _kernels(weight, shape), None, *options, False, [0, 0], 1, wanted
+    )
     if dx is not None:
         dx = dx.contiguous(memory_format=torch.channels_last)
     return dx, None if dw is None else dw.permute(0, 2, 3, 1).reshape(weight.shape)
@@ -279,7 +305,8 @@ def _by_tap_backward(
 ) -> Tensor | None:
     """Writes dx, rows of the images, and returns dweight."""
     N, H, W, C, kh, kw, *_, out_h, out_w = shape
-    pixels, outputs, taps = source.view(N, H, W, C), grads.view(N, out_h, out_w, -1), _taps(shape)
+    pixels, outputs = source.view(N, H, W, C), grads.view(N, out_h, out_w, grads.shape[1])
+    taps = _taps(shape)
     dw = None
     if need_w:
         dw = torch.empty_like(weight) if len(taps) == kh * kw else torch.zeros_like(weight)
