@@ -321,6 +321,19 @@ def _by_tap_backward(
     return dw
 
 
+def gate_grad(x: Tensor, dx: Tensor, z: Tensor, index: Tensor) -> Tensor:
+    """dz where 0 < z < 1 from the gradient dx of images x, which z multiplies.
+
+    Args:
+        z, index: of all channels, and which of them x has, first in index.
+    """
+    exist = index[: x.shape[1]].long()
+    some = z.index_select(0, exist)
+    at = ((some > 0) & (some < 1)).nonzero()[:, 0]
+    terms = rows(x).index_select(1, at) * rows(dx).index_select(1, at)
+    return torch.zeros_like(z).index_copy_(0, exist[at], terms.sum(0) / some[at])
+
+
 def depthwise(x: Tensor, weight: Tensor, shape: Shape) -> Tensor:
     """y of images x for kernels (kh * kw, C), a channel of which sees its own alone."""
     N, _, _, C, *_, out_h, out_w = shape

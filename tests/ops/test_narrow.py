@@ -50,9 +50,18 @@ def near(got, expected, dtype):
     torch.testing.assert_close(got.double(), expected.double(), rtol=bound, atol=bound)
 
 
+@pytest.fixture(params=[False, True])
+def small_images(request, monkeypatch):
+    """Whether convolutions are as those of small images."""
+    monkeypatch.setattr(im2col, "_has_small_images", lambda *_: request.param)
+    im2col._plan.cache_clear()
+    yield
+    im2col._plan.cache_clear()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @needs_native
-def test_convolutions(isa, dtype):
+def test_convolutions(isa, small_images, dtype):
     """narrow_conv2d and every gradient against torch's convolution of the gathered weight in float64."""
     generator = torch.Generator().manual_seed(1)
     for (kernel, geometry), (n, ins, outs) in itertools.product(GEOMETRIES, SIZES):
