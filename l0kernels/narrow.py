@@ -16,7 +16,7 @@ from ._autograd import apply
 from ._calls import GateGrads
 from .impl import batch_norm, im2col, module
 from .impl.batch_norm import Channels, Settings
-from .impl.im2col import Geometry
+from .impl.im2col import Geometry, Way
 from .impl.memory import empty_grad, plain
 
 Gate = list[Tensor]  # z, index, count of Gates; the first count[0] of index exist
@@ -129,21 +129,27 @@ class _Conv2d(torch.autograd.Function):
         scales, matrix = _scales(sides, z), weight.reshape(weight.shape[0], -1)
         pack = module(sides.backend).pack
         packed = pack(matrix, sides.rows, sides.cols, weight.dtype, run=kh * kw, apart=True, **scales)
-        shape = im2col.shape_of(x, (kh, kw), geometry)
+        plan = im2col.plan(x.shape, (kh, kw), geometry, packed.shape[0])
         ctx.save_for_backward(x, weight, packed)
-        ctx.settings = sides, scales, shape
-        return im2col.forward(x, packed, bias, shape)
+        ctx.settings = sides, scales, plan
+        return im2col.forward(x, packed, bias, plan)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         _ops.refuse_second_derivative("narrow_conv2d")
-        (x, weight, packed), (sides, scales, shape) = ctx.saved_tensors, ctx.settings
+        (x, weight, packed), (sides, scales, plan) = ctx.saved_tensors, ctx.settings
         need_x, need_w, need_b, need_z, *_ = ctx.needs_input_grad
         dy = plain(dy).contiguous(memory_format=torch.channels_last)
-        dx, grad = im2col.backward(dy, x, packed, shape, need_x, need_w or need_z)
+        # dz is read off the activations where those are fewer than weights.
+        reads_x = need_x and need_z and plan.way is Way.TAPS
+        dx, grad = im2col.backward(dy, x, packed, plan, need_x, need_w or (need_z and not reads_x))
         dw = dz = None
         if grad is not None:
-            dw, dz = _unpacked(grad, weight, sides, scales, need_z, apart=True)
+            dw, dz = _unpacked(grad, weight, sides, scales, need_z and not reads_x, apart=True)
+        if need_z and sides.cols is None:  # all are 1, see _Whole
+            dz = weight.new_zeros(weight.shape[1])
+        elif reads_x and dx is not None and sides.cols is not None:
+            dz = im2col.gate_grad(x, dx, *sides.cols[:2])
         db = im2col.rows(dy).sum(0) if need_b else None
         return dx, dw if need_w else None, db, dz, None, None
 

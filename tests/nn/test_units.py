@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import l0kernels as l0
 from l0kernels import _checks
+from l0kernels.impl import im2col
 from l0kernels.nn.cost import cost_of
 from l0kernels.nn.units import layers, narrow
 from l0kernels.nn.units.place import GateGroups
@@ -72,6 +73,40 @@ def test_open_units_alone(name):
     for multiple in (4, 8):
         rounded.multiples = [1 if m == 1 else multiple for m in rounded.multiples]
         check(case, "half", True, f", rounded to {multiple}")
+
+
+@pytest.fixture
+def small_images(monkeypatch):
+    """Convolutions as those of small images are, whatever they are of."""
+    monkeypatch.setattr(im2col, "_has_small_images", lambda *_: True)
+    im2col._plan.cache_clear()
+    yield
+    im2col._plan.cache_clear()
+
+
+@pytest.mark.parametrize(
+    "name", ["resnet", "bottleneck", "preactivation", "densenet", "unet", "vgg", "norms"]
+)
+def test_convolutions_of_small_images(name, small_images):
+    case = gated(name)
+    for pattern in ("open", "closed", "one unit open", "fractional", "mixed"):
+        check(case, pattern, True)
+    check(case, "half", False)
+
+
+@pytest.mark.parametrize("kind", [nn.Conv2d, nn.ConvTranspose2d])
+@pytest.mark.parametrize("pattern", ["open", "mixed"])
+def test_ungated_images_lie_as_torch_has_them(kind, pattern, small_images):
+    """Somebody views them."""
+    body = [nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), kind(8, 4, 3, padding=1)]
+    model, x = nn.Sequential(*body), torch.randn(2, 3, 6, 6)
+    graph = l0.nn.gate_(model, x)
+    unit_oracle.set_gates(graph, model, pattern)
+    assert model(x).is_contiguous()
+    model.to(memory_format=torch.channels_last)
+    assert model(x.contiguous(memory_format=torch.channels_last)).is_contiguous(
+        memory_format=torch.channels_last
+    )
 
 
 @pytest.mark.parametrize("name", SERVED)

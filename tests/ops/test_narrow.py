@@ -12,7 +12,7 @@ from l0kernels._gates import round_up
 from l0kernels._native import native
 from l0kernels.impl import im2col, module
 from l0kernels.impl.batch_norm import Channels, Settings
-from l0kernels.impl.im2col import Geometry
+from l0kernels.impl.im2col import Geometry, Way
 
 needs_native = pytest.mark.skipif(native is None, reason="no native kernels")
 
@@ -50,9 +50,18 @@ def near(got, expected, dtype):
     torch.testing.assert_close(got.double(), expected.double(), rtol=bound, atol=bound)
 
 
+@pytest.fixture(params=[False, True])
+def small_images(request, monkeypatch):
+    """Whether convolutions are as those of small images."""
+    monkeypatch.setattr(im2col, "_has_small_images", lambda *_: request.param)
+    im2col._plan.cache_clear()
+    yield
+    im2col._plan.cache_clear()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @needs_native
-def test_convolutions(isa, dtype):
+def test_convolutions(isa, small_images, dtype):
     """narrow_conv2d and every gradient against torch's convolution of the gathered weight in float64."""
     generator = torch.Generator().manual_seed(1)
     for (kernel, geometry), (n, ins, outs) in itertools.product(GEOMETRIES, SIZES):
@@ -78,6 +87,51 @@ def test_convolutions(isa, dtype):
         expected[3] = expected[3].masked_fill((z <= 0) | (z >= 1), 0)
         for mine, theirs in zip(got, expected, strict=True):
             near(mine, theirs, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("way", [Way.PATCHES, Way.TAPS, Way.TORCH])
+@needs_native
+def test_ways_to_compute_a_convolution(isa, way, dtype):
+    """Each of them of every convolution, whichever is the fastest."""
+    far = (3, 3), Geometry((1, 1), (9, 9), (1, 1))  # there are outputs that no pixel reaches
+    wide = (3, 3), Geometry((1, 2), (7, 7), (8, 7))  # and taps that reach no pixel
+    for (kernel, geometry), (n, ins, outs) in itertools.product([*GEOMETRIES, far, wide], SIZES):
+        x = torch.randn(n, ins, 9, 8, dtype=dtype).contiguous(memory_format=torch.channels_last)
+        weight = torch.randn(outs, ins, *kernel, dtype=dtype)
+        packed = weight.permute(0, 2, 3, 1).reshape(outs, -1)
+        plan = im2col.plan(x.shape, kernel, geometry, outs)._replace(way=way)
+        exact = [t.double().clone().requires_grad_() for t in (x, weight)]
+        for bias in (None, torch.randn(outs, dtype=dtype)):
+            y = im2col.forward(x, packed, bias, plan)
+            right = F.conv2d(*exact, None if bias is None else bias.double(), *geometry)
+            near(y, right, dtype)
+            assert y.is_contiguous(memory_format=torch.channels_last)
+        dy = torch.randn_like(y)
+        right_x, right_w = torch.autograd.grad(right, exact, dy.double())
+        for need_x, need_w in ((True, True), (True, False), (False, True)):
+            dx, dw = im2col.backward(dy, x, packed, plan, need_x, need_w)
+            assert (dx is not None, dw is not None) == (need_x, need_w)
+            if dx is not None:
+                near(dx, right_x, dtype)
+                assert dx.is_contiguous(memory_format=torch.channels_last)
+            if dw is not None:
+                near(dw, right_w.permute(0, 2, 3, 1).reshape(outs, -1), dtype)
+
+
+@needs_native
+def test_gates_that_are_1_have_a_gradient_of_0():
+    x, weight, z = torch.randn(2, 3, 4, 4), torch.randn(5, 3, 3, 3), torch.ones(3)
+    leaves = [t.requires_grad_() for t in (x, weight, z)]
+    geometry, sides = Geometry((1, 1), (1, 1), (1, 1)), narrow.Sides(None, None, 1, "cpp")
+    y = narrow.narrow_conv2d(leaves[0], leaves[1], None, leaves[2], sides, geometry)
+    right = F.conv2d(x, weight, padding=1)
+    near(y, right, torch.float32)
+    dy = torch.randn_like(y)
+    *got, dz = torch.autograd.grad(y, leaves, dy)
+    assert torch.equal(dz, torch.zeros(3))
+    for mine, theirs in zip(got, torch.autograd.grad(right, leaves[:2], dy), strict=True):
+        near(mine, theirs, torch.float32)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -160,10 +214,10 @@ def test_chunks_and_threads_change_nothing(threads, monkeypatch):
     for a, b in zip(first, run(), strict=True):
         assert torch.equal(a, b)
     kernel = torch.randn(8, 9 * 40)
-    shape = im2col.shape_of(x, (3, 3), geometry)
-    whole = im2col.forward(x, kernel, None, shape)
+    plan = im2col.plan(x.shape, (3, 3), geometry, 8)._replace(way=im2col.Way.PATCHES)
+    whole = im2col.forward(x, kernel, None, plan)
     monkeypatch.setattr(im2col, "CHUNK", 1)
-    torch.testing.assert_close(im2col.forward(x, kernel, None, shape), whole, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(im2col.forward(x, kernel, None, plan), whole, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("backend", ["torch", pytest.param("cpp", marks=needs_native)])

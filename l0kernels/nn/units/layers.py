@@ -18,7 +18,8 @@ from ..._compat import batch_norm, foreach_mul
 from ...conv2d import gated_conv2d
 from ...impl import im2col
 from ...impl.batch_norm import Channels, Settings, serves
-from ...impl.im2col import Geometry
+from ...impl.conv2d import memory_format
+from ...impl.im2col import Geometry, Way
 from ...linear import gated_linear
 from ...narrow import Sides, narrow_batch_norm, narrow_conv2d, narrow_depthwise, narrow_weight
 from ...norm import gated_group_norm, gated_layer_norm, gated_rms_norm
@@ -147,40 +148,54 @@ class _Exact:
 
     def conv(self, layer: Any, x: Tensor) -> Tensor:
         dim = x.ndim - 1 - self.units.kind.spatial
-        x = self.enter(x, self.units.ins, dim)
+        given, x = x, self.enter(x, self.units.ins, dim)
         if layer.groups > 1:
-            return self.leave(self.grouped(layer, x), dim)
-        few = layer.weight.shape[2:].numel() <= im2col.few_taps()
-        geometry = self.geometry(layer, x) if few else None
-        if geometry is not None:
+            return self.leave_images(self.grouped(layer, x), dim, layer.weight, given)
+        geometry = self.geometry(layer, x)
+        if geometry is not None and self.takes(layer, x, geometry):
             z, sides = self.sides(layer.weight)
-            return self.leave(narrow_conv2d(x, layer.weight, self.take(layer.bias), z, sides, geometry), dim)
+            y = narrow_conv2d(x, layer.weight, self.take(layer.bias), z, sides, geometry)
+            return self.leave_images(y, dim, layer.weight, given)
         weight = layer.weight if self.is_whole(layer, x) else self.weight(layer)
         if weight is layer.weight and self.units.ins is not None:
             x = x * _along(self.draw.scales(self.units.ins, x.dtype).to(x.dtype), dim, x.ndim)
         y = layer._conv_forward(x, weight, self.take(layer.bias))
-        return self.leave(y, dim)
+        return self.leave_images(y, dim, layer.weight, given)
 
     def is_whole(self, layer: Any, x: Tensor) -> bool:
         """Whether all units exist and there are fewer activations than weights: those are multiplied by z."""
         _, _, ins, outs, *_ = self.units
         return self.index(ins) is None and self.index(outs) is None and x.numel() < layer.weight.numel()
 
+    def leave_images(self, y: Tensor, dim: int, weight: Tensor, given: Tensor) -> Tensor:
+        """As leave of what a convolution makes of `given`. What is no Narrow somebody may view: it gets the
+        memory format that torch gives it, however a norm of ours had the images before."""
+        if y.ndim == 4 and (self.units.outs is None or self.draw.open_all):
+            like = weight if isinstance(given, Narrow) else given
+            y = y.contiguous(memory_format=memory_format(like, weight))
+        return self.leave(y, dim)
+
     def geometry(self, layer: Any, x: Tensor) -> Geometry | None:
-        """How the convolution is computed as a product of matrices, None where torch is asked: that compiles
-        little where all channels exist, or all that are read and few numbers of those that are made."""
+        """How images are convolved by native code, None where it does not serve."""
         dtype, backend = x.dtype, self.draw.backend
-        if (
-            self.draw.open_all
-            or self.units.ins is None
-            or x.ndim != 4
-            or layer.padding_mode != "zeros"
-            or isinstance(layer.padding, str)
-        ):
+        if x.ndim != 4 or layer.padding_mode != "zeros" or isinstance(layer.padding, str):
             return None
         if backend != "cpp" or dtype != layer.weight.dtype or not im2col.serves(dtype) or autocasts():
             return None
         return Geometry(layer.stride, layer.padding, layer.dilation)
+
+    def takes(self, layer: Any, x: Tensor, geometry: Geometry) -> bool:
+        """Whether a convolution is one of channels_last images: not where all channels exist, which torch has
+        compiled, nor of large kernels, unless a norm follows, which wants such images."""
+        weight, outs = layer.weight, self.units.outs
+        kernel = weight.shape[2:]
+        n = weight.shape[0] if outs is None else self.draw.present(outs).n
+        way = im2col.plan(x.shape, kernel, geometry, n).way
+        if way is Way.TAPS or self.draw.open_all:
+            return way is Way.TAPS
+        if way is Way.TORCH and outs in self.units.groups.normed:
+            return True
+        return self.units.ins is not None and kernel.numel() <= im2col.FEW_TAPS
 
     def grouped(self, layer: Any, x: Tensor) -> Tensor:
         """A group of channels is one unit: so many fewer groups are there."""
@@ -191,7 +206,8 @@ class _Exact:
             x, padding = F.pad(x, layer._reversed_padding_repeated_twice, mode=layer.padding_mode), 0
         convolve: Any = (F.conv1d, F.conv2d, F.conv3d)[self.units.kind.spatial - 1]
         groups = weight.shape[0] // (layer.out_channels // layer.groups)
-        geometry = self.geometry(layer, x) if groups == weight.shape[0] == x.shape[1] else None
+        one_each = groups == weight.shape[0] == x.shape[1] and not self.draw.open_all
+        geometry = self.geometry(layer, x) if one_each else None
         if geometry is not None and weight.shape[2:].numel() <= im2col.MOST_TAPS:
             y = narrow_depthwise(x, weight, geometry)
             return y if bias is None else y + _along(bias, 1, 4)
@@ -201,10 +217,10 @@ class _Exact:
         spatial = self.units.kind.spatial
         dim = x.ndim - 1 - spatial
         options = _transposed_options(layer, x, output_size, spatial)
-        x = self.enter(x, self.units.ins, dim)
+        given, x = x, self.enter(x, self.units.ins, dim)
         convolve: Any = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[spatial - 1]
         y = convolve(x, self.weight(layer), self.take(layer.bias), **options)
-        return self.leave(y, dim)
+        return self.leave_images(y, dim, layer.weight, given)
 
     def batch_norm(self, layer: Any, x: Tensor) -> Tensor:
         layer._check_input_dim(x)

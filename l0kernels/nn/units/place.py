@@ -31,7 +31,7 @@ from .narrow import plain
 
 MULTIPLE = 8
 """Of channels of convolutions: products of matrices are faster so."""
-NUMBERS = 8
+NUMBERS = 32
 """So many numbers of channels may occur where oneDNN computes, which compiles each new one."""
 
 NAME = "l0_units"
@@ -57,6 +57,7 @@ class GateGroups(GatedLayer, nn.Module):
         example: what the model was run with, without its values; None where that cannot be made again.
         l0_layers: the gates that close whole groups, None: there are none.
         layered: the number in l0_layers of the gate of each group, None: it has none.
+        normed: the spaces of batch norms.
         nesting: the names of the encoders that make nested tensors without gates.
     """
 
@@ -92,6 +93,7 @@ class GateGroups(GatedLayer, nn.Module):
         if self.l0_layers is not None:
             self.l0_layers.kind = "layers"
         self.multiples = [1] * len(groups)
+        self.normed: set[Space | None] = set()
         self._made: dict[Any, Any] = {}
         self._local = threading.local()
         self._recent: deque[Draw] = deque(maxlen=_RECENT)
@@ -590,6 +592,7 @@ def _place(model: nn.Module, gates: GateGroups, sizes: dict[tuple[str, int], int
         if any(isinstance(part, GatedUnits) for part in encoder.modules()):
             encoder.use_nested_tensor = False
             gates.nesting.append(name)
+    gates.normed = {units.outs for _, units in placed if units.kind.name == "batch_norm"}
     _round(gates, placed, total)
     model.add_module(NAME, gates)
     gates.hook(model)
