@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from . import cpp, cuda, triton
     from . import torch as plain_torch
     from .conv2d import Convolution
-    from .im2col import Conv
+    from .few_channels import Conv
     from .packed import Term
 
 _MODULES = {

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from .._calls import Conv2dCall, Gate, GateGrads, Wanted
 from .._compat import settled
-from .im2col import Conv
+from .few_channels import Conv
 from .memory import empty_grad
 from .packed import PackUnpack, extent, to_log_alpha
 

@@ -33,7 +33,7 @@ from .._calls import (
     Wanted,
 )
 from .._gates import HardConcrete, round_up
-from . import conv2d, im2col, joined, packed, portable
+from . import conv2d, few_channels, joined, packed, portable
 from .joined import ACTIVATIONS, TYPES, constants
 from .memory import empty_grad, fresh, matrix, optional, plain, vector
 from .packed import Term, extent
@@ -368,7 +368,7 @@ def unpack(
 
 def convolution(x: Tensor, weight: Tensor, conv: conv2d.Conv) -> conv2d.Convolution | None:
     """That of csrc where it is the faster one."""
-    return im2col if im2col.few_channels(x, weight, conv) else None
+    return few_channels if few_channels.serves(x, weight, conv) else None
 
 
 _PACK = SimpleNamespace(pack=pack, unpack=unpack, gate_grad=gate_grad, convolution=convolution)

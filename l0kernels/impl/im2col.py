@@ -1,5 +1,4 @@
-"""Convolutions of channels-last images on a CPU, most as products of matrices; those of few channels, in any
-memory format, and depthwise ones by csrc/conv.h.
+"""Convolutions of channels-last images on a CPU, most as products of matrices; depthwise ones by csrc/conv.h.
 
 oneDNN compiles a kernel for each new number of channels, for some milliseconds; a product of matrices is
 ready for any. Images are (N, C, H, W) in channels_last memory; so are the results.
@@ -16,15 +15,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .._checks import PLAIN
 from .._native import native as _C
-from .memory import fresh, optional, plain, strided, vector
+from .memory import fresh, vector
 
 CHUNK = 1 << 20
 """Bytes of the rows that are made at a time: they stay in the cache until the product has read them."""
-
-PATCHES = 1 << 21
-"""Bytes of the gradients of an image's patches that csrc adds up before they leave the cache."""
 
 FEW_TAPS = 9
 """Of a kernel: where there are more, copying patches takes longer than oneDNN's compiling. Its convolutions
@@ -34,11 +29,7 @@ MUCH = 1 << 24
 """Products of numbers, from which on a call for each tap costs less than it saves."""
 
 MOST_TAPS = 64
-"""Of a depthwise kernel, see kMostTaps in csrc/conv.h."""
-
-
-Conv = tuple[list[int], list[int], list[int], int]
-"""stride, padding, dilation and groups."""
+"""Of a kernel that csrc computes, see kMostTaps in csrc/conv.h."""
 
 
 class Geometry(NamedTuple):
@@ -294,111 +285,6 @@ def backward(
                 torch.mm(grad, weight, out=some)
                 _col2im(some, part, dx[here])
     return made, dw
-
-
-def few_channels(x: Tensor, weight: Tensor, conv: Conv) -> bool:
-    """Whether csrc computes a convolution of all of x's channels faster than torch."""
-    (out, _, kh, kw), C = weight.shape, x.shape[1]
-    return (
-        conv[3] == 1
-        and 1 < kh * kw <= MOST_TAPS
-        and x.dtype == weight.dtype
-        and serves(x.dtype)
-        and type(x) in PLAIN
-        and type(weight) in PLAIN
-        and _few(C, out, x.element_size())
-    )
-
-
-def _few(C: int, out: int, itemsize: int) -> bool:
-    """oneDNN's vectors are channels on both sides: where these fill them it is the fastest. Those of csrc are
-    positions and taps: it is, where a quarter or more of oneDNN's products would be for nothing."""
-    width = 0 if _C is None else _VECTOR_BYTES.get(_C.isa(), 0) // itemsize
-    if C == 0 or out == 0 or width == 0:
-        return False
-    return 4 * C * out <= 3 * _filled(C, width) * _filled(out, width)
-
-
-_VECTOR_BYTES = {"avx2": 32, "avx512": 64}
-
-
-def _filled(n: int, width: int) -> int:
-    return -(-n // width) * width
-
-
-def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, conv: Conv, fmt: torch.memory_format) -> Tensor:
-    """conv2d of x in a memory format, which y gets, too."""
-    x, weight = plain(x).contiguous(memory_format=fmt), plain(weight).contiguous()
-    shape, out, dtype = _shape_of(x, weight, conv), weight.shape[0], x.dtype
-    y = torch.empty((shape[0], out, *shape[12:]), dtype=dtype, memory_format=fmt)
-    if y.numel():
-        bias = None if bias is None else plain(bias).contiguous()
-        _C.conv(
-            dtype == torch.float64,
-            shape,
-            out,
-            fmt == torch.channels_last,
-            strided(x, "x"),
-            vector(weight, "weight", dtype, weight.numel()),
-            optional(bias, "bias", dtype, out),
-            fresh(y),
-            0,
-            0,
-            0,
-            0,
-            torch.get_num_threads(),
-        )
-    return y
-
-
-def convolve_grad(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    conv: Conv,
-    fmt: torch.memory_format,
-    need_x: bool,
-    need_w: bool,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """dx, and dweight with dbias; dx of large images is torch's."""
-    x, weight = plain(x).contiguous(memory_format=fmt), plain(weight).contiguous()
-    dy = plain(dy).contiguous(memory_format=fmt)
-    shape, out, dtype = _shape_of(x, weight, conv), weight.shape[0], x.dtype
-    if need_x and shape[12] * shape[13] * weight[:1].numel() * x.element_size() > PATCHES:
-        stride, padding, dilation, groups = conv
-        dx, _, _ = torch.ops.aten.convolution_backward(
-            dy, x, weight, None, stride, padding, dilation, False, [0, 0], groups, [True, False, False]
-        )
-        _, dw, db = convolve_grad(dy, x, weight, conv, fmt, False, need_w)
-        return dx.contiguous(memory_format=fmt), dw, db
-    dx = torch.empty(x.shape, dtype=dtype, memory_format=fmt) if need_x else None
-    dw, db = (torch.empty(weight.shape, dtype=dtype), x.new_empty(out)) if need_w else (None, None)
-    if not dy.numel():
-        for grad in (dx, dw, db):
-            if grad is not None:
-                grad.zero_()
-    elif need_x or need_w:
-        _C.conv(
-            dtype == torch.float64,
-            shape,
-            out,
-            fmt == torch.channels_last,
-            strided(x, "x"),
-            vector(weight, "weight", dtype, weight.numel()),
-            0,
-            0,
-            strided(dy, "the gradient"),
-            fresh(dx),
-            fresh(dw),
-            fresh(db),
-            torch.get_num_threads(),
-        )
-    return dx, dw, db
-
-
-def _shape_of(x: Tensor, weight: Tensor, conv: Conv) -> Shape:
-    (sh, sw), (ph, pw), (dh, dw), _ = conv
-    return shape_of(x, (weight.shape[2], weight.shape[3]), Geometry((sh, sw), (ph, pw), (dh, dw)))
 
 
 def _torch_backward(

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 import l0kernels as l0
 from l0kernels import Gates
 from l0kernels._native import native
-from l0kernels.impl import im2col
+from l0kernels.impl import few_channels, im2col
 from l0kernels.impl.im2col import Geometry
 
 pytestmark = [
@@ -46,8 +46,8 @@ def case(name, dtype=torch.float32):
 
 
 def run(x, weight, bias, conv, fmt, dy, need_x=True, need_w=True):
-    y = im2col.convolve(x, weight, bias, conv, fmt)
-    return y, *im2col.convolve_grad(dy, x, weight, conv, fmt, need_x, need_w)
+    y = few_channels.convolve(x, weight, bias, conv, fmt)
+    return y, *few_channels.convolve_grad(dy, x, weight, conv, fmt, need_x, need_w)
 
 
 def near(got, expected, like):
@@ -70,7 +70,11 @@ def test_against_torch(isa, name, dtype):
     for fmt in FORMATS:
         y, dx, dw, db = run(x, weight, bias, conv, fmt, dy)
         near(y, right.detach(), sums[0])
-        near(im2col.convolve(x, weight, None, conv, fmt), (right - exact[2][:, None, None]).detach(), sums[0])
+        near(
+            few_channels.convolve(x, weight, None, conv, fmt),
+            (right - exact[2][:, None, None]).detach(),
+            sums[0],
+        )
         for got, expected, like in zip((dx, dw, db), grads, (sums[1], sums[2], sums[2]), strict=True):
             near(got, expected, like)
         for t in (y, dx):
@@ -82,7 +86,7 @@ def test_against_torch(isa, name, dtype):
 def test_threads_do_not_change_a_bit(isa, name, threads):
     x, weight, bias, conv = case(name)
     for fmt in FORMATS:
-        dy = torch.randn_like(im2col.convolve(x, weight, bias, conv, fmt))
+        dy = torch.randn_like(few_channels.convolve(x, weight, bias, conv, fmt))
         first = run(x, weight, bias, conv, fmt, dy)
         for number in (2, 3, 5):
             threads(number)
@@ -109,7 +113,7 @@ def test_large_images_have_their_gradient_from_torch(isa, monkeypatch):
     (expected,) = torch.autograd.grad(right, exact, dy.double())
     for fmt in FORMATS:
         _, *own = run(x, weight, bias, conv, fmt, dy)
-        monkeypatch.setattr(im2col, "PATCHES", 1)
+        monkeypatch.setattr(few_channels, "PATCHES", 1)
         _, dx, dw, db = run(x, weight, bias, conv, fmt, dy)
         monkeypatch.undo()
         near(dx, expected, 36)
@@ -141,7 +145,7 @@ def test_nan_and_infinity_pass(isa):
     x[1, 0, 3, 4], x[2, 0, 13, 13] = float("nan"), float("inf")
     for fmt in FORMATS:
         right = F.conv2d(x.double(), weight.double(), bias.double(), *conv)
-        y = im2col.convolve(x, weight, bias, conv, fmt)
+        y = few_channels.convolve(x, weight, bias, conv, fmt)
         assert torch.equal(y.isnan(), right.isnan())
         assert torch.equal(y.isinf(), right.isinf())
 
@@ -149,7 +153,7 @@ def test_nan_and_infinity_pass(isa):
 def test_which_convolutions(isa):
     def serves(ins, outs, kernel=(3, 3), groups=1, dtype=torch.float32, like=torch.empty):
         x, weight = like(2, ins, 9, 9, dtype=dtype), torch.empty(outs, ins // groups, *kernel, dtype=dtype)
-        return im2col.few_channels(x, weight, ([1, 1], [0, 0], [1, 1], groups))
+        return few_channels.serves(x, weight, ([1, 1], [0, 0], [1, 1], groups))
 
     few = isa != "base"
     assert serves(20, 50) == serves(1, 20, (5, 5)) == serves(3, 64) == few
@@ -171,7 +175,7 @@ class Named(torch.Tensor):
 @pytest.mark.parametrize("fmt", FORMATS)
 def test_gated_layers_are_computed_so(isa, fmt, monkeypatch):
     """Both operators, and the layers of packed channels; the rule has no say in what comes out."""
-    monkeypatch.setattr(im2col, "_few", lambda *_: True)
+    monkeypatch.setattr(few_channels, "_few", lambda *_: True)
     x = torch.randn(4, 6, 8, 8).contiguous(memory_format=fmt)
     weight, bias = torch.randn(9, 6, 3, 3), torch.randn(9)
     ins = [0.0, 1, 0.5, 0, 1, 1], [0.0] * 6, [0.0] * 5 + [0.3]

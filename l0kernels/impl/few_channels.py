@@ -1,0 +1,127 @@
+"""Convolutions of few channels on a CPU, of images in any memory format, by csrc/conv.h.
+
+Patches are never whole in memory, and nothing is compiled for a new number of channels.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .._checks import PLAIN
+from .._native import native as _C
+from . import im2col
+from .memory import fresh, optional, plain, strided, vector
+
+PATCHES = 1 << 21
+"""Bytes of the gradients of an image's patches that csrc adds up before they leave the cache."""
+
+Conv = tuple[list[int], list[int], list[int], int]
+"""stride, padding, dilation and groups."""
+
+
+def serves(x: Tensor, weight: Tensor, conv: Conv) -> bool:
+    """Whether csrc computes a convolution of all of x's channels faster than torch."""
+    (out, _, kh, kw), C = weight.shape, x.shape[1]
+    return (
+        conv[3] == 1
+        and 1 < kh * kw <= im2col.MOST_TAPS
+        and x.dtype == weight.dtype
+        and im2col.serves(x.dtype)
+        and type(x) in PLAIN
+        and type(weight) in PLAIN
+        and _few(C, out, x.element_size())
+    )
+
+
+def _few(C: int, out: int, itemsize: int) -> bool:
+    """oneDNN's vectors are channels on both sides: where these fill them it is the fastest. Those of csrc are
+    positions and taps: it is, where a quarter or more of oneDNN's products would be for nothing."""
+    width = 0 if _C is None else _VECTOR_BYTES.get(_C.isa(), 0) // itemsize
+    if C == 0 or out == 0 or width == 0:
+        return False
+    return 4 * C * out <= 3 * _filled(C, width) * _filled(out, width)
+
+
+_VECTOR_BYTES = {"avx2": 32, "avx512": 64}
+
+
+def _filled(n: int, width: int) -> int:
+    return -(-n // width) * width
+
+
+def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, conv: Conv, fmt: torch.memory_format) -> Tensor:
+    """conv2d of x in a memory format, which y gets, too."""
+    x, weight = plain(x).contiguous(memory_format=fmt), plain(weight).contiguous()
+    shape, out, dtype = _shape_of(x, weight, conv), weight.shape[0], x.dtype
+    y = torch.empty((shape[0], out, *shape[12:]), dtype=dtype, memory_format=fmt)
+    if y.numel():
+        bias = None if bias is None else plain(bias).contiguous()
+        _C.conv(
+            dtype == torch.float64,
+            shape,
+            out,
+            fmt == torch.channels_last,
+            strided(x, "x"),
+            vector(weight, "weight", dtype, weight.numel()),
+            optional(bias, "bias", dtype, out),
+            fresh(y),
+            0,
+            0,
+            0,
+            0,
+            torch.get_num_threads(),
+        )
+    return y
+
+
+def convolve_grad(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    conv: Conv,
+    fmt: torch.memory_format,
+    need_x: bool,
+    need_w: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """dx, and dweight with dbias; dx of large images is torch's."""
+    x, weight = plain(x).contiguous(memory_format=fmt), plain(weight).contiguous()
+    dy = plain(dy).contiguous(memory_format=fmt)
+    shape, out, dtype = _shape_of(x, weight, conv), weight.shape[0], x.dtype
+    if need_x and shape[12] * shape[13] * weight[:1].numel() * x.element_size() > PATCHES:
+        stride, padding, dilation, groups = conv
+        dx, _, _ = torch.ops.aten.convolution_backward(
+            dy, x, weight, None, stride, padding, dilation, False, [0, 0], groups, [True, False, False]
+        )
+        _, dw, db = convolve_grad(dy, x, weight, conv, fmt, False, need_w)
+        return dx.contiguous(memory_format=fmt), dw, db
+    dx = torch.empty(x.shape, dtype=dtype, memory_format=fmt) if need_x else None
+    dw, db = (torch.empty(weight.shape, dtype=dtype), x.new_empty(out)) if need_w else (None, None)
+    if not dy.numel():
+        for grad in (dx, dw, db):
+            if grad is not None:
+                grad.zero_()
+    elif need_x or need_w:
+        _C.conv(
+            dtype == torch.float64,
+            shape,
+            out,
+            fmt == torch.channels_last,
+            strided(x, "x"),
+            vector(weight, "weight", dtype, weight.numel()),
+            0,
+            0,
+            strided(dy, "the gradient"),
+            fresh(dx),
+            fresh(dw),
+            fresh(db),
+            torch.get_num_threads(),
+        )
+    return dx, dw, db
+
+
+def _shape_of(x: Tensor, weight: Tensor, conv: Conv) -> im2col.Shape:
+    (sh, sw), (ph, pw), (dh, dw), _ = conv
+    return im2col.shape_of(
+        x, (weight.shape[2], weight.shape[3]), im2col.Geometry((sh, sw), (ph, pw), (dh, dw))
+    )
