@@ -89,7 +89,7 @@ class Setting(NamedTuple):
 LENET300, LENET5 = train_lenet300.EXAMPLE, train_lenet5.EXAMPLE
 SETTINGS = {
     "lenet300": Setting(LENET300, (0.1, 0.1, 0.1), "219-214-100", 1.4),
-    "lenet300-apart": Setting(LENET300, (0.1, 0.3, 0.4), "266-88-33", 1.8),
+    "lenet300-apart": Setting(LENET300, (0.1, 0.4, 4.0), "266-88-33", 1.8),
     "lenet5": Setting(LENET5, (0.1, 0.1, 0.1, 0.1), "20-25-45-462", 0.9),
     "lenet5-apart": Setting(LENET5, (10.0, 0.5, 0.1, 10.0), "9-18-65-25", 1.0),
     "lenet300-budget": Setting(LENET300, (), "219-214-100", 1.4, 60),

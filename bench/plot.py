@@ -75,8 +75,9 @@ class Picture(NamedTuple):
         return self.out.is_file() and self.origin in self.out.read_text()
 
 
-def card(width: int, height: int, title: str, rows: Sequence[Row]) -> Figure:
+def card(width: int, height: int, title: str, rows: Sequence[Row], commits: bool = True) -> Figure:
     """A figure of so many px without axes: a light card, legible on any page, and where the rows are from."""
+    rows = rows if commits else [row | {"commit": ""} for row in rows]
     figure = Figure(figsize=(width * PX, height * PX), dpi=72)
     box = FancyBboxPatch(
         (1, 1),
@@ -294,7 +295,8 @@ def draw_paper(runs: Sequence[Row], epochs: Sequence[Row]) -> Figure:
     nets = [net for net in paper.SETTINGS if any(row["net"] == net for row in runs)]
     columns = min(2, len(nets))
     height = 80 + 250 * -(-len(nets) // columns)
-    figure = card(WIDTH, height, "The paper's nets, by epoch, as shares of the dense net", runs)
+    title = "The paper's nets, by epoch, as shares of the dense net"
+    figure = card(WIDTH, height, title, runs, commits=False)
     for net, axis in zip(nets, grid(figure, len(nets), columns, right=112), strict=True):
         setting = paper.SETTINGS[net]
         part = [row for row in epochs if row["net"] == net and row["lambdas"] == setting.told]
@@ -313,7 +315,7 @@ def draw_paper(runs: Sequence[Row], epochs: Sequence[Row]) -> Figure:
         axis.set_xlabel("epoch")
         axis.set_ylabel("share of dense")
         told = paper.brief(setting.told)
-        title = told if told == paper.BUDGET else f"lambda {told}"
+        title = f"lambda {told}" if setting.lambdas else f"budget to {setting.open}"
         axis.set_title(f"{setting.example.title}, {title}", fontsize=12)
         colors = {"step time": OURS, "E[FLOPs]": OTHER}
         name_lines(axis, [("dense", 1.0, FAINT), *((name, end, colors[name]) for name, end in ends.items())])
