@@ -407,10 +407,16 @@ class _Convolution(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        _ops.refuse_second_derivative("packed_conv2d")
         (x, weight), (own, conv, fmt) = ctx.saved_tensors, ctx.settings
         need_x, need_w, need_b = ctx.needs_input_grad[:3]
-        dx, dw, db = own.convolve_grad(dy, x, weight, conv, fmt, need_x, need_w or need_b)
+        if torch.is_grad_enabled():  # torch's has derivatives of its own
+            stride, padding, dilation, groups = conv
+            sizes, needs = [weight.shape[0]] if need_b else None, [need_x, need_w, need_b]
+            dx, dw, db = torch.ops.aten.convolution_backward(
+                dy, x, weight, sizes, stride, padding, dilation, False, [0, 0], groups, needs
+            )
+        else:
+            dx, dw, db = own.convolve_grad(dy, x, weight, conv, fmt, need_x, need_w or need_b)
         return dx, dw if need_w else None, db if need_b else None, None, None, None
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .._checks import PLAIN
+from .._compat import count_modes
 from .._native import native as _C
 from . import im2col
 from .memory import fresh, optional, plain, strided, vector
@@ -21,7 +22,10 @@ Conv = tuple[list[int], list[int], list[int], int]
 
 
 def serves(x: Tensor, weight: Tensor, conv: Conv) -> bool:
-    """Whether csrc computes a convolution of all of x's channels faster than torch."""
+    """Whether csrc computes a convolution of all of x's channels faster than torch.
+
+    What watches torch's operations, as its counter of FLOPs does, is to see one.
+    """
     (out, _, kh, kw), C = weight.shape, x.shape[1]
     return (
         conv[3] == 1
@@ -30,6 +34,7 @@ def serves(x: Tensor, weight: Tensor, conv: Conv) -> bool:
         and im2col.serves(x.dtype)
         and type(x) in PLAIN
         and type(weight) in PLAIN
+        and not count_modes()
         and _few(C, out, x.element_size())
     )
 
