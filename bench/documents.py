@@ -7,7 +7,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = {
     "README.md": ("nets",),
-    "docs/benchmarks.md": ("cpu", "cpu-ms", "gpu", "gpu-ms", "paper"),
+    "docs/benchmarks.md": ("cpu", "cpu-ms", "gpu", "gpu-ms", "paper", "wrn"),
     "docs/guides/proximal.md": ("proximal", "proximal-steps", "proximal-operators"),
 }
 """Who shows tables, and which of them it must."""

@@ -2,7 +2,7 @@
 <device>-speedup.svg: how many times faster than torch.nn a work is computed, against the share of open
 gates; <device>-training.csv gives <device>-training.svg: step time over training runs; and the whole nets
 of all CPUs together give nets-cpu.svg: their step time against the share of open gates. The runs of paper.py
-give paper.svg, by epoch, and those of wrn.py wrn.svg. --check draws nothing and says which pictures are older
+give paper.svg, by epoch, those of wrn.py steps.svg. --check draws nothing and says which pictures are older
 than their rows."""
 
 import hashlib

@@ -1,8 +1,8 @@
 """Step time of WRN-28-10 (Louizos, Welling & Kingma, ICLR 2018, section 4.2) on the way of its training: from
 droprate_init = .3 on its gates close, here all alike, on random images of CIFAR-10's size. A whole step, with
 forward, backward, penalty and Nesterov SGD, gates drawn anew each time, by turns with one of the dense net.
-One row a point in bench/results/wrn.csv. Says nothing of accuracy: examples/train_wrn.py does, with CIFAR-10
-at hand."""
+One row a point in bench/results/wrn/steps.csv. Says nothing of accuracy: examples/train_wrn.py does, with
+CIFAR-10 at hand."""
 
 import sys
 import time
@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT / "examples"))
 import data  # noqa: E402
 import train_wrn  # noqa: E402
 
-PATH = RESULTS / "wrn.csv"
+PATH = RESULTS / "wrn" / "steps.csv"
 COMMON = ("date", "commit", "device", "cores", "torch", "environment", "python")
 FIELDS = (
     *(*COMMON, "order", "depth", "width", "batch", "threads", "p_open", "expected_flops"),
@@ -140,7 +140,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--csv", type=Path, default=PATH, help="default bench/results/wrn.csv; written anew")
+    parser.add_argument(
+        "--csv", type=Path, default=PATH, help="default bench/results/wrn/steps.csv; written anew"
+    )
     args = parser.parse_args(argv)
     device = torch.device(args.device)
     common = {name: common_fields(args.device)[name] for name in COMMON}
@@ -150,6 +152,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for order in ORDERS:
             found = curve(order, args.depth, args.width, args.batch, args.rounds, device)
             rows += [common | row for row in found]
+    args.csv.parent.mkdir(parents=True, exist_ok=True)
     args.csv.unlink(missing_ok=True)
     append(args.csv, rows, FIELDS)
     print(table(rows))
