@@ -123,7 +123,10 @@ class TestAgainstTheFormula:
     @pytest.mark.parametrize("name", GEOMETRIES)
     def test_geometries_sides_and_layouts(self, backend, name, way):
         for sides, layout in itertools.product(SIDES, ("contiguous", "channels_last")):
-            check(name, sides, way=way, layout=layout, slack=2)  # dz sums up taps, outputs and positions
+            # csrc sums up the positions in another order than torch; the rest is held to the bound.
+            check(
+                name, sides, way=way, layout=layout, slack=2 if (backend, name) == ("cpp", "dilation") else 1
+            )
 
     @pytest.mark.covering(1)
     @pytest.mark.parametrize("way", WAYS)
