@@ -59,24 +59,10 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, conv: Conv, fmt: to
     """conv2d of x in a memory format, which y gets, too."""
     x, weight = plain(x).contiguous(memory_format=fmt), plain(weight).contiguous()
     shape, out, dtype = _shape_of(x, weight, conv), weight.shape[0], x.dtype
-    y = torch.empty((shape[0], out, *shape[12:]), dtype=dtype, memory_format=fmt)
+    y = torch.empty((shape[0], out, *shape[12:]), dtype=dtype, device=x.device, memory_format=fmt)
     if y.numel():
         bias = None if bias is None else plain(bias).contiguous()
-        _C.conv(
-            dtype == torch.float64,
-            shape,
-            out,
-            fmt == torch.channels_last,
-            strided(x, "x"),
-            vector(weight, "weight", dtype, weight.numel()),
-            optional(bias, "bias", dtype, out),
-            fresh(y),
-            0,
-            0,
-            0,
-            0,
-            torch.get_num_threads(),
-        )
+        _run(x, weight, shape, fmt, optional(bias, "bias", dtype, out), fresh(y), 0, 0, 0, 0)
     return y
 
 
@@ -92,7 +78,7 @@ def convolve_grad(
     """dx, and dweight with dbias; dx of large images is torch's."""
     x, weight = plain(x).contiguous(memory_format=fmt), plain(weight).contiguous()
     dy = plain(dy).contiguous(memory_format=fmt)
-    shape, out, dtype = _shape_of(x, weight, conv), weight.shape[0], x.dtype
+    shape, out = _shape_of(x, weight, conv), weight.shape[0]
     if need_x and shape[12] * shape[13] * weight[:1].numel() * x.element_size() > PATCHES:
         stride, padding, dilation, groups = conv
         dx, _, _ = torch.ops.aten.convolution_backward(
@@ -100,29 +86,22 @@ def convolve_grad(
         )
         _, dw, db = convolve_grad(dy, x, weight, conv, fmt, False, need_w)
         return dx.contiguous(memory_format=fmt), dw, db
-    dx = torch.empty(x.shape, dtype=dtype, memory_format=fmt) if need_x else None
-    dw, db = (torch.empty(weight.shape, dtype=dtype), x.new_empty(out)) if need_w else (None, None)
+    dx = torch.empty_like(x, memory_format=fmt) if need_x else None
+    dw, db = (torch.empty_like(weight), x.new_empty(out)) if need_w else (None, None)
     if not dy.numel():
         for grad in (dx, dw, db):
             if grad is not None:
                 grad.zero_()
     elif need_x or need_w:
-        _C.conv(
-            dtype == torch.float64,
-            shape,
-            out,
-            fmt == torch.channels_last,
-            strided(x, "x"),
-            vector(weight, "weight", dtype, weight.numel()),
-            0,
-            0,
-            strided(dy, "the gradient"),
-            fresh(dx),
-            fresh(dw),
-            fresh(db),
-            torch.get_num_threads(),
-        )
+        _run(x, weight, shape, fmt, 0, 0, strided(dy, "the gradient"), fresh(dx), fresh(dw), fresh(db))
     return dx, dw, db
+
+
+def _run(x: Tensor, weight: Tensor, shape: im2col.Shape, fmt: torch.memory_format, *addresses: int) -> None:
+    """csrc's, of the bias and y, or of dy, dx, dweight and dbias."""
+    is_double, out, last = x.dtype == torch.float64, weight.shape[0], fmt == torch.channels_last
+    operands = strided(x, "x"), vector(weight, "weight", x.dtype, weight.numel())
+    _C.conv(is_double, shape, out, last, *operands, *addresses, torch.get_num_threads())
 
 
 def _shape_of(x: Tensor, weight: Tensor, conv: Conv) -> im2col.Shape:

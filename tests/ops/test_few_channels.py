@@ -212,3 +212,14 @@ def test_native_code_refuses_what_does_not_fit():
         native.conv(False, good, -1, True, at, at, at, at, 0, 0, 0, 0, 1)
     with pytest.raises(ValueError, match="at most 64 taps, got 81"):
         native.conv(False, wide, 2, True, at, at, 0, 0, at, at, 0, 0, 1)
+
+
+@pytest.mark.parametrize("fmt", [torch.contiguous_format, torch.channels_last])
+def test_results_lie_where_x_does(fmt):
+    """Whatever device torch makes tensors on by default."""
+    x, weight, bias, conv = case(next(iter(SHAPES)))
+    dy = torch.randn_like(few_channels.convolve(x, weight, bias, conv, fmt))
+    expected = run(x, weight, bias, conv, fmt, dy)
+    with torch.device("meta"):
+        got = run(x, weight, bias, conv, fmt, dy)
+    assert all(map(torch.equal, got, expected))
