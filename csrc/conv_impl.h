@@ -266,37 +266,11 @@ void transpose(const T* __restrict src, int64_t src_row, T* __restrict dst, int6
     }
 }
 
-// c (MR x NV vectors, rows c_row apart) = or += a times b: a (kc, MR), rows a_row apart; b (kc, kNR).
+// Of operands that lie where they are, with rows of any distance.
 template <typename T, int MR, int NV>
 void panel_kernel(int64_t kc, const T* __restrict a, int64_t a_row, const T* __restrict b, T* __restrict c,
                   int64_t c_row, bool accumulate) {
-  using V = typename Vec<T>::type;
-  constexpr int W = Vec<T>::width;
-  V acc[MR][NV];
-#pragma GCC unroll 14
-  for (int i = 0; i < MR; ++i)
-#pragma GCC unroll 2
-    for (int j = 0; j < NV; ++j) acc[i][j] = V{};
-  for (int64_t k = 0; k < kc; ++k) {
-    V bv[NV];
-#pragma GCC unroll 2
-    for (int j = 0; j < NV; ++j) bv[j] = load(b + j * W);
-#pragma GCC unroll 14
-    for (int i = 0; i < MR; ++i) {
-      const V av = a[i] - V{};  // broadcast
-#pragma GCC unroll 2
-      for (int j = 0; j < NV; ++j) acc[i][j] += av * bv[j];
-    }
-    a += a_row;
-    b += kNR<T>;
-  }
-#pragma GCC unroll 14
-  for (int i = 0; i < MR; ++i)
-#pragma GCC unroll 2
-    for (int j = 0; j < NV; ++j) {
-      T* const to = c + i * c_row + j * W;
-      store(to, accumulate ? load(to) + acc[i][j] : acc[i][j]);
-    }
+  tile_product<T, MR, NV>(kc, a, a_row, b, c, c_row, accumulate);
 }
 
 template <typename T>

@@ -37,10 +37,11 @@ inline void store(T* p, typename Vec<T>::type v) {
   *reinterpret_cast<typename Vec<T>::unaligned*>(p) = v;
 }
 
-// tile (MR x kNR, row-major) = or += A panel (kc x MR) times B panel (kc x kNR), NV of the panel's vectors.
+// C (MR x NV vectors, rows c_row apart) = or += A (kc x MR, rows a_row apart) times B panel (kc x kNR).
 template <typename T, int MR, int NV>
-void micro_kernel(int64_t kc, const T* __restrict a, const T* __restrict b, T* __restrict tile,
-                  bool accumulate) {
+inline __attribute__((always_inline)) void tile_product(int64_t kc, const T* __restrict a, int64_t a_row,
+                                                        const T* __restrict b, T* __restrict c, int64_t c_row,
+                                                        bool accumulate) {
   using V = typename Vec<T>::type;
   constexpr int W = Vec<T>::width;
   V acc[MR][NV];
@@ -58,16 +59,23 @@ void micro_kernel(int64_t kc, const T* __restrict a, const T* __restrict b, T* _
 #pragma GCC unroll 2
       for (int j = 0; j < NV; ++j) acc[i][j] += av * bv[j];
     }
-    a += MR;
+    a += a_row;
     b += kNR<T>;
   }
 #pragma GCC unroll 14
   for (int i = 0; i < MR; ++i)
 #pragma GCC unroll 2
     for (int j = 0; j < NV; ++j) {
-      T* const t = tile + i * kNR<T> + j * W;
-      store(t, accumulate ? load(t) + acc[i][j] : acc[i][j]);
+      T* const to = c + i * c_row + j * W;
+      store(to, accumulate ? load(to) + acc[i][j] : acc[i][j]);
     }
+}
+
+// tile (MR x kNR, row-major) = or += A panel (kc x MR) times B panel, NV of the panel's vectors.
+template <typename T, int MR, int NV>
+void micro_kernel(int64_t kc, const T* __restrict a, const T* __restrict b, T* __restrict tile,
+                  bool accumulate) {
+  tile_product<T, MR, NV>(kc, a, MR, b, tile, kNR<T>, accumulate);
 }
 
 template <typename T>
