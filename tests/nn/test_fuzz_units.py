@@ -40,7 +40,18 @@ def test_nets_are_of_every_kind():
         seen["a layer twice"] += max(uses.values()) > 1
         seen["two results"] += net.two
     kinds = ["Conv2d", "ConvTranspose2d", "Linear", "Embedding", "BatchNorm2d", "BatchNorm1d", "GroupNorm"]
-    kinds += ["InstanceNorm2d", "LayerNorm", "RMSNorm", "PReLU", "add", "cat", "glu", "shuffle", "last"]
+    kinds += [
+        "InstanceNorm2d",
+        "LayerNorm",
+        "LayerNorm2d",
+        "RMSNorm",
+        "PReLU",
+        "add",
+        "cat",
+        "glu",
+        "shuffle",
+        "last",
+    ]
     kinds += ["squeeze", "value", "attention", "pool", "a layer twice", "two results"]
     kinds += ["RNN", "GRU", "LSTM", "RNNCell", "GRUCell", "LSTMCell", "recurrent"]
     kinds += ["all", "last", "cell", "given", "packed"]

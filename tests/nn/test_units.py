@@ -232,7 +232,7 @@ GROUPS = {
         "body.6.convs.1": 2,
     },
     "unet": {"down1.0": 4, "down2.0": 5, "bottom.0": 6, "up2": 5, "mix2.0": 5, "up1": 4, "mix1.0": 4},
-    "convnext": {"body.0": 4, "body.1.up": 8, "body.2.up": 8},
+    "convnext": {"body.0": 4, "body.2.up": 8, "body.4": 6, "body.5.up": 12},
     "mixer": {"patch": 4, "blocks.0.channels.0": 6, "blocks.1.channels.0": 6},
     "vgg": {"features.0": 4, "features.3": 5, "head.0": 6},
     "resnext": {"body.0.0": 4, "body.1.a": 3, "body.1.c": 8, "body.2.a": 3, "body.2.c": 8},

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+import unit_nets
 import unit_oracle
 from torch import nn
 from torch.nn import functional as F
@@ -137,6 +138,24 @@ class Scaled(RMSNorm):
 Scaled.__name__ = "ScaledRMSNorm"
 
 
+class EitherLayerNorm(nn.LayerNorm):
+    """Of the channels of images, and of the last features of rows."""
+
+    def forward(self, x):
+        return super().forward(x.movedim(1, -1)).movedim(-1, 1) if x.ndim == 4 else super().forward(x)
+
+
+class ShiftedLayerNorm(nn.LayerNorm):
+    def forward(self, x):
+        return super().forward(x) + self.weight
+
+
+def as_image(norms, a, b):
+    """Units are the channels of an image that is as wide."""
+    image = a.movedim(-1, 1).unsqueeze(-1) * torch.ones(6)
+    return norms[0](image).sum(-1).movedim(1, -1) + norms[1](b)
+
+
 class Conv1D(nn.Module):
     """As GPT-2 has it, but for `scale`."""
 
@@ -198,6 +217,9 @@ NETS = {
     "norms with gates": lambda: Normed(lambda norms, a, b: norms[0](a, b), RMSNorm()),
     "norms with gates by name": lambda: Normed(lambda norms, a, b: norms[0](a, gate=b), RMSNorm()),
     "norms by name": lambda: Normed(lambda norms, a, b: norms[0](hidden_states=a) + b, RMSNorm()),
+    "norms of channels": lambda: Normed(as_image, unit_nets.LayerNorm2d(6), nn.LayerNorm(6)),
+    "norms by rank": lambda: Normed(as_image, *(EitherLayerNorm(6) for _ in range(2))),
+    "norms and a weight": lambda: Normed(in_turn, nn.LayerNorm(6), ShiftedLayerNorm(6)),
     "layers by name": lambda: Normed(lambda parts, a, b: parts[0](input=a), nn.Linear(6, 6)),
     "layers of other settings": lambda: Normed(in_turn, Conv1D(6, 6), Conv1D(6, 6, scale=2.0)),
 }

@@ -384,13 +384,16 @@ def test_groups_that_meet_a_size_in_a_forward_stay_whole(net, shape, whole, narr
 class SizeBehindNorm(nn.Module):
     """A view knows how many features the first norm has; those of the other one may go."""
 
-    def __init__(self, norm):
+    def __init__(self, norm, images=False):
         super().__init__()
         self.a, self.norm, self.b = nn.Linear(4, 8), norm, nn.Linear(8, 8)
         self.free, self.c = nn.LayerNorm(8), nn.Linear(8, 2)
+        self.images = images
 
     def forward(self, x):
-        return self.c(self.free(self.b(self.norm(self.a(x)).view(-1, 8))))
+        x = self.a(x)
+        x = self.norm(x[:, :, None, None]).flatten(1) if self.images else self.norm(x)
+        return self.c(self.free(self.b(x.view(-1, 8))))
 
 
 @pytest.mark.parametrize(
@@ -400,6 +403,9 @@ class SizeBehindNorm(nn.Module):
         nn.LayerNorm(8, elementwise_affine=False),
         nn.RMSNorm(8),
         unit_nets.OwnRMSNorm(8),
+        unit_nets.ChannelsLayerNorm(8, "channels_last"),
+        unit_nets.ChannelsLayerNorm(8, "channels_first"),
+        unit_nets.LayerNorm2d(8),
         nn.GroupNorm(2, 8),
         nn.GroupNorm(4, 8, affine=False),
     ],
@@ -407,7 +413,8 @@ class SizeBehindNorm(nn.Module):
 )
 @pytest.mark.parametrize("closed", [0.5, 0.1, 0.99])
 def test_norms_of_units_that_stay_whole_are_over_the_open_ones(norm, closed):
-    model, x = SizeBehindNorm(copy.deepcopy(norm)).double(), torch.randn(3, 4, dtype=torch.float64)
+    images = isinstance(norm, unit_nets.LayerNorm2d) or getattr(norm, "data_format", "") == "channels_first"
+    model, x = SizeBehindNorm(copy.deepcopy(norm), images).double(), torch.randn(3, 4, dtype=torch.float64)
     for parameter in model.norm.parameters():
         nn.init.normal_(parameter)
     l0.nn.gate_(model, x)
@@ -423,7 +430,9 @@ def test_norms_of_units_that_stay_whole_are_over_the_open_ones(norm, closed):
     assert_same(small(x), model(x))
     assert small.a.out_features == 8
     assert small.b.out_features < 8
-    assert isinstance(small.norm, nn.RMSNorm if isinstance(norm, unit_nets.OwnRMSNorm) else type(norm))
+    of_libraries = {unit_nets.OwnRMSNorm: nn.RMSNorm}
+    of_libraries |= dict.fromkeys((unit_nets.ChannelsLayerNorm, unit_nets.LayerNorm2d), nn.LayerNorm)
+    assert isinstance(small.norm, of_libraries.get(type(norm), type(norm)))
     assert small.norm.opened.tolist() == [i for i in range(8) if i % gate.n >= gone]  # a unit in each group
     assert type(small.free) is nn.LayerNorm
     assert_same(pickle.loads(pickle.dumps(small))(x), model(x))

@@ -12,6 +12,7 @@ from typing import Any
 
 import fuzz_attention
 import torch
+import unit_nets
 import unit_oracle
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -326,6 +327,7 @@ class Net(nn.Module):
         elif kind == "norm":
             norms = [nn.BatchNorm2d(units), nn.BatchNorm2d(units, affine=False), nn.GroupNorm(1, units)]
             norms += [nn.InstanceNorm2d(units, affine=True), nn.GroupNorm(units, units), nn.PReLU(units)]
+            norms += [unit_nets.LayerNorm2d(units)]
             norms += [nn.GroupNorm(2, units)] if units % 2 == 0 else []
             norms += [nn.BatchNorm2d(units, track_running_stats=False), nn.BatchNorm2d(units, momentum=None)]
             self.add(self.layer(rng.choice(norms)))

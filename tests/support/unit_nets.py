@@ -242,6 +242,30 @@ def vgg() -> Example:
     return VGG(), (image(),)
 
 
+class LayerNorm2d(nn.LayerNorm):
+    """As torchvision and timm have it: of the channels of images."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.permute(0, 2, 3, 1)
+        return F.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps).permute(0, 3, 1, 2)
+
+
+class ChannelsLayerNorm(nn.Module):
+    """As ConvNeXt's authors have it, by a setting of either format."""
+
+    def __init__(self, width: int, data_format: str) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.rand(width)), nn.Parameter(torch.rand(width))
+        self.eps, self.normalized_shape, self.data_format = 1e-6, (width,), data_format
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.data_format == "channels_last":
+            return F.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
+        centred = x - x.mean(1, keepdim=True)
+        x = centred / torch.sqrt(centred.pow(2).mean(1, keepdim=True) + self.eps)
+        return self.weight[:, None, None] * x + self.bias[:, None, None]
+
+
 class ConvNeXtBlock(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -258,7 +282,9 @@ class ConvNeXtBlock(nn.Module):
 
 @net
 def convnext() -> Example:
-    return Head(nn.Sequential(nn.Conv2d(3, 4, 2, 2), ConvNeXtBlock(4), ConvNeXtBlock(4)), 4), (image(),)
+    stem = nn.Conv2d(3, 4, 2, 2), LayerNorm2d(4, eps=1e-6)
+    down = ChannelsLayerNorm(4, "channels_first"), nn.Conv2d(4, 6, 2, 2)
+    return Head(nn.Sequential(*stem, ConvNeXtBlock(4), *down, ConvNeXtBlock(6)), 6), (image(),)
 
 
 class MixerBlock(nn.Module):

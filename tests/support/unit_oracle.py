@@ -61,6 +61,16 @@ def is_rms_norm(module: nn.Module) -> bool:
     return type(module).__name__.endswith(("RMSNorm", "T5LayerNorm"))
 
 
+def normed_dim(norm: nn.Module) -> int:
+    """Where a layer, group or RMS norm has its units."""
+    first = isinstance(norm, nn.GroupNorm) or type(norm).__name__.endswith("2d")
+    return 1 if first or getattr(norm, "data_format", None) == "channels_first" else -1
+
+
+def is_layer_norm(module: nn.Module) -> bool:
+    return isinstance(module, nn.LayerNorm) or type(module).__name__.endswith("LayerNorm")
+
+
 class Oracle:
     """The plain model under given gates.
 
@@ -141,15 +151,13 @@ class Oracle:
             found = [of(what, 0) for what in ("weight", "bias", "running_mean")]
             outs = next((one for one in found if one is not None), None)
             dim = 1
-            is_rms = is_rms_norm(module)
-            if is_rms or isinstance(
-                module, nn.LayerNorm | nn.GroupNorm | nn.modules.instancenorm._InstanceNorm
-            ):
-                dim = -1 if is_rms or isinstance(module, nn.LayerNorm) else 1
+            is_last = is_rms_norm(module) or is_layer_norm(module)
+            if is_last or isinstance(module, nn.GroupNorm | nn.modules.instancenorm._InstanceNorm):
+                dim = normed_dim(module)
                 key = (f"{name}.", 0)
                 if outs is None and key in self.members:
                     size = sum(index.numel() for _, index in self.members[key])
-                    size = module.normalized_shape[0] if dim == -1 else getattr(module, "num_channels", size)
+                    size = module.normalized_shape[0] if is_last else getattr(module, "num_channels", size)
                     outs = self.along(key, size)
                 if outs is not None and not isinstance(module, nn.modules.instancenorm._InstanceNorm):
                     support = (outs.detach() != 0).double()
@@ -185,17 +193,18 @@ def batch_normal(norm: Any, x: Tensor, is_open: Tensor) -> Tensor:
 
 def normal(norm: Any, x: Tensor, support: Tensor) -> Tensor:
     """LayerNorm, RMSNorm and GroupNorm of the open units."""
-    last = not isinstance(norm, nn.GroupNorm)
-    value, mask = x, expand(support, -1 if last else 1, x.ndim).expand_as(x)
-    if not last:
+    dim = over = normed_dim(norm)
+    value, mask = x, expand(support, dim, x.ndim).expand_as(x)
+    if isinstance(norm, nn.GroupNorm):
         value, mask = (t.reshape(len(x), norm.num_groups, -1) for t in (value, mask))
-    n = mask.sum(-1, keepdim=True).clamp(min=1)
-    mean = 0 if is_rms_norm(norm) else (value * mask).sum(-1, keepdim=True) / n
-    variance = ((value - mean).square() * mask).sum(-1, keepdim=True) / n
+        over = -1
+    n = mask.sum(over, keepdim=True).clamp(min=1)
+    mean = 0 if is_rms_norm(norm) else (value * mask).sum(over, keepdim=True) / n
+    variance = ((value - mean).square() * mask).sum(over, keepdim=True) / n
     eps = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
     eps = torch.finfo(x.dtype).eps if eps is None else eps
     y = ((value - mean) / torch.sqrt(variance + eps)).reshape(x.shape)
-    bias, dim = getattr(norm, "bias", None), -1 if last else 1
+    bias = getattr(norm, "bias", None)
     y = y if norm.weight is None else y * expand(norm.weight, dim, x.ndim)
     return y if bias is None else y + expand(bias, dim, x.ndim)
 

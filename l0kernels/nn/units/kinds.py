@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Hashable
-from functools import cache
+from collections.abc import Callable, Hashable
+from functools import cache, partial
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -88,15 +88,18 @@ _BASES: list[tuple[type[nn.Module], Kind]] = [
 ]
 
 
+_NORMS = tuple(Kind(name, spatial, own=True) for name in ("rms_norm", "layer_norm") for spatial in (0, 2))
+"""Of features at the last dimension, and of the channels of images."""
+
+
 @cache
-def _own_kind(cls: Hashable) -> Kind | None:
-    """Of a class with a forward of its own that is known by its name, as model libraries have them."""
-    name = cast(type, cls).__name__
-    if name == "Conv1D":  # of GPT-2: a linear layer whose weight is (in, out)
-        return Kind("linear", 0, 1, 0, own=True)
-    if name.endswith("RMSNorm") or name == "T5LayerNorm":
-        return Kind("rms_norm", own=True)
-    return None
+def _own_kinds(cls: Hashable) -> tuple[Kind, ...]:
+    """What a class with a forward of its own may be, by its name, as model libraries have them."""
+    cls = cast(type, cls)
+    if cls.__name__ == "Conv1D":  # of GPT-2: a linear layer whose weight is (in, out)
+        return (Kind("linear", 0, 1, 0, own=True),)
+    is_norm = issubclass(cls, nn.LayerNorm | nn.RMSNorm)
+    return _NORMS if is_norm or any(name in cls.__name__.lower() for name in ("rmsnorm", "layernorm")) else ()
 
 
 def _computes(module: nn.Module, kind: Kind) -> bool:
@@ -106,38 +109,65 @@ def _computes(module: nn.Module, kind: Kind) -> bool:
         return False
     if kind.is_norm and epsilon(module) is None:
         return False
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        layer = copy.copy(module)
+        like: Any = {"dtype": torch.float64, "device": "cpu"}
+        layer._parameters = {
+            name: None if p is None else nn.Parameter(torch.randn(p.shape, **like), False)
+            for name, p in module._parameters.items()
+        }
+        sizes = torch.tensor([[1e-3], [1], [1e3]], **like)  # it may clip, or add another epsilon
+        n = weight.shape[0]
+        rows = torch.randn(2, 3, n, **like) * sizes
+        given, bias = cast(Tensor, layer._parameters["weight"]), layer._parameters.get("bias")
+        if not kind.is_norm:
+            return _is_function(layer, lambda x: F.linear(x, given.T, bias), rows) is True
+        function = partial(normalised, kind, weight=given, bias=bias, eps=epsilon(module))
+        if kind.spatial:
+            return (
+                _is_function(layer, function, (torch.randn(2, 5, 3, n, **like) * sizes).movedim(3, 1)) is True
+            )
+        # Of images, as wide as they have channels, it may be another function, or none.
+        return _is_function(layer, function, rows) is True and (
+            _is_function(layer, function, torch.randn(2, n, 3, n, **like)) is not False
+        )
+
+
+def _is_function(layer: nn.Module, function: Callable[[Tensor], Tensor], x: Tensor) -> bool | None:
+    """Whether a layer computes a function of x, in both modes; None: it refuses x."""
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            layer = copy.copy(module)
-            like: Any = {"dtype": torch.float64, "device": "cpu"}
-            layer._parameters = {
-                name: None if p is None else nn.Parameter(torch.randn(p.shape, **like), False)
-                for name, p in module._parameters.items()
-            }
-            sizes = torch.tensor([[1e-3], [1], [1e3]], **like)  # it may clip, or add another epsilon
-            x = torch.randn(2, 3, weight.shape[0], **like) * sizes
-            given, bias = cast(Tensor, layer._parameters["weight"]), layer._parameters.get("bias")
-            if kind.is_norm:
-                expected = F.rms_norm(x, x.shape[-1:], given, epsilon(module))
-            else:
-                expected = F.linear(x, given.T, bias)
-            found = [type(module).forward(layer.train(mode), x) for mode in (True, False)]
-            return all(torch.allclose(y, expected, rtol=1e-5, atol=1e-5) for y in found)
+        found = [type(layer).forward(layer.train(mode), x) for mode in (True, False)]
+        return all(torch.allclose(y, function(x), rtol=1e-5, atol=1e-5) for y in found)
     except Exception:  # it takes something else
-        return False
+        return None
 
 
-_computed: dict[Any, bool] = {}
+def normalised(
+    kind: Kind, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float | None
+) -> Tensor:
+    """A layer or RMS norm of x, over the features of its kind."""
+    if kind.spatial:
+        return normalised(kind._replace(spatial=0), x.movedim(1, -1), weight, bias, eps).movedim(-1, 1)
+    if kind.name == "rms_norm":
+        return F.rms_norm(x, x.shape[-1:], weight, eps)
+    return F.layer_norm(x, x.shape[-1:], weight, bias, cast(float, eps))
+
+
+_computed: dict[Any, Kind | None] = {}
 _EVERY = {*vars(nn.Module())}
 _PLAIN = (bool, int, float, str, torch.Size, torch.dtype, type(None))
+
+
+def _is_plain(value: Any) -> bool:
+    return all(map(_is_plain, value)) if type(value) is tuple else isinstance(value, _PLAIN)
 
 
 def _settings(module: nn.Module) -> tuple[Any, ...] | None:
     """What a forward may go by besides parameters and inputs; None: more than can be compared."""
     values = [(name, value) for name, value in vars(module).items() if name not in _EVERY]
     sizes = [(name, None if p is None else p.shape) for name, p in module._parameters.items()]
-    return (*values, *sizes) if all(isinstance(value, _PLAIN) for _, value in values) else None
+    return (*values, *sizes) if all(_is_plain(value) for _, value in values) else None
 
 
 def epsilon(norm: Any) -> float | None:
@@ -160,19 +190,6 @@ def _has_own_weights(attention: Any) -> bool:
 def kind_of(module: nn.Module) -> Kind | None:
     """How `module` computes, None where it is no layer that is known, or has a forward of its own."""
     cls = type(module)
-    own = _own_kind(cast(Hashable, cls))
-    if own is not None and not isinstance(module, nn.RMSNorm):
-        if "forward" in module.__dict__ or not all(
-            isinstance(p, nn.Parameter) for p in module._parameters.values() if p is not None
-        ):
-            return None
-        settings = _settings(module)
-        if settings is None:
-            return None
-        key = cls, settings
-        if key not in _computed:
-            _computed[key] = _computes(module, own)
-        return own if _computed[key] else None
     for base, kind in _BASES:
         if not isinstance(module, base) or "forward" in module.__dict__ or cls.forward is not base.forward:
             continue
@@ -185,7 +202,24 @@ def kind_of(module: nn.Module) -> Kind | None:
         if getattr(module, "proj_size", 0):  # its outputs are other units than its cells
             return None
         return kind
-    return None
+    return _own_kind(module)
+
+
+def _own_kind(module: nn.Module) -> Kind | None:
+    """How a module with a forward of its own computes, if that is what its name says."""
+    cls = type(module)
+    own = _own_kinds(cast(Hashable, cls))
+    if not own or "forward" in module.__dict__:
+        return None
+    if not all(isinstance(p, nn.Parameter) for p in module._parameters.values() if p is not None):
+        return None
+    settings = _settings(module)
+    if settings is None:
+        return None
+    key = cls, settings
+    if key not in _computed:
+        _computed[key] = next((kind for kind in own if _computes(module, kind)), None)
+    return _computed[key]
 
 
 def recurrent_names(module: nn.Module) -> list[str]:

@@ -24,7 +24,7 @@ from ...linear import gated_linear
 from ...narrow import Sides, narrow_batch_norm, narrow_conv2d, narrow_depthwise, narrow_weight
 from ...norm import gated_group_norm, gated_layer_norm, gated_rms_norm
 from .draws import Draw, Present, Space
-from .kinds import Kind, epsilon
+from .kinds import Kind, epsilon, normalised
 from .narrow import Narrow, plain, refuse_function
 
 if TYPE_CHECKING:
@@ -93,6 +93,15 @@ def masked(draw: Draw, weight: Tensor, rows: Space | None, cols: Space | None, r
     assert cols is not None
     z = draw.scales(cols, weight.dtype).to(weight.dtype)
     return weight * _along(z, 1 - rows_dim, weight.ndim)
+
+
+def features(kind: Kind, x: Tensor) -> int:
+    """The dimension of x that a layer or RMS norm is over."""
+    if kind.spatial and x.ndim != 4:
+        raise ValueError(
+            f"x must be images (N, channels, height, width) for this norm, got {x.ndim} dimensions"
+        )
+    return x.ndim - 1 - kind.spatial
 
 
 class _Exact:
@@ -267,16 +276,12 @@ class _Exact:
         y = norm(x.index_select(dim, within), *affine)
         return self.leave(torch.zeros_like(x, dtype=y.dtype).index_copy(dim, within, y), dim)
 
-    def layer_norm(self, layer: nn.LayerNorm, x: Tensor) -> Tensor:
-        def norm(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-            return F.layer_norm(x, x.shape[-1:], weight, bias, layer.eps)
+    def layer_norm(self, layer: Any, x: Tensor) -> Tensor:
+        kind, eps = self.units.kind, epsilon(layer)
+        dim = features(kind, x)
+        return self.over_open(lambda x, *affine: normalised(kind, x, *affine, eps), layer, x, dim)
 
-        return self.over_open(norm, layer, x, x.ndim - 1)
-
-    def rms_norm(self, layer: Any, x: Tensor) -> Tensor:
-        return self.over_open(
-            lambda x, weight, _: F.rms_norm(x, x.shape[-1:], weight, epsilon(layer)), layer, x, x.ndim - 1
-        )
+    rms_norm = layer_norm
 
     def group_norm(self, layer: nn.GroupNorm, x: Tensor) -> Tensor:
         def norm(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -463,13 +468,18 @@ class _Static:
         weight, bias = (None if t is None else t * self.draw.mask(outs, t.dtype) for t in norm.affine)
         return weight, bias
 
-    def layer_norm(self, layer: nn.LayerNorm, x: Tensor) -> Tensor:
+    def layer_norm(self, layer: Any, x: Tensor) -> Tensor:
         gates = self.draw.gates(cast(Space, self.units.outs))
-        return gated_layer_norm(x, x.shape[-1:], layer.weight, layer.bias, layer.eps, gates=gates)
+        eps, bias = epsilon(layer), getattr(layer, "bias", None)
+        dim = features(self.units.kind, x)
+        x = x.movedim(dim, -1) if self.units.kind.spatial else x
+        if self.units.kind.name == "rms_norm":
+            y = gated_rms_norm(x, x.shape[-1:], layer.weight, eps, gates=gates)
+        else:
+            y = gated_layer_norm(x, x.shape[-1:], layer.weight, bias, cast(float, eps), gates=gates)
+        return y.movedim(-1, dim) if self.units.kind.spatial else y
 
-    def rms_norm(self, layer: Any, x: Tensor) -> Tensor:
-        gates = self.draw.gates(cast(Space, self.units.outs))
-        return gated_rms_norm(x, x.shape[-1:], layer.weight, epsilon(layer), gates=gates)
+    rms_norm = layer_norm
 
     def group_norm(self, layer: nn.GroupNorm, x: Tensor) -> Tensor:
         gates = self.draw.gates(cast(Space, self.units.outs))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .kinds import epsilon
+from .kinds import Kind, epsilon
 
 
 class OpenLayerNorm(nn.LayerNorm):
@@ -19,17 +19,19 @@ class OpenLayerNorm(nn.LayerNorm):
 
     Attributes:
         opened: (n,) int64, a buffer.
+        dim: of x that has the features.
     """
 
     opened: Tensor
+    dim = -1
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (..., features) -> the same shape."""
+        """x (..., features), or (N, features, height, width) where `dim` is 1 -> the same shape."""
         weight = None if self.weight is None else self.weight.index_select(0, self.opened)
         bias = None if self.bias is None else self.bias.index_select(0, self.opened)
-        some = x.index_select(-1, self.opened)
-        y = F.layer_norm(some, some.shape[-1:], weight, bias, self.eps)
-        return torch.zeros_like(x).index_copy(-1, self.opened, y)
+        some = x.index_select(self.dim, self.opened).movedim(self.dim, -1)
+        y = F.layer_norm(some, some.shape[-1:], weight, bias, self.eps).movedim(-1, self.dim)
+        return torch.zeros_like(x).index_copy(self.dim, self.opened, y)
 
 
 class OpenRMSNorm(nn.RMSNorm):
@@ -37,16 +39,18 @@ class OpenRMSNorm(nn.RMSNorm):
 
     Attributes:
         opened: (n,) int64, a buffer.
+        dim: of x that has the features.
     """
 
     opened: Tensor
+    dim = -1
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (..., features) -> the same shape."""
+        """x (..., features), or (N, features, height, width) where `dim` is 1 -> the same shape."""
         weight = None if self.weight is None else self.weight.index_select(0, self.opened)
-        some = x.index_select(-1, self.opened)
-        y = F.rms_norm(some, some.shape[-1:], weight, self.eps)
-        return torch.zeros_like(x).index_copy(-1, self.opened, y)
+        some = x.index_select(self.dim, self.opened).movedim(self.dim, -1)
+        y = F.rms_norm(some, some.shape[-1:], weight, self.eps).movedim(-1, self.dim)
+        return torch.zeros_like(x).index_copy(self.dim, self.opened, y)
 
 
 class OpenGroupNorm(nn.GroupNorm):
@@ -74,22 +78,27 @@ class OpenGroupNorm(nn.GroupNorm):
         return y if self.bias is None else y + (self.bias * mask).view(shape)
 
 
-KINDS: dict[type[nn.Module], type[nn.Module]] = {
-    nn.LayerNorm: OpenLayerNorm,
-    nn.RMSNorm: OpenRMSNorm,
-    nn.GroupNorm: OpenGroupNorm,
+NORMS: dict[str, type[nn.Module]] = {
+    "layer_norm": OpenLayerNorm,
+    "rms_norm": OpenRMSNorm,
+    "group_norm": OpenGroupNorm,
 }
 
 
-def open_norm_(norm: Any, is_open: Tensor) -> None:
+def open_norm_(norm: Any, kind: Kind, is_open: Tensor) -> None:
     """Has a norm be one of its open units, where it has both."""
     if bool(is_open.all()) or not bool(is_open.any()):
         return
     like = next(iter(norm.parameters()), None)
-    found = next((kind for base, kind in KINDS.items() if isinstance(norm, base)), None)
-    if found is None:  # an RMSNorm of a library's own
-        found, norm.eps = OpenRMSNorm, epsilon(norm)
-        norm.normalized_shape, norm.elementwise_affine = tuple(norm.weight.shape), True
-    norm.__class__ = found
+    if kind.own:  # a library's
+        norm.eps, norm.normalized_shape, norm.elementwise_affine = (
+            epsilon(norm),
+            tuple(norm.weight.shape),
+            True,
+        )
+        for name in ("weight", "bias"):
+            norm._parameters.setdefault(name, None)
+        norm.dim = 1 if kind.spatial else -1
+    norm.__class__ = NORMS[kind.name]
     opened = is_open.nonzero()[:, 0]
     norm.register_buffer("opened", opened if like is None else opened.to(like.device))

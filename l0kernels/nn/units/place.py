@@ -632,7 +632,7 @@ def _round(gates: GateGroups, placed: Sequence[tuple[nn.Module, Units]], total: 
 
 def _is_compiled(layer: Any, kind: Kind, few: int) -> bool:
     """Whether oneDNN computes a layer, see `layers`: a convolution of which patches would be too many."""
-    if kind.spatial == 0 or layer.groups > 1:
+    if not kind.is_product or kind.spatial == 0 or layer.groups > 1:
         return False
     return kind.spatial != 2 or kind.name != "conv" or layer.weight.shape[2:].numel() > few
 

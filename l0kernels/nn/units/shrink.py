@@ -14,11 +14,11 @@ from .draws import Space
 from .graph import Group, nesting
 from .layers import Units
 from .open_attention import OpenMultiheadAttention, open_attention_
-from .open_norm import KINDS, open_norm_
+from .open_norm import NORMS, open_norm_
 from .place import GatedUnits, GateGroups, groups_of, tensors_of, ungate_
 
 STATISTICS = ("running_mean", "running_var")
-OPEN: tuple[type[nn.Module], ...] = (OpenMultiheadAttention, *KINDS.values())
+OPEN: tuple[type[nn.Module], ...] = (OpenMultiheadAttention, *NORMS.values())
 """Layers that take no nested tensors."""
 
 
@@ -181,7 +181,7 @@ class _Plan:
         for layer, own in units.items():
             _resize(cast(Any, layer), own, cutter.count)
             if _is_over_units(layer, own):
-                open_norm_(layer, cutter.is_open(cast(Space, own.outs)))
+                open_norm_(layer, own.kind, cutter.is_open(cast(Space, own.outs)))
         for name, spaces in self._gates.attentions.items():
             _set_heads(copied.get_submodule(name), spaces, cutter.count)
         for layer, own in units.items():

@@ -275,7 +275,9 @@ def _as_function(module: nn.Module, x: Tensor, out: Tensor) -> Call:
     assert kind is not None
     weight = module._parameters["weight"]
     if kind.is_norm:
-        return Call(F.rms_norm, (x, x.shape[-1:], weight), {}, out)
+        return Call(
+            getattr(F, kind.name), (x, weight.shape, weight), {"bias": module._parameters.get("bias")}, out
+        )
     return Call(F.linear, (x, weight, module._parameters.get("bias")), {}, out)
 
 
@@ -686,7 +688,10 @@ def _norm(trace: Trace, call: Call) -> None:
     if last and len(call.get(1, "normalized_shape")) != 1:
         trace.unknown(call)
         return
-    dim = x.ndim - 1 if last else 1 if x.ndim > 1 else 0
+    if kind.spatial and x.ndim != 4:
+        trace.unknown(call)
+        return
+    dim = x.ndim - 1 - kind.spatial if last else 1 if x.ndim > 1 else 0
     labels = trace.labels(x)
     if last and labels is not None and dim in varying(labels) and len(varying(labels)) > 1:
         labels = spread(trace_attention.merged(trace, labels, [dim], call))
