@@ -1,5 +1,6 @@
 """The files around the code that others read: the changelog, how to cite, what a public CI runs."""
 
+import os
 import re
 from pathlib import Path
 
@@ -55,3 +56,10 @@ def test_workflow(path):
             assert set(re.findall(r"\bmake ([\w-]+)", command)) <= targets | {"docs"}
             for script in re.findall(r"\S+\.py", command):
                 assert (ROOT / script).is_file(), script
+
+
+@pytest.mark.xdist_group("one")
+def test_tests_of_a_group_go_to_one_worker(request):
+    """What they share is made once: pytest-xdist knows them by their names, which not every pytest lets it change."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        assert request.node.nodeid.endswith("@one")

@@ -279,7 +279,7 @@ class _Exact:
     def layer_norm(self, layer: Any, x: Tensor) -> Tensor:
         kind, eps = self.units.kind, epsilon(layer)
         dim = features(kind, x)
-        return self.over_open(lambda x, *affine: normalised(kind, x, *affine, eps), layer, x, dim)
+        return self.over_open(lambda x, weight, bias: normalised(kind, x, weight, bias, eps), layer, x, dim)
 
     rms_norm = layer_norm
 

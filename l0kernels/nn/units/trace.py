@@ -274,11 +274,10 @@ def _as_function(module: nn.Module, x: Tensor, out: Tensor) -> Call:
     kind = kind_of(module)
     assert kind is not None
     weight = module._parameters["weight"]
-    if kind.is_norm:
-        return Call(
-            getattr(F, kind.name), (x, weight.shape, weight), {"bias": module._parameters.get("bias")}, out
-        )
-    return Call(F.linear, (x, weight, module._parameters.get("bias")), {}, out)
+    own = {"bias": module._parameters.get("bias")}
+    if kind.is_norm and weight is not None:
+        return Call(getattr(F, kind.name), (x, weight.shape, weight), own, out)
+    return Call(F.linear, (x, weight), own, out)
 
 
 class _Hidden(TorchDispatchMode):

@@ -6,8 +6,10 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import MappingProxyType
 
 import pybind11
 
@@ -58,23 +60,33 @@ def built() -> Path:
 
 
 def build(folder: Path, compiler: str = "g++", sanitize: bool = True) -> Path:
-    """The module compiled into ``folder``, with address and undefined-behaviour sanitizers if asked for."""
+    """The module compiled into ``folder``, its kernels with address and undefined-behaviour sanitizers if asked
+    for; the compiler takes longest over the bindings, whose arguments are those of the kernels."""
     flags = ["-ffp-contract=off", *WARNINGS, *(SANITIZE if sanitize else [])]
     flags += [f"-I{path}" for path in (CSRC / "cuda", HERE)]
     flags += ["-DL0_EMULATED", f"-DL0_MODULE={NAME}", '-DL0_ARCHITECTURES="emulated"']
-    inputs = [*sorted((CSRC / "cuda").glob("*.cu")), CSRC / "cuda/bindings.cpp", HERE / "cuda_emulator.cpp"]
-    return compile_module(inputs, flags, folder, NAME, compiler)
+    bindings = CSRC / "cuda/bindings.cpp"
+    inputs = [bindings, *sorted((CSRC / "cuda").glob("*.cu")), HERE / "cuda_emulator.cpp"]
+    return compile_module(inputs, flags, folder, NAME, compiler, {bindings: ["-O0", "-fno-sanitize=all"]})
 
 
-def compile_module(inputs: list[Path], flags: list[str], folder: Path, name: str, compiler: str) -> Path:
-    """The sources compiled and linked to extension module ``name`` in ``folder``."""
+def compile_module(
+    inputs: list[Path],
+    flags: list[str],
+    folder: Path,
+    name: str,
+    compiler: str,
+    more: Mapping[Path, list[str]] = MappingProxyType({}),
+) -> Path:
+    """The sources compiled, with `more` flags for some, and linked to extension module ``name`` in ``folder``."""
     flags = ["-std=c++17", "-O1", "-g1", "-fPIC", "-fvisibility=hidden", *flags]
     flags += [f"-I{path}" for path in (CSRC, pybind11.get_include(), sysconfig.get_paths()["include"])]
     folder.mkdir(parents=True, exist_ok=True)
 
     def compile_one(source: Path) -> Path:
         target = folder / f"{source.name}.o"
-        command = [compiler, *flags, "-x", "c++", "-c", str(source), "-o", str(target)]
+        own = [*flags, *more.get(source, [])]
+        command = [compiler, *own, "-x", "c++", "-c", str(source), "-o", str(target)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             raise RuntimeError(f"{source}:\n{done.stderr}")
