@@ -60,8 +60,10 @@ def built() -> Path:
 
 
 def build(folder: Path, compiler: str = "g++", sanitize: bool = True) -> Path:
-    """The module compiled into ``folder``, its kernels with address and undefined-behaviour sanitizers if asked
-    for; the compiler takes longest over the bindings, whose arguments are those of the kernels."""
+    """The module compiled into ``folder``, with address and undefined-behaviour sanitizers if asked for.
+
+    The bindings never are: they only pass arguments on, and the compiler would take longest over them.
+    """
     flags = ["-ffp-contract=off", *WARNINGS, *(SANITIZE if sanitize else [])]
     flags += [f"-I{path}" for path in (CSRC / "cuda", HERE)]
     flags += ["-DL0_EMULATED", f"-DL0_MODULE={NAME}", '-DL0_ARCHITECTURES="emulated"']
@@ -78,7 +80,7 @@ def compile_module(
     compiler: str,
     more: Mapping[Path, list[str]] = MappingProxyType({}),
 ) -> Path:
-    """The sources compiled, with `more` flags for some, and linked to extension module ``name`` in ``folder``."""
+    """The sources compiled, some with `more` flags, and linked to extension module ``name`` in ``folder``."""
     flags = ["-std=c++17", "-O1", "-g1", "-fPIC", "-fvisibility=hidden", *flags]
     flags += [f"-I{path}" for path in (CSRC, pybind11.get_include(), sysconfig.get_paths()["include"])]
     folder.mkdir(parents=True, exist_ok=True)
