@@ -60,6 +60,6 @@ def test_workflow(path):
 
 @pytest.mark.xdist_group("one")
 def test_tests_of_a_group_go_to_one_worker(request):
-    """What they share is made once. pytest-xdist tells them by their names, if pytest lets it change these."""
+    """What they share is made once. pytest-xdist tells them by names, if pytest lets it change these."""
     if "PYTEST_XDIST_WORKER" in os.environ:
         assert request.node.nodeid.endswith("@one")
