@@ -403,6 +403,7 @@ class SizeBehindNorm(nn.Module):
         nn.LayerNorm(8, elementwise_affine=False),
         nn.RMSNorm(8),
         unit_nets.OwnRMSNorm(8),
+        unit_nets.OffsetRMSNorm(8),
         unit_nets.ChannelsLayerNorm(8, "channels_last"),
         unit_nets.ChannelsLayerNorm(8, "channels_first"),
         unit_nets.LayerNorm2d(8),
@@ -430,7 +431,7 @@ def test_norms_of_units_that_stay_whole_are_over_the_open_ones(norm, closed):
     assert_same(small(x), model(x))
     assert small.a.out_features == 8
     assert small.b.out_features < 8
-    of_libraries = {unit_nets.OwnRMSNorm: nn.RMSNorm}
+    of_libraries = dict.fromkeys((unit_nets.OwnRMSNorm, unit_nets.OffsetRMSNorm), nn.RMSNorm)
     of_libraries |= dict.fromkeys((unit_nets.ChannelsLayerNorm, unit_nets.LayerNorm2d), nn.LayerNorm)
     assert isinstance(small.norm, of_libraries.get(type(norm), type(norm)))
     assert small.norm.opened.tolist() == [i for i in range(8) if i % gate.n >= gone]  # a unit in each group

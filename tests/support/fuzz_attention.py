@@ -8,23 +8,28 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from unit_nets import Conv1D, OwnRMSNorm, turned
+from unit_nets import Conv1D, OffsetRMSNorm, OwnRMSNorm, turned
 
 CHOICES: dict[str, list[Any]] = {
     "joined": ["three", "three", "split", "chunk", "slices", "timm", "Conv1D", "cross", "cross joined"],
     "product": ["sdpa", "sdpa causal", "sdpa mask", "hand", "hand causal", "hand mask", "baddbmm", "einsum"],
-    "norms": [None, None, "own", "RMSNorm", "LayerNorm", "normalize", "all heads"],
+    "norms": [None, None, "own", "offset", "RMSNorm", "LayerNorm", "normalize", "all heads"],
     "shared": ["no", "no", "expand", "enable_gqa", "repeat_interleave"],
     "extra": [None, None, None, "bias by head", "scale by head", "gated", "gate by head", "norm behind"],
     "rotary": [False, False, True],
-    "prenorm": [None, "LayerNorm", "RMSNorm", "own"],
+    "prenorm": [None, "LayerNorm", "RMSNorm", "own", "offset"],
     "residual": [True, True, True, False],
 }
 
 
 def norm_of(kind: str, n: int) -> nn.Module:
     """A norm over n features."""
-    kinds: dict[str, Any] = {"own": OwnRMSNorm, "RMSNorm": nn.RMSNorm, "LayerNorm": nn.LayerNorm}
+    kinds: dict[str, Any] = {
+        "own": OwnRMSNorm,
+        "offset": OffsetRMSNorm,
+        "RMSNorm": nn.RMSNorm,
+        "LayerNorm": nn.LayerNorm,
+    }
     return kinds[kind](n)
 
 
@@ -58,7 +63,7 @@ class Heads(nn.Module):
         out = width if what["residual"] else rng.choice([4, 6])
         self.o = Conv1D(out, own) if what["joined"] == "Conv1D" else nn.Linear(own, out, rng.random() < 0.6)
         norms = what["norms"]
-        if norms in ("own", "RMSNorm", "LayerNorm"):
+        if norms in ("own", "offset", "RMSNorm", "LayerNorm"):
             self.of_q, self.of_k = norm_of(norms, self.each), norm_of(norms, self.each)
         elif norms == "all heads":
             self.of_q, self.of_k = nn.RMSNorm(own), nn.RMSNorm(other)
@@ -132,9 +137,10 @@ class Heads(nn.Module):
             scores = scores if bias is None else scores + bias.repeat(len(scores) // len(bias), 1, 1)
             return torch.bmm(scores.softmax(-1), v).view(-1, self.num_heads, length, self.each)
         if kind == "einsum":
-            scores = torch.einsum("nhld,nhsd->nhls", q, k)
-        else:
-            scores = torch.matmul(q, k.transpose(-1, -2)) / self.each**0.5
+            scores = torch.einsum("nlhd, nshd -> nhls", q.transpose(1, 2), k.transpose(1, 2))
+            scores = scores if bias is None else scores + bias
+            return torch.einsum("...ls,...sd->...ld", scores.softmax(-1), v)
+        scores = torch.matmul(q, k.transpose(-1, -2)) / self.each**0.5
         scores = scores if bias is None else scores + bias
         scores = scores if plain else scores.masked_fill(~mask, torch.finfo(q.dtype).min)
         return F.dropout(scores.softmax(-1), 0.0) @ v
@@ -143,7 +149,7 @@ class Heads(nn.Module):
         what, x = self.what, x.contiguous()  # Conv1D's view asks for that
         y = self.prenorm(x)
         q, k, v = self.project(y, other)
-        if what["norms"] in ("own", "RMSNorm", "LayerNorm"):
+        if what["norms"] in ("own", "offset", "RMSNorm", "LayerNorm"):
             q, k = self.of_q(q), self.of_k(k)
         elif what["norms"] == "normalize":
             q, k = F.normalize(q + 0.1, dim=-1), F.normalize(k + 0.1, dim=-1)

@@ -703,6 +703,8 @@ def hand_attention() -> Example:
 class OwnRMSNorm(nn.Module):
     """As LLaMA has it: a forward of its own."""
 
+    offset = 0.0
+
     def __init__(self, width: int, eps: float = 1e-6) -> None:
         super().__init__()
         self.weight, self.variance_epsilon = nn.Parameter(torch.ones(width)), eps
@@ -711,7 +713,13 @@ class OwnRMSNorm(nn.Module):
         kind = x.dtype
         x = x.double()
         x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
-        return self.weight * x.to(kind)
+        return (self.weight + self.offset) * x.to(kind)
+
+
+class OffsetRMSNorm(OwnRMSNorm):
+    """As Gemma has it."""
+
+    offset = 1.0
 
 
 def turned(x: Tensor) -> Tensor:

@@ -205,7 +205,7 @@ def normal(norm: Any, x: Tensor, support: Tensor) -> Tensor:
     eps = torch.finfo(x.dtype).eps if eps is None else eps
     y = ((value - mean) / torch.sqrt(variance + eps)).reshape(x.shape)
     bias = getattr(norm, "bias", None)
-    y = y if norm.weight is None else y * expand(norm.weight, dim, x.ndim)
+    y = y if norm.weight is None else y * expand(norm.weight + getattr(norm, "offset", 0), dim, x.ndim)
     return y if bias is None else y + expand(bias, dim, x.ndim)
 
 

@@ -22,6 +22,7 @@ class Kind(NamedTuple):
         spatial: how many dimensions stand behind that of the units.
         rows, cols: the dimensions of the weight that make units and that read them.
         own: whether the class has a forward of its own: what it calls of torch is not looked at.
+        offset: what a norm adds to its weight.
     """
 
     name: str
@@ -29,6 +30,7 @@ class Kind(NamedTuple):
     rows: int = 0
     cols: int = 1
     own: bool = False
+    offset: float = 0.0
 
     @property
     def is_norm(self) -> bool:
@@ -88,7 +90,13 @@ _BASES: list[tuple[type[nn.Module], Kind]] = [
 ]
 
 
-_NORMS = tuple(Kind(name, spatial, own=True) for name in ("rms_norm", "layer_norm") for spatial in (0, 2))
+_NORMS = (
+    Kind("rms_norm", own=True),
+    Kind("rms_norm", own=True, offset=1.0),  # of Gemma
+    Kind("rms_norm", 2, own=True),
+    Kind("layer_norm", own=True),
+    Kind("layer_norm", 2, own=True),
+)
 """Of features at the last dimension, and of the channels of images."""
 
 
@@ -143,6 +151,11 @@ def _is_function(layer: nn.Module, function: Callable[[Tensor], Tensor], x: Tens
         return None
 
 
+def factor(kind: Kind, weight: Tensor | None) -> Tensor | None:
+    """What a norm multiplies by."""
+    return weight + kind.offset if kind.offset and weight is not None else weight
+
+
 def normalised(
     kind: Kind, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float | None
 ) -> Tensor:
@@ -150,7 +163,7 @@ def normalised(
     if kind.spatial:
         return normalised(kind._replace(spatial=0), x.movedim(1, -1), weight, bias, eps).movedim(-1, 1)
     if kind.name == "rms_norm":
-        return F.rms_norm(x, x.shape[-1:], weight, eps)
+        return F.rms_norm(x, x.shape[-1:], factor(kind, weight), eps)
     return F.layer_norm(x, x.shape[-1:], weight, bias, cast(float, eps))
 
 

@@ -24,7 +24,7 @@ from ...linear import gated_linear
 from ...narrow import Sides, narrow_batch_norm, narrow_conv2d, narrow_depthwise, narrow_weight
 from ...norm import gated_group_norm, gated_layer_norm, gated_rms_norm
 from .draws import Draw, Present, Space
-from .kinds import Kind, epsilon, normalised
+from .kinds import Kind, epsilon, factor, normalised
 from .narrow import Narrow, plain, refuse_function
 
 if TYPE_CHECKING:
@@ -474,7 +474,7 @@ class _Static:
         dim = features(self.units.kind, x)
         x = x.movedim(dim, -1) if self.units.kind.spatial else x
         if self.units.kind.name == "rms_norm":
-            y = gated_rms_norm(x, x.shape[-1:], layer.weight, eps, gates=gates)
+            y = gated_rms_norm(x, x.shape[-1:], factor(self.units.kind, layer.weight), eps, gates=gates)
         else:
             y = gated_layer_norm(x, x.shape[-1:], layer.weight, bias, cast(float, eps), gates=gates)
         return y.movedim(-1, dim) if self.units.kind.spatial else y

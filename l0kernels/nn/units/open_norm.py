@@ -40,14 +40,16 @@ class OpenRMSNorm(nn.RMSNorm):
     Attributes:
         opened: (n,) int64, a buffer.
         dim: of x that has the features.
+        offset: what is added to the weight.
     """
 
     opened: Tensor
     dim = -1
+    offset = 0.0
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., features), or (N, features, height, width) where `dim` is 1 -> the same shape."""
-        weight = None if self.weight is None else self.weight.index_select(0, self.opened)
+        weight = None if self.weight is None else self.weight.index_select(0, self.opened) + self.offset
         some = x.index_select(self.dim, self.opened).movedim(self.dim, -1)
         y = F.rms_norm(some, some.shape[-1:], weight, self.eps).movedim(-1, self.dim)
         return torch.zeros_like(x).index_copy(self.dim, self.opened, y)
@@ -98,7 +100,7 @@ def open_norm_(norm: Any, kind: Kind, is_open: Tensor) -> None:
         )
         for name in ("weight", "bias"):
             norm._parameters.setdefault(name, None)
-        norm.dim = 1 if kind.spatial else -1
+        norm.dim, norm.offset = 1 if kind.spatial else -1, kind.offset
     norm.__class__ = NORMS[kind.name]
     opened = is_open.nonzero()[:, 0]
     norm.register_buffer("opened", opened if like is None else opened.to(like.device))

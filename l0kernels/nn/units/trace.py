@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..._compat import pytree
 from . import table, trace_attention, trace_recurrent
+from .einsum import as_product
 from .kinds import kind_of
 from .labels import UnionFind, across, along, shortened, spread, varying
 
@@ -156,6 +157,10 @@ class Trace(TorchFunctionMode):
     ) -> Any:
         if self._busy:
             return func(*args, **kwargs or {})
+        product = as_product(func, args, kwargs or {})
+        if product is not None:
+            with self:
+                return product()
         self._busy = True
         try:
             call = Call(func, args, kwargs or {}, func(*args, **kwargs or {}))

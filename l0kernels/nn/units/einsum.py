@@ -1,0 +1,77 @@
+"""torch.einsum as what the rules of trace.py and narrow.py know: products of matrices."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Orders(NamedTuple):
+    """How dimensions are permuted: of both operands for torch.matmul, and of what it makes."""
+
+    a: tuple[int, ...]
+    b: tuple[int, ...]
+    out: tuple[int, ...]
+
+
+def as_product(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[], Tensor] | None:
+    """What computes an einsum by torch.matmul; None where that, or another function, cannot."""
+    if func is not torch.einsum or kwargs or not isinstance(args[0], str):
+        return None
+    operands = args[1] if len(args) == 2 and isinstance(args[1], Sequence) else args[1:]
+    if len(operands) != 2 or not all(isinstance(x, Tensor) for x in operands):
+        return None
+    a, b = operands
+    orders = _orders(args[0], a.ndim, b.ndim)
+    if orders is None:
+        return None
+    return lambda: _permuted(torch.matmul(_permuted(a, orders.a), _permuted(b, orders.b)), orders.out)
+
+
+def _permuted(x: Tensor, order: tuple[int, ...]) -> Tensor:
+    return x if order == (*range(len(order)),) else x.permute(order)
+
+
+@lru_cache(256)
+def _orders(equation: str, a_ndim: int, b_ndim: int) -> Orders | None:
+    """One index of a alone, one of b alone, one that is summed over, all others of both and of the result."""
+    sides, arrow, result = equation.replace(" ", "").partition("->")
+    terms = sides.split(",")
+    if not arrow or len(terms) != 2:
+        return None
+    n = max(
+        ndim - len(term) + 3 if "..." in term else 0
+        for term, ndim in zip(terms, (a_ndim, b_ndim), strict=True)
+    )
+    a, b = (_spelled(term, ndim - len(term) + 3) for term, ndim in zip(terms, (a_ndim, b_ndim), strict=True))
+    out = _spelled(result, n)
+    if any(len({*term}) != len(term) for term in (a, b, out)) or not {*out} <= {*a, *b}:
+        return None
+    shared = [index for index in out if index in a and index in b]
+    left = [index for index in out if index not in b]
+    right = [index for index in out if index not in a]
+    summed = [index for index in {*a, *b} if index not in out]
+    if (
+        not shared
+        or not len(left) == len(right) == len(summed) == 1
+        or summed[0] not in a
+        or summed[0] not in b
+    ):
+        return None
+    made = [*shared, *left, *right]
+    return Orders(
+        tuple(map(a.index, [*shared, *left, *summed])),
+        tuple(map(b.index, [*shared, *summed, *right])),
+        tuple(map(made.index, out)),
+    )
+
+
+def _spelled(term: str, n: int) -> str:
+    """A term with an index for each of the `n` dimensions that "..." stands for: the last ones of more."""
+    return (
+        term.replace("...", "".join(chr(ord("0") + n - 1 - i) for i in range(n))) if "..." in term else term
+    )
