@@ -168,6 +168,17 @@ class Conv1D(nn.Module):
         return (x @ self.weight + self.bias) * self.scale
 
 
+class OwnLinear(nn.Linear):
+    """As Falcon has it, but for `scale`."""
+
+    def __init__(self, *sizes, scale=1.0):
+        super().__init__(*sizes)
+        self.scale = scale
+
+    def forward(self, x):
+        return (x @ self.weight.T + self.bias) * self.scale
+
+
 class Normed(nn.Module):
     """`normal`: (norms, a, b) -> what the last layer reads."""
 
@@ -222,6 +233,7 @@ NETS = {
     "norms and a weight": lambda: Normed(in_turn, nn.LayerNorm(6), ShiftedLayerNorm(6)),
     "layers by name": lambda: Normed(lambda parts, a, b: parts[0](input=a), nn.Linear(6, 6)),
     "layers of other settings": lambda: Normed(in_turn, Conv1D(6, 6), Conv1D(6, 6, scale=2.0)),
+    "linear layers of their own": lambda: Normed(in_turn, OwnLinear(6, 6), OwnLinear(6, 6, scale=2.0)),
 }
 
 

@@ -83,7 +83,17 @@ OTHERS = {
         )
     ),
     "electra": lambda: t.ElectraModel(t.ElectraConfig(embedding_size=24, **_BERT, **_TEXT)),
+    "falcon": lambda: t.FalconForCausalLM(
+        t.FalconConfig(
+            new_decoder_architecture=True,
+            num_kv_heads=2,
+            ffn_hidden_size=14,
+            **_TEXT,
+            **{name: value for name, value in _BERT.items() if name != "intermediate_size"},
+        )
+    ),
     "gemma2": lambda: t.Gemma2ForCausalLM(t.Gemma2Config(**_GEMMA)),
+    "gemma3": lambda: t.Gemma3ForCausalLM(t.Gemma3TextConfig(**_GEMMA)),
     "gpt_neox": lambda: t.GPTNeoXForCausalLM(t.GPTNeoXConfig(**_BERT, **_TEXT, **_NAMED)),
     "modernbert": lambda: t.ModernBertModel(t.ModernBertConfig(**_MODERNBERT)),
     "olmo2": lambda: t.Olmo2ForCausalLM(t.Olmo2Config(**_LLAMA)),

@@ -106,6 +106,8 @@ def _own_kinds(cls: Hashable) -> tuple[Kind, ...]:
     cls = cast(type, cls)
     if cls.__name__ == "Conv1D":  # of GPT-2: a linear layer whose weight is (in, out)
         return (Kind("linear", 0, 1, 0, own=True),)
+    if issubclass(cls, nn.Linear):
+        return (Kind("linear", own=True),)
     is_norm = issubclass(cls, nn.LayerNorm | nn.RMSNorm)
     return _NORMS if is_norm or any(name in cls.__name__.lower() for name in ("rmsnorm", "layernorm")) else ()
 
@@ -126,11 +128,12 @@ def _computes(module: nn.Module, kind: Kind) -> bool:
             for name, p in module._parameters.items()
         }
         sizes = torch.tensor([[1e-3], [1], [1e3]], **like)  # it may clip, or add another epsilon
-        n = weight.shape[0]
+        n = weight.shape[0 if kind.is_norm else kind.cols]
         rows = torch.randn(2, 3, n, **like) * sizes
         given, bias = cast(Tensor, layer._parameters["weight"]), layer._parameters.get("bias")
         if not kind.is_norm:
-            return _is_function(layer, lambda x: F.linear(x, given.T, bias), rows) is True
+            matrix = given if kind.cols == 1 else given.T
+            return _is_function(layer, lambda x: F.linear(x, matrix, bias), rows) is True
         function = partial(normalised, kind, weight=given, bias=bias, eps=epsilon(module))
         if kind.spatial:
             return (
