@@ -90,7 +90,7 @@ def test_output_and_gradients_are_those_of_a_masked_model(name, attention):
                 zero if grad is None else grad,
                 zero if other is None else other,
                 rtol=1e-8,
-                atol=1e-9,
+                atol=1e-6 if name == "gemma3" else 1e-9,  # whose norms are of float32
                 msg=key,
             )
         for key, leaf in ours.items():
