@@ -700,7 +700,7 @@ using ProxTensor = std::tuple<Address, Address, int, Address, Address, std::arra
 l0::ProxStage prox_stage(const ProxStage& stage) {
   const auto& [kind, first, second] = stage;
   if (kind < 0 || kind > 3) throw std::invalid_argument("kind: expected 0..3, got " + std::to_string(kind));
-  return {static_cast<l0::Prox>(kind), first, second};
+  return {static_cast<l0::Prox>(kind), first, second, 0.0, 0.0};
 }
 
 template <typename T>

@@ -1,5 +1,7 @@
 #include "isa.h"
 #if L0_X86
+#include <immintrin.h>
+
 #include "impl_common.h"
 L0_TARGET_BEGIN("avx2,fma")
 #define L0_ISA avx2

@@ -13,6 +13,9 @@ enum class Prox : int32_t { kNone = 0, kL0L1 = 1, kL0L2 = 2, kTransformedL1 = 3 
 struct ProxStage {
   Prox kind;
   double first, second;
+  // Made of these once per call, as it takes as long as a short row: the |x| up to which the result is 0, and
+  // of kTransformedL1 the cube root of lam a (a + 1).
+  double threshold, third;
 };
 // lam |y_g|_2, or lam for each group that is not 0.
 enum class ProxGroup : int32_t { kNone = 0, kLasso = 1, kL0 = 2 };

@@ -7,47 +7,50 @@ namespace L0_ISA {
 constexpr int64_t kProxChunk = 1024;  // elements that go through all stages while they are in the L1 cache
 constexpr int64_t kProxWide = 8192;   // likewise, without a buffer: constants of a stage take time, too
 constexpr int64_t kProxLong = 32768;  // elements of a task where there is one stage and no buffer
-constexpr int64_t kProxSegment = 64;  // elements in a row from which on a group is read by itself
+constexpr int64_t kProxShortRows = 4096;  // elements of groups that are read together
+constexpr int64_t kProxSegment = 64;      // elements in a row from which on a group is read by itself
 constexpr int64_t kProxParts = 16, kProxRows = 32;  // parts of the rows at most, and rows of a part at least
-constexpr double kProxShort = 0.002, kProxLonger = 0.04;  // up to which the series below are right to 2e-9
+constexpr int kProxTogether = 8;  // groups, or rows, that are read at once
+constexpr double kProxShort = 0.002, kProxMiddle = 0.02, kProxLonger = 0.04;  // of p, for the polynomials below
 
-// Of the root of (1 - d)^2 d = p in [0, 1/3], which is d = 4/3 sin^2(asin(s) / 3) with s^2 = 27/4 p <= 1. In
-// u = 1 - cos(asin(s)), got without cancellation, it is u times a polynomial, right to 2e-9 of d.
+// Of the root of (1 - d)^2 d = p in [0, 1/3], which is d = 4/3 sin^2(asin(s) / 3) with s^2 = 27/4 p <= 1.
 inline double prox_root(double p) {
   const double s = 6.75 * p < 1.0 ? std::sqrt(6.75 * p) : 1.0;
   const double sine = std::sin(std::asin(s) / 3.0);
   return 4.0 / 3.0 * sine * sine;
 }
-inline float prox_root(float p) {
-  const float s2 = 6.75f * p < 1.0f ? 6.75f * p : 1.0f;
-  const float u = s2 / (1.0f + std::sqrt(1.0f - s2));
-  float y = 0.0001814604412f;
-  y = y * u - 0.0003992084366f;
-  y = y * u + 0.0006282437938f;
-  y = y * u - 8.945745262e-5f;
-  y = y * u + 0.0008144265413f;
-  y = y * u + 0.00196116306f;
-  y = y * u + 0.006505663619f;
-  y = y * u + 0.02743474376f;
-  y = y * u + 0.2962962969f;
-  return y * u;
-}
 
-// The same root over p, where p is small.
-template <typename T>
-inline T prox_short_root(T p) {
-  return T(1) + p * (T(2) + p * (T(7) + p * T(30)));
-}
-template <typename T>
-inline T prox_longer_root(T p) {
-  T y = T(9163.576171875);
-  y = y * p + T(384.6288146972656);
-  y = y * p + T(153.18887329101562);
-  y = y * p + T(29.84963607788086);
-  y = y * p + T(7.001040458679199);
-  y = y * p + T(1.9999973773956299);
-  return y * p + T(1);
-}
+// scale * d / p, a polynomial in u = 1 - cos(asin(s)), right to 3e-8. As a factor of p it loses nothing where
+// p is small and u cancels.
+struct ProxRatio {
+  float c0, c1, c2, c3, c4, c5, c6, c7, c8, c9, c10;
+  explicit ProxRatio(double scale)
+      : c0(float(scale)),
+        c1(float(scale * 0.592590868473053)),
+        c2(float(scale * 0.3183280825614929)),
+        c3(float(scale * 0.16443374752998352)),
+        c4(float(scale * 0.09657425433397293)),
+        c5(float(scale * -0.008768410421907902)),
+        c6(float(scale * 0.16814671456813812)),
+        c7(float(scale * -0.24280506372451782)),
+        c8(float(scale * 0.27616405487060547)),
+        c9(float(scale * -0.16115251183509827)),
+        c10(float(scale * 0.046488214284181595)) {}
+  float operator()(float p) const {
+    const float rest = 1.0f - 6.75f * p, u = 1.0f - std::sqrt(rest > 0.0f ? rest : 0.0f);
+    float y = c10;
+    y = y * u + c9;
+    y = y * u + c8;
+    y = y * u + c7;
+    y = y * u + c6;
+    y = y * u + c5;
+    y = y * u + c4;
+    y = y * u + c3;
+    y = y * u + c2;
+    y = y * u + c1;
+    return y * u + c0;
+  }
+};
 
 // to[i] = f(from[i], i); from may be to.
 template <typename T, typename F>
@@ -55,6 +58,13 @@ inline void prox_each(const T* from, T* to, int64_t n, F f) {
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) to[i] = f(from[i], i);
 }
+
+struct ProxSame {
+  template <typename T>
+  T operator()(T x) const {
+    return x;
+  }
+};
 
 // What is not above the threshold is 0. A NaN is kept: no comparison with it holds.
 template <typename T>
@@ -66,48 +76,63 @@ template <typename T>
 inline T prox_ridge(T x, T shrink, T threshold) {
   return std::fabs(x) <= threshold ? T(0) : x / shrink;
 }
+// |x| less `by`, which is as much at the threshold of a continuous operator: a rounding beyond is no jump.
 template <typename T>
-inline T prox_shrunk(T x, T by, T threshold) {
-  const T size = std::fabs(x), shrunk = size - by;
-  return size <= threshold ? T(0) : std::copysign(shrunk < T(0) ? T(0) : shrunk, x);
+inline T prox_shrunk(T x, T size, T by, T threshold) {
+  return size <= threshold ? T(0) : std::copysign(size - by, x);
 }
 
 // then(f), where f(x) is the operator of a stage with step 1.
 template <typename T, typename F>
 void prox_transformed_l1(const ProxStage& s, F then) {
-  const double lam = s.first, alpha = s.second, critical = alpha * alpha / (2 * (alpha + 1));
-  const double slow = lam * ((alpha + 1) / alpha), jump = std::sqrt(2 * lam * (alpha + 1)) - alpha / 2;
-  const double least = lam <= critical ? slow : jump;
-  const double cube = std::cbrt(lam) * std::cbrt(alpha) * std::cbrt(alpha + 1);
-  const double highest = cube / (alpha + least), most = highest * highest * highest;  // of p
+  const double alpha = s.second, cube = s.third, least = s.threshold;
   const T third = T(cube), a = T(alpha), threshold = T(least);
-  // |x| + a times the root of p = ratio^3; by third, as p may be below the smallest number
-  const auto with = [=](auto root) {
+  if constexpr (std::is_same_v<T, double>) {
+    const T far = T(1e300);  // beyond it nothing shrinks, and inf * 0 would be NaN
     then([=](T x) {
-      const T ratio = third / (std::fabs(x) + a), square = ratio * ratio;
-      return prox_shrunk(x, third * square * root(ratio * square), threshold);
+      const T size = std::fabs(x), whole = size + a > far ? far : size + a, ratio = third / whole;
+      return prox_shrunk(x, size, whole * prox_root(ratio * ratio * ratio), threshold);
     });
-  };
-  if (std::is_same_v<T, float> && most <= kProxShort) return with([](T p) { return prox_short_root(p); });
-  if (std::is_same_v<T, float> && most <= kProxLonger) return with([](T p) { return prox_longer_root(p); });
-  const T far = T(1e37);  // beyond it nothing shrinks, and inf * 0 would be NaN
-  then([=](T x) {
-    const T sum = std::fabs(x) + a, whole = sum > far ? far : sum, ratio = third / whole;
-    return prox_shrunk(x, whole * prox_root(ratio * ratio * ratio), threshold);
-  });
+  } else {
+    // |x| + a times the root of p = ratio^3; by third, as p may be below the smallest number. Where no p is
+    // large, the root over p is a polynomial of few terms, right to 1e-8 (the last to 3e-8).
+    const auto with = [=](auto root) {
+      then([=](T x) {
+        const T size = std::fabs(x), ratio = third / (size + a), square = ratio * ratio;
+        return prox_shrunk(x, size, square * root(ratio * square), threshold);
+      });
+    };
+    const double highest = cube / (alpha + least), most = highest * highest * highest;
+    const auto by = [=](double c) { return T(cube * c); };
+    if (most <= kProxShort) {
+      const T c1 = by(1.9999475479125977), c2 = by(7.084445476531982);
+      return with([=](T p) { return third + p * (c1 + p * c2); });
+    }
+    if (most <= kProxMiddle) {
+      const T c1 = by(1.9999890327453613), c2 = by(7.005204677581787), c3 = by(29.237926483154297),
+              c4 = by(185.71495056152344);
+      return with([=](T p) { return third + p * (c1 + p * (c2 + p * (c3 + p * c4))); });
+    }
+    if (most <= kProxLonger) {
+      const T c1 = by(2.000021457672119), c2 = by(6.992681980133057), c3 = by(30.803844451904297),
+              c4 = by(105.50228881835938), c5 = by(1467.9892578125);
+      return with([=](T p) { return third + p * (c1 + p * (c2 + p * (c3 + p * (c4 + p * c5)))); });
+    }
+    with(ProxRatio(cube));
+  }
 }
 
 template <typename T, typename F>
 void prox_with(const ProxStage& s, F then) {
   switch (s.kind) {
     case Prox::kNone:
-      return then([](T x) { return x; });
+      return then(ProxSame{});
     case Prox::kL0L1: {
-      const T l1 = T(s.second), threshold = T(std::sqrt(2 * s.first));
+      const T l1 = T(s.second), threshold = T(s.threshold);
       return then([=](T x) { return prox_soft(x, l1, threshold); });
     }
     case Prox::kL0L2: {
-      const T shrink = T(1 + s.second), threshold = T(std::sqrt(2 * s.first * (1 + s.second)));
+      const T shrink = T(1 + s.second), threshold = T(s.threshold);
       return then([=](T x) { return prox_ridge(x, shrink, threshold); });
     }
     case Prox::kTransformedL1:
@@ -135,15 +160,28 @@ void prox_by_step(const ProxStage& s, const T* step, const T* from, T* to, int64
     }
     case Prox::kTransformedL1: {
       const double alpha = s.second;
-      const T third = T(std::cbrt(s.first) * std::cbrt(alpha) * std::cbrt(alpha + 1)), a = T(alpha);
+      const T third = T(s.third), a = T(alpha);
       const T weight = T(s.first), limit = T(alpha * alpha / (2 * (alpha + 1))), half = T(alpha / 2);
-      const T slope = T((alpha + 1) / alpha), twice = T(2 * (alpha + 1)), far = T(1e37);
-      return each([=](T x, T by) {
-        const T sum = std::fabs(x) + a, whole = sum > far ? far : sum, ratio = third / whole;
-        const T own = weight * by, jump = std::sqrt(twice * own) - half;
-        const T threshold = own <= limit ? own * slope : jump;
-        return prox_shrunk(x, whole * prox_root(by * (ratio * ratio * ratio)), threshold);
-      });
+      const T slope = T((alpha + 1) / alpha), twice = T(2 * (alpha + 1));
+      const auto with = [=](auto shrink) {
+        each([=](T x, T by) {
+          const T size = std::fabs(x), own = weight * by, jump = std::sqrt(twice * own) - half;
+          return prox_shrunk(x, size, shrink(size + a, by), own <= limit ? own * slope : jump);
+        });
+      };
+      if constexpr (std::is_same_v<T, double>) {
+        const T far = T(1e300);
+        return with([=](T sum, T by) {
+          const T whole = sum > far ? far : sum, ratio = third / whole;
+          return whole * prox_root(by * (ratio * ratio * ratio));
+        });
+      } else {
+        const ProxRatio root(1.0);
+        return with([=](T sum, T by) {
+          const T ratio = third / sum, square = ratio * ratio;
+          return third * square * by * root(by * (ratio * square));
+        });
+      }
     }
   }
 }
@@ -229,7 +267,7 @@ struct ProxMemory {
     T buffer[kProxChunk];
     const T* v = load(begin, n, buffer);
     T* to = place(begin, buffer);
-    const ProxStage none{Prox::kNone, 0.0, 0.0};
+    const ProxStage none{Prox::kNone, 0.0, 0.0, 0.0, 0.0};
     const bool is_before = p.step || !factor || p.after.kind != Prox::kNone, is_after = p.step || !factor;
     if (is_before && p.before.kind != Prox::kNone) {
       prox_stage(p.before, step(begin), v, to, n);
@@ -256,37 +294,67 @@ double prox_factor(const ProxParams<T>& p, int64_t g, double squares) {
   return norm <= lam ? 0.0 : 1.0 - lam / norm;
 }
 
+// As many values as a vector has doubles, as these; the compiler's own way is three instructions.
+inline Vec<double>::type prox_wide(const float* v) {
+#if L0_VECTOR_BYTES == 64
+  return (Vec<double>::type)_mm512_maskz_cvtps_pd(__mmask8(0xff), _mm256_loadu_ps(v));
+#elif L0_VECTOR_BYTES == 32
+  return (Vec<double>::type)_mm256_cvtps_pd(_mm_loadu_ps(v));
+#else
+  Vec<double>::type wide;
+  for (int64_t i = 0; i < int64_t(kVectorBytes / sizeof(double)); ++i) wide[i] = double(v[i]);
+  return wide;
+#endif
+}
+inline Vec<double>::type prox_wide(const double* v) { return load(v); }
+
+// Four sums that need not wait for one another.
 template <typename T, typename F>
 double prox_squares(const T* v, int64_t n, F f) {
-  double sum = 0.0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < n; ++i) {
-    const double y = f(v[i]);
-    sum += y * y;
-  }
-  return sum;
+  constexpr int64_t kDoubles = kVectorBytes / sizeof(double), kBlock = 8 * kDoubles;
+  Vec<double>::type a{}, b{}, c{}, d{};
+  T values[kBlock];
+  const auto add = [&](const T* from, int64_t some) {
+    if (!std::is_same_v<F, ProxSame> || some < kBlock) {
+      if (some < kBlock) std::memset(values, 0, sizeof values);
+      prox_each(from, values, some, [=](T x, int64_t) { return f(x); });
+      from = values;
+    }
+    for (int64_t i = 0; i < kBlock; i += 4 * kDoubles) {
+      const auto y0 = prox_wide(from + i), y1 = prox_wide(from + i + kDoubles);
+      const auto y2 = prox_wide(from + i + 2 * kDoubles), y3 = prox_wide(from + i + 3 * kDoubles);
+      a += y0 * y0, b += y1 * y1, c += y2 * y2, d += y3 * y3;
+    }
+  };
+  int64_t i = 0;
+  for (; i + kBlock <= n; i += kBlock) add(v + i, kBlock);
+  if (i < n) add(v + i, n - i);
+  const Vec<double>::type all = (a + b) + (c + d);
+  double sums[kDoubles];
+  std::memcpy(sums, &all, sizeof sums);
+  for (int64_t half = kDoubles / 2; half > 0; half /= 2)
+    for (int64_t k = 0; k < half; ++k) sums[k] += sums[k + half];
+  return sums[0];
 }
 
 // Of some rows, which are `stride` apart: one after the other would read and write `sums` for each.
 template <typename T, typename F>
 void prox_add_squares(const T* v, int64_t stride, int64_t rows, int64_t n, double* sums, F f) {
+  const auto add = [=](auto together, const T* first) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) {
+      double sum = 0.0;
+      for (int r = 0; r < decltype(together)::value; ++r) {
+        const double y = f(first[r * stride + i]);
+        sum += y * y;
+      }
+      sums[i] += sum;
+    }
+  };
   int64_t o = 0;
-  for (; o + 4 <= rows; o += 4) {
-    const T *v0 = v + o * stride, *v1 = v0 + stride, *v2 = v1 + stride, *v3 = v2 + stride;
-#pragma omp simd
-    for (int64_t i = 0; i < n; ++i) {
-      const double y0 = f(v0[i]), y1 = f(v1[i]), y2 = f(v2[i]), y3 = f(v3[i]);
-      sums[i] += (y0 * y0 + y1 * y1) + (y2 * y2 + y3 * y3);
-    }
-  }
-  for (; o < rows; ++o) {
-    const T* v0 = v + o * stride;
-#pragma omp simd
-    for (int64_t i = 0; i < n; ++i) {
-      const double y = f(v0[i]);
-      sums[i] += y * y;
-    }
-  }
+  for (; o + kProxTogether <= rows; o += kProxTogether)
+    add(std::integral_constant<int, kProxTogether>{}, v + o * stride);
+  for (; o < rows; ++o) add(std::integral_constant<int, 1>{}, v + o * stride);
 }
 
 template <typename T, typename S>
@@ -309,36 +377,45 @@ void prox_elements(const ProxParams<T>& p, int num_threads) {
     memory.finish(c * kProxChunk, std::min(kProxChunk, n - c * kProxChunk), nullptr, false);
 }
 
-// Groups of long segments, one after the other: a short one is still in the cache when it is scaled.
+// Groups of long segments: what is short is still in the cache when it is scaled, and several short ones need
+// not wait for one another's norms.
 template <typename T, typename S>
 void prox_segments(const ProxParams<T>& p, int num_threads) {
   const ProxMemory<T, S> memory{p};
-  const int64_t chunk = memory.chunk();
+  const int64_t chunk = memory.chunk(), size = p.outer * p.inner;
+  const int64_t together = std::clamp<int64_t>(kProxShortRows / size, 1, kProxTogether);
   const bool is_alone = p.before.kind == Prox::kNone && p.after.kind == Prox::kNone && p.x == p.y;
 #pragma omp parallel for schedule(static) \
-    num_threads(num_threads) if (num_threads > 1 && p.outer * p.groups * p.inner > 32768)
-  for (int64_t g = 0; g < p.groups; ++g) {
-    const auto each = [&](auto f) {
+    num_threads(num_threads) if (num_threads > 1 && size * p.groups > 32768)
+  for (int64_t first = 0; first < p.groups; first += together) {
+    const int64_t some = std::min(together, p.groups - first);
+    const auto each = [&](int64_t g, auto f) {
       for (int64_t o = 0; o < p.outer; ++o)
         for (int64_t i = 0; i < p.inner; i += chunk)
           f((o * p.groups + g) * p.inner + i, std::min(chunk, p.inner - i));
     };
-    double squares = 0.0;
-    each([&](int64_t begin, int64_t n) {
-      T buffer[kProxChunk];
-      if (p.step || p.before.kind == Prox::kNone) {
-        squares += prox_squares(memory.first(begin, n, buffer), n, [](T x) { return x; });
-      } else {
-        const T* v = memory.load(begin, n, buffer);
-        prox_with<T>(p.before, [&](auto f) { squares += prox_squares(v, n, f); });
-      }
-    });
-    const double exact = prox_factor(p, g, squares);
-    const T factor = T(exact);
-    if (factor == T(0))
-      each([&](int64_t begin, int64_t n) { memory.zero(begin, n); });
-    else if (exact != 1.0 || !is_alone)
-      each([&](int64_t begin, int64_t n) { memory.finish(begin, n, &factor, false); });
+    double squares[kProxTogether];
+    for (int64_t k = 0; k < some; ++k) {
+      double sum = 0.0;
+      each(first + k, [&](int64_t begin, int64_t n) {
+        T buffer[kProxChunk];
+        if (p.step || p.before.kind == Prox::kNone) {
+          sum += prox_squares(memory.first(begin, n, buffer), n, ProxSame{});
+        } else {
+          const T* v = memory.load(begin, n, buffer);
+          prox_with<T>(p.before, [&](auto f) { sum += prox_squares(v, n, f); });
+        }
+      });
+      squares[k] = sum;
+    }
+    for (int64_t k = 0; k < some; ++k) squares[k] = prox_factor(p, first + k, squares[k]);
+    for (int64_t k = 0; k < some; ++k) {
+      const T factor = T(squares[k]);
+      if (factor == T(0))
+        each(first + k, [&](int64_t begin, int64_t n) { memory.zero(begin, n); });
+      else if (squares[k] != 1.0 || !is_alone)
+        each(first + k, [&](int64_t begin, int64_t n) { memory.finish(begin, n, &factor, false); });
+    }
   }
 }
 
@@ -348,7 +425,7 @@ template <typename T, typename S>
 void prox_columns(const ProxParams<T>& p, int num_threads) {
   const ProxMemory<T, S> memory{p};
   const int64_t width = p.groups * p.inner, parts = std::clamp<int64_t>(p.outer / kProxRows, 1, kProxParts);
-  const int64_t rows = (p.outer + parts - 1) / parts;
+  const int64_t rows = round_up((p.outer + parts - 1) / parts, kProxTogether);
   thread_local Workspace workspace;
   double* squares = static_cast<double*>(workspace.get((sizeof(double) * parts + sizeof(T)) * width));
   T* factor = reinterpret_cast<T*>(squares + parts * width);
@@ -367,9 +444,9 @@ void prox_columns(const ProxParams<T>& p, int num_threads) {
         prox_with<T>(p.before, [&](auto f) { prox_add_squares(v, width, end - part * rows, n, sums, f); });
         continue;
       }
-      for (int64_t o = part * rows; o < end; o += 4) {
-        const int64_t some = std::min<int64_t>(4, end - o);
-        T buffers[4 * kProxChunk];
+      for (int64_t o = part * rows; o < end; o += kProxTogether) {
+        const int64_t some = std::min<int64_t>(kProxTogether, end - o);
+        T buffers[kProxTogether * kProxChunk];
         for (int64_t r = 0; r < some; ++r) {
           T* buffer = buffers + r * kProxChunk;
           const T* v = memory.first((o + r) * width + i, n, buffer);
@@ -401,8 +478,23 @@ void prox_as(const ProxParams<T>& p, int num_threads) {
   prox_columns<T, S>(p, num_threads);
 }
 
+inline void prox_prepare(ProxStage& s) {
+  const double first = s.first, second = s.second;
+  if (s.kind == Prox::kL0L1) s.threshold = std::sqrt(2 * first);
+  if (s.kind == Prox::kL0L2) s.threshold = std::sqrt(2 * first * (1 + second));
+  if (s.kind == Prox::kTransformedL1) {
+    const double critical = second * second / (2 * (second + 1));
+    const double slow = first * ((second + 1) / second);
+    s.threshold = first <= critical ? slow : std::sqrt(2 * first * (second + 1)) - second / 2;
+    s.third = std::cbrt(first) * std::cbrt(second) * std::cbrt(second + 1);
+  }
+}
+
 template <typename T>
-void prox(const ProxParams<T>& p, int num_threads) {
+void prox(const ProxParams<T>& given, int num_threads) {
+  ProxParams<T> p = given;
+  prox_prepare(p.before);
+  prox_prepare(p.after);
   if constexpr (std::is_same_v<T, double>) return prox_as<double, double>(p, num_threads);
   if constexpr (std::is_same_v<T, float>) {
     if (p.type == DType::kBFloat16) return prox_as<float, BFloat16>(p, num_threads);

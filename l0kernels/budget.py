@@ -111,24 +111,32 @@ class Projection:
         Raises:
             RuntimeError: the requested backend cannot serve the gates.
         """
-        first = log_alphas[0]
-        if self._is_native(log_alphas):
-            backend = _registry.resolve(first.device, first.dtype, "l0_penalty")
-            if backend in _NATIVE:
-                module = _ops.module(backend)
-                if self._plan is None or self._plan.state is not state or self._backend != backend:
-                    sizes = [size for kind in self._kinds for size in kind.sizes]
-                    self._plan, self._backend = module.BudgetPlan(self._kinds, state, sizes), backend
-                module.budget_step(self._plan, log_alphas, grads, self._ramp_steps, self._kinds[0].kept.limit)
-                return
-        self._formula(log_alphas, grads, state)
+        if not (self._has_terms and self._kernel(log_alphas, grads, state)):
+            self._formula(log_alphas, grads, state)
 
-    def _is_native(self, log_alphas: list[Tensor]) -> bool:
-        dtype = log_alphas[0].dtype
-        for log_alpha in log_alphas:
-            if log_alpha.dtype is not dtype or not log_alpha.is_contiguous():
+    def _kernel(self, log_alphas: list[Tensor], grads: list[Tensor | None], state: State) -> bool:
+        """The step by a kernel; False where none takes these gates."""
+        first = log_alphas[0]
+        try:
+            backend = _registry.resolve(first.device, first.dtype, "l0_penalty")
+            # cpp looks at every log_alpha itself, before it writes.
+            if backend not in _NATIVE or (backend != "cpp" and not self._is_plain(log_alphas)):
                 return False
-        return self._has_terms
+            module = _ops.module(backend)
+            if self._plan is None or self._plan.state is not state or self._backend != backend:
+                sizes = [size for kind in self._kinds for size in kind.sizes]
+                self._plan, self._backend = module.BudgetPlan(self._kinds, state, sizes), backend
+            module.budget_step(self._plan, log_alphas, grads, self._ramp_steps, self._kinds[0].kept.limit)
+        except (RuntimeError, TypeError, ValueError):
+            if self._is_plain(log_alphas):
+                raise
+            return False
+        return True
+
+    def _is_plain(self, log_alphas: list[Tensor]) -> bool:
+        """Whether kernels take these: of one dtype, their elements one after the other."""
+        dtype = log_alphas[0].dtype
+        return all(log_alpha.dtype is dtype and log_alpha.is_contiguous() for log_alpha in log_alphas)
 
     @torch.no_grad()
     def _formula(self, log_alphas: list[Tensor], grads: list[Tensor | None], state: State) -> None:

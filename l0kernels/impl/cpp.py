@@ -35,7 +35,7 @@ from .._calls import (
 from .._gates import HardConcrete, round_up
 from . import conv2d, few_channels, joined, packed, portable
 from .joined import ACTIVATIONS, TYPES, constants
-from .memory import empty_grad, fresh, matrix, optional, plain, vector
+from .memory import empty_grad, fresh, matrix, optional, plain, vector, vectors
 from .packed import Term, extent
 
 # 16-bit products go through packed.py to torch.mm, which uses the hardware's 16-bit instructions.
@@ -246,13 +246,22 @@ def _budget_kind(kind: Any) -> _C.BudgetKind:
 def budget_step(
     plan: BudgetPlan, log_alphas: list[Tensor], grads: list[Tensor | None], ramp_steps: float, limit: float
 ) -> None:
-    """One step of l0kernels.budget's Projection, of log_alphas and state in place."""
-    dtype = plan.dtype
-    own = [None if grad is None else grad.contiguous() for grad in grads]
+    """One step of l0kernels.budget's Projection, of log_alphas and state in place.
+
+    Raises:
+        as `vectors`, before anything is written.
+    """
+    dtype, sizes = plan.dtype, plan.sizes
+    places = vectors(log_alphas, "log_alpha", dtype, sizes)
+    try:
+        of_grads = vectors(grads, "grad", dtype, sizes)
+    except ValueError:  # as a rule they are contiguous, and to ask each costs as much as one of the checks
+        grads = [None if grad is None else grad.contiguous() for grad in grads]
+        of_grads = vectors(grads, "grad", dtype, sizes)
     plan.native.step(
-        dtype == torch.float64,
-        [vector(a, "log_alpha", dtype, n) for a, n in zip(log_alphas, plan.sizes, strict=True)],
-        [optional(g, "grad", dtype, n) for g, n in zip(own, plan.sizes, strict=True)],
+        dtype is torch.float64,
+        places,
+        of_grads,
         [log_alpha.requires_grad for log_alpha in log_alphas],
         *plan.addresses,
         ramp_steps,

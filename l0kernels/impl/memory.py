@@ -8,6 +8,7 @@ needs no check: `fresh`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -54,6 +55,30 @@ def vector(t: Tensor, name: str, dtype: torch.dtype, n: int, device: torch.devic
         got = f"{tuple(t.shape)}, strides {t.stride()}"
         raise ValueError(f"{name} must be {n} contiguous elements, got {got}")
     return _address(t, name, dtype, int(t.storage_offset()) + n, device) if n else 0
+
+
+def vectors(ts: Sequence[Tensor | None], name: str, dtype: torch.dtype, sizes: Sequence[int]) -> list[int]:
+    """`vector` of each, on the CPU; 0 for None. Short calls of many tensors are made of the calls to here."""
+    itemsize, found = dtype.itemsize, []
+    for t, n in zip(ts, sizes, strict=True):
+        address = 0
+        if t is not None:
+            try:  # as of `vector`
+                if (
+                    type(t) in PLAIN
+                    and t.dtype is dtype
+                    and t.numel() == n
+                    and t.is_contiguous()
+                    and not t.is_neg()
+                    and t.is_cpu
+                    and t.untyped_storage().nbytes() >= (t.storage_offset() + n) * itemsize
+                ):
+                    address = t.data_ptr()
+            except (NotImplementedError, RuntimeError):
+                pass
+            address = address or vector(t, name, dtype, n)  # which says what is wrong
+        found.append(address)
+    return found
 
 
 def images(t: Tensor, name: str, dtype: torch.dtype) -> int:

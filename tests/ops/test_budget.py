@@ -229,6 +229,42 @@ class TestNative:
             with pytest.raises(error):
                 projection(*wrong)
 
+    def test_each_of_several_vectors_is_looked_at(self):
+        """Behind others that are fine; nothing is written."""
+        model = nn.L0MLP([6, 8, 5, 4])
+        (kind,) = kinds_of(model, Wish(0.5))
+        given = [gate.log_alpha.detach() for gate in nn.gate_modules(model)]
+        freed = torch.zeros(8)
+        freed.untyped_storage().resize_(16)
+        state = State(
+            torch.zeros(19),
+            *(torch.ones(1, dtype=torch.float64) for _ in range(2)),
+            *(torch.zeros((), dtype=torch.int64) for _ in range(2)),
+        )
+        projection = Projection([kind.of], 0.0)
+        before = [a.clone() for a in given]
+        for wrong, error in (
+            (freed, RuntimeError),
+            (torch.zeros(9), ValueError),
+            (torch.zeros(8).double(), TypeError),
+            (torch._neg_view(torch.zeros(8)), memory.NotPlain),
+        ):
+            with pytest.raises(error, match=r"^grad must"):
+                projection(given, [None, wrong, torch.zeros(5)], state)
+        assert all(map(torch.equal, given, before))
+        assert state.step == state.skipped == 0
+
+    def test_gradients_of_any_strides(self):
+        model = nn.L0MLP([6, 8, 4])
+        gates = nn.gate_modules(model)
+        (kind,) = kinds_of(model, Wish(0.5))
+        for gate in gates:
+            gate.log_alpha.grad = torch.randn(gate.n)
+        expected, _ = step(kind, gates, 0.3, "cpp")
+        gates[1].log_alpha.grad = gates[1].log_alpha.grad.repeat_interleave(2)[::2]
+        assert not gates[1].log_alpha.grad.is_contiguous()
+        assert torch.equal(step(kind, gates, 0.3, "cpp")[0], expected)
+
     def test_versions_count(self):
         """Autograd sees that log_alpha was written."""
         model = nn.L0MLP([6, 4])

@@ -85,6 +85,15 @@ def test_values(name, dtype, shape, backend):
     assert_prox(regulariser, torch.randn(shape).to(dtype), what=f"{name} {shape}")
 
 
+@pytest.mark.parametrize("name", [name for name in NAMES if "top" not in name])
+@pytest.mark.parametrize("shape", [(1, 70), (70, 1), (19, 130), (37, 65), (9, 4097), (545, 67)])
+def test_rows_and_columns_that_fill_no_block(name, shape, isa):
+    """Several groups or rows are read at once, and some are left over."""
+    assert_prox(NAMES[name], torch.randn(shape), what=f"{name} {shape}")
+    memory = torch.randn(math.prod(shape) + 1)
+    assert_prox(NAMES[name], memory[1:].view(shape), what=f"{name} {shape}, unaligned")
+
+
 @each
 @pytest.mark.parametrize("n", [1, 31, 1023, 1024, 1025, 5000])
 def test_rows_of_any_length(name, n, backend):
@@ -224,7 +233,7 @@ def test_threads_change_nothing(name, shape, threads):
 
 
 @pytest.mark.parametrize("a", [0.05, 0.5, 1.0, 4.0, 1e3])
-@pytest.mark.parametrize("ratio", [1e-5, 0.01, 0.1, 0.3, 0.99, 1.01, 5.0])
+@pytest.mark.parametrize("ratio", [1e-5, 0.003, 0.01, 0.06, 0.1, 0.3, 0.99, 1.01, 5.0])
 def test_transformed_l1_between_the_regimes(a, ratio, backend):
     """lam is `ratio` of where one becomes the other; the shrinkage itself is right, not x less it alone."""
     lam = ratio * a * a / (2 * (a + 1))
