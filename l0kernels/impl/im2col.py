@@ -25,9 +25,6 @@ FEW_TAPS = 9
 """Of a kernel: where there are more, copying patches takes longer than oneDNN's compiling. Its convolutions
 with vectors of 512 bits are so fast that no patches are worth it."""
 
-MUCH = 1 << 24
-"""Products of numbers, from which on a call for each tap costs less than it saves."""
-
 MOST_TAPS = 64
 """Of a kernel that csrc computes, see kMostTaps in csrc/conv.h."""
 
@@ -101,10 +98,10 @@ def _plan(size: torch.Size, kernel: tuple[int, int], geometry: Geometry, outs: i
 
 
 def _has_small_images(shape: Shape, outs: int) -> bool:
-    """Whether a convolution reads more weights than activations, and is worth a call for each tap."""
+    """Whether a convolution reads more weights than activations, and there is much to compute."""
     N, H, W, C, kh, kw, *_, out_h, out_w = shape
     weights, outputs = kh * kw * C * outs, N * out_h * out_w
-    return weights > N * H * W * C + outputs * outs and weights * outputs > MUCH
+    return weights > N * H * W * C + outputs * outs and weights * outputs > LITTLE
 
 
 def _is_little(shape: Shape, outs: int) -> bool:
