@@ -7,10 +7,12 @@
 #include <pybind11/stl.h>
 
 #include <cmath>
+#include <limits>
 #include <optional>
 #include <stdexcept>
 #include <string>
 #include <tuple>
+#include <type_traits>
 #include <vector>
 
 #include "budget.h"
@@ -21,6 +23,7 @@
 #include "mlp.h"
 #include "pack.h"
 #include "penalty.h"
+#include "workspace.h"
 
 #ifdef _OPENMP
 #include <omp.h>
@@ -629,6 +632,99 @@ void conv(bool is_double, const Shape& shape, int64_t out, bool channels_last, A
                                                  num_threads);
 }
 
+// A convolution of the inputs that exist to the outputs that exist, by the weight of all. Channels are runs of
+// the matrix that the weight is.
+template <typename T>
+struct OpenConv {
+  const GateArg<T> rows, cols;
+  bool scale;
+  int64_t all_out, all_in, taps;
+
+  int64_t out() const { return rows.present ? rows.view.open : all_out; }
+  int64_t in() const { return cols.present ? cols.view.open : all_in; }
+  const T* z() const { return scale && cols.present ? cols.view.z : nullptr; }
+
+  static constexpr l0::DType kType = std::is_same_v<T, double> ? l0::DType::kDouble : l0::DType::kFloat;
+  static constexpr bool kIsDouble = std::is_same_v<T, double>;
+
+  l0::PackAxis row_axis() const { return {rows.view.index, nullptr, all_out, out(), out(), false}; }
+  l0::PackAxis col_axis() const { return {cols.view.index, z(), all_in, in(), in(), false, taps}; }
+
+  void pack(const T* w, T* packed, int num_threads) const {
+    l0::pack({w, kType, all_in * taps, 1, packed, kType, in() * taps, row_axis(), col_axis(), kIsDouble},
+             num_threads);
+  }
+  // dz = sum x dx / z of fractional gates: there are fewer activations than weights to read it off.
+  void gate_grads(const T* x, const T* dx, int64_t pixels, T* dz) const {
+    std::vector<int64_t> at;
+    for (int64_t c = 0; c < all_in; ++c) dz[c] = T(0);
+    const auto gate = [&](int64_t c) { return cols.view.index ? int64_t(cols.view.index[c]) : c; };
+    for (int64_t c = 0; c < in(); ++c)
+      if (z()[gate(c)] > T(0) && z()[gate(c)] < T(1)) at.push_back(c);
+    std::vector<double> sums(at.size());
+    for (int64_t i = 0; i < pixels; ++i, x += in(), dx += in())
+      for (size_t j = 0; j < at.size(); ++j) sums[j] += double(x[at[j]]) * double(dx[at[j]]);
+    for (size_t j = 0; j < at.size(); ++j) dz[gate(at[j])] = T(sums[j] / double(z()[gate(at[j])]));
+  }
+  void unpack(const T* packed, T* dw, const T* w, T* dz, int num_threads) const {
+    l0::unpack({packed, kType, in() * taps, dw, kType, row_axis(), col_axis(), kIsDouble, w, kType,
+                all_in * taps, 1, nullptr, dz},
+               num_threads);
+  }
+};
+
+template <typename T>
+void open_conv_as(const l0::ConvShape& s, bool by_tap, const OpenConv<T>& of, const T* x, const T* w,
+                  const T* bias, T* y, const T* dy, T* dx, T* dw, T* dz, int num_threads) {
+  if ((of.rows.present && of.rows.view.size != of.all_out) ||
+      (of.cols.present && of.cols.view.size != of.all_in) || s.C != of.in())
+    throw std::invalid_argument("gates: must be those of the weight's rows and columns");
+  if (dz && !(of.z() && w)) throw std::invalid_argument("a gate gradient needs the gate, and the gate to scale");
+  const bool backward = dx || dw || dz;
+  const l0::Kernels<T>& kernels = l0::kernels<T>();
+  if (by_tap) {
+    if (dz && !dx) throw std::invalid_argument("a gate gradient by_tap needs dx");
+    const l0::TapsParams<T> p = {s, of.out(), of.all_out, of.all_in, of.rows.view.index, of.cols.view.index,
+                                 of.z(), x, w, bias, y, dy, dx, dw};
+    (backward ? kernels.taps_grad : kernels.taps)(p, num_threads);
+    if (dz) of.gate_grads(x, dx, s.N * s.H * s.W, dz);
+    return;
+  }
+  static thread_local l0::Workspace workspace;
+  const int64_t size = of.out() * of.in() * of.taps;
+  T* const packed = static_cast<T*>(workspace.get(sizeof(T) * 2 * (size + 16)));
+  T* const grad = dw || dz ? packed + size + 16 : nullptr;
+  if (!backward || dx) of.pack(w, packed, num_threads);
+  const l0::ConvParams<T> p = {s, of.out(), true, x, packed, bias, y, dy, dx, grad, nullptr};
+  (backward ? kernels.conv_grad : kernels.conv)(p, num_threads);
+  if (grad) of.unpack(grad, dw, w, dz, num_threads);
+}
+
+// Backward where dx, dw or dz is wanted. by_tap: see csrc/taps.h, else as conv. scale: z of the columns
+// multiplies them.
+void open_conv(bool is_double, const Shape& shape, bool by_tap, const std::optional<Gate>& rows,
+               const std::optional<Gate>& cols, bool scale, int64_t all_out, int64_t all_in, Address x,
+               Address w, Address bias, Address y, Address dy, Address dx, Address dw, Address dz,
+               int num_threads) {
+  py::gil_scoped_release nogil;
+  const l0::ConvShape s = conv_shape(shape);
+  check_taps(s);
+  constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
+  if (all_out < 0 || all_in < 0 || double(s.N) * s.H * s.W > kMost || double(s.N) * s.out_h * s.out_w > kMost)
+    throw std::invalid_argument("sizes: " + std::to_string(all_out) + ", " + std::to_string(all_in) +
+                                ", or too many pixels");
+  const auto run = [&](auto type) {
+    using T = decltype(type);
+    const OpenConv<T> of{GateArg<T>(rows), GateArg<T>(cols), scale, all_out, all_in, s.taps()};
+    open_conv_as<T>(s, by_tap, of, as<const T>(x), as<const T>(w), as<const T>(bias), as<T>(y),
+                    as<const T>(dy), as<T>(dx), as<T>(dw), as<T>(dz), num_threads);
+  };
+  if (is_double)
+    run(double{});
+  else
+    run(float{});
+}
+
 // Forward where there is no dy.
 void depthwise(bool is_double, const Shape& shape, Address x, Address w, Address y, Address dy, Address dx,
                Address dw_parts, int num_threads) {
@@ -636,6 +732,35 @@ void depthwise(bool is_double, const Shape& shape, Address x, Address w, Address
   const l0::ConvShape s = conv_shape(shape);
   check_taps(s);
   (is_double ? depthwise_as<double> : depthwise_as<float>)(s, x, w, y, dy, dx, dw_parts, num_threads);
+}
+
+// Of gate vectors (index, size, open, exist), what of each exists, the open entries and the first closed ones:
+// places gets for each which exist, ascending (exist), where the open ones are among those (open), and which
+// are open (open); orders gets (padded) which exist, then the others.
+void present(const std::vector<std::tuple<Address, int64_t, int64_t, int64_t, int64_t>>& vectors,
+             Address places, Address orders) {
+  int64_t* to = as<int64_t>(places);
+  int32_t* order = as<int32_t>(orders);
+  for (const auto& [address, size, open, exist, padded] : vectors) {
+    const int32_t* index = as<const int32_t>(address);
+    if (open < 0 || open > exist || exist > size || size > padded)
+      throw std::invalid_argument("counts must be in [0, " + std::to_string(size) + "], got " +
+                                  std::to_string(open) + " and " + std::to_string(exist));
+    for (int64_t i = 0; i < size; ++i)
+      if (uint32_t(index[i]) >= uint64_t(size))
+        throw std::invalid_argument("gates.index must hold numbers in [0, " + std::to_string(size) + ")");
+    int64_t *exists = to, *within = to + exist, *opened = within + open;
+    int64_t i = 0, j = open;
+    for (int64_t k = 0; k < exist; ++k) {
+      const bool is_open = i < open && (j == exist || index[i] < index[j]);
+      if (is_open) within[i] = k, opened[i] = index[i];
+      exists[k] = order[k] = index[is_open ? i++ : j++];
+    }
+    for (int64_t k = exist; k < size; ++k) order[k] = index[k];
+    for (int64_t k = size; k < padded; ++k) order[k] = 0;
+    to = opened + open;
+    order += padded;
+  }
 }
 
 // Numbers of a vector of `size` entries.
@@ -778,6 +903,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("im2col", &im2col);
   m.def("col2im", &col2im);
   m.def("conv", &conv);
+  m.def("open_conv", &open_conv);
+  m.def("present", &present);
   m.def("depthwise", &depthwise);
   m.def("batch_norm", &batch_norm);
   m.def("prox", &prox);

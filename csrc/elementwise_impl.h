@@ -227,9 +227,10 @@ void squares_grad(const SquaresParams<T>& p, T* grad, int num_threads) {
 
 template <typename T>
 Kernels<T> kernels() {
-  return {gemm<T>,      sample<T>,         p_open<T>,     activation_grad<T>, column_dot<T>, column_sum<T>,
-          squares<T>,   squares_grad<T>,   im2col<T>,     col2im<T>,          conv<T>,       conv_grad<T>,
-          depthwise<T>, depthwise_grad<T>, batch_norm<T>, batch_norm_grad<T>, prox<T>,       budget_step<T>};
+  return {gemm<T>,      sample<T>,    p_open<T>,    activation_grad<T>, column_dot<T>,
+          column_sum<T>, squares<T>,   squares_grad<T>, im2col<T>,       col2im<T>,
+          conv<T>,      conv_grad<T>, taps<T>,      taps_grad<T>,       depthwise<T>,
+          depthwise_grad<T>, batch_norm<T>, batch_norm_grad<T>, prox<T>, budget_step<T>};
 }
 template Kernels<float> kernels<float>();
 template Kernels<double> kernels<double>();

@@ -9,6 +9,7 @@
 #include "conv.h"
 #include "gemm.h"
 #include "prox.h"
+#include "taps.h"
 
 namespace l0 {
 
@@ -106,6 +107,8 @@ struct Kernels {
   void (*col2im)(const ConvShape&, const T* col, T* x, int num_threads);
   void (*conv)(const ConvParams<T>&, int num_threads);
   void (*conv_grad)(const ConvParams<T>&, int num_threads);
+  void (*taps)(const TapsParams<T>&, int num_threads);  // taps.h
+  void (*taps_grad)(const TapsParams<T>&, int num_threads);
   void (*depthwise)(const DepthwiseParams<T>&, int num_threads);
   void (*depthwise_grad)(const DepthwiseParams<T>&, int num_threads);
   void (*batch_norm)(const BatchNormParams<T>&, int num_threads);  // batch_norm.h

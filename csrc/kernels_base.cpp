@@ -10,6 +10,7 @@
 #include "gemm_impl.h"
 #include "batch_norm_impl.h"
 #include "conv_impl.h"
+#include "taps_impl.h"
 #include "prox_impl.h"
 #include "budget_impl.h"
 #include "elementwise_impl.h"

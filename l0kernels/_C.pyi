@@ -263,6 +263,29 @@ def conv(
     num_threads: int,
     /,
 ) -> None: ...
+def present(
+    vectors: Sequence[tuple[Address, int, int, int, int]], places: Address, orders: Address, /
+) -> None: ...
+def open_conv(
+    is_double: bool,
+    shape: Sequence[int],
+    by_tap: bool,
+    rows: Gate | None,
+    cols: Gate | None,
+    scale: bool,
+    all_out: int,
+    all_in: int,
+    x: Address,
+    w: Address,
+    bias: Address,
+    y: Address,
+    dy: Address,
+    dx: Address,
+    dw: Address,
+    dz: Address,
+    num_threads: int,
+    /,
+) -> None: ...
 def depthwise(
     is_double: bool,
     shape: Sequence[int],

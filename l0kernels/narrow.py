@@ -18,6 +18,7 @@ from .impl import batch_norm, im2col, module
 from .impl.batch_norm import Channels, Settings
 from .impl.im2col import Geometry, Way
 from .impl.memory import empty_grad, plain
+from .impl.packed import extent
 
 Gate = list[Tensor]  # z, index, count of Gates; the first count[0] of index exist
 
@@ -125,33 +126,51 @@ class _Conv2d(torch.autograd.Function):
         geometry: Geometry,
     ) -> Tensor:
         x = plain(x).contiguous(memory_format=torch.channels_last)
-        kh, kw = weight.shape[2:]
+        outs, _, kh, kw = weight.shape
+        if sides.rows is not None:
+            outs = extent(sides.rows, outs, weight.dtype)
+        plan = im2col.plan(x.shape, (kh, kw), geometry, outs)
+        ctx.settings = sides, z is not None, plan
+        if plan.is_one_call:
+            w = plain(weight).contiguous()
+            ctx.save_for_backward(x, weight, None)
+            bias = None if bias is None else plain(bias).contiguous()
+            return module(sides.backend).open_conv(x, w, bias, sides.rows, sides.cols, z is not None, plan)
         scales, matrix = _scales(sides, z), weight.reshape(weight.shape[0], -1)
         pack = module(sides.backend).pack
         packed = pack(matrix, sides.rows, sides.cols, weight.dtype, run=kh * kw, apart=True, **scales)
-        plan = im2col.plan(x.shape, (kh, kw), geometry, packed.shape[0])
         ctx.save_for_backward(x, weight, packed)
-        ctx.settings = sides, scales, plan
         return im2col.forward(x, packed, bias, plan)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         _ops.refuse_second_derivative("narrow_conv2d")
-        (x, weight, packed), (sides, scales, plan) = ctx.saved_tensors, ctx.settings
+        (x, weight, packed), (sides, scaled, plan) = ctx.saved_tensors, ctx.settings
         need_x, need_w, need_b, need_z, *_ = ctx.needs_input_grad
         dy = plain(dy).contiguous(memory_format=torch.channels_last)
-        # dz is read off the activations where those are fewer than weights.
-        reads_x = need_x and need_z and plan.way is Way.TAPS
-        dx, grad = im2col.backward(dy, x, packed, plan, need_x, need_w or (need_z and not reads_x))
-        dw = dz = None
-        if grad is not None:
-            dw, dz = _unpacked(grad, weight, sides, scales, need_z and not reads_x, apart=True)
+        db = im2col.rows(dy).sum(0) if need_b else None
+        reads_z = need_z and sides.cols is not None
+        if plan.is_one_call:
+            needs = need_x or (reads_z and plan.way is Way.TAPS), need_w, reads_z  # see csrc/bindings.cpp
+            dx, dw, dz = module(sides.backend).open_conv_grad(
+                dy,
+                x,
+                plain(weight).contiguous(),
+                sides.rows,
+                sides.cols,
+                scaled,
+                plan,
+                needs,
+            )
+        else:
+            dx, grad = im2col.backward(dy, x, packed, plan, need_x, need_w or reads_z)
+            dw = dz = None
+            if grad is not None:
+                scales = {"scale_rows": False, "scale_cols": scaled}
+                dw, dz = _unpacked(grad, weight, sides, scales, reads_z, apart=True)
         if need_z and sides.cols is None:  # all are 1, see _Whole
             dz = weight.new_zeros(weight.shape[1])
-        elif reads_x and dx is not None and sides.cols is not None:
-            dz = im2col.gate_grad(x, dx, *sides.cols[:2])
-        db = im2col.rows(dy).sum(0) if need_b else None
-        return dx, dw if need_w else None, db, dz, None, None
+        return dx if need_x else None, dw if need_w else None, db, dz, None, None
 
 
 def narrow_conv2d(

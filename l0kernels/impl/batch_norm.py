@@ -38,13 +38,12 @@ class Settings(NamedTuple):
 def serves(x: Tensor, *vectors: Tensor | None) -> bool:
     """Whether rows of channels, or images, of this dtype are normalised here, by vectors of the same one."""
     dtype = x.dtype
-    return (
-        _C is not None
-        and dtype in (torch.float32, torch.float64)
-        and x.ndim in (2, 4)
-        and all(v is None or (type(v) in PLAIN and v.dtype is dtype and v.is_contiguous()) for v in vectors)
-        and x.numel() > x.shape[1]  # torch refuses to train on one value a channel
-    )
+    if _C is None or dtype not in (torch.float32, torch.float64) or x.ndim not in (2, 4):
+        return False
+    for v in vectors:
+        if v is not None and (type(v) not in PLAIN or v.dtype is not dtype or not v.is_contiguous()):
+            return False
+    return x.numel() > x.shape[1]  # torch refuses to train on one value a channel
 
 
 def as_rows(x: Tensor) -> Tensor:
@@ -80,7 +79,7 @@ def forward(
     index, updated = channels
     dtype = x.dtype
     moved = n if updated is None else updated.numel()
-    y, statistics = torch.empty_like(x), x.new_empty(2, n)
+    y, statistics = torch.empty_like(x), torch.empty((2, n), dtype=dtype, device=x.device)
     mean = fresh(statistics)
     _C.batch_norm(
         dtype is torch.float64,

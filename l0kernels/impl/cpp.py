@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from itertools import accumulate
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,9 +33,10 @@ from .._calls import (
     Wanted,
 )
 from .._gates import HardConcrete, round_up
-from . import conv2d, few_channels, joined, packed, portable
+from . import conv2d, few_channels, im2col, joined, packed, portable
+from .im2col import Way
 from .joined import ACTIVATIONS, TYPES, constants
-from .memory import empty_grad, fresh, matrix, optional, plain, vector, vectors
+from .memory import empty_grad, fresh, images, matrix, optional, plain, vector, vectors
 from .packed import Term, extent
 
 # 16-bit products go through packed.py to torch.mm, which uses the hardware's 16-bit instructions.
@@ -96,6 +97,42 @@ def sample(
     if nan_at >= 0:
         portable.raise_nan(nan_at, len(log_alphas))
     return gates
+
+
+class Places(NamedTuple):
+    """What of a vector of gates exists in packed data: the open ones, and closed ones that round up.
+
+    Attributes:
+        exist: int64, which do, ascending.
+        within: int64, where the open ones are among those.
+        opened: int64, which are open.
+        order: int32, those that exist, then the others, as long as an index of Gates.
+    """
+
+    exist: Tensor
+    within: Tensor
+    opened: Tensor
+    order: Tensor
+
+
+def present(
+    indices: Sequence[Tensor], sizes: Sequence[int], counts: Sequence[tuple[int, int]]
+) -> list[Places]:
+    """Of vectors of gates by their index, so many gates, and how many are open and exist: all in one call."""
+    lengths = [length for n_open, n in counts for length in (n, n_open, n_open)]
+    padded = [*map(round_up, sizes)]
+    places = torch.empty(sum(lengths), dtype=torch.int64, device="cpu")
+    orders = torch.empty(sum(padded), dtype=torch.int32, device="cpu")
+    vectors = [
+        (vector(index, "index", torch.int32, whole), size, n_open, n, whole)
+        for index, size, (n_open, n), whole in zip(indices, sizes, counts, padded, strict=True)
+    ]
+    _C.present(vectors, fresh(places), fresh(orders))
+    parts = iter(places.split_with_sizes(lengths))
+    return [
+        Places(exist, next(parts), next(parts), order)
+        for exist, order in zip(parts, orders.split_with_sizes(padded), strict=False)
+    ]
 
 
 def gate_grad(dz: Tensor, z: Tensor, dist: HardConcrete) -> Tensor:
@@ -373,6 +410,84 @@ def unpack(
         torch.get_num_threads(),
     )
     return out, dz_row, dz_col
+
+
+def open_conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    rows: Gate | None,
+    cols: Gate | None,
+    scale: bool,
+    plan: im2col.Plan,
+) -> Tensor:
+    """y of images x, which hold the columns that exist, for the rows of `weight` that do; bias: of those.
+
+    x is in channels_last memory, the weight (out, in, kh, kw) contiguous; ``scale``: z of the columns
+    multiplies them. The plan is of one call, TAPS or DIRECT.
+    """
+    outs = extent(rows, weight.shape[0], weight.dtype)
+    y = im2col.empty_images(x, plan.shape[0], outs, plan.shape[12], plan.shape[13])
+    if y.numel():
+        at = optional(bias, "bias", x.dtype, outs)
+        _open_conv(x, weight, rows, cols, scale, plan, at, fresh(y), 0, 0, 0, 0)
+    return y
+
+
+def open_conv_grad(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    rows: Gate | None,
+    cols: Gate | None,
+    scale: bool,
+    plan: im2col.Plan,
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """dx, dweight and dz of the columns; `needs`: which of them are wanted; dz with TAPS needs dx."""
+    N, H, W, C = plan.shape[:4]
+    outs = extent(rows, weight.shape[0], weight.dtype)
+    if dy.shape[1] != outs:
+        raise ValueError(f"the gradient must have {outs} channels, got {tuple(dy.shape)}")
+    dx = im2col.empty_images(x, N, C, H, W) if needs[0] else None
+    dw = empty_grad(weight) if needs[1] else None
+    dz = torch.empty_like(cols[0]) if needs[2] and cols is not None else None
+    if dz is not None and not x.numel():
+        dz.zero_()
+    if any(t is not None and t.numel() for t in (dx, dw)) or (dz is not None and x.numel()):
+        operands = images(dy, "the gradient", x.dtype), fresh(dx), fresh(dw), fresh(dz) if x.numel() else 0
+        _open_conv(x, weight, rows, cols, scale, plan, 0, 0, *operands)
+    return dx, dw, dz
+
+
+def _open_conv(
+    x: Tensor,
+    weight: Tensor,
+    rows: Gate | None,
+    cols: Gate | None,
+    scale: bool,
+    plan: im2col.Plan,
+    *addresses: int,
+) -> None:
+    """Of bias, y, dy, dx, dw and dz."""
+    dtype, (n_out, n_in) = x.dtype, weight.shape[:2]
+    N, H, W, C = plan.shape[:4]
+    if x.shape != (N, C, H, W) or weight.shape[2:] != plan.shape[4:6]:
+        raise ValueError(f"the plan must be of {tuple(x.shape)} and {tuple(weight.shape)}, got {plan.shape}")
+    _C.open_conv(
+        dtype == torch.float64,
+        plan.shape,
+        plan.way is Way.TAPS,
+        _gate(rows, "the gate of the rows", n_out, dtype),
+        _gate(cols, "the gate of the columns", n_in, dtype),
+        scale,
+        n_out,
+        n_in,
+        images(x, "x", dtype),
+        vector(weight, "weight", dtype, weight.numel()),
+        *addresses,
+        torch.get_num_threads(),
+    )
 
 
 def convolution(x: Tensor, weight: Tensor, conv: conv2d.Conv) -> conv2d.Convolution | None:

@@ -14,9 +14,6 @@ from .._native import native as _C
 from . import im2col
 from .memory import fresh, optional, plain, strided, vector
 
-PATCHES = 1 << 21
-"""Bytes of the gradients of an image's patches that csrc adds up before they leave the cache."""
-
 Conv = tuple[list[int], list[int], list[int], int]
 """stride, padding, dilation and groups."""
 
@@ -35,24 +32,8 @@ def serves(x: Tensor, weight: Tensor, conv: Conv) -> bool:
         and type(x) in PLAIN
         and type(weight) in PLAIN
         and not count_modes()
-        and _few(C, out, x.element_size())
+        and im2col.are_few(C, out, x.element_size())
     )
-
-
-def _few(C: int, out: int, itemsize: int) -> bool:
-    """oneDNN's vectors are channels on both sides: where these fill them it is the fastest. Those of csrc are
-    positions and taps: it is, where a quarter or more of oneDNN's products would be for nothing."""
-    width = 0 if _C is None else _VECTOR_BYTES.get(_C.isa(), 0) // itemsize
-    if C == 0 or out == 0 or width == 0:
-        return False
-    return 4 * C * out <= 3 * _filled(C, width) * _filled(out, width)
-
-
-_VECTOR_BYTES = {"avx2": 32, "avx512": 64}
-
-
-def _filled(n: int, width: int) -> int:
-    return -(-n // width) * width
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, conv: Conv, fmt: torch.memory_format) -> Tensor:
@@ -79,7 +60,7 @@ def convolve_grad(
     x, weight = plain(x).contiguous(memory_format=fmt), plain(weight).contiguous()
     dy = plain(dy).contiguous(memory_format=fmt)
     shape, out = _shape_of(x, weight, conv), weight.shape[0]
-    if need_x and shape[12] * shape[13] * weight[:1].numel() * x.element_size() > PATCHES:
+    if need_x and shape[12] * shape[13] * weight[:1].numel() * x.element_size() > im2col.PATCHES:
         stride, padding, dilation, groups = conv
         dx, _, _ = torch.ops.aten.convolution_backward(
             dy, x, weight, None, stride, padding, dilation, False, [0, 0], groups, [True, False, False]

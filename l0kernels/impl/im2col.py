@@ -25,11 +25,19 @@ FEW_TAPS = 9
 """Of a kernel: where there are more, copying patches takes longer than oneDNN's compiling. Its convolutions
 with vectors of 512 bits are so fast that no patches are worth it."""
 
-MUCH = 1 << 24
-"""Products of numbers, from which on a call for each tap costs less than it saves."""
-
 MOST_TAPS = 64
 """Of a kernel that csrc computes, see kMostTaps in csrc/conv.h."""
+
+LITTLE = 1 << 22
+"""Products of numbers, up to which the way into oneDNN takes longer than csrc's slower loops."""
+
+LITTLE_OF_FEW = 1 << 25
+"""The same, where most of oneDNN's vectors are empty."""
+
+PATCHES = 1 << 21
+"""Bytes of the gradients of an image's patches that csrc adds up before they leave the cache."""
+
+_VECTOR_BYTES = {"avx2": 32, "avx512": 64}
 
 
 class Geometry(NamedTuple):
@@ -50,10 +58,10 @@ class Way(Enum):
 
     PRODUCT: the images are the rows of one. PATCHES: so are copies of what each output reads. TAPS: a product
     for each tap, of the pixels that it reads within the image: small ones are mostly border, where others
-    multiply zeros. TORCH: by torch's convolution, which is oneDNN's.
+    multiply zeros. DIRECT: as csrc/conv.h has it. TORCH: by torch's convolution, which is oneDNN's.
     """
 
-    PRODUCT, PATCHES, TAPS, TORCH = range(4)
+    PRODUCT, PATCHES, TAPS, DIRECT, TORCH = range(5)
 
 
 class Plan(NamedTuple):
@@ -62,6 +70,11 @@ class Plan(NamedTuple):
     way: Way
     shape: Shape
     options: tuple[Shape, Shape, Shape]
+
+    @property
+    def is_one_call(self) -> bool:
+        """Whether csrc computes it by the weight as it is: of the others the weight is packed."""
+        return self.way is Way.TAPS or self.way is Way.DIRECT
 
 
 def plan(size: torch.Size, kernel: tuple[int, int], geometry: Geometry, outs: int) -> Plan:
@@ -77,16 +90,40 @@ def _plan(size: torch.Size, kernel: tuple[int, int], geometry: Geometry, outs: i
         way = Way.PRODUCT
     elif 1 < taps <= FEW_TAPS and _has_small_images(shape, outs):
         way = Way.TAPS
+    elif taps <= MOST_TAPS and _is_little(shape, outs):
+        way = Way.DIRECT
     else:
         way = Way.TORCH if taps > few else Way.PATCHES
     return Plan(way, shape, (shape[6:8], shape[8:10], shape[10:12]))
 
 
 def _has_small_images(shape: Shape, outs: int) -> bool:
-    """Whether a convolution reads more weights than activations, and is worth a call for each tap."""
+    """Whether a convolution reads more weights than activations, and there is much to compute."""
     N, H, W, C, kh, kw, *_, out_h, out_w = shape
     weights, outputs = kh * kw * C * outs, N * out_h * out_w
-    return weights > N * H * W * C + outputs * outs and weights * outputs > MUCH
+    return weights > N * H * W * C + outputs * outs and weights * outputs > LITTLE
+
+
+def _is_little(shape: Shape, outs: int) -> bool:
+    """Whether oneDNN, which prepares every call, is slower than csrc."""
+    N, _, _, C, kh, kw, *_, out_h, out_w = shape
+    patches = out_h * out_w * kh * kw * C
+    if _C is None or _C.isa() not in _VECTOR_BYTES or not N * patches * outs or 4 * patches > PATCHES:
+        return False
+    return N * patches * outs <= (LITTLE_OF_FEW if are_few(C, outs, 4) else LITTLE)
+
+
+def are_few(C: int, out: int, itemsize: int) -> bool:
+    """oneDNN's vectors are channels on both sides: where these fill them it is the fastest. Those of csrc are
+    positions and taps: it is, where a quarter or more of oneDNN's products would be for nothing."""
+    width = 0 if _C is None else _VECTOR_BYTES.get(_C.isa(), 0) // itemsize
+    if C == 0 or out == 0 or width == 0:
+        return False
+    return 4 * C * out <= 3 * _filled(C, width) * _filled(out, width)
+
+
+def _filled(n: int, width: int) -> int:
+    return -(-n // width) * width
 
 
 def shape_of(x: Tensor, kernel: tuple[int, int], geometry: Geometry) -> Shape:
@@ -127,9 +164,14 @@ def _matrix(x: Tensor) -> Tensor:
     return x.as_strided((N * H * W, C), (C, 1))  # permute and view are two calls
 
 
+def empty_images(like: Tensor, N: int, C: int, H: int, W: int) -> Tensor:
+    """Unwritten ones, no view, for users may change them in place."""
+    return torch.empty((N, C, H, W), dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
+
+
 def _images(like: Tensor, N: int, C: int, H: int, W: int) -> tuple[Tensor, Tensor]:
-    """Unwritten images, no view, for users may change them in place; and as a matrix."""
-    out = torch.empty((N, C, H, W), dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
+    """Unwritten images, and as a matrix."""
+    out = empty_images(like, N, C, H, W)
     return out, _matrix(out)
 
 
@@ -174,8 +216,6 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, plan: Plan) -> Tenso
     made, y = _images(x, N, weight.shape[0], out_h, out_w)
     if way is Way.PRODUCT:
         _product(source, w, bias, y)
-    elif way is Way.TAPS:
-        _by_tap(source, w, bias, shape, y)
     elif N:
         col = _scratch(x, shape)
         for first, part in _chunks(shape, x.element_size()):
@@ -199,62 +239,6 @@ def _kernels(weight: Tensor, shape: Shape) -> Tensor:
     return weight.as_strided((weight.shape[0], C, kh, kw), (C * kh * kw, 1, kw * C, C))
 
 
-Block = tuple[slice, slice, slice]  # of images (N, H, W, C): all of them, some of their rows and columns
-
-
-@lru_cache(4096)
-def _taps(shape: Shape) -> list[tuple[slice, Block, Block]]:
-    """Of each tap that reads a pixel of the image: its columns of the packed weight, the pixels that it reads
-    and the outputs that it reaches. Those that reach most come first."""
-    H, W, C, kh, kw, sh, sw, ph, pw, dh, dw, out_h, out_w = shape[1:]
-    found = []
-    for i in range(kh):
-        for j in range(kw):
-            down, across = _reach(out_h, H, i, sh, ph, dh), _reach(out_w, W, j, sw, pw, dw)
-            if down is not None and across is not None:
-                at = (i * kw + j) * C
-                read, made = zip(down, across, strict=True)
-                found.append((slice(at, at + C), (slice(None), *read), (slice(None), *made)))
-    return sorted(found, key=lambda tap: -_length(tap[2][1]) * _length(tap[2][2]))
-
-
-def _reach(n_out: int, n: int, tap: int, stride: int, pad: int, dilation: int) -> tuple[slice, slice] | None:
-    """Of one dimension, the pixels that a tap reads and the outputs that read them; None: there are none."""
-    shift = tap * dilation - pad
-    first, last = max(0, -(shift // stride)), min(n_out - 1, (n - 1 - shift) // stride)
-    if first > last:
-        return None
-    return slice(first * stride + shift, last * stride + shift + 1, stride), slice(first, last + 1)
-
-
-def _length(part: slice) -> int:
-    return part.stop - part.start
-
-
-def _by_tap(source: Tensor, w: Tensor, bias: Tensor | None, shape: Shape, y: Tensor) -> None:
-    """y, the rows of the outputs, of the rows of the images."""
-    N, H, W, C, *_, out_h, out_w = shape
-    pixels, outputs, taps = source.view(N, H, W, C), y.view(N, out_h, out_w, y.shape[1]), _taps(shape)
-    first = 0
-    if taps and outputs[taps[0][2]].shape == outputs.shape:
-        columns, read, _ = taps[0]
-        _product(_matrix_of(pixels, read), w[columns], bias, y)
-        first = 1
-    elif bias is None:
-        y.zero_()
-    else:
-        y.copy_(bias)
-    for columns, read, made in taps[first:]:
-        part = outputs[made]
-        part.add_((_matrix_of(pixels, read) @ w[columns]).view(part.shape))
-
-
-def _matrix_of(images: Tensor, block: Block) -> Tensor:
-    """A block of each image (N, H, W, C) as rows of channels."""
-    part = images[block]
-    return part.reshape(part.shape[:3].numel(), part.shape[3])
-
-
 def backward(
     dy: Tensor, x: Tensor, weight: Tensor, plan: Plan, need_x: bool, need_w: bool
 ) -> tuple[Tensor | None, Tensor | None]:
@@ -269,8 +253,6 @@ def backward(
         if need_x:
             torch.mm(grads, weight, out=dx)
         return made, grads.t() @ source if need_w else None
-    if way is Way.TAPS:
-        return made, _by_tap_backward(grads, source, weight, shape, dx if need_x else None, need_w)
     dw = torch.zeros_like(weight) if need_w else None
     if N:
         col = _scratch(x, shape)
@@ -298,40 +280,6 @@ def _torch_backward(
     if dx is not None:
         dx = dx.contiguous(memory_format=torch.channels_last)
     return dx, None if dw is None else dw.permute(0, 2, 3, 1).reshape(weight.shape)
-
-
-def _by_tap_backward(
-    grads: Tensor, source: Tensor, weight: Tensor, shape: Shape, dx: Tensor | None, need_w: bool
-) -> Tensor | None:
-    """Writes dx, rows of the images, and returns dweight."""
-    N, H, W, C, kh, kw, *_, out_h, out_w = shape
-    pixels, outputs = source.view(N, H, W, C), grads.view(N, out_h, out_w, grads.shape[1])
-    taps = _taps(shape)
-    dw = None
-    if need_w:
-        dw = torch.empty_like(weight) if len(taps) == kh * kw else torch.zeros_like(weight)
-    inputs = None if dx is None else dx.zero_().view(N, H, W, C)
-    for columns, read, made in taps:
-        grad = _matrix_of(outputs, made)
-        if dw is not None:
-            torch.mm(grad.t(), _matrix_of(pixels, read), out=dw[:, columns])
-        if inputs is not None:
-            part = inputs[read]
-            part.add_((grad @ weight[:, columns]).view(part.shape))
-    return dw
-
-
-def gate_grad(x: Tensor, dx: Tensor, z: Tensor, index: Tensor) -> Tensor:
-    """dz where 0 < z < 1 from the gradient dx of images x, which z multiplies.
-
-    Args:
-        z, index: of all channels, and which of them x has, first in index.
-    """
-    exist = index[: x.shape[1]].long()
-    some = z.index_select(0, exist)
-    at = ((some > 0) & (some < 1)).nonzero()[:, 0]
-    terms = rows(x).index_select(1, at) * rows(dx).index_select(1, at)
-    return torch.zeros_like(z).index_copy_(0, exist[at], terms.sum(0) / some[at])
 
 
 def depthwise(x: Tensor, weight: Tensor, shape: Shape) -> Tensor:

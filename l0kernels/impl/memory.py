@@ -83,6 +83,20 @@ def vectors(ts: Sequence[Tensor | None], name: str, dtype: torch.dtype, sizes: S
 
 def images(t: Tensor, name: str, dtype: torch.dtype) -> int:
     """Address of a (N, C, H, W) tensor in channels_last memory on the CPU, 0 for none; errors as `vector`."""
+    try:
+        if (
+            type(t) in PLAIN
+            and t.dtype is dtype
+            and t.is_contiguous(memory_format=torch.channels_last)
+            and not t.is_neg()
+            and t.is_cpu
+            and t.untyped_storage().nbytes() >= (t.storage_offset() + t.numel()) * dtype.itemsize
+        ):
+            address = t.data_ptr()
+            if address:
+                return address
+    except (NotImplementedError, RuntimeError):
+        pass
     if not t.is_contiguous(memory_format=torch.channels_last):
         raise ValueError(
             f"{name} must be in channels_last memory, got {tuple(t.shape)}, strides {t.stride()}"
@@ -204,7 +218,7 @@ def empty_grad(weight: Tensor) -> Tensor:
     A large one lies on huge pages: a gradient of 64 MB takes 16384 faults of 4 KB pages, which last longer
     than the whole gated layer at one open gate in ten, and 32 of 2 MB.
     """
-    grad = weight.new_empty(weight.shape)
+    grad = torch.empty_like(weight, memory_format=torch.contiguous_format)
     if native is not None and grad.nbytes >= HUGE and grad.is_cpu:
         native.advise_huge_pages(grad.data_ptr(), grad.nbytes)
     return grad

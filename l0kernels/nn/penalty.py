@@ -57,11 +57,11 @@ def penalty(model: nn.Module, *, weight_decay: float = 0.0, detach_gates: bool =
     """
     if not 0 <= weight_decay < math.inf:
         raise ValueError(f"weight_decay must be finite and >= 0, got {weight_decay!r}")
-    # The walk takes a microsecond per module; a cache of it could not see a module replaced.
+    # A cache of the walk could not see a module replaced.
     layers: list[GatedLayer] = []
     gates: list[HardConcreteGate] = []
     hosts: list[nn.Module] = []
-    for module in model.modules():
+    for module in _modules(model):
         gates_of_units = module._modules.get(NAME) if weight_decay else None
         if isinstance(gates_of_units, GateGroups) and not is_frozen(gates_of_units):
             hosts.append(module)
@@ -87,6 +87,18 @@ def penalty(model: nn.Module, *, weight_decay: float = 0.0, detach_gates: bool =
     for dist, (weight, out, in_, n_groups) in sharded:
         total = total + l2_of_shards(weight, weight_decay, out, in_, n_groups, dist)
     return functools.reduce(torch.add, rests, total)
+
+
+def _modules(model: nn.Module) -> list[nn.Module]:
+    """model.modules(), whose nested generators take longer than the penalty."""
+    found: dict[nn.Module, None] = {}
+    left: list[nn.Module | None] = [model]
+    while left:
+        module = left.pop()
+        if module is not None and module not in found:
+            found[module] = None
+            left.extend(reversed(module._modules.values()))
+    return [*found]
 
 
 def _l2(

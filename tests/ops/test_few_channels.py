@@ -113,7 +113,7 @@ def test_large_images_have_their_gradient_from_torch(isa, monkeypatch):
     (expected,) = torch.autograd.grad(right, exact, dy.double())
     for fmt in FORMATS:
         _, *own = run(x, weight, bias, conv, fmt, dy)
-        monkeypatch.setattr(few_channels, "PATCHES", 1)
+        monkeypatch.setattr(im2col, "PATCHES", 1)
         _, dx, dw, db = run(x, weight, bias, conv, fmt, dy)
         monkeypatch.undo()
         near(dx, expected, 36)
@@ -175,7 +175,7 @@ class Named(torch.Tensor):
 @pytest.mark.parametrize("fmt", FORMATS)
 def test_gated_layers_are_computed_so(isa, fmt, monkeypatch):
     """Both operators, and the layers of packed channels; the rule has no say in what comes out."""
-    monkeypatch.setattr(few_channels, "_few", lambda *_: True)
+    monkeypatch.setattr(im2col, "are_few", lambda *_: True)
     x = torch.randn(4, 6, 8, 8).contiguous(memory_format=fmt)
     weight, bias = torch.randn(9, 6, 3, 3), torch.randn(9)
     ins = [0.0, 1, 0.5, 0, 1, 1], [0.0] * 6, [0.0] * 5 + [0.3]

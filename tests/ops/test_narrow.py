@@ -50,10 +50,11 @@ def near(got, expected, dtype):
     torch.testing.assert_close(got.double(), expected.double(), rtol=bound, atol=bound)
 
 
-@pytest.fixture(params=[False, True])
-def small_images(request, monkeypatch):
-    """Whether convolutions are as those of small images."""
-    monkeypatch.setattr(im2col, "_has_small_images", lambda *_: request.param)
+@pytest.fixture(params=["packed", "by tap", "direct"])
+def ways(request, monkeypatch):
+    """How convolutions are computed: by packed weights, or by one call of csrc."""
+    monkeypatch.setattr(im2col, "_has_small_images", lambda *_: request.param == "by tap")
+    monkeypatch.setattr(im2col, "_is_little", lambda *_: request.param == "direct")
     im2col._plan.cache_clear()
     yield
     im2col._plan.cache_clear()
@@ -61,7 +62,7 @@ def small_images(request, monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @needs_native
-def test_convolutions(isa, small_images, dtype):
+def test_convolutions(isa, ways, dtype):
     """narrow_conv2d and every gradient against torch's convolution of the gathered weight in float64."""
     generator = torch.Generator().manual_seed(1)
     for (kernel, geometry), (n, ins, outs) in itertools.product(GEOMETRIES, SIZES):
@@ -90,7 +91,7 @@ def test_convolutions(isa, small_images, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("way", [Way.PATCHES, Way.TAPS, Way.TORCH])
+@pytest.mark.parametrize("way", [Way.PATCHES, Way.TORCH])
 @needs_native
 def test_ways_to_compute_a_convolution(isa, way, dtype):
     """Each of them of every convolution, whichever is the fastest."""
@@ -117,6 +118,69 @@ def test_ways_to_compute_a_convolution(isa, way, dtype):
                 assert dx.is_contiguous(memory_format=torch.channels_last)
             if dw is not None:
                 near(dw, right_w.permute(0, 2, 3, 1).reshape(outs, -1), dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("way", [Way.TAPS, Way.DIRECT])
+@needs_native
+def test_convolutions_in_one_call(isa, threads, way, dtype):
+    """By the weight of all channels, however many threads; each gradient alone is that of all."""
+    generator = torch.Generator().manual_seed(2)
+    far = (3, 3), Geometry((1, 1), (9, 9), (1, 1))  # there are outputs that no pixel reaches
+    wide = (3, 3), Geometry((1, 2), (7, 7), (8, 7))  # and taps that reach no pixel
+    cpp = module("cpp")
+    for (kernel, geometry), (n, ins, outs) in itertools.product(
+        [*GEOMETRIES, far, wide], [(1, 1, 1), (2, 17, 16), (2, 35, 50), (3, 8, 5), (1, 70, 33)]
+    ):
+        cols, read = gate(ins + 9, ins, generator)
+        rows, made = gate(outs + 3, outs, generator)
+        rows[0], cols[0] = rows[0].to(dtype), cols[0].to(dtype)
+        x = torch.randn(n, ins, 9, 8, dtype=dtype).contiguous(memory_format=torch.channels_last)
+        weight = torch.randn(outs + 3, ins + 9, *kernel, dtype=dtype)
+        bias = torch.randn(outs, dtype=dtype)
+        plan = im2col.plan(x.shape, kernel, geometry, outs)._replace(way=way)
+        leaves = [x.double(), weight.double(), cols[0].double()]
+        leaves = [t.clone().requires_grad_() for t in leaves]
+        packed = leaves[1][made][:, read] * leaves[2][read][:, None, None]
+        right = F.conv2d(leaves[0], packed, bias.double(), *geometry)
+        y = cpp.open_conv(x, weight, bias, rows, cols, True, plan)
+        near(y, right, dtype)
+        dy = torch.randn_like(y)
+        expected = [*torch.autograd.grad(right, leaves, dy.double())]
+        z = cols[0]
+        expected[2] = expected[2].masked_fill((z <= 0) | (z >= 1), 0)
+        operands = dy, x, weight, rows, cols, True, plan
+        threads(1)
+        grads = cpp.open_conv_grad(*operands, (True, True, True))
+        for mine, theirs in zip(grads, expected, strict=True):
+            near(mine, theirs, dtype)
+        assert y.is_contiguous(memory_format=torch.channels_last)
+        for count, needs in ((2, (True, True, True)), (3, (True, False, True)), (1, (False, True, False))):
+            threads(count)
+            assert torch.equal(cpp.open_conv(x, weight, bias, rows, cols, True, plan), y)
+            for got, whole, needed in zip(cpp.open_conv_grad(*operands, needs), grads, needs, strict=True):
+                assert torch.equal(got, whole) if needed else got is None
+
+
+@needs_native
+def test_convolutions_in_one_call_refuse_what_does_not_fit():
+    cpp, geometry = module("cpp"), Geometry((1, 1), (1, 1), (1, 1))
+    x = torch.randn(2, 4, 3, 3).contiguous(memory_format=torch.channels_last)
+    weight = torch.randn(5, 4, 3, 3)
+    plan = im2col.plan(x.shape, (3, 3), geometry, 5)._replace(way=Way.TAPS)
+    y = cpp.open_conv(x, weight, None, None, None, False, plan)
+    with pytest.raises(ValueError, match="the plan must be of"):
+        cpp.open_conv(x[:, :3], weight, None, None, None, False, plan)
+    with pytest.raises(ValueError, match="the plan must be of"):
+        cpp.open_conv(x, weight[:, :, :2], None, None, None, False, plan)
+    with pytest.raises(ValueError, match="the gradient must have 5 channels, got"):
+        cpp.open_conv_grad(y[:, :3], x, weight, None, None, False, plan, (True, True, False))
+    with pytest.raises(ValueError, match="gates: must be those of"):
+        cpp.open_conv(x, torch.randn(5, 6, 3, 3), None, None, None, False, plan)
+    with pytest.raises(ValueError, match="weight must be"):
+        cpp.open_conv(x, weight.transpose(2, 3), None, None, None, False, plan)
+    with pytest.raises(TypeError, match="weight must have dtype"):
+        cpp.open_conv(x, weight.double(), None, None, None, False, plan)
 
 
 @needs_native

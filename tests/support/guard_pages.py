@@ -187,6 +187,29 @@ def convolution(shape, n_out, dtype, last, at_end, threads):
     KEPT.clear()
 
 
+def open_convolution(shape, n_out, by_tap, dtype, at_end, threads):
+    """Of inputs and outputs some of which are closed, by the weight of all."""
+    n, height, width, n_in, *kernel = shape[:6]
+    z_in, z_out = (torch.rand(2 * size + 1, dtype=dtype) for size in (n_in, n_out))
+    z_in[torch.randperm(len(z_in))[n_in:]] = 0
+    z_out[torch.randperm(len(z_out))[n_out:]] = 0
+    out, taps = n * n_out * shape[12] * shape[13], kernel[0] * kernel[1]
+    x, w, b, dy = (
+        guarded(torch.randn(size, dtype=dtype), at_end)
+        for size in (n * height * width * n_in, len(z_out) * len(z_in) * taps, n_out, out)
+    )
+    y, dx, dw, dz = (
+        guarded(torch.full_like(t, float("nan")), at_end) if t.numel() else t for t in (dy, x, w, z_in)
+    )
+    gates = gate_of(z_out, at_end), gate_of(z_in, at_end)
+    head = dtype == torch.float64, shape, by_tap, *gates, True, len(z_out), len(z_in), address(x), address(w)
+    native.open_conv(*head, address(b), address(y), 0, 0, 0, 0, threads)
+    native.open_conv(*head, 0, 0, address(dy), address(dx), address(dw), address(dz), threads)
+    for t in (y, dx, dw, dz):
+        assert not t.isnan().any(), "a result was not written whole"
+    KEPT.clear()
+
+
 def main():
     torch.manual_seed(0)
     sizes = [
@@ -235,6 +258,7 @@ def main():
             images = torch.empty(1 + m % 4, n_in % 23 + 1, 5 + m % 3, 6 + n_out % 13, device="meta")
             shape = shape_of(images, (1 + m % 3, 2 + i % 3), Geometry(stride, padding, dilation))
             convolution(shape, n_out, dtype, last, at_end, 1 + i % 2)
+            open_convolution(shape, n_out, last, dtype, at_end, 1 + i % 2)
         print(name, "ok")
 
 

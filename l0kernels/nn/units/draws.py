@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import accumulate
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -13,6 +13,10 @@ from torch import Tensor
 from ... import _checks
 from ..._compat import foreach_add_, foreach_copy_
 from ..._gates import Gates, round_up
+from ...impl import module
+
+if TYPE_CHECKING:
+    from ...impl.cpp import Places
 
 
 class Space:
@@ -174,6 +178,7 @@ class Draw:
         self._opens: dict[torch.dtype, tuple[Tensor, ...]] = {}
         self._factors: dict[tuple[Space, Space, int, torch.dtype], Tensor] = {}
         self._exists: Tensor | None = None
+        self._places: dict[int, Places] = {}
         self._begins = {start: at for at, start in enumerate(accumulate((len(one) for one in z), initial=0))}
         if exact:
             counts = torch.stack([gate.count for gate in gates])[:, 0].tolist()
@@ -208,6 +213,12 @@ class Draw:
         is_open, n = self._counts[at]
         if n == space.size and is_open == n:
             return Present(None, n, None, None)
+        if self.backend == "cpp":
+            found = self._places_of(at)
+            whole = n == space.size
+            return Present(
+                None if whole else found.exist, n, None if n == is_open else found.within, found.opened
+            )
         order = self._gates[at].index
         places = order[:is_open].long()
         if is_open == n:
@@ -217,6 +228,18 @@ class Draw:
         index = order[:n].sort().values.long()
         within = self.is_open.index_select(0, space.labels).index_select(0, index).nonzero()[:, 0]
         return Present(index, n, within, places)
+
+    def _places_of(self, at: int) -> Places:
+        """Of a vector; those of all that have closed gates are found at once."""
+        if not self._places:
+            some = [i for i, (n, _) in enumerate(self._counts) if n < len(self._gates[i].z)]
+            found = module("cpp").present(
+                [self._gates[i].index for i in some],
+                [len(self._gates[i].z) for i in some],
+                [self._counts[i] for i in some],
+            )
+            self._places = dict(zip(some, found, strict=True))
+        return self._places[at]
 
     def _find_among_all(self, space: Space) -> Present:
         exists, is_open = self.exists[space.labels], self.is_open[space.labels]
@@ -286,7 +309,9 @@ class Draw:
         z, at = self.scales(space, dtype).detach(), self._group(space)
         if at is not None and present.index is not None:
             order = self._gates[at].index
-            if present.within is not None:  # what rounds up stands among the others
+            if present.within is not None and self._places:
+                order = self._places[at].order
+            elif present.within is not None:  # what rounds up stands among the others
                 order = torch.cat([present.index.int(), order[present.n :]])
             return [z, order, self._extents[at]]
         index = torch.zeros(round_up(space.size), dtype=torch.int32, device="cpu")

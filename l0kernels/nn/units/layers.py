@@ -202,7 +202,7 @@ class _Exact:
         way = im2col.plan(x.shape, kernel, geometry, n).way
         if way is Way.TAPS or self.draw.open_all:
             return way is Way.TAPS
-        if way is Way.TORCH and outs in self.units.groups.normed:
+        if way in (Way.DIRECT, Way.TORCH) and outs in self.units.groups.normed:
             return True
         return self.units.ins is not None and kernel.numel() <= im2col.FEW_TAPS
 
