@@ -32,6 +32,7 @@ def close(a, b):
     torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("name", MODELS)
 def test_exports_compute_the_same_saved_and_loaded(name, attention, tmp_path):
@@ -159,21 +160,22 @@ def test_config_says_the_sizes_of_each_layer():
     assert copy.deepcopy(small.config).l0 == small.config.l0
 
 
+@pytest.mark.covering(1)
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("name", DECODERS)
-def test_generation_is_the_same_with_every_cache(name):
-    for attention in ("sdpa", "eager"):
-        model = gated(name, 0.5, attention)
-        for gate, group in zip(model.l0_units.gates, model.l0_units.groups, strict=True):
-            if group.kind == "heads" and name != "t5" and "1." in group.name:  # a layer without heads
-                gate.log_alpha.data.fill_(-9)
-        small = hf.export(model)
-        ids = inputs_of(model)["input_ids"][:2]
-        found = []
-        for one, options in ((m, o) for m in (model, small) for o in ({"use_cache": False}, {}, STATIC)):
-            one.generation_config.eos_token_id = None
-            one.generation_config.pad_token_id = 0
-            found.append(one.generate(ids, max_new_tokens=6, do_sample=False, **options))
-        assert all(torch.equal(found[0], other) for other in found[1:])
+def test_generation_is_the_same_with_every_cache(name, attention):
+    model = gated(name, 0.5, attention)
+    for gate, group in zip(model.l0_units.gates, model.l0_units.groups, strict=True):
+        if group.kind == "heads" and name != "t5" and "1." in group.name:  # a layer without heads
+            gate.log_alpha.data.fill_(-9)
+    small = hf.export(model)
+    ids = inputs_of(model)["input_ids"][:2]
+    found = []
+    for one, options in ((m, o) for m in (model, small) for o in ({"use_cache": False}, {}, STATIC)):
+        one.generation_config.eos_token_id = None
+        one.generation_config.pad_token_id = 0
+        found.append(one.generate(ids, max_new_tokens=6, do_sample=False, **options))
+    assert all(torch.equal(found[0], other) for other in found[1:])
 
 
 CLASSIFIERS = {

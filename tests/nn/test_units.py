@@ -109,6 +109,7 @@ def test_ungated_images_lie_as_torch_has_them(kind, pattern, small_images):
     )
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("name", SERVED)
 def test_dense_with_zeros(name, static):
     case = gated(name)

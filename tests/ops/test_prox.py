@@ -75,6 +75,7 @@ def assert_prox(regulariser, x, step=1.0, what=""):
     return got
 
 
+@pytest.mark.covering(2)
 @each
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(1, 1), (7, 13), (64, 48), (5, 6, 3, 3), (3, 4, 70), (130, 9)])
