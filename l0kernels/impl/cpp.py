@@ -430,7 +430,7 @@ def open_conv(
     y = im2col.empty_images(x, plan.shape[0], outs, plan.shape[12], plan.shape[13])
     if y.numel():
         at = optional(bias, "bias", x.dtype, outs)
-        _open_conv(x, weight, rows, cols, scale, plan, at, fresh(y), 0, 0, 0, 0)
+        _open_conv(x, weight, rows, cols, scale, plan, (at, fresh(y), 0, 0, 0, 0))
     return y
 
 
@@ -455,8 +455,9 @@ def open_conv_grad(
     if dz is not None and not x.numel():
         dz.zero_()
     if any(t is not None and t.numel() for t in (dx, dw)) or (dz is not None and x.numel()):
-        operands = images(dy, "the gradient", x.dtype), fresh(dx), fresh(dw), fresh(dz) if x.numel() else 0
-        _open_conv(x, weight, rows, cols, scale, plan, 0, 0, *operands)
+        at = images(dy, "the gradient", x.dtype)
+        made = fresh(dx), fresh(dw), fresh(dz) if x.numel() else 0
+        _open_conv(x, weight, rows, cols, scale, plan, (0, 0, at, *made))
     return dx, dw, dz
 
 
@@ -467,9 +468,9 @@ def _open_conv(
     cols: Gate | None,
     scale: bool,
     plan: im2col.Plan,
-    *addresses: int,
+    addresses: tuple[int, int, int, int, int, int],
 ) -> None:
-    """Of bias, y, dy, dx, dw and dz."""
+    """Addresses: of bias, y, dy, dx, dw and dz."""
     dtype, (n_out, n_in) = x.dtype, weight.shape[:2]
     N, H, W, C = plan.shape[:4]
     if x.shape != (N, C, H, W) or weight.shape[2:] != plan.shape[4:6]:
