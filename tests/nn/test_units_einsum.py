@@ -1,7 +1,10 @@
 """torch.einsum as a product of matrices, which the unit graph and packed activations know."""
 
+import copy
+
 import pytest
 import torch
+import unit_oracle
 from torch import nn
 
 import l0kernels as l0
@@ -75,4 +78,38 @@ def test_heads_are_found_run_and_exported():
     small = l0.nn.export(model)
     assert small.heads == 2
     assert small.qkv.out_features == 18
+    torch.testing.assert_close(small(x), model(x))
+
+
+class Relative(Attention):
+    """With a learned bias of each head, as MaxViT has it: rows of a table, named by a buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(11, self.heads))
+        self.register_buffer("apart", torch.arange(6)[:, None] - torch.arange(6) + 5)
+
+    def bias(self):
+        return self.table[self.apart.view(-1)].view(6, 6, -1).permute(2, 0, 1).contiguous()[None]
+
+    def forward(self, x):
+        q, k, v = (t.view(*x.shape[:2], self.heads, -1) for t in self.qkv(self.first(x).relu()).chunk(3, -1))
+        scores = torch.einsum("blhd,bshd->bhls", q, k) + self.bias()
+        return self.out(torch.einsum("bhls,bshd->blhd", scores.softmax(-1), v).flatten(2))
+
+
+@pytest.mark.parametrize("pattern", ["open", "half", "one unit open", "fractional"])
+def test_a_bias_by_head_from_a_table(pattern):
+    model, x = Relative().double(), torch.randn(2, 6, 5, dtype=torch.float64)
+    plain = copy.deepcopy(model)
+    graph = l0.nn.gate_(model, x)
+    heads = graph.groups[1]
+    assert (heads.kind, heads.units) == ("heads", 4)
+    assert ("table", 1) in {(member.name, member.dim) for member in heads.members}
+    unit_oracle.set_gates(graph, model, pattern)
+    z = [gate.eval_gates().z.detach() for gate in model.l0_units.gates]
+    model.eval()
+    torch.testing.assert_close(model(x), unit_oracle.Oracle(plain.eval(), graph, z).model(x))
+    small = l0.nn.export(model)
+    assert small.table.shape == (11, int((z[1] != 0).sum()))
     torch.testing.assert_close(small(x), model(x))

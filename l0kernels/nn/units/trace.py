@@ -419,20 +419,19 @@ def _move(trace: Trace, call: Call) -> None:
     others = [t for t in call.tensors() if id(t) not in moved_ones]
     if call.name in ("view_as", "reshape_as", "expand_as"):  # asks for the other's shape
         others = []
-    if any(trace.labels(t) is not None for t in others):  # units say what is moved
-        trace.unknown(call)
+    if any((labels := trace.labels(t)) is not None and varying(labels) for t in others):
+        trace.unknown(call)  # units say what is moved
         return
 
     def label(x: Any) -> Any:
-        if not isinstance(x, Tensor):
-            return x
+        if not isinstance(x, Tensor) or not (x.is_floating_point() or id(x) in moved_ones):
+            return x  # an index is one of itself
         labels = trace.labels(x)
         if labels is None and trace.is_owned(x) and x.is_floating_point() and 0 < x.ndim < 4:
             labels = across(trace.dim(x, x.ndim - 1, "along"), -1, x.shape)
             trace.pin_dims(x, range(x.ndim - 1), trace.where(call))
-        if labels is None:  # an index is one of itself
-            moves = x.is_floating_point() or id(x) in moved_ones
-            return torch.zeros((), dtype=torch.int64, device="cpu").expand(x.shape) if moves else x
+        if labels is None:
+            return torch.zeros((), dtype=torch.int64, device="cpu").expand(x.shape)
         return labels
 
     args, kwargs = pytree.tree_map(label, (call.args, call.kwargs))
