@@ -151,14 +151,13 @@ def machine(rows: Sequence[Row], brief: bool = False) -> str:
 
     def each(name: str, form: str) -> str:
         values = [value for value in dict.fromkeys(row.get(name, "") for row in rows) if value]
-        several = " and ".join(filter(None, (", ".join(values[:-1]), *values[-1:])))
-        return form.format(several, "s" * (len(values) > 1)) if values else ""
+        return form.format(listed(values), "s" * (len(values) > 1)) if values else ""
 
     dates = sorted({row["date"] for row in rows})
     far = len(apart(rows))
     on_gpu = any(row.get("environment", "").startswith("CUDA") for row in rows)
     parts = (
-        " and ".join(device_name(name) for name in dict.fromkeys(row["device"] for row in rows)),
+        listed([device_name(name) for name in dict.fromkeys(row["device"] for row in rows)]),
         "" if on_gpu else each("cores", "{} cores"),
         each("torch", "torch {}"),
         "" if brief else each("environment", "{}"),
@@ -168,6 +167,11 @@ def machine(rows: Sequence[Row], brief: bool = False) -> str:
         f"{far} of {len(rows)} figures with the cores apart" if far and not brief else "",
     )
     return ", ".join(filter(None, parts))
+
+
+def listed(names: Sequence[str]) -> str:
+    """Names in a row of words: one, another and a third."""
+    return " and ".join(filter(None, (", ".join(names[:-1]), *names[-1:])))
 
 
 def device_name(device: str) -> str:
