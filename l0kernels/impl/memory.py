@@ -57,46 +57,38 @@ def vector(t: Tensor, name: str, dtype: torch.dtype, n: int, device: torch.devic
     return _address(t, name, dtype, int(t.storage_offset()) + n, device) if n else 0
 
 
-def vectors(ts: Sequence[Tensor | None], name: str, dtype: torch.dtype, sizes: Sequence[int]) -> list[int]:
-    """`vector` of each, on the CPU; 0 for None. Short calls of many tensors are made of the calls to here."""
-    itemsize, found = dtype.itemsize, []
-    for t, n in zip(ts, sizes, strict=True):
-        address = 0
-        if t is not None:
-            try:  # as of `vector`
-                if (
-                    type(t) in PLAIN
-                    and t.dtype is dtype
-                    and t.numel() == n
-                    and t.is_contiguous()
-                    and not t.is_neg()
-                    and t.is_cpu
-                    and t.untyped_storage().nbytes() >= (t.storage_offset() + n) * itemsize
-                ):
-                    address = t.data_ptr()
-            except (NotImplementedError, RuntimeError):
-                pass
-            address = address or vector(t, name, dtype, n)  # which says what is wrong
-        found.append(address)
-    return found
-
-
-def images(t: Tensor, name: str, dtype: torch.dtype) -> int:
-    """Address of a (N, C, H, W) tensor in channels_last memory on the CPU, 0 for none; errors as `vector`."""
+def _ordinary(t: Tensor, dtype: torch.dtype, n: int, fmt: torch.memory_format) -> int:
+    """Address of n elements on the CPU in a memory format, by the checks of `vector`; 0 where one fails."""
     try:
         if (
             type(t) in PLAIN
             and t.dtype is dtype
-            and t.is_contiguous(memory_format=torch.channels_last)
+            and t.numel() == n
+            and t.is_contiguous(memory_format=fmt)
             and not t.is_neg()
             and t.is_cpu
-            and t.untyped_storage().nbytes() >= (t.storage_offset() + t.numel()) * dtype.itemsize
+            and t.untyped_storage().nbytes() >= (t.storage_offset() + n) * dtype.itemsize
         ):
-            address = t.data_ptr()
-            if address:
-                return address
+            return t.data_ptr()
     except (NotImplementedError, RuntimeError):
-        pass
+        pass  # the callers say what is wrong
+    return 0
+
+
+def vectors(ts: Sequence[Tensor | None], name: str, dtype: torch.dtype, sizes: Sequence[int]) -> list[int]:
+    """`vector` of each, on the CPU; 0 for None."""
+    fmt = torch.contiguous_format
+    return [
+        0 if t is None else _ordinary(t, dtype, n, fmt) or vector(t, name, dtype, n)
+        for t, n in zip(ts, sizes, strict=True)
+    ]
+
+
+def images(t: Tensor, name: str, dtype: torch.dtype) -> int:
+    """Address of a (N, C, H, W) tensor in channels_last memory on the CPU, 0 for none; errors as `vector`."""
+    address = _ordinary(t, dtype, t.numel(), torch.channels_last)
+    if address:
+        return address
     if not t.is_contiguous(memory_format=torch.channels_last):
         raise ValueError(
             f"{name} must be in channels_last memory, got {tuple(t.shape)}, strides {t.stride()}"
