@@ -795,7 +795,8 @@ def test_compile(train):
 def test_functions_are_smooth_where_units_are_closed():
     """A zero behind a closed gate gives neither value nor gradient that is not finite."""
     seen = 0
-    for name in l0.nn.units.table.POINTWISE.split():
+    made_of_what_lay_there = {"empty_like"}
+    for name in set(l0.nn.units.table.POINTWISE.split()) - made_of_what_lay_there:
         function = getattr(F, name, None) or getattr(torch, name, None)
         x = torch.zeros(4, requires_grad=True)
         try:
