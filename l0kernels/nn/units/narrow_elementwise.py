@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from . import table
 from .narrow import Narrow, Rule, dims_of, is_in_place, is_narrow, lie_alike, like, plain, told
@@ -136,6 +137,27 @@ def _spatialdims_of(func: Any) -> int:
     return next((int(digit) for digit in "123" if f"{digit}d" in func.__name__), 0)
 
 
+_MAX_POOLS: dict[Any, tuple[Any, int]] = {
+    F.max_pool1d: (torch.max_pool1d, 1),
+    F.max_pool2d: (torch.max_pool2d, 2),
+    F.max_pool3d: (torch.max_pool3d, 3),
+}
+"""By torch's function the operator that it calls where no indices are wanted, and its dimensions."""
+
+
+def _max_pooled(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    found = _MAX_POOLS.get(func)
+    if found is None or len(args) != 2 or kwargs.get("return_indices", True) or type(args[0]) is not Narrow:
+        return _spatial(func, args, kwargs)
+    (x, kernel), (operator, spatialdims), stride = args, found, kwargs["stride"]
+    if x._at is None or x._at[1] != x._held.ndim - spatialdims - 1:
+        return None
+    stride = [] if stride is None else stride
+    return like(
+        x, operator(x._data, kernel, stride, kwargs["padding"], kwargs["dilation"], kwargs["ceil_mode"])
+    )
+
+
 def _padded(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     x, sides = args[0], args[1] if len(args) > 1 else kwargs["pad"]
     if not isinstance(x, Narrow) or x._at is None:
@@ -149,6 +171,7 @@ RULES: list[tuple[str, Rule]] = [
     ("to type_as", _converted),
     (f"{table.ELEMENTWISE} {table.QUOTIENTS}", _elementwise),
     (table.SPATIAL, _spatial),
+    ("max_pool1d max_pool2d max_pool3d", _max_pooled),
     (table.REDUCTIONS, _reduced),
     (table.OVER, _over),
     ("pad", _padded),

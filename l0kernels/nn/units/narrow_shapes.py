@@ -155,26 +155,35 @@ def _expanded(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return like(x, x._data.expand(sizes), at)
 
 
+def _is_nothing(t: Tensor) -> bool:
+    """Whether torch.cat leaves t out."""
+    return type(t) is not Narrow and t.shape == (0,)
+
+
 def _concatenated(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     tensors = args[0] if args else kwargs["tensors"]
     at = args[1] if len(args) > 1 else kwargs.get("dim", kwargs.get("axis", 0))
-    tensors = [t for t in tensors if isinstance(t, Narrow) or t.shape != (0,)]  # as torch leaves it out
-    last = next((t for t in reversed(tensors) if is_narrow(t)), None)
-    if last is None:
-        return None
-    first = last._at
-    _, dim, draw, known = first
+    last = tensors[-1]
+    if not is_narrow(last):
+        last = next((t for t in reversed(tensors) if is_narrow(t)), None)
+        if last is None:
+            return None
+    place = last._at
+    assert place is not None
+    _, dim, draw, known = place
     at %= last._held.ndim
     if at != dim:
-        return _behind_each_other(tensors, at, first)
-    spaces = []
+        return _behind_each_other([t for t in tensors if not _is_nothing(t)], at, place)
+    spaces, parts = [], []
     for t in tensors:
-        other = t._at if isinstance(t, Narrow) else None
-        if other is None or other[1] != dim or not open_alike(other[2], draw):
+        if type(t) is Narrow and (other := t._at) is not None:
+            if other[1] != dim or not (other[2] is draw or open_alike(other[2], draw)):
+                return None
+            spaces.append(other[0])
+            parts.append(t._data)
+        elif not _is_nothing(t):
             return None
-        spaces.append(other[0])
-    data = torch.cat([t._data for t in tensors], at)
-    return at_place(data, (known.joined(spaces), dim, draw, known))
+    return at_place(torch.cat(parts, at), (known.joined(spaces), dim, draw, known))
 
 
 def _behind_each_other(tensors: Sequence[Tensor], at: int, place: tuple[Space, int, Draw, Spaces]) -> Any:
@@ -230,11 +239,17 @@ def _unbound(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return tuple(like(x, part, dim) for part in x._data.unbind(at))
 
 
+_ALL = slice(None)
+
+
 def _item(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     x, index = args
     if not isinstance(x, Narrow) or x._at is None:
         return None
-    parts = list(index) if isinstance(index, tuple) else [index]
+    parts = [*index] if isinstance(index, tuple) else [index]
+    if all(type(part) is slice for part in parts):
+        at = x._at[1]
+        return like(x, x._data[index]) if at >= len(parts) or parts[at] == _ALL else None
     if not all(part is None or part is Ellipsis or isinstance(part, int | slice) for part in parts):
         return None
     if any(isinstance(part, bool) for part in parts):
@@ -249,7 +264,7 @@ def _item(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             dim += 1
             continue
         if source == x._at[1]:
-            if part != slice(None):
+            if part != _ALL:
                 return None
             break
         dim += not isinstance(part, int)
