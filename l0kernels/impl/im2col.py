@@ -79,11 +79,12 @@ class Plan(NamedTuple):
 
 def plan(size: torch.Size, kernel: tuple[int, int], geometry: Geometry, outs: int) -> Plan:
     """The plan of a convolution of images of a size to so many channels."""
-    return _plan(size, kernel, geometry, outs, few_taps())
+    return _plan(size, kernel, geometry, outs, None if _C is None else _C.isa())
 
 
 @lru_cache(4096)
-def _plan(size: torch.Size, kernel: tuple[int, int], geometry: Geometry, outs: int, few: int) -> Plan:
+def _plan(size: torch.Size, kernel: tuple[int, int], geometry: Geometry, outs: int, isa: str | None) -> Plan:
+    """isa: by which the answers below differ."""
     shape = _shape(size, kernel, geometry)
     taps = shape[4] * shape[5]
     if _is_product(shape):
@@ -93,7 +94,7 @@ def _plan(size: torch.Size, kernel: tuple[int, int], geometry: Geometry, outs: i
     elif taps <= MOST_TAPS and _is_little(shape, outs):
         way = Way.DIRECT
     else:
-        way = Way.TORCH if taps > few else Way.PATCHES
+        way = Way.TORCH if taps > few_taps() else Way.PATCHES
     return Plan(way, shape, (shape[6:8], shape[8:10], shape[10:12]))
 
 
