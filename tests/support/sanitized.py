@@ -23,12 +23,14 @@ sys.modules["l0kernels._C"].gate_grad(*[t.data_ptr()] * 3, 10, False, (2 / 3, -0
 """
 TESTS = [
     "test_batch_norm.py",
+    "test_budget.py",
     "test_conv2d.py",
     "test_gates.py",
     "test_linear.py",
     "test_masked_linear.py",
     "test_memory.py",
     "test_mlp.py",
+    "test_narrow.py",
     "test_native.py",
     "test_penalty.py",
     "test_prox.py",

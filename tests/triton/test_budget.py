@@ -71,8 +71,11 @@ def step(kinds, gates, backend, ramp_steps=0.0):
     return [one.detach().cpu().flatten() for one in copies], State(*(value.cpu() for value in state))
 
 
-def assert_alike(kinds, gates, **options):
-    """Of all backends: moments and counts, log_alphas where the price is one, and the shares."""
+def assert_alike(kinds, gates, one_price=False, **options):
+    """Of all backends: moments and counts, log_alphas where the price is one, and the shares.
+
+    one_price: whether it is, as it is where the share falls with every price around the budget.
+    """
     ours, got = step(kinds, gates, "triton", **options)
     for backend in BACKENDS:
         theirs, right = step(kinds, gates, backend, **options)
@@ -80,7 +83,9 @@ def assert_alike(kinds, gates, **options):
         assert (got.step, got.skipped) == (right.step, right.skipped)
         for kind in kinds:
             price, other = float(got.price[kind.number]), float(right.price[kind.number])
-            if price == pytest.approx(other, rel=1e-3, abs=1e-12):
+            is_one = price == pytest.approx(other, rel=1e-3, abs=1e-12)
+            assert is_one or not one_price, (backend, price, other)
+            if is_one:
                 for mine, one in zip(ours, theirs, strict=True):
                     torch.testing.assert_close(mine, one, rtol=1e-3, atol=5e-3)
         start = 0
@@ -108,7 +113,8 @@ def kinds_at(model, wish, closer):
 @pytest.mark.parametrize("closer", [1.1, 0.9, 0.3, 0.01])
 def test_mlp(closer):
     model = prepared(nn.L0MLP([37, 161, 19, 4]))
-    _, state = assert_alike(kinds_at(model, Wish(0.5), closer), nn.gate_modules(model))
+    kinds = kinds_at(model, Wish(0.5), closer)
+    _, state = assert_alike(kinds, nn.gate_modules(model), one_price=closer > 0.1)
     assert (state.price[0] > 0) == (closer < 1)
     assert int(state.step) == 7
 
@@ -122,7 +128,7 @@ def test_what_no_price_reaches():
 
 def test_ramp():
     model = prepared(nn.L0MLP([37, 16, 4]))
-    assert_alike(kinds_at(model, Wish(0.5), 0.3), nn.gate_modules(model), ramp_steps=9.0)
+    assert_alike(kinds_at(model, Wish(0.5), 0.3), nn.gate_modules(model), one_price=True, ramp_steps=9.0)
 
 
 def convolutional():
@@ -139,7 +145,7 @@ def convolutional():
 def test_gated_model(cost):
     model = prepared(convolutional())
     wish = Wish(0.5, cost, (1, 3, 4, 4))
-    assert_alike(kinds_at(model, wish, 0.4), nn.gate_modules(model))
+    assert_alike(kinds_at(model, wish, 0.4), nn.gate_modules(model), one_price=True)
 
 
 @pytest.mark.parametrize("gate", ["weight", (3, 4)])
