@@ -21,6 +21,10 @@ STATIC = list(Path(__file__).parent.glob("*/test_static*.py"))
 RUN = [path for path in Path(__file__).parent.glob("triton/test_*.py") if path not in STATIC]
 collect_ignore = [] if RUNS else RUN
 collect_ignore += STATIC if INTERPRETED else []
+if INTERPRETED:
+    from interpreter import quicken
+
+    quicken()
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)

@@ -10,10 +10,10 @@ import contextlib
 import io
 import os
 import re
-import subprocess
 import sys
 import types
 
+import fresh
 import pytest
 import torch
 from manual import PAGES, ROOT, blocks, meta
@@ -74,6 +74,30 @@ def test_page(name, untouched, monkeypatch):
             assert pattern.fullmatch(printed), f"line {block.line}: it printed\n{printed}"
 
 
+# What torchrun does, but that the ranks fork from a process that has torch.
+RANKS = """
+import os, runpy, torch
+torch.set_num_threads(1)
+store = torch.distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+os.environ |= dict(WORLD_SIZE="{ranks}", LOCAL_WORLD_SIZE="{ranks}", TORCHELASTIC_USE_AGENT_STORE="True")
+os.environ |= dict(MASTER_ADDR="localhost", MASTER_PORT=str(store.port))
+ranks = []
+for rank in range({ranks}):
+    if not (child := os.fork()):
+        os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank))
+        runpy.run_path({script!r}, run_name="__main__")
+        break
+    ranks.append(child)
+else:
+    while ranks:
+        child, status = os.wait()
+        ranks.remove(child)
+        if status:
+            [os.kill(other, 9) for other in ranks]  # they would wait for it
+            raise SystemExit(1)
+"""
+
+
 @pytest.mark.parametrize("name", pages(script=True))
 def test_script_page(name, tmp_path):
     run = meta(TEXTS[name])["run"].split()
@@ -84,14 +108,7 @@ def test_script_page(name, tmp_path):
     script = tmp_path / "page.py"
     strict = 'import warnings\nwarnings.filterwarnings("error", module="__main__|l0kernels")\n'
     script.write_text("\n\n".join([strict, *(block.source for block in PYTHON[name])]))
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={run[1]}", "--standalone"]
-    done = subprocess.run(
-        [*command, str(script)],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
+    done = fresh.run(
+        RANKS.format(ranks=int(run[1]), script=str(script)), tmp_path, os.environ | {"PYTHONPATH": str(ROOT)}
     )
     assert done.returncode == 0, done.stderr

@@ -18,6 +18,14 @@ from l0kernels.hf.modeling_l0 import REFUSAL
 pytestmark = pytest.mark.usefixtures("seeded")
 
 
+# Of what others do alike, too, one case is enough for every commit.
+ALIKE = ("roberta", "mistral", "qwen2", "electra", "gemma2", "olmo2")
+
+
+def few(names):
+    return [pytest.param(name, marks=pytest.mark.long) if name in ALIKE else name for name in names]
+
+
 def gated(name, share=0.5, attention="sdpa", **options):
     return open_gates_(hf.gate(model_of(name, attention=attention).eval(), **options), share)
 
@@ -59,7 +67,7 @@ def test_exports_compute_the_same_saved_and_loaded(name, attention, tmp_path):
         assert all(m.weight.shape == (m.out_features, m.in_features) for m in linear)
 
 
-@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("name", few(OTHERS))
 def test_other_architectures_are_exported_and_loaded(name, tmp_path):
     model = gated(name)
     assert {group.kind for group in model.l0_units.groups} == {"heads", "units"}
@@ -162,7 +170,7 @@ def test_config_says_the_sizes_of_each_layer():
 
 @pytest.mark.covering(1)
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("name", DECODERS)
+@pytest.mark.parametrize("name", few(DECODERS))
 def test_generation_is_the_same_with_every_cache(name, attention):
     model = gated(name, 0.5, attention)
     for gate, group in zip(model.l0_units.gates, model.l0_units.groups, strict=True):
@@ -186,7 +194,7 @@ CLASSIFIERS = {
 }
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama", "mistral", "qwen2", "qwen3", *CLASSIFIERS])
+@pytest.mark.parametrize("name", few(["gpt2", "llama", "mistral", "qwen2", "qwen3", *CLASSIFIERS]))
 def test_width_goes_through_the_whole_model(name, tmp_path):
     model = model_of(name).eval()
     if name in CLASSIFIERS:
@@ -211,7 +219,7 @@ STATIC = {"cache_implementation": "static"}
 UNIFORM = ("llama", "mistral", "qwen2", "qwen3", "t5", "vit")
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", few(MODELS))
 def test_uniform_exports_are_stock_models(name, tmp_path):
     model = gated(name, 0.5, heads=name in UNIFORM)
     gates = dict(zip([g.name for g in model.l0_units.groups], model.l0_units.gates, strict=True))
@@ -325,9 +333,19 @@ for folder, auto in {folders!r}:
 """
 
 
-def test_a_fresh_process_loads_without_l0kernels_and_with(tmp_path, monkeypatch):
+LOADED = [
+    ("bert", "L0BertModel"),
+    ("qwen2", "L0Qwen2ForCausalLM"),
+    ("t5", "L0T5ForConditionalGeneration"),
+    ("gpt2", "L0GPT2LMHeadModel"),
+    ("vit", "L0ViTModel"),
+]
+
+
+@pytest.mark.parametrize("classes", [LOADED[:3], pytest.param(LOADED[3:], marks=pytest.mark.long)])
+def test_a_fresh_process_loads_without_l0kernels_and_with(classes, tmp_path, monkeypatch):
     folders = []
-    for name in ("bert", "gpt2", "qwen2", "vit", "t5"):
+    for name, _ in classes:
         model = gated(name)
         small, folder = hf.export(model), tmp_path / name
         small.save_pretrained(folder)
@@ -336,16 +354,11 @@ def test_a_fresh_process_loads_without_l0kernels_and_with(tmp_path, monkeypatch)
         torch.save(saved, folder / "io.pt")
         folders.append((str(folder), auto_of(model).__name__))
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
-    expected = [
-        "L0BertModel",
-        "L0GPT2LMHeadModel",
-        "L0Qwen2ForCausalLM",
-        "L0ViTModel",
-        "L0T5ForConditionalGeneration",
-    ]
     found = fresh.run(PROGRAM.format(folders=folders), tmp_path)
     assert found.returncode == 0, found.stderr
-    assert [word for word in found.stdout.split() if word.startswith("L0")] == expected * 2
+    assert [word for word in found.stdout.split() if word.startswith("L0")] == [
+        loaded for _, loaded in classes
+    ] * 2
 
 
 def test_what_is_no_model_of_transformers_is_refused():

@@ -60,7 +60,10 @@ def masked(dense, groups, leaves):
     return handles
 
 
-CASES = [(name, attention) for name in MODELS for attention in ("sdpa", "eager")]
+# Of each model one attention, of each attention every second model; the others are long.
+CASES = [(name, ("sdpa", "eager")[at % 2]) for at, name in enumerate(MODELS)]
+OTHER = [(name, ("eager", "sdpa")[at % 2]) for at, name in enumerate(MODELS)]
+CASES += [pytest.param(*case, marks=pytest.mark.long) for case in OTHER]
 # OLMo 2 norms the queries of all heads together: of a gated model those of the open ones.
 CASES += [(name, "its own") for name in OTHERS if name != "olmo2"]
 

@@ -96,7 +96,7 @@ def few_images(monkeypatch):
 @pytest.mark.usefixtures("few_images")
 @pytest.mark.parametrize("before_norm", [True, False])
 def test_wide_residual_net(tmp_path, capsys, before_norm):
-    options = [*WRN, *["--gate-before-norm"] * before_norm, "--epochs", "2", "--out", str(tmp_path)]
+    options = [*WRN, *["--gate-before-norm"] * before_norm, "--epochs", "1", "--out", str(tmp_path)]
     run = train_wrn.main(options)
     printed = capsys.readouterr().out
     assert f"gates {'before' if before_norm else 'after'} norm, on random: 12 images" in printed

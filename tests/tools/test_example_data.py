@@ -41,7 +41,11 @@ def test_digits_split_is_fixed_stratified_and_scaled():
     assert len(torch.cat([got.train_x, got.test_x]).unique(dim=0)) == 5000
 
 
-@pytest.mark.parametrize("content", [b"", gzip.compress(b"0,1\n", mtime=0), bytes(data.DIGITS_BYTES)])
+@pytest.mark.parametrize(
+    "content",
+    [b"", gzip.compress(b"0,1\n", mtime=0), bytes(data.DIGITS_BYTES)],
+    ids=["empty", "short", "zeros"],  # a name of its own would be a megabyte
+)
 def test_other_digits_are_refused(tmp_path, content):
     (tmp_path / "mnist_5k.csv.gz").write_bytes(content)
     message = rf"mnist_5k.csv.gz: expected {data.DIGITS_BYTES} bytes .*got {len(content)} bytes"
