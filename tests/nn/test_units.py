@@ -1,9 +1,12 @@
 """gate_ and unit_graph on nets of every kind, against the oracle of unit_oracle."""
 
 import copy
+import cProfile
 import dataclasses
 import itertools
 import math
+import pstats
+import sys
 import threading
 
 import pytest
@@ -766,6 +769,24 @@ def test_whatever_the_default_device():
         (l0.nn.penalty(other) + l0.nn.expected_flops(other, args[0])).backward()
     finally:
         torch.set_default_device(None)
+
+
+def test_a_profiler_goes_on_behind_gate_():
+    """cProfile's is no function, which sys.setprofile would take back."""
+    seen, model = [], nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    sys.setprofile(lambda frame, event, arg: seen.append(frame.f_code.co_name))
+    try:
+        l0.nn.gate_(model, torch.randn(1, 3))
+        seen.clear()
+        model.train()
+    finally:
+        sys.setprofile(None)
+    assert "train" in seen
+    profiler = cProfile.Profile()
+    with profiler:
+        l0.nn.unit_graph(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)), torch.randn(1, 3))
+        torch.nn.functional.relu(torch.ones(1))
+    assert any(name == "relu" for _, _, name in pstats.Stats(profiler).stats)
 
 
 def test_export():

@@ -253,7 +253,7 @@ class Trace(TorchFunctionMode):
             with _Hidden(self), self:
                 yield
         finally:
-            sys.setprofile(profiler)
+            _profile_again(profiler)
             for handle in handles:
                 handle.remove()
 
@@ -272,6 +272,15 @@ class Trace(TorchFunctionMode):
         self.unknown(call)
         for parameter in module.parameters():
             self.pin(parameter, self.where(call))
+
+
+def _profile_again(profiler: Any) -> None:
+    """What sys.getprofile gave, of which sys.setprofile takes functions alone: cProfile is none."""
+    if profiler is None or callable(profiler):
+        sys.setprofile(profiler)
+    else:
+        sys.setprofile(None)
+        profiler.enable()
 
 
 def _as_function(module: nn.Module, x: Tensor, out: Tensor) -> Call:
