@@ -776,7 +776,6 @@ def test_export():
     torch.testing.assert_close(exported.module()(*args), model(*args))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("train", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_compile(train):
     model = nn.Sequential(nn.Conv2d(1, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 2, 3)).double()
