@@ -455,8 +455,8 @@ def containers():
 CONTAINERS = ["flatten", "flat packed", "convolutions", "norm", "linear", "odd runs"]
 
 
-# One by one a run's features, an odd run and a norm show it; dynamo traces each for seconds.
-COMPILED = ("flatten", "norm", "odd runs")
+# One by one an odd run and a norm show it; dynamo traces each for seconds.
+COMPILED = ("norm", "odd runs")
 ALONE = [
     (which, False) if which in COMPILED else pytest.param(which, False, marks=pytest.mark.long)
     for which in CONTAINERS

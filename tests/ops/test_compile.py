@@ -237,8 +237,9 @@ class TestPenalty:
             self.assert_equal(compiled, call, model)
         assert graphs() == 1
 
-    def test_a_schedule_of_weight_decay(self, graphs):
-        model = self.model()[1:3]
+    @pytest.mark.parametrize("first", [2, pytest.param(1, marks=pytest.mark.long)])
+    def test_a_schedule_of_weight_decay(self, graphs, first):
+        model = self.model()[first:3]
 
         def call(weight_decay):
             return nn.penalty(model, weight_decay=weight_decay)
@@ -470,7 +471,7 @@ class TestConversions:
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 def test_a_whole_training_step():
     """Draw, penalty with a schedule, backward, Adam and clamp in one compiled function, as eager."""
-    model, x = make("mlp")
+    model, x = make("both")
     target, nets = torch.randint(0, 5, (len(x),)), []
     for _ in range(2):
         twin = copy.deepcopy(model)
@@ -498,7 +499,7 @@ def test_a_whole_training_step():
 
 def test_compiled_autograd():
     """Dynamo makes modules of its own while it traces a backward: the gates' watch lets them pass."""
-    model, x = make("mlp")
+    model, x = make("both")
     twin = copy.deepcopy(model)
 
     def step(net):
