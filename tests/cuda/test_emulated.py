@@ -123,7 +123,7 @@ def program(tmp_path_factory):
     chosen = "".join(f'if (name == "{name}") return {name}();\n' for name in KERNELS)
     main = f"int main(int, char** argv) {{ const std::string name = argv[1];\n{chosen}return 99; }}\n"
     source.write_text("".join([textwrap.dedent(PRELUDE), *functions, main]))
-    flags = ["-std=c++17", "-O1", "-fsanitize=address", f"-I{HERE}"]
+    flags = ["-std=c++17", "-O0", "-fsanitize=address", f"-I{HERE}"]
     command = [COMPILER, *flags, str(source), str(HERE / "cuda_emulator.cpp"), "-o", str(binary)]
     subprocess.run(command, check=True, capture_output=True)
     environment = os.environ | {"ASAN_OPTIONS": "detect_leaks=0"}

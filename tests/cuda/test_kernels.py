@@ -598,7 +598,8 @@ class TestOpcheck:
             out, in_ = (on_device(torch.randn(n, dtype=gates)) for n in (6, 5 * groups))
             bias, factor = on_device(torch.randn(6).to(dtype)), on_device(torch.ones((), dtype=gates))
             thetas, given, settings = [weight, bias], [out, in_], (0.3, list(self.CONSTANTS))
-            for sides in ((0, 1), (0, -1), (-1, 1), (-1, -1)):
+            every = ((0, 1), (0, -1), (-1, 1), (-1, -1))
+            for sides in every if dtype == torch.float32 else every[:1]:
                 layout = [*sides, groups, 0, -1, 1]
                 self.check("coupled_penalty", thetas, given, [1.0, 0.0], layout, *settings)
                 self.check("coupled_penalty_grad", thetas, given, layout, factor, *settings)

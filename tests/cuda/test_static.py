@@ -21,11 +21,13 @@ def tools():
     return Path(triton.__file__).parent / "backends/nvidia/bin"
 
 
-def cuobjdump(*arguments):
+def cuobjdump(*arguments, of=None, cwd=None):
+    """What it prints of a file, or of the module."""
     folder = tools()
     environment = os.environ | {"PATH": f"{folder}:{os.environ['PATH']}"}
-    command = [str(folder / "cuobjdump"), *arguments, MODULE]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    command = [str(folder / "cuobjdump"), *arguments, str(of or Path(MODULE).resolve())]
+    options = {"capture_output": True, "text": True, "check": True}
+    return subprocess.run(command, env=environment, cwd=cwd, **options).stdout
 
 
 if cuda._CUDA is None:
@@ -60,12 +62,18 @@ def resources():
     return table
 
 
-@pytest.fixture(scope="module")
-def code():
-    """(architecture, mangled name) -> SASS."""
+@pytest.fixture(scope="module", params=["one", pytest.param("all", marks=pytest.mark.long)])
+def code(request, tmp_path_factory):
+    """(architecture, mangled name) -> SASS, for sm_90 or what there is, and for all where samplers differ."""
+    folder = tmp_path_factory.mktemp("cubins")
+    cuobjdump("-xelf", "all", cwd=folder)
+    files = sorted(folder.iterdir())
+    if request.param == "one":
+        whole = ".sm_90." if any(".sm_90." in file.name for file in files) else files[0].suffixes[-2] + "."
+        files = [file for file in files if whole in file.name or b"sample_kernel" in file.read_bytes()]
     table, arch, name = {}, None, None
-    for line in cuobjdump("-sass").splitlines():
-        if match := re.match(r"arch = (\S+)", line.strip()):
+    for line in "\n".join(cuobjdump("-sass", of=file) for file in files).splitlines():
+        if match := re.match(r"code for (\S+)", line.strip()):
             arch = match[1]
         elif match := re.search(r"Function : (\S+)", line):
             name = match[1]

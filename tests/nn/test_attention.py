@@ -71,6 +71,7 @@ def dense(layer, z, given, **options):
     return plain, weight, y, weights
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("pattern", OPEN)
 @pytest.mark.parametrize("name", OPTIONS)
 def test_it_is_torchs_with_gates(name, pattern, form):

@@ -74,7 +74,7 @@ def test_gated_models(name):
     check(net, args[0] if single else None)
 
 
-@pytest.mark.parametrize("first", [0, 25, *(pytest.param(n, marks=pytest.mark.long) for n in (50, 75))])
+@pytest.mark.parametrize("first", [0, *(pytest.param(n, marks=pytest.mark.long) for n in (25, 50, 75))])
 def test_random_gated_models(first):
     checked = 0
     for seed in range(first, first + 25):

@@ -2,12 +2,14 @@
 
 import copy
 import datetime
+import os
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import fresh
 import pytest
 import torch
 import torch.distributed as dist
@@ -734,10 +736,26 @@ def _work(rank: int, directory: str) -> None:
     dist.destroy_process_group()
 
 
+# The ranks fork once there is what each would import alone, half of its time: dynamo, FSDP and the like.
+RANKS = """
+import torch.distributed.fsdp, torch.distributed.tensor.parallel
+import test_distributed as ranks
+
+torch.set_num_threads(1)  # others would not be there after the fork
+ranks.units()
+torch.compile(ranks.mlp(), backend="aot_eager")(torch.ones(5, 6)).sum().backward()
+torch._dynamo.reset()
+torch.multiprocessing.start_processes(ranks._work, ({directory!r},), ranks.WORLD, start_method="fork")
+"""
+
+
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
     directory = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.spawn(_work, (str(directory),), WORLD)
+    folders = [Path(l0.__file__).parents[1], Path(__file__).parent, Path(fresh.__file__).parent]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, folders))}
+    done = fresh.run(RANKS.format(directory=str(directory)), directory, environment)
+    assert done.returncode == 0, done.stderr
     return {name: [(directory / f"{name}.{rank}").read_text() for rank in range(WORLD)] for name in CHECKS}
 
 
@@ -832,7 +850,7 @@ def test_recomputation_is_known_again_among_a_bounded_number_of_draws(monkeypatc
 def test_a_rank_says_that_it_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(ranks, "PATIENCE", datetime.timedelta(milliseconds=10))
     store = dist.FileStore(f"{tmp_path}/store", 2)
-    store.set_timeout(datetime.timedelta(seconds=1))
+    store.set_timeout(datetime.timedelta(milliseconds=100))
     monkeypatch.setattr(dist, "get_rank", lambda *_: 1)
     monkeypatch.setattr(dist, "get_backend", lambda *_: "gloo")
     monkeypatch.setattr(dist.distributed_c10d, "_get_default_store", lambda: store)

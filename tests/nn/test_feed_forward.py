@@ -349,8 +349,8 @@ def test_learns():
     ("activation", "training"),
     [
         ("gelu", True),
-        ("swiglu", False),
         pytest.param("gelu", False, marks=pytest.mark.long),
+        pytest.param("swiglu", False, marks=pytest.mark.long),
         pytest.param("swiglu", True, marks=pytest.mark.long),
     ],
 )

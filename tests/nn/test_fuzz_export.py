@@ -137,7 +137,9 @@ def few_gates(seed):
         seed += 1
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize(
+    "seed", [*range(6), *(pytest.param(n, marks=pytest.mark.long) for n in range(6, 12))]
+)
 def test_expected_counts_are_averages_of_counts(seed):
     net, x = few_gates(100 * seed)
     gates = nn.gate_modules(net)

@@ -9,7 +9,7 @@ import torch
 
 from l0kernels.nn.units import draws, narrow_shapes
 
-BLOCK = 25
+BLOCK = 20
 
 
 @pytest.fixture(autouse=True)

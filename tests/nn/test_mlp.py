@@ -297,7 +297,7 @@ def test_from_dense_wants_a_sequential():
         nn.L0MLP.from_dense(torch.nn.Linear(3, 3))
 
 
-@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("training", [True, pytest.param(False, marks=pytest.mark.long)])
 def test_compiles_without_a_graph_break(training):
     mlp = make().train(training)
     x = torch.randn(4, SIZES[0])

@@ -138,6 +138,11 @@ def lenet5():
     )
 
 
+def small_net():
+    layers = nn.L0Conv2d(1, 4, 3), RELU(), POOL(2), torch.nn.Flatten(), nn.L0Linear(16, 5)
+    return nn.L0Sequential(*layers)
+
+
 def block():
     """The recommended order; the gate stands on the inputs of the second convolution."""
     return nn.L0Sequential(
@@ -588,15 +593,18 @@ def test_recomputation_draws_the_same_gates(use_reentrant):
 @pytest.mark.parametrize(
     ("make", "training"),
     [
-        (lenet5, True),
-        (wide_block, False),
-        pytest.param(lenet5, False, marks=pytest.mark.long),
-        pytest.param(wide_block, True, marks=pytest.mark.long),
+        (small_net, True),
+        (block, False),
+        *(
+            pytest.param(*case, marks=pytest.mark.long)
+            for case in itertools.product((lenet5, wide_block), (True, False))
+        ),
     ],
 )
 def test_compiles_without_a_graph_break(make, training):
     model = spread(make()).train(training)
-    x = torch.randn((4, 1, 14, 14) if make is lenet5 else (4, 6, 7, 7))
+    shapes = {lenet5: (1, 14, 14), small_net: (1, 6, 6), wide_block: (6, 7, 7), block: (3, 5, 6)}
+    x = torch.randn(4, *shapes[make])
     twin = copy.deepcopy(model)
     torch.manual_seed(1)
     expected = twin(x).square().sum() + nn.penalty(twin)

@@ -63,9 +63,12 @@ def check(case, pattern, train, what=""):
 
 
 SERVED = [name for name in unit_nets.NETS if name != "checkpointed_reentrant"]
+# Their parts are those of resnet, mobilenet_v3, packed and encoder.
+ALIKE = ("bottleneck", "mobilenet_v2", "packed_sorted", "encoder_layer")
+CHECKED = [pytest.param(name, marks=pytest.mark.long) if name in ALIKE else name for name in SERVED]
 
 
-@pytest.mark.parametrize("name", SERVED)
+@pytest.mark.parametrize("name", CHECKED)
 def test_open_units_alone(name):
     case = gated(name)
     for pattern in ("open", "closed", "one group closed", "one unit open", "fractional", "mixed"):
@@ -113,7 +116,7 @@ def test_ungated_images_lie_as_torch_has_them(kind, pattern, small_images):
 
 
 @pytest.mark.covering(1)
-@pytest.mark.parametrize("name", SERVED)
+@pytest.mark.parametrize("name", CHECKED)
 def test_dense_with_zeros(name, static):
     case = gated(name)
     for pattern, train in (("open", True), ("closed", True), ("mixed", True), ("half", False)):
@@ -129,7 +132,7 @@ def test_with_every_unit_open_it_is_the_model(name):
         assert torch.allclose(mine, other, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", SERVED)
+@pytest.mark.parametrize("name", CHECKED)
 def test_nothing_else_reads_a_unit(name):
     _, plain, graph, args = gated(name)
     plain.eval()
@@ -797,7 +800,6 @@ def test_export():
     torch.testing.assert_close(exported.module()(*args), model(*args))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("train", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_compile(train):
     model = nn.Sequential(nn.Conv2d(1, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 2, 3)).double()

@@ -396,6 +396,7 @@ class SizeBehindNorm(nn.Module):
         return self.c(self.free(self.b(x.view(-1, 8))))
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize(
     "norm",
     [

@@ -462,10 +462,9 @@ def test_autocast():
     torch.testing.assert_close(out.double(), expected, rtol=0, atol=0.05)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("train", [pytest.param(False, marks=pytest.mark.long), True])
 def test_compile(train):
-    model, _, graph, args = gated(Cell(nn.LSTMCell(5, 4)), unit_nets.rows(3, 2, 3))
+    model, _, graph, args = gated(Cell(nn.LSTMCell(5, 4)), unit_nets.rows(2, 2, 3))
     unit_oracle.set_gates(graph, model, "half")
     model.train(train)
     compiled = torch.compile(copy.deepcopy(model), backend="aot_eager", fullgraph=not train)

@@ -76,7 +76,7 @@ def step(kind, gates, keep, backend, price=0.0):
 
 
 @needs_native
-@pytest.mark.parametrize("half", [0, 1])
+@pytest.mark.parametrize("half", [0, pytest.param(1, marks=pytest.mark.long)])
 def test_native_is_the_formula(half):
     compared = moved = 0
     for _, gates, kind in random_cases((container, units), range(half, 60, 2)):

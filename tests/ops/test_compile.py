@@ -5,7 +5,7 @@ import io
 
 import pytest
 import torch
-import torch._dynamo
+import torch._dynamo.testing
 import torch._functorch.config
 import torch._inductor.config
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -121,7 +121,10 @@ class TestDraws:
     def test_ways_to_draw(self, step):
         assert_same_steps("weight", step, "aot_eager")
 
-    @pytest.mark.parametrize("step", STEPS)
+    # Of `drawn` test_partitioner_short_of_memory shows as much.
+    @pytest.mark.parametrize(
+        "step", [within, expected, *(pytest.param(s, marks=pytest.mark.long) for s in (drawn, checkpointed))]
+    )
     def test_partitioner_that_computes_again(self, step):
         assert_same_steps("weight", step, "aot_eager_decomp_partition")
 
@@ -234,8 +237,9 @@ class TestPenalty:
             self.assert_equal(compiled, call, model)
         assert graphs() == 1
 
-    def test_a_schedule_of_weight_decay(self, graphs):
-        model = self.model()[1:3]
+    @pytest.mark.parametrize("first", [2, pytest.param(1, marks=pytest.mark.long)])
+    def test_a_schedule_of_weight_decay(self, graphs, first):
+        model = self.model()[first:3]
 
         def call(weight_decay):
             return nn.penalty(model, weight_decay=weight_decay)
@@ -366,8 +370,9 @@ class TestStaticShapes:
         compiled = torch.compile(model, fullgraph=True, backend=counter)
         for batch in (2, 3, 5, 9):
             x = torch.randn(batch, 3, 8, 8)
+            torch._dynamo.mark_dynamic(x, 0)  # a test of test_ops.py counts what compiles without being told
             torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
-        assert counter.frame_count == 2
+        assert counter.frame_count == 1
 
     def test_parametrized_layers(self):
         model, x = make("chain")
@@ -466,7 +471,7 @@ class TestConversions:
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 def test_a_whole_training_step():
     """Draw, penalty with a schedule, backward, Adam and clamp in one compiled function, as eager."""
-    model, x = make("mlp")
+    model, x = make("both")
     target, nets = torch.randint(0, 5, (len(x),)), []
     for _ in range(2):
         twin = copy.deepcopy(model)
@@ -494,7 +499,7 @@ def test_a_whole_training_step():
 
 def test_compiled_autograd():
     """Dynamo makes modules of its own while it traces a backward: the gates' watch lets them pass."""
-    model, x = make("mlp")
+    model, x = make("both")
     twin = copy.deepcopy(model)
 
     def step(net):

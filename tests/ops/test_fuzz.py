@@ -16,11 +16,11 @@ pytestmark = pytest.mark.usefixtures("poison")
 @pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "cpp"])
 def test_portable(name, backend):
     with l0.use_backend(backend):
-        for seed in range(fuzz_ops.count(15)):
+        for seed in range(fuzz_ops.count(10)):
             fuzz_ops.check(name, seed)
 
 
 @pytest.mark.parametrize("name", fuzz_ops.OPS)
 def test_native(name, isa):
-    for seed in range(fuzz_ops.count(10)):
+    for seed in range(fuzz_ops.count(6)):
         fuzz_ops.check(name, seed)

@@ -77,8 +77,8 @@ class TestSampling:
         assert (u - expected)[fractional].abs().max() < 2.0**-40
         assert fractional.sum() > 1000
 
-    def test_million_gates_on_one_and_two_threads(self, backend, threads):
-        log_alpha = torch.randn(1_000_003 if backend == "cpp" else 200_003)  # torch's is the reference's code
+    def test_many_gates_on_one_and_two_threads(self, backend, threads):
+        log_alpha = torch.randn(200_003)
         one = l0.sample_gates(log_alpha, seed=SEED)
         threads(2)
         two = l0.sample_gates(log_alpha, seed=SEED)

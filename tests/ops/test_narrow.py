@@ -120,6 +120,7 @@ def test_ways_to_compute_a_convolution(isa, way, dtype):
                 near(dw, right_w.permute(0, 2, 3, 1).reshape(outs, -1), dtype)
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("way", [Way.TAPS, Way.DIRECT])
 @needs_native

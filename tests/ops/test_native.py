@@ -421,12 +421,15 @@ class TestCasts:
 
 
 class TestMemory:
-    def test_guard_pages(self):
+    @pytest.mark.parametrize("options", [[], pytest.param(["--whole"], marks=pytest.mark.long)])
+    def test_guard_pages(self, options):
         """No kernel reads or writes outside its operands, and every result is written whole."""
         environment = {k: v for k, v in os.environ.items() if not k.startswith("L0KERNELS_")}
         environment["PYTHONPATH"] = str(Path(l0.__file__).parents[1])
         script = str(TESTS / "support/guard_pages.py")
-        program = f"import runpy; runpy.run_path({script!r}, run_name='__main__')"
+        program = (
+            f"import runpy, sys; sys.argv[1:] = {options}; runpy.run_path({script!r}, run_name='__main__')"
+        )
         done = fresh.run(program, TESTS, environment)
         assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
         assert "base ok" in done.stdout

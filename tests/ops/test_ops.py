@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-import torch._dynamo
+import torch._dynamo.testing
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -17,18 +17,45 @@ from torch.utils.checkpoint import checkpoint
 import l0kernels as l0
 from l0kernels import Gates, _ops, reference
 from l0kernels._arguments import GLU, ROWS
-from op_checks import BACKENDS, LAYOUTS, SEED, compare, make_z, strided, to_list, wanted
+from op_checks import BACKENDS, LAYOUTS, ONE_BACKEND, SEED, compare, make_z, strided, to_list, wanted
 
 pytestmark = pytest.mark.usefixtures("seeded")
 
 OPS = torch.ops.l0kernels
 DIST = [2 / 3, -0.1, 1.1]
 CASES = [(layout, torch.float32) for layout in LAYOUTS] + [("contiguous", torch.bfloat16)]
-UTILITIES = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+TRACE = "test_aot_dispatch_dynamic"
+UTILITIES = ("test_schema", "test_autograd_registration", "test_faketensor")
 
 
 def gate(n):
     return to_list(Gates.from_z(make_z("mixed", n)))
+
+
+def form(argument):
+    """Of an operator's argument what AOTAutograd's trace goes by: which parts there are, flags and names."""
+    if isinstance(argument, list | tuple):
+        return tuple(map(form, argument))
+    return argument if isinstance(argument, bool | str | None) else type(argument)
+
+
+@pytest.fixture(scope="class")
+def traced():
+    """The operators that AOTAutograd has traced, with the forms of their arguments."""
+    return set()
+
+
+@pytest.fixture
+def check(request, traced):
+    """opcheck. The trace takes longest: arguments of one form have it once, with -m long every time."""
+
+    def check(op, args, trace=True):
+        key = str(op), form(args)
+        trace &= key not in traced or request.node.get_closest_marker("long") is not None
+        traced.update([key] if trace else [])
+        opcheck(op, args, test_utils=(*UTILITIES, TRACE) if trace else UTILITIES)
+
+    return check
 
 
 class TestOpcheck:
@@ -36,30 +63,28 @@ class TestOpcheck:
 
     @pytest.mark.covering(1)
     @pytest.mark.parametrize("layout", [torch.clone, strided])
-    def test_gates(self, backend, layout):
+    def test_gates(self, check, backend, layout):
         log_alpha, other = layout(torch.randn(140)), layout(torch.randn(7))
-        opcheck(OPS.sample.default, ([log_alpha, other], SEED, 3, DIST, backend))
-        opcheck(OPS.sample_expected.default, ([log_alpha, other], SEED, 3, DIST, backend))
-        opcheck(
-            OPS.gate_grad.default, (layout(torch.randn(140)), layout(make_z("mixed", 140)), DIST, backend)
-        )
-        opcheck(OPS.l0_penalty.default, ([log_alpha, other], [1.0, 2.5], DIST, backend))
+        check(OPS.sample.default, ([log_alpha, other], SEED, 3, DIST, backend))
+        check(OPS.sample_expected.default, ([log_alpha, other], SEED, 3, DIST, backend))
+        check(OPS.gate_grad.default, (layout(torch.randn(140)), layout(make_z("mixed", 140)), DIST, backend))
+        check(OPS.l0_penalty.default, ([log_alpha, other], [1.0, 2.5], DIST, backend))
 
     @pytest.mark.covering(1)
     @pytest.mark.parametrize(("layout", "dtype"), CASES)
-    def test_gated_linear(self, backend, layout, dtype):
+    def test_gated_linear(self, check, backend, layout, dtype):
         x, weight, dy = (LAYOUTS[layout](torch.randn(s)).to(dtype) for s in ((6, 13), (9, 13), (6, 9)))
         bias, g_in, g_out = torch.randn(9).to(dtype), gate(13), gate(9)
         for b, gates in ((bias, (g_in, g_out)), (None, ([], g_out)), (bias, (g_in, []))):
-            opcheck(OPS.gated_linear.default, (x, weight, b, *gates, True, dtype, backend))
+            check(OPS.gated_linear.default, (x, weight, b, *gates, True, dtype, backend))
         for needs, dist in (([True] * 5, []), ([False, False, True, True, False], DIST)):
             args = (dy, x, weight, bias, g_in, g_out, True, dtype, [], [False, True], needs, dist, backend)
-            opcheck(OPS.gated_linear_backward.default, args)
+            check(OPS.gated_linear_backward.default, args)
 
     @pytest.mark.covering(2)
     @pytest.mark.parametrize("layout", list(LAYOUTS))
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-    def test_drawn_within(self, backend, layout, dtype):
+    def test_drawn_within(self, check, backend, layout, dtype):
         """Where a backend draws on the way; Triton and CUDA: triton/test_layers.py, cuda/test_kernels.py."""
         x, w, w2, dy = (LAYOUTS[layout](torch.randn(s).to(dtype)) for s in ((6, 13), (9, 13), (5, 9), (6, 5)))
         bias, a, a2 = (torch.randn(n).to(dtype) for n in (9, 13, 9))
@@ -68,46 +93,43 @@ class TestOpcheck:
             assert backend == "torch"
             return
         for sides in ((a, a2), (a, None), (None, a2)):
-            opcheck(OPS.l0_linear.default, (x, w, bias, *sides, SEED, dist, dtype, backend))
+            check(OPS.l0_linear.default, (x, w, bias, *sides, SEED, dist, dtype, backend))
         for activation in ("relu", "gelu"):
             for log_alphas in ([a, a2], [None, a2], [a, None]):
                 args = (x, weights, biases, log_alphas, activation, SEED, dist, dtype, backend)
                 # Beyond the open units packed activations hold anything.
-                opcheck(OPS.l0_mlp.default, args, test_utils=UTILITIES[:-1])
+                check(OPS.l0_mlp.default, args, trace=False)
                 z, index, count, _, *saved = OPS.l0_mlp(*args)
                 gated = [log_alpha is not None for log_alpha in log_alphas]
                 needs = [True, True, True, True, False, *gated]
                 drawn = (x, weights, biases, gated, z, index, count, activation, dtype)
                 wanted = ([False] * 2, needs, dist)
-                opcheck(OPS.l0_mlp_backward.default, (dy, *drawn, saved, *wanted, backend))
+                check(OPS.l0_mlp_backward.default, (dy, *drawn, saved, *wanted, backend))
 
     @pytest.mark.covering(1)
     @pytest.mark.parametrize(("layout", "dtype"), CASES)
     @pytest.mark.parametrize("activation", ["relu", "gelu", "swiglu"])
-    def test_gated_mlp(self, backend, layout, dtype, activation):
+    def test_gated_mlp(self, check, backend, layout, dtype, activation):
         make, rows = LAYOUTS[layout], ROWS[activation]
         x, dy = make(torch.randn(6, 13)).to(dtype), make(torch.randn(6, 5)).to(dtype)
         shapes = ((9 * rows, 13), (7 * rows, 9), (5, 7))
         weights = [make(torch.randn(shape)).to(dtype) for shape in shapes]
         biases = [torch.randn(9 * rows).to(dtype), None, torch.randn(5).to(dtype)]
         # Beyond the open units packed activations hold anything; the comparison with AOTAutograd cannot know.
-        for hidden, utilities in (
-            (to_list(Gates.from_z(torch.rand(7))), UTILITIES),
-            (gate(7), UTILITIES[:-1]),
-        ):
+        for hidden, trace in ((to_list(Gates.from_z(torch.rand(7))), True), (gate(7), False)):
             args = (x, weights, biases, [*gate(13), None, None, None, *hidden], activation, dtype, False)
-            opcheck(OPS.gated_mlp.default, (*args, backend), test_utils=utilities)
+            check(OPS.gated_mlp.default, (*args, backend), trace)
             _, *saved = OPS.gated_mlp(*args, backend)
             needs = [True, *[True] * 3, True, False, True, True, False, True]
             for dist in ([], DIST):
                 rest = (saved, [False] * 3, needs, dist, backend)
-                opcheck(OPS.gated_mlp_backward.default, (dy, *args, *rest))
+                check(OPS.gated_mlp_backward.default, (dy, *args, *rest))
 
     @pytest.mark.covering(1)
     @pytest.mark.parametrize("groups", [1, 3])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-    def test_gated_conv2d(self, backend, layout, dtype, groups):
+    def test_gated_conv2d(self, check, backend, layout, dtype, groups):
         x, dy = (torch.randn(s).to(dtype).to(memory_format=layout) for s in ((2, 12, 6, 5), (2, 9, 3, 5)))
         weight, bias = torch.randn(9, 12 // groups, 3, 3).to(dtype), torch.randn(9).to(dtype)
         conv, g_in, g_out = ([2, 1], [1, 1], [1, 1], groups), gate(12), gate(9)
@@ -117,31 +139,31 @@ class TestOpcheck:
             (bias, (g_in, []), True),
         ):
             args = (x, weight, b, *gates, True, scale, False, False, *conv, dtype, backend)
-            opcheck(OPS.gated_conv2d.default, args)
+            check(OPS.gated_conv2d.default, args)
         for needs, dist in (([True] * 5, []), ([False, False, True, True, False], DIST)):
             flags, wanted = (True, True, False, False), ([False, True], needs, dist)
             args = (dy, x, weight, bias, g_in, g_out, *flags, *conv, dtype, [], *wanted, backend)
-            opcheck(OPS.gated_conv2d_backward.default, args)
+            check(OPS.gated_conv2d_backward.default, args)
 
     @pytest.mark.covering(1)
     @pytest.mark.parametrize(("layout", "dtype"), CASES)
-    def test_masked_and_block(self, backend, layout, dtype):
+    def test_masked_and_block(self, check, backend, layout, dtype):
         make = LAYOUTS[layout]
         x, dy = make(torch.randn(6, 13)).to(dtype), make(torch.randn(6, 9)).to(dtype)
         weight, log_alpha = make(torch.randn(9, 13)).to(dtype), make(torch.randn(9, 13))
-        opcheck(OPS.masked_weight.default, (weight, log_alpha, SEED, DIST, backend))
+        check(OPS.masked_weight.default, (weight, log_alpha, SEED, DIST, backend))
         for needs in ((True, True), (False, True)):
             args = (weight, weight, log_alpha, SEED, DIST, *needs, backend)
-            opcheck(OPS.masked_weight_grad.default, args)
+            check(OPS.masked_weight_grad.default, args)
         z, bias = make(make_z("mixed", 12).view(3, 4)), torch.randn(9).to(dtype)
-        opcheck(OPS.block_linear.default, (x, weight, bias, z, 3, 4, dtype, backend))
+        check(OPS.block_linear.default, (x, weight, bias, z, 3, 4, dtype, backend))
         for needs in ([True] * 4, [False, True, False, True]):
             args = (dy, x, weight, bias, z, 3, 4, dtype, [False], needs, [], backend)
-            opcheck(OPS.block_linear_backward.default, args)
+            check(OPS.block_linear_backward.default, args)
 
     @pytest.mark.covering(1)
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-    def test_coupled_penalty(self, backend, dtype):
+    def test_coupled_penalty(self, check, backend, dtype):
         gates = torch.float64 if dtype == torch.float64 else torch.float32
         for shape, groups, layout in (
             ((6, 5), 1, torch.clone),
@@ -156,9 +178,9 @@ class TestOpcheck:
                 : 4 if layout is torch.clone and groups == 1 else 2
             ]:
                 numbers, rest = [*sides, groups, 0, -1, 1], (0.3, DIST, backend)
-                opcheck(OPS.coupled_penalty.default, (thetas, log_alphas, [1.0, 0.0], numbers, *rest))
-                opcheck(OPS.coupled_penalty_grad.default, (thetas, log_alphas, numbers, factor, *rest))
-        opcheck(OPS.coupled_penalty.default, (thetas, [], [], [-1, -1, 1] * 2, *rest))
+                check(OPS.coupled_penalty.default, (thetas, log_alphas, [1.0, 0.0], numbers, *rest))
+                check(OPS.coupled_penalty_grad.default, (thetas, log_alphas, numbers, factor, *rest))
+        check(OPS.coupled_penalty.default, (thetas, [], [], [-1, -1, 1] * 2, *rest))
 
     def test_leaves_that_require_a_gradient_get_no_graph_from_an_operator(self, backend):
         x, weight, log_alpha = (torch.randn(*s, requires_grad=True) for s in ((6, 13), (9, 13), (13,)))
@@ -330,16 +352,21 @@ class TestCompile:
         indirect=["backend"],
     )
     def test_whole_graph_two_sizes(self, backend, name):
-        """The graphs differ in the backend's name alone: each call on one of them."""
-        compiled = torch.compile(CALLS[name], fullgraph=True, backend="aot_eager")
+        """One graph, the batch a symbol; it has the backend by name alone: each call is on one of them."""
+        counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+        compiled = torch.compile(CALLS[name], fullgraph=True, backend=counter)
         for batch in (6, 11):
-            results = step(compiled, leaves(batch)), step(CALLS[name], leaves(batch))
+            tensors = leaves(batch)
+            torch._dynamo.mark_dynamic(tensors["x"], 0)
+            results = step(compiled, tensors), step(CALLS[name], leaves(batch))
             if name == "l2_penalty":  # compiled, weight_decay multiplies the sum and not its terms
                 for a, b in zip(*results, strict=True):
                     torch.testing.assert_close(a, b)
             else:
                 assert_all_equal(*results)
+        assert counter.frame_count == 1
 
+    @pytest.mark.parametrize("backend", ONE_BACKEND, indirect=True)
     def test_many_sizes_compile_twice(self, backend):
         """The batch becomes a symbol: the shapes of the operators' results follow from their inputs."""
         counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
@@ -348,6 +375,7 @@ class TestCompile:
             assert_all_equal(step(compiled, leaves(batch)), step(CALLS["gated_mlp"], leaves(batch)))
         assert counter.frame_count == 2
 
+    @pytest.mark.parametrize("backend", ONE_BACKEND, indirect=True)
     def test_seed_is_an_input(self, backend):
         tensors = leaves(6)
 
@@ -361,7 +389,7 @@ class TestCompile:
         assert not torch.equal(compiled(torch.tensor([1])), compiled(torch.tensor([2])))
 
     def test_backend_is_a_guard(self):
-        call = CALLS["gated_mlp"]
+        call = CALLS["own gates"]
         compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
         results = []
         for name in ("torch", "reference", "torch"):

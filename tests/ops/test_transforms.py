@@ -194,7 +194,7 @@ def test_penalty_of_a_model():
 
 def test_inside_of_a_compiled_graph():
     """The graph breaks there: Dynamo would take the forwards' derivative for the backwards', zero."""
-    model, x = make("mlp")
+    model, x = make("in")
     model.eval()
     params = {key: value.detach() for key, value in model.named_parameters()}
 

@@ -280,6 +280,7 @@ class TestGatedMLP:
         expected = hidden @ weights[1].T + biases[1]
         torch.testing.assert_close(gated_mlp(x, weights, biases, gates, activation), expected)
 
+    @pytest.mark.covering(1)
     @pytest.mark.parametrize("activation", ACTIVATIONS)
     @pytest.mark.parametrize("gated", [(True, True, True), (False, True, False), (True, False, False)])
     def test_gradcheck(self, activation, gated):

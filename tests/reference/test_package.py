@@ -1,5 +1,6 @@
 import ast
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -20,10 +21,15 @@ FLOOR = ("_compat", "_checks", "_gates", "_calls", "_arguments", "_native")
 """What everything else stands on, the lowest first."""
 
 
+@cache
+def parsed(file):
+    return ast.parse(file.read_text())
+
+
 def imports(file):
     """(module, names) of every import in a file, within the package from its root."""
     folder = file.relative_to(PACKAGE).parent.parts
-    for node in ast.walk(ast.parse(file.read_text())):
+    for node in ast.walk(parsed(file)):
         if isinstance(node, ast.Import):
             yield from ((alias.name, ()) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -76,7 +82,7 @@ KNOWN = {*l0kernels.__all__, *nn.__all__, *reference.__all__}
 def test_no_function_has_more_than_12_parameters():
     """A record says it better; Triton's kernels take none, and signatures that users know stay."""
     for file in (*PACKAGE.rglob("*.py"), *(PACKAGE / "triton_kernels").glob("*.py")):
-        tree = ast.parse(file.read_text())
+        tree = parsed(file)
         public = {n for node in tree.body if getattr(node, "name", None) in KNOWN for n in ast.walk(node)}
         for node in ast.walk(tree):
             if isinstance(node, ast.FunctionDef) and node not in public:

@@ -1,6 +1,6 @@
 """Random nets of functions, views and layers, gated and compared with the oracle: see unit_oracle.
 
-L0KERNELS_FUZZ_NETS nets are tried, 150 by default; check_net(seed) tries one.
+L0KERNELS_FUZZ_NETS nets are tried, 60 by default; check_net(seed) tries one.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 import l0kernels as l0
 from l0kernels import _checks
 
-NETS = int(os.environ.get("L0KERNELS_FUZZ_NETS", "100"))
+NETS = int(os.environ.get("L0KERNELS_FUZZ_NETS", "60"))
 
 ACTIVATIONS = {
     "relu": F.relu,
