@@ -446,9 +446,9 @@ def open_conv_grad(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """dx, dweight and dz of the columns; `needs`: which of them are wanted; dz with TAPS needs dx."""
     N, H, W, C = plan.shape[:4]
-    outs = extent(rows, weight.shape[0], weight.dtype)
-    if dy.shape[1] != outs:
-        raise ValueError(f"the gradient must have {outs} channels, got {tuple(dy.shape)}")
+    made = (N, extent(rows, weight.shape[0], weight.dtype), *plan.shape[12:])
+    if dy.shape != made:
+        raise ValueError(f"the gradient must have shape {made}, got {tuple(dy.shape)}")
     dx = im2col.empty_images(x, N, C, H, W) if needs[0] else None
     dw = empty_grad(weight) if needs[1] else None
     dz = torch.empty_like(cols[0]) if needs[2] and cols is not None else None
@@ -456,8 +456,8 @@ def open_conv_grad(
         dz.zero_()
     if any(t is not None and t.numel() for t in (dx, dw)) or (dz is not None and x.numel()):
         at = images(dy, "the gradient", x.dtype)
-        made = fresh(dx), fresh(dw), fresh(dz) if x.numel() else 0
-        _open_conv(x, weight, rows, cols, scale, plan, (0, 0, at, *made))
+        wanted = fresh(dx), fresh(dw), fresh(dz) if x.numel() else 0
+        _open_conv(x, weight, rows, cols, scale, plan, (0, 0, at, *wanted))
     return dx, dw, dz
 
 

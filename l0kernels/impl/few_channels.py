@@ -12,7 +12,7 @@ from .._checks import PLAIN
 from .._compat import count_modes
 from .._native import native as _C
 from . import im2col
-from .memory import fresh, optional, plain, strided, vector
+from .memory import fresh, images, optional, plain, vector
 
 Conv = tuple[list[int], list[int], list[int], int]
 """stride, padding, dilation and groups."""
@@ -60,6 +60,10 @@ def convolve_grad(
     x, weight = plain(x).contiguous(memory_format=fmt), plain(weight).contiguous()
     dy = plain(dy).contiguous(memory_format=fmt)
     shape, out = _shape_of(x, weight, conv), weight.shape[0]
+    if dy.shape != (shape[0], out, *shape[12:]):
+        raise ValueError(
+            f"the gradient must have shape {(shape[0], out, *shape[12:])}, got {tuple(dy.shape)}"
+        )
     if need_x and shape[12] * shape[13] * weight[:1].numel() * x.element_size() > im2col.PATCHES:
         stride, padding, dilation, groups = conv
         dx, _, _ = torch.ops.aten.convolution_backward(
@@ -74,15 +78,20 @@ def convolve_grad(
             if grad is not None:
                 grad.zero_()
     elif need_x or need_w:
-        _run(x, weight, shape, fmt, 0, 0, strided(dy, "the gradient"), fresh(dx), fresh(dw), fresh(db))
+        at = _address(dy, "the gradient", x.dtype, fmt)
+        _run(x, weight, shape, fmt, 0, 0, at, fresh(dx), fresh(dw), fresh(db))
     return dx, dw, db
 
 
 def _run(x: Tensor, weight: Tensor, shape: im2col.Shape, fmt: torch.memory_format, *addresses: int) -> None:
     """csrc's, of the bias and y, or of dy, dx, dweight and dbias."""
     is_double, out, last = x.dtype == torch.float64, weight.shape[0], fmt == torch.channels_last
-    operands = strided(x, "x"), vector(weight, "weight", x.dtype, weight.numel())
+    operands = _address(x, "x", x.dtype, fmt), vector(weight, "weight", x.dtype, weight.numel())
     _C.conv(is_double, shape, out, last, *operands, *addresses, torch.get_num_threads())
+
+
+def _address(t: Tensor, name: str, dtype: torch.dtype, fmt: torch.memory_format) -> int:
+    return images(t, name, dtype) if fmt == torch.channels_last else vector(t, name, dtype, t.numel())
 
 
 def _shape_of(x: Tensor, weight: Tensor, conv: Conv) -> im2col.Shape:

@@ -285,10 +285,10 @@ def _torch_backward(
 
 def depthwise(x: Tensor, weight: Tensor, shape: Shape) -> Tensor:
     """y of images x for kernels (kh * kw, C), a channel of which sees its own alone."""
-    N, _, _, C, *_, out_h, out_w = shape
+    N, H, W, C, kh, kw, *_, out_h, out_w = shape
     source, (made, y) = rows(x), _images(x, N, C, out_h, out_w)
-    w = vector(weight, "weight", x.dtype, weight.numel())
-    address = vector(source, "x", x.dtype, source.numel())
+    w = vector(weight, "weight", x.dtype, kh * kw * C)
+    address = vector(source, "x", x.dtype, N * H * W * C)
     _C.depthwise(x.dtype == torch.float64, shape, address, w, fresh(y), 0, 0, 0, torch.get_num_threads())
     return made
 
@@ -297,18 +297,18 @@ def depthwise_grad(
     dy: Tensor, x: Tensor, weight: Tensor, shape: Shape, need_x: bool, need_w: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     """dx, and dweight as weight."""
-    N, H, W, C = shape[:4]
+    N, H, W, C, kh, kw, *_, out_h, out_w = shape
     source, grads = rows(x), rows(dy)
     made, dx = _images(x, N, C, H, W) if need_x else (None, None)
-    parts = x.new_empty(N, weight.shape[0], C) if need_w else None
+    parts = x.new_empty(N, kh * kw, C) if need_w else None
     if grads.numel() and (need_x or need_w):
         _C.depthwise(
             x.dtype == torch.float64,
             shape,
-            vector(source, "x", x.dtype, source.numel()),
-            vector(weight, "weight", x.dtype, weight.numel()),
+            vector(source, "x", x.dtype, N * H * W * C),
+            vector(weight, "weight", x.dtype, kh * kw * C),
             0,
-            vector(grads, "dy", x.dtype, grads.numel()),
+            vector(grads, "dy", x.dtype, N * out_h * out_w * C),
             fresh(dx),
             fresh(parts),
             torch.get_num_threads(),

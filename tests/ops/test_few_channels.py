@@ -201,6 +201,30 @@ def test_gated_layers_are_computed_so(isa, fmt, monkeypatch):
                 near(got, wanted, 500)
 
 
+def test_gradients_of_another_size_or_dtype_are_refused():
+    """Operators take what nobody has compared with their outputs."""
+    x, weight, bias, conv = case("dilation")
+    for fmt in FORMATS:
+        dy = torch.randn_like(few_channels.convolve(x, weight, bias, conv, fmt))
+        for wrong in (dy[:-1], dy[:, :-1], dy[..., :-1], dy[..., :-1, :]):
+            with pytest.raises(ValueError, match=r"the gradient must have shape \(2, 6, .*\), got"):
+                few_channels.convolve_grad(wrong, x, weight, conv, fmt, True, True)
+        with pytest.raises(TypeError, match=r"the gradient must have dtype torch\.float32, got"):
+            few_channels.convolve_grad(dy.double(), x, weight, conv, fmt, True, True)
+
+
+def test_gradients_of_depthwise_ones_are_refused_by_size():
+    x, taps = torch.randn(2, 3, 6, 5).to(memory_format=torch.channels_last), torch.randn(9, 3)
+    shape = im2col.shape_of(x, (3, 3), Geometry((1, 1), (1, 1), (1, 1)))
+    dy = torch.randn_like(im2col.depthwise(x, taps, shape))
+    for wrong in ((dy[:1], x, taps), (dy, x[:1], taps), (dy, x, taps[:8])):
+        with pytest.raises(ValueError, match=r"must be .* contiguous elements, got"):
+            im2col.depthwise_grad(*wrong, shape, True, True)
+    for wrong in ((x[:1], taps), (x, taps[:8])):
+        with pytest.raises(ValueError, match=r"must be .* contiguous elements, got"):
+            im2col.depthwise(*wrong, shape)
+
+
 def test_native_code_refuses_what_does_not_fit():
     x = torch.zeros(1, 4, 20, 20)
     at = x.data_ptr()

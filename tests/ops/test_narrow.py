@@ -174,7 +174,7 @@ def test_convolutions_in_one_call_refuse_what_does_not_fit():
         cpp.open_conv(x[:, :3], weight, None, None, None, False, plan)
     with pytest.raises(ValueError, match="the plan must be of"):
         cpp.open_conv(x, weight[:, :, :2], None, None, None, False, plan)
-    with pytest.raises(ValueError, match="the gradient must have 5 channels, got"):
+    with pytest.raises(ValueError, match=r"the gradient must have shape \(.*\), got"):
         cpp.open_conv_grad(y[:, :3], x, weight, None, None, False, plan, (True, True, False))
     with pytest.raises(ValueError, match="gates: must be those of"):
         cpp.open_conv(x, torch.randn(5, 6, 3, 3), None, None, None, False, plan)

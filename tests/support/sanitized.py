@@ -25,6 +25,7 @@ TESTS = [
     "test_batch_norm.py",
     "test_budget.py",
     "test_conv2d.py",
+    "test_few_channels.py",
     "test_gates.py",
     "test_linear.py",
     "test_masked_linear.py",
