@@ -112,6 +112,16 @@ def test_ungated_images_lie_as_torch_has_them(kind, pattern, small_images):
     )
 
 
+@pytest.mark.parametrize("tracks", [False, True], ids=["gated", "ungated"])
+def test_gradients_of_an_instance_norm_of_one_image(tracks):
+    """torch's backward is wrong where it is given channels_last gradients: it gets none."""
+    norm = nn.InstanceNorm2d(8, affine=True, track_running_stats=tracks)
+    body = [nn.Conv2d(3, 8, 3, padding=1), norm, nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU()]
+    model, x = nn.Sequential(*body, nn.Conv2d(8, 4, 3)).double(), unit_nets.image(batch=1)
+    plain = copy.deepcopy(model)
+    check((model, plain, l0.nn.gate_(model, x), (x,)), "half", True)
+
+
 @pytest.mark.covering(1)
 @pytest.mark.parametrize("name", SERVED)
 def test_dense_with_zeros(name, static):

@@ -294,10 +294,11 @@ class _Exact:
         layer._check_input_dim(x)
         dim = 1 if x.ndim == layer._get_no_batch_dim() + 1 else 0
         x = self.enter(x, self.units.outs, dim)
-        batch = x if dim else x.unsqueeze(0)
-        y = F.instance_norm(
-            batch, None, None, self.take(layer.weight), self.take(layer.bias), True, 0.0, layer.eps
-        )
+        batch, affine = x if dim else x.unsqueeze(0), (self.take(layer.weight), self.take(layer.bias))
+        if len(batch) == 1:  # F.instance_norm, whose backward errs where gradients are channels_last
+            y = F.group_norm(batch, batch.shape[1], *affine, layer.eps)
+        else:
+            y = F.instance_norm(batch, None, None, *affine, True, 0.0, layer.eps)
         return self.leave(y if dim else y.squeeze(0), dim)
 
     def prelu(self, layer: nn.PReLU, x: Tensor) -> Tensor:
