@@ -122,6 +122,17 @@ def test_gradients_of_an_instance_norm_of_one_image(tracks):
     check((model, plain, l0.nn.gate_(model, x), (x,)), "half", True)
 
 
+@pytest.mark.parametrize("groups", [1, 8])
+def test_strides_across_a_single_channel(groups):
+    """oneDNN reads channels_last images of one channel as wider ones where outputs have a width of 1."""
+    body = [nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1), nn.GroupNorm(1, 8)]
+    body.append(nn.Conv2d(8, 8, 3, (1, 2), 1, groups=groups, padding_mode="reflect"))
+    model, x = nn.Sequential(*body, nn.Conv2d(8, 2, 1)).eval(), torch.randn(5, 3, 9, 2)
+    graph = l0.nn.gate_(model, x)
+    unit_oracle.set_gates(graph, model, "one unit open")
+    torch.testing.assert_close(model(x), copy.deepcopy(model).double()(x.double()).float())
+
+
 BY_NAME = {
     "permute": lambda x: torch.permute(input=x, dims=(0, 1, 3, 2)),
     "mean": lambda x: torch.mean(input=x, dim=(2, 3), keepdim=True),

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ... import _checks
-from ..._compat import batch_norm, foreach_mul
+from ..._compat import batch_norm, foreach_mul, settled
 from ...conv2d import gated_conv2d
 from ...impl import im2col
 from ...impl.batch_norm import Channels, Settings, serves
@@ -168,7 +168,7 @@ class _Exact:
         weight = layer.weight if self.is_whole(layer, x) else self.weight(layer)
         if weight is layer.weight and self.units.ins is not None:
             x = x * _along(self.draw.scales(self.units.ins, x.dtype).to(x.dtype), dim, x.ndim)
-        y = layer._conv_forward(x, weight, self.take(layer.bias))
+        y = layer._conv_forward(settled(x, 1, layer.stride), weight, self.take(layer.bias))
         return self.leave_images(y, dim, layer.weight, given)
 
     def is_whole(self, layer: Any, x: Tensor) -> bool:
@@ -220,6 +220,7 @@ class _Exact:
         if geometry is not None and weight.shape[2:].numel() <= im2col.MOST_TAPS:
             y = narrow_depthwise(x, weight, geometry)
             return y if bias is None else y + _along(bias, 1, 4)
+        x = settled(x, groups, layer.stride)
         return convolve(x, weight, bias, layer.stride, padding, layer.dilation, groups)
 
     def transposed(self, layer: Any, x: Tensor, output_size: Any = None) -> Tensor:
