@@ -57,6 +57,14 @@ def run(layer: Any, *args: Any, **kwargs: Any) -> Any:
     units: Units = layer._l0_units
     if type(x) is not Narrow:
         _checks.check_tensor("x" if units.kind.name != "embedding" else "input", x)
+    if units.kind.own and units.kind.name != "attention":  # trace.py knows it by what it makes of x alone
+        more = [a for a in (*args, *kwargs.values()) if a is not None]
+        if more:
+            raise TypeError(
+                f"{layer._l0_class.__name__} must be given one tensor, as in the example that gate_ ran, got "
+                f"{len(more)} more: exclude it, or run gate_ with an example that shows them"
+            )
+        args, kwargs = (), {}
     draw = units.groups.now()
     if not torch.is_grad_enabled() and draw.z.requires_grad:
         refuse_function()
