@@ -5,6 +5,7 @@ The names are torch's functions themselves, so that a call costs no more than to
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -88,13 +89,18 @@ foreach_clamp_min_: Any = torch._foreach_clamp_min_
 foreach_clamp_max_: Any = torch._foreach_clamp_max_
 
 
-def settled(x: Tensor, groups: int) -> Tensor:
-    """x (N, C, H, W) in strides that torch's grouped convolution reads right.
+def settled(x: Tensor, groups: int, stride: Sequence[int]) -> Tensor:
+    """x (N, C, ...) in strides that torch's convolution of this stride reads right.
 
-    A single image may have any batch stride. Where that is a view's and channels come last, in x and in the
-    weight, torch gets the weight's gradient wrong.
+    A single channel may have any stride. Where that is one of channels_last images, oneDNN reads beyond rows
+    of which the convolution makes one number each. A single image may have any batch stride. Where that is a
+    view's and channels come last, in x and in the weight, torch gets the gradient of a grouped weight wrong.
     """
-    if groups == 1 or x.ndim != 4 or x.shape[0] != 1 or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
+        return x
+    if x.ndim > 3 and x.shape[1] == 1 and stride[-1] > 1:
+        x = x.squeeze(1).unsqueeze(1)
+    if groups == 1 or x.ndim != 4 or x.shape[0] != 1:
         return x
     if x.is_contiguous() or x.stride(0) == x.numel():
         return x

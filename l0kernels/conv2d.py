@@ -543,7 +543,7 @@ def _exact(
     of = (stride, padding, dilation, plan.groups)
     own = module(backend).convolution(x, w, of)
     if own is None:
-        y = F.conv2d(settled(x, plan.groups), w, bias, *of)
+        y = F.conv2d(settled(x, plan.groups, stride), w, bias, *of)
     else:
         y = apply(_Convolution, x, w, bias, own, of, fmt)
     if not plan.computes_all:

@@ -125,6 +125,7 @@ class _Conv2d(torch.autograd.Function):
         sides: Sides,
         geometry: Geometry,
     ) -> Tensor:
+        ctx.format = torch.contiguous_format if x.is_contiguous() else torch.channels_last
         x = plain(x).contiguous(memory_format=torch.channels_last)
         outs, _, kh, kw = weight.shape
         if sides.rows is not None:
@@ -170,6 +171,8 @@ class _Conv2d(torch.autograd.Function):
                 dw, dz = _unpacked(grad, weight, sides, scales, reads_z, apart=True)
         if need_z and sides.cols is None:  # all are 1, see _Whole
             dz = weight.new_zeros(weight.shape[1])
+        if dx is not None:  # as x lies: torch's instance norm of one image errs with the other format
+            dx = dx.contiguous(memory_format=ctx.format)
         return dx if need_x else None, dw if need_w else None, db, dz, None, None
 
 

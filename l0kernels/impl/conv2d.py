@@ -401,7 +401,7 @@ def conv2d_forward(pair: Convolves, call: Conv2dCall) -> tuple[Tensor, list[Tens
     shape = output_shape(x, weight, conv)
     b = None if bias is None else pack_bias(pair, bias, out_gate, scale_out, dtype)
     if not p.empty:
-        ins = settled(take(x, p.in_index).to(dtype), p.groups)
+        ins = settled(take(x, p.in_index).to(dtype), p.groups, stride)
         w = pack_weight(pair, weight, p, in_gate, out_gate, scale_in, scale_out, dtype)
         of, bias = (stride, padding, dilation, p.groups), None if b is None else bias_of(p, b)
         own = pair.convolution(ins, w, of)
@@ -437,7 +437,7 @@ def conv2d_backward(
     elif need_x or reads_dw:
         along = reads_db and reads_dw and p.computes_all  # then the bias comes with the weight
         grad = dy_open if p.computes_all else take(dy, p.out_index).to(dtype)
-        ins = settled(take(x, p.in_index).to(dtype), p.groups)
+        ins = settled(take(x, p.in_index).to(dtype), p.groups, stride)
         w = pack_weight(pair, weight, p, in_gate, out_gate, scale_in, scale_out, dtype)
         of = stride, padding, dilation, p.groups
         own = pair.convolution(ins, w, of)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .._compat import settled
 from .._native import native as _C
 from .memory import fresh, vector
 
@@ -211,7 +212,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, plan: Plan) -> Tenso
     way, shape, options = plan
     N, H, W, *_, out_h, out_w = shape
     if way is Way.TORCH:
-        y = F.conv2d(x, _kernels(weight, shape), bias, *options)
+        y = F.conv2d(settled(x, 1, options[0]), _kernels(weight, shape), bias, *options)
         return y.contiguous(memory_format=torch.channels_last)
     source, w, each = rows(x), weight.t(), out_h * out_w
     made, y = _images(x, N, weight.shape[0], out_h, out_w)

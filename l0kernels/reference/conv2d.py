@@ -74,7 +74,7 @@ def gated_conv2d(
     if weight.shape[0] and weight.shape[1]:
         batch = x if x.ndim == 4 else x.unsqueeze(0)
         y = torch.nn.functional.conv2d(
-            settled(batch, groups), weight, bias, strides, paddings, dilations, groups
+            settled(batch, groups, strides), weight, bias, strides, paddings, dilations, groups
         )
         y = y if x.ndim == 4 else y.squeeze(0)
     else:

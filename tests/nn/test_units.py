@@ -115,6 +115,71 @@ def test_ungated_images_lie_as_torch_has_them(kind, pattern, small_images):
     )
 
 
+@pytest.mark.parametrize("tracks", [False, True], ids=["gated", "ungated"])
+def test_gradients_of_an_instance_norm_of_one_image(tracks):
+    """torch's backward is wrong where it is given channels_last gradients: it gets none."""
+    norm = nn.InstanceNorm2d(8, affine=True, track_running_stats=tracks)
+    body = [nn.Conv2d(3, 8, 3, padding=1), norm, nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU()]
+    model, x = nn.Sequential(*body, nn.Conv2d(8, 4, 3)).double(), unit_nets.image(batch=1)
+    plain = copy.deepcopy(model)
+    check((model, plain, l0.nn.gate_(model, x), (x,)), "half", True)
+
+
+@pytest.mark.parametrize("groups", [1, 8])
+def test_strides_across_a_single_channel(groups):
+    """oneDNN reads channels_last images of one channel as wider ones where outputs have a width of 1."""
+    body = [nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1), nn.GroupNorm(1, 8)]
+    body.append(nn.Conv2d(8, 8, 3, (1, 2), 1, groups=groups, padding_mode="reflect"))
+    model, x = nn.Sequential(*body, nn.Conv2d(8, 2, 1)).eval(), torch.randn(5, 3, 9, 2)
+    graph = l0.nn.gate_(model, x)
+    unit_oracle.set_gates(graph, model, "one unit open")
+    torch.testing.assert_close(model(x), copy.deepcopy(model).double()(x.double()).float())
+
+
+BY_NAME = {
+    "permute": lambda x: torch.permute(input=x, dims=(0, 1, 3, 2)),
+    "mean": lambda x: torch.mean(input=x, dim=(2, 3), keepdim=True),
+    "max": lambda x: torch.max(input=x, dim=2, keepdim=True)[0],
+    "softmax": lambda x: torch.softmax(input=x, dim=-1),
+    "cumsum": lambda x: torch.cumsum(input=x, dim=2),
+    "chunk": lambda x: torch.cat(tensors=torch.chunk(input=x, chunks=2, dim=1)[::-1], dim=1),
+    "split": lambda x: torch.cat(torch.split(split_size_or_sections=[3, 5], tensor=x, dim=1), 1),
+    "unsqueeze": lambda x: torch.squeeze(input=torch.unsqueeze(input=x, dim=2), dim=2),
+    "flatten": lambda x: torch.reshape(input=torch.flatten(input=x, start_dim=2), shape=x.shape),
+    "transpose": lambda x: torch.transpose(input=x, dim0=2, dim1=3),
+    "index_select": lambda x: torch.index_select(input=x, dim=2, index=torch.arange(len(x[0, 0]))),
+    "stack": lambda x: torch.stack(tensors=torch.unbind(input=x, dim=2), dim=2),
+    "max_pool2d": lambda x: F.max_pool2d(input=x, kernel_size=3, stride=1, padding=1),
+    "where": lambda x: torch.where(condition=x > 0, input=x, other=0.1 * x),
+    "add": lambda x: torch.add(input=x, other=x),
+}
+
+
+class ByName(nn.Module):
+    def __init__(self, change):
+        super().__init__()
+        self.change, self.a, self.b = change, nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 2, 1)
+
+    def forward(self, x):
+        return self.b(self.change(self.a(x)))
+
+
+@pytest.mark.parametrize("name", BY_NAME)
+def test_arguments_by_name(name):
+    model, x = ByName(BY_NAME[name]).double(), unit_nets.image(size=4)
+    plain = copy.deepcopy(model)
+    graph = l0.nn.gate_(model, x)
+    for pattern in ("half", "mixed", "closed"):
+        check((model, plain, graph, (x,)), pattern, True)
+
+
+def test_a_view_of_another_dtype_has_no_units():
+    model = ByName(lambda x: x.view(torch.int64).view(dtype=torch.float64)).double()
+    graph = l0.nn.unit_graph(nn.Sequential(nn.Conv2d(3, 3, 1).double(), model), unit_nets.image(size=4))
+    assert [group.name for group in graph.groups] == ["0"]
+    assert "view in 1" in str(graph)
+
+
 @pytest.mark.covering(1)
 @pytest.mark.parametrize("name", CHECKED)
 def test_dense_with_zeros(name, static):

@@ -257,6 +257,26 @@ def test_never_a_wrong_coupling(name, seeded):
         torch.testing.assert_close(l0.nn.export(model)(x), model(x))
 
 
+class Adapted(OwnLinear):
+    def forward(self, x, adapter=None):
+        return super().forward(x) if adapter is None else super().forward(x) + adapter
+
+
+def test_more_than_the_example_showed_is_refused():
+    """What a layer computes of one tensor is known; None says nothing."""
+    x = rows(2, 4, 3)
+    given = {"nothing": [], "none": [None], "more": [torch.ones(6).double()]}
+    net = Normed(lambda parts, a, b: parts[0](a, *given[net.what]) + b, Adapted(6, 6)).double()
+    net.what = "nothing"
+    unit_oracle.set_gates(l0.nn.gate_(net, x), net, "open")
+    expected = net(x)
+    net.what = "none"
+    torch.testing.assert_close(net(x), expected)
+    net.what = "more"
+    with pytest.raises(TypeError, match="Adapted must be given one tensor, as in the example that gate_ ran"):
+        net(x)
+
+
 def test_a_trial_is_no_attention():
     """Whether a layer computes what its name says is found by running it, which is not the model's run."""
     net = nn.Sequential(Conv1D(5, 3), nn.ReLU(), Conv1D(2, 5)).double()

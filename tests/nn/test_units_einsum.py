@@ -26,6 +26,7 @@ OTHERS = [
     ("bii,bij->bj", (2, 4, 4), (2, 4, 6)),
     ("bi,bj->bij", (2, 4), (2, 6)),
     ("...id,jd->...ij", (2, 3, 4, 5), (6, 5)),
+    ("bid,bjd->bij", (2, 4, 1), (2, 6, 5)),  # one that meets all of the other
 ]
 
 

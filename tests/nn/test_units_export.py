@@ -468,6 +468,20 @@ def test_tied_weights_stay_tied_where_they_can():
     assert_same(small(x), model(x))
 
 
+@pytest.mark.parametrize("bias", [False, True])
+def test_units_made_and_read_by_one_weight_go(bias):
+    """They are not the model's inputs, which stay whole."""
+    model, (x,) = unit_nets.NETS["tied_convs"]()
+    if bias:
+        model.encode.bias = nn.Parameter(torch.randn(5).double())
+    l0.nn.gate_(model, x)
+    model.l0_units.gates[0].log_alpha.data.copy_(torch.tensor([-40.0, 40.0, 40.0, -40.0, -40.0]))
+    small = l0.nn.export(model.eval())
+    assert small.encode.weight is small.decode.weight
+    assert small.decode.weight.shape == (2, 2, 3, 3)
+    assert_same(small(x), model(x))
+
+
 def test_a_gated_model_within_another():
     inner, x = gated("resnet")
     outer = nn.Sequential(nn.Identity(), inner, nn.Linear(5, 2)).eval()

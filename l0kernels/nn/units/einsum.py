@@ -27,7 +27,7 @@ def as_product(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call
         return None
     a, b = operands
     orders = _orders(args[0], a.ndim, b.ndim)
-    if orders is None:
+    if orders is None or a.shape[orders.a[-1]] != b.shape[orders.b[-2]]:  # one of 1 meets all of the other
         return None
     return lambda: _permuted(torch.matmul(_permuted(a, orders.a), _permuted(b, orders.b)), orders.out)
 

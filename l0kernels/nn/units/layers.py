@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ... import _checks
-from ..._compat import batch_norm, foreach_mul
+from ..._compat import batch_norm, foreach_mul, settled
 from ...conv2d import gated_conv2d
 from ...impl import im2col
 from ...impl.batch_norm import Channels, Settings, serves
@@ -57,6 +57,14 @@ def run(layer: Any, *args: Any, **kwargs: Any) -> Any:
     units: Units = layer._l0_units
     if type(x) is not Narrow:
         _checks.check_tensor("x" if units.kind.name != "embedding" else "input", x)
+    if units.kind.own and units.kind.name != "attention":  # trace.py knows it by what it makes of x alone
+        more = [a for a in (*args, *kwargs.values()) if a is not None]
+        if more:
+            raise TypeError(
+                f"{layer._l0_class.__name__} must be given one tensor, as in the example that gate_ ran, got "
+                f"{len(more)} more: exclude it, or run gate_ with an example that shows them"
+            )
+        args, kwargs = (), {}
     draw = units.groups.now()
     if not torch.is_grad_enabled() and draw.z.requires_grad:
         refuse_function()
@@ -168,7 +176,7 @@ class _Exact:
         weight = layer.weight if self.is_whole(layer, x) else self.weight(layer)
         if weight is layer.weight and self.units.ins is not None:
             x = x * _along(self.draw.scales(self.units.ins, x.dtype).to(x.dtype), dim, x.ndim)
-        y = layer._conv_forward(x, weight, self.take(layer.bias))
+        y = layer._conv_forward(settled(x, 1, layer.stride), weight, self.take(layer.bias))
         return self.leave_images(y, dim, layer.weight, given)
 
     def is_whole(self, layer: Any, x: Tensor) -> bool:
@@ -220,6 +228,7 @@ class _Exact:
         if geometry is not None and weight.shape[2:].numel() <= im2col.MOST_TAPS:
             y = narrow_depthwise(x, weight, geometry)
             return y if bias is None else y + _along(bias, 1, 4)
+        x = settled(x, groups, layer.stride)
         return convolve(x, weight, bias, layer.stride, padding, layer.dilation, groups)
 
     def transposed(self, layer: Any, x: Tensor, output_size: Any = None) -> Tensor:
@@ -294,10 +303,11 @@ class _Exact:
         layer._check_input_dim(x)
         dim = 1 if x.ndim == layer._get_no_batch_dim() + 1 else 0
         x = self.enter(x, self.units.outs, dim)
-        batch = x if dim else x.unsqueeze(0)
-        y = F.instance_norm(
-            batch, None, None, self.take(layer.weight), self.take(layer.bias), True, 0.0, layer.eps
-        )
+        batch, affine = x if dim else x.unsqueeze(0), (self.take(layer.weight), self.take(layer.bias))
+        if len(batch) == 1:  # F.instance_norm, whose backward errs where gradients are channels_last
+            y = F.group_norm(batch, batch.shape[1], *affine, layer.eps)
+        else:
+            y = F.instance_norm(batch, None, None, *affine, True, 0.0, layer.eps)
         return self.leave(y if dim else y.squeeze(0), dim)
 
     def prelu(self, layer: nn.PReLU, x: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.checkpoint import CheckpointFunction
 
 from ..._compat import pytree, running_function, view_as_subclass, without_torch_function
+from . import table
 from .draws import Draw, Space, Spaces
 
 
@@ -121,6 +122,7 @@ class Narrow(Tensor):
                 refuse_function()
         rule = RULES.get(func)
         if rule is not None:
+            args, kwargs = table.by_position(args, kwargs)
             out = rule(func, args, kwargs)
             if out is not None:
                 return out

@@ -14,15 +14,15 @@ from .narrow import Narrow, Rule, dims_of, is_in_place, is_narrow, lie_alike, li
 
 
 def _pointwise(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    x = args[0] if args else kwargs.get("input")
+    x = args[0]
     if not isinstance(x, Narrow) or x._at is None:
         return None
     for a in (*args[1:], *kwargs.values()):
         if type(a) in _NUMBERS:
             continue
-        if isinstance(a, Tensor) and (a.ndim or isinstance(a, Narrow)) and (args or a is not x):
-            return _elementwise(func, args, kwargs) if args else None
-    return like(x, func(x._data, *args[1:], **kwargs) if args else func(**{**kwargs, "input": x._data}))
+        if isinstance(a, Tensor) and (a.ndim or isinstance(a, Narrow)):
+            return _elementwise(func, args, kwargs)
+    return like(x, func(x._data, *args[1:], **kwargs))
 
 
 def _converted(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -118,7 +118,7 @@ def _over(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 def _spatial(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    x = args[0] if args else kwargs["input"]
+    x = args[0]
     if not isinstance(x, Narrow) or x._at is None:
         return None
     for a in (*args[1:], *kwargs.values()):
@@ -127,7 +127,7 @@ def _spatial(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     ndim = x._held.ndim
     if x._at[1] != ndim - (_spatialdims_of(func) or ndim - 2) - 1:
         return None
-    out = func(x._data, *args[1:], **kwargs) if args else func(**{**kwargs, "input": x._data})
+    out = func(x._data, *args[1:], **kwargs)
     return like(x, out) if isinstance(out, Tensor) else tuple(like(x, part) for part in out)
 
 

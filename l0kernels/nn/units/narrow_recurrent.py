@@ -24,7 +24,7 @@ def _taken_apart(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
 
 
 def _stacked(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    tensors = args[0] if args else kwargs["tensors"]
+    tensors = args[0]
     at = args[1] if len(args) > 1 else kwargs.get("dim", 0)
     places = [t._at for t in tensors if isinstance(t, Narrow) and t._at is not None]
     if len(places) != len(tensors) or not places:

@@ -161,7 +161,7 @@ def _is_nothing(t: Tensor) -> bool:
 
 
 def _concatenated(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    tensors = args[0] if args else kwargs["tensors"]
+    tensors = args[0]
     at = args[1] if len(args) > 1 else kwargs.get("dim", kwargs.get("axis", 0))
     last = tensors[-1]
     if not is_narrow(last):
@@ -205,7 +205,7 @@ def _behind_each_other(tensors: Sequence[Tensor], at: int, place: tuple[Space, i
 
 
 def _divided(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    x = args[0] if args else kwargs["tensor"]
+    x = args[0]
     if not isinstance(x, Narrow) or x._at is None:
         return None
     space, dim, draw, spaces = x._at

@@ -151,6 +151,10 @@ class _Plan:
     def _fixed(self) -> set[str]:
         """The groups whose units stay, with zeros: the model's inputs, words that are kept to a norm."""
         fixed = {group.name for group in self._gates.groups if all(m.role != "out" for m in group.members)}
+        for layer in self._layers:  # a weight that another layer reads by has one role, and makes them, too
+            outs, kind = layer._l0_units.outs, layer._l0_units.kind
+            if outs is not None and kind.is_product and getattr(layer, "groups", 1) == 1:
+                fixed -= self._names(outs)
         for layer in self._layers:
             if isinstance(layer, nn.Embedding) and layer.max_norm is not None:
                 fixed |= self._names(cast(Any, layer)._l0_units.outs)

@@ -75,6 +75,17 @@ LOOKS = """
 """What looks at no value."""
 
 
+_FIRST = ("condition", "input", "tensors", "tensor", "self")
+
+
+def by_position(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a function of torch whose first one may be given by name: no rule asks for that."""
+    name = None if args else next((name for name in _FIRST if name in kwargs), None)
+    if name is None:
+        return args, kwargs
+    return (kwargs[name],), {key: value for key, value in kwargs.items() if key != name}
+
+
 def _homes() -> list[Any]:
     return [torch, Tensor, F, *function_homes, torch.special]
 

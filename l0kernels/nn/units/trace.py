@@ -157,13 +157,14 @@ class Trace(TorchFunctionMode):
     ) -> Any:
         if self._busy:
             return func(*args, **kwargs or {})
-        product = as_product(func, args, kwargs or {})
+        args, kwargs = table.by_position(args, kwargs or {})
+        product = as_product(func, args, kwargs)
         if product is not None:
             with self:
                 return product()
         self._busy = True
         try:
-            call = Call(func, args, kwargs or {}, func(*args, **kwargs or {}))
+            call = Call(func, args, kwargs, func(*args, **kwargs))
             self._see(call)
             return call.out
         finally:
@@ -424,7 +425,7 @@ def _quotient(trace: Trace, call: Call) -> None:
 
 
 def _move(trace: Trace, call: Call) -> None:
-    moved_ones = {id(t) for t in pytree.tree_leaves(call.args[:1] or call.kwargs) if isinstance(t, Tensor)}
+    moved_ones = {id(t) for t in pytree.tree_leaves(call.args[:1]) if isinstance(t, Tensor)}
     others = [t for t in call.tensors() if id(t) not in moved_ones]
     if call.name in ("view_as", "reshape_as", "expand_as"):  # asks for the other's shape
         others = []
@@ -453,7 +454,7 @@ def _move(trace: Trace, call: Call) -> None:
     if call.name in ("cat", "concat", "concatenate"):
         found = [_met(trace, call, args, kwargs, found[0])]
     for out, labels in zip(call.results(), found, strict=True):
-        if out.shape != labels.shape:
+        if out.shape != labels.shape or labels.dtype != torch.int64:  # a view of another dtype
             trace.unknown(call)
             return
         trace.set(out, labels)
@@ -461,7 +462,7 @@ def _move(trace: Trace, call: Call) -> None:
 
 def _met(trace: Trace, call: Call, args: Any, kwargs: Any, out: Tensor) -> Tensor:
     """The labels of a concatenation along another dimension than that of the units: they are one there."""
-    parts = [spread(part) for part in (args[0] if args else kwargs["tensors"]) if part.ndim == out.ndim]
+    parts = [spread(part) for part in args[0] if part.ndim == out.ndim]
     dim = call.get(1, "dim", kwargs.get("axis", 0)) % out.ndim
     dims = varying(parts[0])
     if not dims or dim in dims or any(varying(part) != dims for part in parts):
@@ -552,7 +553,7 @@ def _over(trace: Trace, call: Call) -> None:
 
 
 def _spatial(trace: Trace, call: Call) -> None:
-    x = call.args[0] if call.args else call.kwargs["input"]
+    x = call.args[0]
     out, spatial = call.results()[0], x.ndim - 2
     for digit in "123":
         if f"{digit}d" in call.name:
