@@ -122,7 +122,8 @@ class Narrow(Tensor):
                 refuse_function()
         rule = RULES.get(func)
         if rule is not None:
-            args, kwargs = table.by_position(args, kwargs)
+            if not args:
+                args, kwargs = table.by_position(args, kwargs)
             out = rule(func, args, kwargs)
             if out is not None:
                 return out
