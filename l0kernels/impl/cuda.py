@@ -102,7 +102,7 @@ def _gate(matrix: Tensor, name: str, gate: Sequence[Tensor], n: int) -> tuple[in
 
 def _address(t: Tensor | None) -> int:
     """Where t begins; 0 where there is none, or nothing in it."""
-    return 0 if t is None else strided(t, "an operand", t.device)
+    return 0 if t is None else strided(t, "an operand")
 
 
 class _Tickets:

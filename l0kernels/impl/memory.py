@@ -167,16 +167,28 @@ def _freed(t: Tensor, name: str, held: int) -> RuntimeError:
     )
 
 
-def strided(t: Tensor | None, name: str, device: torch.device | None = None) -> int:
-    """Address of a tensor of any dtype, shape and strides, which the caller hands on; 0 for None or nothing.
+def strided(t: Tensor | None, name: str) -> int:
+    """Address of a tensor of any dtype, device, shape and strides, which are handed on; 0: none.
 
     Raises:
         NotPlain, ValueError, RuntimeError: as `vector`.
     """
-    if t is None or not t.numel():
+    if t is None or not (n := t.numel()):
         return 0
+    try:  # as in `vector`, of one in one piece
+        if (
+            type(t) in PLAIN
+            and t.is_contiguous()
+            and not t.is_neg()
+            and t.untyped_storage().nbytes() >= (t.storage_offset() + n) * t.element_size()
+        ):
+            address = t.data_ptr()
+            if address:
+                return address
+    except (NotImplementedError, RuntimeError):
+        pass
     reach = sum((n - 1) * step for n, step in zip(t.shape, t.stride(), strict=True))
-    return _address(t, name, t.dtype, int(t.storage_offset()) + reach + 1, device)
+    return _address(t, name, t.dtype, int(t.storage_offset()) + reach + 1, t.device)
 
 
 def check_not_freed(t: Tensor | None, name: str) -> None:

@@ -57,7 +57,7 @@ def _readable(arg: Any) -> Any:
     if kind in _RECORDS:
         return tuple.__new__(kind, map(_readable, arg))
     arg = plain(arg)
-    strided(arg, "an operand", arg.device)
+    strided(arg, "an operand")
     return arg if arg.ndim != 1 or arg.is_contiguous() else arg.contiguous()
 
 
