@@ -277,7 +277,7 @@ def _torch_backward(
     _, shape, options = plan
     wanted = [need_x, need_w, False]
     dx, dw, _ = _convolution_backward(
-        dy, x, _kernels(weight, shape), None, *options, False, [0, 0], 1, wanted
+        dy, settled(x, 1, options[0]), _kernels(weight, shape), None, *options, False, [0, 0], 1, wanted
     )
     if dx is not None:
         dx = dx.contiguous(memory_format=torch.channels_last)
