@@ -1,4 +1,4 @@
-// Python's door to the CPU kernels: addresses, sizes and strides in, nothing of torch. Python allocates and
+// Python's door to the CPU kernels: addresses, sizes and strides in, nothing of torch but for tensor.h. Python allocates and
 // validates shapes; what only the data tells (counts, indices, NaN) is checked here. Element type: is_double
 // chooses between fp32 and fp64.
 #include <array>
@@ -23,6 +23,7 @@
 #include "mlp.h"
 #include "pack.h"
 #include "penalty.h"
+#include "tensor.h"
 #include "workspace.h"
 
 #ifdef _OPENMP
@@ -285,22 +286,39 @@ struct Budget {
     }
   }
 
-  bool step(bool is_double, const std::vector<Address>& log_alpha, const std::vector<Address>& grad,
-            const std::vector<bool>& moves, Address moment, Address first, Address price, Address step,
-            Address skipped, double ramp_steps, double limit) const {
+  // False, and nothing written, where a log_alpha or a gradient is not what its gates need.
+  bool step(bool is_double, py::handle dtype, py::list log_alpha, py::list grad, const std::vector<bool>& moves,
+            Address moment, Address first, Address price, Address step, Address skipped, double ramp_steps,
+            double limit) const {
     check_budget(log_alpha.size() == gates && grad.size() == gates && moves.size() == gates);
-    bool done = false;
+    std::vector<Address> places, of_grads;
+    if (!take(log_alpha, dtype, false, places) || !take(grad, dtype, true, of_grads)) return false;
     dispatch(is_double, [&](auto zero) {
       using T = decltype(zero);
       l0::BudgetStep<T> s{{}, {}, moves, as<T>(moment), as<const double>(first), as<double>(price),
                           as<int64_t>(step), as<int64_t>(skipped), ramp_steps, limit};
       for (size_t g = 0; g < gates; ++g) {
-        s.log_alpha.push_back(as<T>(log_alpha[g]));
-        s.grad.push_back(as<const T>(grad[g]));
+        s.log_alpha.push_back(as<T>(places[g]));
+        s.grad.push_back(as<const T>(of_grads[g]));
       }
-      done = l0::kernels<T>().budget_step(kinds, numbers, s);
+      l0::kernels<T>().budget_step(kinds, numbers, s);
     });
-    return done;
+    return true;
+  }
+
+ private:
+  // Addresses of one tensor a gate vector, 0 for no gates and for None; false where one is something else.
+  bool take(const py::list& tensors, py::handle dtype, bool may_be_none, std::vector<Address>& found) const {
+    for (const l0::BudgetKind& kind : kinds)
+      for (const l0::BudgetGates& of : kind.gates) {
+        PyObject* tensor = PyList_GET_ITEM(tensors.ptr(), Py_ssize_t(found.size()));
+        const l0::Asked asked{dtype.ptr(), of.size, l0::Layout::contiguous, Py_None};
+        const bool is_none = may_be_none && tensor == Py_None;
+        found.push_back(is_none ? 0 : l0::address_of(tensor, asked));
+        if (PyErr_Occurred()) throw py::error_already_set();
+        if (found.back() == 0 && !is_none && of.size > 0) return false;
+      }
+    return true;
   }
 };
 
@@ -860,6 +878,28 @@ void advise_huge_pages(Address address, size_t bytes) {
 #endif
 }
 
+void know(py::handle exchange_api, py::handle plain, py::handle samples, py::handle otherwise) {
+  if (!l0::know_tensors(exchange_api.ptr(), plain.ptr(), samples.ptr(), otherwise.ptr()))
+    throw py::error_already_set();
+}
+
+// (tensor, dtype, n, layout, device): asked ten times a call, and pybind's way in takes as long as the answer.
+PyObject* address(PyObject*, PyObject* const* args, Py_ssize_t n) {
+  if (n != 4 && n != 5) {
+    PyErr_Format(PyExc_TypeError, "address takes 4 or 5 arguments, got %zd", n);
+    return nullptr;
+  }
+  const l0::Asked asked{args[1], PyLong_AsLongLong(args[2]), l0::Layout(PyLong_AsLong(args[3])),
+                        n == 5 ? args[4] : nullptr};
+  if (PyErr_Occurred()) return nullptr;
+  const uintptr_t found = l0::address_of(args[0], asked);
+  return PyErr_Occurred() ? nullptr : PyLong_FromUnsignedLongLong(found);
+}
+
+PyMethodDef with_tensors[] = {
+    {"address", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(address)), METH_FASTCALL, nullptr},
+    {nullptr, nullptr, 0, nullptr}};
+
 std::string compiler() {
 #if defined(__clang__)
   return "clang " __clang_version__;
@@ -882,6 +922,8 @@ PYBIND11_MODULE(_C, m) {
 #else
   m.attr("openmp") = false;
 #endif
+  if (PyModule_AddFunctions(m.ptr(), with_tensors) != 0) throw py::error_already_set();
+  m.def("know_tensors", &know);
   m.def("isa", &l0::isa_name);
   m.def("set_isa", &l0::set_isa);
   m.def("sample", &sample);

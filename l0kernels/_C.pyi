@@ -4,7 +4,7 @@ Names and order are those of the C++ functions (`in_` is their `in`).
 """
 
 from collections.abc import Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 Address: TypeAlias = int
 Gate: TypeAlias = tuple[Address, Address, Address, int, bool]  # z, index, count, size, full_grad
@@ -40,6 +40,10 @@ BudgetKind: TypeAlias = tuple[int, Cost, Sequence[tuple[int, float, float, float
 compiler: str
 openmp: bool
 
+def know_tensors(
+    exchange_api: object, plain: tuple[type, type], samples: Sequence[object], otherwise: object, /
+) -> None: ...
+def address(tensor: object, dtype: object, n: int, layout: int, device: object = ..., /) -> Address: ...
 def isa() -> str: ...
 def set_isa(name: str, /) -> bool: ...
 def sample(
@@ -332,9 +336,10 @@ class Budget:
     def step(
         self,
         is_double: bool,
-        log_alpha: Sequence[Address],
-        grad: Sequence[Address],
-        moves: Sequence[bool],
+        dtype: object,
+        log_alpha: list[Any],
+        grad: list[Any],
+        moves: list[bool],
         moment: Address,
         first: Address,
         price: Address,

@@ -36,7 +36,7 @@ from .._gates import HardConcrete, round_up
 from . import conv2d, few_channels, im2col, joined, packed, portable
 from .im2col import Way
 from .joined import ACTIVATIONS, TYPES, constants
-from .memory import empty_grad, fresh, images, matrix, optional, plain, vector, vectors
+from .memory import empty_grad, fresh, images, matrix, optional, plain, vector
 from .packed import Term, extent
 
 # 16-bit products go through packed.py to torch.mm, which uses the hardware's 16-bit instructions.
@@ -266,6 +266,21 @@ class BudgetPlan:
             vector(state.skipped, "skipped", torch.int64, 1),
         )
 
+    def step(
+        self, log_alphas: list[Tensor], grads: list[Tensor | None], ramp_steps: float, limit: float
+    ) -> bool:
+        """False, and nothing done, where one of them is not what the gates need."""
+        moves = [log_alpha.requires_grad for log_alpha in log_alphas]
+        is_double = self.dtype is torch.float64
+        return self.native.step(
+            is_double, self.dtype, log_alphas, grads, moves, *self.addresses, ramp_steps, limit
+        )
+
+    def check(self, tensors: Sequence[Tensor | None], name: str) -> None:
+        """Says what is wrong with one, as `vector`."""
+        for tensor, n in zip(tensors, self.sizes, strict=True):
+            optional(tensor, name, self.dtype, n)
+
 
 def _budget_kind(kind: Any) -> _C.BudgetKind:
     terms: CostTerms = kind.terms
@@ -286,24 +301,13 @@ def budget_step(
     """One step of l0kernels.budget's Projection, of log_alphas and state in place.
 
     Raises:
-        as `vectors`, before anything is written.
+        as `vector`, before anything is written.
     """
-    dtype, sizes = plan.dtype, plan.sizes
-    places = vectors(log_alphas, "log_alpha", dtype, sizes)
-    try:
-        of_grads = vectors(grads, "grad", dtype, sizes)
-    except ValueError:  # as a rule they are contiguous, and to ask each costs as much as one of the checks
-        grads = [None if grad is None else grad.contiguous() for grad in grads]
-        of_grads = vectors(grads, "grad", dtype, sizes)
-    plan.native.step(
-        dtype is torch.float64,
-        places,
-        of_grads,
-        [log_alpha.requires_grad for log_alpha in log_alphas],
-        *plan.addresses,
-        ramp_steps,
-        limit,
-    )
+    if not plan.step(log_alphas, grads, ramp_steps, limit):
+        plan.check(log_alphas, "log_alpha")
+        grads = [None if grad is None else grad.contiguous() for grad in grads]  # as a rule they are
+        plan.check(grads, "grad")
+        plan.step(log_alphas, grads, ramp_steps, limit)
     torch.autograd.graph.increment_version(log_alphas)
 
 

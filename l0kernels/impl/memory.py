@@ -8,13 +8,12 @@ needs no check: `fresh`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from .._checks import PLAIN, is_freed
+from .._checks import DTYPES, PLAIN, is_freed
 from .._native import native
 
 HUGE = 32 << 20  # bytes; glibc maps every allocation from here on afresh, smaller ones it keeps itself
@@ -22,6 +21,56 @@ HUGE = 32 << 20  # bytes; glibc maps every allocation from here on afresh, small
 
 class NotPlain(TypeError):
     """A tensor whose memory is not its values. torch's dispatcher can make plain tensors of some of them."""
+
+
+ANY, CONTIGUOUS, CHANNELS_LAST = range(3)
+"""Layouts, as csrc/tensor.h numbers them."""
+
+
+def looked_at(t: Tensor, dtype: torch.dtype | None, n: int, layout: int, *device: torch.device | None) -> int:
+    """Address of what is asked for; 0 where `t` is something else, has no elements or is not to be read.
+
+    Args:
+        dtype: None: any.
+        n: elements; negative: any.
+        device: one; None: the CPU; absent: any.
+    """
+    try:
+        if (
+            type(t) not in PLAIN
+            or (dtype is not None and t.dtype is not dtype)
+            or (n >= 0 and t.numel() != n)
+            or (layout == CONTIGUOUS and not t.is_contiguous())
+            or (layout == CHANNELS_LAST and not t.is_contiguous(memory_format=torch.channels_last))
+            or t.is_neg()
+            or (device and not (t.is_cpu if device[0] is None else t.device == device[0]))
+        ):
+            return 0
+        held = t.untyped_storage().nbytes()
+        return t.data_ptr() if held >= _end(t) * t.element_size() else 0
+    except (NotImplementedError, RuntimeError):
+        return 0  # of a transform, or sparse
+
+
+def _end(t: Tensor) -> int:
+    """One past the last element, counted from the start of the storage."""
+    reach = sum((n - 1) * step for n, step in zip(t.shape, t.stride(), strict=True))
+    return int(t.storage_offset()) + reach + 1
+
+
+def _native_look() -> Callable[..., int]:
+    """looked_at in half of its time: a call takes ten of these, and its host time is a small layer's time.
+
+    Where torch has DLPack's C exchange API; else this asks looked_at.
+    """
+    exchange_api = getattr(Tensor, "__dlpack_c_exchange_api__", None)
+    dtypes = (*DTYPES, torch.int32, torch.int64, torch.uint8, torch.bool)
+    samples = [torch.empty(1, dtype=dtype, device="cpu") for dtype in dtypes]
+    native.know_tensors(exchange_api, PLAIN, samples, looked_at)
+    return native.address
+
+
+_look = looked_at if native is None else _native_look()
 
 
 def vector(t: Tensor, name: str, dtype: torch.dtype, n: int, device: torch.device | None = None) -> int:
@@ -36,65 +85,24 @@ def vector(t: Tensor, name: str, dtype: torch.dtype, n: int, device: torch.devic
         ValueError: another size or device, or elements that do not lie one after the other.
         RuntimeError: the tensor's memory was given back.
     """
-    try:  # in one expression: a call takes ten of these, and its host time is a small layer's time
-        if (
-            type(t) in PLAIN
-            and t.dtype is dtype
-            and t.numel() == n
-            and t.is_contiguous()
-            and not t.is_neg()
-            and (t.is_cpu if device is None else t.device == device)
-            and t.untyped_storage().nbytes() >= (t.storage_offset() + n) * dtype.itemsize
-        ):
-            address = t.data_ptr()
-            if address:
-                return address
-    except (NotImplementedError, RuntimeError):
-        pass  # it has no storage: said below
-    if t.numel() != n or not t.is_contiguous():
-        got = f"{tuple(t.shape)}, strides {t.stride()}"
-        raise ValueError(f"{name} must be {n} contiguous elements, got {got}")
+    address: int = _look(t, dtype, n, CONTIGUOUS, device)
+    return address or _told(t, name, dtype, n, CONTIGUOUS, device)
+
+
+def _told(t: Tensor, name: str, dtype: torch.dtype, n: int, layout: int, device: torch.device | None) -> int:
+    """An error that says what is wrong; 0 where there is nothing to read."""
+    format_, wanted = torch.contiguous_format, f"{n} contiguous elements"
+    if layout == CHANNELS_LAST:
+        format_, wanted = torch.channels_last, "in channels_last memory"
+    if t.numel() != n or not t.is_contiguous(memory_format=format_):
+        raise ValueError(f"{name} must be {wanted}, got {tuple(t.shape)}, strides {t.stride()}")
     return _address(t, name, dtype, int(t.storage_offset()) + n, device) if n else 0
-
-
-def _ordinary(t: Tensor, dtype: torch.dtype, n: int, fmt: torch.memory_format) -> int:
-    """Address of n elements on the CPU in a memory format, by the checks of `vector`; 0 where one fails."""
-    try:
-        if (
-            type(t) in PLAIN
-            and t.dtype is dtype
-            and t.numel() == n
-            and t.is_contiguous(memory_format=fmt)
-            and not t.is_neg()
-            and t.is_cpu
-            and t.untyped_storage().nbytes() >= (t.storage_offset() + n) * dtype.itemsize
-        ):
-            return t.data_ptr()
-    except (NotImplementedError, RuntimeError):
-        pass  # the callers say what is wrong
-    return 0
-
-
-def vectors(ts: Sequence[Tensor | None], name: str, dtype: torch.dtype, sizes: Sequence[int]) -> list[int]:
-    """`vector` of each, on the CPU; 0 for None."""
-    fmt = torch.contiguous_format
-    return [
-        0 if t is None else _ordinary(t, dtype, n, fmt) or vector(t, name, dtype, n)
-        for t, n in zip(ts, sizes, strict=True)
-    ]
 
 
 def images(t: Tensor, name: str, dtype: torch.dtype) -> int:
     """Address of a (N, C, H, W) tensor in channels_last memory on the CPU, 0 for none; errors as `vector`."""
-    address = _ordinary(t, dtype, t.numel(), torch.channels_last)
-    if address:
-        return address
-    if not t.is_contiguous(memory_format=torch.channels_last):
-        raise ValueError(
-            f"{name} must be in channels_last memory, got {tuple(t.shape)}, strides {t.stride()}"
-        )
-    n = t.numel()
-    return _address(t, name, dtype, int(t.storage_offset()) + n, None) if n else 0
+    address: int = _look(t, dtype, -1, CHANNELS_LAST, None)
+    return address or _told(t, name, dtype, t.numel(), CHANNELS_LAST, None)
 
 
 def matrix(
@@ -106,21 +114,8 @@ def matrix(
     by_row, by_col = t.stride()
     if not rows or not cols:
         return 0, by_row, by_col
-    end: Any = t.storage_offset() + (rows - 1) * by_row + (cols - 1) * by_col + 1
-    try:
-        if (
-            type(t) in PLAIN
-            and t.dtype is dtype
-            and not t.is_neg()
-            and (t.is_cpu if device is None else t.device == device)
-            and t.untyped_storage().nbytes() >= end * dtype.itemsize
-        ):
-            address = t.data_ptr()
-            if address:
-                return address, by_row, by_col
-    except (NotImplementedError, RuntimeError):
-        pass
-    return _address(t, name, dtype, end, device), by_row, by_col
+    address = _look(t, dtype, -1, ANY, device) or _address(t, name, dtype, _end(t), device)
+    return address, by_row, by_col
 
 
 def optional(
@@ -173,22 +168,10 @@ def strided(t: Tensor | None, name: str) -> int:
     Raises:
         NotPlain, ValueError, RuntimeError: as `vector`.
     """
-    if t is None or not (n := t.numel()):
+    if t is None:
         return 0
-    try:  # as in `vector`, of one in one piece
-        if (
-            type(t) in PLAIN
-            and t.is_contiguous()
-            and not t.is_neg()
-            and t.untyped_storage().nbytes() >= (t.storage_offset() + n) * t.element_size()
-        ):
-            address = t.data_ptr()
-            if address:
-                return address
-    except (NotImplementedError, RuntimeError):
-        pass
-    reach = sum((n - 1) * step for n, step in zip(t.shape, t.stride(), strict=True))
-    return _address(t, name, t.dtype, int(t.storage_offset()) + reach + 1, t.device)
+    address: int = _look(t, None, -1, ANY)
+    return address or (_address(t, name, t.dtype, _end(t), t.device) if t.numel() else 0)
 
 
 def check_not_freed(t: Tensor | None, name: str) -> None:

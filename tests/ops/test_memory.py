@@ -1,5 +1,8 @@
 """Whatever memory a tensor has or has not: right values, or an error that says what is wrong."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import Tensor
@@ -376,6 +379,67 @@ class TestGateway:
             assert (address, *strides) == (t.data_ptr(), *t.stride())
         assert memory.vector(base[5:9], "b", torch.float32, 4) == base.data_ptr() + 20
         assert memory.matrix(torch.zeros(0, 4), "x", torch.float32, 0, 4)[0] == 0
+
+    def test_native_and_python_look_alike(self):
+        """Each tensor, asked for in each way: csrc/tensor.cpp and looked_at give one answer."""
+        base, device = torch.arange(120.0), torch.device("cpu")
+        image = torch.randn(2, 3, 4, 5)
+        tensors = {
+            "vector": base,
+            "parameter": torch.nn.Parameter(torch.randn(120)),
+            "offset": base[7:],
+            "strided": base.view(10, 12)[1:9:2, 3:],
+            "expanded": base[3:4].expand(5, 4),
+            "one of each": torch.zeros(1, 1, 1, 1),
+            "scalar": torch.tensor(2.0),
+            "none": torch.zeros(0, 3),
+            "image": image,
+            "channels last": image.contiguous(memory_format=torch.channels_last),
+            "one channel": torch.randn(2, 1, 4, 5).transpose(2, 3),
+            **{
+                str(dtype): torch.ones(120).to(dtype)
+                for dtype in (*l0._checks.DTYPES, torch.int32, torch.bool)
+            },
+            "complex": torch.ones(120, dtype=torch.complex64),
+            "quarter": torch.ones(120).to(torch.float8_e4m3fn),
+            **{f"{name} wrong": change(image) for name, change in WRONG.items()},
+            "negated": torch._neg_view(base),
+            "zeros without memory": torch._efficientzerotensor(120),
+            "buffer": torch.nn.Buffer(torch.ones(120)),
+            "an int": 3,
+        }
+        found = 0
+        for name, t in tensors.items():
+            for dtype in (None, torch.float32, torch.float64, torch.bool, torch.int32):
+                for n in (-1, 120, 20, 1, 0):
+                    for layout in (memory.ANY, memory.CONTIGUOUS, memory.CHANNELS_LAST):
+                        for on in ((), (None,), (device,), (torch.device("meta"),)):
+                            asked = dtype, n, layout, *on
+                            got = native.address(t, *asked)
+                            assert got == memory.looked_at(t, *asked), (name, asked)
+                            found += bool(got)
+        assert found > 200
+
+    def test_shared_copies_are_parted_before_a_write(self):
+        """A lazy copy has memory of its own once its address is known."""
+        t = torch.ones(4)
+        copy = torch._lazy_clone(t)
+        assert memory.vector(copy, "x", torch.float32, 4) != memory.vector(t, "x", torch.float32, 4)
+
+    def test_without_an_exchange_api(self):
+        """An old torch: native code asks looked_at."""
+        script = (
+            "import torch; del torch.Tensor.__dlpack_c_exchange_api__\n"
+            "import l0kernels as l0; from l0kernels.impl import memory\n"
+            "from l0kernels._native import native\n"
+            "t = torch.randn(5)\n"
+            "assert native.address(t, t.dtype, 5, 1, None) == t.data_ptr()\n"
+            "assert native.address(t[::2], t.dtype, 3, 1) == 0 != native.address(t[::2], t.dtype, 3, 0)\n"
+            "mlp = l0.nn.L0MLP((6, 4, 2)); optimizer = torch.optim.SGD(mlp.parameters(), lr=0.1)\n"
+            "l0.nn.Budget(mlp, keep=0.5, steps=9).attach(optimizer)\n"
+            "mlp(torch.randn(3, 6)).sum().backward(); optimizer.step()\n"
+        )
+        subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
 
     def test_no_address_is_taken_elsewhere(self):
         """data_ptr stands in memory.py alone."""
