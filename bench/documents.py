@@ -8,6 +8,7 @@ ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = {
     "README.md": ("nets",),
     "docs/benchmarks.md": ("cpu", "cpu-ms", "gpu", "gpu-ms", "paper", "wrn"),
+    "docs/guides/any-model.md": ("zoo", "zoo-steps"),
     "docs/guides/proximal.md": ("proximal", "proximal-steps", "proximal-operators"),
 }
 """Who shows tables, and which of them it must."""

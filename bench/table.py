@@ -11,6 +11,7 @@ import documents
 import paper
 import proximal
 import wrn
+import zoo
 from documents import header, line
 from found import Found, break_even, curve, device_files, load
 from registry import FEW_KEEPS, NETS, PROVIDERS, TABLE_KEEPS, WORKS, Keep, Work, keep_name
@@ -351,7 +352,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         sources = load(args.paths or device_files())
         if args.write or args.check:
-            all_tables = tables(sources) | proximal.tables() | paper.tables() | wrn.tables()
+            all_tables = tables(sources) | proximal.tables() | paper.tables() | wrn.tables() | zoo.tables()
             return documents.main(all_tables, args.write)
     except ValueError as error:
         parser.error(str(error))

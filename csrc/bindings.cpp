@@ -781,6 +781,32 @@ void present(const std::vector<std::tuple<Address, int64_t, int64_t, int64_t, in
   }
 }
 
+// The same of entries by the numbers of their gates: three rows of places, each as long as there are entries.
+std::pair<int64_t, int64_t> present_among(int64_t gates, Address is_open, Address exists, int64_t size,
+                                          Address labels, Address places, Address order, int64_t padded) {
+  const uint8_t *open = as<const uint8_t>(is_open), *exist = as<const uint8_t>(exists);
+  const int64_t* label = as<const int64_t>(labels);
+  for (int64_t i = 0; i < size; ++i)
+    if (uint64_t(label[i]) >= uint64_t(gates))
+      throw std::invalid_argument("labels must be in [0, " + std::to_string(gates) + "), got " +
+                                  std::to_string(label[i]));
+  if (size > padded || size > std::numeric_limits<int32_t>::max())
+    throw std::invalid_argument("order must hold " + std::to_string(size) + " entries");
+  int64_t *there = as<int64_t>(places), *within = there + size, *opened = within + size;
+  int32_t* to = as<int32_t>(order);
+  int64_t n = 0, n_open = 0;
+  for (int64_t i = 0; i < size; ++i) {
+    if (!exist[label[i]]) continue;
+    if (open[label[i]]) within[n_open] = n, opened[n_open++] = i;
+    there[n] = i, to[n++] = int32_t(i);
+  }
+  int64_t at = n;
+  for (int64_t i = 0; i < size; ++i)
+    if (!exist[label[i]]) to[at++] = int32_t(i);
+  std::fill(to + at, to + padded, 0);
+  return {n, n_open};
+}
+
 // Numbers of a vector of `size` entries.
 void check_index(const char* name, Address index, int64_t n, int64_t size) {
   bool inside = true;
@@ -947,6 +973,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("conv", &conv);
   m.def("open_conv", &open_conv);
   m.def("present", &present);
+  m.def("present_among", &present_among);
   m.def("depthwise", &depthwise);
   m.def("batch_norm", &batch_norm);
   m.def("prox", &prox);

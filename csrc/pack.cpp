@@ -54,6 +54,18 @@ void with_run(const PackAxis& cols, F f) {
   }
 }
 
+// n columns in a row, times f and each one's z, if there is one.
+template <typename C, typename S, typename D>
+void scale_row(const S* from, D* to, int64_t n, C f, const C* z) {
+  if (z == nullptr) {
+#pragma omp simd
+    for (int64_t c = 0; c < n; ++c) to[c] = store_as<D>(load_as<C>(from[c]) * f);
+  } else {
+#pragma omp simd
+    for (int64_t c = 0; c < n; ++c) to[c] = store_as<D>(load_as<C>(from[c]) * (f * z[c]));
+  }
+}
+
 // C: the type of the gates and of the arithmetic.
 template <typename C, typename S, typename D>
 void pack_as(const PackParams& p, int num_threads) {
@@ -69,6 +81,10 @@ void pack_as(const PackParams& p, int num_threads) {
         const int64_t row = at(p.rows, r);
         const S* src = static_cast<const S*>(p.full) + row * p.full_stride_row;
         const C f = z_row ? z_row[row] : C(1);
+        if (run == 1 && p.full_stride_col == 1 && p.cols.index == nullptr) {
+          scale_row(src, dst, p.cols.open, f, z_col);
+          c = p.cols.open;
+        }
         for (; c < p.cols.open; ++c) {
           const int64_t col = at(p.cols, c);
           const C factor = z_col ? f * z_col[col] : f;
@@ -99,6 +115,10 @@ void unpack_as(const UnpackParams& p, int num_threads) {
       if (r >= p.rows.open) continue;
       const S* src = static_cast<const S*>(p.packed) + r * p.packed_stride;
       const C f = z_row ? z_row[row] : C(1);
+      if (run == 1 && p.cols.index == nullptr) {
+        scale_row(src, dst, p.cols.open, f, z_col);
+        continue;
+      }
       for (int64_t c = 0; c < p.cols.open; ++c) {
         const int64_t col = at(p.cols, c);
         const C factor = z_col ? f * z_col[col] : f;

@@ -270,6 +270,17 @@ def conv(
 def present(
     vectors: Sequence[tuple[Address, int, int, int, int]], places: Address, orders: Address, /
 ) -> None: ...
+def present_among(
+    gates: int,
+    is_open: Address,
+    exists: Address,
+    size: int,
+    labels: Address,
+    places: Address,
+    order: Address,
+    padded: int,
+    /,
+) -> tuple[int, int]: ...
 def open_conv(
     is_double: bool,
     shape: Sequence[int],

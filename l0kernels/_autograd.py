@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import _ops
-from ._compat import break_graph, functorch_active
+from ._checks import PLAIN
+from ._compat import break_graph, direct_apply, functorch_active, unwrap_if_dead
 
 
 def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
@@ -25,7 +26,7 @@ def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
         _refuse_duals(args)
     if functorch_active():
         return _apply_functional(function, args)
-    return function.apply(*args)
+    return direct_apply(function)(*[unwrap_if_dead(a) if type(a) in PLAIN else a for a in args])
 
 
 def _refuse_dual(*_: Any) -> Any:

@@ -135,6 +135,25 @@ def present(
     ]
 
 
+def present_among(is_open: Tensor, exists: Tensor, labels: Tensor) -> Places:
+    """The same of entries by the numbers of their gates: (gates,) bool each, and (n,) int64."""
+    size, gates = labels.numel(), is_open.numel()
+    places = torch.empty((3, size), dtype=torch.int64, device="cpu")
+    order = torch.empty(round_up(size), dtype=torch.int32, device="cpu")
+    n, n_open = _C.present_among(
+        gates,
+        vector(is_open, "is_open", torch.bool, gates),
+        vector(exists, "exists", torch.bool, gates),
+        size,
+        vector(labels, "labels", torch.int64, size),
+        fresh(places),
+        fresh(order),
+        order.numel(),
+    )
+    exist, within, opened = places
+    return Places(exist[:n], within[:n_open], opened[:n_open], order)
+
+
 def gate_grad(dz: Tensor, z: Tensor, dist: HardConcrete) -> Tensor:
     """dlog_alpha = dz * dz/dlog_alpha, from z alone; exactly 0 where z is 0 or 1."""
     dz, z = dz.contiguous(), z.contiguous()

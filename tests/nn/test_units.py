@@ -100,6 +100,18 @@ def test_convolutions_of_small_images(name, small_images):
     check(case, "half", False)
 
 
+@pytest.mark.parametrize(
+    "name", ["vgg", "mixer", "autoencoder", "towers", "glu", "encoder", "tied", "checkpointed"]
+)
+def test_inputs_times_their_gates(name, monkeypatch):
+    """Linear layers as those are whose weight is far larger than what they read."""
+    monkeypatch.setattr(layers, "_is_short", lambda *_: True)
+    case = gated(name)
+    for pattern in ("open", "closed", "one unit open", "fractional", "mixed"):
+        check(case, pattern, True)
+    check(case, "half", False)
+
+
 @pytest.mark.parametrize("kind", [nn.Conv2d, nn.ConvTranspose2d])
 @pytest.mark.parametrize("pattern", ["open", "mixed"])
 def test_ungated_images_lie_as_torch_has_them(kind, pattern, small_images):

@@ -215,7 +215,7 @@ def place(name, text="old\n"):
 def test_tables_are_written_between_their_markers_and_compared(tmp_path, capsys):
     readme, benchmarks = tmp_path / "README.md", tmp_path / "docs" / "benchmarks.md"
     readme.write_text(f"# a\n\n{place('nets')}\nb\n")
-    made = {name: f"| {name} |\n\nfrom" for name in (*table.TABLES, "paper", "wrn")}
+    made = {name: f"| {name} |\n\nfrom" for name in (*table.TABLES, "paper", "wrn", "zoo", "zoo-steps")}
     assert documents.main(made, write=False, root=tmp_path) == 1
     assert "README.md: table nets: not what the results give" in capsys.readouterr().out
     assert "old" in readme.read_text()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
@@ -49,6 +50,13 @@ class Space:
             if _checks.readable():
                 self._labels[device] = found
         return found
+
+    @cached_property
+    def whole(self) -> tuple[Tensor, Tensor]:
+        """index and count, as of Gates, where every entry exists."""
+        index = torch.zeros(round_up(self.size), dtype=torch.int32, device="cpu")
+        index[: self.size] = torch.arange(self.size, device="cpu")
+        return index, torch.full((2,), self.size, dtype=torch.int32, device="cpu")
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_made": {}, "_labels": {}}  # the keys of _made are addresses
@@ -133,12 +141,20 @@ class Present:
         n: how many.
         within: where the open ones lie in packed data, None: they are all that exists.
         places: where they lie in the whole dimension, None: everywhere.
+        order: index of Gates, with those that exist in front; None where index is.
     """
 
-    __slots__ = ("index", "n", "places", "within")
+    __slots__ = ("index", "n", "order", "places", "within")
 
-    def __init__(self, index: Tensor | None, n: int, within: Tensor | None, places: Tensor | None) -> None:
-        self.index, self.n, self.within, self.places = index, n, within, places
+    def __init__(
+        self,
+        index: Tensor | None,
+        n: int,
+        within: Tensor | None,
+        places: Tensor | None,
+        order: Tensor | None = None,
+    ) -> None:
+        self.index, self.n, self.within, self.places, self.order = index, n, within, places, order
 
 
 class Draw:
@@ -179,13 +195,14 @@ class Draw:
         self._factors: dict[tuple[Space, Space, int, torch.dtype], Tensor] = {}
         self._exists: Tensor | None = None
         self._places: dict[int, Places] = {}
-        self._begins = {start: at for at, start in enumerate(accumulate((len(one) for one in z), initial=0))}
+        self._lengths = [len(one) for one in z]
+        self._begins = {start: at for at, start in enumerate(accumulate(self._lengths, initial=0))}
         if exact:
             counts = torch.stack([gate.count for gate in gates])[:, 0].tolist()
             self._counts = [
-                (n, _rounded(n, len(one), m)) for n, one, m in zip(counts, z, multiples, strict=True)
+                (n, _rounded(n, size, m)) for n, size, m in zip(counts, self._lengths, multiples, strict=True)
             ]
-            self.open_all = all(n == len(one) for n, one in zip(counts, z, strict=True))
+            self.open_all = counts == self._lengths
             # z = 1 has no gradient: what reads such units may as well not know of gates.
             self.one_all = self.open_all and bool((self.z.detach() == 1).all())
             self._extents = torch.tensor([(n, n) for _, n in self._counts], dtype=torch.int32, device="cpu")
@@ -200,48 +217,54 @@ class Draw:
     def _group(self, space: Space) -> int | None:
         """Which gates these are, if they are all of one vector in their order."""
         at = None if space.start is None else self._begins.get(space.start)
-        return (
-            at if at is not None and at < len(self._gates) and len(self._gates[at].z) == space.size else None
-        )
+        return at if at is not None and at < len(self._gates) and self._lengths[at] == space.size else None
 
     def _find(self, space: Space) -> Present:
         if self.open_all:
             return Present(None, space.size, None, None)
         at = self._group(space)
-        if at is None:
-            return self._find_among_all(space)
-        is_open, n = self._counts[at]
-        if n == space.size and is_open == n:
-            return Present(None, n, None, None)
+        if at is not None and self._counts[at] == (space.size, space.size):
+            return Present(None, space.size, None, None)
         if self.backend == "cpp":
-            found = self._places_of(at)
-            whole = n == space.size
-            return Present(
-                None if whole else found.exist, n, None if n == is_open else found.within, found.opened
-            )
-        order = self._gates[at].index
+            found = self._places_of(at) if at is not None else self._places_among(space)
+            is_open, n = len(found.opened), len(found.exist)
+            if is_open == space.size:
+                return Present(None, n, None, None)
+            within = None if n == is_open else found.within
+            if n == space.size:
+                return Present(None, n, within, found.opened)
+            return Present(found.exist, n, within, found.opened, found.order)
+        return self._find_among_all(space) if at is None else self._find_in(at)
+
+    def _find_in(self, at: int) -> Present:
+        """Of a vector of gates, by torch's operations."""
+        (is_open, n), order = self._counts[at], self._gates[at].index
         places = order[:is_open].long()
         if is_open == n:
-            return Present(places, n, None, places)
-        if n == space.size:
+            return Present(places, n, None, places, order)
+        if n == self._lengths[at]:
             return Present(None, n, places, places)
-        index = order[:n].sort().values.long()
-        within = self.is_open.index_select(0, space.labels).index_select(0, index).nonzero()[:, 0]
-        return Present(index, n, within, places)
+        index = order[:n].sort().values
+        within = (self._gates[at].z != 0)[index.long()].nonzero()[:, 0]
+        return Present(index.long(), n, within, places, torch.cat([index, order[n:]]))
 
     def _places_of(self, at: int) -> Places:
         """Of a vector; those of all that have closed gates are found at once."""
         if not self._places:
-            some = [i for i, (n, _) in enumerate(self._counts) if n < len(self._gates[i].z)]
+            some = [i for i, (n, _) in enumerate(self._counts) if n < self._lengths[i]]
             found = module("cpp").present(
                 [self._gates[i].index for i in some],
-                [len(self._gates[i].z) for i in some],
+                [self._lengths[i] for i in some],
                 [self._counts[i] for i in some],
             )
             self._places = dict(zip(some, found, strict=True))
         return self._places[at]
 
+    def _places_among(self, space: Space) -> Places:
+        return module("cpp").present_among(self.is_open, self.exists, space.labels)
+
     def _find_among_all(self, space: Space) -> Present:
+        """Of entries that are no vector of gates, by torch's operations."""
         exists, is_open = self.exists[space.labels], self.is_open[space.labels]
         index, places = exists.nonzero()[:, 0], is_open.nonzero()[:, 0]
         if len(places) == space.size:
@@ -249,7 +272,9 @@ class Draw:
         if len(index) == space.size:
             return Present(None, space.size, places, places)
         within = None if len(places) == len(index) else is_open[index].nonzero()[:, 0]
-        return Present(index, len(index), within, places)
+        order = torch.zeros_like(space.whole[0])
+        order[: space.size] = torch.cat((index, (~exists).nonzero()[:, 0]))
+        return Present(index, len(index), within, places, order)
 
     @property
     def exists(self) -> Tensor:
@@ -289,7 +314,7 @@ class Draw:
 
     def _sizes(self) -> list[int]:
         """Of the vectors in z, and of the 1 behind them."""
-        return [*(len(gate.z) for gate in self._gates), 1]
+        return [*self._lengths, 1]
 
     def side(self, space: Space, dtype: torch.dtype, selects: bool) -> list[Tensor] | None:
         """The gates of one side of a matrix, as pack takes them.
@@ -307,20 +332,11 @@ class Draw:
 
     def _side(self, space: Space, present: Present, dtype: torch.dtype) -> list[Tensor]:
         z, at = self.scales(space, dtype).detach(), self._group(space)
-        if at is not None and present.index is not None:
-            order = self._gates[at].index
-            if present.within is not None and self._places:
-                order = self._places[at].order
-            elif present.within is not None:  # what rounds up stands among the others
-                order = torch.cat([present.index.int(), order[present.n :]])
-            return [z, order, self._extents[at]]
-        index = torch.zeros(round_up(space.size), dtype=torch.int32, device="cpu")
-        if present.index is None:
-            torch.arange(space.size, out=index[: space.size], device="cpu")
-        else:
-            index[: present.n] = present.index
-            index[present.n : space.size] = (~self.exists[space.labels]).nonzero()[:, 0]
-        return [z, index, torch.full((2,), present.n, dtype=torch.int32, device="cpu")]
+        if present.order is None:
+            return [z, *space.whole]
+        if at is not None:
+            return [z, present.order, self._extents[at]]
+        return [z, present.order, torch.full((2,), present.n, dtype=torch.int32, device="cpu")]
 
     def mask(self, space: Space, dtype: torch.dtype) -> Tensor:
         """1 where an entry of a space is open, 0 elsewhere, (size,)."""

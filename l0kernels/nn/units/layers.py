@@ -85,6 +85,14 @@ def _along(value: Tensor, dim: int, ndim: int) -> Tensor:
     return value.view(shape)
 
 
+def _is_short(x: Tensor, weight: Tensor) -> bool:
+    """Whether there are so few rows that z had better multiply them: a large weight is read but once."""
+    return weight.numel() >= _LARGE and 8 * x.numel() <= weight.numel()
+
+
+_LARGE = 1 << 18  # elements; of smaller weights the product takes less than two more operations
+
+
 def masked(draw: Draw, weight: Tensor, rows: Space | None, cols: Space | None, rows_dim: int = 0) -> Tensor:
     """A weight times z of what it reads, zero where what it makes is closed: one product with it.
 
@@ -143,14 +151,20 @@ class _Exact:
         index = self.index(self.units.outs)
         return parameter if parameter is None or index is None else parameter.index_select(dim, index)
 
-    def sides(self, weight: Tensor) -> tuple[Tensor | None, Sides]:
-        """z of the inputs, and how the weight is packed."""
+    def sides(self, weight: Tensor, scales: bool = True) -> tuple[Tensor | None, Sides]:
+        """z of the inputs, where that `scales` the weight, and how it is packed."""
         draw, (_, kind, ins, outs, *_) = self.draw, self.units
-        z = None if ins is None else draw.scales(ins, weight.dtype)
+        z = draw.scales(ins, weight.dtype) if ins is not None and scales else None
         made = None if outs is None else draw.side(outs, weight.dtype, True)
-        read = None if ins is None else draw.side(ins, weight.dtype, False)
+        read = None if ins is None else draw.side(ins, weight.dtype, not scales)
         rows, cols = (made, read) if kind.cols == 1 else (read, made)
         return z, Sides(rows, cols, kind.cols, draw.backend)
+
+    def present_scales(self, dtype: torch.dtype) -> Tensor:
+        """z of the inputs that exist."""
+        ins = cast(Space, self.units.ins)
+        z, index = self.draw.scales(ins, dtype).to(dtype), self.index(ins)
+        return z if index is None else z.index_select(0, index)
 
     def weight(self, layer: Any) -> Tensor:
         """The weight of what exists, times z of the inputs."""
@@ -159,7 +173,10 @@ class _Exact:
     def linear(self, layer: Any, x: Tensor) -> Tensor:
         dim = x.ndim - 1
         x = self.enter(x, self.units.ins, dim)
-        weight = self.weight(layer)
+        ins = self.units.ins
+        short = ins is not None and not self.draw.one_all and _is_short(x, layer.weight)
+        weight = narrow_weight(layer.weight, *self.sides(layer.weight, scales=not short))
+        x = x * self.present_scales(x.dtype) if short else x
         y = F.linear(x, weight if self.units.kind.rows == 0 else weight.T, self.take(layer.bias))
         return self.leave(y, dim)
 
