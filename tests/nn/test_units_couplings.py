@@ -211,7 +211,46 @@ def scaled():
     return model
 
 
+class Given(nn.Module):
+    """`give`: (model, x) -> what the last layer reads, of weights that no layer is called for."""
+
+    def __init__(self, give):
+        super().__init__()
+        self.give = give
+        self.first, self.mid, self.other = nn.Linear(3, 6), nn.Linear(6, 6), nn.Linear(6, 6)
+        self.one, self.slopes = nn.Linear(6, 1), nn.Parameter(torch.randn(6))
+        self.hidden, self.last = nn.Linear(6, 5), nn.Linear(5, 1)
+        self.kept = [self.mid.weight]
+
+    def forward(self, x):
+        return self.last(F.relu(self.hidden(self.give(self, self.first(x)))))
+
+
+GIVEN = {
+    "weights lent": lambda m, x: F.linear(x, m.mid.weight, m.mid.bias),
+    "weights lent by name": lambda m, x: F.linear(input=x, weight=m.mid.weight, bias=m.mid.bias),
+    "weights lent without a bias": lambda m, x: F.linear(F.linear(x, m.mid.weight), m.mid.weight),
+    "weights lent and layers called": lambda m, x: F.linear(x, m.mid.weight) + m.mid(m.other(x)),
+    "weights lent with a bias of another": lambda m, x: F.linear(x, m.mid.weight, m.other.bias),
+    "weights lent with a bias of no units": lambda m, x: F.linear(x, m.mid.weight, torch.arange(6).double()),
+    "weights kept in a list": lambda m, x: F.linear(x, m.kept[0], m.mid.bias),
+    "weights kept and lent": lambda m, x: F.linear(x, m.mid.weight) + F.linear(x, m.kept[0]),
+    "weights taken from a layer": lambda m, x: F.linear(x, m.mid._parameters["weight"]),
+    "parts of weights": lambda m, x: F.linear(x, m.mid.weight[:4], m.mid.bias[:4]) @ m.mid.weight[:4],
+    "scaled weights": lambda m, x: F.linear(x, 2 * m.mid.weight),
+    "weights in another product": lambda m, x: x @ m.mid.weight.T + F.linear(x, m.mid.weight),
+    "weights of a layer as factors": lambda m, x: x * m.one.weight.exp() + m.one(x),
+    "a bias turned around": lambda m, x: F.linear(x, m.mid.weight, m.mid.bias.clone().flip(0)),
+    "a bias in part": lambda m, x: F.linear(
+        x, m.mid.weight, torch.cat([m.mid.bias[:3].clone(), m.slopes[3:]])
+    ),
+    "slopes": lambda m, x: x * m.slopes.exp() + m.slopes.sigmoid().clone(),
+    "slopes that sum to one": lambda m, x: x * m.slopes.exp().softmax(0),
+    "slopes in order": lambda m, x: x * m.slopes.exp().sort().values,
+}
+
 NETS = {
+    **{name: lambda give=give: Given(give) for name, give in GIVEN.items()},
     "one query": lambda: Attends(one_query),
     "units in a mask": lambda: Attends(units_in_a_mask),
     "units in a mask of one head": lambda: Attends(units_in_a_mask_of_one_head),
@@ -255,6 +294,39 @@ def test_never_a_wrong_coupling(name, seeded):
     for pattern in ("half", "one unit open", "closed"):
         unit_oracle.set_gates(graph, model, pattern)
         torch.testing.assert_close(l0.nn.export(model)(x), model(x))
+
+
+LENT = (
+    "weights lent",
+    "weights lent by name",
+    "weights lent without a bias",
+    "weights lent and layers called",
+)
+
+
+@pytest.mark.parametrize("name", [name for name in GIVEN if "weights" in name])
+def test_a_weight_is_lent_where_its_layer_is_asked_for_it(name):
+    model, x = Given(GIVEN[name]).double(), rows(2, 4, 3)
+    graph = l0.nn.unit_graph(model, x)
+    members = {(member.name, member.dim) for group in graph.groups for member in group.members}
+    assert (("mid.weight", 0) in members) == (name in (*LENT, "weights lent with a bias of another"))
+    assert model.mid.weight is model._parameters.get("mid.weight", model.kept[0])
+
+
+@pytest.mark.parametrize("name", [*LENT, "weights lent with a bias of another", "slopes"])
+@pytest.mark.parametrize("way", ["open units alone", "dense"])
+def test_lent_weights_compute_what_their_layers_do(name, way, monkeypatch, seeded):
+    if way == "dense":
+        monkeypatch.setattr(l0.nn.units.place.GateGroups, "_is_seen_by_functions", lambda *_: True)
+    model, x = Given(GIVEN[name]).double(), rows(2, 4, 3)
+    plain, keys = copy.deepcopy(model), [*model.state_dict()]
+    graph = l0.nn.gate_(model, x)
+    assert [key for key in model.state_dict() if not key.startswith("l0_units")] == keys
+    for pattern in unit_oracle.PATTERNS:
+        unit_oracle.set_gates(graph, model, pattern)
+        unit_oracle.check(plain, model, graph, (x,), pattern)
+    l0.nn.ungate_(model)
+    assert model.mid.weight is model._parameters.get("mid.weight", model.kept[0])
 
 
 class Adapted(OwnLinear):
