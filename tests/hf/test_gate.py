@@ -110,6 +110,15 @@ def test_output_and_gradients_are_those_of_a_masked_model(name, attention):
         dense.zero_grad()
 
 
+@pytest.mark.parametrize(("attention", "crossed"), [("sdpa", 2), ("eager", 1)])
+def test_heads_of_cross_attention(attention, crossed):
+    """ "eager" adds one tensor of zeros to the scores of all of them."""
+    gates = hf.gate(model_of("t5", attention=attention)).l0_units
+    heads = [group.name for group in gates.groups if group.kind == "heads"]
+    assert len(heads) == 2 + crossed
+    assert sum("EncDecAttention" in name for name in heads) == crossed
+
+
 def checkpointing(model, *args):
     name = "activation_checkpointing_enable"  # gradient_... before 5.24
     (getattr(model, name, None) or model.gradient_checkpointing_enable)(*args)

@@ -23,7 +23,7 @@ class Attends(nn.Module):
 
     def __init__(self, attend):
         super().__init__()
-        self.attend = attend
+        self.attend, self.calm = attend, False
         self.first, self.masks = nn.Linear(3, 8), nn.Linear(3, 4)
         self.q, self.k, self.v, self.one = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 4)
         self.whole = nn.MultiheadAttention(8, 2, batch_first=True)
@@ -211,6 +211,22 @@ def scaled():
     return model
 
 
+def with_a_bias(model, x, bias):
+    q, k, v = (heads(layer(x)) for layer in (model.q, model.k, model.v))
+    return model.out(joined((q @ k.transpose(-2, -1) + bias).softmax(-1) @ v))
+
+
+def zeros_of_each_head(model, x, _):
+    """As T5 has it for its cross-attention."""
+    return with_a_bias(model, x, torch.zeros(1, 2, x.shape[1], x.shape[1], dtype=x.dtype))
+
+
+def zeros_that_are_written_into(model, x, _):
+    bias = torch.zeros(1, 2, x.shape[1], x.shape[1], dtype=x.dtype)
+    bias.view(-1)[: bias.numel() // 2].fill_(0.0 if model.calm else 1.0)
+    return with_a_bias(model, x, bias)
+
+
 class Given(nn.Module):
     """`give`: (model, x) -> what the last layer reads, of weights that no layer is called for."""
 
@@ -250,6 +266,8 @@ GIVEN = {
 }
 
 NETS = {
+    "zeros of each head": lambda: Attends(zeros_of_each_head),
+    "zeros that are written into": lambda: Attends(zeros_that_are_written_into),
     **{name: lambda give=give: Given(give) for name, give in GIVEN.items()},
     "one query": lambda: Attends(one_query),
     "units in a mask": lambda: Attends(units_in_a_mask),
@@ -327,6 +345,18 @@ def test_lent_weights_compute_what_their_layers_do(name, way, monkeypatch, seede
         unit_oracle.check(plain, model, graph, (x,), pattern)
     l0.nn.ungate_(model)
     assert model.mid.weight is model._parameters.get("mid.weight", model.kept[0])
+
+
+@pytest.mark.parametrize(
+    ("attend", "kinds"), [(zeros_of_each_head, {"heads"}), (zeros_that_are_written_into, set())]
+)
+def test_a_bias_of_zeros_is_of_all_heads_alike(attend, kinds):
+    model = Attends(attend).double()
+    model.calm = True
+    graph = l0.nn.unit_graph(model, rows(2, 4, 3))
+    assert {group.kind for group in graph.groups} - {"units", "width"} == kinds
+    with torch.inference_mode():
+        l0.nn.unit_graph(model, rows(2, 4, 3))
 
 
 class Adapted(OwnLinear):

@@ -81,6 +81,7 @@ class Trace(TorchFunctionMode):
         self._lenders: dict[int, tuple[str, nn.Module]] = {}
         self._labels: dict[int, Tensor] = {}
         self._alive: list[Tensor] = []  # an address is not given away again
+        self._constants: dict[int, int] = {}  # by address, the version that was made
         self._busy = False
         self._leaf: nn.Module | None = None  # that runs, and computes what its kind says
         self._function: type[torch.autograd.Function] | None = None  # that is about to begin
@@ -115,6 +116,11 @@ class Trace(TorchFunctionMode):
         if len(varying(labels)) > 1:  # by other numbers for the same units, it may be
             labels = spread(self.sets.named(labels))
         self._labels[id(x)] = labels
+
+    def is_constant(self, x: Tensor) -> bool:
+        """Whether x was made of one number, and nobody has written into it or a view of it since."""
+        made = self._constants.get(id(x))
+        return made is not None and made == x._version
 
     def is_owned(self, x: Any) -> bool:
         """Whether x is a parameter or buffer of the model."""
@@ -215,6 +221,8 @@ class Trace(TorchFunctionMode):
             self._busy = False
 
     def _see(self, call: Call) -> None:
+        if call.func in CONSTANTS and not call.out.is_inference():
+            self._constants[id(call.out)] = call.out._version
         if call.func in trace_attention.PRODUCTS:
             self.attentions.append((self.stack[-1][0] if self.stack else "", None))
         if not any(self.is_owned(t) or id(t) in self._labels for t in call.tensors()):
@@ -450,7 +458,9 @@ def _elementwise(trace: Trace, call: Call) -> None:
         if trace.is_owned(x) and units is not None:
             own = dims[0] - (len(shape) - x.ndim)
             trace.sets.join(units, trace.dim(x, own, "along"), trace.where(call))
-        elif not trace.is_owned(x) and trace_attention.are_alike(x, [dim - len(shape) for dim in dims]):
+        elif not trace.is_owned(x) and (
+            trace.is_constant(x) or trace_attention.are_alike(x, [dim - len(shape) for dim in dims])
+        ):
             trace.set(x, trace_attention.of_shape(most, x.shape))  # who else meets it has as many units
         else:
             trace.sets.pin(shortened([most])[0], f"{trace.where(call)}, with what has no units")
@@ -843,6 +853,7 @@ def _rules() -> dict[Any, Rule]:
 
 RULES = _rules()
 SUMS = {*table.functions(table.SUMS)}
+CONSTANTS = {torch.zeros, torch.ones, torch.full, Tensor.new_zeros, Tensor.new_ones, Tensor.new_full}
 LOOKS = {*table.functions(table.LOOKS)}
 
 
