@@ -17,6 +17,7 @@ from .export import SlicedConv1d, SlicedConv2d
 from .penalty import weight_parameters
 from .steps import is_product, units_in, units_out
 from .units.draws import Space
+from .units.einsum import as_product
 from .units.example import Inputs
 from .units.kinds import kind_of
 from .units.narrow import Lent
@@ -189,6 +190,10 @@ class _Found(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        product = as_product(func, args, kwargs or {})
+        if product is not None:
+            with self:
+                return product()
         out = func(*args, **kwargs or {})
         if func in PRODUCTS:
             self._see_product(func, args, kwargs or {}, out)

@@ -327,6 +327,8 @@ GROUPS = {
         "3.places.0": 5,
         "3.places.2": 3,
     },
+    "added_products": {"0": 8, "1.qkv": 2, "2.qkv": 4},
+    "custom_activation": {"0": 6, "2": 5},
     "patches": {"cut": 8, "block.q": 2},
     "attention": {"embed": 8, "attention": 2, "up": 12},
     "encoder_layer": {"0": 8, "1.self_attn": 2, "1.linear1": 12},

@@ -227,6 +227,67 @@ def zeros_that_are_written_into(model, x, _):
     return with_a_bias(model, x, bias)
 
 
+class OneByOne(torch.autograd.Function):
+    """`across`: forward, backward, or neither, makes one element of others."""
+
+    @staticmethod
+    def forward(ctx, x, across):
+        ctx.across = across
+        ctx.save_for_backward(x)
+        return x.exp() - x.exp().mean() if across == "forward" else x.exp()
+
+    @staticmethod
+    def backward(ctx, dy):
+        (x,) = ctx.saved_tensors
+        dx = dy * x.exp()
+        return dx.flip(-1) if ctx.across == "backward" else dx, None
+
+
+class Activation(nn.Module):
+    def __init__(self, across="none"):
+        super().__init__()
+        self.across = across
+
+    def forward(self, x):
+        if self.across == "training" and not self.training:
+            return OneByOne.apply(x, "none")
+        return OneByOne.apply(x, "forward" if self.across == "training" else self.across)
+
+
+class Turned(Activation):
+    def forward(self, x):
+        return super().forward(x).flip(-1)
+
+
+class Cold(Activation):
+    def forward(self, x):
+        return OneByOne.apply(x.abs().sqrt(), "none")
+
+
+class Noisy(Activation):
+    def forward(self, x):
+        return super().forward(x) + torch.rand_like(x)
+
+
+ACTIVATIONS = {
+    "one by one": Activation,
+    "forwards mix": lambda: Activation("forward"),
+    "backwards mix": lambda: Activation("backward"),
+    "training mixes": lambda: Activation("training"),
+    "order changes": Turned,
+    "zeros have no derivative": Cold,
+    "noise": Noisy,
+}
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activations_are_known_by_what_they_compute(name):
+    model = nn.Sequential(nn.Linear(3, 6), ACTIVATIONS[name](), nn.Linear(6, 2)).double()
+    graph = l0.nn.unit_graph(model, rows(4, 3))
+    assert [group.name for group in graph.groups] == (["0"] if name == "one by one" else [])
+    assert name == "one by one" or any("in 1" in pin.why for pin in graph.pinned)
+
+
 class Given(nn.Module):
     """`give`: (model, x) -> what the last layer reads, of weights that no layer is called for."""
 

@@ -858,6 +858,33 @@ def timm_attention() -> Example:
     )
 
 
+class AddedProducts(nn.Module):
+    """Scores by torch.baddbmm, examples and heads in one dimension, as diffusers and Bloom have them."""
+
+    def __init__(self, width: int, heads: int, of_nothing: bool) -> None:
+        super().__init__()
+        self.num_heads, self.head_dim, self.of_nothing = heads, width // heads, of_nothing
+        self.qkv, self.o = nn.Linear(width, 3 * width), nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, length, _ = x.shape
+        qkv = self.qkv(x).view(n, length, self.num_heads, 3, self.head_dim)
+        q, k, v = (qkv[..., i, :].transpose(1, 2).reshape(-1, length, self.head_dim) for i in range(3))
+        if self.of_nothing:
+            scores = torch.baddbmm(x.new_empty(1, length, length), q, k.transpose(1, 2), beta=0, alpha=0.5)
+        else:
+            mask = torch.linspace(-1, 1, length, dtype=x.dtype).expand(1, length, length)
+            scores = mask.baddbmm(batch1=q, batch2=k.transpose(1, 2), beta=2.0, alpha=0.5)
+        y = torch.bmm(scores.softmax(-1), v).view(n, self.num_heads, length, self.head_dim)
+        return x + self.o(y.transpose(1, 2).flatten(2))
+
+
+@net
+def added_products() -> Example:
+    body = [nn.Linear(3, 8), AddedProducts(8, 2, True), AddedProducts(8, 4, False), nn.Linear(8, 2)]
+    return nn.Sequential(*body), (rows(2, 5, 3),)
+
+
 class CosineAttention(nn.Module):
     """Queries and keys of length 1, as in Swin V2, a factor for each head that is learned."""
 
@@ -1089,6 +1116,20 @@ class Cube(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
         return 3 * x * x * dy
+
+
+class Cubed(nn.Module):
+    """An activation that is a torch.autograd.Function, as Bloom's is."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return Cube.apply(x)
+
+
+@net
+def custom_activation() -> Example:
+    return nn.Sequential(nn.Linear(4, 6), Cubed(), nn.Linear(6, 5), nn.ReLU(), Cubed(), nn.Linear(5, 2)), (
+        rows(3, 4),
+    )
 
 
 class Custom(nn.Module):

@@ -106,6 +106,7 @@ class UnitGraph:
     attentions: tuple[Attention, ...] = field(default=(), repr=False)
     _sizes: dict[tuple[str, int], int] = field(default_factory=dict, repr=False)
     _lent: frozenset[str] = field(default=frozenset(), repr=False)
+    _pointwise: frozenset[str] = field(default=frozenset(), repr=False)
 
     def __getitem__(self, name: str) -> Group:
         """The group of this name.
@@ -300,7 +301,9 @@ def _build(model: nn.Module, trace: Trace) -> UnitGraph:
         for group, units in zip(named, by_signature.values(), strict=True)
         for at, unit in enumerate(units)
     }
-    return UnitGraph(named, tuple(pinned), tuple(_attentions(trace, of_unit)), sizes, frozenset(trace.lent))
+    attentions = tuple(_attentions(trace, of_unit))
+    called = frozenset(trace.lent), frozenset(trace.pointwise)
+    return UnitGraph(named, tuple(pinned), attentions, sizes, *called)
 
 
 def _attentions(trace: Trace, of_unit: dict[int, tuple[str, int]]) -> Iterator[Attention]:

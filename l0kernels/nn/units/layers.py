@@ -25,7 +25,7 @@ from ...narrow import Sides, narrow_batch_norm, narrow_conv2d, narrow_depthwise,
 from ...norm import gated_group_norm, gated_layer_norm, gated_rms_norm
 from .draws import Draw, Present, Space
 from .kinds import Kind, epsilon, factor, normalised
-from .narrow import Lent, Narrow, plain, refuse_function
+from .narrow import Lent, Narrow, like, plain, refuse_function
 
 if TYPE_CHECKING:
     from .place import GateGroups
@@ -340,6 +340,11 @@ class _Exact:
         x = self.enter(x, self.units.outs, dim)
         return self.leave(F.prelu(x, cast(Tensor, self.take(layer.weight))), dim)
 
+    def pointwise(self, layer: Any, x: Tensor) -> Tensor:
+        if not isinstance(x, Narrow) or x._at is None:
+            return layer._l0_class.forward(layer, x)
+        return like(x, layer._l0_class.forward(layer, x._data))
+
     def embedding(self, layer: nn.Embedding, x: Tensor) -> Tensor:
         y = _embedded(layer, x)  # gathering the columns of all words would take longer
         index = self.index(self.units.outs)
@@ -530,6 +535,9 @@ class _Static:
 
     def prelu(self, layer: nn.PReLU, x: Tensor) -> Tensor:
         return F.prelu(x, layer.weight)
+
+    def pointwise(self, layer: Any, x: Tensor) -> Tensor:
+        return layer._l0_class.forward(layer, x)
 
     def embedding(self, layer: nn.Embedding, x: Tensor) -> Tensor:
         return self.mask(_embedded(layer, x), x.ndim)

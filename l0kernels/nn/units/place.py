@@ -25,7 +25,7 @@ from . import attention, recurrent
 from .draws import Averages, Draw, Space, Spaces
 from .example import Example, example_of
 from .graph import Group, UnitGraph, nesting, unit_graph
-from .kinds import Kind, kind_of, recurrent_names
+from .kinds import POINTWISE, Kind, kind_of, recurrent_names
 from .layers import Units, lent, run
 from .narrow import plain
 
@@ -571,7 +571,7 @@ def _place(model: nn.Module, gates: GateGroups, graph: UnitGraph) -> None:
         if sides.keys() == {0, 1}:
             gates.meeting(sides[0], sides[1])
     for name, module in model.named_modules():
-        kind = kind_of(module)
+        kind = POINTWISE if name in graph._pointwise else kind_of(module)
         if kind is None:
             continue
 
@@ -597,11 +597,15 @@ def _place(model: nn.Module, gates: GateGroups, graph: UnitGraph) -> None:
             units = attention.units_of(gates, kind, module, space)
         elif kind.name == "embedding":
             units = Units(gates, kind, None, space("weight", 1))
+        elif kind is POINTWISE:
+            units = Units(gates, kind, None, None)
         else:
             own = [space(of, 0) for of in ("weight", "bias", "running_mean")]
             outs = next((one for one in own if one is not None), spaces.get((f"{name}.", 0)))
             units = Units(gates, kind, None, outs)
-        if all(one is None for one in (units.ins, units.outs, *units.heads, *units.reads)):
+        if kind is not POINTWISE and all(
+            one is None for one in (units.ins, units.outs, *units.heads, *units.reads)
+        ):
             continue
         placed.append((module, units))
         module.__dict__["_l0_units"] = units

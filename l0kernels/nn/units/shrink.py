@@ -375,7 +375,8 @@ def _resize(layer: Any, units: Units, count: Callable[[Space], int]) -> None:
         if isinstance(layer, nn.RNNBase):
             layer._init_flat_weights()
         return
-    assert n_out is not None
+    if n_out is None:
+        return
     if name in ("batch_norm", "instance_norm"):
         layer.num_features = n_out
     elif name in ("layer_norm", "rms_norm"):

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ..._compat import pytree
 from . import table, trace_attention, trace_recurrent
 from .einsum import as_product
-from .kinds import kind_of
+from .kinds import is_pointwise, kind_of
 from .labels import UnionFind, across, along, shortened, spread, varying
 
 
@@ -64,6 +64,7 @@ class Trace(TorchFunctionMode):
         attentions: of each product of activations, in order: the module that calls it, and the labels of its
             heads, (H,), None where it has none.
         lent: the names of linear layers whose weights the forwards of others give to functions.
+        pointwise: the names of activations that are a torch.autograd.Function.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -75,6 +76,7 @@ class Trace(TorchFunctionMode):
         self.recurrent: set[nn.Module] = set()
         self.attentions: list[tuple[str, Tensor | None]] = []
         self.lent: set[str] = set()
+        self.pointwise: set[str] = set()
         self.stack: list[tuple[str, nn.Module]] = []
         self._names: dict[int, str] = {}
         self._owned: list[Tensor] = []
@@ -268,8 +270,23 @@ class Trace(TorchFunctionMode):
             cls = self._function
             if frame.f_code is not getattr(cls.forward, "__code__", None):
                 return
-            self.hidden(cls.__name__, [*frame.f_locals.values()])
+            if not self._is_activation():
+                self.hidden(cls.__name__, [*frame.f_locals.values()])
             self._function = None
+
+    def _is_activation(self) -> bool:
+        """Whether the module that runs treats elements one by one, whatever it calls."""
+        name, module = self.stack[-1] if self.stack else ("", None)
+        if module is None:
+            return False
+        self._busy = True
+        try:
+            found = is_pointwise(module)
+        finally:
+            self._busy = False
+        if found:
+            self.pointwise.add(name)
+        return found
 
     @contextmanager
     def watching(self, model: nn.Module) -> Iterator[None]:
