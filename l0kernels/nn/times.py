@@ -110,9 +110,9 @@ class _Found(TorchFunctionMode):
         self._running: list[tuple[GateGroups, str]] = []
         self._calls: Counter[tuple[GateGroups, str]] = Counter()
         self._layers: list[nn.Module] = []
-        self._linear = {
-            id(layer._parameters.get("weight")): layer for layer in layers if isinstance(layer, nn.Linear)
-        }
+        linear = [layer for layer in layers if isinstance(layer, nn.Linear)]
+        self._linear = {id(layer._parameters.get("weight")): layer for layer in linear}
+        self._biased = {id(layer.bias): layer for layer in linear if layer.bias is not None}
 
     def times(self) -> Times:
         return Times(self._of, self._heads, self.dense)
@@ -197,16 +197,25 @@ class _Found(TorchFunctionMode):
         out = func(*args, **kwargs or {})
         if func in PRODUCTS:
             self._see_product(func, args, kwargs or {}, out)
-        elif func is F.linear and len(args) > 1:
-            self._see_linear(args[1], out)
+        elif func is F.linear:
+            given = dict(zip(("input", "weight", "bias"), args, strict=False)) | (kwargs or {})
+            self._see_linear(given["weight"], given.get("bias"), out)
         return out
 
-    def _see_linear(self, weight: Tensor, y: Tensor) -> None:
+    def _see_linear(self, weight: Tensor, bias: Tensor | None, y: Tensor) -> None:
         """A product with the weight of a layer that another module's forward has given to the function."""
         layer = weight.layer if isinstance(weight, Lent) else self._linear.get(id(weight))
-        if layer is not None and layer not in self._layers[-1:]:
-            rows = y.shape[:-1].numel()
-            self.count(layer, rows, rows)
+        if layer is None or layer in self._layers[-1:]:
+            return
+        rows = y.shape[:-1].numel()
+        self._of[layer, "weight"] += 2 * rows
+        if bias is None:
+            return
+        maker = self._biased.get(id(bias), layer)  # what a layer's was made into counts as that
+        if maker.bias is None:
+            self.dense += y.numel()
+        else:
+            self._of[maker, "bias"] += rows
 
     def _see_product(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
         space = None

@@ -404,6 +404,7 @@ def test_lent_weights_compute_what_their_layers_do(name, way, monkeypatch, seede
     for pattern in unit_oracle.PATTERNS:
         unit_oracle.set_gates(graph, model, pattern)
         unit_oracle.check(plain, model, graph, (x,), pattern)
+    assert l0.nn.eval_flops(model.eval(), x) == l0.nn.eval_flops(l0.nn.export(model), x)
     l0.nn.ungate_(model)
     assert model.mid.weight is model._parameters.get("mid.weight", model.kept[0])
 
