@@ -17,8 +17,10 @@ from .export import SlicedConv1d, SlicedConv2d
 from .penalty import weight_parameters
 from .steps import is_product, units_in, units_out
 from .units.draws import Space
+from .units.einsum import as_product
 from .units.example import Inputs
 from .units.kinds import kind_of
+from .units.narrow import Lent
 from .units.open_attention import OpenMultiheadAttention, projections
 from .units.place import NAME, GatedUnits, GateGroups
 from .units.sizes import hosts_of
@@ -46,7 +48,7 @@ def times_of(model: nn.Module, inputs: Inputs | None) -> Times:
     layers = [module for module in model.modules() if is_product(module) or _is_linear_or_conv(module)]
     layers = [layer for layer in layers if not isinstance(layer, SlicedConv1d | SlicedConv2d)]
     attentions = [module for module in model.modules() if isinstance(module, nn.MultiheadAttention)]
-    found = _Found(model)
+    found = _Found(model, layers)
     if inputs is None:
         for layer in layers:
             if isinstance(layer, AnyConv):
@@ -56,7 +58,8 @@ def times_of(model: nn.Module, inputs: Inputs | None) -> Times:
         for attention in attentions:
             found.see_projections(attention, [1, 1, 1])
         return found.times()
-    hooks = [layer.register_forward_hook(found.see_layer, with_kwargs=True) for layer in layers]
+    hooks = [layer.register_forward_pre_hook(found.enter_layer) for layer in layers]
+    hooks += [layer.register_forward_hook(found.see_layer, with_kwargs=True) for layer in layers]
     hooks += [module.register_forward_hook(found.see_attention, with_kwargs=True) for module in attentions]
     modes = {module: module.training for module in model.modules()}
     try:
@@ -98,7 +101,7 @@ def _is_own(layer: nn.Module) -> bool:
 class _Found(TorchFunctionMode):
     """What a run shows."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, layers: Sequence[nn.Module]) -> None:
         super().__init__()
         self._model = model
         self._of: dict[tuple[nn.Module, str], float] = defaultdict(float)
@@ -106,6 +109,10 @@ class _Found(TorchFunctionMode):
         self.dense = 0.0
         self._running: list[tuple[GateGroups, str]] = []
         self._calls: Counter[tuple[GateGroups, str]] = Counter()
+        self._layers: list[nn.Module] = []
+        linear = [layer for layer in layers if isinstance(layer, nn.Linear)]
+        self._linear = {id(layer._parameters.get("weight")): layer for layer in linear}
+        self._biased = {id(layer.bias): layer for layer in linear if layer.bias is not None}
 
     def times(self) -> Times:
         return Times(self._of, self._heads, self.dense)
@@ -116,7 +123,12 @@ class _Found(TorchFunctionMode):
         if layer.bias is not None:
             self._of[layer, "bias"] += n_out
 
+    def enter_layer(self, layer: Any, _: Any) -> None:
+        """It begins to run."""
+        self._layers.append(layer)
+
     def see_layer(self, layer: Any, args: Any, kwargs: Any, y: Tensor) -> None:
+        self._layers.pop()
         x = args[0] if args else kwargs.get("x", kwargs.get("input"))
         if isinstance(layer, AnyConv) and not (is_product(layer) or isinstance(layer, GatedUnits)):
             taps = layer.weight[0].numel()  # of an output's position or, in a transposed one, of an input's
@@ -178,10 +190,32 @@ class _Found(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        product = as_product(func, args, kwargs or {})
+        if product is not None:
+            with self:
+                return product()
         out = func(*args, **kwargs or {})
         if func in PRODUCTS:
             self._see_product(func, args, kwargs or {}, out)
+        elif func is F.linear:
+            given = dict(zip(("input", "weight", "bias"), args, strict=False)) | (kwargs or {})
+            self._see_linear(given["weight"], given.get("bias"), out)
         return out
+
+    def _see_linear(self, weight: Tensor, bias: Tensor | None, y: Tensor) -> None:
+        """A product with the weight of a layer that another module's forward has given to the function."""
+        layer = weight.layer if isinstance(weight, Lent) else self._linear.get(id(weight))
+        if layer is None or layer in self._layers[-1:]:
+            return
+        rows = y.shape[:-1].numel()
+        self._of[layer, "weight"] += 2 * rows
+        if bias is None:
+            return
+        maker = self._biased.get(id(bias), layer)  # what a layer's was made into counts as that
+        if maker.bias is None:
+            self.dense += y.numel()
+        else:
+            self._of[maker, "bias"] += rows
 
     def _see_product(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
         space = None

@@ -6,7 +6,7 @@ import json
 import fresh
 import pytest
 import torch
-from hf_models import MODELS, OTHERS, inputs_of, model_of, open_gates_, output_of
+from hf_models import HEADLESS, MODELS, OTHERS, inputs_of, model_of, open_gates_, output_of
 from torch import nn
 
 import l0kernels as l0
@@ -74,9 +74,10 @@ def test_output_and_gradients_are_those_of_a_masked_model(name, attention):
     if name in OTHERS:
         model.eval()  # they have dropout
     dense, inputs = copy.deepcopy(model), inputs_of(model)
-    assert hf.gate(model) is model
+    heads = name not in HEADLESS
+    assert hf.gate(model, heads=heads) is model
     gates = model.l0_units
-    assert {group.kind for group in gates.groups} == {"heads", "units"}
+    assert {group.kind for group in gates.groups} == {"units", *(["heads"] if heads else [])}
     for mode in ("half", "one", "none", "open") if name in MODELS else ("half",):
         values = values_of(gates, mode)
         ours, theirs = impose(gates, values), {name: z.clone().requires_grad_() for name, z in values.items()}
@@ -108,6 +109,15 @@ def test_output_and_gradients_are_those_of_a_masked_model(name, attention):
             handle.remove()
         model.zero_grad()
         dense.zero_grad()
+
+
+@pytest.mark.parametrize(("attention", "crossed"), [("sdpa", 2), ("eager", 1)])
+def test_heads_of_cross_attention(attention, crossed):
+    """ "eager" adds one tensor of zeros to the scores of all of them."""
+    gates = hf.gate(model_of("t5", attention=attention)).l0_units
+    heads = [group.name for group in gates.groups if group.kind == "heads"]
+    assert len(heads) == 2 + crossed
+    assert sum("EncDecAttention" in name for name in heads) == crossed
 
 
 def checkpointing(model, *args):
@@ -219,6 +229,12 @@ def test_what_cannot_be_gated_says_why():
         hf.gate(model)
     with pytest.raises(ValueError, match="must be inputs that the model takes"):
         hf.gate(model_of("bert"), example={"input_ids": "words"})
+
+
+@pytest.mark.parametrize("name", HEADLESS)
+def test_heads_that_are_told_apart_are_not_gated(name):
+    with pytest.raises(ValueError, match=r"(?s)must have heads to gate.*, with what has no units"):
+        hf.gate(model_of(name))
 
 
 def test_an_example_is_asked_for_where_the_config_does_not_say():

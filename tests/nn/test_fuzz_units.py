@@ -34,6 +34,8 @@ def test_nets_are_of_every_kind():
             {what for kind, what, _, _ in net.steps if kind in ("activation", "image", "rows", "recurrent")}
         )
         seen.update({kind for kind, _, _, _ in net.steps})
+        seen.update(str(step[1]) for step in net.steps if step[0] == "layer")
+        seen["heads that lend"] += any(getattr(part, "lends", False) for part in net.parts)
         seen.update(str(value) for part in net.parts for value in getattr(part, "what", {}).values())
         seen["attends to another"] += ("block", "attends") in [step[:2] for step in net.steps]
         uses = Counter(step[2][0] for step in net.steps if step[0] == "layer")
@@ -55,6 +57,7 @@ def test_nets_are_of_every_kind():
     kinds += ["squeeze", "value", "attention", "pool", "a layer twice", "two results"]
     kinds += ["RNN", "GRU", "LSTM", "RNNCell", "GRUCell", "LSTMCell", "recurrent"]
     kinds += ["all", "last", "cell", "given", "packed"]
+    kinds += ["lent", "heads that lend"]
     kinds += ["block", "Heads", "Attends", "Layers", "Product", "attends to another"]
     kinds += [str(value) for values in fuzz_attention.CHOICES.values() for value in values]
     kinds += [*fuzz_units.ACTIVATIONS, *fuzz_units.IMAGE, *fuzz_units.ROWS]

@@ -330,6 +330,17 @@ GROUPS = {
     "fused_attention": {"first": 8, "second": 8, "fused.qkv": 3, "fused.kv": 3},
     "timm_attention": {"0": 8, "1.qkv": 3, "1.proj": 8},
     "cosine_attention": {"0": 8, "1.qkv": 2},
+    "swin": {"0": 8, "1.qkv": 2, "2.reduction": 12, "3.qkv": 3},
+    "swin_v2": {
+        "0": 8,
+        "1.places.0": 5,
+        "1.places.2": 2,
+        "2.reduction": 12,
+        "3.places.0": 5,
+        "3.places.2": 3,
+    },
+    "added_products": {"0": 8, "1.qkv": 2, "2.qkv": 4},
+    "custom_activation": {"0": 6, "2": 5},
     "patches": {"cut": 8, "block.q": 2},
     "attention": {"embed": 8, "attention": 2, "up": 12},
     "encoder_layer": {"0": 8, "1.self_attn": 2, "1.linear1": 12},
@@ -890,6 +901,15 @@ def test_compile(train):
     torch.testing.assert_close(out, model(*args))
     for mine, other in zip(compiled.parameters(), model.parameters(), strict=True):
         torch.testing.assert_close(mine.grad, other.grad)
+
+
+@pytest.mark.parametrize("name", ["swin", "swin_v2"])
+def test_compile_of_lent_weights(name):
+    model, _, graph, args = gated(name)
+    unit_oracle.set_gates(graph, model, "mixed")
+    model.eval()
+    compiled = torch.compile(copy.deepcopy(model), backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(*args), model(*args))
 
 
 def test_functions_are_smooth_where_units_are_closed():

@@ -7,6 +7,7 @@ import pickle
 import pytest
 import torch
 import torch.distributed as dist
+import unit_nets
 from export_nets import NETS, BasicBlock, InvertedResidual, assert_same, example, gated, is_plain, liven
 from torch import nn
 
@@ -46,6 +47,23 @@ def test_copies(name, mode):
     assert all(p.grad is None for p in model.parameters())
     l0.nn.ungate_(again)
     assert is_plain(again)
+
+
+@pytest.mark.parametrize("name", ["swin", "swin_v2"])
+def test_copies_of_what_lends_weights(name):
+    model, args = unit_nets.NETS[name]()
+    keys = [*model.state_dict()]
+    l0.nn.gate_(model, *args)
+    for gate in groups_of(model).gates:
+        gate.log_alpha.data[::2] = -9.0
+    y = model.eval()(*args)
+    for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(again(*args), y)
+        assert isinstance(again[1].qkv.weight, nn.Parameter)
+        again.train()(*args).sum().backward()
+        assert again[1].qkv.weight.grad is again[1].qkv._parameters["weight"].grad is not None
+        assert [*l0.nn.ungate_(again).state_dict()] == keys
+        assert is_plain(again)
 
 
 def test_a_copy_of_an_inner_layer():

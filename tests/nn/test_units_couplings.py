@@ -23,7 +23,7 @@ class Attends(nn.Module):
 
     def __init__(self, attend):
         super().__init__()
-        self.attend = attend
+        self.attend, self.calm = attend, False
         self.first, self.masks = nn.Linear(3, 8), nn.Linear(3, 4)
         self.q, self.k, self.v, self.one = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 4)
         self.whole = nn.MultiheadAttention(8, 2, batch_first=True)
@@ -211,7 +211,125 @@ def scaled():
     return model
 
 
+def with_a_bias(model, x, bias):
+    q, k, v = (heads(layer(x)) for layer in (model.q, model.k, model.v))
+    return model.out(joined((q @ k.transpose(-2, -1) + bias).softmax(-1) @ v))
+
+
+def zeros_of_each_head(model, x, _):
+    """As T5 has it for its cross-attention."""
+    return with_a_bias(model, x, torch.zeros(1, 2, x.shape[1], x.shape[1], dtype=x.dtype))
+
+
+def zeros_that_are_written_into(model, x, _):
+    bias = torch.zeros(1, 2, x.shape[1], x.shape[1], dtype=x.dtype)
+    bias.view(-1)[: bias.numel() // 2].fill_(0.0 if model.calm else 1.0)
+    return with_a_bias(model, x, bias)
+
+
+class OneByOne(torch.autograd.Function):
+    """`across`: forward, backward, or neither, makes one element of others."""
+
+    @staticmethod
+    def forward(ctx, x, across):
+        ctx.across = across
+        ctx.save_for_backward(x)
+        return x.exp() - x.exp().mean() if across == "forward" else x.exp()
+
+    @staticmethod
+    def backward(ctx, dy):
+        (x,) = ctx.saved_tensors
+        dx = dy * x.exp()
+        return dx.flip(-1) if ctx.across == "backward" else dx, None
+
+
+class Activation(nn.Module):
+    def __init__(self, across="none"):
+        super().__init__()
+        self.across = across
+
+    def forward(self, x):
+        if self.across == "training" and not self.training:
+            return OneByOne.apply(x, "none")
+        return OneByOne.apply(x, "forward" if self.across == "training" else self.across)
+
+
+class Turned(Activation):
+    def forward(self, x):
+        return super().forward(x).flip(-1)
+
+
+class Cold(Activation):
+    def forward(self, x):
+        return OneByOne.apply(x.abs().sqrt(), "none")
+
+
+class Noisy(Activation):
+    def forward(self, x):
+        return super().forward(x) + torch.rand_like(x)
+
+
+ACTIVATIONS = {
+    "one by one": Activation,
+    "forwards mix": lambda: Activation("forward"),
+    "backwards mix": lambda: Activation("backward"),
+    "training mixes": lambda: Activation("training"),
+    "order changes": Turned,
+    "zeros have no derivative": Cold,
+    "noise": Noisy,
+}
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activations_are_known_by_what_they_compute(name):
+    model = nn.Sequential(nn.Linear(3, 6), ACTIVATIONS[name](), nn.Linear(6, 2)).double()
+    graph = l0.nn.unit_graph(model, rows(4, 3))
+    assert [group.name for group in graph.groups] == (["0"] if name == "one by one" else [])
+    assert name == "one by one" or any("in 1" in pin.why for pin in graph.pinned)
+
+
+class Given(nn.Module):
+    """`give`: (model, x) -> what the last layer reads, of weights that no layer is called for."""
+
+    def __init__(self, give):
+        super().__init__()
+        self.give = give
+        self.first, self.mid, self.other = nn.Linear(3, 6), nn.Linear(6, 6), nn.Linear(6, 6)
+        self.one, self.slopes = nn.Linear(6, 1), nn.Parameter(torch.randn(6))
+        self.hidden, self.last = nn.Linear(6, 5), nn.Linear(5, 1)
+        self.kept = [self.mid.weight]
+
+    def forward(self, x):
+        return self.last(F.relu(self.hidden(self.give(self, self.first(x)))))
+
+
+GIVEN = {
+    "weights lent": lambda m, x: F.linear(x, m.mid.weight, m.mid.bias),
+    "weights lent by name": lambda m, x: F.linear(input=x, weight=m.mid.weight, bias=m.mid.bias),
+    "weights lent without a bias": lambda m, x: F.linear(F.linear(x, m.mid.weight), m.mid.weight),
+    "weights lent and layers called": lambda m, x: F.linear(x, m.mid.weight) + m.mid(m.other(x)),
+    "weights lent with a bias of another": lambda m, x: F.linear(x, m.mid.weight, m.other.bias),
+    "weights lent with a bias of no units": lambda m, x: F.linear(x, m.mid.weight, torch.arange(6).double()),
+    "weights kept in a list": lambda m, x: F.linear(x, m.kept[0], m.mid.bias),
+    "weights kept and lent": lambda m, x: F.linear(x, m.mid.weight) + F.linear(x, m.kept[0]),
+    "weights taken from a layer": lambda m, x: F.linear(x, m.mid._parameters["weight"]),
+    "parts of weights": lambda m, x: F.linear(x, m.mid.weight[:4], m.mid.bias[:4]) @ m.mid.weight[:4],
+    "scaled weights": lambda m, x: F.linear(x, 2 * m.mid.weight),
+    "weights in another product": lambda m, x: x @ m.mid.weight.T + F.linear(x, m.mid.weight),
+    "weights of a layer as factors": lambda m, x: x * m.one.weight.exp() + m.one(x),
+    "a bias turned around": lambda m, x: F.linear(x, m.mid.weight, m.mid.bias.clone().flip(0)),
+    "a bias in part": lambda m, x: F.linear(
+        x, m.mid.weight, torch.cat([m.mid.bias[:3].clone(), m.slopes[3:]])
+    ),
+    "slopes": lambda m, x: x * m.slopes.exp() + m.slopes.sigmoid().clone(),
+    "slopes that sum to one": lambda m, x: x * m.slopes.exp().softmax(0),
+    "slopes in order": lambda m, x: x * m.slopes.exp().sort().values,
+}
+
 NETS = {
+    "zeros of each head": lambda: Attends(zeros_of_each_head),
+    "zeros that are written into": lambda: Attends(zeros_that_are_written_into),
+    **{name: lambda give=give: Given(give) for name, give in GIVEN.items()},
     "one query": lambda: Attends(one_query),
     "units in a mask": lambda: Attends(units_in_a_mask),
     "units in a mask of one head": lambda: Attends(units_in_a_mask_of_one_head),
@@ -255,6 +373,52 @@ def test_never_a_wrong_coupling(name, seeded):
     for pattern in ("half", "one unit open", "closed"):
         unit_oracle.set_gates(graph, model, pattern)
         torch.testing.assert_close(l0.nn.export(model)(x), model(x))
+
+
+LENT = (
+    "weights lent",
+    "weights lent by name",
+    "weights lent without a bias",
+    "weights lent and layers called",
+)
+
+
+@pytest.mark.parametrize("name", [name for name in GIVEN if "weights" in name])
+def test_a_weight_is_lent_where_its_layer_is_asked_for_it(name):
+    model, x = Given(GIVEN[name]).double(), rows(2, 4, 3)
+    graph = l0.nn.unit_graph(model, x)
+    members = {(member.name, member.dim) for group in graph.groups for member in group.members}
+    assert (("mid.weight", 0) in members) == (name in (*LENT, "weights lent with a bias of another"))
+    assert model.mid.weight is model._parameters.get("mid.weight", model.kept[0])
+
+
+@pytest.mark.parametrize("name", [*LENT, "weights lent with a bias of another", "slopes"])
+@pytest.mark.parametrize("way", ["open units alone", "dense"])
+def test_lent_weights_compute_what_their_layers_do(name, way, monkeypatch, seeded):
+    if way == "dense":
+        monkeypatch.setattr(l0.nn.units.place.GateGroups, "_is_seen_by_functions", lambda *_: True)
+    model, x = Given(GIVEN[name]).double(), rows(2, 4, 3)
+    plain, keys = copy.deepcopy(model), [*model.state_dict()]
+    graph = l0.nn.gate_(model, x)
+    assert [key for key in model.state_dict() if not key.startswith("l0_units")] == keys
+    for pattern in unit_oracle.PATTERNS:
+        unit_oracle.set_gates(graph, model, pattern)
+        unit_oracle.check(plain, model, graph, (x,), pattern)
+    assert l0.nn.eval_flops(model.eval(), x) == l0.nn.eval_flops(l0.nn.export(model), x)
+    l0.nn.ungate_(model)
+    assert model.mid.weight is model._parameters.get("mid.weight", model.kept[0])
+
+
+@pytest.mark.parametrize(
+    ("attend", "kinds"), [(zeros_of_each_head, {"heads"}), (zeros_that_are_written_into, set())]
+)
+def test_a_bias_of_zeros_is_of_all_heads_alike(attend, kinds):
+    model = Attends(attend).double()
+    model.calm = True
+    graph = l0.nn.unit_graph(model, rows(2, 4, 3))
+    assert {group.kind for group in graph.groups} - {"units", "width"} == kinds
+    with torch.inference_mode():
+        l0.nn.unit_graph(model, rows(2, 4, 3))
 
 
 class Adapted(OwnLinear):

@@ -263,6 +263,43 @@ def test_closed_heads_of_multihead_attention_go(name, n_open):
     torch.testing.assert_close(copied(*args), small(*args))
 
 
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("name", ["swin", "swin_v2"])
+def test_a_width_that_gives_heads_their_size_goes_with_them(name, seed):
+    """A forward divides one by the other: both keep the same share."""
+    net, args = unit_nets.NETS[name]()
+    graph = l0.nn.gate_(net, *args)
+    net.eval()
+    generator = torch.Generator().manual_seed(seed)
+    for gate in groups_of(net).gates:
+        gate.log_alpha.data.copy_(torch.where(torch.rand(gate.n, generator=generator) < 0.4, 9.0, -9.0))
+    n_open = [int(gate.eval_gates().count[0]) for gate in groups_of(net).gates]
+    small = l0.nn.export(net)
+    torch.testing.assert_close(small(*args), net(*args), rtol=1e-12, atol=1e-12)
+    by_name = dict(zip((group.name for group in graph.groups), n_open, strict=True))
+    for width, block in (("0", 1), ("2.reduction", 3)):
+        heads = f"{block}.qkv" if name == "swin" else f"{block}.places.2"
+        kept = max(-(-by_name[width] // 4), by_name[heads], 1)
+        attention = small[block]
+        assert (attention.num_heads, attention.proj.in_features) == (kept, 4 * kept)
+        assert (attention.qkv.in_features, attention.qkv.out_features) == (4 * kept, 12 * kept)
+    assert l0.nn.eval_flops(small, args[0]) > 0
+
+
+@pytest.mark.parametrize("name", ["swin", "swin_v2"])
+def test_flops_of_lent_weights(name):
+    net, (x,) = unit_nets.NETS[name]()
+    dense = l0.nn.eval_flops(net, x)
+    l0.nn.gate_(net, x)
+    for gate in groups_of(net).gates:
+        gate.log_alpha.data.fill_(9.0)
+    assert l0.nn.eval_flops(net.eval(), x) == l0.nn.eval_flops(l0.nn.export(net), x) == dense
+    one = groups_of(net).gates[0]
+    one.log_alpha.data[:4] = -9.0
+    stem, attention, merging = 2 * 3 + 1, 2 * 8 * 3 + 2 * 8 + 1, 2 * 12
+    assert dense - l0.nn.eval_flops(net, x) == 4 * 2 * 4 * 6 * (stem + attention + merging)
+
+
 class ByBmm(nn.Module):
     """Examples and heads in one dimension, as in fairseq."""
 

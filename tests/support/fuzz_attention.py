@@ -47,7 +47,7 @@ class Heads(nn.Module):
         self.num_heads = rng.choice([2, 3, 4]) if shared is None else shared * rng.choice([2, 3])
         self.kv_heads, self.each = shared or self.num_heads, rng.choice([2, 4])
         own, other = self.num_heads * self.each, self.kv_heads * self.each
-        self.inner_dim = own
+        self.inner_dim, self.lends = own, own % 3 != 0
         self.prenorm = norm_of(what["prenorm"], width) if what["prenorm"] else nn.Identity()
         bias = rng.random() < 0.6
         source = width if what["joined"] == "three" else other_width
@@ -83,20 +83,30 @@ class Heads(nn.Module):
         """(N, L, heads * each) -> (N, heads, L, each)."""
         return x.view(*x.shape[:2], -1, self.each).transpose(1, 2)
 
+    def call(self, layer: Any, x: Tensor) -> Tensor:
+        """A layer, or a function of its weight."""
+        return F.linear(x, layer.weight, layer.bias) if self.lends and type(layer) is nn.Linear else layer(x)
+
     def project(self, x: Tensor, other: Tensor | None) -> tuple[Tensor, ...]:
         """q, k, v, each (N, heads, L, each)."""
         joined, n = self.what["joined"], self.inner_dim
         if joined in ("three", "cross", "cross joined"):
             source = x if joined == "three" or other is None else other
             k, v = (
-                self.kv(source).chunk(2, -1) if joined == "cross joined" else (self.k(source), self.v(source))
+                self.call(self.kv, source).chunk(2, -1)
+                if joined == "cross joined"
+                else (self.call(self.k, source), self.v(source))
             )
-            q = self.q(x)
+            q = self.call(self.q, x)
         elif joined == "timm":
-            qkv = self.qkv(x).reshape(*x.shape[:2], 3, self.num_heads, self.each).permute(2, 0, 3, 1, 4)
+            qkv = (
+                self.call(self.qkv, x)
+                .reshape(*x.shape[:2], 3, self.num_heads, self.each)
+                .permute(2, 0, 3, 1, 4)
+            )
             return qkv.unbind(0)
         else:
-            qkv = self.qkv(x)
+            qkv = self.call(self.qkv, x)
             if joined == "chunk":
                 q, k, v = qkv.chunk(3, dim=-1)
             elif joined == "slices":
@@ -168,7 +178,7 @@ class Heads(nn.Module):
             z = z * torch.sigmoid(self.gate(y))
         elif what["extra"] == "norm behind":
             z = self.behind(z)
-        z = self.o(z)
+        z = self.call(self.o, z)
         return x + z if what["residual"] else z
 
 

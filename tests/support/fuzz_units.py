@@ -161,7 +161,8 @@ class Net(nn.Module):
         kind, what, parts, at = step
         layers = [self.parts[i] for i in parts if kind != "value"]
         if kind == "layer":
-            return layers[0](x)
+            layer: Any = layers[0]
+            return layer(x) if what is None else F.linear(x, layer.weight, layer.bias)
         if kind == "activation":
             return ACTIVATIONS[what](x)
         if kind in ("image", "rows"):
@@ -350,7 +351,8 @@ class Net(nn.Module):
             return
         kind = rng.choice(["linear", "linear", "norm", "rows", "attention", "block", "recurrent"])
         if kind == "linear":
-            self.add(self.layer(nn.Linear(units, rng.choice([4, 6, 8]), bias=rng.random() < 0.7)))
+            kind, _, parts, at = self.layer(nn.Linear(units, rng.choice([4, 6, 8]), bias=rng.random() < 0.7))
+            self.add((kind, "lent" if len(self.parts) % 3 == 0 else None, parts, at))
         elif kind == "norm":
             norms = [nn.LayerNorm(units), nn.RMSNorm(units), nn.LayerNorm(units, elementwise_affine=False)]
             norms += [nn.BatchNorm1d(units), nn.GroupNorm(1, units)] if self.x.ndim == 2 else []

@@ -71,6 +71,9 @@ OTHERS = {
     "bart": lambda: t.BartForConditionalGeneration(
         t.BartConfig(vocab_size=VOCAB, max_position_embeddings=24, **_BART)
     ),
+    "bloom": lambda: t.BloomForCausalLM(
+        t.BloomConfig(vocab_size=VOCAB, hidden_size=24, n_layer=2, n_head=4, pad_token_id=0)
+    ),
     "deberta-v2": lambda: t.DebertaV2Model(t.DebertaV2Config(**_BERT, **_TEXT, **_NO_DROPOUT)),
     "dinov2": lambda: t.Dinov2Model(
         t.Dinov2Config(
@@ -101,6 +104,8 @@ OTHERS = {
     "phi3": lambda: t.Phi3ForCausalLM(t.Phi3Config(**_LLAMA)),
 }
 """One of each that is only exported and loaded."""
+HEADLESS = ("bloom",)
+"""Whose heads are told apart, by the slopes of ALiBi, and are pinned."""
 DECODERS = ("gpt2", "llama", "mistral", "qwen2", "qwen3", "t5")
 
 

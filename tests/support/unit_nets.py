@@ -858,6 +858,33 @@ def timm_attention() -> Example:
     )
 
 
+class AddedProducts(nn.Module):
+    """Scores by torch.baddbmm, examples and heads in one dimension, as diffusers and Bloom have them."""
+
+    def __init__(self, width: int, heads: int, of_nothing: bool) -> None:
+        super().__init__()
+        self.num_heads, self.head_dim, self.of_nothing = heads, width // heads, of_nothing
+        self.qkv, self.o = nn.Linear(width, 3 * width), nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, length, _ = x.shape
+        qkv = self.qkv(x).view(n, length, self.num_heads, 3, self.head_dim)
+        q, k, v = (qkv[..., i, :].transpose(1, 2).reshape(-1, length, self.head_dim) for i in range(3))
+        if self.of_nothing:
+            scores = torch.baddbmm(x.new_empty(1, length, length), q, k.transpose(1, 2), beta=0, alpha=0.5)
+        else:
+            mask = torch.linspace(-1, 1, length, dtype=x.dtype).expand(1, length, length)
+            scores = mask.baddbmm(batch1=q, batch2=k.transpose(1, 2), beta=2.0, alpha=0.5)
+        y = torch.bmm(scores.softmax(-1), v).view(n, self.num_heads, length, self.head_dim)
+        return x + self.o(y.transpose(1, 2).flatten(2))
+
+
+@net
+def added_products() -> Example:
+    body = [nn.Linear(3, 8), AddedProducts(8, 2, True), AddedProducts(8, 4, False), nn.Linear(8, 2)]
+    return nn.Sequential(*body), (rows(2, 5, 3),)
+
+
 class CosineAttention(nn.Module):
     """Queries and keys of length 1, as in Swin V2, a factor for each head that is learned."""
 
@@ -877,6 +904,88 @@ class CosineAttention(nn.Module):
 @net
 def cosine_attention() -> Example:
     return nn.Sequential(nn.Linear(3, 8), CosineAttention(8, 2), nn.Linear(8, 2)), (rows(2, 5, 3),)
+
+
+def windowed(
+    x: Tensor, weights: list[Tensor], biases: list[Tensor], bias: Tensor, heads: int, scale: Tensor | None
+) -> Tensor:
+    """The attention of Swin, in shifted windows of two by two: a function that is given weights of layers."""
+    n, height, width, c = x.shape
+    x = torch.roll(F.pad(x, (0, 0, 0, width % 2, 0, height % 2)), shifts=(-1, -1), dims=(1, 2))
+    high, wide = x.shape[1] // 2, x.shape[2] // 2
+    x = x.view(n, high, 2, wide, 2, c).permute(0, 1, 3, 2, 4, 5).reshape(n * high * wide, 4, c)
+    of_qkv, of_proj = biases
+    if scale is not None:
+        of_qkv = of_qkv.clone()
+        of_qkv[len(of_qkv) // 3 : 2 * len(of_qkv) // 3].zero_()
+    qkv = F.linear(x, weights[0], of_qkv)
+    qkv = qkv.reshape(len(x), 4, 3, heads, c // heads).permute(2, 0, 3, 1, 4)
+    q, k, v = qkv[0], qkv[1], qkv[2]
+    if scale is None:
+        scores = (q * (c // heads) ** -0.5).matmul(k.transpose(-2, -1))
+    else:
+        scores = F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).transpose(-2, -1)
+        scores = scores * torch.clamp(scale, max=1.5).exp()
+    mask = x.new_zeros((high * wide, 1, 4, 4))
+    mask[-1, 0, :2, 2:] = -2.0
+    scores = (scores + bias).view(n, high * wide, heads, 4, 4) + mask
+    attended = F.dropout(F.softmax(scores.view(-1, heads, 4, 4), dim=-1), 0.0, True)
+    y = F.linear(attended.matmul(v).transpose(1, 2).reshape(len(x), 4, c), weights[1], of_proj)
+    y = y.view(n, high, wide, 2, 2, c).permute(0, 1, 3, 2, 4, 5).reshape(n, 2 * high, 2 * wide, c)
+    return torch.roll(y, shifts=(1, 1), dims=(1, 2))[:, :height, :width, :].contiguous()
+
+
+class Windows(nn.Module):
+    """Hands its layers' weights over; `cosine`: as in Swin V2, else V1."""
+
+    def __init__(self, width: int, heads: int, cosine: bool) -> None:
+        super().__init__()
+        self.num_heads = heads
+        self.norm, self.qkv, self.proj = (
+            nn.LayerNorm(width),
+            nn.Linear(width, 3 * width),
+            nn.Linear(width, width),
+        )
+        self.scale = nn.Parameter(torch.rand(heads, 1, 1)) if cosine else None
+        self.table = None if cosine else nn.Parameter(torch.randn(9, heads))
+        places = nn.Sequential(nn.Linear(2, 5), nn.ReLU(), nn.Linear(5, heads, bias=False))
+        self.places = places if cosine else None
+        self.register_buffer("coordinates", torch.randn(1, 3, 3, 2))
+        self.register_buffer("index", torch.randint(9, (16,)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        table = self.table if self.places is None else self.places(self.coordinates).view(-1, self.num_heads)
+        bias = table[self.index].view(4, 4, -1).permute(2, 0, 1).contiguous().unsqueeze(0)
+        bias = bias if self.places is None else 16 * torch.sigmoid(bias)
+        weights, biases = [self.qkv.weight, self.proj.weight], [self.qkv.bias, self.proj.bias]
+        return x + windowed(self.norm(x), weights, biases, bias, self.num_heads, self.scale)
+
+
+class Merges(nn.Module):
+    """Patches of two by two, side by side, as between the stages of Swin."""
+
+    def __init__(self, width: int, out: int) -> None:
+        super().__init__()
+        self.norm, self.reduction = nn.LayerNorm(4 * width), nn.Linear(4 * width, out, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = [x[..., i::2, j::2, :] for j in range(2) for i in range(2)]
+        return self.reduction(self.norm(torch.cat(parts, -1)))
+
+
+def swin_of(cosine: bool) -> Example:
+    body = [nn.Linear(3, 8), Windows(8, 2, cosine), Merges(8, 12), Windows(12, 3, cosine), nn.Linear(12, 2)]
+    return nn.Sequential(*body), (rows(2, 4, 6, 3),)
+
+
+@net
+def swin() -> Example:
+    return swin_of(False)
+
+
+@net
+def swin_v2() -> Example:
+    return swin_of(True)
 
 
 class Patches(nn.Module):
@@ -1007,6 +1116,20 @@ class Cube(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
         return 3 * x * x * dy
+
+
+class Cubed(nn.Module):
+    """An activation that is a torch.autograd.Function, as Bloom's is."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return Cube.apply(x)
+
+
+@net
+def custom_activation() -> Example:
+    return nn.Sequential(nn.Linear(4, 6), Cubed(), nn.Linear(6, 5), nn.ReLU(), Cubed(), nn.Linear(5, 2)), (
+        rows(3, 4),
+    )
 
 
 class Custom(nn.Module):

@@ -83,7 +83,7 @@ class Oracle:
 
     def __init__(self, plain: nn.Module, graph: l0.nn.UnitGraph, z: list[Tensor], masks: bool = True) -> None:
         self.model = copy.deepcopy(plain)
-        self.z, self.masks = z, masks
+        self.z, self.masks, self.lent = z, masks, graph._lent
         names: dict[int, str] = {}
         tensors = [*self.model.named_parameters(), *self.model.named_buffers()]
         for name, value in tensors:
@@ -132,6 +132,15 @@ class Oracle:
                 module.forward = lambda query, key, value, **options: attended(
                     module, (query, key, value), reads, sides, self.masks, **options
                 )
+            return
+        if name in self.lent:  # a function reads the weight, z and all
+            ins, outs = of("weight", 1), of("weight", 0)
+            weight, bias = module.weight, module.bias
+            weight = weight if ins is None else weight * ins
+            if outs is not None and self.masks:
+                is_open = (outs.detach() != 0).double()
+                weight, bias = weight * is_open[:, None], None if bias is None else bias * is_open
+            vars(module).update(weight=weight, bias=bias)
             return
         spatial = next((d for d in (1, 2, 3) if f"{d}d" in type(module).__name__), 0)  # Conv1D has none
         is_own = type(module).__name__ == "Conv1D"  # of GPT-2

@@ -1,4 +1,4 @@
-"""torch.einsum as what the rules of trace.py and narrow.py know: products of matrices."""
+"""torch.einsum and baddbmm as what the rules of trace.py and narrow.py know: products of matrices."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ class Orders(NamedTuple):
 
 
 def as_product(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[], Tensor] | None:
-    """What computes an einsum by torch.matmul; None where that, or another function, cannot."""
+    """What computes an einsum by torch.matmul, a baddbmm by torch.bmm; None where these, or another function,
+    cannot be computed so."""
+    if func in (torch.baddbmm, Tensor.baddbmm):
+        return _sum_and_product(args, kwargs)
     if func is not torch.einsum or kwargs or not isinstance(args[0], str):
         return None
     operands = args[1] if len(args) == 2 and isinstance(args[1], Sequence) else args[1:]
@@ -30,6 +33,19 @@ def as_product(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call
     if orders is None or a.shape[orders.a[-1]] != b.shape[orders.b[-2]]:  # one of 1 meets all of the other
         return None
     return lambda: _permuted(torch.matmul(_permuted(a, orders.a), _permuted(b, orders.b)), orders.out)
+
+
+def _sum_and_product(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[], Tensor] | None:
+    if len(args) > 3 or "out" in kwargs:
+        return None
+    given = dict(zip(("input", "batch1", "batch2"), args, strict=False)) | kwargs
+    beta = given.get("beta", 1)
+
+    def product() -> Tensor:
+        y = torch.bmm(given["batch1"], given["batch2"]) * given.get("alpha", 1)
+        return given["input"] * beta + y if beta else y  # 0 of what may not be finite
+
+    return product
 
 
 def _permuted(x: Tensor, order: tuple[int, ...]) -> Tensor:

@@ -105,6 +105,8 @@ class UnitGraph:
     pinned: tuple[Pinned, ...]
     attentions: tuple[Attention, ...] = field(default=(), repr=False)
     _sizes: dict[tuple[str, int], int] = field(default_factory=dict, repr=False)
+    _lent: frozenset[str] = field(default=frozenset(), repr=False)
+    _pointwise: frozenset[str] = field(default=frozenset(), repr=False)
 
     def __getitem__(self, name: str) -> Group:
         """The group of this name.
@@ -189,7 +191,8 @@ def unit_graph(model: nn.Module, *args: Any, inputs: bool = False, **kwargs: Any
 
     A unit is an output of a linear layer, a convolution or an embedding, with all that depends on it alone:
     its row of the weight, its bias, its entry in norms, the columns that read it, and the units that meet it
-    in sums, products and concatenations. Its layers must be called as modules of torch.nn. A function of
+    in sums, products and concatenations. Its layers must be called as modules of torch.nn, or their weights
+    given to torch.nn.functional.linear as ``layer.weight``. A function of
     torch that is not known to treat units one by one pins those that it sees: they are not gated, and
     :attr:`UnitGraph.pinned` says why. The run is in eval() without gradients and leaves the model as it is;
     where the control flow depends on data, what counts is the way that this example takes.
@@ -298,7 +301,9 @@ def _build(model: nn.Module, trace: Trace) -> UnitGraph:
         for group, units in zip(named, by_signature.values(), strict=True)
         for at, unit in enumerate(units)
     }
-    return UnitGraph(named, tuple(pinned), tuple(_attentions(trace, of_unit)), sizes)
+    attentions = tuple(_attentions(trace, of_unit))
+    called = frozenset(trace.lent), frozenset(trace.pointwise)
+    return UnitGraph(named, tuple(pinned), attentions, sizes, *called)
 
 
 def _attentions(trace: Trace, of_unit: dict[int, tuple[str, int]]) -> Iterator[Attention]:

@@ -90,6 +90,9 @@ _BASES: list[tuple[type[nn.Module], Kind]] = [
 ]
 
 
+POINTWISE = Kind("pointwise", own=True)
+"""An activation, of any units: a torch.autograd.Function that is known by what it computes."""
+
 _NORMS = (
     Kind("rms_norm", own=True),
     Kind("rms_norm", own=True, offset=1.0),  # of Gemma
@@ -152,6 +155,44 @@ def _is_function(layer: nn.Module, function: Callable[[Tensor], Tensor], x: Tens
         return all(torch.allclose(y, function(x), rtol=1e-5, atol=1e-5) for y in found)
     except Exception:  # it takes something else
         return None
+
+
+def is_pointwise(module: nn.Module) -> bool:
+    """Whether a module computes each element by itself, gradients, too: it is run, on random numbers."""
+    settings = _settings(module)
+    has_parts = module._parameters or module._buffers or module._modules or "forward" in vars(module)
+    if settings is None or has_parts:
+        return False
+    key = type(module), "pointwise", settings
+    if key not in _computed:
+        _computed[key] = POINTWISE if _treats_one_by_one(module) else None
+    return _computed[key] is not None
+
+
+def _treats_one_by_one(module: nn.Module) -> bool:
+    layer = copy.copy(module)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        x = torch.cat((torch.randn(22, dtype=torch.float64, device="cpu") * 3, torch.zeros(2, device="cpu")))
+        try:
+            for mode in (True, False):
+                layer.train(mode)
+                y, grad = _with_gradient(layer, x.view(2, 3, 4))
+                parts = zip(*(_with_gradient(layer, part) for part in x.split(1)), strict=True)
+                for whole, of in zip((y, grad), parts, strict=True):
+                    if not whole.isfinite().all() or not torch.allclose(whole.flatten(), torch.cat(of)):
+                        return False
+        except Exception:  # it takes something else
+            return False
+    return True
+
+
+def _with_gradient(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    """What a layer makes of x, and a gradient of it."""
+    with torch.enable_grad():
+        x = x.clone().requires_grad_()
+        y = type(layer).forward(layer, x)
+        return y.detach(), torch.autograd.grad(y, x, torch.sin(7 * x.detach()))[0]
 
 
 def factor(kind: Kind, weight: Tensor | None) -> Tensor | None:

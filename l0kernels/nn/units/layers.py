@@ -25,7 +25,7 @@ from ...narrow import Sides, narrow_batch_norm, narrow_conv2d, narrow_depthwise,
 from ...norm import gated_group_norm, gated_layer_norm, gated_rms_norm
 from .draws import Draw, Present, Space
 from .kinds import Kind, epsilon, factor, normalised
-from .narrow import Narrow, plain, refuse_function
+from .narrow import Lent, Narrow, like, plain, refuse_function
 
 if TYPE_CHECKING:
     from .place import GateGroups
@@ -39,6 +39,7 @@ class Units(NamedTuple):
         kind: of the layer.
         ins, outs: the units that it reads and makes; None: those are always open. A norm has outs alone.
         heads, reads: of an attention, for queries, keys and values: the features of its heads; what is read.
+        lends: whether forwards of other modules give its weight to functions.
     """
 
     groups: GateGroups
@@ -47,6 +48,7 @@ class Units(NamedTuple):
     outs: Space | None
     heads: tuple[Space | None, Space | None, Space | None] = (None, None, None)
     reads: tuple[Space | None, Space | None, Space | None] = (None, None, None)
+    lends: bool = False
 
 
 def run(layer: Any, *args: Any, **kwargs: Any) -> Any:
@@ -71,6 +73,25 @@ def run(layer: Any, *args: Any, **kwargs: Any) -> Any:
     if draw.exact:
         return getattr(_Exact(units, draw), units.kind.name)(layer, x, *args, **kwargs)
     return getattr(_Static(units, draw), units.kind.name)(layer, plain(x), *args, **kwargs)
+
+
+def lent(layer: Any) -> Tensor:
+    """The weight of a gated linear layer, as others find it that give it to a function."""
+    weight, units = layer._parameters["weight"], layer._l0_units
+    if not units.groups.runs:
+        return weight
+    draw = units.groups.now()
+    if not torch.is_grad_enabled() and draw.z.requires_grad:
+        refuse_function()
+    if not _checks.readable():
+        return masked(draw, weight, units.outs, units.ins)
+    of = _Exact(units, draw) if draw.exact else _Static(units, draw)
+    return Lent.of_layer(layer, weight, of.product)
+
+
+def kept(layer: Any) -> Tensor:
+    """The weight of a linear layer, which may lend it."""
+    return layer._parameters["weight"] if layer._l0_units.lends else layer.weight
 
 
 def autocasts() -> bool:
@@ -171,13 +192,17 @@ class _Exact:
         return narrow_weight(layer.weight, *self.sides(layer.weight))
 
     def linear(self, layer: Any, x: Tensor) -> Tensor:
+        return self.product(x, kept(layer), layer.bias)
+
+    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Of a linear layer."""
         dim = x.ndim - 1
         x = self.enter(x, self.units.ins, dim)
         ins = self.units.ins
-        short = ins is not None and not self.draw.one_all and _is_short(x, layer.weight)
-        weight = narrow_weight(layer.weight, *self.sides(layer.weight, scales=not short))
+        short = ins is not None and not self.draw.one_all and _is_short(x, weight)
+        weight = narrow_weight(weight, *self.sides(weight, scales=not short))
         x = x * self.present_scales(x.dtype) if short else x
-        y = F.linear(x, weight if self.units.kind.rows == 0 else weight.T, self.take(layer.bias))
+        y = F.linear(x, weight if self.units.kind.rows == 0 else weight.T, self.take(bias))
         return self.leave(y, dim)
 
     def conv(self, layer: Any, x: Tensor) -> Tensor:
@@ -332,6 +357,11 @@ class _Exact:
         x = self.enter(x, self.units.outs, dim)
         return self.leave(F.prelu(x, cast(Tensor, self.take(layer.weight))), dim)
 
+    def pointwise(self, layer: Any, x: Tensor) -> Tensor:
+        if not isinstance(x, Narrow) or x._at is None:
+            return layer._l0_class.forward(layer, x)
+        return like(x, layer._l0_class.forward(layer, x._data))
+
     def embedding(self, layer: nn.Embedding, x: Tensor) -> Tensor:
         y = _embedded(layer, x)  # gathering the columns of all words would take longer
         index = self.index(self.units.outs)
@@ -433,8 +463,12 @@ class _Static:
         }
 
     def linear(self, layer: Any, x: Tensor) -> Tensor:
-        weight = layer.weight if self.units.kind.rows == 0 else layer.weight.T
-        return gated_linear(x, weight, layer.bias, **self.gates())
+        return self.product(x, kept(layer), layer.bias)
+
+    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Of a linear layer."""
+        weight = weight if self.units.kind.rows == 0 else weight.T
+        return gated_linear(x, weight, bias, **self.gates())
 
     def folded(self, layer: Any) -> tuple[Tensor, Tensor | None]:
         """Weight and bias, z of the inputs and zeros of closed outputs in them: smaller than activations."""
@@ -518,6 +552,9 @@ class _Static:
 
     def prelu(self, layer: nn.PReLU, x: Tensor) -> Tensor:
         return F.prelu(x, layer.weight)
+
+    def pointwise(self, layer: Any, x: Tensor) -> Tensor:
+        return layer._l0_class.forward(layer, x)
 
     def embedding(self, layer: nn.Embedding, x: Tensor) -> Tensor:
         return self.mask(_embedded(layer, x), x.ndim)

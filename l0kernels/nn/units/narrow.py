@@ -130,6 +130,25 @@ class Narrow(Tensor):
         return _on_dense(func, args, kwargs)
 
 
+class Lent(Narrow):
+    """The weight of a gated linear layer, which somebody's forward gives to a function.
+
+    Attributes:
+        layer: whose it is.
+        product: of x, the weight and a bias: torch.nn.functional.linear of open units.
+    """
+
+    layer: Any
+    product: Callable[[Tensor, Tensor, Tensor | None], Tensor]
+
+    @staticmethod
+    def of_layer(layer: Any, weight: Tensor, product: Callable[..., Tensor]) -> Lent:
+        found: Lent = view_as_subclass(Lent, weight)
+        found._held, found._at = weight, None
+        found.layer, found.product = layer, product
+        return found
+
+
 _REQUIRES_GRAD: Any = Tensor.requires_grad
 
 

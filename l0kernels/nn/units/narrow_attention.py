@@ -58,13 +58,13 @@ def _multiplied(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any
     return Narrow.of(func(a._data, b._data), space, dim, draw, spaces)
 
 
-def _einsum(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _product(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     product = as_product(func, args, kwargs)
     return None if product is None else product()
 
 
 RULES: list[tuple[str, Rule]] = [
-    ("einsum", _einsum),
+    ("einsum baddbmm", _product),
     ("scaled_dot_product_attention", _attended),
     ("matmul bmm __matmul__", _multiplied),
 ]

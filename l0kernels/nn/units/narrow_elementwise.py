@@ -110,9 +110,9 @@ def _reduced_to(
 
 
 def _over(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    x = args[0]
-    dim = args[1] if len(args) > 1 else kwargs.get("dim")
-    if not isinstance(x, Narrow) or x._at is None or not isinstance(dim, int) or func.__name__ == "normalize":
+    x, at = args[0], 2 if func.__name__ == "normalize" else 1
+    dim = args[at] if len(args) > at else kwargs.get("dim", 1 if at == 2 else None)
+    if not isinstance(x, Narrow) or x._at is None or not isinstance(dim, int):
         return None
     return None if dim % x._data.ndim == x._at[1] else like(x, func(x._data, *args[1:], **kwargs))
 

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from . import narrow_attention, narrow_elementwise, narrow_recurrent, narrow_shapes, table
-from .narrow import RULES, Narrow, Rule, like
+from .narrow import RULES, Lent, Narrow, Rule, like, plain
 
 _REQUIRES_GRAD: Any = Tensor.requires_grad
 _GRAD: Any = Tensor.grad
@@ -49,6 +49,15 @@ def _length(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return args[0].shape[0]
 
 
+def _linear(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A product with a weight that a gated layer lends."""
+    given = dict(zip(("input", "weight", "bias"), args, strict=False)) | kwargs
+    weight = given["weight"]
+    if not isinstance(weight, Lent):
+        return None
+    return weight.product(given["input"], weight._held, plain(given.get("bias")))
+
+
 _LOOKS: list[tuple[str, Rule]] = [
     ("is_floating_point is_complex element_size get_device ndimension is_signed", _looked_at),
     ("__len__", _length),
@@ -58,7 +67,7 @@ _LOOKS: list[tuple[str, Rule]] = [
 ]
 _IN_PLACE = (*narrow_elementwise.RULES, *narrow_shapes.RULES, *narrow_attention.RULES, *_LOOKS)
 """Of these the variants in place, too."""
-_NOT_IN_PLACE = (*narrow_shapes.OF_ANOTHER_SHAPE, *narrow_recurrent.RULES)
+_NOT_IN_PLACE = (*narrow_shapes.OF_ANOTHER_SHAPE, *narrow_recurrent.RULES, ("linear", _linear))
 
 
 def _rules() -> dict[Any, Rule]:

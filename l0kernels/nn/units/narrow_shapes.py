@@ -239,6 +239,14 @@ def _unbound(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return tuple(like(x, part, dim) for part in x._data.unbind(at))
 
 
+def _rolled(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    x, dims = args[0], args[2] if len(args) > 2 else kwargs.get("dims")
+    if not isinstance(x, Narrow) or x._at is None or dims is None:
+        return None
+    dims = dims_of(dims, x._held.ndim)
+    return like(x, func(x._data, *args[1:], **kwargs)) if dims and x._at[1] not in dims else None
+
+
 _ALL = slice(None)
 
 
@@ -246,6 +254,8 @@ def _item(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     x, index = args
     if not isinstance(x, Narrow) or x._at is None:
         return None
+    if type(index) is Tensor and index.dtype in (torch.int64, torch.int32) and x._at[1]:
+        return like(x, x._data[index], x._at[1] + index.ndim - 1)
     parts = [*index] if isinstance(index, tuple) else [index]
     if all(type(part) is slice for part in parts):
         at = x._at[1]
@@ -280,6 +290,7 @@ RULES: list[tuple[str, Rule]] = [
     ("chunk split split_with_sizes tensor_split", _divided),
     ("unbind", _unbound),
     ("__getitem__", _item),
+    ("roll", _rolled),
 ]
 OF_ANOTHER_SHAPE: list[tuple[str, Rule]] = [
     ("permute transpose swapaxes swapdims movedim moveaxis t", _permuted),

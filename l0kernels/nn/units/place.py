@@ -25,8 +25,8 @@ from . import attention, recurrent
 from .draws import Averages, Draw, Space, Spaces
 from .example import Example, example_of
 from .graph import Group, UnitGraph, nesting, unit_graph
-from .kinds import Kind, kind_of, recurrent_names
-from .layers import Units, run
+from .kinds import POINTWISE, Kind, kind_of, recurrent_names
+from .layers import Units, lent, run
 from .narrow import plain
 
 MULTIPLE = 8
@@ -196,6 +196,11 @@ class GateGroups(GatedLayer, nn.Module):
         if captures != self._captures:
             self._captures = captures
             self._recent.clear()
+
+    @property
+    def runs(self) -> bool:
+        """Whether the model's forward runs, or a checkpoint of it is computed again."""
+        return bool(self._stack()) or (graph_task() != -1 and bool(self._recent) and self.training)
 
     def now(self) -> Draw:
         """The draw of the forward that runs; of a checkpoint computed again, that of its forward."""
@@ -373,15 +378,27 @@ class GatedAttention(GatedUnits):
         return attention.run(self, *args, **kwargs)
 
 
+class GatedLender(GatedUnits):
+    """Mixin of a linear layer that lends its weight."""
+
+    @property
+    def weight(self) -> Tensor:
+        """As the parameter; while the gated model runs, functions of torch see its gates."""
+        return lent(self)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _rebuilt, (self._l0_class, True), cast(Any, self).__getstate__()
+
+
 class GatedNorm(GatedUnits, ChannelAverages):
     """Mixin of batch norms."""
 
 
-_gated: dict[type[nn.Module], type[nn.Module]] = {}
+_gated: dict[tuple[type[nn.Module], bool], type[nn.Module]] = {}
 
 
-def _class_of(cls: type[nn.Module]) -> type[nn.Module]:
-    found = _gated.get(cls)
+def _class_of(cls: type[nn.Module], lends: bool = False) -> type[nn.Module]:
+    found = _gated.get((cls, lends))
     if found is None:
         attributes = {
             "__module__": cls.__module__,
@@ -396,12 +413,14 @@ def _class_of(cls: type[nn.Module]) -> type[nn.Module]:
             mixin = GatedAttention
         elif issubclass(cls, AnyBatchNorm):
             mixin = GatedNorm
-        found = _gated[cls] = type(cls.__name__, (mixin, cls), attributes)
+        elif lends:
+            mixin = GatedLender
+        found = _gated[cls, lends] = type(cls.__name__, (mixin, cls), attributes)
     return found
 
 
-def _rebuilt(cls: type[nn.Module]) -> nn.Module:
-    gated = _class_of(cls)
+def _rebuilt(cls: type[nn.Module], lends: bool = False) -> nn.Module:
+    gated = _class_of(cls, lends)
     return gated.__new__(gated)
 
 
@@ -517,7 +536,7 @@ def gated(
     first = next(iter(model.parameters()))
     gates = GateGroups(groups, block, device=first.device, dtype=first.dtype, **options)
     gates.example = example_of(args, kwargs, first.dtype)
-    _place(model, gates, graph._sizes)
+    _place(model, gates, graph)
     _note_attentions(gates, graph)
     gates.train(model.training)
     return gates
@@ -532,14 +551,14 @@ def check_ungated(model: nn.Module) -> None:
             )
 
 
-def _place(model: nn.Module, gates: GateGroups, sizes: dict[tuple[str, int], int]) -> None:
+def _place(model: nn.Module, gates: GateGroups, graph: UnitGraph) -> None:
     labels: dict[tuple[str, int], Tensor] = {}
     tensors = tensors_of(model)
     start, total = 0, sum(group.units for group in gates.groups)
     for group in gates.groups:
         for member in group.members:
             key = member.name, member.dim
-            found = labels.setdefault(key, torch.full((sizes[key],), total, device="cpu"))
+            found = labels.setdefault(key, torch.full((graph._sizes[key],), total, device="cpu"))
             found[member.index] = (start + torch.arange(group.units, device="cpu"))[:, None]
         start += group.units
     spaces = {key: gates.spaces.of(found) for key, found in labels.items()}
@@ -552,7 +571,7 @@ def _place(model: nn.Module, gates: GateGroups, sizes: dict[tuple[str, int], int
         if sides.keys() == {0, 1}:
             gates.meeting(sides[0], sides[1])
     for name, module in model.named_modules():
-        kind = kind_of(module)
+        kind = POINTWISE if name in graph._pointwise else kind_of(module)
         if kind is None:
             continue
 
@@ -562,6 +581,7 @@ def _place(model: nn.Module, gates: GateGroups, sizes: dict[tuple[str, int], int
 
         if kind.is_product:
             units = Units(gates, kind, space("weight", kind.cols), space("weight", kind.rows))
+            units = units._replace(lends=name in graph._lent)
             if getattr(module, "groups", 1) > 1:  # what it reads is what it makes, group by group
                 outs = units.outs
                 each = cast(int, module.out_channels) // cast(int, module.groups)
@@ -577,15 +597,19 @@ def _place(model: nn.Module, gates: GateGroups, sizes: dict[tuple[str, int], int
             units = attention.units_of(gates, kind, module, space)
         elif kind.name == "embedding":
             units = Units(gates, kind, None, space("weight", 1))
+        elif kind is POINTWISE:
+            units = Units(gates, kind, None, None)
         else:
             own = [space(of, 0) for of in ("weight", "bias", "running_mean")]
             outs = next((one for one in own if one is not None), spaces.get((f"{name}.", 0)))
             units = Units(gates, kind, None, outs)
-        if all(one is None for one in (units.ins, units.outs, *units.heads, *units.reads)):
+        if kind is not POINTWISE and all(
+            one is None for one in (units.ins, units.outs, *units.heads, *units.reads)
+        ):
             continue
         placed.append((module, units))
         module.__dict__["_l0_units"] = units
-        module.__class__ = _class_of(type(module))
+        module.__class__ = _class_of(type(module), units.lends)
         if kind.is_bypassed:
             module.register_forward_pre_hook(leaves_no_fast_path)
     for name, encoder in nesting(model).items():

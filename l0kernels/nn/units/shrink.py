@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, cast
 
@@ -58,15 +59,21 @@ def _shrunk(host: nn.Module, multiple_of: int) -> nn.Module:
         raise ValueError(
             f"model must compute the same with its closed units zero, got another result: {wrong}"
         )
-    alone = [group for group in plan.narrowed if check.of(plan.cut([group]))[1] is None]
-    both, wrong = check.of(plan.cut(alone))
+    alone, others = list[list[Group]](), list[Group]()
+    for group in plan.narrowed:
+        if check.of(plan.cut([group]))[1] is None:
+            alone.append([group])
+        else:
+            others.append(group)
+    alone += [groups for groups in plan.tie(others) if check.of(plan.cut(groups))[1] is None]
+    both, wrong = check.of(plan.cut([group for groups in alone for group in groups]))
     if wrong is None:
         return both
     chosen: list[Group] = []
-    for group in alone:
-        both, wrong = check.of(plan.cut([*chosen, group]))
+    for groups in alone:
+        both, wrong = check.of(plan.cut([*chosen, *groups]))
         if wrong is None:
-            chosen, out = [*chosen, group], both
+            chosen, out = [*chosen, *groups], both
     return out
 
 
@@ -103,7 +110,7 @@ class _Plan:
         fixed = self._fixed()
         self._kept = self._open.clone()
         self.narrowed: list[Group] = []
-        for group, gate in zip(gates.groups, gates.gates, strict=True):
+        for group in gates.groups:
             place = self._of[group.name]
             n_open = int(self._open[place].sum())
             if group.name in fixed:
@@ -116,13 +123,37 @@ class _Plan:
                 wanted = min(group.units, max(-(-n_open // multiple) * multiple, at_least))
             elif group.name not in mixed:
                 wanted = max(n_open, 1)
-            if wanted > n_open:
-                likely = gate.whole().detach().flatten().cpu().repeat_interleave(gates.block_of(group))
-                likely = likely[: group.units]
-                likely = likely.double().masked_fill(self._open[place], torch.inf)
-                self._kept[place][likely.argsort(descending=True, stable=True)[:wanted]] = True
+            self._keep(group, wanted)
             if not self._kept[place].all():
                 self.narrowed.append(group)
+
+    def _keep(self, group: Group, wanted: int) -> None:
+        """Has so many units of a group stay, the likeliest behind those that are open."""
+        place = self._of[group.name]
+        gate = self._gates.gates[self._gates.groups.index(group)]
+        likely = gate.whole().detach().flatten().cpu().repeat_interleave(self._gates.block_of(group))
+        likely = likely[: group.units]
+        likely = likely.double().masked_fill(self._open[place], torch.inf)
+        self._kept[place][likely.argsort(descending=True, stable=True)[:wanted]] = True
+
+    def tie(self, groups: Sequence[Group]) -> list[list[Group]]:
+        """Has a width and the heads that read and make it keep the same share: where a forward divides one
+        by the number of the others for the size of a head. Returns which groups go together."""
+        found: list[list[Group]] = []
+        for width in groups:
+            heads = [group for group in groups if _divide(group, width)]
+            if heads:
+                of_others = [tied for tied in found if any(group in tied for group in heads)]
+                found = [tied for tied in found if tied not in of_others]
+                both = [width, *heads, *(group for tied in of_others for group in tied)]
+                found.append([*{group.name: group for group in both}.values()])
+        for tied in found:
+            shares = math.gcd(*(group.units for group in tied))
+            kept = [int(self._kept[self._of[group.name]].sum()) for group in tied]
+            most = max(-(-n * shares // group.units) for n, group in zip(kept, tied, strict=True))
+            for group in tied:
+                self._keep(group, group.units // shares * max(most, 1))
+        return found
 
     @property
     def leaves_none(self) -> bool:
@@ -195,6 +226,17 @@ class _Plan:
         for encoder in nesting(copied).values():
             encoder.use_nested_tensor = not any(isinstance(part, OPEN) for part in encoder.modules())
         return copied
+
+
+def _divide(heads: Group, width: Group) -> bool:
+    """Whether as many features as a width has are those of heads, in a weight of both."""
+    if heads.kind != "heads" or width.kind == "heads":
+        return False
+    sides = {(member.name, member.dim) for member in width.members if member.index.shape[1] == 1}
+    return any(
+        member.role == "in" and (member.name, 1 - member.dim) in sides and member.index.numel() == width.units
+        for member in heads.members
+    )
 
 
 def _holds(labels: Tensor, place: slice) -> bool:
@@ -333,7 +375,8 @@ def _resize(layer: Any, units: Units, count: Callable[[Space], int]) -> None:
         if isinstance(layer, nn.RNNBase):
             layer._init_flat_weights()
         return
-    assert n_out is not None
+    if n_out is None:
+        return
     if name in ("batch_norm", "instance_norm"):
         layer.num_features = n_out
     elif name in ("layer_norm", "rms_norm"):

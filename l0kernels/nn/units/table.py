@@ -21,7 +21,7 @@ POINTWISE = """
     isinf isnan leaky_relu log1p logical_not logsigmoid long mish nan_to_num neg negative positive pow
     __pow__ __rpow__ relu relu6 round rrelu selu sgn sigmoid sign silu sin sinh softplus softshrink softsign
     square tan tanh tanhshrink threshold to trunc type type_as zeros_like ones_like empty_like rand_like
-    randn_like full_like requires_grad_ masked_fill nan_to_num dropout1d dropout2d dropout3d
+    randn_like full_like requires_grad_ masked_fill nan_to_num dropout1d dropout2d dropout3d zero
 """
 """Each element by itself; value and derivative are finite where it is 0."""
 

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ..._compat import pytree
 from . import table, trace_attention, trace_recurrent
 from .einsum import as_product
-from .kinds import kind_of
+from .kinds import is_pointwise, kind_of
 from .labels import UnionFind, across, along, shortened, spread, varying
 
 
@@ -63,6 +63,8 @@ class Trace(TorchFunctionMode):
         recurrent: the recurrent layers that have been called.
         attentions: of each product of activations, in order: the module that calls it, and the labels of its
             heads, (H,), None where it has none.
+        lent: the names of linear layers whose weights the forwards of others give to functions.
+        pointwise: the names of activations that are a torch.autograd.Function.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -73,17 +75,28 @@ class Trace(TorchFunctionMode):
         self.sums: list[Tensor] = []
         self.recurrent: set[nn.Module] = set()
         self.attentions: list[tuple[str, Tensor | None]] = []
+        self.lent: set[str] = set()
+        self.pointwise: set[str] = set()
         self.stack: list[tuple[str, nn.Module]] = []
         self._names: dict[int, str] = {}
         self._owned: list[Tensor] = []
+        self._lenders: dict[int, tuple[str, nn.Module]] = {}
         self._labels: dict[int, Tensor] = {}
         self._alive: list[Tensor] = []  # an address is not given away again
+        self._constants: dict[int, int] = {}  # by address, the version that was made
         self._busy = False
         self._leaf: nn.Module | None = None  # that runs, and computes what its kind says
         self._function: type[torch.autograd.Function] | None = None  # that is about to begin
         for name, value in [*model.named_parameters(), *model.named_buffers()]:
             self._names.setdefault(id(value), name)
             self._owned.append(value)
+        self._read = {
+            id(value)
+            for module in model.modules()
+            if (kind := kind_of(module)) is not None
+            for name, value in module._parameters.items()
+            if kind.reads(name)
+        }
 
     # ---- labels
 
@@ -106,9 +119,48 @@ class Trace(TorchFunctionMode):
             labels = spread(self.sets.named(labels))
         self._labels[id(x)] = labels
 
+    def is_constant(self, x: Tensor) -> bool:
+        """Whether x was made of one number, and nobody has written into it or a view of it since."""
+        made = self._constants.get(id(x))
+        return made is not None and made == x._version
+
     def is_owned(self, x: Any) -> bool:
         """Whether x is a parameter or buffer of the model."""
         return id(x) in self._names
+
+    def multiplies(self, x: Tensor) -> bool:
+        """Whether a layer multiplies what it reads by this parameter: z may be in it, in an export."""
+        return id(x) in self._read or id(x) in self._lenders
+
+    def lender(self, weight: Any) -> nn.Module | None:
+        """The linear layer whose attribute this is, as it will be found there when the layer is gated."""
+        return self._lenders.get(id(weight), ("", None))[1]
+
+    def lend(self, weight: Tensor) -> None:
+        """Somebody else gives it to a function that can be gated."""
+        self.lent.add(self._lenders[id(weight)][0])
+
+    @contextmanager
+    def lending(self, model: nn.Module) -> Iterator[None]:
+        """Has the weight of a linear layer be another object for who asks the layer for it than for who keeps
+        it: what is kept elsewhere no gate reaches."""
+        bypassed = {m.out_proj for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
+        lenders = []
+        for name, module in model.named_modules():
+            kind, weight = kind_of(module), module._parameters.get("weight")
+            lends = kind is not None and kind.name == "linear" and not kind.own and module not in bypassed
+            if lends and type(weight) is nn.Parameter and "weight" not in vars(module):
+                alias = nn.Parameter(weight.detach(), weight.requires_grad)
+                self._names[id(alias)] = self._names[id(weight)]
+                self._lenders[id(alias)] = name, module
+                self._owned.append(alias)
+                lenders.append(module)
+                module.__dict__["weight"] = alias
+        try:
+            yield
+        finally:
+            for module in lenders:
+                module.__dict__.pop("weight", None)
 
     def dim(self, x: Tensor, dim: int, role: str) -> Tensor:
         """The labels of a dimension of a parameter or buffer."""
@@ -171,6 +223,8 @@ class Trace(TorchFunctionMode):
             self._busy = False
 
     def _see(self, call: Call) -> None:
+        if call.func in CONSTANTS and not call.out.is_inference():
+            self._constants[id(call.out)] = call.out._version
         if call.func in trace_attention.PRODUCTS:
             self.attentions.append((self.stack[-1][0] if self.stack else "", None))
         if not any(self.is_owned(t) or id(t) in self._labels for t in call.tensors()):
@@ -216,8 +270,23 @@ class Trace(TorchFunctionMode):
             cls = self._function
             if frame.f_code is not getattr(cls.forward, "__code__", None):
                 return
-            self.hidden(cls.__name__, [*frame.f_locals.values()])
+            if not self._is_activation():
+                self.hidden(cls.__name__, [*frame.f_locals.values()])
             self._function = None
+
+    def _is_activation(self) -> bool:
+        """Whether the module that runs treats elements one by one, whatever it calls."""
+        name, module = self.stack[-1] if self.stack else ("", None)
+        if module is None:
+            return False
+        self._busy = True
+        try:
+            found = is_pointwise(module)
+        finally:
+            self._busy = False
+        if found:
+            self.pointwise.add(name)
+        return found
 
     @contextmanager
     def watching(self, model: nn.Module) -> Iterator[None]:
@@ -251,7 +320,7 @@ class Trace(TorchFunctionMode):
         profiler = sys.getprofile()
         try:
             sys.setprofile(self.profile)
-            with _Hidden(self), self:
+            with self.lending(model), _Hidden(self), self:
                 yield
         finally:
             _profile_again(profiler)
@@ -315,7 +384,9 @@ Rule = Callable[[Trace, Call], None]
 
 def _pointwise(trace: Trace, call: Call) -> None:
     x = call.tensors()[0]
-    if trace.is_owned(x) or (call.name in POWERS and not _is_smooth_at_0(call)):
+    labels = _of_vector(trace, x) if trace.is_owned(x) else trace.labels(x)
+    is_unknown = trace.is_owned(x) and (labels is None or call.out is x)
+    if is_unknown or (call.name in POWERS and not _is_smooth_at_0(call)):
         trace.unknown(call)
         return
     others = [t for t in call.tensors()[1:] if t.numel() > 1]
@@ -324,12 +395,19 @@ def _pointwise(trace: Trace, call: Call) -> None:
     if others:
         _elementwise(trace, call)
         return
-    labels = trace.labels(x)
     for out in call.results():
         if labels is not None and out.shape == x.shape:
             trace.set(out, labels)
         elif out is not x:
             trace.pin(x, trace.where(call))
+
+
+def _of_vector(trace: Trace, x: Tensor) -> Tensor | None:
+    """The labels of a parameter with one dimension that has entries, such as a bias or a scale by head."""
+    dims = [dim for dim in range(x.ndim) if x.shape[dim] > 1]
+    if len(dims) != 1 or not isinstance(x, nn.Parameter) or trace.multiplies(x):
+        return None
+    return across(trace.dim(x, dims[0], "along"), dims[0], x.shape)
 
 
 POWERS = ("pow", "pow_", "__pow__")
@@ -397,7 +475,9 @@ def _elementwise(trace: Trace, call: Call) -> None:
         if trace.is_owned(x) and units is not None:
             own = dims[0] - (len(shape) - x.ndim)
             trace.sets.join(units, trace.dim(x, own, "along"), trace.where(call))
-        elif not trace.is_owned(x) and trace_attention.are_alike(x, [dim - len(shape) for dim in dims]):
+        elif not trace.is_owned(x) and (
+            trace.is_constant(x) or trace_attention.are_alike(x, [dim - len(shape) for dim in dims])
+        ):
             trace.set(x, trace_attention.of_shape(most, x.shape))  # who else meets it has as many units
         else:
             trace.sets.pin(shortened([most])[0], f"{trace.where(call)}, with what has no units")
@@ -606,11 +686,15 @@ def _pixel_shuffle(trace: Trace, call: Call) -> None:
 
 
 def _layer(trace: Trace, call: Call, weight: Any) -> nn.Module | None:
-    """The module that makes this call, if it is a layer of torch.nn whose own weight this is."""
-    if not trace.stack:
+    """The layer of torch.nn whose own weight this is, if it makes this call or lends the weight for it."""
+    lender = trace.lender(weight)
+    module = trace.stack[-1][1] if trace.stack else None
+    if lender is not None and lender is not module and call.func is F.linear:
+        trace.lend(weight)
+        return lender
+    if module is None or kind_of(module) is None:
         return None
-    module = trace.stack[-1][1]
-    known = kind_of(module) is not None and module._parameters.get("weight") is weight
+    known = module is lender or module._parameters.get("weight") is weight
     return module if known and (weight is None or trace.is_owned(weight)) else None
 
 
@@ -627,7 +711,7 @@ def _product(trace: Trace, call: Call) -> None:
         return
     kind = kind_of(module)
     assert kind is not None
-    bias, out = module._parameters.get("bias"), call.results()[0]
+    bias, out = call.get(2, "bias"), call.results()[0]
     dim = x.ndim - 1 - kind.spatial
     labels, units = trace.labels(x), None
     if labels is not None and not (varying(labels) and dim not in varying(labels)):
@@ -652,7 +736,8 @@ def _product(trace: Trace, call: Call) -> None:
         trace.sets.join(units, cols, trace.where(call))
     rows = trace.dim(weight, kind.rows, "out")
     if bias is not None:
-        trace.sets.join(rows, trace.dim(bias, 0, "along"), trace.where(call))
+        own = trace.dim(bias, 0, "along") if trace.is_owned(bias) else trace.labels(bias)
+        trace.sets.join(rows, torch.zeros_like(rows) if own is None else own.flatten(), trace.where(call))
     trace.set(out, across(rows, dim, out.shape))
 
 
@@ -785,6 +870,7 @@ def _rules() -> dict[Any, Rule]:
 
 RULES = _rules()
 SUMS = {*table.functions(table.SUMS)}
+CONSTANTS = {torch.zeros, torch.ones, torch.full, Tensor.new_zeros, Tensor.new_ones, Tensor.new_full}
 LOOKS = {*table.functions(table.LOOKS)}
 
 
