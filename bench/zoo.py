@@ -143,17 +143,17 @@ def tables() -> dict[str, str]:
 
 
 def timed(names: Sequence[str]) -> None:
-    """Rows of these nets take the place of earlier ones."""
+    """Rows of each net take the place of earlier ones."""
     warnings.filterwarnings("ignore", module="torchvision")
-    rows = [row for row in (read(STEPS) if STEPS.exists() else []) if row["net"] not in names]
+    order = NAMES.split()
+    STEPS.parent.mkdir(parents=True, exist_ok=True)
     for name in names:
+        rows = [row for row in (read(STEPS) if STEPS.exists() else []) if row["net"] != name]
         rows += [common_fields("cpu") | found for found in steps(name)]
         print({key: rows[-1][key] for key in ("net", "dense_ms", "ms")}, flush=True)
-    order = NAMES.split()
-    rows.sort(key=lambda row: order.index(row["net"]))
-    STEPS.parent.mkdir(parents=True, exist_ok=True)
-    STEPS.unlink(missing_ok=True)
-    append(STEPS, rows, FIELDS)
+        rows.sort(key=lambda row: order.index(row["net"]))
+        STEPS.unlink(missing_ok=True)
+        append(STEPS, rows, FIELDS)
     print(_times())
 
 
