@@ -400,4 +400,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    torch.set_flush_denormal(
+        True
+    )  # as docs/performance.md advises: of moments of weights that are closed for long
     cli.run(main)
