@@ -1,8 +1,8 @@
 """Writes the generated tables of the manual: ``python docs/scripts/tables.py [--check]``.
 
 A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->``. What the backends serve comes from
-l0kernels/_registry.py, the classifiers from bench/results/zoo.md. With --check it writes nothing and fails
-where a page is not what it would write. (bench/table.py writes the tables of docs/benchmarks.md.)
+l0kernels/_registry.py. With --check it writes nothing and fails where a page is not what it would write.
+(bench/table.py writes the tables of results.)
 """
 
 import argparse
@@ -93,15 +93,8 @@ def on_cuda() -> str:
     return table(["primitive", "on a GPU"], ([f"`{name}`", why] for name, why in _registry.ON_CUDA.items()))
 
 
-def zoo() -> str:
-    """The classifiers of torchvision, as bench/zoo.py printed them."""
-    lines = (ROOT / "bench" / "results" / "zoo.md").read_text().split("\n")
-    return "\n".join(line for line in lines if line.startswith("|"))
-
-
 TABLES: dict[str, dict[str, Callable[[], str]]] = {
     "backends.md": {"support": support, "dtypes": dtypes, "on-cuda": on_cuda},
-    "guides/any-model.md": {"zoo": zoo},
 }
 
 

@@ -192,8 +192,8 @@ def unit_graph(model: nn.Module, *args: Any, inputs: bool = False, **kwargs: Any
     A unit is an output of a linear layer, a convolution or an embedding, with all that depends on it alone:
     its row of the weight, its bias, its entry in norms, the columns that read it, and the units that meet it
     in sums, products and concatenations. Its layers must be called as modules of torch.nn, or their weights
-    given to torch.nn.functional.linear as ``layer.weight``. A function of
-    torch that is not known to treat units one by one pins those that it sees: they are not gated, and
+    given to torch.nn.functional.linear as ``layer.weight``. A function of torch that is not known to treat
+    units one by one pins those that it sees: they are not gated, and
     :attr:`UnitGraph.pinned` says why. The run is in eval() without gradients and leaves the model as it is;
     where the control flow depends on data, what counts is the way that this example takes.
 
