@@ -16,7 +16,7 @@ from ._autograd import apply
 from ._calls import GateGrads
 from .impl import batch_norm, im2col, module
 from .impl.batch_norm import Channels, Settings
-from .impl.im2col import Geometry, Way
+from .impl.im2col import Geometry, Plan, Way
 from .impl.memory import empty_grad, plain
 from .impl.packed import extent
 
@@ -123,14 +123,15 @@ class _Conv2d(torch.autograd.Function):
         bias: Tensor | None,
         z: Tensor | None,
         sides: Sides,
-        geometry: Geometry,
+        plan: Plan,
     ) -> Tensor:
         ctx.format = torch.contiguous_format if x.is_contiguous() else torch.channels_last
         x = plain(x).contiguous(memory_format=torch.channels_last)
-        outs, _, kh, kw = weight.shape
-        if sides.rows is not None:
-            outs = extent(sides.rows, outs, weight.dtype)
-        plan = im2col.plan(x.shape, (kh, kw), geometry, outs)
+        N, H, W, C, kh, kw = plan.shape[:6]
+        if x.shape != (N, C, H, W) or weight.shape[2:] != (kh, kw):
+            raise ValueError(
+                f"plan must be of images {tuple(x.shape)} and kernels {tuple(weight.shape[2:])}, got {plan.shape}"
+            )
         ctx.settings = sides, z is not None, plan
         if plan.is_one_call:
             w = plain(weight).contiguous()
@@ -177,7 +178,7 @@ class _Conv2d(torch.autograd.Function):
 
 
 def narrow_conv2d(
-    x: Tensor, weight: Tensor, bias: Tensor | None, z: Tensor | None, sides: Sides, geometry: Geometry
+    x: Tensor, weight: Tensor, bias: Tensor | None, z: Tensor | None, sides: Sides, plan: Plan
 ) -> Tensor:
     """conv2d of existing channels x (N, c, H, W) to those of the outputs, in channels_last memory.
 
@@ -185,8 +186,12 @@ def narrow_conv2d(
         weight: of all channels, (out, in, kh, kw), float32 or float64.
         bias: of the existing outputs.
         z, sides: as of :func:`narrow_weight`.
+        plan: how, of ``impl.im2col.plan``.
+
+    Raises:
+        ValueError: a plan of other images or kernels.
     """
-    return apply(_Conv2d, x, weight, bias, z, sides, geometry)
+    return apply(_Conv2d, x, weight, bias, z, sides, plan)
 
 
 class _Depthwise(torch.autograd.Function):

@@ -75,7 +75,7 @@ def test_convolutions(isa, ways, dtype):
         z, rows[0] = z.to(dtype), rows[0].to(dtype)
         leaves = [t.clone().requires_grad_() for t in (x, weight, bias, z)]
         sides = narrow.Sides(rows, [leaves[3].detach(), *order], 1, "cpp")
-        y = narrow.narrow_conv2d(*leaves, sides, geometry)
+        y = narrow.narrow_conv2d(*leaves, sides, im2col.plan(x.shape, kernel, geometry, outs))
         exact = [t.detach().double().requires_grad_() for t in leaves]
         packed = exact[1][made][:, read] * exact[3][read][:, None, None]
         right = F.conv2d(exact[0], packed, exact[2], *geometry)
@@ -189,7 +189,8 @@ def test_gates_that_are_1_have_a_gradient_of_0():
     x, weight, z = torch.randn(2, 3, 4, 4), torch.randn(5, 3, 3, 3), torch.ones(3)
     leaves = [t.requires_grad_() for t in (x, weight, z)]
     geometry, sides = Geometry((1, 1), (1, 1), (1, 1)), narrow.Sides(None, None, 1, "cpp")
-    y = narrow.narrow_conv2d(leaves[0], leaves[1], None, leaves[2], sides, geometry)
+    plan = im2col.plan(x.shape, (3, 3), geometry, 5)
+    y = narrow.narrow_conv2d(leaves[0], leaves[1], None, leaves[2], sides, plan)
     right = F.conv2d(x, weight, padding=1)
     near(y, right, torch.float32)
     dy = torch.randn_like(y)
@@ -368,8 +369,11 @@ def test_second_derivatives_are_refused_and_views_are_taken_for_their_values():
     weight = torch.randn(4, 3, 3, 3, requires_grad=True)
     rows, made = gate(4, 3, torch.Generator().manual_seed(0))
     sides = narrow.Sides([t.float() if t.is_floating_point() else t for t in rows], None, 1, "cpp")
+    plan = im2col.plan(x.shape, (3, 3), geometry, 3)
+    with pytest.raises(ValueError, match="plan must be of images"):
+        narrow.narrow_conv2d(x[:1], weight, None, None, sides, plan)
     calls = {
-        "narrow_conv2d": lambda x, w: narrow.narrow_conv2d(x, w, None, None, sides, geometry),
+        "narrow_conv2d": lambda x, w: narrow.narrow_conv2d(x, w, None, None, sides, plan),
         "narrow_depthwise": lambda x, w: narrow.narrow_depthwise(x, w[:3, :1], geometry),
         "narrow_batch_norm": lambda x, w: narrow.narrow_batch_norm(
             x,

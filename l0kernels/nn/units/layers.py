@@ -19,7 +19,7 @@ from ...conv2d import gated_conv2d
 from ...impl import im2col
 from ...impl.batch_norm import Channels, Settings, serves
 from ...impl.conv2d import memory_format
-from ...impl.im2col import Geometry, Way
+from ...impl.im2col import Geometry, Plan, Way
 from ...linear import gated_linear
 from ...narrow import Sides, narrow_batch_norm, narrow_conv2d, narrow_depthwise, narrow_weight
 from ...norm import gated_group_norm, gated_layer_norm, gated_rms_norm
@@ -207,24 +207,26 @@ class _Exact:
 
     def conv(self, layer: Any, x: Tensor) -> Tensor:
         dim = x.ndim - 1 - self.units.kind.spatial
-        given, x = x, self.enter(x, self.units.ins, dim)
+        given, x, weight = x, self.enter(x, self.units.ins, dim), layer.weight
         if layer.groups > 1:
-            return self.leave_images(self.grouped(layer, x), dim, layer.weight, given)
-        geometry = self.geometry(layer, x)
-        if geometry is not None and self.takes(layer, x, geometry):
-            z, sides = self.sides(layer.weight)
-            y = narrow_conv2d(x, layer.weight, self.take(layer.bias), z, sides, geometry)
-            return self.leave_images(y, dim, layer.weight, given)
-        weight = layer.weight if self.is_whole(layer, x) else self.weight(layer)
-        if weight is layer.weight and self.units.ins is not None:
-            x = x * _along(self.draw.scales(self.units.ins, x.dtype).to(x.dtype), dim, x.ndim)
-        y = layer._conv_forward(settled(x, 1, layer.stride), weight, self.take(layer.bias))
-        return self.leave_images(y, dim, layer.weight, given)
+            return self.leave_images(self.grouped(layer, x, weight), dim, weight, given)
+        plan = self.plan(layer, x, weight)
+        if plan is not None and self.takes(plan):
+            z, sides = self.sides(weight)
+            y = narrow_conv2d(x, weight, self.take(layer.bias), z, sides, plan)
+        elif self.is_whole(x, weight):
+            if self.units.ins is not None:
+                x = x * _along(self.draw.scales(self.units.ins, x.dtype).to(x.dtype), dim, x.ndim)
+            y = layer._conv_forward(settled(x, 1, layer.stride), weight, self.take(layer.bias))
+        else:
+            packed = narrow_weight(weight, *self.sides(weight))
+            y = layer._conv_forward(settled(x, 1, layer.stride), packed, self.take(layer.bias))
+        return self.leave_images(y, dim, weight, given)
 
-    def is_whole(self, layer: Any, x: Tensor) -> bool:
+    def is_whole(self, x: Tensor, weight: Tensor) -> bool:
         """Whether all units exist and there are fewer activations than weights: those are multiplied by z."""
         _, _, ins, outs, *_ = self.units
-        return self.index(ins) is None and self.index(outs) is None and x.numel() < layer.weight.numel()
+        return self.index(ins) is None and self.index(outs) is None and x.numel() < weight.numel()
 
     def leave_images(self, y: Tensor, dim: int, weight: Tensor, given: Tensor) -> Tensor:
         """As leave of what a convolution makes of `given`. What is no Narrow somebody may view: it gets the
@@ -234,39 +236,43 @@ class _Exact:
             y = y.contiguous(memory_format=memory_format(like, weight))
         return self.leave(y, dim)
 
-    def geometry(self, layer: Any, x: Tensor) -> Geometry | None:
+    def geometry(self, layer: Any, x: Tensor, weight: Tensor) -> Geometry | None:
         """How images are convolved by native code, None where it does not serve."""
         dtype, backend = x.dtype, self.draw.backend
         if x.ndim != 4 or layer.padding_mode != "zeros" or isinstance(layer.padding, str):
             return None
-        if backend != "cpp" or dtype != layer.weight.dtype or not im2col.serves(dtype) or autocasts():
+        if backend != "cpp" or dtype != weight.dtype or not im2col.serves(dtype) or autocasts():
             return None
         return Geometry(layer.stride, layer.padding, layer.dilation)
 
-    def takes(self, layer: Any, x: Tensor, geometry: Geometry) -> bool:
+    def plan(self, layer: Any, x: Tensor, weight: Tensor) -> Plan | None:
+        """The same, with the way that is the fastest."""
+        geometry, outs = self.geometry(layer, x, weight), self.units.outs
+        if geometry is None:
+            return None
+        n = weight.shape[0] if outs is None else self.draw.present(outs).n
+        return im2col.plan(x.shape, weight.shape[2:], geometry, n)
+
+    def takes(self, plan: Plan) -> bool:
         """Whether a convolution is one of channels_last images: not where all channels exist, which torch has
         compiled, nor of large kernels, unless a norm follows, which wants such images."""
-        weight, outs = layer.weight, self.units.outs
-        kernel = weight.shape[2:]
-        n = weight.shape[0] if outs is None else self.draw.present(outs).n
-        way = im2col.plan(x.shape, kernel, geometry, n).way
+        way, (kh, kw) = plan.way, plan.shape[4:6]
         if way is Way.TAPS or self.draw.open_all:
             return way is Way.TAPS
-        if way in (Way.DIRECT, Way.TORCH) and outs in self.units.groups.normed:
+        if way in (Way.DIRECT, Way.TORCH) and self.units.outs in self.units.groups.normed:
             return True
-        return self.units.ins is not None and kernel.numel() <= im2col.FEW_TAPS
+        return self.units.ins is not None and kh * kw <= im2col.FEW_TAPS
 
-    def grouped(self, layer: Any, x: Tensor) -> Tensor:
+    def grouped(self, layer: Any, x: Tensor, weight: Tensor) -> Tensor:
         """A group of channels is one unit: so many fewer groups are there."""
-        weight, bias = self.take(layer.weight), self.take(layer.bias)
-        assert weight is not None
+        weight, bias = cast(Tensor, self.take(weight)), self.take(layer.bias)
         padding = layer.padding
         if layer.padding_mode != "zeros":
             x, padding = F.pad(x, layer._reversed_padding_repeated_twice, mode=layer.padding_mode), 0
         convolve: Any = (F.conv1d, F.conv2d, F.conv3d)[self.units.kind.spatial - 1]
         groups = weight.shape[0] // (layer.out_channels // layer.groups)
         one_each = groups == weight.shape[0] == x.shape[1] and not self.draw.open_all
-        geometry = self.geometry(layer, x) if one_each else None
+        geometry = self.geometry(layer, x, weight) if one_each else None
         if geometry is not None and weight.shape[2:].numel() <= im2col.MOST_TAPS:
             y = narrow_depthwise(x, weight, geometry)
             return y if bias is None else y + _along(bias, 1, 4)

@@ -172,7 +172,7 @@ class GateGroups(GatedLayer, nn.Module):
         self._forget_others()
         stack.append(self._draw(model))
         stack[-1].recurrent = {}
-        if not stack[-1].exact and _checks.readable():
+        if _checks.readable():
             stack[-1].averages = Averages()
         self._recent.append(stack[-1])
         if _checks.readable() and (node := stack[-1].z.grad_fn) is not None:
