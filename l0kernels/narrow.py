@@ -18,7 +18,6 @@ from .impl import batch_norm, im2col, module
 from .impl.batch_norm import Channels, Settings
 from .impl.im2col import Geometry, Plan, Way
 from .impl.memory import empty_grad, plain
-from .impl.packed import extent
 
 Gate = list[Tensor]  # z, index, count of Gates; the first count[0] of index exist
 
@@ -129,9 +128,7 @@ class _Conv2d(torch.autograd.Function):
         x = plain(x).contiguous(memory_format=torch.channels_last)
         N, H, W, C, kh, kw = plan.shape[:6]
         if x.shape != (N, C, H, W) or weight.shape[2:] != (kh, kw):
-            raise ValueError(
-                f"plan must be of images {tuple(x.shape)} and kernels {tuple(weight.shape[2:])}, got {plan.shape}"
-            )
+            raise ValueError(f"plan must be of {tuple(x.shape)} and {tuple(weight.shape)}, got {plan.shape}")
         ctx.settings = sides, z is not None, plan
         if plan.is_one_call:
             w = plain(weight).contiguous()

@@ -251,7 +251,8 @@ class _Exact:
         if geometry is None:
             return None
         n = weight.shape[0] if outs is None else self.draw.present(outs).n
-        return im2col.plan(x.shape, weight.shape[2:], geometry, n)
+        kh, kw = weight.shape[2:]
+        return im2col.plan(x.shape, (kh, kw), geometry, n)
 
     def takes(self, plan: Plan) -> bool:
         """Whether a convolution is one of channels_last images: not where all channels exist, which torch has
