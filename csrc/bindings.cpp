@@ -923,7 +923,8 @@ PyObject* address(PyObject*, PyObject* const* args, Py_ssize_t n) {
 }
 
 PyMethodDef with_tensors[] = {
-    {"address", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(address)), METH_FASTCALL, nullptr},
+    {"address", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(address)), METH_FASTCALL,
+     "address(arg0: object, arg1: object, arg2: int, arg3: int, arg4: object) -> int"},
     {nullptr, nullptr, 0, nullptr}};
 
 std::string compiler() {
