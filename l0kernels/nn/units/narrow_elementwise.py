@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..._compat import function_homes
 from . import table
 from .narrow import Narrow, Rule, dims_of, is_in_place, is_narrow, lie_alike, like, plain, told
 
@@ -23,6 +24,15 @@ def _pointwise(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if isinstance(a, Tensor) and (a.ndim or isinstance(a, Narrow)):
             return _elementwise(func, args, kwargs)
     return like(x, func(x._data, *args[1:], **kwargs))
+
+
+def _dropped(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """torch's operator at once: its function would look at all arguments once more."""
+    p = kwargs.get("p", -1.0)
+    if func is not F.dropout or len(args) != 1 or kwargs["inplace"] or not 0.0 <= p <= 1.0:
+        return _pointwise(func, args, kwargs)
+    x = args[0]
+    return None if x._at is None else like(x, torch.dropout(x._data, p, kwargs["training"]))
 
 
 def _converted(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -158,6 +168,21 @@ def _max_pooled(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any
     )
 
 
+def _averaged(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """torch's operator at once, as `_dropped`, where a number says the size."""
+    x, *size = args
+    if (
+        func is not F.adaptive_avg_pool2d
+        or len(size) != 1
+        or type(size[0]) is not int
+        or type(x) is not Narrow
+    ):
+        return _spatial(func, args, kwargs)
+    if x._at is None or x._at[1] != x._held.ndim - 3:
+        return None
+    return like(x, function_homes[0].adaptive_avg_pool2d(x._data, size[0]))
+
+
 def _padded(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     x, sides = args[0], args[1] if len(args) > 1 else kwargs["pad"]
     if not isinstance(x, Narrow) or x._at is None:
@@ -168,10 +193,12 @@ def _padded(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 RULES: list[tuple[str, Rule]] = [
     (f"{table.POINTWISE} rsqrt", _pointwise),
+    ("dropout", _dropped),
     ("to type_as", _converted),
     (f"{table.ELEMENTWISE} {table.QUOTIENTS}", _elementwise),
     (table.SPATIAL, _spatial),
     ("max_pool1d max_pool2d max_pool3d", _max_pooled),
+    ("adaptive_avg_pool2d", _averaged),
     (table.REDUCTIONS, _reduced),
     (table.OVER, _over),
     ("pad", _padded),
