@@ -1,6 +1,6 @@
-// Python's door to the CPU kernels: addresses, sizes and strides in, nothing of torch but for tensor.h. Python allocates and
-// validates shapes; what only the data tells (counts, indices, NaN) is checked here. Element type: is_double
-// chooses between fp32 and fp64.
+// Python's door to the CPU kernels: addresses, sizes and strides in, nothing of torch but for tensor.h. Python
+// allocates and validates shapes; what only the data tells (counts, indices, NaN) is checked here. Element type:
+// is_double chooses between fp32 and fp64.
 #include <array>
 
 #include <pybind11/pybind11.h>
