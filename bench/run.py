@@ -400,7 +400,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    torch.set_flush_denormal(
-        True
-    )  # as docs/performance.md advises: of moments of weights that are closed for long
+    # Moments of weights that are closed for long are denormal numbers: docs/performance.md advises this.
+    torch.set_flush_denormal(True)
     cli.run(main)

@@ -74,18 +74,21 @@ def _not_dense(name: str, value: Tensor) -> TypeError:
     return TypeError(f"{name} must be a dense tensor, got {kind}: make it one, as with {way}")
 
 
+def end_of(value: Tensor) -> int:
+    """One past the last element of a tensor that has some, counted from the start of its storage."""
+    n = value.numel()
+    if not value.is_contiguous():
+        n = 1 + sum((size - 1) * step for size, step in zip(value.shape, value.stride(), strict=True))
+    return int(value.storage_offset()) + n
+
+
 def is_freed(value: Tensor) -> bool:
     """Whether the storage of a tensor ends before its last element, in particular if it has no bytes."""
     try:
         held = value.untyped_storage().nbytes()
     except (NotImplementedError, RuntimeError):  # sparse, or of a transform: it has none to lose
         return False
-    n = value.numel()
-    if not n:
-        return False
-    if not value.is_contiguous():
-        n = 1 + sum((size - 1) * step for size, step in zip(value.shape, value.stride(), strict=True))
-    return held < (value.storage_offset() + n) * value.element_size()
+    return value.numel() > 0 and held < end_of(value) * value.element_size()
 
 
 def check_floating(name: str, value: Any) -> None:

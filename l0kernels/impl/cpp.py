@@ -326,7 +326,8 @@ def budget_step(
         plan.check(log_alphas, "log_alpha")
         grads = [None if grad is None else grad.contiguous() for grad in grads]  # as a rule they are
         plan.check(grads, "grad")
-        plan.step(log_alphas, grads, ramp_steps, limit)
+        if not plan.step(log_alphas, grads, ramp_steps, limit):
+            raise RuntimeError("log_alphas and grads must be plain tensors of the budget's dtype and sizes")
     torch.autograd.graph.increment_version(log_alphas)
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .._checks import DTYPES, PLAIN, is_freed
+from .._checks import DTYPES, PLAIN, end_of, is_freed
 from .._native import native
 
 HUGE = 32 << 20  # bytes; glibc maps every allocation from here on afresh, smaller ones it keeps itself
@@ -47,15 +47,9 @@ def looked_at(t: Tensor, dtype: torch.dtype | None, n: int, layout: int, *device
         ):
             return 0
         held = t.untyped_storage().nbytes()
-        return t.data_ptr() if held >= _end(t) * t.element_size() else 0
+        return t.data_ptr() if held >= end_of(t) * t.element_size() else 0
     except (NotImplementedError, RuntimeError):
         return 0  # of a transform, or sparse
-
-
-def _end(t: Tensor) -> int:
-    """One past the last element, counted from the start of the storage."""
-    reach = sum((n - 1) * step for n, step in zip(t.shape, t.stride(), strict=True))
-    return int(t.storage_offset()) + reach + 1
 
 
 def _native_look() -> Callable[..., int]:
@@ -114,7 +108,7 @@ def matrix(
     by_row, by_col = t.stride()
     if not rows or not cols:
         return 0, by_row, by_col
-    address = _look(t, dtype, -1, ANY, device) or _address(t, name, dtype, _end(t), device)
+    address = _look(t, dtype, -1, ANY, device) or _address(t, name, dtype, end_of(t), device)
     return address, by_row, by_col
 
 
@@ -171,7 +165,7 @@ def strided(t: Tensor | None, name: str) -> int:
     if t is None:
         return 0
     address: int = _look(t, None, -1, ANY)
-    return address or (_address(t, name, t.dtype, _end(t), t.device) if t.numel() else 0)
+    return address or (_address(t, name, t.dtype, end_of(t), t.device) if t.numel() else 0)
 
 
 def check_not_freed(t: Tensor | None, name: str) -> None:

@@ -214,12 +214,12 @@ class _Exact:
         if plan is not None and self.takes(plan):
             z, sides = self.sides(weight)
             y = narrow_conv2d(x, weight, self.take(layer.bias), z, sides, plan)
-        elif self.is_whole(x, weight):
-            if self.units.ins is not None:
-                x = x * _along(self.draw.scales(self.units.ins, x.dtype).to(x.dtype), dim, x.ndim)
-            y = layer._conv_forward(settled(x, 1, layer.stride), weight, self.take(layer.bias))
         else:
-            packed = narrow_weight(weight, *self.sides(weight))
+            packed = weight
+            if not self.is_whole(x, weight):
+                packed = narrow_weight(weight, *self.sides(weight))
+            elif self.units.ins is not None:
+                x = x * _along(self.present_scales(x.dtype), dim, x.ndim)
             y = layer._conv_forward(settled(x, 1, layer.stride), packed, self.take(layer.bias))
         return self.leave_images(y, dim, weight, given)
 
