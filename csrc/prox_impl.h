@@ -11,6 +11,8 @@ constexpr int64_t kProxShortRows = 4096;  // elements of groups that are read to
 constexpr int64_t kProxSegment = 64;      // elements in a row from which on a group is read by itself
 constexpr int64_t kProxParts = 16, kProxRows = 32;  // parts of the rows at most, and rows of a part at least
 constexpr int kProxTogether = 8;  // groups, or rows, that are read at once
+constexpr int64_t kProxAhead = 4096;  // bytes: the processor's own prefetchers stop at the end of a page
+constexpr int64_t kProxBlock = 256;   // bytes that are asked for at once
 constexpr double kProxShort = 0.002, kProxMiddle = 0.02, kProxLonger = 0.04;  // of p, for the polynomials below
 
 // Of the root of (1 - d)^2 d = p in [0, 1/3], which is d = 4/3 sin^2(asin(s) / 3) with s^2 = 27/4 p <= 1.
@@ -52,11 +54,24 @@ struct ProxRatio {
   }
 };
 
+// Has the block that lies kProxAhead behind `from` brought near, if there is one: no address is too far.
+inline void prox_ask_ahead(const void* from) {
+  const char* at = static_cast<const char*>(from) + kProxAhead;
+  for (int64_t byte = 0; byte < kProxBlock; byte += 64) __builtin_prefetch(at + byte);
+}
+
 // to[i] = f(from[i], i); from may be to.
 template <typename T, typename F>
 inline void prox_each(const T* from, T* to, int64_t n, F f) {
+  constexpr int64_t kBlock = kProxBlock / sizeof(T);
+  int64_t begin = 0;
+  for (; begin + kBlock <= n; begin += kBlock) {
+    prox_ask_ahead(from + begin);
 #pragma omp simd
-  for (int64_t i = 0; i < n; ++i) to[i] = f(from[i], i);
+    for (int64_t i = 0; i < kBlock; ++i) to[begin + i] = f(from[begin + i], begin + i);
+  }
+#pragma omp simd
+  for (int64_t i = begin; i < n; ++i) to[i] = f(from[i], i);
 }
 
 struct ProxSame {
