@@ -1,11 +1,9 @@
 // Python's door to the CPU kernels: addresses, sizes and strides in, nothing of torch but for tensor.h. Python
 // allocates and validates shapes; what only the data tells (counts, indices, NaN) is checked here. Element type:
 // is_double chooses between fp32 and fp64.
+#include "bindings.h"
+
 #include <array>
-
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
 #include <cmath>
 #include <limits>
 #include <optional>
@@ -15,7 +13,6 @@
 #include <type_traits>
 #include <vector>
 
-#include "budget.h"
 #include "gates.h"
 #include "isa.h"
 #include "linear.h"
@@ -34,18 +31,12 @@
 #include <unistd.h>
 #endif
 
-namespace py = pybind11;
+using namespace l0::python;
 
 namespace {
 
-using Address = uintptr_t;
 using Gate = std::tuple<Address, Address, Address, int64_t, bool>;  // z, index, count, size, full_grad
 using Matrix = std::tuple<Address, int64_t, int64_t>;               // data, row stride, column stride
-
-template <typename T>
-T* as(Address address) {
-  return reinterpret_cast<T*>(address);
-}
 
 template <typename T>
 int64_t checked_open(const T* z, Address index_address, Address count_address, int64_t size) {
@@ -84,15 +75,6 @@ struct GateArg {
   }
   const l0::GateView<T>* get() const { return present ? &view : nullptr; }
 };
-
-template <typename F>
-void dispatch(bool is_double, F f) {
-  py::gil_scoped_release nogil;
-  if (is_double)
-    f(double{});
-  else
-    f(float{});
-}
 
 std::vector<Gate> given(const std::vector<std::optional<Gate>>& gates) {
   std::vector<Gate> there;
@@ -215,112 +197,6 @@ void coupled_penalty_grad(bool is_double, const std::vector<PenaltyGates>& gates
                              num_threads);
   });
 }
-
-using CostRun = std::tuple<int64_t, int64_t, double>;              // first, count, weight
-using CostAtoms = std::tuple<bool, int64_t, std::vector<int64_t>>;  // is_any, factors, index
-using CostPair = std::tuple<int64_t, int64_t, double>;             // two sums, coefficient
-// gates, constant, atoms, linear, offsets, runs, pairs: see CostTerms
-using Cost = std::tuple<int64_t, double, std::vector<CostAtoms>, std::vector<CostRun>, std::vector<int64_t>,
-                        std::vector<CostRun>, std::vector<CostPair>>;
-using BudgetGates = std::tuple<int64_t, double, double, double>;  // size, shift, low, scale
-// number, cost, gates, offset, unit, keep
-using BudgetKind = std::tuple<int64_t, Cost, std::vector<BudgetGates>, double, double, double>;
-
-void check_budget(bool fits) {
-  if (!fits) throw std::invalid_argument("the terms of a cost must lie within its values");
-}
-
-std::vector<l0::CostRun> cost_runs(const std::vector<CostRun>& given, int64_t width) {
-  std::vector<l0::CostRun> runs;
-  for (const auto& [first, count, weight] : given) {
-    check_budget(first >= 0 && count >= 0 && first <= width - count);
-    runs.push_back({first, count, weight});
-  }
-  return runs;
-}
-
-l0::CostTerms cost_terms(const Cost& given) {
-  const auto& [n, constant, atoms, linear, offsets, runs, pairs] = given;
-  l0::CostTerms cost{n, constant, {}, {}, offsets, {}, {}};
-  check_budget(n >= 0 && !offsets.empty() && offsets.front() == 0 && offsets.back() == int64_t(runs.size()));
-  for (size_t k = 1; k < offsets.size(); ++k) check_budget(offsets[k - 1] <= offsets[k]);
-  for (const auto& [is_any, factors, index] : atoms) {
-    check_budget(factors > 0 && index.size() % factors == 0);
-    for (int64_t at : index) check_budget(at >= 0 && at < cost.width());  // of the values before these
-    l0::CostAtoms made{is_any, int64_t(index.size()) / factors, {}};
-    for (int64_t j = 0; j < factors; ++j) {
-      std::vector<int64_t> places;
-      for (int64_t i = 0; i < made.size; ++i) places.push_back(index[i * factors + j]);
-      made.factors.emplace_back(std::move(places));
-    }
-    cost.atoms.push_back(std::move(made));
-  }
-  cost.linear = cost_runs(linear, cost.width());
-  cost.runs = cost_runs(runs, cost.width());
-  for (const auto& [first, second, coefficient] : pairs) {
-    check_budget(first >= 0 && first < cost.sums() && second >= 0 && second < cost.sums());
-    cost.pairs.push_back({first, second, coefficient});
-  }
-  return cost;
-}
-
-// A budget's kinds of gates, kept from step to step.
-struct Budget {
-  std::vector<l0::BudgetKind> kinds;
-  std::vector<int64_t> numbers;
-  size_t gates = 0;
-
-  explicit Budget(const std::vector<BudgetKind>& given) {
-    for (const auto& [number, cost, of_gates, offset, unit, keep] : given) {
-      l0::BudgetKind kind{cost_terms(cost), {}, offset, unit, keep};
-      int64_t n = 0;
-      for (const auto& [size, shift, low, scale] : of_gates) {
-        check_budget(size >= 0);
-        kind.gates.push_back({size, shift, low, scale});
-        n += size;
-      }
-      check_budget(n == kind.cost.n && number >= 0);
-      gates += of_gates.size();
-      kinds.push_back(std::move(kind));
-      numbers.push_back(number);
-    }
-  }
-
-  // False, and nothing written, where a log_alpha or a gradient is not what its gates need.
-  bool step(bool is_double, py::handle dtype, py::list log_alpha, py::list grad, const std::vector<bool>& moves,
-            Address moment, Address first, Address price, Address step, Address skipped, double ramp_steps,
-            double limit) const {
-    check_budget(log_alpha.size() == gates && grad.size() == gates && moves.size() == gates);
-    std::vector<Address> places, of_grads;
-    if (!take(log_alpha, dtype, false, places) || !take(grad, dtype, true, of_grads)) return false;
-    dispatch(is_double, [&](auto zero) {
-      using T = decltype(zero);
-      l0::BudgetStep<T> s{{}, {}, moves, as<T>(moment), as<const double>(first), as<double>(price),
-                          as<int64_t>(step), as<int64_t>(skipped), ramp_steps, limit};
-      for (size_t g = 0; g < gates; ++g) {
-        s.log_alpha.push_back(as<T>(places[g]));
-        s.grad.push_back(as<const T>(of_grads[g]));
-      }
-      l0::kernels<T>().budget_step(kinds, numbers, s);
-    });
-    return true;
-  }
-
- private:
-  // Addresses of one tensor a gate vector, 0 for no gates and for None; false where one is something else.
-  bool take(const py::list& tensors, py::handle dtype, bool may_be_none, std::vector<Address>& found) const {
-    for (const l0::BudgetKind& kind : kinds)
-      for (const l0::BudgetGates& of : kind.gates) {
-        PyObject* tensor = PyList_GET_ITEM(tensors.ptr(), Py_ssize_t(found.size()));
-        const l0::Asked asked{dtype.ptr(), of.size, l0::Layout::contiguous, Py_None};
-        const bool is_none = may_be_none && tensor == Py_None;
-        found.push_back(is_none ? 0 : l0::address_of(tensor, asked));
-        if (PyErr_Occurred()) throw py::error_already_set();
-        if (found.back() == 0 && !is_none && of.size > 0) return false;
-      }
-    return true;
-  }
-};
 
 template <typename T>
 l0::LinearParams<T> linear_params(int64_t M, int64_t in, int64_t out, const Matrix& x, const Matrix& weight,
@@ -979,5 +855,5 @@ PYBIND11_MODULE(_C, m) {
   m.def("batch_norm", &batch_norm);
   m.def("prox", &prox);
   m.def("advise_huge_pages", &advise_huge_pages);
-  py::class_<Budget>(m, "Budget").def(py::init<const std::vector<BudgetKind>&>()).def("step", &Budget::step);
+  bind_budget(m);
 }

@@ -31,6 +31,7 @@ void each_atom(const CostFactor& factor, int64_t atoms, F f) {
 #pragma omp simd
     for (int64_t i = 0; i < atoms; ++i) f(i, first + i);
   } else if (repeat == 1) {
+#pragma omp simd
     for (int64_t i = 0; i < atoms; ++i) f(i, first + i * stride);
   } else if (repeat > 1) {
     for (int64_t block = 0, at = first; block < atoms; block += repeat, at += stride) {
@@ -170,30 +171,26 @@ struct Evaluation {
   }
 };
 
-// x = (p_open(clamp(log_alpha - price * direction, -limit, limit)) - low) * scale within [0, 1], and what it
-// falls by with the price; direction null: price is 0.
+// x = (p_open(clamp(log_alpha - price * direction, -limit, limit)) - low) * scale, [0, 1] but for a rounding, and
+// what it falls by with the price; direction null: price is 0. All of it is finite.
 template <typename T>
 void share_open(const T* __restrict log_alpha, const T* __restrict direction, const BudgetGates& gates,
                 T price, T limit, T* __restrict x, T* __restrict fall) {
-  const T shift = T(gates.shift), low = T(gates.low), scale = T(gates.scale);
-  const auto share = [=](T p) {
-    const T found = (p - low) * scale;
-    return found > T(1) ? T(1) : (found < T(0) ? T(0) : found);
+  const T shift = T(gates.shift), scale = T(gates.scale), start = T(-gates.low * gates.scale);
+  const auto p_open = [=](T within) {
+    return T(1) / (T(1) + math::exp_within(math::bounded(shift - within, T(87))));
   };
   if (direction == nullptr) {
 #pragma omp simd
-    for (int64_t i = 0; i < gates.size; ++i) {
-      const T a = log_alpha[i];
-      x[i] = share(l0::p_open(a > limit ? limit : (a < -limit ? -limit : a), shift));
-    }
+    for (int64_t i = 0; i < gates.size; ++i)
+      x[i] = start + scale * p_open(math::bounded(log_alpha[i], limit));
     return;
   }
 #pragma omp simd
   for (int64_t i = 0; i < gates.size; ++i) {
-    const T moved = log_alpha[i] - price * direction[i];
-    const T within = moved > limit ? limit : (moved < -limit ? -limit : moved);
-    const T p = l0::p_open(within, shift), by = direction[i] * (p * (T(1) - p) * scale);
-    x[i] = share(p);
+    const T moved = log_alpha[i] - price * direction[i], within = math::bounded(moved, limit);
+    const T p = p_open(within), by = direction[i] * scale * (p * (T(1) - p));
+    x[i] = start + scale * p;
     fall[i] = within == moved ? by : T(0);
   }
 }
@@ -396,7 +393,7 @@ bool budget_step(const std::vector<BudgetKind>& kinds, const std::vector<int64_t
           for (int64_t i = 0; i < size; ++i) to[i] -= by * q[i];
         }
 #pragma omp simd
-        for (int64_t i = 0; i < size; ++i) to[i] = to[i] > limit ? limit : (to[i] < -limit ? -limit : to[i]);
+        for (int64_t i = 0; i < size; ++i) to[i] = math::bounded(to[i], limit);
       }
       q += size;
     }

@@ -64,14 +64,14 @@ inline void prox_ask_ahead(const void* from) {
 template <typename T, typename F>
 inline void prox_each(const T* from, T* to, int64_t n, F f) {
   constexpr int64_t kBlock = kProxBlock / sizeof(T);
-  int64_t begin = 0;
-  for (; begin + kBlock <= n; begin += kBlock) {
+  const int64_t whole = n / kBlock * kBlock;
+  for (int64_t begin = 0; begin < whole; begin += kBlock) {
     prox_ask_ahead(from + begin);
 #pragma omp simd
     for (int64_t i = 0; i < kBlock; ++i) to[begin + i] = f(from[begin + i], begin + i);
   }
 #pragma omp simd
-  for (int64_t i = begin; i < n; ++i) to[i] = f(from[i], i);
+  for (int64_t i = 0; i < n - whole; ++i) to[whole + i] = f(from[whole + i], whole + i);
 }
 
 struct ProxSame {

@@ -343,20 +343,14 @@ def prox(tensors: Sequence[ProxTensor], num_threads: int, /) -> None: ...
 def advise_huge_pages(address: Address, bytes: int, /) -> None: ...
 
 class Budget:
-    def __init__(self, kinds: Sequence[BudgetKind], /) -> None: ...
-    def step(
+    def __init__(
         self,
+        kinds: Sequence[BudgetKind],
         is_double: bool,
         dtype: object,
-        log_alpha: list[Any],
-        grad: list[Any],
-        moves: list[bool],
-        moment: Address,
-        first: Address,
-        price: Address,
-        step: Address,
-        skipped: Address,
+        state: Sequence[Address],
         ramp_steps: float,
         limit: float,
         /,
-    ) -> bool: ...
+    ) -> None: ...
+    def step(self, log_alpha: list[Any], grad: list[Any], /) -> bool: ...

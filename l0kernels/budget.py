@@ -103,7 +103,7 @@ class Projection:
         self._ramp_steps = ramp_steps
         self._has_terms = all(kind.terms is not None for kind in kinds)
         self._plan: Any = None
-        self._backend = ""
+        self._asked: str | None = None
 
     def __call__(self, log_alphas: list[Tensor], grads: list[Tensor | None], state: State) -> None:
         """One step: of log_alphas (those that do not require a gradient stay) and state, in place.
@@ -116,22 +116,26 @@ class Projection:
 
     def _kernel(self, log_alphas: list[Tensor], grads: list[Tensor | None], state: State) -> bool:
         """The step by a kernel; False where none takes these gates."""
-        first = log_alphas[0]
+        plan = self._plan
         try:
-            backend = _registry.resolve(first.device, first.dtype, "l0_penalty")
-            # cpp looks at every log_alpha itself, before it writes.
-            if backend not in _NATIVE or (backend != "cpp" and not self._is_plain(log_alphas)):
-                return False
-            module = _ops.module(backend)
-            if self._plan is None or self._plan.state is not state or self._backend != backend:
-                sizes = [size for kind in self._kinds for size in kind.sizes]
-                self._plan, self._backend = module.BudgetPlan(self._kinds, state, sizes), backend
-            module.budget_step(self._plan, log_alphas, grads, self._ramp_steps, self._kinds[0].kept.limit)
+            if plan is None or plan.state is not state or self._asked != _registry.requested():
+                plan = self._planned(log_alphas[0], state)
+                if plan is None:
+                    return False
+            plan.step(log_alphas, grads)  # which looks at every log_alpha itself, before it writes
         except (RuntimeError, TypeError, ValueError):
             if self._is_plain(log_alphas):
                 raise
             return False
         return True
+
+    def _planned(self, first: Tensor, state: State) -> Any:
+        """A plan of the backend for these gates; None where it has none."""
+        self._plan, self._asked = None, _registry.requested()
+        backend = _registry.resolve(first.device, first.dtype, "l0_penalty")
+        if backend in _NATIVE:
+            self._plan = _ops.module(backend).BudgetPlan(self._kinds, state, self._ramp_steps)
+        return self._plan
 
     def _is_plain(self, log_alphas: list[Tensor]) -> bool:
         """Whether kernels take these: of one dtype, their elements one after the other."""

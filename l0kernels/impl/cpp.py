@@ -271,34 +271,43 @@ def coupled_penalty_grad(
 
 
 class BudgetPlan:
-    """What budget_step knows of the kinds of gates and of the state (l0kernels.budget's), which it holds."""
+    """Steps of some kinds of gates and of a state (l0kernels.budget's), which it holds."""
 
-    def __init__(self, kinds: Sequence[Any], state: Any, sizes: Sequence[int]) -> None:
-        self.native = _C.Budget([_budget_kind(kind) for kind in kinds])
-        self.state, self.sizes, self.dtype = state, sizes, state.moment.dtype
+    def __init__(self, kinds: Sequence[Any], state: Any, ramp_steps: float) -> None:
+        self._sizes = [size for kind in kinds for size in kind.sizes]
+        self.state, self._dtype = state, state.moment.dtype
         n = state.first.numel()
-        self.addresses = (
-            vector(state.moment, "moment", self.dtype, sum(sizes)),
+        addresses = (
+            vector(state.moment, "moment", self._dtype, sum(self._sizes)),
             vector(state.first, "first", torch.float64, n),
             vector(state.price, "price", torch.float64, n),
             vector(state.step, "step", torch.int64, 1),
             vector(state.skipped, "skipped", torch.int64, 1),
         )
+        own, is_double = [_budget_kind(kind) for kind in kinds], self._dtype is torch.float64
+        limit = kinds[0].kept.limit
+        self._step = _C.Budget(own, is_double, self._dtype, addresses, ramp_steps, limit).step
 
-    def step(
-        self, log_alphas: list[Tensor], grads: list[Tensor | None], ramp_steps: float, limit: float
-    ) -> bool:
-        """False, and nothing done, where one of them is not what the gates need."""
-        moves = [log_alpha.requires_grad for log_alpha in log_alphas]
-        is_double = self.dtype is torch.float64
-        return self.native.step(
-            is_double, self.dtype, log_alphas, grads, moves, *self.addresses, ramp_steps, limit
-        )
+    def step(self, log_alphas: list[Tensor], grads: list[Tensor | None]) -> None:
+        """One step of l0kernels.budget's Projection, of log_alphas and state in place.
 
-    def check(self, tensors: Sequence[Tensor | None], name: str) -> None:
+        Raises:
+            as `vector`, before anything is written.
+        """
+        if not self._step(log_alphas, grads):
+            self._check(log_alphas, "log_alpha")
+            grads = [None if grad is None else grad.contiguous() for grad in grads]  # as a rule they are
+            self._check(grads, "grad")
+            if not self._step(log_alphas, grads):
+                raise RuntimeError(
+                    "log_alphas and grads must be plain tensors of the budget's dtype and sizes"
+                )
+        torch.autograd.graph.increment_version(log_alphas)
+
+    def _check(self, tensors: Sequence[Tensor | None], name: str) -> None:
         """Says what is wrong with one, as `vector`."""
-        for tensor, n in zip(tensors, self.sizes, strict=True):
-            optional(tensor, name, self.dtype, n)
+        for tensor, n in zip(tensors, self._sizes, strict=True):
+            optional(tensor, name, self._dtype, n)
 
 
 def _budget_kind(kind: Any) -> _C.BudgetKind:
@@ -312,23 +321,6 @@ def _budget_kind(kind: Any) -> _C.BudgetKind:
     cost = terms.n, terms.constant, atoms, linear, offsets, runs, pairs
     gates = [(size, *dist) for size, dist in zip(kind.sizes, kind.dists(), strict=True)]
     return kind.number, cost, gates, kind.offset, kind.unit, kind.keep
-
-
-def budget_step(
-    plan: BudgetPlan, log_alphas: list[Tensor], grads: list[Tensor | None], ramp_steps: float, limit: float
-) -> None:
-    """One step of l0kernels.budget's Projection, of log_alphas and state in place.
-
-    Raises:
-        as `vector`, before anything is written.
-    """
-    if not plan.step(log_alphas, grads, ramp_steps, limit):
-        plan.check(log_alphas, "log_alpha")
-        grads = [None if grad is None else grad.contiguous() for grad in grads]  # as a rule they are
-        plan.check(grads, "grad")
-        if not plan.step(log_alphas, grads, ramp_steps, limit):
-            raise RuntimeError("log_alphas and grads must be plain tensors of the budget's dtype and sizes")
-    torch.autograd.graph.increment_version(log_alphas)
 
 
 def _z_dtype(dtype: torch.dtype, rows: Gate | None, cols: Gate | None) -> torch.dtype:

@@ -189,34 +189,33 @@ def prox(calls: list[ProxCall], outs: list[Tensor]) -> None:
 
 
 class BudgetPlan:
-    """What budget_step knows of the kinds of gates and of the state (l0kernels.budget's), which it holds."""
+    """Steps of some kinds of gates and of a state (l0kernels.budget's), which it holds."""
 
-    def __init__(self, kinds: Sequence[Any], state: Any, sizes: Sequence[int]) -> None:
-        self.state, self.sizes, self.device = state, sizes, state.moment.device
+    def __init__(self, kinds: Sequence[Any], state: Any, ramp_steps: float) -> None:
+        self._sizes = [size for kind in kinds for size in kind.sizes]
+        self.state, self._device = state, state.moment.device
         n = state.first.numel()
-        vector(state.moment, "moment", torch.float32, sum(sizes), self.device)
-        vector(state.first, "first", torch.float64, n, self.device)
-        vector(state.price, "price", torch.float64, n, self.device)
-        vector(state.step, "step", torch.int64, 1, self.device)
-        vector(state.skipped, "skipped", torch.int64, 1, self.device)
+        vector(state.moment, "moment", torch.float32, sum(self._sizes), self._device)
+        vector(state.first, "first", torch.float64, n, self._device)
+        vector(state.price, "price", torch.float64, n, self._device)
+        vector(state.step, "step", torch.int64, 1, self._device)
+        vector(state.skipped, "skipped", torch.int64, 1, self._device)
         dists = [dist for kind in kinds for dist in kind.dists()]
-        self.plan = budget.plan(kinds, [kind.runs() for kind in kinds], dists, self.device)
+        self._plan = budget.plan(kinds, [kind.runs() for kind in kinds], dists, self._device)
+        self._ramp_steps, self._limit = ramp_steps, kinds[0].kept.limit
+
+    def step(self, log_alphas: list[Tensor], grads: list[Tensor | None]) -> None:
+        """One step of l0kernels.budget's Projection, of log_alphas and state in place; errors as `vector`."""
+        own = [None if grad is None else grad.contiguous() for grad in grads]
+        for log_alpha, grad, n in zip(log_alphas, own, self._sizes, strict=True):
+            vector(log_alpha, "log_alpha", torch.float32, n, self._device)
+            optional(grad, "grad", torch.float32, n, self._device)
+        with torch.no_grad(), _on(self._device):
+            budget.step(self._plan, log_alphas, own, self.state, self._ramp_steps, self._limit)
+        torch.autograd.graph.increment_version(log_alphas)
 
 
-def budget_step(
-    plan: BudgetPlan, log_alphas: list[Tensor], grads: list[Tensor | None], ramp_steps: float, limit: float
-) -> None:
-    """One step of l0kernels.budget's Projection, of log_alphas and state in place."""
-    own = [None if grad is None else grad.contiguous() for grad in grads]
-    for log_alpha, grad, n in zip(log_alphas, own, plan.sizes, strict=True):
-        vector(log_alpha, "log_alpha", torch.float32, n, plan.device)
-        optional(grad, "grad", torch.float32, n, plan.device)
-    with torch.no_grad(), _device(plan.device):
-        budget.step(plan.plan, log_alphas, own, plan.state, ramp_steps, limit)
-    torch.autograd.graph.increment_version(log_alphas)
-
-
-def _device(device: torch.device) -> AbstractContextManager[Any]:
+def _on(device: torch.device) -> AbstractContextManager[Any]:
     """On which Triton launches."""
     is_current = device.type != "cuda" or device.index == torch.cuda.current_device()
     return nullcontext() if is_current else torch.cuda.device(device)

@@ -132,15 +132,21 @@ class Budget:
         doubles = [gate.log_alpha.dtype == torch.float64 for gate in self._gates]
         return torch.float64 if any(doubles) else torch.float32
 
-    def _is_stale(self) -> bool:
-        """Whether gates are on another device, of another dtype or distribution, or frozen."""
+    def _current(self) -> list[Tensor] | None:
+        """The log_alphas; None where gates were frozen, moved, or got another dtype or distribution."""
+        found = []
         for gate, known in self._dists:
             if gate.frozen or gate.dist is not known:
-                return True
-        first, moment = _log_alpha(self._gates[0]), self._state.moment
-        return first.device != moment.device or (
+                return None
+            # without the search of Module.__getattr__, which takes as long as all checks of a tensor
+            log_alpha = gate._parameters.get("log_alpha")
+            found.append(gate.log_alpha if log_alpha is None else log_alpha)
+        first, moment = found[0], self._state.moment
+        if first.get_device() != moment.get_device() or (
             first.dtype is not moment.dtype and self._dtype() is not moment.dtype
-        )
+        ):
+            return None
+        return found
 
     def _has_other_modules(self) -> bool:
         modules = list(self.model.modules())
@@ -220,13 +226,12 @@ class Budget:
     def step(self) -> None:
         """What ends a step of the optimiser, with the gates' gradients at hand: for loops without hooks."""
         self._count += 1
-        if self._gates and self._is_stale():
-            self.refresh()
+        log_alphas = self._current() if self._gates else []
         looks = self._count % LOOK_EVERY == 0 and not _is_capturing(self._state.moment.device)
-        if looks and self._has_other_modules():
+        if log_alphas is None or (looks and self._has_other_modules()):
             self.refresh()
-        if self._gates:
-            log_alphas = [_log_alpha(gate) for gate in self._gates]
+            log_alphas = [gate.log_alpha for gate in self._gates]
+        if log_alphas:
             self._projection(log_alphas, [log_alpha.grad for log_alpha in log_alphas], self._state)
         if self._others:
             clamp(self._others, LIMIT)
@@ -323,12 +328,6 @@ class Budget:
     def __repr__(self) -> str:
         cost = self.cost if isinstance(self.cost, str) else getattr(self.cost, "__name__", "a function")
         return f"Budget(keep={self.keep!r}, cost={cost!r}, steps={self.steps}, ramp={self.ramp})"
-
-
-def _log_alpha(gate: HardConcreteGate) -> Tensor:
-    """gate.log_alpha without the search of Module.__getattr__: it takes as long as all checks of a tensor."""
-    found = gate._parameters.get("log_alpha")
-    return gate.log_alpha if found is None else found
 
 
 def _are_two(a: nn.Module, b: nn.Module) -> bool:

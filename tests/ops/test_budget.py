@@ -179,7 +179,8 @@ class TestNative:
 
     def test_terms_must_lie_within(self):
         number, cost, gates = self.KIND
-        native.Budget([(number, cost, gates, 0.0, 1.0, 0.5)])
+        rest = False, torch.float32, (0,) * 5, 1.0, 2.0
+        native.Budget([(number, cost, gates, 0.0, 1.0, 0.5)], *rest)
         for at, wrong in (
             (2, [(False, 2, [0, 9])]),
             (2, [(False, 0, [])]),
@@ -195,9 +196,9 @@ class TestNative:
         ):
             bad = (*cost[:at], wrong, *cost[at + 1 :])
             with pytest.raises(ValueError, match="terms of a cost must lie within its values"):
-                native.Budget([(number, bad, gates, 0.0, 1.0, 0.5)])
+                native.Budget([(number, bad, gates, 0.0, 1.0, 0.5)], *rest)
         with pytest.raises(ValueError, match="terms of a cost"):
-            native.Budget([(number, cost, [(3, 0, 0, 1)], 0.0, 1.0, 0.5)])
+            native.Budget([(number, cost, [(3, 0, 0, 1)], 0.0, 1.0, 0.5)], *rest)
 
     def test_memory_is_looked_at(self):
         model = nn.L0MLP([6, 4])
