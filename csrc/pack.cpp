@@ -5,6 +5,7 @@
 #include <type_traits>
 
 #include "half.h"
+#include "zeros.h"
 
 namespace l0 {
 namespace {
@@ -111,8 +112,11 @@ void unpack_as(const UnpackParams& p, int num_threads) {
     for (int64_t r = 0; r < p.rows.size; ++r) {
       const int64_t row = at(p.rows, r);
       D* dst = static_cast<D*>(p.full) + row * width;
-      if (r >= p.rows.open || p.cols.open < p.cols.size) std::memset(dst, 0, sizeof(D) * width);
-      if (r >= p.rows.open) continue;
+      if (r >= p.rows.open) {
+        write_zeros(dst, sizeof(D) * width, sizeof(D) * p.rows.size * width);
+        continue;
+      }
+      if (p.cols.open < p.cols.size) std::memset(dst, 0, sizeof(D) * width);
       const S* src = static_cast<const S*>(p.packed) + r * p.packed_stride;
       const C f = z_row ? z_row[row] : C(1);
       if (run == 1 && p.cols.index == nullptr) {

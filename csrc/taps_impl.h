@@ -182,7 +182,7 @@ void taps_grad(const TapsParams<T>& p, int num_threads) {
       const int64_t closed = C == 0 ? 0 : O;
 #pragma omp for schedule(static)
       for (int64_t o = closed; o < p.all_out; ++o)
-        std::memset(p.dw + (p.outs ? p.outs[o] : o) * w.row, 0, sizeof(T) * w.row);
+        write_zeros(p.dw + (p.outs ? p.outs[o] : o) * w.row, sizeof(T) * w.row, sizeof(T) * p.all_out * w.row);
     }
 #pragma omp for schedule(static)
     for (int64_t c = 0; c < C; c += NR) {

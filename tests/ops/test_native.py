@@ -486,6 +486,22 @@ class TestMemory:
                 results.append(weight.detach())
         torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
 
+    @pytest.mark.parametrize("kind", ["few", "mixed", "closed", "open"])
+    @pytest.mark.parametrize("shape", [(1031, 1019), (129, 911, 3, 3)])
+    def test_zeros_that_go_past_the_caches(self, on_cpp, shape, kind):
+        """Rows of more than 4 MB in all, which begin and end anywhere in a line of the cache."""
+        z, x = make_z(kind, shape[0]), torch.randn(3, shape[1], *shape[2:])
+        gates = Gates.from_z(z)
+        weight = torch.randn(shape, requires_grad=True)
+        assert weight.nbytes > 4 << 20
+        gated = l0.gated_conv2d if weight.ndim == 4 else l0.gated_linear
+        y = gated(x, weight, out_gates=gates).flatten(1)
+        dy = torch.randn_like(y)
+        (grad,) = torch.autograd.grad(y, weight, dy)
+        expected = ((dy * z).T @ x.flatten(1)).view(shape)
+        assert torch.equal(grad[z == 0], torch.zeros_like(grad[z == 0]))
+        torch.testing.assert_close(grad, expected, rtol=1e-4, atol=1e-4)
+
     def test_inputs_are_left_alone(self, on_cpp):
         x, w, b = torch.randn(9, 23), torch.randn(19, 23), torch.randn(19)
         z = make_z("mixed", 23)
