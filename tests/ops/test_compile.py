@@ -372,7 +372,7 @@ class TestStaticShapes:
         compiled = torch.compile(model, fullgraph=True, backend=counter)
         for batch in (2, 3, 5, 9):
             x = torch.randn(batch, 3, 8, 8)
-            torch._dynamo.mark_dynamic(x, 0)  # a test of test_ops.py counts what compiles without being told
+            torch._dynamo.mark_dynamic(x, 0)  # TestCompile counts what compiles without being told
             torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
         assert counter.frame_count == 1
 

@@ -76,7 +76,7 @@ class TestOpcheck:
     @pytest.mark.parametrize("layout", list(LAYOUTS))
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
     def test_drawn_within(self, check, backend, layout, dtype):
-        """Where a backend draws on the way; Triton and CUDA: triton/test_layers.py, cuda/test_kernels.py."""
+        """Where a backend draws on the way; Triton and CUDA: triton/test_layers.py, cuda/test_calls.py."""
         x, w, w2, dy = (LAYOUTS[layout](torch.randn(s).to(dtype)) for s in ((6, 13), (9, 13), (5, 9), (6, 5)))
         bias, a, a2 = (torch.randn(n).to(dtype) for n in (9, 13, 9))
         weights, biases, dist = [w, w2], [bias, None], DIST
