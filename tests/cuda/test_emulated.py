@@ -4,11 +4,16 @@ import os
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 from emulator.build import COMPILER, HERE, ROOT, built, sanitizer_libraries, why_not
 
 pytestmark = pytest.mark.skipif(bool(why_not()), reason=str(why_not()))
+
+FOLDER = Path(__file__).parent
+# All but those of the emulator itself, and of the module that nvcc built.
+TESTS = sorted({*FOLDER.glob("test_*.py")} - {Path(__file__), FOLDER / "test_static.py"})
 
 
 @pytest.fixture(scope="session")
@@ -41,9 +46,9 @@ def run(emulator, *arguments, seed=1):
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [1, *(pytest.param(seed, marks=pytest.mark.long) for seed in (2, 3))])
 def test_kernels(emulator, seed):
-    """Every test of test_kernels.py, the threads and blocks of a kernel in another order each time."""
+    """Every test of the kernels, the threads and blocks of a kernel in another order each time."""
     options = ["-q", "-p", "no:cacheprovider", "-k", "not TestGraph"]
-    done = run(emulator, "-m", "pytest", *options, str(ROOT / "tests/cuda/test_kernels.py"), seed=seed)
+    done = run(emulator, "-m", "pytest", *options, *map(str, TESTS), seed=seed)
     assert done.returncode == 0, f"{done.stdout[-8000:]}\n{done.stderr[-8000:]}"
     assert " passed" in done.stdout
     assert "skipped" not in done.stdout

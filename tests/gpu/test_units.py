@@ -5,9 +5,11 @@ import itertools
 
 import pytest
 import torch
-import unit_nets
 from gpu_cases import NEEDS_GPU, capture, no_sync
 from torch.nn import functional as F
+from unit_nets_attention import HandAttention, TimmAttention
+from unit_nets_images import Basic, Head, Inverted, stem
+from unit_nets_rows import GRU, SwiGLU
 
 import l0kernels as l0
 
@@ -17,19 +19,17 @@ DEVICE = "cuda"
 
 
 def resnet():
-    basic = unit_nets.Basic
-    body = torch.nn.Sequential(unit_nets.stem(16), basic(16, 16), basic(16, 24, 2), basic(24, 24))
-    return unit_nets.Head(body, 24), torch.randn(8, 3, 16, 16)
+    body = torch.nn.Sequential(stem(16), Basic(16, 16), Basic(16, 24, 2), Basic(24, 24))
+    return Head(body, 24), torch.randn(8, 3, 16, 16)
 
 
 def mobilenet():
-    inverted = unit_nets.Inverted
-    body = torch.nn.Sequential(unit_nets.stem(8), inverted(8, 32, 8), inverted(8, 24, 16, 2))
-    return unit_nets.Head(body, 16), torch.randn(8, 3, 16, 16)
+    body = torch.nn.Sequential(stem(8), Inverted(8, 32, 8), Inverted(8, 24, 16, 2))
+    return Head(body, 16), torch.randn(8, 3, 16, 16)
 
 
 def gru():
-    return unit_nets.GRU(), torch.randint(7, (16, 6))
+    return GRU(), torch.randint(7, (16, 6))
 
 
 class Tokens(torch.nn.Module):
@@ -52,7 +52,7 @@ def encoder():
 
 
 def heads_by_hand():
-    attentions = unit_nets.HandAttention(16, 4), unit_nets.SwiGLU(16, 24), unit_nets.TimmAttention(16, 4, 4)
+    attentions = HandAttention(16, 4), SwiGLU(16, 24), TimmAttention(16, 4, 4)
     return Tokens(16, *attentions), torch.randn(16, 6, 3)
 
 

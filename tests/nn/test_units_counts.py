@@ -2,14 +2,18 @@
 
 import copy
 import itertools
+import math
 
 import pytest
 import torch
+import unit_oracle
 from export_nets import NETS, assert_same, gated, set_gates
 from torch import nn
 from torch.nn import functional as F
+from unit_cases import LAYERED, layered
 
 import l0kernels as l0
+from l0kernels.nn.cost import cost_of
 from l0kernels.nn.units.place import groups_of
 
 
@@ -161,3 +165,36 @@ def test_penalty_in_single_precision_and_of_a_frozen_gate(name):
         if not gate.frozen
     )
     torch.testing.assert_close(found.double(), size + 0.05 * l2, rtol=1e-5, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad:UserWarning")
+@pytest.mark.parametrize("name", LAYERED)
+def test_counts_of_gates_of_layers(name):
+    model, plain, graph, _ = layered(name)
+    unit_oracle.set_gates(graph, model, "fractional")
+    gates = model.l0_units
+    p = {gate: gate.dist.p_open(gate.log_alpha.double()) for gate in l0.nn.gate_modules(model)}
+    of = dict(
+        zip((group.name for group in gates.groups), zip(gates.gates, gates.layered, strict=True), strict=True)
+    )
+    sides = {}
+    for group in gates.groups:
+        gate, at = of[group.name]
+        own = p[gate] if at is None else p[gate] * p[gates.l0_layers][at]
+        for member in group.members:
+            along = sides.setdefault(member.name, {}).setdefault(member.dim, {})
+            along.update({int(i): (group.name, u, own[u]) for u, row in enumerate(member.index) for i in row})
+    total = 0.0
+    for parameter_name, parameter in plain.named_parameters():
+        if parameter_name not in sides:
+            total += parameter.numel()
+            continue
+        for place in itertools.product(*map(range, parameter.shape)):
+            met = {along[place[dim]] for dim, along in sides[parameter_name].items() if place[dim] in along}
+            total += math.prod(
+                float(value) for _, _, value in {(n, u): (n, u, v) for n, u, v in met}.values()
+            )
+    assert float(l0.nn.expected_l0(model)) == pytest.approx(total, rel=1e-9)
+    found = cost_of(model, l0.nn.gate_modules(model))
+    x = torch.cat([p[gate].detach() for gate in found.gates])
+    assert float(l0.reference.budget.Terms(found.terms)(x)) == pytest.approx(total, rel=1e-9)

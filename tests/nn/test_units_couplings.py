@@ -4,10 +4,10 @@ import copy
 
 import pytest
 import torch
-import unit_nets
 import unit_oracle
 from torch import nn
 from torch.nn import functional as F
+from unit_nets_images import LayerNorm2d
 
 import l0kernels as l0
 
@@ -346,7 +346,7 @@ NETS = {
     "norms with gates": lambda: Normed(lambda norms, a, b: norms[0](a, b), RMSNorm()),
     "norms with gates by name": lambda: Normed(lambda norms, a, b: norms[0](a, gate=b), RMSNorm()),
     "norms by name": lambda: Normed(lambda norms, a, b: norms[0](hidden_states=a) + b, RMSNorm()),
-    "norms of channels": lambda: Normed(as_image, unit_nets.LayerNorm2d(6), nn.LayerNorm(6)),
+    "norms of channels": lambda: Normed(as_image, LayerNorm2d(6), nn.LayerNorm(6)),
     "norms by rank": lambda: Normed(as_image, *(EitherLayerNorm(6) for _ in range(2))),
     "norms and a weight": lambda: Normed(in_turn, nn.LayerNorm(6), ShiftedLayerNorm(6)),
     "layers by name": lambda: Normed(lambda parts, a, b: parts[0](input=a), nn.Linear(6, 6)),

@@ -9,6 +9,8 @@ import unit_nets
 from export_nets import IMAGES, NETS, assert_same, gated, is_plain, set_gates
 from torch import nn
 from torch.nn import functional as F
+from unit_nets_attention import OffsetRMSNorm, OwnRMSNorm
+from unit_nets_images import ChannelsLayerNorm, LayerNorm2d
 
 import l0kernels as l0
 from l0kernels.nn.units.place import groups_of
@@ -440,11 +442,11 @@ class SizeBehindNorm(nn.Module):
         nn.LayerNorm(8),
         nn.LayerNorm(8, elementwise_affine=False),
         nn.RMSNorm(8),
-        unit_nets.OwnRMSNorm(8),
-        unit_nets.OffsetRMSNorm(8),
-        unit_nets.ChannelsLayerNorm(8, "channels_last"),
-        unit_nets.ChannelsLayerNorm(8, "channels_first"),
-        unit_nets.LayerNorm2d(8),
+        OwnRMSNorm(8),
+        OffsetRMSNorm(8),
+        ChannelsLayerNorm(8, "channels_last"),
+        ChannelsLayerNorm(8, "channels_first"),
+        LayerNorm2d(8),
         nn.GroupNorm(2, 8),
         nn.GroupNorm(4, 8, affine=False),
     ],
@@ -452,7 +454,7 @@ class SizeBehindNorm(nn.Module):
 )
 @pytest.mark.parametrize("closed", [0.5, 0.1, 0.99])
 def test_norms_of_units_that_stay_whole_are_over_the_open_ones(norm, closed):
-    images = isinstance(norm, unit_nets.LayerNorm2d) or getattr(norm, "data_format", "") == "channels_first"
+    images = isinstance(norm, LayerNorm2d) or getattr(norm, "data_format", "") == "channels_first"
     model, x = SizeBehindNorm(copy.deepcopy(norm), images).double(), torch.randn(3, 4, dtype=torch.float64)
     for parameter in model.norm.parameters():
         nn.init.normal_(parameter)
@@ -469,8 +471,8 @@ def test_norms_of_units_that_stay_whole_are_over_the_open_ones(norm, closed):
     assert_same(small(x), model(x))
     assert small.a.out_features == 8
     assert small.b.out_features < 8
-    of_libraries = dict.fromkeys((unit_nets.OwnRMSNorm, unit_nets.OffsetRMSNorm), nn.RMSNorm)
-    of_libraries |= dict.fromkeys((unit_nets.ChannelsLayerNorm, unit_nets.LayerNorm2d), nn.LayerNorm)
+    of_libraries = dict.fromkeys((OwnRMSNorm, OffsetRMSNorm), nn.RMSNorm)
+    of_libraries |= dict.fromkeys((ChannelsLayerNorm, LayerNorm2d), nn.LayerNorm)
     assert isinstance(small.norm, of_libraries.get(type(norm), type(norm)))
     assert small.norm.opened.tolist() == [i for i in range(8) if i % gate.n >= gone]  # a unit in each group
     assert type(small.free) is nn.LayerNorm

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 from torch.utils.checkpoint import checkpoint
+from unit_examples import rows
 
 import l0kernels as l0
 from l0kernels import _checks
@@ -97,12 +98,12 @@ OPTIONS = {
 @pytest.mark.parametrize("kind", KINDS)
 def test_stacks(kind, options, monkeypatch):
     rnn = KINDS[kind](5, 4, **OPTIONS[options])
-    case = gated(Stack(rnn, given=options in ("deep", "both ways")), unit_nets.rows(2, 2, 3))
+    case = gated(Stack(rnn, given=options in ("deep", "both ways")), rows(2, 2, 3))
     assert [group.name for group in case[2].groups] == ["first", "rnn"]
     for pattern in ("open", "closed", "half", "one unit open", "fractional", "mixed"):
         check(case, pattern)
     check(case, "mixed", False)
-    alone = *case[:3], (unit_nets.rows(3, 3),)  # a sequence without others
+    alone = *case[:3], (rows(3, 3),)  # a sequence without others
     check(alone, "mixed")
     monkeypatch.setattr(_checks, "readable", lambda: False)
     for other in (case, alone):
@@ -112,10 +113,10 @@ def test_stacks(kind, options, monkeypatch):
 
 @pytest.mark.parametrize("kind", CELLS)
 def test_cells(kind, monkeypatch):
-    case = gated(Cell(CELLS[kind](5, 4)), unit_nets.rows(3, 2, 3))
+    case = gated(Cell(CELLS[kind](5, 4)), rows(3, 2, 3))
     for pattern in ("open", "closed", "half", "fractional", "mixed"):
         check(case, pattern)
-    alone = *case[:3], (unit_nets.rows(3, 3),)
+    alone = *case[:3], (rows(3, 3),)
     check(alone, "mixed", False)
     monkeypatch.setattr(_checks, "readable", lambda: False)
     for other in (case, alone):
@@ -130,7 +131,7 @@ def test_closed_units_are_zero_at_every_step(net, static, monkeypatch):
         model = Stack(KINDS[net](5, 16, 2, bidirectional=True), given=True)
     else:
         model = Cell(CELLS[net.split()[0]](5, 4))
-    model, _, graph, args = gated(model, unit_nets.rows(6, 2, 3))
+    model, _, graph, args = gated(model, rows(6, 2, 3))
     unit_oracle.set_gates(graph, model, "fractional")
     if static:
         monkeypatch.setattr(_checks, "readable", lambda: False)
@@ -149,7 +150,7 @@ def test_closed_units_are_zero_at_every_step(net, static, monkeypatch):
 
 
 def test_steps_share_the_weights_of_what_exists(monkeypatch):
-    model, _, graph, args = gated(Cell(nn.GRUCell(5, 4)), unit_nets.rows(6, 2, 3))
+    model, _, graph, args = gated(Cell(nn.GRUCell(5, 4)), rows(6, 2, 3))
     unit_oracle.set_gates(graph, model, "half")
     made, sizes, gru = [], [], torch._VF.gru_cell
     whole = recurrent.narrow_weight
@@ -171,7 +172,7 @@ def test_steps_share_the_weights_of_what_exists(monkeypatch):
 
 
 def test_dropout_between_layers():
-    model, plain, graph, args = gated(Stack(nn.LSTM(5, 6, 3, dropout=0.5)), unit_nets.rows(4, 2, 3))
+    model, plain, graph, args = gated(Stack(nn.LSTM(5, 6, 3, dropout=0.5)), rows(4, 2, 3))
     unit_oracle.set_gates(graph, model, "open")
     found = []
     for net in (model, plain):
@@ -189,7 +190,7 @@ def test_dropout_between_layers():
 
 @pytest.mark.parametrize("mode", ["paper", "median", "topk"])
 def test_evaluation_modes(mode):
-    model, plain, graph, args = gated(Stack(nn.GRU(5, 8)), unit_nets.rows(3, 2, 3), eval_mode=mode)
+    model, plain, graph, args = gated(Stack(nn.GRU(5, 8)), rows(3, 2, 3), eval_mode=mode)
     for pattern in ("fractional", "mixed"):
         check((model, plain, graph, args), pattern, False)
         torch.testing.assert_close(l0.nn.export(model)(*args), model(*args))
@@ -214,7 +215,7 @@ class Sequences(nn.Module):
 @pytest.mark.parametrize("enforce_sorted", [True, False])
 def test_packed_inputs(enforce_sorted):
     lengths = [4, 2, 1] if enforce_sorted else [1, 4, 2]
-    packed = pack_padded_sequence(unit_nets.rows(4, 3, 3), lengths, enforce_sorted=enforce_sorted)
+    packed = pack_padded_sequence(rows(4, 3, 3), lengths, enforce_sorted=enforce_sorted)
     case = gated(Sequences(), packed)
     for pattern in ("half", "mixed"):
         check(case, pattern)
@@ -245,7 +246,7 @@ def test_activations_stay_narrow():
             seen.extend([x, steps[0], stacked, y])
             return self.c(y)
 
-    model, plain, graph, args = gated(Net(), unit_nets.rows(4, 2, 3))
+    model, plain, graph, args = gated(Net(), rows(4, 2, 3))
     check((model, plain, graph, args), "half")
     model(*args)
     assert all(type(x) is narrow.Narrow and x._at is not None for x in seen[-4:])
@@ -305,7 +306,7 @@ def test_a_state_given_to_the_model_keeps_its_size():
 def test_parameters_that_a_unit_closes(kind):
     """One closed unit leaves an export that is smaller by as many."""
     rnn = KINDS[kind](5, 4, 2, bidirectional=True)
-    model, plain, graph, _ = gated(Stack(rnn), unit_nets.rows(3, 2, 3))
+    model, plain, graph, _ = gated(Stack(rnn), rows(3, 2, 3))
     unit_oracle.set_gates(graph, model, "open")
     model.l0_units.gates[1].log_alpha.data[2] = -40
     small = l0.nn.export(model.eval())
@@ -313,13 +314,13 @@ def test_parameters_that_a_unit_closes(kind):
     assert sizes[0] - sizes[1] == graph["rnn"].parameters
     assert sizes[1] == l0.nn.eval_l0(model)
     gates = 4 if kind == "lstm" else 3 if kind == "gru" else 1
-    rows = gates * (2 * (5 + 4 + 2) + 2 * (8 + 4 + 2))
+    of_rows = gates * (2 * (5 + 4 + 2) + 2 * (8 + 4 + 2))
     columns = (4 * gates - gates) * (4 + 2 * 2)
-    assert graph["rnn"].parameters == rows + columns + 2 * 2
+    assert graph["rnn"].parameters == of_rows + columns + 2 * 2
 
 
 def test_state_dicts_hooks_and_copies():
-    model, plain, graph, args = gated(Stack(nn.LSTM(5, 4, 2)), unit_nets.rows(3, 2, 3))
+    model, plain, graph, args = gated(Stack(nn.LSTM(5, 4, 2)), rows(3, 2, 3))
     unit_oracle.set_gates(graph, model, "half")
     model.eval(), plain.eval()
     y = model(*args)
@@ -392,14 +393,14 @@ def normed():
     ],
 )
 def test_what_is_no_layer_of_torch_is_pinned(model, why):
-    model, args = model().double(), (unit_nets.rows(3, 2, 3),)
+    model, args = model().double(), (rows(3, 2, 3),)
     graph = l0.nn.unit_graph(model, *args)
     assert graph.groups == ()
     assert why in next(pin.why for pin in graph.pinned if (pin.name, pin.dim) == ("first.weight", 0))
 
 
 def test_a_state_that_the_model_returns_is_pinned():
-    args = (unit_nets.rows(3, 2, 3),)
+    args = (rows(3, 2, 3),)
     graph = l0.nn.unit_graph(Around(nn.GRU(5, 4), returns=True).double(), *args)
     assert [group.name for group in graph.groups] == ["first"]
     why = {pin.name: pin.why for pin in graph.pinned}
@@ -408,19 +409,19 @@ def test_a_state_that_the_model_returns_is_pinned():
 
 @pytest.mark.parametrize("pattern", ["open", "half"])
 def test_wrong_sizes_are_refused(pattern):
-    model, _, graph, _ = gated(Around(nn.GRU(5, 4)), unit_nets.rows(3, 2, 3))
+    model, _, graph, _ = gated(Around(nn.GRU(5, 4)), rows(3, 2, 3))
     unit_oracle.set_gates(graph, model, pattern)
     model.eval()
     with pytest.raises(RuntimeError, match=r"input must have 5 as its last size, got shape \(3, 2, 6\)"):
-        model.rnn(unit_nets.rows(3, 2, 6))
+        model.rnn(rows(3, 2, 6))
     with pytest.raises(RuntimeError, match=r"hx must have 4 as its last size, got shape \(1, 2, 5\)"):
-        model.rnn(unit_nets.rows(3, 2, 5), unit_nets.rows(1, 2, 5))
+        model.rnn(rows(3, 2, 5), rows(1, 2, 5))
     with pytest.raises(RuntimeError, match="hx should also be 3-D"):
-        model.rnn(unit_nets.rows(3, 2, 5), unit_nets.rows(2, 4))
+        model.rnn(rows(3, 2, 5), rows(2, 4))
     with pytest.raises(RuntimeError, match="Expected hidden size"):
-        model.rnn(unit_nets.rows(3, 2, 5), unit_nets.rows(1, 3, 4))
+        model.rnn(rows(3, 2, 5), rows(1, 3, 4))
     with pytest.raises(ValueError, match="Expected input to be 2D or 3D"):
-        model.rnn(unit_nets.rows(3, 2, 1, 5))
+        model.rnn(rows(3, 2, 1, 5))
     with pytest.raises(TypeError, match="input must be a"):
         model.rnn([1.0])
 
@@ -452,7 +453,7 @@ def test_functional_call_meta_and_export(name):
 
 
 def test_autocast():
-    model, _, graph, args = gated(Stack(nn.GRU(5, 4)), unit_nets.rows(3, 2, 3))
+    model, _, graph, args = gated(Stack(nn.GRU(5, 4)), rows(3, 2, 3))
     unit_oracle.set_gates(graph, model, "half")
     model.eval()
     expected = model(*args)
@@ -464,7 +465,7 @@ def test_autocast():
 
 @pytest.mark.parametrize("train", [pytest.param(False, marks=pytest.mark.long), True])
 def test_compile(train):
-    model, _, graph, args = gated(Cell(nn.LSTMCell(5, 4)), unit_nets.rows(2, 2, 3))
+    model, _, graph, args = gated(Cell(nn.LSTMCell(5, 4)), rows(2, 2, 3))
     unit_oracle.set_gates(graph, model, "half")
     model.train(train)
     compiled = torch.compile(copy.deepcopy(model), backend="aot_eager", fullgraph=not train)
@@ -505,7 +506,7 @@ def test_checkpoints(pattern):
     found = []
     for checkpointed in (False, True):
         torch.manual_seed(0)
-        model, _, graph, args = gated(Remembers(checkpointed), unit_nets.rows(6, 2, 3))
+        model, _, graph, args = gated(Remembers(checkpointed), rows(6, 2, 3))
         unit_oracle.set_gates(graph, model, pattern)
         torch.manual_seed(1)
         for _ in range(2):
@@ -517,7 +518,7 @@ def test_checkpoints(pattern):
 
 def test_inputs_and_blocks():
     for options in ({"inputs": True}, {"block": 3}, {"inputs": True, "block": 2}):
-        model, plain, graph, args = gated(Around(nn.GRU(5, 4)), unit_nets.rows(3, 2, 3), **options)
+        model, plain, graph, args = gated(Around(nn.GRU(5, 4)), rows(3, 2, 3), **options)
         check((model, plain, graph, args), "mixed")
         torch.testing.assert_close(l0.nn.export(model.eval())(*args), model(*args))
 
@@ -534,7 +535,7 @@ def test_weights_of_two_cells_may_be_tied():
             x = self.first(x)
             return self.last(F.relu(self.b(x, self.a(x))))
 
-    case = gated(Tied(), unit_nets.rows(3, 3))
+    case = gated(Tied(), rows(3, 3))
     assert [group.name for group in case[2].groups] == ["first", "a"]
     for pattern in ("half", "mixed"):
         check(case, pattern)
@@ -543,7 +544,7 @@ def test_weights_of_two_cells_may_be_tied():
 
 
 def test_results_of_packed_kind_are_dense_outside():
-    packed = pack_padded_sequence(unit_nets.rows(4, 2, 3), [4, 2])
+    packed = pack_padded_sequence(rows(4, 2, 3), [4, 2])
     model, _, graph, _ = gated(Sequences(returns=True), packed)
     unit_oracle.set_gates(graph, model, "half")
     out = model(packed)

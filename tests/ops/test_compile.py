@@ -8,11 +8,13 @@ import torch
 import torch._dynamo.testing
 import torch._functorch.config
 import torch._inductor.config
+from op_calls import CALLS, assert_all_equal, leaves, step
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
 import l0kernels as l0
 from l0kernels import _ops, nn
+from op_checks import BACKENDS, ONE_BACKEND
 
 pytestmark = pytest.mark.usefixtures("seeded")
 
@@ -370,7 +372,7 @@ class TestStaticShapes:
         compiled = torch.compile(model, fullgraph=True, backend=counter)
         for batch in (2, 3, 5, 9):
             x = torch.randn(batch, 3, 8, 8)
-            torch._dynamo.mark_dynamic(x, 0)  # a test of test_ops.py counts what compiles without being told
+            torch._dynamo.mark_dynamic(x, 0)  # TestCompile counts what compiles without being told
             torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
         assert counter.frame_count == 1
 
@@ -512,3 +514,63 @@ def test_compiled_autograd():
     step(twin)
     for a, b in zip(model.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad)
+
+
+class TestCompile:
+    @pytest.fixture(autouse=True)
+    def fresh(self):
+        torch._dynamo.reset()
+        yield
+        torch._dynamo.reset()
+
+    @pytest.mark.parametrize(
+        ("backend", "name"),
+        [(BACKENDS[i % len(BACKENDS)], name) for i, name in enumerate(CALLS)],
+        indirect=["backend"],
+    )
+    def test_whole_graph_two_sizes(self, backend, name):
+        """One graph, the batch a symbol; it has the backend by name alone: each call is on one of them."""
+        counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+        compiled = torch.compile(CALLS[name], fullgraph=True, backend=counter)
+        for batch in (6, 11):
+            tensors = leaves(batch)
+            torch._dynamo.mark_dynamic(tensors["x"], 0)
+            results = step(compiled, tensors), step(CALLS[name], leaves(batch))
+            if name == "l2_penalty":  # compiled, weight_decay multiplies the sum and not its terms
+                for a, b in zip(*results, strict=True):
+                    torch.testing.assert_close(a, b)
+            else:
+                assert_all_equal(*results)
+        assert counter.frame_count == 1
+
+    @pytest.mark.parametrize("backend", ONE_BACKEND, indirect=True)
+    def test_many_sizes_compile_twice(self, backend):
+        """The batch becomes a symbol: the shapes of the operators' results follow from their inputs."""
+        counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+        compiled = torch.compile(CALLS["gated_mlp"], fullgraph=True, backend=counter)
+        for batch in (6, 11, 17, 30):
+            assert_all_equal(step(compiled, leaves(batch)), step(CALLS["gated_mlp"], leaves(batch)))
+        assert counter.frame_count == 2
+
+    @pytest.mark.parametrize("backend", ONE_BACKEND, indirect=True)
+    def test_seed_is_an_input(self, backend):
+        tensors = leaves(6)
+
+        def call(seed):
+            return l0.l0_linear(tensors["x"], tensors["w"], in_log_alpha=tensors["a_in"], seed=seed)
+
+        compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+        for value in (1, 2, 2**62):
+            seed = torch.tensor([value])
+            assert torch.equal(compiled(seed), call(seed))
+        assert not torch.equal(compiled(torch.tensor([1])), compiled(torch.tensor([2])))
+
+    def test_backend_is_a_guard(self):
+        call = CALLS["own gates"]
+        compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+        results = []
+        for name in ("torch", "reference", "torch"):
+            with l0.use_backend(name):
+                results.append(step(compiled, leaves(6)))
+        assert_all_equal(results[0], results[2])
+        torch.testing.assert_close(results[0][:3], results[1][:3], rtol=1e-4, atol=1e-4)

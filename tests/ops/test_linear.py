@@ -8,7 +8,19 @@ from torch.autograd import gradcheck
 
 import l0kernels as l0
 from l0kernels import Gates, reference
-from op_checks import KINDS, LAYOUTS, SEED, compare, gate_dtype, make_z, sliced, strided, transposed, wanted
+from op_checks import (
+    BACKENDS,
+    KINDS,
+    LAYOUTS,
+    SEED,
+    compare,
+    gate_dtype,
+    make_z,
+    sliced,
+    strided,
+    transposed,
+    wanted,
+)
 
 pytestmark = pytest.mark.usefixtures("poison")
 
@@ -396,3 +408,131 @@ class TestGradcheck:
             return l0.l0_linear(x, weight, bias, in_log_alpha=in_a, out_log_alpha=out_a, seed=SEED)
 
         assert gradcheck(call, (x, weight, bias, a, b))
+
+
+class TestErrors:
+    """Arguments of the layers that no other file covers: gates that do not belong."""
+
+    def gates(self, n=6):
+        return Gates.from_z(make_z("mixed", n))
+
+    def call(self, **kwargs):
+        return l0.gated_linear(torch.randn(2, 6), torch.randn(4, 6), **kwargs)
+
+    @pytest.mark.parametrize("name", ["in_gates", "out_gates", "out_support"])
+    def test_gates_of_another_size_kind_or_device(self, backend, name):
+        size = 6 if name == "in_gates" else 4
+        with pytest.raises(ValueError, match=rf"{name} must hold {size} gates, .* got z of shape \(5,\)"):
+            self.call(**{name: self.gates(5)})
+        with pytest.raises(TypeError, match=rf"{name} must be Gates .*, got Tensor"):
+            self.call(**{name: torch.ones(size)})
+        z, index, count, _ = self.gates(size)
+        with pytest.raises(ValueError, match=rf"{name}.z must be on cpu, .* got meta"):
+            self.call(**{name: Gates(z.to("meta"), index, count)})
+        with pytest.raises(TypeError, match=rf"{name}.z must be float32 or float64, got torch.bfloat16"):
+            self.call(**{name: Gates(z.bfloat16(), index, count)})
+        with pytest.raises(TypeError, match=rf"{name}.index and .count must be int32, got torch.int64"):
+            self.call(**{name: Gates(z, index.long(), count)})
+        with pytest.raises(ValueError, match=rf"{name}.index must have shape \(128,\) .* got \(6,\)"):
+            self.call(**{name: Gates(z, index[:6], count)})
+        with pytest.raises(ValueError, match=rf"{name}.count must have shape \(2,\) .* got \(1,\)"):
+            self.call(**{name: Gates(z, index, count[:1])})
+
+    def test_both_sides_of_the_output(self, backend):
+        with pytest.raises(ValueError, match="give either out_gates or out_support, got both"):
+            self.call(out_gates=self.gates(4), out_support=self.gates(4))
+
+    @pytest.mark.parametrize("value", [-1, 7, 2**31 - 1, -(2**31)])
+    def test_counts_that_are_none(self, backend, value):
+        z, index, _, _ = self.gates()
+        bad = Gates(z, index, torch.tensor([value, 128], dtype=torch.int32))
+        with pytest.raises(ValueError, match=rf"count\[0\] must be in \[0, 6\], got {value}"):
+            self.call(in_gates=bad)
+
+    @pytest.mark.skipif("cpp" not in BACKENDS, reason="l0kernels._C was not built")
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("side", ["in_gates", "out_gates", "out_support"])
+    def test_counts_and_orders_of_other_gates(self, side, dtype):
+        """Native kernels look; torch's own operations read what index and count say, and stay inside."""
+        z, index, count, _ = Gates.from_z(torch.tensor([0.5, 0.0, 0.3, 1.0, 0.0, 0.2]))
+        x, w = torch.randn(2, 6).to(dtype), torch.randn(6, 6).to(dtype)
+        for order, number, match in (
+            (index, count - 1, r"count\[0\] must count the gates that are not 0, 4, got 3"),
+            (index[[2, 1, 0, *range(3, 128)]], count, "index must list the open gates in ascending order"),
+            (index[[0, 0, *range(2, 128)]], count, "index must list the open gates in ascending order"),
+        ):
+            bad = {side: Gates(z, order, number)}
+            with l0.use_backend("cpp"), pytest.raises(ValueError, match=match):
+                l0.gated_linear(x, w, **bad)
+
+    @pytest.mark.parametrize("value", [-1, 6, 2**31 - 1])
+    def test_indices_out_of_range(self, backend, value):
+        if backend != "cpp":
+            return  # torch's index_select checks, with its own error
+        z, index, count, _ = self.gates()
+        for position in (0, 5):
+            bad = index.clone()
+            bad[position] = value
+            with pytest.raises(ValueError, match=r"gates.index must hold numbers in \[0, 6\)"):
+                self.call(in_gates=Gates(z, bad, count))
+
+    def test_operands(self, backend):
+        x, w, b = torch.randn(2, 6), torch.randn(4, 6), torch.randn(4)
+        cases = [
+            (
+                (x[:, :5], w, b),
+                ValueError,
+                r"x must have shape \(\.\.\., 6\), the columns of weight, got \(2, 5\)",
+            ),
+            ((torch.tensor(1.0), w, b), ValueError, r"x must have shape \(\.\.\., 6\), .* got \(\)"),
+            ((x, w[0], b), ValueError, r"weight must have shape \(out, in\), got \(6,\)"),
+            ((x, w, b[:3]), ValueError, r"bias must have shape \(4,\) \(one per row of weight\), got \(3,\)"),
+            (
+                (x.double(), w, b),
+                TypeError,
+                "x must have the dtype of weight, torch.float32, got torch.float64",
+            ),
+            (
+                (x, w, b.half()),
+                TypeError,
+                "bias must have the dtype of weight, torch.float32, got torch.float16",
+            ),
+            ((x.long(), w, b), TypeError, "x must have a floating-point dtype, got torch.int64"),
+            ((x, w.to(torch.complex64), b), TypeError, "weight must have a floating-point dtype"),
+            (([[1.0]], w, b), TypeError, "x must be a torch.Tensor, got list"),
+            ((x.to("meta"), w, b), ValueError, "x must be on cpu, the device of weight, got meta"),
+            ((x, w, b.to("meta")), ValueError, "bias must be on cpu, the device of weight, got meta"),
+        ]
+        for args, error, match in cases:
+            for call in (l0.gated_linear, l0.l0_linear):
+                with pytest.raises(error, match=match):
+                    call(*args)
+
+    def test_l0_linear_names_its_gates(self, backend):
+        x, w = torch.randn(2, 6), torch.randn(4, 6)
+        for name, size in (("in_log_alpha", 6), ("out_log_alpha", 4)):
+            with pytest.raises(ValueError, match=rf"{name} must have shape \({size},\) .* got \(5,\)"):
+                l0.l0_linear(x, w, **{name: torch.zeros(5)})
+            with pytest.raises(TypeError, match=f"{name} must be float32 or float64, got torch.float16"):
+                l0.l0_linear(x, w, **{name: torch.zeros(size).half()})
+            with pytest.raises(ValueError, match=f"{name} must be on cpu, the device of x, got meta"):
+                l0.l0_linear(x, w, **{name: torch.zeros(size, device="meta")})
+            with pytest.raises(ValueError, match=r"log_alpha must not hold NaN"):
+                l0.l0_linear(x, w, **{name: torch.full((size,), float("nan"))})
+        with pytest.raises(ValueError, match=r"log_alpha\[1\] must not hold NaN"):
+            l0.l0_linear(x, w, in_log_alpha=torch.zeros(6), out_log_alpha=torch.full((4,), float("nan")))
+        with pytest.raises(TypeError, match="seed must be an int64 tensor of shape"):
+            l0.l0_linear(x, w, in_log_alpha=torch.zeros(6), seed=1)
+
+    def test_nothing_half_written(self, backend):
+        """An error in the forward leaves torch's generator and the leaves as they were."""
+        leaf = torch.randn(2, 6, requires_grad=True)
+        state = torch.get_rng_state()
+        with pytest.raises(ValueError, match="out_log_alpha"):
+            l0.l0_linear(leaf, torch.randn(4, 6), in_log_alpha=torch.zeros(6), out_log_alpha=torch.zeros(3))
+        assert leaf.grad is None
+        assert not torch.equal(torch.get_rng_state(), state)  # randn of the weight
+        state = torch.get_rng_state()
+        with pytest.raises(TypeError, match="dist must be"):
+            l0.sample_gates(torch.zeros(3), dist=3)
+        assert torch.equal(torch.get_rng_state(), state)

@@ -5,8 +5,8 @@ import warnings
 
 import pytest
 import torch
+from op_calls import CALLS, leaves
 from test_compile import MODELS, make
-from test_ops import CALLS, leaves
 from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, grad_and_value, hessian, jacfwd, jacrev, jvp, vmap

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from unit_nets import Conv1D, OffsetRMSNorm, OwnRMSNorm, turned
+from unit_nets_attention import Conv1D, OffsetRMSNorm, OwnRMSNorm, turned
 
 CHOICES: dict[str, list[Any]] = {
     "joined": ["three", "three", "split", "chunk", "slices", "timm", "Conv1D", "cross", "cross joined"],

@@ -12,11 +12,11 @@ from typing import Any
 
 import fuzz_attention
 import torch
-import unit_nets
 import unit_oracle
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+from unit_nets_images import LayerNorm2d
 
 import l0kernels as l0
 from l0kernels import _checks
@@ -328,7 +328,7 @@ class Net(nn.Module):
         elif kind == "norm":
             norms = [nn.BatchNorm2d(units), nn.BatchNorm2d(units, affine=False), nn.GroupNorm(1, units)]
             norms += [nn.InstanceNorm2d(units, affine=True), nn.GroupNorm(units, units), nn.PReLU(units)]
-            norms += [unit_nets.LayerNorm2d(units)]
+            norms += [LayerNorm2d(units)]
             norms += [nn.GroupNorm(2, units)] if units % 2 == 0 else []
             norms += [nn.BatchNorm2d(units, track_running_stats=False), nn.BatchNorm2d(units, momentum=None)]
             self.add(self.layer(rng.choice(norms)))

@@ -6,7 +6,7 @@ import itertools
 import fuzz_nets
 import pytest
 import torch
-from test_sequential import block, lenet5, paper_block, spread, wide_block
+from sequential_nets import block, lenet5, paper_block, spread, wide_block
 
 import l0kernels as l0
 from l0kernels import nn
