@@ -2,7 +2,7 @@
 pruning and with hard concrete gates, all for the same number of steps; times the steps of an MLP
 784-1024-1024-10 whose weights are half zero columns, and the operators on 16 M weights and on 100,000, beside
 y.copy_(x) and x.mul_(c). Rows go to bench/results/proximal/, tables of them to docs/guides/proximal.md by
-``python bench/table.py --write``. Times are processor time of one thread; with --threads above 1, of a clock."""
+``python bench/table.py --write``. Times are processor time of one thread, of a clock with --threads above 1."""
 
 import copy
 import statistics
