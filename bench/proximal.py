@@ -2,7 +2,7 @@
 pruning and with hard concrete gates, all for the same number of steps; times the steps of an MLP
 784-1024-1024-10 whose weights are half zero columns, and the operators on 16 M weights and on 100,000, beside
 y.copy_(x) and x.mul_(c). Rows go to bench/results/proximal/, tables of them to docs/guides/proximal.md by
-``python bench/table.py --write``. Times are processor time of one thread, of a clock with --threads above 1."""
+``python bench/table.py --write``. Times are processor time of one thread; with --threads, of a clock."""
 
 import copy
 import statistics
@@ -306,15 +306,13 @@ def operators(side: int, rounds: int) -> list[Row]:
     """By turns, on a square weight. gbps: as if each weight were read and written once."""
     torch.manual_seed(0)
     x = torch.randn(side, side) * 0.05
-    shapes = {COPY: torch.empty_like(x).copy_, **SHAPES}
+    shapes = {COPY: torch.empty_like(x).copy_, **SHAPES, TOP: prox.TopK(x.numel() - 1).prox_}
     calls = max(1, (1 << 22) // x.numel())  # that make a time long enough to be read
-    times: dict[str, list[float]] = {name: [] for name in (*shapes, TOP)}
-    for i in range(rounds):
+    times: dict[str, list[float]] = {name: [] for name in shapes}
+    for _ in range(rounds):
         for name, call in shapes.items():
             call(x)  # each finds in the caches what it left there
             times[name].append(timed(partial(repeated, call, x, calls)) / calls)
-        if i < 3:  # in plain torch: a hundred times as long
-            times[TOP].append(timed(partial(prox.TopK(x.numel() - 1).prox_, x)))
     rows = []
     for name, found in times.items():
         p20, ms, p80 = quantiles(found)

@@ -751,9 +751,12 @@ l0::ProxStage prox_stage(const ProxStage& stage) {
 template <typename T>
 void prox_as(const ProxTensor& tensor, int num_threads) {
   const auto& [x, y, type, step, group_step, sizes, before, group, lam, after] = tensor;
-  if (type < 0 || type > 3 || group < 0 || group > 2)
-    throw std::invalid_argument("type and group: expected 0..3 and 0..2, got " + std::to_string(type) +
-                                " and " + std::to_string(group));
+  if (type < 0 || type > 3 || group < 0 || group > 3)
+    throw std::invalid_argument("type and group: expected 0..3, got " + std::to_string(type) + " and " +
+                                std::to_string(group));
+  const bool is_top = group == static_cast<int>(l0::ProxGroup::kTop);
+  if (is_top && (sizes[0] != 1 || sizes[1] != 1 || step || !(lam >= 0)))
+    throw std::invalid_argument("the k largest are those of all elements, without steps");
   l0::kernels<T>().prox(
       {as<const void>(x), as<void>(y), static_cast<l0::DType>(type), as<const T>(step),
        as<const double>(group_step), sizes[0], sizes[1], sizes[2], prox_stage(before), prox_stage(after),

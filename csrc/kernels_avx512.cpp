@@ -12,6 +12,7 @@ L0_TARGET_BEGIN("avx512f,avx512dq,avx512bw,avx512vl,avx2,fma")
 #include "conv_impl.h"
 #include "taps_impl.h"
 #include "prox_impl.h"
+#include "prox_top_impl.h"
 #include "budget_impl.h"
 #include "elementwise_impl.h"
 L0_TARGET_END

@@ -12,5 +12,6 @@
 #include "conv_impl.h"
 #include "taps_impl.h"
 #include "prox_impl.h"
+#include "prox_top_impl.h"
 #include "budget_impl.h"
 #include "elementwise_impl.h"

@@ -17,8 +17,9 @@ struct ProxStage {
   // of kTransformedL1 the cube root of lam a (a + 1).
   double threshold, third;
 };
-// lam |y_g|_2, or lam for each group that is not 0.
-enum class ProxGroup : int32_t { kNone = 0, kLasso = 1, kL0 = 2 };
+// lam |y_g|_2, or lam for each group that is not 0; kTop: at most lam elements that are not 0, without groups,
+// stages and steps.
+enum class ProxGroup : int32_t { kNone = 0, kLasso = 1, kL0 = 2, kTop = 3 };
 
 template <typename T>
 struct ProxParams {

@@ -485,9 +485,13 @@ void prox_columns(const ProxParams<T>& p, int num_threads) {
       memory.finish(o * width + i, std::min(chunk, width - i), factor + i, true);
 }
 
+template <typename S>
+void top_k(const void* x, void* y, int64_t n, int64_t k, int num_threads);  // prox_top_impl.h
+
 template <typename T, typename S>
 void prox_as(const ProxParams<T>& p, int num_threads) {
   if (p.outer * p.groups * p.inner == 0) return;
+  if (p.group == ProxGroup::kTop) return top_k<S>(p.x, p.y, p.inner, int64_t(p.lam), num_threads);
   if (p.group == ProxGroup::kNone) return prox_elements<T, S>(p, num_threads);
   if (p.outer == 1 || p.inner >= kProxSegment) return prox_segments<T, S>(p, num_threads);
   prox_columns<T, S>(p, num_threads);

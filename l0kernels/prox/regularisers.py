@@ -18,7 +18,7 @@ from ..impl import module
 
 Step = float | Tensor
 _L0_L1, _L0_L2, _TRANSFORMED_L1 = 1.0, 2.0, 3.0  # csrc/prox.h has these kinds
-_LASSO, _HARD = 1.0, 2.0
+_LASSO, _HARD, _TOP = 1.0, 2.0, 3.0
 Numbers = tuple[list[float], list[float], list[float]]
 """Before the groups' factor, the groups', and after it, as of ProxCall."""
 
@@ -32,6 +32,8 @@ class Regulariser:
 
     dim: int | None = None
     run: int = 1
+    backends: tuple[str, ...] = ("cpp", "triton")
+    """Which have a kernel for it, where :meth:`numbers` tells what."""
 
     def prox(self, x: Tensor, step: Step = 1.0, out: Tensor | None = None) -> Tensor:
         """``argmin_y 1/2 sum (y - x)^2 / step + R(y)``, with exact zeros; of two minimisers the smaller.
@@ -124,7 +126,7 @@ class Regulariser:
 
     def _new(self, x: Tensor, step: Step) -> Tensor:
         backend = _registry.resolve(x.device, x.dtype, "prox")
-        found = self._call(x, step) if _registry.has(backend, "prox") else None
+        found = self._call(x, step) if backend in self.backends else None
         if found is None:
             return self.formula(x, step)
         call, order = found
@@ -136,7 +138,7 @@ class Regulariser:
         jobs: dict[str, tuple[list[ProxCall], list[Tensor], list[Tensor]]] = {}
         for x, step, out in zip(tensors, steps, outs, strict=True):
             backend = _registry.resolve(x.device, x.dtype, "prox")
-            direct = eager and _registry.has(backend, "prox") and out.stride() == x.stride()
+            direct = eager and backend in self.backends and out.stride() == x.stride()
             found = self._call(x, step) if direct else None
             if found is None:
                 out.copy_(self._new(x, step))
@@ -421,10 +423,12 @@ class TransformedL1Group(Regulariser):
 class TopK(Regulariser):
     """0 for tensors with at most k elements that are not 0, else infinite; prox: the projection onto these.
 
-    It keeps the k largest, the first ones among equals; in plain torch on every backend.
+    It keeps the k largest, the first ones among equals. On the CPU contiguous memory with one step for all is
+    native; all else is plain torch.
     """
 
     k: int
+    backends = ("cpp",)
 
     def __post_init__(self) -> None:
         check_count("k", self.k, 0, 2**63)
@@ -436,6 +440,13 @@ class TopK(Regulariser):
     def formula(self, x: Tensor, step: Step) -> Tensor:
         """See :func:`l0kernels.reference.prox.top_k`."""
         return reference.prox.top_k(x, self.k, step=step)
+
+    def numbers(self, x: Tensor, step: float) -> Numbers:
+        return [], [_TOP, float(self.k)], []
+
+    def _call(self, x: Tensor, step: Step) -> tuple[ProxCall, list[int]] | None:
+        # the first among equals is that of the indices, not of the memory
+        return super()._call(x, step) if x.is_contiguous() and not isinstance(step, Tensor) else None
 
     def check(self, x: Tensor, step: Step = 1.0) -> None:
         """As of every penalty; ValueError: k is more than there are."""

@@ -95,6 +95,49 @@ def test_rows_and_columns_that_fill_no_block(name, shape, isa):
     assert_prox(NAMES[name], memory[1:].view(shape), what=f"{name} {shape}, unaligned")
 
 
+MAGNITUDES = {
+    "distinct": lambda n: torch.randn(n),
+    "few values": lambda n: torch.randint(-3, 4, (n,)).float(),
+    "one value": lambda n: torch.full((n,), -2.0),
+    "mostly zeros": lambda n: torch.where(torch.rand(n) < 0.9, 0.0, torch.randn(n)),
+    "strange": lambda n: torch.tensor([math.nan, math.inf, -math.inf, -0.0, 0.0, 1e-42, -1.0]).repeat(n)[:n],
+}
+
+
+class TestTopK:
+    """Native code selects by the bits; which of equal elements stay is the first ones, as in the formula."""
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("values", MAGNITUDES)
+    def test_is_the_formula(self, dtype, values, isa):
+        for n in (1, 15, 17, 64, 2047, 2049, 70000):
+            x = MAGNITUDES[values](n).to(dtype)
+            for k in {0, 1, n // 10, n // 2, n - 1, n}:
+                regulariser = prox.TopK(k)
+                expected = regulariser.formula(x, 1.0)
+                assert torch.equal(regulariser.prox(x).nan_to_num(5.0), expected.nan_to_num(5.0)), (n, k)
+                own = x.clone()
+                regulariser.prox_(own)
+                assert torch.equal(own.nan_to_num(5.0), expected.nan_to_num(5.0)), (n, k)
+
+    @pytest.mark.parametrize("n_threads", [1, 2, 3])
+    def test_what_a_sample_does_not_show(self, n_threads, threads, isa):
+        """Every 4th of 4 * 65,536 elements is another than the rest, and the sample is all of those."""
+        threads(n_threads)
+        for inside, outside in ((1.0, 1e-3), (1e-3, 1.0)):
+            x = torch.randn(65536, 4) * outside
+            x[:, 0] = torch.randn(65536) * inside
+            for k in (10, 60000, 70000, 200000):
+                regulariser = prox.TopK(k)
+                got = regulariser.prox(x)
+                assert torch.equal(got, regulariser.formula(x, 1.0)), k
+                assert (got != 0).sum() == k
+
+    def test_among_equals_the_first_index_stays(self, isa):
+        x = torch.ones(6, 9).t()
+        assert torch.equal(prox.TopK(5).prox(x), prox.TopK(5).formula(x, 1.0))
+
+
 @each
 @pytest.mark.parametrize("n", [1, 31, 1023, 1024, 1025, 5000])
 def test_rows_of_any_length(name, n, backend):
