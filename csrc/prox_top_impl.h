@@ -5,7 +5,7 @@
 namespace l0 {
 namespace L0_ISA {
 
-constexpr int64_t kTopSample = 65536;
+constexpr int64_t kTopSample = 65536, kTopLeast = 4096;  // elements of a sample, one in 16 between these two
 constexpr int64_t kTopChunk = 32768;  // elements of a task
 constexpr int64_t kTopBlock = 2048;   // elements whose keys are collected at once
 
@@ -54,7 +54,7 @@ struct Top {
   };
   // Between which two keys the k-th lies: four standard deviations of a sample around its place there.
   Between guess() const {
-    const int64_t size = std::min(n, kTopSample);
+    const int64_t size = std::min(n, std::clamp(n / 16, kTopLeast, kTopSample));
     std::vector<Key> sample(size);
     for (int64_t i = 0; i < size; ++i) sample[i] = key(x[i * n / size]);
     const double place = double(k) / double(n) * double(size);
