@@ -435,23 +435,23 @@ void zero_row(const GemmParams<T>& p, int64_t r) {
 struct Range {
   int64_t begin, end;
   Range(int64_t n, int64_t part, int64_t parts) : begin(n * part / parts), end(n * (part + 1) / parts) {}
-  Range(const Range& whole, int64_t part, int64_t parts) : Range(whole.end - whole.begin, part, parts) {
-    begin += whole.begin;
-    end += whole.begin;
-  }
 };
 
-// Threads as a grid over C: threads = rows * columns with the smallest largest block.
+// Threads as a grid over C, threads = rows * columns, with the least for each to do. It packs what it reads for
+// itself: a panel that another thread has written takes longer to arrive than to pack.
+template <typename T>
 struct Grid {
   int rows = 1, columns = 1;
-  Grid(int threads, int64_t panels_m, int64_t panels_n) {
-    int64_t best = -1;
+  Grid(int threads, int64_t panels_m, int64_t height, int64_t panels_n) {
+    constexpr double kPacking = 20.0;  // products that take as long as to pack an element
+    double best = -1.0;
     for (int r = 1; r <= threads; ++r) {
       if (threads % r) continue;
       const int c = threads / r;
-      const int64_t block = ((panels_m + r - 1) / r) * ((panels_n + c - 1) / c);
-      if (best < 0 || block < best) {
-        best = block;
+      const double m = double((panels_m + r - 1) / r * height), n = double((panels_n + c - 1) / c * kNR<T>);
+      const double work = m * n + kPacking * (m + n);
+      if (best < 0.0 || work < best) {
+        best = work;
         rows = r;
         columns = c;
       }
@@ -476,15 +476,9 @@ void gemm_block(const GemmParams<T>& p, int num_threads) {
 
   thread_local Workspace workspace;
   const size_t n_pad = panels_n * NR;
-  const size_t size_a = (panels_m * mr_full * kc_full + 15) / 16 * 16, size_b = n_pad * kc_full;
-  const size_t size_acc = blocks_k > 1 ? size_t(panels_m) * kMR * n_pad : 0;
   const size_t num_scatter = p.c_scatter_n ? ScatterList<T>::max_chunks(p.N, p.c_cols) : 0;
   const size_t bytes_scatter = sizeof(ScatterChunk) * num_scatter + sizeof(int32_t) * (panels_n + 1);
-  T* const a_pack =
-      static_cast<T*>(workspace.get(sizeof(T) * (size_a + size_b + size_acc + 2 * n_pad) + bytes_scatter));
-  T* const b_pack = a_pack + size_a;
-  T* const acc = b_pack + size_b;
-  T* const n_scale = acc + size_acc;
+  T* const n_scale = static_cast<T*>(workspace.get(sizeof(T) * 2 * n_pad + bytes_scatter));
   T* const bias = n_scale + n_pad;
   ScatterList<T> scatter;
   scatter.chunks = reinterpret_cast<ScatterChunk*>(bias + n_pad);
@@ -500,39 +494,43 @@ void gemm_block(const GemmParams<T>& p, int num_threads) {
   const int threads = work < 2e5 ? 1 : num_threads;
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
-    const Grid grid(team_size(), panels_m, panels_n);
-    const int thread = thread_number(), i = thread / grid.columns, j = thread % grid.columns;
-    // This thread computes rows `mine_m` and columns `mine_n`; with the others of its row and column it packs
-    // what they share.
-    const Range mine_m(panels_m, i, grid.rows), mine_n(panels_n, j, grid.columns);
-    const Range pack_m(mine_m, j, grid.columns), pack_n(mine_n, i, grid.rows);
-    const int64_t m0 = pack_m.begin * mr_full, m1 = pack_m.end * mr_full < p.M ? pack_m.end * mr_full : p.M;
-    const int64_t n0 = pack_n.begin * NR, n1 = pack_n.end * NR < p.N ? pack_n.end * NR : p.N;
+    const Grid<T> grid(team_size(), panels_m, mr_full, panels_n);
+    const int thread = thread_number();
+    const Range mine_m(panels_m, thread / grid.columns, grid.rows),
+        mine_n(panels_n, thread % grid.columns, grid.columns);
+    const int64_t m0 = mine_m.begin * mr_full, m1 = std::min(mine_m.end * mr_full, p.M);
+    const int64_t tiles_n = mine_n.end - mine_n.begin, tiles = (mine_m.end - mine_m.begin) * tiles_n;
+    const int64_t widest = std::min(kSweep, tiles_n) * NR;
     const bool rows_a = am.index && am.stride == 1,
                rows_b = bn.index && bn.stride == 1;  // gathered along contiguous rows
 
     thread_local Workspace scratch;
-    const int64_t widest = m1 - m0 > n1 - n0 ? m1 - m0 : n1 - n0;
-    const size_t size_tmp = (widest + NR + W + 15) / 16 * 16, size_k = (kc_full + 15) / 16 * 16;
-    const size_t num_chunks = (rows_a ? m1 - m0 : 0) + (rows_b ? n1 - n0 : 0) + (p.k_index ? kc_full : 0);
-    T* const stack_tile =
-        static_cast<T*>(scratch.get(sizeof(T) * (kMR * NR + size_tmp + size_k) + sizeof(Chunk) * num_chunks));
-    T* const tmp = stack_tile + kMR * NR;
+    const auto rounded = [](int64_t n) { return size_t(n + 15) / 16 * 16; };
+    const size_t size_a = rounded((mine_m.end - mine_m.begin) * mr_full * kc_full), size_b = widest * kc_full;
+    const size_t size_acc = (blocks_k > 1 ? tiles : 1) * kMR * NR;
+    const size_t size_tmp = rounded(std::max(m1 - m0, widest) + NR + W), size_k = rounded(kc_full);
+    const size_t num_chunks = (rows_a ? m1 - m0 : 0) + (rows_b ? widest : 0) + (p.k_index ? kc_full : 0);
+    T* const a_pack = static_cast<T*>(scratch.get(sizeof(T) * (size_a + size_b + size_acc + size_tmp + size_k) +
+                                                  sizeof(Chunk) * num_chunks));
+    T* const b_pack = a_pack + size_a;
+    T* const acc = b_pack + size_b;
+    T* const tmp = acc + size_acc;
     T* const k_scale = tmp + size_tmp;
     Chunk* chunks = reinterpret_cast<Chunk*>(k_scale + size_k);
-    IndexList<T> m_list, n_list;
+    IndexList<T> m_list;
     if (rows_a) {
       m_list = IndexList<T>(am.index + m0, m1 - m0, chunks);
       chunks += m1 - m0;
     }
-    if (rows_b) {
-      n_list = IndexList<T>(bn.index + n0, n1 - n0, chunks);
-      chunks += n1 - n0;
-    }
+    Chunk* const n_chunks = chunks;
+    if (rows_b) chunks += widest;
 
     if (p.c_scatter_m || p.c_scatter_n) {
       const Range mine(rows, thread, team_size());
       for (int64_t r = mine.begin; r < mine.end; ++r) zero_row(p, r);
+      if (!L0_COMPRESS && p.c_scatter_n) {  // into which others are about to write
+#pragma omp barrier
+      }
     }
     for (int64_t kb = 0; kb < blocks_k; ++kb) {
       const int64_t k0 = kb * kc_full, kc = p.K - k0 < kc_full ? p.K - k0 : kc_full;
@@ -542,32 +540,34 @@ void gemm_block(const GemmParams<T>& p, int num_threads) {
       const T* const a_scale = p.k_scale ? k_scale : nullptr;
       if (rows_a) {
         for (int64_t k = 0; k < kc; ++k)
-          pack_row<T, false>(a_pack + m0 * kc, mr_full, p.a, ak, k0, kc, k, m_list, a_scale, tmp);
+          pack_row<T, false>(a_pack, mr_full, p.a, ak, k0, kc, k, m_list, a_scale, tmp);
       } else {
         for (int64_t m = m0; m < m1; m += mr_full) {
           const int mr = int(p.M - m < mr_full ? p.M - m : mr_full);
-          pack_panel<T>(a_pack + m * kc, mr, p.a, am, p.M, m, mr, ak, k0, kc, k_list, a_scale);
+          pack_panel<T>(a_pack + (m - m0) * kc, mr, p.a, am, p.M, m, mr, ak, k0, kc, k_list, a_scale);
         }
       }
-      if (rows_b) {
-        for (int64_t k = 0; k < kc; ++k)
-          pack_row<T, true>(b_pack + n0 * kc, NR, p.b, bk, k0, kc, k, n_list, nullptr, tmp);
-      } else {
-        for (int64_t n = n0; n < n1; n += NR)
-          pack_panel<T>(b_pack + n * kc, NR, p.b, bn, p.N, n, int(p.N - n < NR ? p.N - n : NR), bk, k0, kc,
-                        k_list, nullptr);
-      }
-#pragma omp barrier
       for (int64_t sweep = mine_n.begin; sweep < mine_n.end; sweep += kSweep) {
-        const int64_t sweep_end = sweep + kSweep < mine_n.end ? sweep + kSweep : mine_n.end;
+        const int64_t sweep_end = std::min(sweep + kSweep, mine_n.end);
+        const int64_t n0 = sweep * NR, n1 = std::min(sweep_end * NR, p.N);
+        if (rows_b) {
+          const IndexList<T> n_list(bn.index + n0, n1 - n0, n_chunks);
+          for (int64_t k = 0; k < kc; ++k)
+            pack_row<T, true>(b_pack, NR, p.b, bk, k0, kc, k, n_list, nullptr, tmp);
+        } else {
+          for (int64_t n = n0; n < n1; n += NR)
+            pack_panel<T>(b_pack + (n - n0) * kc, NR, p.b, bn, p.N, n, int(p.N - n < NR ? p.N - n : NR), bk, k0,
+                          kc, k_list, nullptr);
+        }
         for (int64_t q = mine_m.begin; q < mine_m.end; ++q) {
           const int64_t m = q * mr_full, mr = p.M - m < mr_full ? p.M - m : mr_full;
           for (int64_t r = sweep; r < sweep_end; ++r) {
             const int64_t n = r * NR, nr = p.N - n < NR ? p.N - n : NR;
-            T* const tile = size_acc ? acc + (q * panels_n + r) * kMR * NR : stack_tile;
+            const int64_t number = blocks_k > 1 ? (q - mine_m.begin) * tiles_n + r - mine_n.begin : 0;
+            T* const tile = acc + number * kMR * NR;
             const bool last = kb + 1 == blocks_k;
             if (last) prefetch_tile(p, m, int(mr), n, int(nr));
-            kKernels<T>[nr > W][mr - 1](kc, a_pack + m* kc, b_pack + n* kc, tile, kb > 0);
+            kKernels<T>[nr > W][mr - 1](kc, a_pack + (m - m0) * kc, b_pack + (n - n0) * kc, tile, kb > 0);
             if (last) {
               finish_tile(p, tile, m, int(mr), n, int(nr), p.n_scale ? n_scale : nullptr,
                           p.bias ? bias : nullptr);
@@ -575,9 +575,6 @@ void gemm_block(const GemmParams<T>& p, int num_threads) {
             }
           }
         }
-      }
-      if (kb + 1 < blocks_k) {
-#pragma omp barrier
       }
     }
   }
