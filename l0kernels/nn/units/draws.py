@@ -282,10 +282,14 @@ class Draw:
     def exists(self) -> Tensor:
         """(gates + 1,) bool, which units exist in packed data."""
         if self._exists is None:
-            self._exists, start = self.is_open.clone(), 0
-            for gate, (is_open, n) in zip(self._gates, self._counts, strict=True):
-                self._exists[start + gate.index[is_open:n].long()] = True
-                start += len(gate.z)
+            self._exists = self.is_open.clone()
+            gates = zip(self._begins, self._gates, self._counts, strict=False)
+            closed = [(start, gate.index[is_open:n]) for start, gate, (is_open, n) in gates if n > is_open]
+            if closed:
+                starts, index = zip(*closed, strict=True)
+                times = torch.tensor([len(one) for one in index], device="cpu")
+                begins = torch.tensor(starts, device="cpu").repeat_interleave(times)
+                self._exists.index_fill_(0, begins + torch.cat(index), True)
         return self._exists
 
     def scales(self, space: Space, dtype: torch.dtype) -> Tensor:
