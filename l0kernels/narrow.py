@@ -216,6 +216,40 @@ def narrow_depthwise(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
     return apply(_Depthwise, x, weight, geometry)
 
 
+class _Shuffle(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, places: Tensor, dim: int) -> Tensor:
+        x = plain(x)
+        ctx.by_rows = x.ndim == 4 and dim == 1 and not x.is_contiguous()
+        ctx.dim = dim
+        ctx.save_for_backward(places)
+        return _selected(x, places, dim, ctx.by_rows)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        _ops.refuse_second_derivative("narrow_shuffle")
+        (places,) = ctx.saved_tensors
+        return _selected(plain(dy), places.argsort(), ctx.dim, ctx.by_rows), None, None
+
+
+def _selected(x: Tensor, places: Tensor, dim: int, by_rows: bool) -> Tensor:
+    """index_select, which makes no channels_last images; by_rows: these."""
+    if not by_rows:
+        return x.index_select(dim, places)
+    N, C, H, W = x.shape
+    rows = x.permute(0, 2, 3, 1).reshape(-1, C)
+    return rows.index_select(1, places).view(N, H, W, C).permute(0, 3, 1, 2)
+
+
+def narrow_shuffle(x: Tensor, places: Tensor, dim: int) -> Tensor:
+    """The entries of dimension `dim` of x in another order.
+
+    Args:
+        places: (x.shape[dim],) int64, where each is in x: all of them, once.
+    """
+    return apply(_Shuffle, x, places, dim)
+
+
 class _BatchNorm(torch.autograd.Function):
     @staticmethod
     def forward(

@@ -6,6 +6,7 @@ import fuzz_attention
 import fuzz_units
 import pytest
 import torch
+from shuffle_nets import SHUFFLES
 
 from l0kernels.nn.units import draws, narrow_shapes
 
@@ -35,6 +36,7 @@ def test_nets_are_of_every_kind():
         )
         seen.update({kind for kind, _, _, _ in net.steps})
         seen.update(str(step[1]) for step in net.steps if step[0] == "layer")
+        seen.update(str(part) for step in net.steps if step[0] == "shuffle" for part in step[1])
         seen["heads that lend"] += any(getattr(part, "lends", False) for part in net.parts)
         seen.update(str(value) for part in net.parts for value in getattr(part, "what", {}).values())
         seen["attends to another"] += ("block", "attends") in [step[:2] for step in net.steps]
@@ -58,6 +60,7 @@ def test_nets_are_of_every_kind():
     kinds += ["RNN", "GRU", "LSTM", "RNNCell", "GRUCell", "LSTMCell", "recurrent"]
     kinds += ["all", "last", "cell", "given", "packed"]
     kinds += ["lent", "heads that lend"]
+    kinds += [*SHUFFLES, "3", "4"]
     kinds += ["block", "Heads", "Attends", "Layers", "Product", "attends to another"]
     kinds += [str(value) for values in fuzz_attention.CHOICES.values() for value in values]
     kinds += [*fuzz_units.ACTIVATIONS, *fuzz_units.IMAGE, *fuzz_units.ROWS]

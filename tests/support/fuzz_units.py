@@ -13,6 +13,7 @@ from typing import Any
 import fuzz_attention
 import torch
 import unit_oracle
+from shuffle_nets import SHUFFLES
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
@@ -51,11 +52,6 @@ ACTIVATIONS = {
 def glu(x: Tensor, dim: int) -> Tensor:
     a, b = x.chunk(2, dim)
     return a * torch.sigmoid(b)
-
-
-def shuffled(x: Tensor) -> Tensor:
-    n, c = x.shape[:2]
-    return x.view(n, 2, c // 2, *x.shape[2:]).transpose(1, 2).reshape(x.shape)
 
 
 def split_and_join(x: Tensor, dim: int) -> Tensor:
@@ -179,7 +175,8 @@ class Net(nn.Module):
         if kind == "glu":
             return glu(x, what)
         if kind == "shuffle":
-            return shuffled(x)
+            how, groups = what
+            return SHUFFLES[how](x, groups)
         if kind == "last":
             norm, up, down = layers
             return x + down(F.gelu(up(norm(x.permute(0, 2, 3, 1))))).permute(0, 3, 1, 2)
@@ -340,8 +337,8 @@ class Net(nn.Module):
         elif kind == "squeeze":
             parts = [nn.Conv2d(units, 3, 1), nn.Conv2d(3, units, 1)]
             self.add(("squeeze", None, tuple(map(self.part, parts)), 0))
-        elif kind == "shuffle" and units % 2 == 0:
-            self.add(("shuffle", None, (), 0))
+        elif kind == "shuffle" and (groups := [g for g in (2, 3, 4) if units % g == 0]):
+            self.add(("shuffle", (rng.choice([*SHUFFLES]), rng.choice(groups)), (), 0))
         elif kind == "up":
             self.add(self.layer(nn.ConvTranspose2d(units, out, 3, padding=1)))
 

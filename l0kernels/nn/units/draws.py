@@ -39,7 +39,7 @@ class Space:
             first if torch.equal(labels, torch.arange(first, first + self.size, device="cpu")) else None
         )
         self.tiles: dict[int, Space] = {}  # apart from _made, whose keys dynamo does not know
-        self._made: dict[object, Space] = {}
+        self._made: dict[object, Any] = {}
         self._labels: dict[torch.device, Tensor] = {}
 
     def labels_on(self, device: torch.device) -> Tensor:
@@ -92,9 +92,8 @@ class Spaces:
         key = "runs", times
         if key not in space._made:
             cells = space.labels.view(-1, times)
-            if not bool((cells == cells[:, :1]).all()):
-                return None
-            space._made[key] = self.of(cells[:, 0].clone())
+            is_run = bool((cells == cells[:, :1]).all())
+            space._made[key] = self.of(cells[:, 0].clone()) if is_run else None
         return space._made[key]
 
     def tile(self, space: Space, times: int) -> Space | None:
@@ -102,9 +101,8 @@ class Spaces:
         key = "tile", times
         if key not in space._made:
             cells = space.labels.view(times, -1)
-            if not bool((cells == cells[:1]).all()):
-                return None
-            space._made[key] = self.of(cells[0].clone())
+            is_tile = bool((cells == cells[:1]).all())
+            space._made[key] = self.of(cells[0].clone()) if is_tile else None
         return space._made[key]
 
     def tiled(self, space: Space, times: int) -> Space:
@@ -124,12 +122,16 @@ class Spaces:
             found = spaces[0]._made[key] = self.of(torch.cat([space.labels for space in spaces]))
         return found
 
-    def part(self, space: Space, start: int, stop: int) -> Space:
-        """The entries from `start` to before `stop`."""
-        key = ("part", start, stop)
+    def shuffled(
+        self, space: Space, sizes: tuple[int, ...], order: tuple[int, ...]
+    ) -> tuple[Space, Tensor, Tensor]:
+        """Its entries, seen in `sizes`, with these dimensions in another order; the place of each in `space`,
+        and the other way round."""
+        key = "shuffled", sizes, order
         found = space._made.get(key)
         if found is None:
-            found = space._made[key] = self.of(space.labels[start:stop].clone())
+            places = torch.arange(space.size, device="cpu").view(sizes).permute(order).flatten()
+            found = space._made[key] = self.of(space.labels[places]), places, places.argsort()
         return found
 
 
@@ -280,10 +282,14 @@ class Draw:
     def exists(self) -> Tensor:
         """(gates + 1,) bool, which units exist in packed data."""
         if self._exists is None:
-            self._exists, start = self.is_open.clone(), 0
-            for gate, (is_open, n) in zip(self._gates, self._counts, strict=True):
-                self._exists[start + gate.index[is_open:n].long()] = True
-                start += len(gate.z)
+            self._exists = self.is_open.clone()
+            gates = zip(self._begins, self._gates, self._counts, strict=False)
+            closed = [(start, gate.index[is_open:n]) for start, gate, (is_open, n) in gates if n > is_open]
+            if closed:
+                starts, index = zip(*closed, strict=True)
+                times = torch.tensor([len(one) for one in index], device="cpu")
+                begins = torch.tensor(starts, device="cpu").repeat_interleave(times)
+                self._exists.index_fill_(0, begins + torch.cat(index), True)
         return self._exists
 
     def scales(self, space: Space, dtype: torch.dtype) -> Tensor:

@@ -28,6 +28,7 @@ class Narrow(Tensor):
 
     _held: Tensor
     _at: tuple[Space, int, Draw, Spaces] | None
+    _source: Narrow | None = None  # see narrow_shuffle
 
     @staticmethod
     def of(data: Tensor, space: Space, dim: int, draw: Draw, spaces: Spaces) -> Narrow:
@@ -117,7 +118,8 @@ class Narrow(Tensor):
     ) -> Any:
         kwargs = kwargs or {}
         if not torch.is_grad_enabled() and args and isinstance(args[0], Narrow):
-            at = args[0]._at
+            source = args[0]._source
+            at = args[0]._at if source is None else source._at
             if at is not None and at[2].z.requires_grad:
                 refuse_function()
         rule = RULES.get(func)
@@ -265,12 +267,12 @@ def told(
     try:
         return where(func, ndim, dim, args, *kwargs.items())
     except TypeError:  # a list
-        return where(func, ndim, dim, _frozen(args), *_frozen(kwargs.items()))
+        return where(func, ndim, dim, frozen(args), *frozen(kwargs.items()))
 
 
-def _frozen(values: Any) -> Any:
+def frozen(values: Any) -> Any:
     """Arguments as what they are looked up by."""
-    return tuple(_frozen(value) if isinstance(value, tuple | list) else value for value in values)
+    return tuple(frozen(value) if isinstance(value, tuple | list) else value for value in values)
 
 
 RULES: dict[Any, Rule] = {}

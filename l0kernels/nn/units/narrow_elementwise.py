@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from ..._compat import function_homes
 from . import table
 from .narrow import Narrow, Rule, dims_of, is_in_place, is_narrow, lie_alike, like, plain, told
+from .narrow_shuffle import copied
 
 
 def _pointwise(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -24,6 +25,11 @@ def _pointwise(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if isinstance(a, Tensor) and (a.ndim or isinstance(a, Narrow)):
             return _elementwise(func, args, kwargs)
     return like(x, func(x._data, *args[1:], **kwargs))
+
+
+def _contiguous(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    found = copied(*args, **kwargs)
+    return _pointwise(func, args, kwargs) if found is None else found
 
 
 def _dropped(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -193,6 +199,7 @@ def _padded(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 RULES: list[tuple[str, Rule]] = [
     (f"{table.POINTWISE} rsqrt", _pointwise),
+    ("contiguous", _contiguous),
     ("dropout", _dropped),
     ("to type_as", _converted),
     (f"{table.ELEMENTWISE} {table.QUOTIENTS}", _elementwise),

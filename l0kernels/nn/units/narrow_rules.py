@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from . import narrow_attention, narrow_elementwise, narrow_recurrent, narrow_shapes, table
-from .narrow import RULES, Lent, Narrow, Rule, like, plain
+from .narrow import RULES, Lent, Narrow, Rule, at_place, like, plain
 
 _REQUIRES_GRAD: Any = Tensor.requires_grad
 _GRAD: Any = Tensor.grad
@@ -19,14 +19,14 @@ def _looked_at(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 def _hooked(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The hook sees, and may change, the gradient of all units."""
-    x, hook = args
-    if x._at is None:
+    (x, hook), at = args, args[0]._at
+    if at is None:
         return func(x._data, hook)
-    index = x._at[2].present(x._at[0]).index
+    index = at[2].present(at[0]).index
 
     def narrow(grad: Tensor) -> Tensor | None:
-        found = hook(like(x, grad).dense())
-        return found if found is None or index is None else found.index_select(x._at[1], index)
+        found = hook(at_place(grad, at).dense())
+        return found if found is None or index is None else found.index_select(at[1], index)
 
     return func(x._data, narrow)
 

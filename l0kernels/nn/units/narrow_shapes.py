@@ -11,21 +11,21 @@ from torch import Tensor
 
 from .draws import Draw, Space, Spaces
 from .narrow import Narrow, Rule, at_place, dims_of, is_narrow, like, open_alike, plain, told
+from .narrow_shuffle import Parted, joined, moved, order_of, parted, shuffled
 
 
 def _permuted(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     x = args[0]
     if not isinstance(x, Narrow) or x._at is None:
-        return None
+        return moved(x, func, args[1:], kwargs)
     data = func(x._data, *args[1:], **kwargs)
     return like(x, data, told(_moved_to, func, data.ndim, x._at[1], args[1:], kwargs))
 
 
 @lru_cache(1024)
 def _moved_to(func: Any, ndim: int, dim: int, args: tuple[Any, ...], *kwargs: tuple[str, Any]) -> int:
-    """Where dimension `dim` is behind the function, of a tensor whose sizes are its dimensions' numbers."""
-    sizes = func(torch.empty([*range(1, ndim + 1)], device="meta"), *args, **dict(kwargs)).shape
-    return sizes.index(dim + 1)
+    """Where dimension `dim` is behind the function."""
+    return order_of(func, ndim, args, *kwargs).index(dim)
 
 
 def _squeezed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -50,15 +50,10 @@ def _squeezed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 def _reshaped(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     x = args[0]
     if not isinstance(x, Narrow) or x._at is None:
-        return None
+        return _joined(func, args, kwargs) if type(x) is Parted else None
     space, dim, draw, spaces = x._at
     full = x.shape
-    # A tensor of one element with the shape of x tells which shape is asked for.
-    shape = (
-        func(torch.zeros((), device=x._data.device).expand(full), *args[1:], **kwargs).shape
-        if func is not (Tensor.view)
-        else _view_shape(full, args[1:], kwargs)
-    )
+    shape = _asked(func, full, args[1:], kwargs)
     if shape is None:
         return None
     before, end = full[:dim].numel(), full[: dim + 1].numel()
@@ -76,9 +71,29 @@ def _reshaped(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
                 return Narrow.of(data, spaces.repeated(space, times), at, draw, spaces)
         if passed == before and 1 < size < space.size and space.size % size == 0:
             found = _in_runs(x, shape, at)
-            return _in_tiles(x, shape, at) if found is None else found
+            found = _in_tiles(x, shape, at) if found is None else found
+            return parted(x, shape, at) if found is None else found
         passed *= size
     return None
+
+
+def _joined(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Of units that were seen in several dimensions: what asks for the shape with them in one."""
+    x = args[0]
+    if func is Tensor.view and x.is_moved:  # which torch refuses
+        return None
+    whole = joined(x)
+    shape = None if whole is None else _asked(func, x.shape, args[1:], kwargs)
+    if shape is None or whole is None:
+        return None
+    return whole if shape == whole.shape else whole.reshape(shape)
+
+
+def _asked(func: Any, full: torch.Size, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Size | None:
+    """Which shape a function asks for, of a tensor of shape `full`; None: that is not known."""
+    if func is Tensor.view or (func is Tensor.reshape and not kwargs):
+        return _view_shape(full, args, kwargs)
+    return func(torch.zeros((), device="cpu").expand(full), *args, **kwargs).shape
 
 
 def _in_runs(x: Narrow, shape: torch.Size, at: int) -> Any:
@@ -213,21 +228,32 @@ def _divided(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     at = (args[2] if len(args) > 2 else kwargs.get("dim", 0)) % x._data.ndim
     if at != dim:
         return tuple(like(x, part) for part in func(x._data, sizes, at))
-    parts = func(torch.arange(space.size, device="cpu"), sizes, 0)
-    found, index, start = [], draw.present(space).index, 0
-    for part in parts:
-        stop = start + len(part)
-        piece = spaces.part(space, start, stop)
-        first, last = start, stop
-        if index is not None:
-            first, last = torch.searchsorted(index, torch.tensor([start, stop], device="cpu")).tolist()
-        data = x._data.narrow(dim, first, last - first)
-        mine = draw.present(piece).n
-        if mine != last - first or not mine:  # not every function takes what has no channel at all
-            return None
-        found.append(Narrow.of(data, piece, dim, draw, spaces))
-        start = stop
-    return tuple(found)
+    sizes = sizes.tolist() if isinstance(sizes, Tensor) else sizes
+    pieces, ends = _pieces(func, space, spaces, tuple(sizes) if isinstance(sizes, list) else sizes)
+    index = draw.present(space).index
+    found = ends.tolist() if index is None else torch.searchsorted(index, ends).tolist()
+    lengths = [stop - start for start, stop in zip([0, *found], found, strict=False)]
+    if not all(lengths):  # not every function takes what has no channel at all
+        return None
+    data = x._data
+    if func.__name__ == "tensor_split":  # into its parts torch lets one write
+        parts = [data.narrow(dim, stop - n, n) for n, stop in zip(lengths, found, strict=True)]
+    else:
+        parts = [*data.split_with_sizes(lengths, dim)]
+    places = [(piece, dim, draw, spaces) for piece in pieces]
+    return tuple(map(at_place, parts, places))
+
+
+def _pieces(func: Any, space: Space, spaces: Spaces, sizes: Any) -> tuple[list[Space], Tensor]:
+    """What a function divides a space into, and where each piece ends."""
+    key = "pieces", func, sizes
+    found = space._made.get(key)
+    if found is None:
+        parts = func(torch.arange(space.size, device="cpu"), sizes, 0)
+        ends = torch.tensor([len(part) for part in parts], device="cpu").cumsum(0)
+        pieces = [spaces.of(space.labels[part].clone()) for part in parts]
+        found = space._made[key] = pieces, ends
+    return found
 
 
 def _unbound(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -291,6 +317,7 @@ RULES: list[tuple[str, Rule]] = [
     ("unbind", _unbound),
     ("__getitem__", _item),
     ("roll", _rolled),
+    ("channel_shuffle native_channel_shuffle", shuffled),
 ]
 OF_ANOTHER_SHAPE: list[tuple[str, Rule]] = [
     ("permute transpose swapaxes swapdims movedim moveaxis t", _permuted),
