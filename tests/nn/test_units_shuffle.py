@@ -5,7 +5,7 @@ import copy
 import pytest
 import shuffle_nets
 import torch
-import unit_nets
+import unit_examples
 import unit_oracle
 from torch import nn
 from torch.nn import functional as F
@@ -57,7 +57,7 @@ def dense(monkeypatch):
 @pytest.mark.parametrize("groups", [2, 3, 4])
 @pytest.mark.parametrize("how", shuffle_nets.SHUFFLES)
 def test_shuffles(how, groups):
-    case = gated(shuffle_nets.Shuffled(how, groups), unit_nets.image(size=6))
+    case = gated(shuffle_nets.Shuffled(how, groups), unit_examples.image(size=6))
     for pattern in unit_oracle.PATTERNS:
         check(case, pattern, True)
     for pattern in ("half", "mixed"):
@@ -68,7 +68,7 @@ def test_shuffles(how, groups):
 
 @pytest.mark.parametrize("how", KNOWN)
 def test_shuffles_stay_packed(how, dense):
-    model, _, graph, args = gated(shuffle_nets.Shuffled(how, 3), unit_nets.image(size=6))
+    model, _, graph, args = gated(shuffle_nets.Shuffled(how, 3), unit_examples.image(size=6))
     unit_oracle.set_gates(graph, model, "fractional")
     model.l0_units.multiples = [1] * len(graph.groups)
     model(*args).sum().backward()
@@ -76,7 +76,7 @@ def test_shuffles_stay_packed(how, dense):
 
 
 def test_a_shuffle_without_a_derivative():
-    model, _, graph, (x,) = gated(shuffle_nets.Shuffled("view", 3), unit_nets.image(size=6))
+    model, _, graph, (x,) = gated(shuffle_nets.Shuffled("view", 3), unit_examples.image(size=6))
     unit_oracle.set_gates(graph, model, "half")
     model.eval()
     wanted = model(x).detach()
@@ -94,7 +94,7 @@ def test_a_shuffle_couples_no_channels(how):
 
 @pytest.mark.parametrize("groups", [2, 3, 4])
 def test_a_small_shufflenet(groups, dense):
-    case = gated(shuffle_nets.ShuffleNet(groups), unit_nets.image(size=8))
+    case = gated(shuffle_nets.ShuffleNet(groups), unit_examples.image(size=8))
     for pattern in unit_oracle.PATTERNS:
         check(case, pattern, True)
     for pattern in ("half", "mixed"):
@@ -114,13 +114,13 @@ def test_units_of_a_small_shufflenet():
 
 @pytest.mark.parametrize("pattern", ["open", "closed", "mixed", "one group closed"])
 def test_dense_with_zeros(pattern, monkeypatch):
-    case = gated(shuffle_nets.ShuffleNet(3), unit_nets.image(size=8))
+    case = gated(shuffle_nets.ShuffleNet(3), unit_examples.image(size=8))
     monkeypatch.setattr(_checks, "readable", lambda: False)
     check(case, pattern, True)
 
 
 def test_on_meta_and_compiled():
-    model, _, graph, (x,) = gated(shuffle_nets.ShuffleNet(), unit_nets.image(size=8))
+    model, _, graph, (x,) = gated(shuffle_nets.ShuffleNet(), unit_examples.image(size=8))
     unit_oracle.set_gates(graph, model, "half")
     model.eval()
     compiled = torch.compile(model, backend="eager")
@@ -130,7 +130,7 @@ def test_on_meta_and_compiled():
 
 @pytest.mark.parametrize("groups", [2, 3])
 def test_export_and_copies(groups):
-    model, _, graph, (x,) = gated(shuffle_nets.ShuffleNet(groups), unit_nets.image(size=8))
+    model, _, graph, (x,) = gated(shuffle_nets.ShuffleNet(groups), unit_examples.image(size=8))
     unit_oracle.set_gates(graph, model, "half", seed=1)
     model.eval()
     torch.testing.assert_close(l0.nn.export(model)(x), model(x))
@@ -232,6 +232,6 @@ def test_sizes_of_pieces_in_a_tensor():
         lambda x: x.split(3, 1),
         lambda x: x.split([1, 3, 4], 1),
     ):
-        case = gated(Pieces(divide), unit_nets.image(size=4))
+        case = gated(Pieces(divide), unit_examples.image(size=4))
         for pattern in ("half", "mixed", "closed"):
             check(case, pattern, True)
