@@ -171,8 +171,8 @@ struct Evaluation {
   }
 };
 
-// x = (p_open(clamp(log_alpha - price * direction, -limit, limit)) - low) * scale, [0, 1] but for a rounding, and
-// what it falls by with the price; direction null: price is 0. All of it is finite.
+// x = (p_open(clamp(log_alpha - price * direction, -limit, limit)) - low) * scale, in [0, 1] but for roundings,
+// and what it falls by with the price; direction null: price is 0. All of it is finite.
 template <typename T>
 void share_open(const T* __restrict log_alpha, const T* __restrict direction, const BudgetGates& gates,
                 T price, T limit, T* __restrict x, T* __restrict fall) {

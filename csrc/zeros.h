@@ -24,7 +24,8 @@ inline void write_zeros(void* to, size_t bytes, int64_t of_matrix) {
     char* const end = at + bytes;
     const __m128i zero = _mm_setzero_si128();
     for (at += head; at + kLine <= end; at += kLine)
-      for (size_t i = 0; i < kLine; i += sizeof zero) _mm_stream_si128(reinterpret_cast<__m128i*>(at + i), zero);
+      for (size_t i = 0; i < kLine; i += sizeof zero)
+        _mm_stream_si128(reinterpret_cast<__m128i*>(at + i), zero);
     std::memset(at, 0, size_t(end - at));
     _mm_sfence();  // other threads see them behind the next barrier
     return;

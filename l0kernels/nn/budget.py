@@ -134,7 +134,7 @@ class Budget:
 
     def _current(self) -> list[Tensor] | None:
         """The log_alphas; None where gates were frozen, moved, or got another dtype or distribution."""
-        found = []
+        found: list[Tensor] = []
         for gate, known in self._dists:
             if gate.frozen or gate.dist is not known:
                 return None
