@@ -233,12 +233,12 @@ class _Shuffle(torch.autograd.Function):
 
 
 def _selected(x: Tensor, places: Tensor, dim: int, by_rows: bool) -> Tensor:
-    """index_select, which makes no channels_last images; by_rows: these."""
+    """index_select, which makes no channels_last images; by_rows: these, no view, as they may be written."""
     if not by_rows:
         return x.index_select(dim, places)
-    N, C, H, W = x.shape
-    rows = x.permute(0, 2, 3, 1).reshape(-1, C)
-    return rows.index_select(1, places).view(N, H, W, C).permute(0, 3, 1, 2)
+    out = im2col.empty_images(x, *x.shape)
+    torch.index_select(im2col.rows(x), 1, places, out=im2col.rows(out))
+    return out
 
 
 def narrow_shuffle(x: Tensor, places: Tensor, dim: int) -> Tensor:

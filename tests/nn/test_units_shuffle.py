@@ -66,6 +66,15 @@ def test_shuffles(how, groups):
     check(case, "half", True)
 
 
+@pytest.mark.parametrize("how", shuffle_nets.SHUFFLES)
+def test_what_is_shuffled_may_be_written(how):
+    model = shuffle_nets.Shuffled(how, 3, written=True)
+    for x in (unit_examples.image(size=6), unit_examples.image(size=6).to(memory_format=torch.channels_last)):
+        case = gated(copy.deepcopy(model), x)
+        for pattern in unit_oracle.PATTERNS:
+            check(case, pattern, True)
+
+
 @pytest.mark.parametrize("how", KNOWN)
 def test_shuffles_stay_packed(how, dense):
     model, _, graph, args = gated(shuffle_nets.Shuffled(how, 3), unit_examples.image(size=6))

@@ -97,7 +97,7 @@ ROWS = {
     "flip": lambda x: x.flip(-1),
     "half of them": lambda x: x[..., : x.shape[-1] // 2],
     "transposed": lambda x: x.transpose(0, -1).transpose(0, -1),
-    "view": lambda x: x.view(-1, x.shape[-1]).view(x.shape),
+    "view": lambda x: x.contiguous().view(-1, x.shape[-1]).view(x.shape),
     "unsqueeze": lambda x: x[..., None].squeeze(-1),
     "expand": lambda x: x.unsqueeze(0).expand(2, *x.shape).mean(0),
     "softmax": lambda x: x.softmax(-1),

@@ -98,16 +98,25 @@ def source_written(x: Tensor, groups: int) -> Tensor:
 
 
 class Shuffled(nn.Module):
-    """Two layers with a norm between, whose channels are shuffled; one reads half of them."""
+    """Two layers with a norm between, whose channels are shuffled; one reads half of them.
 
-    def __init__(self, how: str, groups: int, width: int = 12) -> None:
+    written: what is shuffled is changed in place.
+    """
+
+    def __init__(self, how: str, groups: int, width: int = 12, written: bool = False) -> None:
         super().__init__()
+        self.written = written
         self.change, self.groups = SHUFFLES[how], groups
         self.first, self.norm = nn.Conv2d(3, width, 3, padding=1), nn.BatchNorm2d(width)
         self.second, self.last = nn.Conv2d(width // 2, 6, 1), nn.Conv2d(6 + width // 2, 3, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.change(torch.relu(self.norm(self.first(x))), self.groups)
+        x = self.norm(self.first(x))
+        x = (
+            self.change(x, self.groups).mul_(2.0).relu_()
+            if self.written
+            else self.change(x.relu(), self.groups)
+        )
         a, b = x.chunk(2, dim=1)
         return self.last(torch.cat((a, self.second(b)), dim=1))
 
