@@ -244,3 +244,22 @@ def test_sizes_of_pieces_in_a_tensor():
         case = gated(Pieces(divide), unit_examples.image(size=4))
         for pattern in ("half", "mixed", "closed"):
             check(case, pattern, True)
+
+
+class Copied(nn.Module):
+    """A copy in another order of dimensions is written, and what it is a copy of is read afterwards."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 2, 1), nn.Conv2d(2, 3, 1)
+
+    def forward(self, x):
+        x = self.first(x)
+        copy = x.transpose(1, 2).contiguous().mul_(3.0)
+        return self.last(x + copy.transpose(1, 2))
+
+
+def test_a_copy_of_one_unit_is_a_copy():
+    case = gated(Copied(), unit_examples.image(size=6))
+    for pattern in unit_oracle.PATTERNS:
+        check(case, pattern, True)

@@ -29,7 +29,17 @@ def _pointwise(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 def _contiguous(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     found = copied(*args, **kwargs)
-    return _pointwise(func, args, kwargs) if found is None else found
+    if found is not None:
+        return found
+    found, x = _pointwise(func, args, kwargs), args[0]
+    at = found._at if isinstance(found, Narrow) and isinstance(x, Narrow) else None
+    if at is None or found._data.shape[at[1]] != 1:
+        return found
+    # One unit lies anywhere without a gap. All of them may not: of those it is a copy, which may be written.
+    data = found._data
+    is_in_order = data.stride(at[1]) == data.shape[at[1] + 1 :].numel() and not (args[1:] or kwargs)
+    is_same = data.untyped_storage().data_ptr() == x._data.untyped_storage().data_ptr()
+    return like(found, data.clone()) if is_same and not is_in_order else found
 
 
 def _dropped(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
