@@ -755,8 +755,9 @@ void prox_as(const ProxTensor& tensor, int num_threads) {
     throw std::invalid_argument("type and group: expected 0..3, got " + std::to_string(type) + " and " +
                                 std::to_string(group));
   const bool is_top = group == static_cast<int>(l0::ProxGroup::kTop);
-  if (is_top && (sizes[0] != 1 || sizes[1] != 1 || step || !(lam >= 0)))
-    throw std::invalid_argument("the k largest are those of all elements, without steps");
+  const bool is_alone = sizes[0] == 1 && sizes[1] == 1 && !step && !std::get<0>(before) && !std::get<0>(after);
+  if (is_top && !(is_alone && lam >= 0 && lam <= double(sizes[2])))
+    throw std::invalid_argument("the k largest are at most all elements, without groups, stages and steps");
   l0::kernels<T>().prox(
       {as<const void>(x), as<void>(y), static_cast<l0::DType>(type), as<const T>(step),
        as<const double>(group_step), sizes[0], sizes[1], sizes[2], prox_stage(before), prox_stage(after),

@@ -31,7 +31,6 @@ void each_atom(const CostFactor& factor, int64_t atoms, F f) {
 #pragma omp simd
     for (int64_t i = 0; i < atoms; ++i) f(i, first + i);
   } else if (repeat == 1) {
-#pragma omp simd
     for (int64_t i = 0; i < atoms; ++i) f(i, first + i * stride);
   } else if (repeat > 1) {
     for (int64_t block = 0, at = first; block < atoms; block += repeat, at += stride) {

@@ -9,28 +9,22 @@ constexpr int64_t kTopSample = 65536, kTopLeast = 4096;  // elements of a sample
 constexpr int64_t kTopChunk = 32768;  // elements of a task
 constexpr int64_t kTopBlock = 2048;   // elements whose keys are collected at once
 
+// The integer of as many bits as a number has, and that of infinity.
+template <typename K, K infinity>
+struct TopFormat {
+  using Key = K;
+  static constexpr Key kInfinity = infinity;
+};
 template <typename S>
 struct TopBits;
 template <>
-struct TopBits<float> {
-  using Key = uint32_t;
-  static constexpr Key kInfinity = 0x7f800000u;
-};
+struct TopBits<float> : TopFormat<uint32_t, 0x7f800000u> {};
 template <>
-struct TopBits<double> {
-  using Key = uint64_t;
-  static constexpr Key kInfinity = 0x7ff0000000000000u;
-};
+struct TopBits<double> : TopFormat<uint64_t, 0x7ff0000000000000u> {};
 template <>
-struct TopBits<BFloat16> {
-  using Key = uint16_t;
-  static constexpr Key kInfinity = 0x7f80u;
-};
+struct TopBits<BFloat16> : TopFormat<uint16_t, 0x7f80u> {};
 template <>
-struct TopBits<Half> {
-  using Key = uint16_t;
-  static constexpr Key kInfinity = 0x7c00u;
-};
+struct TopBits<Half> : TopFormat<uint16_t, 0x7c00u> {};
 
 template <typename S>
 struct Top {

@@ -133,6 +133,21 @@ class TestTopK:
                 assert torch.equal(got, regulariser.formula(x, 1.0)), k
                 assert (got != 0).sum() == k
 
+    @pytest.mark.skipif(native is None, reason="l0kernels._C was not built")
+    @pytest.mark.parametrize(
+        "wrong", [{3: 64}, {5: (1, 2, 3)}, {6: (1, 0.1, 0.1)}, {8: 7.0}, {8: -1.0}, {8: 1e300}]
+    )
+    def test_native_code_takes_no_more_than_there_are(self, wrong):
+        """Of (x, y, type, step, group_step, sizes, before, group, k, after)."""
+        x = torch.randn(6)
+        none = (0, 0.0, 0.0)
+        call = [x.data_ptr(), x.data_ptr(), 0, 0, 0, (1, 1, 6), none, 3, 2.0, none]
+        native.prox([tuple(call)], 1)
+        for place, value in wrong.items():
+            call[place] = value
+        with pytest.raises(ValueError, match="the k largest are at most all elements"):
+            native.prox([tuple(call)], 1)
+
     def test_among_equals_the_first_index_stays(self, isa):
         x = torch.ones(6, 9).t()
         assert torch.equal(prox.TopK(5).prox(x), prox.TopK(5).formula(x, 1.0))
