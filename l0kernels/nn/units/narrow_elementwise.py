@@ -38,8 +38,7 @@ def _contiguous(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any
     # One unit lies anywhere without a gap. All of them may not: of those it is a copy, which may be written.
     data = found._data
     is_in_order = data.stride(at[1]) == data.shape[at[1] + 1 :].numel() and not (args[1:] or kwargs)
-    is_same = data.untyped_storage().data_ptr() == x._data.untyped_storage().data_ptr()
-    return like(found, data.clone()) if is_same and not is_in_order else found
+    return like(found, data.clone()) if data is x._data and not is_in_order else found
 
 
 def _dropped(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
