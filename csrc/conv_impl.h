@@ -179,7 +179,8 @@ void depthwise_grad(const DepthwiseParams<T>& p, int num_threads) {
 constexpr int64_t kPanelRows = 128;      // of a panel: 16 KB; and how many products are summed in a row
 constexpr int64_t kUnitPositions = 256;  // of images that are computed together, where those are small
 constexpr int64_t kUnitBytes = 1 << 17;  // likewise, of the copies of images
-constexpr int64_t kGradParts = 16;       // sums of dw over parts of the images, however many threads
+constexpr int64_t kGradParts = 16;       // at most, into which the sums of dw are cut, however many threads,
+constexpr int64_t kPartPositions = 512;  // of so many positions or more
 
 // dst[j] = src[j] and back, j < n, where the rest of the vector is not ours.
 template <typename T>
@@ -344,6 +345,12 @@ inline int64_t unit_images(const ConvShape& s, int64_t bytes) {
   return std::max<int64_t>(1, std::min(n, s.N));
 }
 
+// The same of at most n_unit images, so that threads get equal numbers of units.
+inline int64_t even_units(int64_t images, int64_t n_unit, int threads) {
+  const int64_t units = round_up((images + n_unit - 1) / n_unit, threads);
+  return (images + units - 1) / units;
+}
+
 template <typename T>
 void to_planes(const ConvShape& s, const Planes& planes, bool channels_last, const T* x, T* to) {
   const bool plain = s.pad_h == 0 && s.pad_w == 0 && s.stride_w == 1;
@@ -500,7 +507,9 @@ void conv_grad_x(const ConvParams<T>& p, int num_threads) {
   const int64_t O = p.out, taps = s.taps(), K = s.C * taps, each = s.out_h * s.out_w, pixels = s.H * s.W;
   if (s.N * pixels * s.C == 0) return;
   const int64_t panels = (K + NR - 1) / NR, col_row = panels * NR + W;  // no power of two: all of the cache
-  const int64_t n_unit = unit_images(s, sizeof(T) * each * col_row), units = (s.N + n_unit - 1) / n_unit;
+  const int threads = double(s.N) * each * O * K < 2e5 ? 1 : num_threads;
+  const int64_t n_unit = even_units(s.N, unit_images(s, sizeof(T) * each * col_row), threads),
+                units = (s.N + n_unit - 1) / n_unit;
   const Window window = Window::outputs(s);
   const int64_t n_rows = window.rows.end(s.H - 1), n_cols = window.cols.end(s.W - 1);
   static thread_local Workspace shared, table;
@@ -510,14 +519,14 @@ void conv_grad_x(const ConvParams<T>& p, int num_threads) {
     at_rows[i] = window.rows.at(i) * s.out_w * col_row + window.rows.tap(i) * s.kernel_w * s.C;
   for (int64_t j = 0; j < n_cols; ++j) at_cols[j] = window.cols.at(j) * col_row + window.cols.tap(j) * s.C;
   T* const w = static_cast<T*>(shared.get(sizeof(T) * panels * O * NR));  // (panels, O, NR)
-  std::memset(w, 0, sizeof(T) * panels * O * NR);
-  for (int64_t o = 0; o < O; ++o)
-    for (int64_t tap = 0; tap < taps; ++tap)
-      for (int64_t c = 0; c < s.C; ++c) {
-        const int64_t k = tap * s.C + c;
-        w[(k / NR * O + o) * NR + k % NR] = p.w[(o * s.C + c) * taps + tap];
-      }
-  const int threads = double(s.N) * each * O * K < 2e5 ? 1 : num_threads;
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && O * K > 4096)
+  for (int64_t o = 0; o < O; ++o) {
+    static thread_local Workspace scratch;
+    T* const row = static_cast<T*>(scratch.get(sizeof(T) * panels * NR));  // in the order of the pixels
+    transpose(p.w + o * K, taps, row, s.C, s.C, taps);
+    std::memset(row + K, 0, sizeof(T) * (panels * NR - K));
+    for (int64_t q = 0; q < panels; ++q) std::memcpy(w + (q * O + o) * NR, row + q * NR, sizeof(T) * NR);
+  }
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
   for (int64_t unit = 0; unit < units; ++unit) {
     const int64_t first = unit * n_unit, n = std::min(n_unit, s.N - first), rows = n * each;
@@ -559,17 +568,21 @@ void conv_grad_w(const ConvParams<T>& p, int num_threads) {
   constexpr int64_t NR = kNR<T>, W = Vec<T>::width;
   const ConvShape& s = p.shape;
   const int64_t O = p.out, taps = s.taps(), K = s.C * taps, each = s.out_h * s.out_w;
+  if (s.N * each == 0) {
+    std::memset(p.dw, 0, sizeof(T) * O * K);
+    if (p.db) std::memset(p.db, 0, sizeof(T) * O);
+    return;
+  }
   const Pixels pixels(s);
   const int64_t n_unit = unit_images(s, sizeof(T) * pixels.image);
   const int64_t panels = (K + 1 + NR - 1) / NR, sum_row = panels * NR + W, size = O * sum_row;
-  const int64_t parts = std::min(s.N, kGradParts);
+  const int64_t parts = std::min({s.N, kGradParts, std::max<int64_t>(1, s.N * each / kPartPositions)});
   const Runs columns = Runs::entries(s), rows = Runs::pixel_positions(s, n_unit);
   const RowPanels outs(O);
   const int threads = double(s.N) * each * O * K < 2e5 ? 1 : num_threads;
   static thread_local Workspace shared;
-  T* const total = static_cast<T*>(shared.get(sizeof(T) * size * (1 + std::max(threads, 1))));
-  T* const sums = total + size;
-  if (parts == 0) std::memset(total, 0, sizeof(T) * size);
+  T* const sums = static_cast<T*>(shared.get(sizeof(T) * size * (1 + std::max(threads, 1))));
+  T* const total = sums + size * std::max(threads, 1);
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
     static thread_local Workspace scratch;
@@ -578,13 +591,17 @@ void conv_grad_w(const ConvParams<T>& p, int num_threads) {
     T* const panel =
         static_cast<T*>(scratch.get(sizeof(T) * (size_panel + n_unit * pixels.image + W + size_dy)));
     T *const images = panel + size_panel, *const turned = images + n_unit * pixels.image + W;
-    const int thread = thread_number(), team = team_size();
-    for (int64_t round = 0; round < parts; round += team) {
-      if (round + thread < parts) {
-        const Range mine(s.N, round + thread, parts);
-        T* const sum = sums + thread * size;
-        for (int64_t first = mine.begin; first < mine.end; first += n_unit) {
-          const int64_t n = std::min(n_unit, mine.end - first);
+    const int64_t thread = thread_number(), team = team_size();
+    // Parts at a time, and threads that share one, each some of its columns.
+    const int64_t slots = std::min(parts, team), sharers = team / slots;
+    const Range mine(panels, thread % sharers, sharers);
+    for (int64_t round = 0; round < parts; round += slots) {
+      const int64_t slot = thread / sharers;
+      if (slot < slots && round + slot < parts) {
+        const Range part(s.N, round + slot, parts);
+        T* const sum = sums + slot * size;
+        for (int64_t first = part.begin; first < part.end; first += n_unit) {
+          const int64_t n = std::min(n_unit, part.end - first);
           const T* dy = p.dy + first * each * O;
           for (int64_t i = 0; i < n; ++i) {
             to_pixels(s, pixels, p.channels_last, p.x + (first + i) * s.H * s.W * s.C,
@@ -593,7 +610,7 @@ void conv_grad_w(const ConvParams<T>& p, int num_threads) {
           }
           if (!p.channels_last) dy = turned;
           for_panels(n * each, [&](int64_t at, int64_t kc) {
-            for (int64_t q = 0; q < panels; ++q) {
+            for (int64_t q = mine.begin; q < mine.end; ++q) {
               const int64_t width = std::min(NR, K - q * NR);
               Piece pieces[NR];
               fill_panel(panel, images, rows.at() + at, kc, pieces, cut<T>(columns, q * NR, width, pieces));
@@ -601,29 +618,31 @@ void conv_grad_w(const ConvParams<T>& p, int num_threads) {
               outs.each([&](int64_t o, int64_t height) {
                 kPanelKernels<T>[width + 1 > W][height - 1](kc, dy + at * O + o, O, panel,
                                                             sum + o * sum_row + q * NR, sum_row,
-                                                            first > mine.begin || at > 0);
+                                                            first > part.begin || at > 0);
               });
             }
           });
         }
       }
 #pragma omp barrier
-      const Range mine(size, thread, team);
-      for (int64_t j = 0; j < std::min<int64_t>(team, parts - round); ++j) {
-        const T* __restrict sum = sums + j * size;
-        if (round + j == 0)
-          std::memcpy(total + mine.begin, sum + mine.begin, sizeof(T) * (mine.end - mine.begin));
-        else
+      const bool is_last = round + slots >= parts;
+      const Range channels(O, thread, team);
+      for (int64_t o = channels.begin; o < channels.end; ++o) {
+        T* __restrict to = parts == 1 ? sums + o * sum_row : total + o * sum_row;
+        for (int64_t j = 0; parts > 1 && j < std::min(slots, parts - round); ++j) {
+          const T* __restrict sum = sums + j * size + o * sum_row;
+          if (round + j == 0)
+            std::memcpy(to, sum, sizeof(T) * sum_row);
+          else
 #pragma omp simd
-          for (int64_t i = mine.begin; i < mine.end; ++i) total[i] += sum[i];
+            for (int64_t i = 0; i < sum_row; ++i) to[i] += sum[i];
+        }
+        if (!is_last) continue;
+        transpose(to, s.C, p.dw + o * K, taps, taps, s.C);
+        if (p.db) p.db[o] = to[K];
       }
 #pragma omp barrier
     }
-  }
-  for (int64_t o = 0; o < O; ++o) {
-    const T* sum = total + o * sum_row;
-    transpose(sum, s.C, p.dw + o * K, taps, taps, s.C);
-    if (p.db) p.db[o] = sum[K];
   }
 }
 

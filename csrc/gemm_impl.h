@@ -526,8 +526,12 @@ void gemm_block(const GemmParams<T>& p, int num_threads) {
     if (rows_b) chunks += widest;
 
     if (p.c_scatter_m || p.c_scatter_n) {
-      const Range mine(rows, thread, team_size());
-      for (int64_t r = mine.begin; r < mine.end; ++r) zero_row(p, r);
+      // Closed rows, which take longer, come last: each thread gets its share of both.
+      const Range open(std::min(rows, p.M), thread, team_size());
+      for (int64_t r = open.begin; r < open.end; ++r) zero_row(p, r);
+      const Range closed(std::max<int64_t>(rows - p.M, 0), thread, team_size());
+      for (int64_t r = closed.begin; r < closed.end; ++r) zero_row(p, p.M + r);
+      settle_past_caches();
       if (!L0_COMPRESS && p.c_scatter_n) {  // into which others are about to write
 #pragma omp barrier
       }
