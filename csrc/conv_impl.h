@@ -426,7 +426,7 @@ void conv(const ConvParams<T>& p, int num_threads) {
         static_cast<T*>(scratch.get(sizeof(T) * (size_panel + O * NR + n_unit * planes.image + W)));
     T *const tile = panel + size_panel, *const images = tile + O * NR;
     for (int64_t i = 0; i < n; ++i)
-      to_planes(s, planes, p.channels_last, p.x + (first + i) * s.H * s.W * s.C, images + i * planes.image);
+      to_planes(s, planes, p.x_channels_last, p.x + (first + i) * s.H * s.W * s.C, images + i * planes.image);
     for (int64_t q = panels.begin; q < panels.end; ++q) {
       const int64_t at = q * NR, width = std::min(NR, n * each - at);
       Piece pieces[NR];
@@ -438,7 +438,7 @@ void conv(const ConvParams<T>& p, int num_threads) {
                                                   NR, k > 0);
         });
       });
-      if (p.channels_last) {
+      if (p.y_channels_last) {
         transpose(tile, NR, p.y + (first * each + at) * O, O, O, width, p.bias);
         continue;
       }
@@ -531,13 +531,13 @@ void conv_grad_x(const ConvParams<T>& p, int num_threads) {
   for (int64_t unit = 0; unit < units; ++unit) {
     const int64_t first = unit * n_unit, n = std::min(n_unit, s.N - first), rows = n * each;
     static thread_local Workspace scratch;
-    const int64_t size_dy = n_unit * each * O, planar = p.channels_last ? 0 : pixels * s.C + size_dy;
+    const int64_t size_dy = n_unit * each * O, planar = pixels * s.C + size_dy;
     T* const col = static_cast<T*>(scratch.get(sizeof(T) * (n_unit * each * col_row + size_dy + W + planar)));
     T *const grads = col + n_unit * each * col_row, *const turned = grads + size_dy + W,
              *const image = turned + size_dy;
     const RowPanels positions(rows);
     const T* dy = p.dy + first * each * O;
-    if (!p.channels_last) {
+    if (!p.y_channels_last) {
       for (int64_t i = 0; i < n; ++i) transpose(dy + i * each * O, each, turned + i * each * O, O, O, each);
       dy = turned;
     }
@@ -554,9 +554,9 @@ void conv_grad_x(const ConvParams<T>& p, int num_threads) {
       });
     for (int64_t i = 0; i < n; ++i) {
       T* const whole = p.dx + (first + i) * pixels * s.C;
-      T* const to = p.channels_last ? whole : image;
+      T* const to = p.x_channels_last ? whole : image;
       sum_patches(s, window, at_rows, at_cols, col + i * each * col_row, to);
-      if (!p.channels_last) transpose(image, s.C, whole, pixels, pixels, s.C);
+      if (!p.x_channels_last) transpose(image, s.C, whole, pixels, pixels, s.C);
     }
   }
 }
@@ -587,7 +587,7 @@ void conv_grad_w(const ConvParams<T>& p, int num_threads) {
   {
     static thread_local Workspace scratch;
     const int64_t size_panel = round_up(kPanelRows * NR + W, W);
-    const int64_t size_dy = p.channels_last ? 0 : n_unit * each * O;
+    const int64_t size_dy = p.y_channels_last ? 0 : n_unit * each * O;
     T* const panel =
         static_cast<T*>(scratch.get(sizeof(T) * (size_panel + n_unit * pixels.image + W + size_dy)));
     T *const images = panel + size_panel, *const turned = images + n_unit * pixels.image + W;
@@ -604,11 +604,11 @@ void conv_grad_w(const ConvParams<T>& p, int num_threads) {
           const int64_t n = std::min(n_unit, part.end - first);
           const T* dy = p.dy + first * each * O;
           for (int64_t i = 0; i < n; ++i) {
-            to_pixels(s, pixels, p.channels_last, p.x + (first + i) * s.H * s.W * s.C,
+            to_pixels(s, pixels, p.x_channels_last, p.x + (first + i) * s.H * s.W * s.C,
                       images + i * pixels.image);
-            if (!p.channels_last) transpose(dy + i * each * O, each, turned + i * each * O, O, O, each);
+            if (!p.y_channels_last) transpose(dy + i * each * O, each, turned + i * each * O, O, O, each);
           }
-          if (!p.channels_last) dy = turned;
+          if (!p.y_channels_last) dy = turned;
           for_panels(n * each, [&](int64_t at, int64_t kc) {
             for (int64_t q = mine.begin; q < mine.end; ++q) {
               const int64_t width = std::min(NR, K - q * NR);

@@ -285,6 +285,8 @@ def open_conv(
     is_double: bool,
     shape: Sequence[int],
     by_tap: bool,
+    planar: bool,
+    out: int,
     rows: Gate | None,
     cols: Gate | None,
     scale: bool,

@@ -124,8 +124,10 @@ class _Conv2d(torch.autograd.Function):
         sides: Sides,
         plan: Plan,
     ) -> Tensor:
-        ctx.format = torch.contiguous_format if x.is_contiguous() else torch.channels_last
-        x = plain(x).contiguous(memory_format=torch.channels_last)
+        x = plain(x)
+        ctx.format = im2col.format_of(x)
+        if plan.way is not Way.DIRECT or ctx.format is torch.channels_last:  # else read as it lies
+            x = x.contiguous(memory_format=torch.channels_last)
         N, H, W, C, kh, kw = plan.shape[:6]
         if x.shape != (N, C, H, W) or weight.shape[2:] != (kh, kw):
             raise ValueError(f"plan must be of {tuple(x.shape)} and {tuple(weight.shape)}, got {plan.shape}")

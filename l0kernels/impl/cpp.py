@@ -439,13 +439,12 @@ def open_conv(
 ) -> Tensor:
     """y of images x, which hold the columns that exist, for the rows of `weight` that do; bias: of those.
 
-    x is in channels_last memory, the weight (out, in, kh, kw) contiguous; ``scale``: z of the columns
-    multiplies them. The plan is of one call, TAPS or DIRECT.
+    x is in channels_last memory, or with DIRECT contiguous; y is in channels_last memory, the weight (out, in,
+    kh, kw) contiguous. ``scale``: z of the columns multiplies them. The plan is of one call, TAPS or DIRECT.
     """
-    outs = extent(rows, weight.shape[0], weight.dtype)
-    y = im2col.empty_images(x, plan.shape[0], outs, plan.shape[12], plan.shape[13])
+    y = im2col.empty_images(x, plan.shape[0], plan.outs, plan.shape[12], plan.shape[13])
     if y.numel():
-        at = optional(bias, "bias", x.dtype, outs)
+        at = optional(bias, "bias", x.dtype, plan.outs)
         _open_conv(x, weight, rows, cols, scale, plan, (at, fresh(y), 0, 0, 0, 0))
     return y
 
@@ -460,12 +459,12 @@ def open_conv_grad(
     plan: im2col.Plan,
     needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """dx, dweight and dz of the columns; `needs`: which of them are wanted; dz with TAPS needs dx."""
-    N, H, W, C = plan.shape[:4]
-    made = (N, extent(rows, weight.shape[0], weight.dtype), *plan.shape[12:])
+    """dx, dweight and dz of the columns; `needs`: which of them are wanted; dz with TAPS needs dx. dy is in
+    channels_last memory, dx lies as x."""
+    made = (plan.shape[0], plan.outs, *plan.shape[12:])
     if dy.shape != made:
         raise ValueError(f"the gradient must have shape {made}, got {tuple(dy.shape)}")
-    dx = im2col.empty_images(x, N, C, H, W) if needs[0] else None
+    dx = torch.empty_like(x, memory_format=im2col.format_of(x)) if needs[0] else None
     dw = empty_grad(weight) if needs[1] else None
     dz = torch.empty_like(cols[0]) if needs[2] and cols is not None else None
     if dz is not None and not x.numel():
@@ -491,16 +490,19 @@ def _open_conv(
     N, H, W, C = plan.shape[:4]
     if x.shape != (N, C, H, W) or weight.shape[2:] != plan.shape[4:6]:
         raise ValueError(f"the plan must be of {tuple(x.shape)} and {tuple(weight.shape)}, got {plan.shape}")
+    planar = plan.way is Way.DIRECT and im2col.format_of(x) is torch.contiguous_format
     _C.open_conv(
         dtype == torch.float64,
         plan.shape,
         plan.way is Way.TAPS,
+        planar,
+        plan.outs,
         _gate(rows, "the gate of the rows", n_out, dtype),
         _gate(cols, "the gate of the columns", n_in, dtype),
         scale,
         n_out,
         n_in,
-        images(x, "x", dtype),
+        vector(x, "x", dtype, x.numel()) if planar else images(x, "x", dtype),
         vector(weight, "weight", dtype, weight.numel()),
         *addresses,
         torch.get_num_threads(),

@@ -156,6 +156,12 @@ def test_convolutions_in_one_call(isa, threads, way, dtype):
         for mine, theirs in zip(grads, expected, strict=True):
             near(mine, theirs, dtype)
         assert y.is_contiguous(memory_format=torch.channels_last)
+        if way is Way.DIRECT:  # images that lie as planes
+            planes = x.contiguous()
+            assert torch.equal(cpp.open_conv(planes, weight, bias, rows, cols, True, plan), y)
+            dx, *others = cpp.open_conv_grad(dy, planes, *operands[2:], (True, True, True))
+            assert dx.is_contiguous()
+            assert all(torch.equal(a, b) for a, b in zip((dx, *others), grads, strict=True))
         for count, needs in ((2, (True, True, True)), (3, (True, False, True)), (1, (False, True, False))):
             threads(count)
             assert torch.equal(cpp.open_conv(x, weight, bias, rows, cols, True, plan), y)
@@ -178,6 +184,10 @@ def test_convolutions_in_one_call_refuse_what_does_not_fit():
         cpp.open_conv_grad(y[:, :3], x, weight, None, None, False, plan, (True, True, False))
     with pytest.raises(ValueError, match="gates: must be those of"):
         cpp.open_conv(x, torch.randn(5, 6, 3, 3), None, None, None, False, plan)
+    with pytest.raises(ValueError, match="plan: must be of the 5 outputs that exist, got 4"):
+        cpp.open_conv(x, weight, None, None, None, False, plan._replace(outs=4))
+    with pytest.raises(ValueError, match="x must be in channels_last memory"):
+        cpp.open_conv(x.contiguous(), weight, None, None, None, False, plan)
     with pytest.raises(ValueError, match="weight must be"):
         cpp.open_conv(x, weight.transpose(2, 3), None, None, None, False, plan)
     with pytest.raises(TypeError, match="weight must have dtype"):
