@@ -439,7 +439,7 @@ def open_conv(
 ) -> Tensor:
     """y of images x, which hold the columns that exist, for the rows of `weight` that do; bias: of those.
 
-    x is in channels_last memory, or with DIRECT contiguous; y is in channels_last memory, the weight (out, in,
+    x is in channels_last memory, with DIRECT or contiguous; y is in channels_last memory, weight (out, in,
     kh, kw) contiguous. ``scale``: z of the columns multiplies them. The plan is of one call, TAPS or DIRECT.
     """
     y = im2col.empty_images(x, plan.shape[0], plan.outs, plan.shape[12], plan.shape[13])
