@@ -12,7 +12,7 @@ namespace l0 {
 
 // Bytes of a matrix from which on it is written past the caches. It would be gone from there before anybody
 // reads it, and to write a line by way of the caches is to read it first.
-constexpr int64_t kPastCaches = 2 << 20;
+constexpr int64_t kPastCaches = 1 << 20;
 
 // Between what is written so and a barrier, behind which other threads see it.
 inline void settle_past_caches() {

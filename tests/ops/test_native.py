@@ -5,6 +5,7 @@ import gc
 import itertools
 import math
 import os
+import platform
 import shutil
 import subprocess
 from pathlib import Path
@@ -433,6 +434,30 @@ class TestMemory:
         done = fresh.run(program, TESTS, environment)
         assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
         assert "base ok" in done.stdout
+
+    @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc's allocator")
+    def test_gradients_of_some_megabytes_need_no_new_pages(self):
+        """They are freed in every step: 36 MB of them are 9,200 pages."""
+        program = """if True:
+            import resource, torch
+            from l0kernels.impl.memory import empty_grad
+
+            weights = [torch.zeros(512, 512, 3, 3) for _ in range(4)]
+
+            def step():
+                for grad in [empty_grad(weight) for weight in weights]:
+                    grad.fill_(0)
+
+            for _ in range(3):
+                step()
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            step()
+            print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+        """
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")}
+        environment["PYTHONPATH"] = str(Path(l0.__file__).parents[1])
+        done = fresh.run(program, TESTS, environment)
+        assert int(done.stdout) < 1000, done.stderr
 
     @pytest.mark.parametrize("what", ["gated_linear", "gated_mlp", "masked_linear"])
     def test_large_gradients_are_never_shared(self, on_cpp, monkeypatch, what):
