@@ -571,7 +571,7 @@ struct OpenConv {
 
 template <typename T>
 void open_conv_as(const l0::ConvShape& s, bool by_tap, bool planar, int64_t out, const OpenConv<T>& of,
-                  const T* x, const T* w, const T* bias, T* y, const T* dy, T* dx, T* dw, T* dz,
+                  const T* x, const T* w, T* packed, const T* bias, T* y, const T* dy, T* dx, T* dw, T* dz,
                   int num_threads) {
   if ((of.rows.present && of.rows.view.size != of.all_out) ||
       (of.cols.present && of.cols.view.size != of.all_in) || s.C != of.in())
@@ -593,20 +593,22 @@ void open_conv_as(const l0::ConvShape& s, bool by_tap, bool planar, int64_t out,
   }
   static thread_local l0::Workspace workspace;
   const int64_t size = of.out() * of.in() * of.taps;
-  T* const packed = static_cast<T*>(workspace.get(sizeof(T) * 2 * (size + 16)));
-  T* const grad = dw || dz ? packed + size + 16 : nullptr;
-  if (!backward || dx) of.pack(w, packed, num_threads);
+  T* const scratch = static_cast<T*>(workspace.get(sizeof(T) * 2 * (size + 16)));
+  T* const grad = dw || dz ? scratch + size + 16 : nullptr;
+  if (!packed) packed = scratch;
+  if (!backward || (dx && packed == scratch)) of.pack(w, packed, num_threads);
   const l0::ConvParams<T> p = {s, out, !planar, true, x, packed, bias, y, dy, dx, grad, nullptr};
   (backward ? kernels.conv_grad : kernels.conv)(p, num_threads);
   if (grad) of.unpack(grad, dw, w, dz, num_threads);
 }
 
 // Backward where dx, dw or dz is wanted. by_tap: see csrc/taps.h, else as conv. planar: x and dx lie (N, C, H,
-// W). out: outputs that exist. scale: z of the columns multiplies them.
+// W). out: outputs that exist. scale: z of the columns multiplies them. packed (out, inputs that exist, taps):
+// what exists of the weight, which forward writes and backward reads; 0: nobody keeps it.
 void open_conv(bool is_double, const Shape& shape, bool by_tap, bool planar, int64_t out,
                const std::optional<Gate>& rows, const std::optional<Gate>& cols, bool scale, int64_t all_out,
-               int64_t all_in, Address x, Address w, Address bias, Address y, Address dy, Address dx, Address dw,
-               Address dz, int num_threads) {
+               int64_t all_in, Address x, Address w, Address packed, Address bias, Address y, Address dy,
+               Address dx, Address dw, Address dz, int num_threads) {
   py::gil_scoped_release nogil;
   const l0::ConvShape s = conv_shape(shape);
   check_taps(s);
@@ -617,8 +619,8 @@ void open_conv(bool is_double, const Shape& shape, bool by_tap, bool planar, int
   const auto run = [&](auto type) {
     using T = decltype(type);
     const OpenConv<T> of{GateArg<T>(rows), GateArg<T>(cols), scale, all_out, all_in, s.taps()};
-    open_conv_as<T>(s, by_tap, planar, out, of, as<const T>(x), as<const T>(w), as<const T>(bias), as<T>(y),
-                    as<const T>(dy), as<T>(dx), as<T>(dw), as<T>(dz), num_threads);
+    open_conv_as<T>(s, by_tap, planar, out, of, as<const T>(x), as<const T>(w), as<T>(packed),
+                    as<const T>(bias), as<T>(y), as<const T>(dy), as<T>(dx), as<T>(dw), as<T>(dz), num_threads);
   };
   if (is_double)
     run(double{});

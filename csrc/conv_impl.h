@@ -271,20 +271,38 @@ void transpose(const T* __restrict src, int64_t src_row, T* __restrict dst, int6
 template <typename T, int MR, int NV>
 void panel_kernel(int64_t kc, const T* __restrict a, int64_t a_row, const T* __restrict b, T* __restrict c,
                   int64_t c_row, bool accumulate) {
-  tile_product<T, MR, NV>(kc, a, a_row, b, c, c_row, accumulate);
+  panel_product<T, MR, NV>(kc, a, a_row, b, c, c_row, accumulate);
+}
+
+// The same of a panel that nobody has copied together: vector j of row k is at b[j] + at[k].
+template <typename T, int MR, int NV>
+void placed_kernel(int64_t kc, const T* __restrict a, int64_t a_row, const T* const* b,
+                   const int64_t* __restrict at, T* __restrict c, int64_t c_row, bool accumulate) {
+  const T* const vectors[] = {b[0], b[NV - 1]};
+  tile_product<T, MR, NV>(
+      kc, a, a_row, [&](int64_t k, int j) { return load(vectors[j] + at[k]); }, c, c_row, accumulate);
 }
 
 template <typename T>
 using PanelKernel = void (*)(int64_t, const T*, int64_t, const T*, T*, int64_t, bool);
+template <typename T>
+using PlacedKernel = void (*)(int64_t, const T*, int64_t, const T* const*, const int64_t*, T*, int64_t, bool);
 
 template <typename T, int NV, int... I>
 constexpr std::array<PanelKernel<T>, sizeof...(I)> make_panel_kernels(std::integer_sequence<int, I...>) {
   return {{&panel_kernel<T, I + 1, NV>...}};
 }
+template <typename T, int NV, int... I>
+constexpr std::array<PlacedKernel<T>, sizeof...(I)> make_placed_kernels(std::integer_sequence<int, I...>) {
+  return {{&placed_kernel<T, I + 1, NV>...}};
+}
+constexpr auto kHeights = std::make_integer_sequence<int, kMR>{};
 template <typename T>
-constexpr std::array<std::array<PanelKernel<T>, kMR>, 2> kPanelKernels = {
-    make_panel_kernels<T, 1>(std::make_integer_sequence<int, kMR>{}),
-    make_panel_kernels<T, 2>(std::make_integer_sequence<int, kMR>{})};
+constexpr std::array<std::array<PanelKernel<T>, kMR>, 2> kPanelKernels = {make_panel_kernels<T, 1>(kHeights),
+                                                                          make_panel_kernels<T, 2>(kHeights)};
+template <typename T>
+constexpr std::array<std::array<PlacedKernel<T>, kMR>, 2> kPlacedKernels = {
+    make_placed_kernels<T, 1>(kHeights), make_placed_kernels<T, 2>(kHeights)};
 
 // Rows in panels of equal height.
 struct RowPanels {
@@ -325,6 +343,14 @@ inline int64_t cut(const Runs& runs, int64_t first, int64_t n, Piece* pieces) {
     i += std::min<int64_t>({length - within, first + n - i, Vec<T>::width});
   }
   return count;
+}
+
+// Whether the pieces are the vectors of a row: then it need not be copied together.
+template <typename T>
+inline bool are_vectors(const Piece* pieces, int64_t n) {
+  bool whole = n <= kNV;
+  for (int64_t i = 0; whole && i < n; ++i) whole = pieces[i].to == i * Vec<T>::width;
+  return whole;
 }
 
 // Rows of kNR columns; one vector behind the last is written, and read behind the last of `from`.
@@ -431,9 +457,14 @@ void conv(const ConvParams<T>& p, int num_threads) {
       const int64_t at = q * NR, width = std::min(NR, n * each - at);
       Piece pieces[NR];
       const int64_t n_pieces = cut<T>(columns, at, width, pieces);
+      const bool in_place = are_vectors<T>(pieces, n_pieces);
+      const T* const places[] = {images + pieces[0].from, images + pieces[n_pieces > 1].from};
       for_panels(K, [&](int64_t k, int64_t kc) {
-        fill_panel(panel, images, rows.at() + k, kc, pieces, n_pieces);
+        if (!in_place) fill_panel(panel, images, rows.at() + k, kc, pieces, n_pieces);
         outs.each([&](int64_t o, int64_t height) {
+          if (in_place)
+            return kPlacedKernels<T>[width > W][height - 1](kc, w + o * K + k * height, height, places,
+                                                            rows.at() + k, tile + o * NR, NR, k > 0);
           kPanelKernels<T>[width > W][height - 1](kc, w + o * K + k * height, height, panel, tile + o * NR,
                                                   NR, k > 0);
         });
@@ -496,6 +527,37 @@ void sum_patches(const ConvShape& s, const Window& window, const int64_t* rows, 
           sum_of_entries<T, 1>(col + c, i, n_i, j, n_j, to + c, left);
       }
     }
+}
+
+// dx as the convolution of dy by the kernels turned around: where outputs are few, products as short as their
+// number would be stored and added up for longer than they take.
+template <typename T>
+void conv_grad_x_turned(const ConvParams<T>& p, int num_threads) {
+  const ConvShape& s = p.shape;
+  const int64_t O = p.out, taps = s.taps();
+  const int64_t pad_h = s.dilation_h * (s.kernel_h - 1) - s.pad_h;
+  const int64_t pad_w = s.dilation_w * (s.kernel_w - 1) - s.pad_w;
+  static thread_local Workspace turned;
+  T* const w = static_cast<T*>(turned.get(sizeof(T) * s.C * O * taps));
+  for (int64_t c = 0; c < s.C; ++c)
+    for (int64_t o = 0; o < O; ++o)
+      for (int64_t tap = 0; tap < taps; ++tap)
+        w[(c * O + o) * taps + tap] = p.w[(o * s.C + c) * taps + taps - 1 - tap];
+  ConvParams<T> of_dy = {};
+  of_dy.shape = {s.N, s.out_h, s.out_w, O,     s.kernel_h,   s.kernel_w,   1,
+                 1,   pad_h,   pad_w,   s.dilation_h, s.dilation_w, s.H, s.W};
+  of_dy.out = s.C;
+  of_dy.x_channels_last = p.y_channels_last, of_dy.y_channels_last = p.x_channels_last;
+  of_dy.x = p.dy, of_dy.w = w, of_dy.y = p.dx;
+  conv(of_dy, num_threads);
+}
+
+// Whether it serves, and is the faster way.
+template <typename T>
+bool is_turned(const ConvParams<T>& p) {
+  const ConvShape& s = p.shape;
+  return p.out < Vec<T>::width && s.stride_h == 1 && s.stride_w == 1 &&
+         s.pad_h <= s.dilation_h * (s.kernel_h - 1) && s.pad_w <= s.dilation_w * (s.kernel_w - 1);
 }
 
 // dx of the images from the gradients of their patches: rows of `col`, col_row apart, entries in the order of
@@ -561,8 +623,9 @@ void conv_grad_x(const ConvParams<T>& p, int num_threads) {
   }
 }
 
-// Columns of panels are the entries of a kernel in the order of the pixels and, behind them, a column of
-// ones, for db; rows the output positions.
+// Columns of panels are the entries of a kernel in the order of the pixels and, where db is wanted, behind them
+// a column of ones; rows the output positions. Of panels that begin with a run of entries nothing is copied:
+// those that end within one are as wide as a vector or two all the same, so that there must not be too many.
 template <typename T>
 void conv_grad_w(const ConvParams<T>& p, int num_threads) {
   constexpr int64_t NR = kNR<T>, W = Vec<T>::width;
@@ -575,9 +638,12 @@ void conv_grad_w(const ConvParams<T>& p, int num_threads) {
   }
   const Pixels pixels(s);
   const int64_t n_unit = unit_images(s, sizeof(T) * pixels.image);
-  const int64_t panels = (K + 1 + NR - 1) / NR, sum_row = panels * NR + W, size = O * sum_row;
-  const int64_t parts = std::min({s.N, kGradParts, std::max<int64_t>(1, s.N * each / kPartPositions)});
   const Runs columns = Runs::entries(s), rows = Runs::pixel_positions(s, n_unit);
+  const int64_t length = columns.length(), per_run = (length + NR - 1) / NR;
+  const bool in_place = !p.db && 2 * columns.size() * ((length + W - 1) / W) <= 3 * ((K + W) / W);
+  const int64_t panels = in_place ? columns.size() * per_run : (K + NR) / NR;
+  const int64_t sum_row = panels * NR + W, size = O * sum_row;
+  const int64_t parts = std::min({s.N, kGradParts, std::max<int64_t>(1, s.N * each / kPartPositions)});
   const RowPanels outs(O);
   const int threads = double(s.N) * each * O * K < 2e5 ? 1 : num_threads;
   static thread_local Workspace shared;
@@ -611,14 +677,25 @@ void conv_grad_w(const ConvParams<T>& p, int num_threads) {
           if (!p.y_channels_last) dy = turned;
           for_panels(n * each, [&](int64_t at, int64_t kc) {
             for (int64_t q = mine.begin; q < mine.end; ++q) {
+              const bool accumulate = first > part.begin || at > 0;
+              if (in_place) {
+                const int64_t begin = q % per_run * NR;
+                const T* const run = images + columns.at()[q / per_run] + begin;
+                const T* const places[] = {run, run + W};
+                outs.each([&](int64_t o, int64_t height) {
+                  kPlacedKernels<T>[length - begin > W][height - 1](kc, dy + at * O + o, O, places,
+                                                                    rows.at() + at, sum + o * sum_row + q * NR,
+                                                                    sum_row, accumulate);
+                });
+                continue;
+              }
               const int64_t width = std::min(NR, K - q * NR);
               Piece pieces[NR];
               fill_panel(panel, images, rows.at() + at, kc, pieces, cut<T>(columns, q * NR, width, pieces));
               for (int64_t r = 0; width < NR && r < kc; ++r) panel[r * NR + width] = T(1);
               outs.each([&](int64_t o, int64_t height) {
                 kPanelKernels<T>[width + 1 > W][height - 1](kc, dy + at * O + o, O, panel,
-                                                            sum + o * sum_row + q * NR, sum_row,
-                                                            first > part.begin || at > 0);
+                                                            sum + o * sum_row + q * NR, sum_row, accumulate);
               });
             }
           });
@@ -638,7 +715,9 @@ void conv_grad_w(const ConvParams<T>& p, int num_threads) {
             for (int64_t i = 0; i < sum_row; ++i) to[i] += sum[i];
         }
         if (!is_last) continue;
-        transpose(to, s.C, p.dw + o * K, taps, taps, s.C);
+        const int64_t runs = in_place ? columns.size() : 1;
+        for (int64_t r = 0; r < runs; ++r)
+          transpose(to + r * per_run * NR, s.C, p.dw + o * K + r * (taps / runs), taps, taps / runs, s.C);
         if (p.db) p.db[o] = to[K];
       }
 #pragma omp barrier
@@ -648,7 +727,7 @@ void conv_grad_w(const ConvParams<T>& p, int num_threads) {
 
 template <typename T>
 void conv_grad(const ConvParams<T>& p, int num_threads) {
-  if (p.dx) conv_grad_x(p, num_threads);
+  if (p.dx) (is_turned(p) ? conv_grad_x_turned<T> : conv_grad_x<T>)(p, num_threads);
   if (p.dw) conv_grad_w(p, num_threads);
 }
 

@@ -294,6 +294,7 @@ def open_conv(
     all_in: int,
     x: Address,
     w: Address,
+    packed: Address,
     bias: Address,
     y: Address,
     dy: Address,

@@ -134,9 +134,12 @@ class _Conv2d(torch.autograd.Function):
         ctx.settings = sides, z is not None, plan
         if plan.is_one_call:
             w = plain(weight).contiguous()
-            ctx.save_for_backward(x, weight, None)
             bias = None if bias is None else plain(bias).contiguous()
-            return module(sides.backend).open_conv(x, w, bias, sides.rows, sides.cols, z is not None, plan)
+            y, packed = module(sides.backend).open_conv(
+                x, w, bias, sides.rows, sides.cols, z is not None, plan, keeps=ctx.needs_input_grad[0]
+            )
+            ctx.save_for_backward(x, weight, packed)
+            return y
         scales, matrix = _scales(sides, z), weight.reshape(weight.shape[0], -1)
         pack = module(sides.backend).pack
         packed = pack(matrix, sides.rows, sides.cols, weight.dtype, run=kh * kw, apart=True, **scales)
@@ -157,6 +160,7 @@ class _Conv2d(torch.autograd.Function):
                 dy,
                 x,
                 plain(weight).contiguous(),
+                packed,
                 sides.rows,
                 sides.cols,
                 scaled,

@@ -205,10 +205,12 @@ def open_convolution(shape, n_out, by_tap, planar, dtype, at_end, threads):
     )
     gates = gate_of(z_out, at_end), gate_of(z_in, at_end)
     ways = dtype == torch.float64, shape, by_tap, planar, n_out
-    head = *ways, *gates, True, len(z_out), len(z_in), address(x), address(w)
+    packed = guarded(torch.full((n_out * n_in * taps,), float("nan"), dtype=dtype), at_end)
+    kept = 0 if by_tap else address(packed)
+    head = *ways, *gates, True, len(z_out), len(z_in), address(x), address(w), kept
     native.open_conv(*head, address(b), address(y), 0, 0, 0, 0, threads)
     native.open_conv(*head, 0, 0, address(dy), address(dx), address(dw), address(dz), threads)
-    for t in (y, dx, dw, dz):
+    for t in (y, dx, dw, dz, *([] if by_tap else [packed])):
         assert not t.isnan().any(), "a result was not written whole"
     KEPT.clear()
 
