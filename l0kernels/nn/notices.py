@@ -25,7 +25,7 @@ _SEARCHES = 16
 """How often it is, of each gate: a layer that disagrees does so at its first forward."""
 
 
-def _warn(text: str) -> None:
+def warn(text: str) -> None:
     warnings.warn(text, UserWarning, stacklevel=2)
 
 
@@ -61,7 +61,7 @@ def _watch_draw(drawer: nn.Module, gate: HardConcreteGate, x: Any) -> None:
         return
     state["searches"] = _SEARCHES
     first = "a call of its own" if before is gate else _named(before)
-    _warn(
+    warn(
         f"a gate that layers share was drawn twice in one forward, by {first} and by {_named(drawer)}, which "
         f"disagree on what is open: {gate}. Draw it once: put the layers into one L0Sequential, call draw() "
         "of a GateBank(model) before the forward, or pass gates = gate() to both layers"
@@ -116,7 +116,7 @@ class _Draws:
             return
         self.warned = True
         now = "each layer draws for itself" if drawn is None else "every forward has the gates of an old draw"
-        _warn(
+        warn(
             f"a GateBank did not draw before the last two steps of the optimiser, so that {now}: call its "
             "draw() before each forward. To keep a draw on purpose, enter it, as in `with draw: loss = ...`; "
             "to do without the bank, call its clear()"
@@ -206,7 +206,7 @@ class Closing:
                 self._closed[gate] = level
         if stay:
             named = ", ".join(f"{self._names.pop(gate)} (lam={gate.lam:g})" for gate in stay)
-            _warn(
+            warn(
                 f"every evaluation gate is closed, and stays so, of {named}: nothing passes there. If that "
                 "is not meant, train again with a lower lam or a lower learning rate of the gates, gate_lr "
                 "in parameter_groups; to a mean loss penalty(model) / N is added, N the number of examples"

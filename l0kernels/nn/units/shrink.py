@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..._compat import pytree
+from ..notices import warn
 from .draws import Space
 from .graph import Group, nesting
 from .layers import Units
@@ -66,14 +67,22 @@ def _shrunk(host: nn.Module, multiple_of: int) -> nn.Module:
         else:
             others.append(group)
     alone += [groups for groups in plan.tie(others) if check.of(plan.cut(groups))[1] is None]
-    both, wrong = check.of(plan.cut([group for groups in alone for group in groups]))
+    chosen = [group for groups in alone for group in groups]
+    both, wrong = check.of(plan.cut(chosen))
     if wrong is None:
-        return both
-    chosen: list[Group] = []
-    for groups in alone:
-        both, wrong = check.of(plan.cut([*chosen, *groups]))
-        if wrong is None:
-            chosen, out = [*chosen, *groups], both
+        out = both
+    else:
+        chosen = []
+        for groups in alone:
+            both, wrong = check.of(plan.cut([*chosen, *groups]))
+            if wrong is None:
+                chosen, out = [*chosen, *groups], both
+    whole = [group.name for group in plan.narrowed if group not in chosen]
+    if whole:
+        warn(
+            f"export has left the closed units of {', '.join(whole)} in place, as zeros: with fewer, the model's "
+            "forward fails or computes something else, as where a size stands in it"
+        )
     return out
 
 
