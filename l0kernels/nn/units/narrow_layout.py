@@ -80,7 +80,7 @@ def _dense_strides(
 ) -> tuple[int, ...]:
     dims = range(len(sizes))
     room, outer = [1 for _ in dims], 0
-    for dim in sorted(dims, key=lambda dim: (-strides[dim], dim == units)):
+    for dim in sorted(dims, key=lambda dim: (-strides[dim], sizes[dim] == 1, dim == units)):
         if strides[dim]:
             room[dim] = max(outer // strides[dim], sizes[dim])
             outer = strides[dim]
