@@ -5,6 +5,7 @@
 
 #include <array>
 #include <cmath>
+#include <cstdlib>
 #include <limits>
 #include <optional>
 #include <stdexcept>
@@ -504,6 +505,7 @@ void conv_as(const l0::ConvShape& s, int64_t out, bool channels_last, Address x,
   const l0::ConvParams<T> p = {s,
                                out,
                                channels_last,
+                               channels_last,
                                as<const T>(x),
                                as<const T>(w),
                                as<const T>(bias),
@@ -568,17 +570,22 @@ struct OpenConv {
 };
 
 template <typename T>
-void open_conv_as(const l0::ConvShape& s, bool by_tap, const OpenConv<T>& of, const T* x, const T* w,
-                  const T* bias, T* y, const T* dy, T* dx, T* dw, T* dz, int num_threads) {
+void open_conv_as(const l0::ConvShape& s, bool by_tap, bool planar, int64_t out, const OpenConv<T>& of,
+                  const T* x, const T* w, T* packed, const T* bias, T* y, const T* dy, T* dx, T* dw, T* dz,
+                  int num_threads) {
   if ((of.rows.present && of.rows.view.size != of.all_out) ||
       (of.cols.present && of.cols.view.size != of.all_in) || s.C != of.in())
     throw std::invalid_argument("gates: must be those of the weight's rows and columns");
+  if (of.out() != out)
+    throw std::invalid_argument("plan: must be of the " + std::to_string(of.out()) + " outputs that exist, got " +
+                                std::to_string(out));
+  if (by_tap && planar) throw std::invalid_argument("x: must lie channels last where taps are products");
   if (dz && !(of.z() && w)) throw std::invalid_argument("a gate gradient needs the gate, and the gate to scale");
   const bool backward = dx || dw || dz;
   const l0::Kernels<T>& kernels = l0::kernels<T>();
   if (by_tap) {
     if (dz && !dx) throw std::invalid_argument("a gate gradient by_tap needs dx");
-    const l0::TapsParams<T> p = {s, of.out(), of.all_out, of.all_in, of.rows.view.index, of.cols.view.index,
+    const l0::TapsParams<T> p = {s, out, of.all_out, of.all_in, of.rows.view.index, of.cols.view.index,
                                  of.z(), x, w, bias, y, dy, dx, dw};
     (backward ? kernels.taps_grad : kernels.taps)(p, num_threads);
     if (dz) of.gate_grads(x, dx, s.N * s.H * s.W, dz);
@@ -586,20 +593,22 @@ void open_conv_as(const l0::ConvShape& s, bool by_tap, const OpenConv<T>& of, co
   }
   static thread_local l0::Workspace workspace;
   const int64_t size = of.out() * of.in() * of.taps;
-  T* const packed = static_cast<T*>(workspace.get(sizeof(T) * 2 * (size + 16)));
-  T* const grad = dw || dz ? packed + size + 16 : nullptr;
-  if (!backward || dx) of.pack(w, packed, num_threads);
-  const l0::ConvParams<T> p = {s, of.out(), true, x, packed, bias, y, dy, dx, grad, nullptr};
+  T* const scratch = static_cast<T*>(workspace.get(sizeof(T) * 2 * (size + 16)));
+  T* const grad = dw || dz ? scratch + size + 16 : nullptr;
+  if (!packed) packed = scratch;
+  if (!backward || (dx && packed == scratch)) of.pack(w, packed, num_threads);
+  const l0::ConvParams<T> p = {s, out, !planar, true, x, packed, bias, y, dy, dx, grad, nullptr};
   (backward ? kernels.conv_grad : kernels.conv)(p, num_threads);
   if (grad) of.unpack(grad, dw, w, dz, num_threads);
 }
 
-// Backward where dx, dw or dz is wanted. by_tap: see csrc/taps.h, else as conv. scale: z of the columns
-// multiplies them.
-void open_conv(bool is_double, const Shape& shape, bool by_tap, const std::optional<Gate>& rows,
-               const std::optional<Gate>& cols, bool scale, int64_t all_out, int64_t all_in, Address x,
-               Address w, Address bias, Address y, Address dy, Address dx, Address dw, Address dz,
-               int num_threads) {
+// Backward where dx, dw or dz is wanted. by_tap: see csrc/taps.h, else as conv. planar: x and dx lie (N, C, H,
+// W). out: outputs that exist. scale: z of the columns multiplies them. packed (out, inputs that exist, taps):
+// what exists of the weight, which forward writes and backward reads; 0: nobody keeps it.
+void open_conv(bool is_double, const Shape& shape, bool by_tap, bool planar, int64_t out,
+               const std::optional<Gate>& rows, const std::optional<Gate>& cols, bool scale, int64_t all_out,
+               int64_t all_in, Address x, Address w, Address packed, Address bias, Address y, Address dy,
+               Address dx, Address dw, Address dz, int num_threads) {
   py::gil_scoped_release nogil;
   const l0::ConvShape s = conv_shape(shape);
   check_taps(s);
@@ -610,8 +619,8 @@ void open_conv(bool is_double, const Shape& shape, bool by_tap, const std::optio
   const auto run = [&](auto type) {
     using T = decltype(type);
     const OpenConv<T> of{GateArg<T>(rows), GateArg<T>(cols), scale, all_out, all_in, s.taps()};
-    open_conv_as<T>(s, by_tap, of, as<const T>(x), as<const T>(w), as<const T>(bias), as<T>(y),
-                    as<const T>(dy), as<T>(dx), as<T>(dw), as<T>(dz), num_threads);
+    open_conv_as<T>(s, by_tap, planar, out, of, as<const T>(x), as<const T>(w), as<T>(packed),
+                    as<const T>(bias), as<T>(y), as<const T>(dy), as<T>(dx), as<T>(dw), as<T>(dz), num_threads);
   };
   if (is_double)
     run(double{});
@@ -784,6 +793,14 @@ void advise_huge_pages(Address address, size_t bytes) {
 #endif
 }
 
+// glibc gives freed memory back to the system, which clears it before the next step, in amounts that follow the
+// largest block that was ever freed, up to 32 MB: it is told of one, which nobody has touched. Other
+// allocators do not mind.
+void keep_freed_memory() {
+  void* volatile block = std::malloc((32 << 20) - 8192);
+  std::free(block);
+}
+
 void know(py::handle exchange_api, py::handle plain, py::handle samples, py::handle otherwise) {
   if (!l0::know_tensors(exchange_api.ptr(), plain.ptr(), samples.ptr(), otherwise.ptr()))
     throw py::error_already_set();
@@ -859,5 +876,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("batch_norm", &batch_norm);
   m.def("prox", &prox);
   m.def("advise_huge_pages", &advise_huge_pages);
+  m.def("keep_freed_memory", &keep_freed_memory);
   bind_budget(m);
 }

@@ -122,13 +122,14 @@ struct DepthwiseParams {
   T* dw_parts;  // null: not wanted
 };
 
-// A convolution of all channels. Images lie channels last (N, H, W, C), or as planes (N, C, H, W); w (out, C,
-// kernel_h, kernel_w). Backward where there is dy: dx, dw and db, each null where it is not wanted.
+// A convolution of all channels. Images lie channels last (N, H, W, C), or as planes (N, C, H, W), x with dx
+// and y with dy; w (out, C, kernel_h, kernel_w). Backward where there is dy: dx, dw and db, each null where it
+// is not wanted.
 template <typename T>
 struct ConvParams {
   ConvShape shape;
   int64_t out;
-  bool channels_last;
+  bool x_channels_last, y_channels_last;
   const T* x;
   const T* w;
   const T* bias;  // (out), null: none

@@ -179,7 +179,8 @@ void depthwise_grad(const DepthwiseParams<T>& p, int num_threads) {
 constexpr int64_t kPanelRows = 128;      // of a panel: 16 KB; and how many products are summed in a row
 constexpr int64_t kUnitPositions = 256;  // of images that are computed together, where those are small
 constexpr int64_t kUnitBytes = 1 << 17;  // likewise, of the copies of images
-constexpr int64_t kGradParts = 16;       // sums of dw over parts of the images, however many threads
+constexpr int64_t kGradParts = 16;       // at most, into which the sums of dw are cut, however many threads,
+constexpr int64_t kPartPositions = 512;  // of so many positions or more
 
 // dst[j] = src[j] and back, j < n, where the rest of the vector is not ours.
 template <typename T>
@@ -270,20 +271,38 @@ void transpose(const T* __restrict src, int64_t src_row, T* __restrict dst, int6
 template <typename T, int MR, int NV>
 void panel_kernel(int64_t kc, const T* __restrict a, int64_t a_row, const T* __restrict b, T* __restrict c,
                   int64_t c_row, bool accumulate) {
-  tile_product<T, MR, NV>(kc, a, a_row, b, c, c_row, accumulate);
+  panel_product<T, MR, NV>(kc, a, a_row, b, c, c_row, accumulate);
+}
+
+// The same of a panel that nobody has copied together: vector j of row k is at b[j] + at[k].
+template <typename T, int MR, int NV>
+void placed_kernel(int64_t kc, const T* __restrict a, int64_t a_row, const T* const* b,
+                   const int64_t* __restrict at, T* __restrict c, int64_t c_row, bool accumulate) {
+  const T* const vectors[] = {b[0], b[NV - 1]};
+  tile_product<T, MR, NV>(
+      kc, a, a_row, [&](int64_t k, int j) { return load(vectors[j] + at[k]); }, c, c_row, accumulate);
 }
 
 template <typename T>
 using PanelKernel = void (*)(int64_t, const T*, int64_t, const T*, T*, int64_t, bool);
+template <typename T>
+using PlacedKernel = void (*)(int64_t, const T*, int64_t, const T* const*, const int64_t*, T*, int64_t, bool);
 
 template <typename T, int NV, int... I>
 constexpr std::array<PanelKernel<T>, sizeof...(I)> make_panel_kernels(std::integer_sequence<int, I...>) {
   return {{&panel_kernel<T, I + 1, NV>...}};
 }
+template <typename T, int NV, int... I>
+constexpr std::array<PlacedKernel<T>, sizeof...(I)> make_placed_kernels(std::integer_sequence<int, I...>) {
+  return {{&placed_kernel<T, I + 1, NV>...}};
+}
+constexpr auto kHeights = std::make_integer_sequence<int, kMR>{};
 template <typename T>
-constexpr std::array<std::array<PanelKernel<T>, kMR>, 2> kPanelKernels = {
-    make_panel_kernels<T, 1>(std::make_integer_sequence<int, kMR>{}),
-    make_panel_kernels<T, 2>(std::make_integer_sequence<int, kMR>{})};
+constexpr std::array<std::array<PanelKernel<T>, kMR>, 2> kPanelKernels = {make_panel_kernels<T, 1>(kHeights),
+                                                                          make_panel_kernels<T, 2>(kHeights)};
+template <typename T>
+constexpr std::array<std::array<PlacedKernel<T>, kMR>, 2> kPlacedKernels = {
+    make_placed_kernels<T, 1>(kHeights), make_placed_kernels<T, 2>(kHeights)};
 
 // Rows in panels of equal height.
 struct RowPanels {
@@ -326,6 +345,14 @@ inline int64_t cut(const Runs& runs, int64_t first, int64_t n, Piece* pieces) {
   return count;
 }
 
+// Whether the pieces are the vectors of a row: then it need not be copied together.
+template <typename T>
+inline bool are_vectors(const Piece* pieces, int64_t n) {
+  bool whole = n <= kNV;
+  for (int64_t i = 0; whole && i < n; ++i) whole = pieces[i].to == i * Vec<T>::width;
+  return whole;
+}
+
 // Rows of kNR columns; one vector behind the last is written, and read behind the last of `from`.
 template <typename T>
 inline void fill_panel(T* __restrict panel, const T* __restrict from, const int64_t* __restrict at,
@@ -342,6 +369,12 @@ inline int64_t unit_images(const ConvShape& s, int64_t bytes) {
   const int64_t n =
       std::min(kUnitPositions / std::max<int64_t>(each, 1), kUnitBytes / std::max<int64_t>(bytes, 1));
   return std::max<int64_t>(1, std::min(n, s.N));
+}
+
+// The same of at most n_unit images, so that threads get equal numbers of units.
+inline int64_t even_units(int64_t images, int64_t n_unit, int threads) {
+  const int64_t units = round_up((images + n_unit - 1) / n_unit, threads);
+  return (images + units - 1) / units;
 }
 
 template <typename T>
@@ -419,19 +452,24 @@ void conv(const ConvParams<T>& p, int num_threads) {
         static_cast<T*>(scratch.get(sizeof(T) * (size_panel + O * NR + n_unit * planes.image + W)));
     T *const tile = panel + size_panel, *const images = tile + O * NR;
     for (int64_t i = 0; i < n; ++i)
-      to_planes(s, planes, p.channels_last, p.x + (first + i) * s.H * s.W * s.C, images + i * planes.image);
+      to_planes(s, planes, p.x_channels_last, p.x + (first + i) * s.H * s.W * s.C, images + i * planes.image);
     for (int64_t q = panels.begin; q < panels.end; ++q) {
       const int64_t at = q * NR, width = std::min(NR, n * each - at);
       Piece pieces[NR];
       const int64_t n_pieces = cut<T>(columns, at, width, pieces);
+      const bool in_place = are_vectors<T>(pieces, n_pieces);
+      const T* const places[] = {images + pieces[0].from, images + pieces[n_pieces > 1].from};
       for_panels(K, [&](int64_t k, int64_t kc) {
-        fill_panel(panel, images, rows.at() + k, kc, pieces, n_pieces);
+        if (!in_place) fill_panel(panel, images, rows.at() + k, kc, pieces, n_pieces);
         outs.each([&](int64_t o, int64_t height) {
+          if (in_place)
+            return kPlacedKernels<T>[width > W][height - 1](kc, w + o * K + k * height, height, places,
+                                                            rows.at() + k, tile + o * NR, NR, k > 0);
           kPanelKernels<T>[width > W][height - 1](kc, w + o * K + k * height, height, panel, tile + o * NR,
                                                   NR, k > 0);
         });
       });
-      if (p.channels_last) {
+      if (p.y_channels_last) {
         transpose(tile, NR, p.y + (first * each + at) * O, O, O, width, p.bias);
         continue;
       }
@@ -491,6 +529,37 @@ void sum_patches(const ConvShape& s, const Window& window, const int64_t* rows, 
     }
 }
 
+// dx as the convolution of dy by the kernels turned around: where outputs are few, products as short as their
+// number would be stored and added up for longer than they take.
+template <typename T>
+void conv_grad_x_turned(const ConvParams<T>& p, int num_threads) {
+  const ConvShape& s = p.shape;
+  const int64_t O = p.out, taps = s.taps();
+  const int64_t pad_h = s.dilation_h * (s.kernel_h - 1) - s.pad_h;
+  const int64_t pad_w = s.dilation_w * (s.kernel_w - 1) - s.pad_w;
+  static thread_local Workspace turned;
+  T* const w = static_cast<T*>(turned.get(sizeof(T) * s.C * O * taps));
+  for (int64_t c = 0; c < s.C; ++c)
+    for (int64_t o = 0; o < O; ++o)
+      for (int64_t tap = 0; tap < taps; ++tap)
+        w[(c * O + o) * taps + tap] = p.w[(o * s.C + c) * taps + taps - 1 - tap];
+  ConvParams<T> of_dy = {};
+  of_dy.shape = {s.N, s.out_h, s.out_w, O,     s.kernel_h,   s.kernel_w,   1,
+                 1,   pad_h,   pad_w,   s.dilation_h, s.dilation_w, s.H, s.W};
+  of_dy.out = s.C;
+  of_dy.x_channels_last = p.y_channels_last, of_dy.y_channels_last = p.x_channels_last;
+  of_dy.x = p.dy, of_dy.w = w, of_dy.y = p.dx;
+  conv(of_dy, num_threads);
+}
+
+// Whether it serves, and is the faster way.
+template <typename T>
+bool is_turned(const ConvParams<T>& p) {
+  const ConvShape& s = p.shape;
+  return p.out < Vec<T>::width && s.stride_h == 1 && s.stride_w == 1 &&
+         s.pad_h <= s.dilation_h * (s.kernel_h - 1) && s.pad_w <= s.dilation_w * (s.kernel_w - 1);
+}
+
 // dx of the images from the gradients of their patches: rows of `col`, col_row apart, entries in the order of
 // the pixels.
 template <typename T>
@@ -500,7 +569,9 @@ void conv_grad_x(const ConvParams<T>& p, int num_threads) {
   const int64_t O = p.out, taps = s.taps(), K = s.C * taps, each = s.out_h * s.out_w, pixels = s.H * s.W;
   if (s.N * pixels * s.C == 0) return;
   const int64_t panels = (K + NR - 1) / NR, col_row = panels * NR + W;  // no power of two: all of the cache
-  const int64_t n_unit = unit_images(s, sizeof(T) * each * col_row), units = (s.N + n_unit - 1) / n_unit;
+  const int threads = double(s.N) * each * O * K < 2e5 ? 1 : num_threads;
+  const int64_t n_unit = even_units(s.N, unit_images(s, sizeof(T) * each * col_row), threads),
+                units = (s.N + n_unit - 1) / n_unit;
   const Window window = Window::outputs(s);
   const int64_t n_rows = window.rows.end(s.H - 1), n_cols = window.cols.end(s.W - 1);
   static thread_local Workspace shared, table;
@@ -510,25 +581,25 @@ void conv_grad_x(const ConvParams<T>& p, int num_threads) {
     at_rows[i] = window.rows.at(i) * s.out_w * col_row + window.rows.tap(i) * s.kernel_w * s.C;
   for (int64_t j = 0; j < n_cols; ++j) at_cols[j] = window.cols.at(j) * col_row + window.cols.tap(j) * s.C;
   T* const w = static_cast<T*>(shared.get(sizeof(T) * panels * O * NR));  // (panels, O, NR)
-  std::memset(w, 0, sizeof(T) * panels * O * NR);
-  for (int64_t o = 0; o < O; ++o)
-    for (int64_t tap = 0; tap < taps; ++tap)
-      for (int64_t c = 0; c < s.C; ++c) {
-        const int64_t k = tap * s.C + c;
-        w[(k / NR * O + o) * NR + k % NR] = p.w[(o * s.C + c) * taps + tap];
-      }
-  const int threads = double(s.N) * each * O * K < 2e5 ? 1 : num_threads;
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && O * K > 4096)
+  for (int64_t o = 0; o < O; ++o) {
+    static thread_local Workspace scratch;
+    T* const row = static_cast<T*>(scratch.get(sizeof(T) * panels * NR));  // in the order of the pixels
+    transpose(p.w + o * K, taps, row, s.C, s.C, taps);
+    std::memset(row + K, 0, sizeof(T) * (panels * NR - K));
+    for (int64_t q = 0; q < panels; ++q) std::memcpy(w + (q * O + o) * NR, row + q * NR, sizeof(T) * NR);
+  }
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
   for (int64_t unit = 0; unit < units; ++unit) {
     const int64_t first = unit * n_unit, n = std::min(n_unit, s.N - first), rows = n * each;
     static thread_local Workspace scratch;
-    const int64_t size_dy = n_unit * each * O, planar = p.channels_last ? 0 : pixels * s.C + size_dy;
+    const int64_t size_dy = n_unit * each * O, planar = pixels * s.C + size_dy;
     T* const col = static_cast<T*>(scratch.get(sizeof(T) * (n_unit * each * col_row + size_dy + W + planar)));
     T *const grads = col + n_unit * each * col_row, *const turned = grads + size_dy + W,
              *const image = turned + size_dy;
     const RowPanels positions(rows);
     const T* dy = p.dy + first * each * O;
-    if (!p.channels_last) {
+    if (!p.y_channels_last) {
       for (int64_t i = 0; i < n; ++i) transpose(dy + i * each * O, each, turned + i * each * O, O, O, each);
       dy = turned;
     }
@@ -545,91 +616,118 @@ void conv_grad_x(const ConvParams<T>& p, int num_threads) {
       });
     for (int64_t i = 0; i < n; ++i) {
       T* const whole = p.dx + (first + i) * pixels * s.C;
-      T* const to = p.channels_last ? whole : image;
+      T* const to = p.x_channels_last ? whole : image;
       sum_patches(s, window, at_rows, at_cols, col + i * each * col_row, to);
-      if (!p.channels_last) transpose(image, s.C, whole, pixels, pixels, s.C);
+      if (!p.x_channels_last) transpose(image, s.C, whole, pixels, pixels, s.C);
     }
   }
 }
 
-// Columns of panels are the entries of a kernel in the order of the pixels and, behind them, a column of
-// ones, for db; rows the output positions.
+// Columns of panels are the entries of a kernel in the order of the pixels and, where db is wanted, behind them
+// a column of ones; rows the output positions. Of panels that begin with a run of entries nothing is copied:
+// those that end within one are as wide as a vector or two all the same, so that there must not be too many.
 template <typename T>
 void conv_grad_w(const ConvParams<T>& p, int num_threads) {
   constexpr int64_t NR = kNR<T>, W = Vec<T>::width;
   const ConvShape& s = p.shape;
   const int64_t O = p.out, taps = s.taps(), K = s.C * taps, each = s.out_h * s.out_w;
+  if (s.N * each == 0) {
+    std::memset(p.dw, 0, sizeof(T) * O * K);
+    if (p.db) std::memset(p.db, 0, sizeof(T) * O);
+    return;
+  }
   const Pixels pixels(s);
   const int64_t n_unit = unit_images(s, sizeof(T) * pixels.image);
-  const int64_t panels = (K + 1 + NR - 1) / NR, sum_row = panels * NR + W, size = O * sum_row;
-  const int64_t parts = std::min(s.N, kGradParts);
   const Runs columns = Runs::entries(s), rows = Runs::pixel_positions(s, n_unit);
+  const int64_t length = columns.length(), per_run = (length + NR - 1) / NR;
+  const bool in_place = !p.db && 2 * columns.size() * ((length + W - 1) / W) <= 3 * ((K + W) / W);
+  const int64_t panels = in_place ? columns.size() * per_run : (K + NR) / NR;
+  const int64_t sum_row = panels * NR + W, size = O * sum_row;
+  const int64_t parts = std::min({s.N, kGradParts, std::max<int64_t>(1, s.N * each / kPartPositions)});
   const RowPanels outs(O);
   const int threads = double(s.N) * each * O * K < 2e5 ? 1 : num_threads;
   static thread_local Workspace shared;
-  T* const total = static_cast<T*>(shared.get(sizeof(T) * size * (1 + std::max(threads, 1))));
-  T* const sums = total + size;
-  if (parts == 0) std::memset(total, 0, sizeof(T) * size);
+  T* const sums = static_cast<T*>(shared.get(sizeof(T) * size * (1 + std::max(threads, 1))));
+  T* const total = sums + size * std::max(threads, 1);
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
     static thread_local Workspace scratch;
     const int64_t size_panel = round_up(kPanelRows * NR + W, W);
-    const int64_t size_dy = p.channels_last ? 0 : n_unit * each * O;
+    const int64_t size_dy = p.y_channels_last ? 0 : n_unit * each * O;
     T* const panel =
         static_cast<T*>(scratch.get(sizeof(T) * (size_panel + n_unit * pixels.image + W + size_dy)));
     T *const images = panel + size_panel, *const turned = images + n_unit * pixels.image + W;
-    const int thread = thread_number(), team = team_size();
-    for (int64_t round = 0; round < parts; round += team) {
-      if (round + thread < parts) {
-        const Range mine(s.N, round + thread, parts);
-        T* const sum = sums + thread * size;
-        for (int64_t first = mine.begin; first < mine.end; first += n_unit) {
-          const int64_t n = std::min(n_unit, mine.end - first);
+    const int64_t thread = thread_number(), team = team_size();
+    // Parts at a time, and threads that share one, each some of its columns.
+    const int64_t slots = std::min(parts, team), sharers = team / slots;
+    const Range mine(panels, thread % sharers, sharers);
+    for (int64_t round = 0; round < parts; round += slots) {
+      const int64_t slot = thread / sharers;
+      if (slot < slots && round + slot < parts) {
+        const Range part(s.N, round + slot, parts);
+        T* const sum = sums + slot * size;
+        for (int64_t first = part.begin; first < part.end; first += n_unit) {
+          const int64_t n = std::min(n_unit, part.end - first);
           const T* dy = p.dy + first * each * O;
           for (int64_t i = 0; i < n; ++i) {
-            to_pixels(s, pixels, p.channels_last, p.x + (first + i) * s.H * s.W * s.C,
+            to_pixels(s, pixels, p.x_channels_last, p.x + (first + i) * s.H * s.W * s.C,
                       images + i * pixels.image);
-            if (!p.channels_last) transpose(dy + i * each * O, each, turned + i * each * O, O, O, each);
+            if (!p.y_channels_last) transpose(dy + i * each * O, each, turned + i * each * O, O, O, each);
           }
-          if (!p.channels_last) dy = turned;
+          if (!p.y_channels_last) dy = turned;
           for_panels(n * each, [&](int64_t at, int64_t kc) {
-            for (int64_t q = 0; q < panels; ++q) {
+            for (int64_t q = mine.begin; q < mine.end; ++q) {
+              const bool accumulate = first > part.begin || at > 0;
+              if (in_place) {
+                const int64_t begin = q % per_run * NR;
+                const T* const run = images + columns.at()[q / per_run] + begin;
+                const T* const places[] = {run, run + W};
+                outs.each([&](int64_t o, int64_t height) {
+                  kPlacedKernels<T>[length - begin > W][height - 1](kc, dy + at * O + o, O, places,
+                                                                    rows.at() + at, sum + o * sum_row + q * NR,
+                                                                    sum_row, accumulate);
+                });
+                continue;
+              }
               const int64_t width = std::min(NR, K - q * NR);
               Piece pieces[NR];
               fill_panel(panel, images, rows.at() + at, kc, pieces, cut<T>(columns, q * NR, width, pieces));
               for (int64_t r = 0; width < NR && r < kc; ++r) panel[r * NR + width] = T(1);
               outs.each([&](int64_t o, int64_t height) {
                 kPanelKernels<T>[width + 1 > W][height - 1](kc, dy + at * O + o, O, panel,
-                                                            sum + o * sum_row + q * NR, sum_row,
-                                                            first > mine.begin || at > 0);
+                                                            sum + o * sum_row + q * NR, sum_row, accumulate);
               });
             }
           });
         }
       }
 #pragma omp barrier
-      const Range mine(size, thread, team);
-      for (int64_t j = 0; j < std::min<int64_t>(team, parts - round); ++j) {
-        const T* __restrict sum = sums + j * size;
-        if (round + j == 0)
-          std::memcpy(total + mine.begin, sum + mine.begin, sizeof(T) * (mine.end - mine.begin));
-        else
+      const bool is_last = round + slots >= parts;
+      const Range channels(O, thread, team);
+      for (int64_t o = channels.begin; o < channels.end; ++o) {
+        T* __restrict to = parts == 1 ? sums + o * sum_row : total + o * sum_row;
+        for (int64_t j = 0; parts > 1 && j < std::min(slots, parts - round); ++j) {
+          const T* __restrict sum = sums + j * size + o * sum_row;
+          if (round + j == 0)
+            std::memcpy(to, sum, sizeof(T) * sum_row);
+          else
 #pragma omp simd
-          for (int64_t i = mine.begin; i < mine.end; ++i) total[i] += sum[i];
+            for (int64_t i = 0; i < sum_row; ++i) to[i] += sum[i];
+        }
+        if (!is_last) continue;
+        const int64_t runs = in_place ? columns.size() : 1;
+        for (int64_t r = 0; r < runs; ++r)
+          transpose(to + r * per_run * NR, s.C, p.dw + o * K + r * (taps / runs), taps, taps / runs, s.C);
+        if (p.db) p.db[o] = to[K];
       }
 #pragma omp barrier
     }
-  }
-  for (int64_t o = 0; o < O; ++o) {
-    const T* sum = total + o * sum_row;
-    transpose(sum, s.C, p.dw + o * K, taps, taps, s.C);
-    if (p.db) p.db[o] = sum[K];
   }
 }
 
 template <typename T>
 void conv_grad(const ConvParams<T>& p, int num_threads) {
-  if (p.dx) conv_grad_x(p, num_threads);
+  if (p.dx) (is_turned(p) ? conv_grad_x_turned<T> : conv_grad_x<T>)(p, num_threads);
   if (p.dw) conv_grad_w(p, num_threads);
 }
 

@@ -37,11 +37,11 @@ inline void store(T* p, typename Vec<T>::type v) {
   *reinterpret_cast<typename Vec<T>::unaligned*>(p) = v;
 }
 
-// C (MR x NV vectors, rows c_row apart) = or += A (kc x MR, rows a_row apart) times B panel (kc x kNR).
-template <typename T, int MR, int NV>
-inline __attribute__((always_inline)) void tile_product(int64_t kc, const T* __restrict a, int64_t a_row,
-                                                        const T* __restrict b, T* __restrict c, int64_t c_row,
-                                                        bool accumulate) {
+// C (MR x NV vectors, rows c_row apart) = or += A (kc x MR, rows a_row apart) times B; b(k, j): vector j of its
+// row k.
+template <typename T, int MR, int NV, typename B>
+inline __attribute__((always_inline)) void tile_product(int64_t kc, const T* __restrict a, int64_t a_row, B b,
+                                                        T* __restrict c, int64_t c_row, bool accumulate) {
   using V = typename Vec<T>::type;
   constexpr int W = Vec<T>::width;
   V acc[MR][NV];
@@ -52,7 +52,7 @@ inline __attribute__((always_inline)) void tile_product(int64_t kc, const T* __r
   for (int64_t k = 0; k < kc; ++k) {
     V bv[NV];
 #pragma GCC unroll 2
-    for (int j = 0; j < NV; ++j) bv[j] = load(b + j * W);
+    for (int j = 0; j < NV; ++j) bv[j] = b(k, j);
 #pragma GCC unroll 14
     for (int i = 0; i < MR; ++i) {
       const V av = a[i] - V{};  // broadcast
@@ -60,7 +60,6 @@ inline __attribute__((always_inline)) void tile_product(int64_t kc, const T* __r
       for (int j = 0; j < NV; ++j) acc[i][j] += av * bv[j];
     }
     a += a_row;
-    b += kNR<T>;
   }
 #pragma GCC unroll 14
   for (int i = 0; i < MR; ++i)
@@ -71,11 +70,21 @@ inline __attribute__((always_inline)) void tile_product(int64_t kc, const T* __r
     }
 }
 
+// The same of a panel (kc x kNR).
+template <typename T, int MR, int NV>
+inline __attribute__((always_inline)) void panel_product(int64_t kc, const T* __restrict a, int64_t a_row,
+                                                         const T* __restrict b, T* __restrict c, int64_t c_row,
+                                                         bool accumulate) {
+  tile_product<T, MR, NV>(
+      kc, a, a_row, [b](int64_t k, int j) { return load(b + k * kNR<T> + j * Vec<T>::width); }, c, c_row,
+      accumulate);
+}
+
 // tile (MR x kNR, row-major) = or += A panel (kc x MR) times B panel, NV of the panel's vectors.
 template <typename T, int MR, int NV>
 void micro_kernel(int64_t kc, const T* __restrict a, const T* __restrict b, T* __restrict tile,
                   bool accumulate) {
-  tile_product<T, MR, NV>(kc, a, MR, b, tile, kNR<T>, accumulate);
+  panel_product<T, MR, NV>(kc, a, MR, b, tile, kNR<T>, accumulate);
 }
 
 template <typename T>
@@ -526,8 +535,12 @@ void gemm_block(const GemmParams<T>& p, int num_threads) {
     if (rows_b) chunks += widest;
 
     if (p.c_scatter_m || p.c_scatter_n) {
-      const Range mine(rows, thread, team_size());
-      for (int64_t r = mine.begin; r < mine.end; ++r) zero_row(p, r);
+      // Closed rows, which take longer, come last: each thread gets its share of both.
+      const Range open(std::min(rows, p.M), thread, team_size());
+      for (int64_t r = open.begin; r < open.end; ++r) zero_row(p, r);
+      const Range closed(std::max<int64_t>(rows - p.M, 0), thread, team_size());
+      for (int64_t r = closed.begin; r < closed.end; ++r) zero_row(p, p.M + r);
+      settle_past_caches();
       if (!L0_COMPRESS && p.c_scatter_n) {  // into which others are about to write
 #pragma omp barrier
       }

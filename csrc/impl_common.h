@@ -17,7 +17,7 @@
 #include "hard_concrete.h"
 #include "kernels.h"
 #include "workspace.h"
-#include "zeros.h"
+#include "past_caches.h"
 
 #ifdef _OPENMP
 #include <omp.h>

@@ -1,11 +1,12 @@
 #include "pack.h"
 
+#include <algorithm>
 #include <cstring>
 #include <stdexcept>
 #include <type_traits>
 
 #include "half.h"
-#include "zeros.h"
+#include "past_caches.h"
 
 namespace l0 {
 namespace {
@@ -100,35 +101,63 @@ void pack_as(const PackParams& p, int num_threads) {
   });
 }
 
+// The columns [c, end) of a packed row, at their places behind column `first`.
+template <typename C, typename S, typename D, typename Run, typename Next, typename Step>
+inline void scatter(const S* src, D* dst, const PackAxis& cols, const C* z_col, C f, int64_t c, int64_t end,
+                    int64_t first, Run run, Next next, Step step) {
+  for (; c < end; ++c) {
+    const int64_t col = at(cols, c);
+    const C factor = z_col ? f * z_col[col] : f;
+    for (int64_t k = 0; k < run; ++k)
+      dst[(col - first) * run + k] = store_as<D>(load_as<C>(src[c * step + k * next]) * factor);
+  }
+}
+
+constexpr int64_t kPieceBytes = 8192;  // of a row that is made in the first-level cache
+constexpr int64_t kTurnBytes = 16384;  // that a thread writes before it is the next one's turn
+
 template <typename C, typename S, typename D>
 void unpack_as(const UnpackParams& p, int num_threads) {
   if (p.full == nullptr) return;
   const C* z_row = static_cast<const C*>(p.rows.z);
   const C* z_col = static_cast<const C*>(p.cols.z);
   with_run<kCommon<C, S, D>>(p.cols, [&](auto run, auto next, auto step) {
-    const int64_t width = p.cols.size * run;
-#pragma omp parallel for schedule(static) \
-    num_threads(num_threads) if (num_threads > 1 && p.rows.size * width > 16384)
-    for (int64_t r = 0; r < p.rows.size; ++r) {
-      const int64_t row = at(p.rows, r);
-      D* dst = static_cast<D*>(p.full) + row * width;
-      if (r >= p.rows.open) {
-        write_zeros(dst, sizeof(D) * width, sizeof(D) * p.rows.size * width);
-        continue;
+    const int64_t width = p.cols.size * run, bytes = sizeof(D) * p.rows.size * width;
+    const int64_t piece = kPieceBytes / int64_t(sizeof(D)) / run;  // in columns
+    const bool in_pieces = bytes >= kPastCaches && p.cols.open < p.cols.size && piece > 0;
+    // Open rows, which take longer, come first: threads take turns.
+    const int64_t turn = std::max<int64_t>(1, kTurnBytes / std::max<int64_t>(1, sizeof(D) * width));
+#pragma omp parallel num_threads(num_threads) if (num_threads > 1 && p.rows.size * width > 16384)
+    {
+#pragma omp for schedule(static, turn) nowait
+      for (int64_t r = 0; r < p.rows.size; ++r) {
+        const int64_t row = at(p.rows, r);
+        D* dst = static_cast<D*>(p.full) + row * width;
+        if (r >= p.rows.open) {
+          write_zeros(dst, sizeof(D) * width, bytes);
+          continue;
+        }
+        const S* src = static_cast<const S*>(p.packed) + r * p.packed_stride;
+        const C f = z_row ? z_row[row] : C(1);
+        if (in_pieces) {
+          alignas(64) unsigned char memory[kPieceBytes];
+          D* const part = reinterpret_cast<D*>(memory);
+          for (int64_t first = 0, c = 0, end; first < p.cols.size; first += piece, c = end) {
+            const int64_t n = std::min(piece, p.cols.size - first);
+            for (end = c; end < p.cols.open && at(p.cols, end) < first + n;) ++end;
+            std::memset(memory, 0, sizeof(D) * n * run);
+            scatter(src, part, p.cols, z_col, f, c, end, first, run, next, step);
+            copy_past_caches(dst + first * run, memory, sizeof(D) * n * run);
+          }
+          continue;
+        }
+        if (p.cols.open < p.cols.size) std::memset(dst, 0, sizeof(D) * width);
+        if (run == 1 && p.cols.index == nullptr)
+          scale_row(src, dst, p.cols.open, f, z_col);
+        else
+          scatter(src, dst, p.cols, z_col, f, 0, p.cols.open, 0, run, next, step);
       }
-      if (p.cols.open < p.cols.size) std::memset(dst, 0, sizeof(D) * width);
-      const S* src = static_cast<const S*>(p.packed) + r * p.packed_stride;
-      const C f = z_row ? z_row[row] : C(1);
-      if (run == 1 && p.cols.index == nullptr) {
-        scale_row(src, dst, p.cols.open, f, z_col);
-        continue;
-      }
-      for (int64_t c = 0; c < p.cols.open; ++c) {
-        const int64_t col = at(p.cols, c);
-        const C factor = z_col ? f * z_col[col] : f;
-        for (int64_t k = 0; k < run; ++k)
-          dst[col * run + k] = store_as<D>(load_as<C>(src[c * step + k * next]) * factor);
-      }
+      settle_past_caches();
     }
   });
 }
@@ -162,19 +191,20 @@ void gate_grad_as(const UnpackParams& p, int num_threads) {
     }
   }
   if (dz_col) {  // whole rows are read in order; a task owns columns, so that the sum over rows has one order
-    const int64_t kColumns = run > 1 ? 64 : kMostColumns;
-    const int64_t tasks = (p.cols.size + kColumns - 1) / kColumns;
+    for (int64_t c = p.cols.open; c < p.cols.size; ++c) dz_col[at(p.cols, c)] = C(0);
+    const int64_t share = (p.cols.open + num_threads - 1) / std::max(num_threads, 1);
+    const int64_t columns = run > 1 ? std::clamp<int64_t>(share, 8, 64) : kMostColumns;
+    const int64_t tasks = (p.cols.open + columns - 1) / columns;
 #pragma omp parallel for schedule(dynamic, 1) \
     num_threads(num_threads) if (num_threads > 1 && p.rows.open * p.cols.open * run > 16384)
     for (int64_t t = 0; t < tasks; ++t) {
-      const int64_t begin = t * kColumns,
-                    end = begin + kColumns < p.cols.size ? begin + kColumns : p.cols.size;
+      const int64_t begin = t * columns, end = std::min(begin + columns, p.cols.open);
       int64_t wanted[kMostColumns], count = 0;
       double total[kMostColumns] = {};
       for (int64_t c = begin; c < end; ++c) {
         const int64_t col = at(p.cols, c);
         dz_col[col] = C(0);
-        if (c < p.cols.open && wants_grad(z_col[col], p.cols.full_grad)) wanted[count++] = c;
+        if (wants_grad(z_col[col], p.cols.full_grad)) wanted[count++] = c;
       }
       for (int64_t r = 0; count && r < p.rows.open; ++r) {
         const int64_t row = at(p.rows, r);

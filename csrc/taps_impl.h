@@ -154,7 +154,7 @@ void taps_grad(const TapsParams<T>& p, int num_threads) {
   const TapBlocks<T> w{p};
   const int64_t C = w.C, O = w.O, taps = w.taps, pixels = p.shape.N * p.shape.H * p.shape.W;
   const TapRows rows(p.shape);
-  const int64_t R = rows.size();
+  const int64_t R = rows.size(), bytes_dw = sizeof(T) * p.all_out * w.row;
   static thread_local Workspace shared;
   T* const panels = static_cast<T*>(shared.get(sizeof(T) * 2 * (R * O + W)));  // of dy: panels, and rows
   T* const grads = panels + R * O + W;
@@ -182,9 +182,9 @@ void taps_grad(const TapsParams<T>& p, int num_threads) {
       const int64_t closed = C == 0 ? 0 : O;
 #pragma omp for schedule(static)
       for (int64_t o = closed; o < p.all_out; ++o)
-        write_zeros(p.dw + (p.outs ? p.outs[o] : o) * w.row, sizeof(T) * w.row, sizeof(T) * p.all_out * w.row);
+        write_zeros(p.dw + (p.outs ? p.outs[o] : o) * w.row, sizeof(T) * w.row, bytes_dw);
     }
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
     for (int64_t c = 0; c < C; c += NR) {
       const int64_t n = std::min(NR, C - c);
       for (int64_t j = 0; j < NR; ++j) z[j] = j < n ? w.factor(c + j) : T(0);
@@ -225,11 +225,16 @@ void taps_grad(const TapsParams<T>& p, int num_threads) {
                 store_some(segment + (w.in(c + j + k) - from) * taps + t, v[k], some);
             }
           }
-          std::memcpy(p.dw + (p.outs ? p.outs[o + i] : o + i) * w.row + from * taps, segment,
-                      sizeof(T) * (to - from) * taps);
+          T* const dst = p.dw + (p.outs ? p.outs[o + i] : o + i) * w.row + from * taps;
+          const size_t bytes = sizeof(T) * (to - from) * taps;
+          if (bytes_dw >= kPastCaches)
+            copy_past_caches(dst, segment, bytes);
+          else
+            std::memcpy(dst, segment, bytes);
         }
       });
     }
+    settle_past_caches();
   }
 }
 

@@ -285,6 +285,8 @@ def open_conv(
     is_double: bool,
     shape: Sequence[int],
     by_tap: bool,
+    planar: bool,
+    out: int,
     rows: Gate | None,
     cols: Gate | None,
     scale: bool,
@@ -292,6 +294,7 @@ def open_conv(
     all_in: int,
     x: Address,
     w: Address,
+    packed: Address,
     bias: Address,
     y: Address,
     dy: Address,
@@ -341,6 +344,7 @@ def batch_norm(
 ) -> None: ...
 def prox(tensors: Sequence[ProxTensor], num_threads: int, /) -> None: ...
 def advise_huge_pages(address: Address, bytes: int, /) -> None: ...
+def keep_freed_memory() -> None: ...
 
 class Budget:
     def __init__(

@@ -125,17 +125,22 @@ class _Conv2d(torch.autograd.Function):
         sides: Sides,
         plan: Plan,
     ) -> Tensor:
-        ctx.format = torch.contiguous_format if x.is_contiguous() else torch.channels_last
-        x = plain(x).contiguous(memory_format=torch.channels_last)
+        x = plain(x)
+        ctx.format = im2col.format_of(x)
+        if plan.way is not Way.DIRECT or ctx.format is torch.channels_last:  # else read as it lies
+            x = x.contiguous(memory_format=torch.channels_last)
         N, H, W, C, kh, kw = plan.shape[:6]
         if x.shape != (N, C, H, W) or weight.shape[2:] != (kh, kw):
             raise ValueError(f"plan must be of {tuple(x.shape)} and {tuple(weight.shape)}, got {plan.shape}")
         ctx.settings = sides, z is not None, plan
         if plan.is_one_call:
             w = plain(weight).contiguous()
-            ctx.save_for_backward(x, weight, None)
             bias = None if bias is None else plain(bias).contiguous()
-            return module(sides.backend).open_conv(x, w, bias, sides.rows, sides.cols, z is not None, plan)
+            y, packed = module(sides.backend).open_conv(
+                x, w, bias, sides.rows, sides.cols, z is not None, plan, keeps=ctx.needs_input_grad[0]
+            )
+            ctx.save_for_backward(x, weight, packed)
+            return y
         scales, matrix = _scales(sides, z), weight.reshape(weight.shape[0], -1)
         pack = module(sides.backend).pack
         packed = pack(matrix, sides.rows, sides.cols, weight.dtype, run=kh * kw, apart=True, **scales)
@@ -156,6 +161,7 @@ class _Conv2d(torch.autograd.Function):
                 dy,
                 x,
                 plain(weight).contiguous(),
+                packed,
                 sides.rows,
                 sides.cols,
                 scaled,

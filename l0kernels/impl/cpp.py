@@ -436,36 +436,45 @@ def open_conv(
     cols: Gate | None,
     scale: bool,
     plan: im2col.Plan,
-) -> Tensor:
+    keeps: bool = False,
+) -> tuple[Tensor, Tensor | None]:
     """y of images x, which hold the columns that exist, for the rows of `weight` that do; bias: of those.
 
-    x is in channels_last memory, the weight (out, in, kh, kw) contiguous; ``scale``: z of the columns
-    multiplies them. The plan is of one call, TAPS or DIRECT.
+    x is in channels_last memory, with DIRECT or contiguous; y is in channels_last memory, weight (out, in,
+    kh, kw) contiguous. ``scale``: z of the columns multiplies them. The plan is of one call, TAPS or DIRECT;
+    with DIRECT there is what exists of the weight, too, where ``keeps``, which backward need not pack again.
     """
-    outs = extent(rows, weight.shape[0], weight.dtype)
-    y = im2col.empty_images(x, plan.shape[0], outs, plan.shape[12], plan.shape[13])
+    y, packed = im2col.empty_images(x, plan.shape[0], plan.outs, plan.shape[12], plan.shape[13]), None
     if y.numel():
-        at = optional(bias, "bias", x.dtype, outs)
-        _open_conv(x, weight, rows, cols, scale, plan, (at, fresh(y), 0, 0, 0, 0))
-    return y
+        if keeps and plan.way is Way.DIRECT:
+            packed = x.new_empty(_packed_size(plan))
+        at = fresh(packed), optional(bias, "bias", x.dtype, plan.outs), fresh(y)
+        _open_conv(x, weight, rows, cols, scale, plan, (*at, 0, 0, 0, 0))
+    return y, packed
+
+
+def _packed_size(plan: im2col.Plan) -> int:
+    *_, C, kh, kw = plan.shape[:6]
+    return plan.outs * C * kh * kw
 
 
 def open_conv_grad(
     dy: Tensor,
     x: Tensor,
     weight: Tensor,
+    packed: Tensor | None,
     rows: Gate | None,
     cols: Gate | None,
     scale: bool,
     plan: im2col.Plan,
     needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """dx, dweight and dz of the columns; `needs`: which of them are wanted; dz with TAPS needs dx."""
-    N, H, W, C = plan.shape[:4]
-    made = (N, extent(rows, weight.shape[0], weight.dtype), *plan.shape[12:])
+    """dx, dweight and dz of the columns; `needs`: which of them are wanted; dz with TAPS needs dx. dy is in
+    channels_last memory, dx lies as x; `packed` is what open_conv has kept."""
+    made = (plan.shape[0], plan.outs, *plan.shape[12:])
     if dy.shape != made:
         raise ValueError(f"the gradient must have shape {made}, got {tuple(dy.shape)}")
-    dx = im2col.empty_images(x, N, C, H, W) if needs[0] else None
+    dx = torch.empty_like(x, memory_format=im2col.format_of(x)) if needs[0] else None
     dw = empty_grad(weight) if needs[1] else None
     dz = torch.empty_like(cols[0]) if needs[2] and cols is not None else None
     if dz is not None and not x.numel():
@@ -473,7 +482,8 @@ def open_conv_grad(
     if any(t is not None and t.numel() for t in (dx, dw)) or (dz is not None and x.numel()):
         at = images(dy, "the gradient", x.dtype)
         wanted = fresh(dx), fresh(dw), fresh(dz) if x.numel() else 0
-        _open_conv(x, weight, rows, cols, scale, plan, (0, 0, at, *wanted))
+        kept = optional(packed, "packed", x.dtype, _packed_size(plan))
+        _open_conv(x, weight, rows, cols, scale, plan, (kept, 0, 0, at, *wanted))
     return dx, dw, dz
 
 
@@ -484,23 +494,26 @@ def _open_conv(
     cols: Gate | None,
     scale: bool,
     plan: im2col.Plan,
-    addresses: tuple[int, int, int, int, int, int],
+    addresses: tuple[int, int, int, int, int, int, int],
 ) -> None:
-    """Addresses: of bias, y, dy, dx, dw and dz."""
+    """Addresses: of packed, bias, y, dy, dx, dw and dz."""
     dtype, (n_out, n_in) = x.dtype, weight.shape[:2]
     N, H, W, C = plan.shape[:4]
     if x.shape != (N, C, H, W) or weight.shape[2:] != plan.shape[4:6]:
         raise ValueError(f"the plan must be of {tuple(x.shape)} and {tuple(weight.shape)}, got {plan.shape}")
+    planar = plan.way is Way.DIRECT and im2col.format_of(x) is torch.contiguous_format
     _C.open_conv(
         dtype == torch.float64,
         plan.shape,
         plan.way is Way.TAPS,
+        planar,
+        plan.outs,
         _gate(rows, "the gate of the rows", n_out, dtype),
         _gate(cols, "the gate of the columns", n_in, dtype),
         scale,
         n_out,
         n_in,
-        images(x, "x", dtype),
+        vector(x, "x", dtype, x.numel()) if planar else images(x, "x", dtype),
         vector(weight, "weight", dtype, weight.numel()),
         *addresses,
         torch.get_num_threads(),

@@ -66,11 +66,12 @@ class Way(Enum):
 
 
 class Plan(NamedTuple):
-    """How a convolution of images is computed, what native code is told, and torch's options."""
+    """How a convolution of images is computed, what native code is told, torch's options, and the outputs."""
 
     way: Way
     shape: Shape
     options: tuple[Shape, Shape, Shape]
+    outs: int
 
     @property
     def is_one_call(self) -> bool:
@@ -96,7 +97,7 @@ def _plan(size: torch.Size, kernel: tuple[int, int], geometry: Geometry, outs: i
         way = Way.DIRECT
     else:
         way = Way.TORCH if taps > few_taps() else Way.PATCHES
-    return Plan(way, shape, (shape[6:8], shape[8:10], shape[10:12]))
+    return Plan(way, shape, (shape[6:8], shape[8:10], shape[10:12]), outs)
 
 
 def _has_small_images(shape: Shape, outs: int) -> bool:
@@ -166,6 +167,12 @@ def _matrix(x: Tensor) -> Tensor:
     return x.as_strided((N * H * W, C), (C, 1))  # permute and view are two calls
 
 
+def format_of(x: Tensor) -> torch.memory_format:
+    """Contiguous where images lie as planes and not, what one channel does, channels last, too."""
+    is_last = x.is_contiguous(memory_format=torch.channels_last) or not x.is_contiguous()
+    return torch.channels_last if is_last else torch.contiguous_format
+
+
 def empty_images(like: Tensor, N: int, C: int, H: int, W: int) -> Tensor:
     """Unwritten ones, no view, for users may change them in place."""
     return torch.empty((N, C, H, W), dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
@@ -209,7 +216,7 @@ def _scratch(x: Tensor, shape: Shape) -> Tensor:
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None, plan: Plan) -> Tensor:
     """y of images x for a packed weight (out, kh * kw * C), whose columns are taps of all channels."""
-    way, shape, options = plan
+    way, shape, options, _ = plan
     N, H, W, *_, out_h, out_w = shape
     if way is Way.TORCH:
         y = F.conv2d(settled(x, 1, options[0]), _kernels(weight, shape), bias, *options)
@@ -245,7 +252,7 @@ def backward(
     dy: Tensor, x: Tensor, weight: Tensor, plan: Plan, need_x: bool, need_w: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     """dx, and dweight packed as weight."""
-    way, shape, _ = plan
+    way, shape, *_ = plan
     N, H, W, C, *_, out_h, out_w = shape
     if way is Way.TORCH:
         return _torch_backward(dy, x, weight, plan, need_x, need_w)
@@ -274,7 +281,7 @@ def backward(
 def _torch_backward(
     dy: Tensor, x: Tensor, weight: Tensor, plan: Plan, need_x: bool, need_w: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    _, shape, options = plan
+    _, shape, options, _ = plan
     wanted = [need_x, need_w, False]
     dx, dw, _ = _convolution_backward(
         dy, settled(x, 1, options[0]), _kernels(weight, shape), None, *options, False, [0, 0], 1, wanted

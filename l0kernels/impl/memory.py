@@ -9,6 +9,7 @@ needs no check: `fresh`.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from torch import Tensor
 from .._checks import DTYPES, PLAIN, end_of, is_freed
 from .._native import native
 
+LARGE = 1 << 20  # bytes, of gradients
 HUGE = 32 << 20  # bytes; glibc maps every allocation from here on afresh, smaller ones it keeps itself
 
 
@@ -197,9 +199,19 @@ def empty_grad(weight: Tensor) -> Tensor:
     """An uninitialised contiguous tensor of weight's shape and dtype, for its gradient.
 
     A large one lies on huge pages: a gradient of 64 MB takes 16384 faults of 4 KB pages, which last longer
-    than the whole gated layer at one open gate in ten, and 32 of 2 MB.
+    than the whole gated layer at one open gate in ten, and 32 of 2 MB. Smaller ones are freed in every step,
+    too, and glibc is to keep their memory.
     """
     grad = torch.empty_like(weight, memory_format=torch.contiguous_format)
-    if native is not None and grad.nbytes >= HUGE and grad.is_cpu:
-        native.advise_huge_pages(grad.data_ptr(), grad.nbytes)
+    if native is not None and grad.is_cpu:
+        if grad.nbytes >= HUGE:
+            native.advise_huge_pages(grad.data_ptr(), grad.nbytes)
+        elif grad.nbytes >= LARGE:
+            _keep_freed_memory()
     return grad
+
+
+@cache
+def _keep_freed_memory() -> None:
+    """Once is enough."""
+    native.keep_freed_memory()

@@ -34,6 +34,7 @@ SHAPES = {
     "wide padding": (2, 2, 3, (2, 2), 3, 2, (1, 1), (4, 5), (1, 1)),
     "many": (1, 37, 141, (2, 3), 6, 19, (1, 1), (0, 1), (1, 1)),
     "many images": (37, 2, 3, (2, 2), 4, 3, (1, 1), (0, 0), (1, 1)),
+    "several parts": (7, 2, 3, (3, 3), 20, 18, (1, 1), (0, 0), (1, 1)),  # of the sums over positions
     "large": (1, 3, 16, (7, 7), 70, 45, (2, 2), (3, 3), (1, 1)),
 }
 
@@ -82,7 +83,7 @@ def test_against_torch(isa, name, dtype):
         assert dw.is_contiguous()
 
 
-@pytest.mark.parametrize("name", ["LeNet's first", "strides", "many images", "large"])
+@pytest.mark.parametrize("name", ["LeNet's first", "strides", "many images", "several parts", "large"])
 def test_threads_do_not_change_a_bit(isa, name, threads):
     x, weight, bias, conv = case(name)
     for fmt in FORMATS:

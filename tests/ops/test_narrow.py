@@ -142,23 +142,31 @@ def test_convolutions_in_one_call(isa, threads, way, dtype):
         plan = im2col.plan(x.shape, kernel, geometry, outs)._replace(way=way)
         leaves = [x.double(), weight.double(), cols[0].double()]
         leaves = [t.clone().requires_grad_() for t in leaves]
-        packed = leaves[1][made][:, read] * leaves[2][read][:, None, None]
-        right = F.conv2d(leaves[0], packed, bias.double(), *geometry)
-        y = cpp.open_conv(x, weight, bias, rows, cols, True, plan)
+        right = leaves[1][made][:, read] * leaves[2][read][:, None, None]
+        kernels = weight[made][:, read] * cols[0][read][:, None, None]
+        right = F.conv2d(leaves[0], right, bias.double(), *geometry)
+        y, packed = cpp.open_conv(x, weight, bias, rows, cols, True, plan, keeps=way is Way.DIRECT)
         near(y, right, dtype)
+        assert packed is None if way is Way.TAPS else torch.equal(packed.view(outs, ins, *kernel), kernels)
         dy = torch.randn_like(y)
         expected = [*torch.autograd.grad(right, leaves, dy.double())]
         z = cols[0]
         expected[2] = expected[2].masked_fill((z <= 0) | (z >= 1), 0)
-        operands = dy, x, weight, rows, cols, True, plan
+        operands = dy, x, weight, None, rows, cols, True, plan
         threads(1)
         grads = cpp.open_conv_grad(*operands, (True, True, True))
         for mine, theirs in zip(grads, expected, strict=True):
             near(mine, theirs, dtype)
         assert y.is_contiguous(memory_format=torch.channels_last)
+        if way is Way.DIRECT:  # images that lie as planes
+            planes = x.contiguous()
+            assert torch.equal(cpp.open_conv(planes, weight, bias, rows, cols, True, plan)[0], y)
+            dx, *others = cpp.open_conv_grad(dy, planes, weight, packed, *operands[4:], (True, True, True))
+            assert dx.is_contiguous()
+            assert all(torch.equal(a, b) for a, b in zip((dx, *others), grads, strict=True))
         for count, needs in ((2, (True, True, True)), (3, (True, False, True)), (1, (False, True, False))):
             threads(count)
-            assert torch.equal(cpp.open_conv(x, weight, bias, rows, cols, True, plan), y)
+            assert torch.equal(cpp.open_conv(x, weight, bias, rows, cols, True, plan)[0], y)
             for got, whole, needed in zip(cpp.open_conv_grad(*operands, needs), grads, needs, strict=True):
                 assert torch.equal(got, whole) if needed else got is None
 
@@ -169,15 +177,21 @@ def test_convolutions_in_one_call_refuse_what_does_not_fit():
     x = torch.randn(2, 4, 3, 3).contiguous(memory_format=torch.channels_last)
     weight = torch.randn(5, 4, 3, 3)
     plan = im2col.plan(x.shape, (3, 3), geometry, 5)._replace(way=Way.TAPS)
-    y = cpp.open_conv(x, weight, None, None, None, False, plan)
+    y, _ = cpp.open_conv(x, weight, None, None, None, False, plan)
     with pytest.raises(ValueError, match="the plan must be of"):
         cpp.open_conv(x[:, :3], weight, None, None, None, False, plan)
     with pytest.raises(ValueError, match="the plan must be of"):
         cpp.open_conv(x, weight[:, :, :2], None, None, None, False, plan)
     with pytest.raises(ValueError, match=r"the gradient must have shape \(.*\), got"):
-        cpp.open_conv_grad(y[:, :3], x, weight, None, None, False, plan, (True, True, False))
+        cpp.open_conv_grad(y[:, :3], x, weight, None, None, None, False, plan, (True, True, False))
+    with pytest.raises(ValueError, match="packed must be 180 contiguous elements"):
+        cpp.open_conv_grad(y, x, weight, torch.randn(179), None, None, False, plan, (True, True, False))
     with pytest.raises(ValueError, match="gates: must be those of"):
         cpp.open_conv(x, torch.randn(5, 6, 3, 3), None, None, None, False, plan)
+    with pytest.raises(ValueError, match="plan: must be of the 5 outputs that exist, got 4"):
+        cpp.open_conv(x, weight, None, None, None, False, plan._replace(outs=4))
+    with pytest.raises(ValueError, match="x must be in channels_last memory"):
+        cpp.open_conv(x.contiguous(), weight, None, None, None, False, plan)
     with pytest.raises(ValueError, match="weight must be"):
         cpp.open_conv(x, weight.transpose(2, 3), None, None, None, False, plan)
     with pytest.raises(TypeError, match="weight must have dtype"):

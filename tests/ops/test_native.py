@@ -5,6 +5,7 @@ import gc
 import itertools
 import math
 import os
+import platform
 import shutil
 import subprocess
 from pathlib import Path
@@ -434,6 +435,30 @@ class TestMemory:
         assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
         assert "base ok" in done.stdout
 
+    @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc's allocator")
+    def test_gradients_of_some_megabytes_need_no_new_pages(self):
+        """They are freed in every step: 36 MB of them are 9,200 pages."""
+        program = """if True:
+            import resource, torch
+            from l0kernels.impl.memory import empty_grad
+
+            weights = [torch.zeros(512, 512, 3, 3) for _ in range(4)]
+
+            def step():
+                for grad in [empty_grad(weight) for weight in weights]:
+                    grad.fill_(0)
+
+            for _ in range(3):
+                step()
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            step()
+            print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+        """
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")}
+        environment["PYTHONPATH"] = str(Path(l0.__file__).parents[1])
+        done = fresh.run(program, TESTS, environment)
+        assert int(done.stdout) < 1000, done.stderr
+
     @pytest.mark.parametrize("what", ["gated_linear", "gated_mlp", "masked_linear"])
     def test_large_gradients_are_never_shared(self, on_cpp, monkeypatch, what):
         """Gradients on huge pages: what anybody still holds stays as it was."""
@@ -489,11 +514,11 @@ class TestMemory:
     @pytest.mark.parametrize("kind", ["few", "mixed", "closed", "open"])
     @pytest.mark.parametrize("shape", [(1031, 1019), (129, 911, 3, 3)])
     def test_zeros_that_go_past_the_caches(self, on_cpp, shape, kind):
-        """Rows of more than 4 MB in all, which begin and end anywhere in a line of the cache."""
+        """Rows of more than 2 MB in all, which begin and end anywhere in a line of the cache."""
         z, x = make_z(kind, shape[0]), torch.randn(3, shape[1], *shape[2:])
         gates = Gates.from_z(z)
         weight = torch.randn(shape, requires_grad=True)
-        assert weight.nbytes > 4 << 20
+        assert weight.nbytes > 2 << 20
         gated = l0.gated_conv2d if weight.ndim == 4 else l0.gated_linear
         y = gated(x, weight, out_gates=gates).flatten(1)
         dy = torch.randn_like(y)
@@ -501,6 +526,24 @@ class TestMemory:
         expected = ((dy * z).T @ x.flatten(1)).view(shape)
         assert torch.equal(grad[z == 0], torch.zeros_like(grad[z == 0]))
         torch.testing.assert_close(grad, expected, rtol=1e-4, atol=1e-4)
+
+    @pytest.mark.parametrize("n", [1, 3])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+    @pytest.mark.parametrize("run", [1, 9, 8200])
+    def test_matrices_that_go_past_the_caches(self, threads, run, dtype, n):
+        """Rows made a piece at a time, and, of columns as wide as a piece, whole."""
+        rows, columns = (67, 61) if run > 9 else (1021, 1213 // run)
+        full = torch.randn(rows, columns * run).to(dtype)
+        assert full.nbytes > 2 << 20
+        threads(n)
+        gate_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        for kind in ("few", "mixed", "closed"):
+            z = make_z("mixed", rows, gate_dtype), make_z(kind, columns, gate_dtype)
+            sides = [to_list(Gates.from_z(side, full_grad=True)) for side in z]
+            packed = cpp.pack(full, *sides, dtype, run=run)
+            got, *_ = cpp.unpack(packed, full.shape, *sides, dtype, run=run)
+            is_open = (z[0] != 0)[:, None] & (z[1] != 0).repeat_interleave(run)
+            assert torch.equal(got, full.masked_fill(~is_open, 0))
 
     def test_inputs_are_left_alone(self, on_cpp):
         x, w, b = torch.randn(9, 23), torch.randn(19, 23), torch.randn(19)

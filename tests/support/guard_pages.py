@@ -189,7 +189,7 @@ def convolution(shape, n_out, dtype, last, at_end, threads):
     KEPT.clear()
 
 
-def open_convolution(shape, n_out, by_tap, dtype, at_end, threads):
+def open_convolution(shape, n_out, by_tap, planar, dtype, at_end, threads):
     """Of inputs and outputs some of which are closed, by the weight of all."""
     n, height, width, n_in, *kernel = shape[:6]
     z_in, z_out = (torch.rand(2 * size + 1, dtype=dtype) for size in (n_in, n_out))
@@ -204,11 +204,32 @@ def open_convolution(shape, n_out, by_tap, dtype, at_end, threads):
         guarded(torch.full_like(t, float("nan")), at_end) if t.numel() else t for t in (dy, x, w, z_in)
     )
     gates = gate_of(z_out, at_end), gate_of(z_in, at_end)
-    head = dtype == torch.float64, shape, by_tap, *gates, True, len(z_out), len(z_in), address(x), address(w)
+    ways = dtype == torch.float64, shape, by_tap, planar, n_out
+    packed = guarded(torch.full((n_out * n_in * taps,), float("nan"), dtype=dtype), at_end)
+    kept = 0 if by_tap else address(packed)
+    head = *ways, *gates, True, len(z_out), len(z_in), address(x), address(w), kept
     native.open_conv(*head, address(b), address(y), 0, 0, 0, 0, threads)
     native.open_conv(*head, 0, 0, address(dy), address(dx), address(dw), address(dz), threads)
-    for t in (y, dx, dw, dz):
+    for t in (y, dx, dw, dz, *([] if by_tap else [packed])):
         assert not t.isnan().any(), "a result was not written whole"
+    KEPT.clear()
+
+
+LARGE = (1031, 1019, 1), (129, 911, 9)  # matrices that go past the caches: rows, columns, and their runs
+
+
+def scattered(rows, cols, run, dtype, at_end):
+    """A large matrix from its open rows and columns."""
+    z_row, z_col = (torch.rand(n, dtype=dtype).sub(0.5).relu() for n in (rows, cols))
+    n_rows, n_cols = (int((z != 0).sum()) for z in (z_row, z_col))
+    packed = guarded(torch.randn(n_rows, n_cols * run, dtype=dtype), at_end)
+    full = guarded(torch.full((rows, cols * run), float("nan"), dtype=dtype), at_end)
+    gates, is_double = (gate_of(z_row, at_end), gate_of(z_col, at_end)), dtype == torch.float64
+    sizes = int(is_double), n_rows, n_cols, address(full), int(is_double), rows, cols
+    native.unpack(
+        matrix(packed, False), *sizes, *gates, True, True, is_double, (0, 0, 0), 0, 0, 0, run, False, 2
+    )
+    assert not full.isnan().any(), "the matrix was not written whole"
     KEPT.clear()
 
 
@@ -264,7 +285,10 @@ def main():
             images = torch.empty(1 + m % 4, n_in % 23 + 1, 5 + m % 3, 6 + n_out % 13, device="meta")
             shape = shape_of(images, (1 + m % 3, 2 + i % 3), Geometry(stride, padding, dilation))
             convolution(shape, n_out, dtype, last, at_end, 1 + i // 3 % 2)
-            open_convolution(shape, n_out, last, dtype, at_end, 1 + i // 3 % 2)
+            by_tap, planar = ((True, False), (False, True), (False, False))[i % 3]
+            open_convolution(shape, n_out, by_tap, planar, dtype, at_end, 1 + i // 3 % 2)
+        for (rows, cols, run), dtype, at_end in itertools.product(LARGE, dtypes, either):
+            scattered(rows, cols, run, dtype, at_end)
         print(name, "ok")
 
 
