@@ -92,6 +92,9 @@ view_as_subclass: Any = Tensor._make_subclass
 without_torch_function: Any = torch._C.DisableTorchFunctionSubclass
 """Within it a subclass of Tensor is what torch's own code sees."""
 
+shares_memory: Any = torch._C._is_alias_of  # type: ignore[attr-defined]
+"""Whether two tensors lie in one storage."""
+
 # Lists of tensors, a call for all of them instead of a launch for each.
 foreach_add_: Any = torch._foreach_add_
 foreach_mul: Any = torch._foreach_mul

@@ -6,6 +6,7 @@ is scattered back, with zeros for what does not exist.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -245,6 +246,42 @@ def _selected(x: Tensor, places: Tensor, dim: int, by_rows: bool) -> Tensor:
     out = im2col.empty_images(x, *x.shape)
     torch.index_select(im2col.rows(x), 1, places, out=im2col.rows(out))
     return out
+
+
+class _Zeros(torch.autograd.Function):
+    """torch's index_copy keeps what it copies, which somebody may write to before the backward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, places: Tensor | None, size: int, dim: int, strides: Sequence[int] | None
+    ) -> Tensor:
+        ctx.dim = dim
+        ctx.save_for_backward(places)
+        shape = [*x.shape[:dim], size, *x.shape[dim + 1 :]]
+        zeros = x.new_zeros(shape) if strides is None else x.new_empty_strided(shape, strides).zero_()
+        return zeros.copy_(x) if places is None else zeros.index_copy_(dim, places, x)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        (places,) = ctx.saved_tensors
+        dx = dy if places is None else dy.index_select(ctx.dim, places)
+        return dx, None, None, None, None
+
+
+def narrow_whole(
+    x: Tensor, places: Tensor | None, size: int, dim: int, strides: Sequence[int] | None = None
+) -> Tensor:
+    """The entries of dimension `dim` of x at `places` of one of `size`, with zeros for all others.
+
+    Args:
+        places: None: x has all entries.
+        strides: of the result, 0 where x is expanded; None: it is contiguous.
+    """
+    if strides is None or 0 not in strides:
+        return apply(_Zeros, x, places, size, dim, strides)
+    once = x[tuple(slice(None if stride else 1) for stride in strides)]
+    whole = apply(_Zeros, once, places, size, dim, strides)
+    return whole.expand(*x.shape[:dim], size, *x.shape[dim + 1 :])
 
 
 def narrow_shuffle(x: Tensor, places: Tensor, dim: int) -> Tensor:

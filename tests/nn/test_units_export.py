@@ -365,6 +365,31 @@ def test_masks_by_head_stay_those_of_all_heads(closed):
     assert_same(copy.deepcopy(small)(x), model(x))
 
 
+class Weights(nn.Module):
+    """It reads what attention attends to, and a view of its cannot be of no units."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(4, 6), nn.Linear(6, 4)
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+
+    def forward(self, x):
+        up = self.up(x)
+        x = x + self.down(up.view(len(x), -1, up.shape[-1]))
+        y, weights = self.attention(x, x, x)
+        return y + weights.sum(-1, keepdim=True)
+
+
+def test_weights_of_a_closed_head_that_stays_are_zero():
+    model, x = Weights().double(), torch.randn(2, 3, 4, dtype=torch.float64)
+    l0.nn.gate_(model, x)
+    for gate in groups_of(model).gates:
+        gate.log_alpha.data.fill_(-9.0)
+    small = l0.nn.export(model.eval())
+    assert (small.up.out_features, small.attention.num_heads) == (1, 1)
+    assert_same(small(x), model(x))
+
+
 def test_flops_of_attention():
     net, (x,) = unit_nets.NETS["hand_attention"]()
     l0.nn.gate_(net, x, kinds=["heads"])

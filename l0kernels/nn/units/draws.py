@@ -18,6 +18,7 @@ from ...impl import module
 
 if TYPE_CHECKING:
     from ...impl.cpp import Places
+    from .narrow_layout import Twin
 
 
 class Space:
@@ -169,6 +170,7 @@ class Draw:
         backend: that packs weights, where exact.
         recurrent: recurrent layers of this draw, while the forward that it is of runs; else None.
         averages: running statistics that the forward moves when it ends; None: each layer moves its own.
+        twins: memory that must hold the same, see narrow_layout.
         open_all, one_all: whether, where exact, no gate is closed, and whether all are 1.
     """
 
@@ -183,6 +185,7 @@ class Draw:
         self.exact, self.backend = exact, backend
         self.recurrent: dict[Any, Any] | None = None
         self.averages: Averages | None = None
+        self.twins: list[Twin] = []
         z = [gate.z for gate in gates]
         self.z = torch.cat([*z, z[0].new_ones(1)]) if joined is None else joined
         self.is_open = self.z.detach() != 0

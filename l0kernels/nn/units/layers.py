@@ -25,7 +25,8 @@ from ...narrow import Sides, narrow_batch_norm, narrow_conv2d, narrow_depthwise,
 from ...norm import gated_group_norm, gated_layer_norm, gated_rms_norm
 from .draws import Draw, Present, Space
 from .kinds import Kind, epsilon, factor, normalised
-from .narrow import Lent, Narrow, like, plain, refuse_function
+from .narrow import Lent, Narrow, lies_last, like, plain, refuse_function
+from .narrow_layout import IN_ORDER, LAST, Order, order_of_strides
 
 if TYPE_CHECKING:
     from .place import GateGroups
@@ -156,12 +157,15 @@ class _Exact:
         index = None if space is None else self.draw.present(space).index
         return x if index is None else x.index_select(dim, index)
 
-    def leave(self, y: Tensor, dim: int) -> Tensor:
-        """y, which has what exists of the outputs, as the layer's result."""
+    def leave(self, y: Tensor, dim: int, order: Order | None = None) -> Tensor:
+        """y, which has what exists of the outputs, as the layer's result, which would lie in `order`."""
         outs = self.units.outs
         if outs is None or self.draw.open_all:
             return y
-        return Narrow.of(y, outs, dim, self.draw, self.units.groups.spaces)
+        found = Narrow.of(y, outs, dim, self.draw, self.units.groups.spaces)
+        if order is not None:
+            found._order = order
+        return found
 
     def index(self, space: Space | None) -> Tensor | None:
         """What exists of a space, None: all."""
@@ -234,7 +238,10 @@ class _Exact:
         if y.ndim == 4 and (self.units.outs is None or self.draw.open_all):
             like = weight if isinstance(given, Narrow) else given
             y = y.contiguous(memory_format=memory_format(like, weight))
-        return self.leave(y, dim)
+            return self.leave(y, dim)
+        if y.ndim != 4:
+            return self.leave(y, dim)
+        return self.leave(y, dim, LAST if lies_last(given) or lies_last(weight) else IN_ORDER)
 
     def geometry(self, layer: Any, x: Tensor, weight: Tensor) -> Geometry | None:
         """How images are convolved by native code, None where it does not serve."""
@@ -292,8 +299,10 @@ class _Exact:
     def batch_norm(self, layer: Any, x: Tensor) -> Tensor:
         layer._check_input_dim(x)
         outs = cast(Space, self.units.outs)
+        order = _order_of_images(x)
         x = self.enter(x, outs, 1)
-        return self.leave(_step(layer, self.draw, outs, lambda norm: self.normalised(norm, x, outs)), 1)
+        y = _step(layer, self.draw, outs, lambda norm: self.normalised(norm, x, outs))
+        return self.leave(y, 1, order)
 
     def normalised(self, norm: _BatchNorm, x: Tensor, outs: Space) -> Tensor:
         """The norm of what exists."""
@@ -319,7 +328,9 @@ class _Exact:
                         whole.index_copy_(0, places, part if within is None else part.index_select(0, within))
         return y
 
-    def over_open(self, norm: Callable[..., Tensor], layer: Any, x: Tensor, dim: int) -> Tensor:
+    def over_open(
+        self, norm: Callable[..., Tensor], layer: Any, x: Tensor, dim: int, order: Order | None = None
+    ) -> Tensor:
         """A norm of what exists, but for a closed unit, which is there where all of its group are closed.
 
         Args:
@@ -329,10 +340,10 @@ class _Exact:
         affine = [self.take(layer.weight), self.take(getattr(layer, "bias", None))]
         within = self.draw.present(cast(Space, self.units.outs)).within
         if within is None or not len(within):
-            return self.leave(norm(x, *affine), dim)
+            return self.leave(norm(x, *affine), dim, order)
         affine = [None if t is None else t.index_select(0, within) for t in affine]
         y = norm(x.index_select(dim, within), *affine)
-        return self.leave(torch.zeros_like(x, dtype=y.dtype).index_copy(dim, within, y), dim)
+        return self.leave(torch.zeros_like(x, dtype=y.dtype).index_copy(dim, within, y), dim, order)
 
     def layer_norm(self, layer: Any, x: Tensor) -> Tensor:
         kind, eps = self.units.kind, epsilon(layer)
@@ -346,7 +357,7 @@ class _Exact:
             groups = layer.num_groups if layer.num_groups != layer.num_channels else x.shape[1]
             return F.group_norm(x, groups, weight, bias, layer.eps)
 
-        return self.over_open(norm, layer, x, 1)
+        return self.over_open(norm, layer, x, 1, _order_of_images(x))
 
     def instance_norm(self, layer: Any, x: Tensor) -> Tensor:
         layer._check_input_dim(x)
@@ -361,8 +372,9 @@ class _Exact:
 
     def prelu(self, layer: nn.PReLU, x: Tensor) -> Tensor:
         dim = min(1, x.ndim - 1)
+        order = x._order if isinstance(x, Narrow) else order_of_strides(x.stride())
         x = self.enter(x, self.units.outs, dim)
-        return self.leave(F.prelu(x, cast(Tensor, self.take(layer.weight))), dim)
+        return self.leave(F.prelu(x, cast(Tensor, self.take(layer.weight))), dim, order)
 
     def pointwise(self, layer: Any, x: Tensor) -> Tensor:
         if not isinstance(x, Narrow) or x._at is None:
@@ -373,6 +385,13 @@ class _Exact:
         y = _embedded(layer, x)  # gathering the columns of all words would take longer
         index = self.index(self.units.outs)
         return self.leave(y if index is None else y.index_select(-1, index), y.ndim - 1)
+
+
+def _order_of_images(x: Tensor) -> Order | None:
+    """How what torch's norms of batches and groups make of x lies; None: as the norm's of what exists."""
+    if x.ndim != 4:
+        return None
+    return LAST if lies_last(x) else IN_ORDER
 
 
 Running = tuple[Tensor | None, Tensor | None]

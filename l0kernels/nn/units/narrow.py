@@ -15,9 +15,17 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointFunction
 
-from ..._compat import pytree, running_function, view_as_subclass, without_torch_function
+from ..._compat import (
+    pytree,
+    running_function,
+    shares_memory,
+    view_as_subclass,
+    without_torch_function,
+)
+from ...narrow import narrow_whole
 from . import table
 from .draws import Draw, Space, Spaces
+from .narrow_layout import IN_ORDER, LAST, Order, dense_strides, is_whole, order_of_strides, pair, spread
 
 
 class Narrow(Tensor):
@@ -29,6 +37,8 @@ class Narrow(Tensor):
     _held: Tensor
     _at: tuple[Space, int, Draw, Spaces] | None
     _source: Narrow | None = None  # see narrow_shuffle
+    _order: Order | None = None  # how the dense tensor lies: see narrow_layout; None: as what exists does
+    _drawn: Draw | None = None  # of what has no place: whose twins follow what is written
 
     @staticmethod
     def of(data: Tensor, space: Space, dim: int, draw: Draw, spaces: Spaces) -> Narrow:
@@ -79,17 +89,17 @@ class Narrow(Tensor):
     nelement = numel
 
     def dense(self) -> Tensor:
-        """All units, zeros in the closed ones."""
+        """All units, zeros in the closed ones, as torch would have them lie."""
         if self._at is None:
             return self._data
         (space, dim, draw, _), data = self._at, self._data
         present = draw.present(space)
-        if present.places is None:
+        if present.places is None and (self._order is None or self._order == order_of_strides(data.stride())):
             return data
         if present.within is not None:
             data = data.index_select(dim, present.within)
-        shape = self.shape
-        return torch.zeros(shape, dtype=data.dtype, device=data.device).index_copy(dim, present.places, data)
+        strides = None if is_whole(self) else dense_strides(self)
+        return narrow_whole(data, present.places, space.size, dim, strides)
 
     def settle(self, value: Tensor) -> None:
         """Takes on the value of a function in place, which :meth:`dense` has been given to."""
@@ -183,7 +193,7 @@ def plain(value: Any) -> Any:
 
 
 def _on_dense(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    changed = [args[0]] if is_in_place(func) else []
+    changed = [args[0]] if is_in_place(func) or kwargs.get("inplace") else []
     changed += [kwargs["out"]] if isinstance(kwargs.get("out"), Narrow) else []
     dense = {id(x): x.dense() for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Narrow)}
     for x in changed:
@@ -194,14 +204,53 @@ def _on_dense(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return dense[id(x)] if isinstance(x, Narrow) else x
 
     out = func(*pytree.tree_map(swap, args), **pytree.tree_map(swap, kwargs))
+    if not changed:
+        return _seen(out, [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Narrow)], dense)
     for x in changed:
         if isinstance(x, Narrow):
             value = dense[id(x)]
             if x._at is not None:
                 x.settle(value)
+            draw = x._drawn if x._at is None else x._at[2]
+            if draw is not None and draw.twins:
+                spread(draw, x._held)
             if out is value:
                 out = x
     return out
+
+
+class Seen(Narrow):
+    """A view of all units of a narrow tensor: what is written to it is written to that."""
+
+    @staticmethod
+    def of_view(view: Tensor, draw: Draw) -> Seen:
+        found: Seen = view.as_subclass(Seen)
+        found._held, found._at, found._drawn = view, None, draw
+        return found
+
+
+def _seen(out: Any, sources: list[Narrow], dense: dict[int, Tensor]) -> Any:
+    """The result of a function of dense tensors, views of which go on to be of what exists."""
+    if type(out) in (tuple, list):
+        return type(out)(_seen(part, sources, dense) for part in out)
+    if type(out) is not Tensor or out.layout != torch.strided:
+        return out
+    for x in sources:
+        whole, draw = dense[id(x)], x._drawn if x._at is None else x._at[2]
+        if draw is not None and shares_memory(whole, out):
+            if whole is not x._held and not any(twin.twin is whole for twin in draw.twins):
+                pair_whole(x, whole)
+            return x if out is x._held else Seen.of_view(out, draw)
+    return out
+
+
+def pair_whole(x: Narrow, whole: Tensor) -> None:
+    """Has `whole`, of all units, follow x and the other way round."""
+    assert x._at is not None
+    (space, dim, draw, _), data, base = x._at, x._data, whole._base
+    if base is not None:  # it is expanded
+        data, whole = data[tuple(map(slice, base.shape))], base
+    pair(draw, data, whole, (dim, draw.present(space)))
 
 
 @cache
@@ -230,9 +279,25 @@ def like(x: Narrow, data: Any, dim: int | None = None) -> Any:
     """The result of a function of x: what it holds, at the same or another dimension."""
     at = x._at
     if data is x._held:
+        if at is not None and at[2].twins:
+            spread(at[2], data)
         return x
     assert at is not None
-    return at_place(data, at if dim is None or dim == at[1] else (at[0], dim, at[2], at[3]))
+    found = at_place(data, at if dim is None or dim == at[1] else (at[0], dim, at[2], at[3]))
+    if x._order is not None:
+        found._order = x._order if dim is None else IN_ORDER
+    return found
+
+
+def lies_last(x: Tensor) -> bool:
+    """Whether torch would make channels_last images of images like the dense tensor."""
+    if isinstance(x, Narrow):
+        if x._order is not None:
+            return x._order == LAST
+        if x._at is not None and x._held.shape[x._at[1]] < 2:
+            return False
+        x = x._held
+    return not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
 
 
 def is_narrow(x: Any) -> bool:
@@ -258,21 +323,6 @@ def open_alike(earlier: Draw, draw: Draw) -> bool:
 def dims_of(value: Any, ndim: int) -> list[int]:
     values = [value] if isinstance(value, int) else [*value]
     return [int(dim) % ndim for dim in values]
-
-
-def told(
-    where: Callable[..., int | None], func: Any, ndim: int, dim: int, args: Any, kwargs: dict[str, Any]
-) -> int | None:
-    """`where`, which is cached, of a function and its arguments behind the first."""
-    try:
-        return where(func, ndim, dim, args, *kwargs.items())
-    except TypeError:  # a list
-        return where(func, ndim, dim, frozen(args), *frozen(kwargs.items()))
-
-
-def frozen(values: Any) -> Any:
-    """Arguments as what they are looked up by."""
-    return tuple(frozen(value) if isinstance(value, tuple | list) else value for value in values)
 
 
 RULES: dict[Any, Rule] = {}

@@ -11,7 +11,8 @@ from torch.nn import functional as F
 
 from ..._compat import function_homes
 from . import table
-from .narrow import Narrow, Rule, dims_of, is_in_place, is_narrow, lie_alike, like, plain, told
+from .narrow import Narrow, Rule, dims_of, is_in_place, is_narrow, lie_alike, like, plain
+from .narrow_layout import IN_ORDER, ORDERS, is_view, is_whole, told
 from .narrow_shuffle import copied
 
 
@@ -28,17 +29,33 @@ def _pointwise(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 def _contiguous(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    found = copied(*args, **kwargs)
-    if found is not None:
-        return found
-    found, x = _pointwise(func, args, kwargs), args[0]
-    at = found._at if isinstance(found, Narrow) and isinstance(x, Narrow) else None
-    if at is None or found._data.shape[at[1]] != 1:
-        return found
-    # One unit lies anywhere without a gap. All of them may not: of those it is a copy, which may be written.
-    data = found._data
-    is_in_order = data.stride(at[1]) == data.shape[at[1] + 1 :].numel() and not (args[1:] or kwargs)
-    return like(found, data.clone()) if data is x._data and not is_in_order else found
+    x = args[0]
+    if not isinstance(x, Narrow) or x._at is None:
+        return copied(*args, **kwargs)
+    wanted = args[1] if len(args) > 1 else kwargs.get("memory_format", torch.contiguous_format)
+    return _formatted(x, wanted, func, args, kwargs)
+
+
+def _formatted(
+    x: Narrow, wanted: torch.memory_format, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """x itself where the dense tensor has the memory format that is wanted, else a copy."""
+    is_so = wanted == torch.contiguous_format and is_whole(x)
+    if is_so or is_view(x, func, (), {"memory_format": wanted})[0]:
+        return x
+    data = x._data
+    out = func(data, *args[1:], **kwargs)
+    found = like(x, data.clone(memory_format=wanted) if out is data else out)
+    found._order = ORDERS[wanted]
+    return found
+
+
+def _cloned(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    found = _pointwise(func, args, kwargs)
+    wanted = kwargs.get("memory_format", torch.preserve_format)
+    if wanted in ORDERS and isinstance(found, Narrow):
+        found._order = ORDERS[wanted]
+    return found
 
 
 def _dropped(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -55,7 +72,15 @@ def _converted(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     x = args[0]
     if not isinstance(x, Narrow) or x._at is None:
         return None
-    return like(x, func(x._data, *plain(args[1:]), **plain(kwargs)))
+    wanted = kwargs.get("memory_format", torch.preserve_format)
+    out = func(x._data, *plain(args[1:]), **plain(kwargs))
+    if wanted not in ORDERS:
+        return x if out is x._data else like(x, out)
+    if out.dtype == x.dtype and not kwargs.get("copy"):
+        return _formatted(x, wanted, Tensor.to, (x,), {"memory_format": wanted})
+    found = like(x, out)
+    found._order = ORDERS[wanted]
+    return found
 
 
 def _elementwise(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -92,10 +117,16 @@ def _elementwise(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
             return None
     out = func(*values, **kwargs)
     if out is first._data:
-        return first
+        return like(first, out)
     if out.ndim != ndim:
         return None
-    return Narrow.of(out, space, end + ndim, draw, spaces)
+    found = Narrow.of(out, space, end + ndim, draw, spaces)
+    wide = next((a for a in args if is_narrow(a) and a._held.shape == out.shape), None)
+    if wide is not None:
+        found._order = wide._order
+    elif first._order is not None:
+        found._order = IN_ORDER
+    return found
 
 
 _NUMBERS = (float, int, bool)
@@ -209,6 +240,7 @@ def _padded(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 RULES: list[tuple[str, Rule]] = [
     (f"{table.POINTWISE} rsqrt", _pointwise),
     ("contiguous", _contiguous),
+    ("clone zeros_like ones_like empty_like rand_like randn_like full_like", _cloned),
     ("dropout", _dropped),
     ("to type_as", _converted),
     (f"{table.ELEMENTWISE} {table.QUOTIENTS}", _elementwise),

@@ -9,8 +9,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..._compat import shares_memory
 from .draws import Draw, Space, Spaces
-from .narrow import Narrow, Rule, at_place, dims_of, is_narrow, like, open_alike, plain, told
+from .narrow import Narrow, Rule, at_place, dims_of, is_narrow, lies_last, like, open_alike, plain
+from .narrow_layout import (
+    IN_ORDER,
+    LAST,
+    Order,
+    in_order,
+    is_view,
+    is_whole,
+    keep_order,
+    known_order,
+    pair,
+    told,
+)
 from .narrow_shuffle import Parted, joined, moved, order_of, parted, shuffled
 
 
@@ -19,13 +32,24 @@ def _permuted(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if not isinstance(x, Narrow) or x._at is None:
         return moved(x, func, args[1:], kwargs)
     data = func(x._data, *args[1:], **kwargs)
-    return like(x, data, told(_moved_to, func, data.ndim, x._at[1], args[1:], kwargs))
+    dim = told(_moved_to, func, data.ndim, x._at[1], args[1:], kwargs)
+    found = like(x, data, dim)
+    if x._order is not None or data.shape[dim] == 1:
+        found._order = told(_ordered, func, data.ndim, x._order or IN_ORDER, args[1:], kwargs)
+    return found
 
 
 @lru_cache(1024)
 def _moved_to(func: Any, ndim: int, dim: int, args: tuple[Any, ...], *kwargs: tuple[str, Any]) -> int:
     """Where dimension `dim` is behind the function."""
     return order_of(func, ndim, args, *kwargs).index(dim)
+
+
+@lru_cache(1024)
+def _ordered(func: Any, ndim: int, order: Order, args: tuple[Any, ...], *kwargs: tuple[str, Any]) -> Order:
+    """How what lies in `order` does behind the function."""
+    dims = order_of(func, ndim, args, *kwargs)
+    return in_order([dims.index(dim) for dim in order or range(ndim)])
 
 
 def _squeezed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -36,7 +60,9 @@ def _squeezed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if name == "unsqueeze":
         at = args[1] if len(args) > 1 else kwargs["dim"]
         at %= ndim + 1
-        return like(x, func(x._data, *args[1:], **kwargs), dim + (at <= dim))
+        return keep_order(
+            like(x, func(x._data, *args[1:], **kwargs), dim + (at <= dim)), x, func, args[1:], kwargs
+        )
     if len(args) < 2 and "dim" not in kwargs:
         gone = [i for i, size in enumerate(x.shape) if size == 1]
     else:
@@ -44,7 +70,7 @@ def _squeezed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if dim in gone:
         return None
     data = x._data.squeeze(tuple(gone)) if gone else x._data
-    return like(x, data, dim - sum(i < dim for i in gone))
+    return keep_order(like(x, data, dim - sum(i < dim for i in gone)), x, func, args[1:], kwargs)
 
 
 def _reshaped(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -65,16 +91,44 @@ def _reshaped(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
                 if times > 1 and _run(full[dim + 1 :], times) is None:
                     return None
                 narrow = (*shape[:at], draw.present(space).n * times, *shape[at + 1 :])
-                if not x._data.retains_grad:  # as of the dense tensor, the result is a view
-                    x._held = x._data.contiguous()
-                data = x._data.reshape(narrow)
-                return Narrow.of(data, spaces.repeated(space, times), at, draw, spaces)
+                place = spaces.repeated(space, times), at, draw, spaces
+                return _of_shape(x, narrow, place, func, args[1:], kwargs)
         if passed == before and 1 < size < space.size and space.size % size == 0:
-            found = _in_runs(x, shape, at)
-            found = _in_tiles(x, shape, at) if found is None else found
-            return parted(x, shape, at) if found is None else found
+            found = _in_runs(x, shape, at, func, args[1:], kwargs)
+            found = _in_tiles(x, shape, at, func, args[1:], kwargs) if found is None else found
+            return parted(x, shape, at, func, args[1:], kwargs) if found is None else found
         passed *= size
     return None
+
+
+def _of_shape(
+    x: Narrow,
+    shape: Sequence[int],
+    place: tuple[Space, int, Draw, Spaces],
+    func: Any,
+    args: Any,
+    kwargs: dict[str, Any],
+) -> Narrow:
+    """What exists of x in another shape: a view of it if that of the dense tensor is one."""
+    data, order = x._data, x._order
+    out = data.reshape(shape)
+    if is_whole(x):
+        viewed, lies = True, IN_ORDER
+        if data.is_contiguous():
+            return at_place(out, place)
+    else:
+        viewed, lies = is_view(x, func, args, kwargs)
+    if viewed != shares_memory(data, out):
+        if viewed:
+            pair(place[2], data, out)
+        else:
+            out = out.clone(memory_format=torch.contiguous_format)
+    found = at_place(out, place)
+    if order is not None:
+        found._order = lies if viewed else IN_ORDER
+    elif out.shape[place[1]] == 1 and lies:
+        found._order = lies
+    return found
 
 
 def _joined(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -96,7 +150,7 @@ def _asked(func: Any, full: torch.Size, args: tuple[Any, ...], kwargs: dict[str,
     return func(torch.zeros((), device="cpu").expand(full), *args, **kwargs).shape
 
 
-def _in_runs(x: Narrow, shape: torch.Size, at: int) -> Any:
+def _in_runs(x: Narrow, shape: torch.Size, at: int, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """x whose units, in runs of one, are seen run by run: heads, of a projection's features."""
     assert x._at is not None
     space, _, draw, spaces = x._at
@@ -106,13 +160,11 @@ def _in_runs(x: Narrow, shape: torch.Size, at: int) -> Any:
     runs = spaces.runs(space, times)
     if runs is None or draw.present(runs).n * times != draw.present(space).n:
         return None
-    if not x._data.retains_grad:
-        x._held = x._data.contiguous()
-    data = x._data.reshape((*shape[:at], draw.present(runs).n, *shape[at + 1 :]))
-    return Narrow.of(data, runs, at, draw, spaces)
+    narrow = (*shape[:at], draw.present(runs).n, *shape[at + 1 :])
+    return _of_shape(x, narrow, (runs, at, draw, spaces), func, args, kwargs)
 
 
-def _in_tiles(x: Narrow, shape: torch.Size, at: int) -> Any:
+def _in_tiles(x: Narrow, shape: torch.Size, at: int, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """x whose units come several times, seen one after the other: queries, keys and values of one layer."""
     assert x._at is not None
     space, _, draw, spaces = x._at
@@ -132,9 +184,8 @@ def _in_tiles(x: Narrow, shape: torch.Size, at: int) -> Any:
     n = draw.present(runs).n
     if n * run * times != draw.present(space).n:
         return None
-    if not x._data.retains_grad:
-        x._held = x._data.contiguous()
-    return Narrow.of(x._data.reshape((*shape[: at + 1], n, *shape[at + 2 :])), runs, at + 1, draw, spaces)
+    narrow = (*shape[: at + 1], n, *shape[at + 2 :])
+    return _of_shape(x, narrow, (runs, at + 1, draw, spaces), func, args, kwargs)
 
 
 def _run(sizes: Sequence[int], product: int) -> int | None:
@@ -167,7 +218,7 @@ def _expanded(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if sizes[at] not in (-1, x._at[0].size):
         return None
     sizes[at] = -1
-    return like(x, x._data.expand(sizes), at)
+    return keep_order(like(x, x._data.expand(sizes), at), x, func, args[1:], kwargs)
 
 
 def _is_nothing(t: Tensor) -> bool:
@@ -198,7 +249,8 @@ def _concatenated(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
             parts.append(t._data)
         elif not _is_nothing(t):
             return None
-    return at_place(torch.cat(parts, at), (known.joined(spaces), dim, draw, known))
+    found = at_place(torch.cat(parts, at), (known.joined(spaces), dim, draw, known))
+    return _joined_order(found, tensors)
 
 
 def _behind_each_other(tensors: Sequence[Tensor], at: int, place: tuple[Space, int, Draw, Spaces]) -> Any:
@@ -216,7 +268,15 @@ def _behind_each_other(tensors: Sequence[Tensor], at: int, place: tuple[Space, i
         else:
             t = plain(t)
             parts.append(t if index is None else t.index_select(dim, index))
-    return at_place(torch.cat(parts, at), place)
+    return _joined_order(at_place(torch.cat(parts, at), place), tensors)
+
+
+def _joined_order(found: Narrow, tensors: Sequence[Tensor]) -> Narrow:
+    """torch.cat makes images of channels last of nothing else."""
+    if any(isinstance(t, Narrow) and t._order is not None for t in tensors):
+        last = found._held.ndim == 4 and all(lies_last(t) for t in tensors if not _is_nothing(t))
+        found._order = LAST if last else IN_ORDER
+    return found
 
 
 def _divided(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -231,17 +291,23 @@ def _divided(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     sizes = sizes.tolist() if isinstance(sizes, Tensor) else sizes
     pieces, ends = _pieces(func, space, spaces, tuple(sizes) if isinstance(sizes, list) else sizes)
     index = draw.present(space).index
-    found = ends.tolist() if index is None else torch.searchsorted(index, ends).tolist()
-    lengths = [stop - start for start, stop in zip([0, *found], found, strict=False)]
+    stops = ends.tolist() if index is None else torch.searchsorted(index, ends).tolist()
+    lengths = [stop - start for start, stop in zip([0, *stops], stops, strict=False)]
     if not all(lengths):  # not every function takes what has no channel at all
         return None
     data = x._data
     if func.__name__ == "tensor_split":  # into its parts torch lets one write
-        parts = [data.narrow(dim, stop - n, n) for n, stop in zip(lengths, found, strict=True)]
+        parts = [data.narrow(dim, stop - n, n) for n, stop in zip(lengths, stops, strict=True)]
     else:
         parts = [*data.split_with_sizes(lengths, dim)]
-    places = [(piece, dim, draw, spaces) for piece in pieces]
-    return tuple(map(at_place, parts, places))
+    found = tuple(
+        at_place(part, (piece, dim, draw, spaces)) for part, piece in zip(parts, pieces, strict=True)
+    )
+    if x._order is not None or 1 in lengths:
+        order = known_order(x)
+        for part in found:
+            part._order = order
+    return found
 
 
 def _pieces(func: Any, space: Space, spaces: Spaces, sizes: Any) -> tuple[list[Space], Tensor]:
@@ -262,7 +328,7 @@ def _unbound(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if not isinstance(x, Narrow) or x._at is None or at % x._held.ndim == x._at[1]:
         return None
     dim = x._at[1] - (at % x._held.ndim < x._at[1])
-    return tuple(like(x, part, dim) for part in x._data.unbind(at))
+    return tuple(keep_order(like(x, part, dim), x, func, args[1:], kwargs) for part in x._data.unbind(at))
 
 
 def _rolled(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -307,7 +373,7 @@ def _item(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         source += 1
     else:
         dim += x._at[1] - source
-    return like(x, x._data[tuple(parts)], dim)
+    return keep_order(like(x, x._data[tuple(parts)], dim), x, func, args[1:], kwargs)
 
 
 RULES: list[tuple[str, Rule]] = [

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ..._compat import view_as_subclass
 from ...narrow import narrow_shuffle
-from .narrow import Narrow, at_place, frozen
+from .narrow import Narrow, at_place, pair_whole
+from .narrow_layout import IN_ORDER, frozen, in_order, is_view, is_whole
 
 
 class Parted(Narrow):
@@ -33,6 +34,7 @@ class Parted(Narrow):
     def of_source(source: Narrow, sizes: torch.Size, order: tuple[int, ...], seen: range) -> Parted:
         found: Parted = view_as_subclass(Parted, source._held)
         found._held, found._at, found._source = source._held, None, source
+        found._drawn = None if source._at is None else source._at[2]
         found.sizes, found.order, found.seen = sizes, order, seen
         return found
 
@@ -57,20 +59,23 @@ class Parted(Narrow):
         """All units, as a view of the source, which holds them all from now on."""
         source = self._source
         if source is not None:
-            whole = source.dense()
-            if not source._data.retains_grad:
-                source._held, source._at = whole, None
-            self._held, self._source = whole.view(self.sizes).permute(self.order), None
+            with torch.enable_grad():  # whoever asks first: others may ask for a gradient
+                whole = source.dense()
+                self._held, self._source = whole.view(self.sizes).permute(self.order), None
+            if source._at is not None and whole is not source._held:
+                pair_whole(source, whole)
         return self._held
 
     @property
     def is_moved(self) -> bool:
         """Whether its dimensions are not in the order of its source's."""
-        return any(dim != at for at, dim in enumerate(self.order))
+        return not _is_in_order(self.order, self.sizes)
 
 
-def parted(x: Narrow, shape: torch.Size, at: int) -> Parted | None:
-    """x seen as `shape`, which has its units from dimension `at` on, None where others are among those."""
+def parted(
+    x: Narrow, shape: torch.Size, at: int, func: Any, args: Any, kwargs: dict[str, Any]
+) -> Parted | None:
+    """x seen as `shape` by a function, its units from dimension `at` on; None: others are among those."""
     assert x._at is not None
     size, product, stop = x._at[0].size, 1, at
     while product < size and stop < len(shape):
@@ -78,7 +83,10 @@ def parted(x: Narrow, shape: torch.Size, at: int) -> Parted | None:
     if product != size:
         return None
     whole = torch.Size((*shape[:at], size, *shape[stop:]))
-    source = x if whole == x.shape else x.reshape(whole)
+    source: Any = x
+    if not is_whole(x) and not is_view(x, func, args, kwargs)[0]:
+        source = x.clone(memory_format=torch.contiguous_format)
+    source = source if whole == x.shape else source.reshape(whole)
     if type(source) is not Narrow or source._at is None or source._at[1] != at:
         return None
     return Parted.of_source(source, shape, tuple(range(len(shape))), range(at, stop))
@@ -101,22 +109,35 @@ def order_of(func: Any, ndim: int, args: tuple[Any, ...], *kwargs: tuple[str, An
 
 def joined(x: Parted) -> Narrow | None:
     """x with its units in one dimension, None where others are between."""
-    source, plan = x._source, _plan(x.order, x.seen)
+    source, plan = x._source, _plan(x.order, x.seen, x.sizes)
     if source is None or source._at is None or plan is None:
         return None
     (space, dim, draw, spaces), (at, dims, order) = source._at, plan
     data = source._data if dims is None else source._data.permute(dims)
     if order is None:
-        return at_place(data, (space, at, draw, spaces))
+        found = at_place(data, (space, at, draw, spaces))
+        if dims is None:
+            found._order = source._order
+        elif source._order is not None or data.shape[at] == 1:
+            found._order = in_order([dims.index(d) for d in source._order or range(len(dims))])
+        return found
     made, forth, back = spaces.shuffled(space, x.sizes[dim : x.seen.stop], order)
     index = draw.present(space).index
     places = forth if index is None else back.index_select(0, index).argsort()
-    return at_place(narrow_shuffle(data, places, at), (made, at, draw, spaces))
+    found = at_place(narrow_shuffle(data, places, at), (made, at, draw, spaces))
+    found._order = IN_ORDER
+    return found
+
+
+def _is_in_order(dims: tuple[int, ...], sizes: torch.Size) -> bool:
+    """But for those of size 1, which lie anywhere."""
+    wide = [dim for dim in dims if sizes[dim] != 1]
+    return wide == sorted(wide)
 
 
 @lru_cache(1024)
 def _plan(
-    order: tuple[int, ...], seen: range
+    order: tuple[int, ...], seen: range, sizes: torch.Size
 ) -> tuple[int, tuple[int, ...] | None, tuple[int, ...] | None] | None:
     """Where the units are, the order of the source's dimensions, and that of the parts of the units; None: as
     they were."""
@@ -126,7 +147,7 @@ def _plan(
         return None
     others = [dim if dim < seen.start else dim - len(seen) + 1 for dim in order if dim not in seen]
     dims = (*others[:at], seen.start, *others[at:])
-    is_same = units == tuple(seen)
+    is_same = _is_in_order(units, sizes)
     return (
         at,
         None if dims == tuple(range(len(dims))) else dims,
@@ -149,8 +170,9 @@ def copied(x: Any, *args: Any, **kwargs: Any) -> Parted | None:
     if type(x) is not Parted or x._source is None or args or kwargs:
         return None
     if not x.is_moved:
-        return x
-    plan = _plan(x.order, x.seen)
+        source = x._source
+        return x if is_whole(source) or is_view(source, Tensor.contiguous, (), {})[0] else None
+    plan = _plan(x.order, x.seen, x.sizes)
     whole = None if plan is None or plan[2] is None else joined(x)  # without an order of units it is no copy
     if plan is None or whole is None:
         return None

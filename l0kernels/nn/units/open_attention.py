@@ -136,10 +136,11 @@ def over_padded(x: Tensor, run: Callable[..., Any]) -> Tensor:
 
 class OpenMultiheadAttention(nn.MultiheadAttention):
     """``torch.nn.MultiheadAttention`` with the heads that are open: ``num_heads * head_dim`` may differ from
-    ``embed_dim``. Of attention weights that are averaged it is the mean over these heads. A mask by head is
-    that of all heads, those of the gated layer."""
+    ``embed_dim``. Of attention weights that are averaged it is the mean over these heads; those of a closed
+    head that stays are zero. A mask by head is that of all heads, those of the gated layer."""
 
     _kept: tuple[list[int], int] | None = None
+    _closed: tuple[int, ...] = ()
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
@@ -151,16 +152,28 @@ class OpenMultiheadAttention(nn.MultiheadAttention):
             F.linear(x, weight, bias)
             for x, (weight, bias) in zip((query, key, value), projections(self), strict=True)
         )
-        return attend(self, q, k, v, Options(*args, **kwargs))
+        options = Options(*args, **kwargs)
+        if not self._closed or not options.need_weights:
+            return attend(self, q, k, v, options)
+        y, weights = attend(self, q, k, v, options._replace(average_attn_weights=False))
+        assert weights is not None
+        weights = weights.index_fill(-3, torch.tensor(self._closed, device=weights.device), 0)
+        if options.average_attn_weights:
+            weights = weights.sum(-3) / max(self.num_heads - len(self._closed), 1)
+        return y, weights
 
 
-def open_attention_(layer: Any, kept: Tensor | None) -> None:
+def open_attention_(layer: Any, kept: Tensor | None, is_open: Tensor | None) -> None:
     """Has an attention whose parameters have become smaller be one of its heads.
 
     Args:
         kept: of all features of its queries, (n,) bool, which stay; None: all.
+        is_open: of those that stay, which are; None: all.
     """
+    if is_open is not None:  # zeros attend to all alike
+        layer._closed = tuple((~is_open.view(-1, layer.head_dim)[:, 0]).nonzero()[:, 0].tolist())
     whole = layer.num_heads * layer.head_dim == layer.embed_dim == layer.out_proj.in_features
+    whole = whole and not getattr(layer, "_closed", ())
     if layer.num_heads and whole and all(len(weight) == layer.embed_dim for weight, _ in projections(layer)):
         layer.__class__ = nn.MultiheadAttention
         return

@@ -184,6 +184,7 @@ class GateGroups(GatedLayer, nn.Module):
         if stack:
             draw = stack.pop()
             averages, draw.recurrent, draw.averages = draw.averages, None, None
+            draw.twins = []
             if averages is not None:
                 averages.settle(draw)
         return plain(out)

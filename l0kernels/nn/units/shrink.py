@@ -231,7 +231,10 @@ class _Plan:
         for layer, own in units.items():
             if own.kind.name == "attention":
                 of_q = own.heads[0]
-                open_attention_(layer, None if of_q is None else cutter.kept(of_q))
+                if of_q is None:
+                    open_attention_(layer, None, None)
+                else:
+                    open_attention_(layer, cutter.kept(of_q), cutter.is_open(of_q))
         for encoder in nesting(copied).values():
             encoder.use_nested_tensor = not any(isinstance(part, OPEN) for part in encoder.modules())
         return copied
