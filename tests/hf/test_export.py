@@ -67,6 +67,7 @@ def test_exports_compute_the_same_saved_and_loaded(name, attention, tmp_path):
         assert all(m.weight.shape == (m.out_features, m.in_features) for m in linear)
 
 
+@pytest.mark.filterwarnings("ignore:export has left the closed units:UserWarning")
 @pytest.mark.parametrize("name", few(OTHERS))
 def test_other_architectures_are_exported_and_loaded(name, tmp_path):
     heads = name not in HEADLESS

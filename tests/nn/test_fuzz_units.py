@@ -10,6 +10,8 @@ from shuffle_nets import SHUFFLES
 
 from l0kernels.nn.units import draws, narrow_shapes
 
+pytestmark = pytest.mark.filterwarnings("ignore:export has left the closed units:UserWarning")
+
 BLOCK = 20
 
 

@@ -14,6 +14,8 @@ from torch import nn
 import l0kernels as l0
 from l0kernels.nn.units.place import GatedUnits, groups_of
 
+pytestmark = pytest.mark.filterwarnings("ignore:export has left the closed units:UserWarning")
+
 
 @pytest.mark.covering(1)
 @pytest.mark.parametrize("mode", ["deepcopy", "pickle", "save"])

@@ -15,6 +15,8 @@ from unit_nets_images import ChannelsLayerNorm, LayerNorm2d
 import l0kernels as l0
 from l0kernels.nn.units.place import groups_of
 
+pytestmark = pytest.mark.filterwarnings("ignore:export has left the closed units:UserWarning")
+
 
 @pytest.mark.covering(1)
 @pytest.mark.parametrize("seed", range(3))
@@ -439,7 +441,8 @@ def test_groups_that_meet_a_size_in_a_forward_stay_whole(net, shape, whole, narr
     l0.nn.gate_(model, x)
     set_gates(model)
     model.eval()
-    small = l0.nn.export(model)
+    with pytest.warns(UserWarning, match=f"has left the closed units of {whole.partition('.')[0]} in place"):
+        small = l0.nn.export(model)
     assert_same(small(x), model(x))
     assert small.get_parameter(whole).shape == model.get_parameter(whole).shape
     assert small.get_parameter(narrow).shape[0] < model.get_parameter(narrow).shape[0]
@@ -492,7 +495,8 @@ def test_norms_of_units_that_stay_whole_are_over_the_open_ones(norm, closed):
         gone = min(max(1, int(closed * gate.n)), gate.n - 1)
         gate.log_alpha[:gone] = -10
     model.eval()
-    small = l0.nn.export(model)
+    with pytest.warns(UserWarning, match="has left the closed units of a in place, as zeros"):
+        small = l0.nn.export(model)
     assert_same(small(x), model(x))
     assert small.a.out_features == 8
     assert small.b.out_features < 8

@@ -80,8 +80,8 @@ def _shrunk(host: nn.Module, multiple_of: int) -> nn.Module:
     whole = [group.name for group in plan.narrowed if group not in chosen]
     if whole:
         warn(
-            f"export has left the closed units of {', '.join(whole)} in place, as zeros: with fewer, the model's "
-            "forward fails or computes something else, as where a size stands in it"
+            f"export has left the closed units of {', '.join(whole)} in place, as zeros: with fewer, the "
+            "model's forward fails or computes something else, as where a size stands in it"
         )
     return out
 
