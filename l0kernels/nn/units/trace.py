@@ -83,6 +83,7 @@ class Trace(TorchFunctionMode):
         self._lenders: dict[int, tuple[str, nn.Module]] = {}
         self._labels: dict[int, Tensor] = {}
         self._alive: list[Tensor] = []  # an address is not given away again
+        self._empty: set[int] = set()  # addresses of what has no element that would tell its units
         self._constants: dict[int, int] = {}  # by address, the version that was made
         self._busy = False
         self._leaf: nn.Module | None = None  # that runs, and computes what its kind says
@@ -227,14 +228,19 @@ class Trace(TorchFunctionMode):
             self._constants[id(call.out)] = call.out._version
         if call.func in trace_attention.PRODUCTS:
             self.attentions.append((self.stack[-1][0] if self.stack else "", None))
-        if not any(self.is_owned(t) or id(t) in self._labels for t in call.tensors()):
+        used = [t for t in call.tensors() if id(t) in self._labels or id(t) in self._empty]
+        if not used and not any(self.is_owned(t) for t in call.tensors()):
             self._none(call)
             return
         rule = RULES.get(call.func)
-        if rule is None:
-            self.unknown(call)
+        if rule is not None and (rule is _fresh or all(t.numel() for t in (*used, *call.results()))):
+            rule(self, call)
             return
-        rule(self, call)
+        self.unknown(call)
+        for out in call.results():
+            if not out.numel():  # of an expert that got no token: who meets it is not seen
+                self._empty.add(id(out))
+                self._alive.append(out)
 
     def _none(self, call: Call) -> None:
         for out in call.results():  # an address may have been another tensor's
