@@ -193,6 +193,13 @@ def test_gates_of_layers(name):
 
 
 GROUPS = {
+    "rotated_pairs": {"embed": 8, "qkv": 2},
+    "graph": {"first.message": 6, "third": 5},
+    "experts": {"stem": 6, "experts.0.0": 5, "experts.1.0": 5, "experts.2.0": 5},
+    "pooled": {"key": 5, "value": 6},
+    "sorted_rows": {"up": 6, "mid": 6},
+    "halves": {"up": 6, "down": 5},
+    "adjacency": {"layers.0": 6, "layers.1": 5, "layers.2": 6, "layers.3": 4, "layers.4": 5},
     "resnet": {"body.0.0": 4, "body.1.conv1": 4, "body.2.conv1": 6, "body.2.conv2": 6, "body.3.conv1": 6},
     "resnet_option_a": {
         "body.0.0": 4,

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from . import narrow_attention, narrow_elementwise, narrow_recurrent, narrow_shapes, table
+from . import narrow_attention, narrow_elementwise, narrow_index, narrow_recurrent, narrow_shapes, table
 from .narrow import RULES, Lent, Narrow, Rule, at_place, like, plain
 
 _REQUIRES_GRAD: Any = Tensor.requires_grad
@@ -50,8 +51,8 @@ def _length(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 def _layer(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """A product with a weight that a gated layer lends, or with one that the example of gate_ did not show: an
-    auxiliary head that runs in train() alone, an expert that had no token. That one reads z, too."""
+    """A product with a weight that a gated layer lends, or with one that the example of gate_ did not show:
+    of an auxiliary head that runs in train() alone, say. That one reads z, too."""
     given = dict(zip(("input", "weight", "bias"), args, strict=False)) | kwargs
     x, weight = given["input"], given["weight"]
     if isinstance(weight, Lent):
@@ -74,9 +75,20 @@ _LOOKS: list[tuple[str, Rule]] = [
     ("new_zeros new_ones new_empty new_full", _made_new),
 ]
 _LAYERS = "linear conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d"
-_IN_PLACE = (*narrow_elementwise.RULES, *narrow_shapes.RULES, *narrow_attention.RULES, *_LOOKS)
+_IN_PLACE = (
+    *narrow_elementwise.RULES,
+    *narrow_shapes.RULES,
+    *narrow_attention.RULES,
+    *narrow_index.RULES,
+    *_LOOKS,
+)
 """Of these the variants in place, too."""
-_NOT_IN_PLACE = (*narrow_shapes.OF_ANOTHER_SHAPE, *narrow_recurrent.RULES, (_LAYERS, _layer))
+_NOT_IN_PLACE = (
+    *narrow_shapes.OF_ANOTHER_SHAPE,
+    *narrow_recurrent.RULES,
+    *narrow_index.NOT_IN_PLACE,
+    (_LAYERS, _layer),
+)
 
 
 def _rules() -> dict[Any, Rule]:
@@ -84,6 +96,7 @@ def _rules() -> dict[Any, Rule]:
     for kinds, in_place in ((_IN_PLACE, True), (_NOT_IN_PLACE, False)):
         for names, rule in kinds:
             found.update(dict.fromkeys(table.functions(names, in_place), rule))
+    found[torch.sparse.mm] = found[torch.mm]
     found[_REQUIRES_GRAD.__set__], found[_GRAD.__get__] = _set, _gradient
     names = "device dtype requires_grad ndim is_cuda layout is_cpu is_meta is_leaf grad_fn is_sparse"
     found.update({getattr(Tensor, name).__get__: _looked_at for name in names.split()})

@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..._compat import pytree
-from . import table, trace_attention, trace_recurrent
+from . import table, trace_attention, trace_index, trace_recurrent
 from .einsum import as_product
 from .kinds import is_pointwise, kind_of
 from .labels import UnionFind, across, along, shortened, spread, varying
@@ -108,6 +108,11 @@ class Trace(TorchFunctionMode):
             labels = self._labels[id(x)] = spread(self.sets.named(labels))
         return labels
 
+    def units(self, x: Any) -> Tensor | None:
+        """The labels of x, None where it is a parameter, or no tensor, or nothing in it is of a unit."""
+        labels = self.labels(x) if isinstance(x, Tensor) and not self.is_owned(x) else None
+        return labels if labels is not None and bool(shortened([labels])[0].any()) else None
+
     def set(self, x: Tensor, labels: Tensor | None) -> None:
         """x has these labels."""
         self._alive.append(x)
@@ -120,10 +125,11 @@ class Trace(TorchFunctionMode):
             labels = spread(self.sets.named(labels))
         self._labels[id(x)] = labels
 
-    def is_constant(self, x: Tensor) -> bool:
-        """Whether x was made of one number, and nobody has written into it or a view of it since."""
+    def is_constant(self, x: Tensor, changed: bool = False) -> bool:
+        """Whether x was made of one number, and nobody has written into it or a view of it since, but for the
+        call that is seen, where that has `changed` it."""
         made = self._constants.get(id(x))
-        return made is not None and made == x._version
+        return made is not None and made == x._version - changed
 
     def is_owned(self, x: Any) -> bool:
         """Whether x is a parameter or buffer of the model."""
@@ -233,14 +239,29 @@ class Trace(TorchFunctionMode):
             self._none(call)
             return
         rule = RULES.get(call.func)
-        if rule is not None and (rule is _fresh or all(t.numel() for t in (*used, *call.results()))):
+        hidden = any(id(t) in self._empty for t in used) or any(
+            not out.numel() and not self._lacks_units(out, used) for out in call.results()
+        )
+        if rule is not None and (rule is _fresh or not hidden):
             rule(self, call)
             return
         self.unknown(call)
         for out in call.results():
-            if not out.numel():  # of an expert that got no token: who meets it is not seen
+            if not out.numel():
                 self._empty.add(id(out))
                 self._alive.append(out)
+
+    def _lacks_units(self, out: Tensor, used: Sequence[Tensor]) -> bool:
+        """Whether an empty result has none of the units, as of features behind those that are rotated. Else
+        it has no row, as of an expert without a token, and does not show which units it would meet."""
+        gone = {dim for dim, size in enumerate(out.shape) if not size}
+        for x in used:
+            labels = self.labels(x)
+            if labels is None:
+                continue
+            if not x.numel() or (x.ndim == out.ndim and gone <= {*varying(labels)}):
+                return True
+        return False
 
     def _none(self, call: Call) -> None:
         for out in call.results():  # an address may have been another tensor's
@@ -450,19 +471,19 @@ def _elementwise(trace: Trace, call: Call) -> None:
     if not labelled:
         trace._none(call)
         return
-    _, most = max(labelled, key=lambda pair: len(varying(pair[1])))
+    _, most = max(labelled, key=lambda pair: (len(varying(pair[1])), pair[0].numel()))
     dims, are_two = varying(most), False
+    pinned = set()
     for x, labels in labelled:
-        if varying(labels) != dims:  # they meet along different dimensions
+        if varying(labels) != dims:  # as what has no units: a rotation, of a buffer, to each head
             trace.pin(x, trace.where(call))
-            if varying(labels):
-                trace.sets.pin(shortened([most])[0], trace.where(call))
+            pinned.add(id(x))
         elif labels is not most:
             first, second = shortened([most, labels])
             are_two = are_two or not trace.sets.are_one(first.flatten(), second.flatten())
             trace.sets.join(first.flatten(), second.flatten(), trace.where(call))
     for x in tensors:
-        if trace.labels(x) is not None:
+        if trace.labels(x) is not None and id(x) not in pinned:
             continue
         wide = [dim for dim in dims if _size_at(x, dim, len(shape)) > 1]
         if not wide:
@@ -860,6 +881,11 @@ def _rules() -> dict[Any, Rule]:
         (table.SEQUENCES, trace_recurrent.sequences),
         (trace_attention.ATTENTION, trace_attention.attention),
         (trace_attention.BATCHED, trace_attention.batched_product),
+        (trace_attention.PLAIN, trace_attention.plain_product),
+        ("einsum", trace_attention.plain_einsum),
+        (trace_index.SCATTERS, trace_index.scattered),
+        (trace_index.GATHERS, trace_index.gathered),
+        (trace_index.SORTS, trace_index.sorted_rows),
         ("pad", _pad),
         ("pixel_shuffle", _pixel_shuffle),
         ("__setitem__", _set_item),
@@ -869,6 +895,7 @@ def _rules() -> dict[Any, Rule]:
     for names, rule in kinds:
         for function in table.functions(names):
             rules[function] = rule
+    rules[torch.sparse.mm] = trace_attention.plain_product
     for name in ("T", "mT", "data"):
         rules[getattr(Tensor, name).__get__] = _move
     return rules
