@@ -193,6 +193,7 @@ def test_gates_of_layers(name):
 
 
 GROUPS = {
+    "generator": {"features.0": 6, "again": 5},
     "rotated_pairs": {"embed": 8, "qkv": 2},
     "graph": {"first.message": 6, "third": 5},
     "experts": {"stem": 6, "experts.0.0": 5, "experts.1.0": 5, "experts.2.0": 5},

@@ -607,10 +607,14 @@ def _set_item(trace: Trace, call: Call) -> None:
 
 
 def _channels(trace: Trace, call: Call, x: Tensor, dim: int) -> Tensor | None:
-    """The labels along a dimension, None if there are none or, pinned, if they vary along others."""
+    """The labels along a dimension, None if there are none or, pinned, if they vary along others: along those
+    behind, as of features that are seen as images, a channel is one unit."""
     labels = trace.labels(x)
     if labels is None:
         return None
+    within = [other for other in varying(labels) if other != dim]
+    if within and dim in varying(labels) and min(within) > dim:
+        labels = spread(trace_attention.merged(trace, labels, within, call))
     found = along(labels, dim)
     if found is None:
         trace.pin(x, trace.where(call))
