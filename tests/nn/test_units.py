@@ -322,3 +322,33 @@ def test_a_variance_brings_no_warning(recwarn):
     l0.nn.gate_(model, x)
     model(x)
     assert not [str(one.message) for one in recwarn]
+
+
+class Skips(nn.Module):
+    """Inputs beside units, as in a NeRF: who reads both is given what exists of the units."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.out = nn.Linear(5, 6), nn.Linear(11, 6), nn.Linear(16, 2)
+        self.widths = []
+
+    def forward(self, x):
+        h = torch.relu(self.first(x))
+        both = torch.cat([x, h], -1)
+        y = torch.relu(self.second(both))
+        all_of_them = torch.cat([y, x.sin(), x.cos()], -1)
+        self.widths.append(both._data.shape[-1] if hasattr(both, "_data") else both.shape[-1])
+        return self.out(all_of_them)
+
+
+def test_units_beside_what_has_none():
+    model, x = Skips().double(), torch.randn(3, 4, 5, dtype=torch.float64)
+    plain = copy.deepcopy(model)
+    case = model, plain, l0.nn.gate_(model, x), (x,)
+    for pattern in unit_oracle.PATTERNS:
+        check(case, pattern, True)
+        check(case, pattern, False)
+    unit_oracle.set_gates(case[2], model, "one unit open")
+    model.widths.clear()
+    model(x)
+    assert model.widths == [5 + 1]
