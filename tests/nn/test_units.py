@@ -193,6 +193,7 @@ def test_gates_of_layers(name):
 
 
 GROUPS = {
+    "distances": {"embed": 8, "qkv": 2},
     "generator": {"features.0": 6, "again": 5},
     "rotated_pairs": {"embed": 8, "qkv": 2},
     "graph": {"first.message": 6, "third": 5},

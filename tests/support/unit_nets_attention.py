@@ -438,3 +438,23 @@ class RotatedPairs(nn.Module):
 @net
 def rotated_pairs() -> Example:
     return RotatedPairs(), (rows(2, 6, 3),)
+
+
+class Distances(nn.Module):
+    """As LeViT: a table of biases by head and distance."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.qkv, self.o = nn.Linear(3, 8), nn.Linear(8, 24), nn.Linear(8, 2)
+        self.table = nn.Parameter(torch.randn(2, 5))
+        self.register_buffer("index", (torch.arange(5)[:, None] - torch.arange(5)).abs(), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(self.embed(x)).unflatten(-1, (3, -1, 4)).permute(2, 0, 3, 1, 4)
+        weights = (q @ k.transpose(-2, -1) / 2 + self.table[:, self.index]).softmax(-1)
+        return self.o((weights @ v).transpose(1, 2).flatten(2))
+
+
+@net
+def distances() -> Example:
+    return Distances(), (rows(2, 5, 3),)

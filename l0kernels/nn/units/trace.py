@@ -545,8 +545,9 @@ def _move(trace: Trace, call: Call) -> None:
             return x  # an index is one of itself
         labels = trace.labels(x)
         if labels is None and trace.is_owned(x) and x.is_floating_point() and 0 < x.ndim < 4:
-            labels = across(trace.dim(x, x.ndim - 1, "along"), -1, x.shape)
-            trace.pin_dims(x, range(x.ndim - 1), trace.where(call))
+            own = _kept_dim(call, x)
+            labels = across(trace.dim(x, own, "along"), own, x.shape)
+            trace.pin_dims(x, [dim for dim in range(x.ndim) if dim != own], trace.where(call))
         if labels is None:
             return torch.zeros((), dtype=torch.int64, device="cpu").expand(x.shape)
         return labels
@@ -565,6 +566,15 @@ def _move(trace: Trace, call: Call) -> None:
             trace.unknown(call)
             return
         trace.set(out, labels)
+
+
+def _kept_dim(call: Call, x: Tensor) -> int:
+    """The dimension of a parameter that may have units where it is moved: the last, or the first of a table
+    whose others an index looks up, as of biases by head and distance."""
+    index = call.args[1] if call.name == "__getitem__" and len(call.args) > 1 else None
+    if not isinstance(index, tuple) or not isinstance(index[0], slice) or index[0] != slice(None):
+        return x.ndim - 1
+    return 0 if any(isinstance(part, Tensor) for part in index[1:]) else x.ndim - 1
 
 
 def _met(trace: Trace, call: Call, args: Any, kwargs: Any, out: Tensor) -> Tensor:
