@@ -193,6 +193,15 @@ def test_gates_of_layers(name):
 
 
 GROUPS = {
+    "distances": {"embed": 8, "qkv": 2},
+    "generator": {"features.0": 6, "again": 5},
+    "rotated_pairs": {"embed": 8, "qkv": 2},
+    "graph": {"first.message": 6, "third": 5},
+    "experts": {"stem": 6, "experts.0.0": 5, "experts.1.0": 5, "experts.2.0": 5},
+    "pooled": {"key": 5, "value": 6},
+    "sorted_rows": {"up": 6, "mid": 6},
+    "halves": {"up": 6, "down": 5},
+    "adjacency": {"layers.0": 6, "layers.1": 5, "layers.2": 6, "layers.3": 4, "layers.4": 5},
     "resnet": {"body.0.0": 4, "body.1.conv1": 4, "body.2.conv1": 6, "body.2.conv2": 6, "body.3.conv1": 6},
     "resnet_option_a": {
         "body.0.0": 4,
@@ -314,3 +323,33 @@ def test_a_variance_brings_no_warning(recwarn):
     l0.nn.gate_(model, x)
     model(x)
     assert not [str(one.message) for one in recwarn]
+
+
+class Skips(nn.Module):
+    """Inputs beside units, as in a NeRF: who reads both is given what exists of the units."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.out = nn.Linear(5, 6), nn.Linear(11, 6), nn.Linear(16, 2)
+        self.widths = []
+
+    def forward(self, x):
+        h = torch.relu(self.first(x))
+        both = torch.cat([x, h], -1)
+        y = torch.relu(self.second(both))
+        all_of_them = torch.cat([y, x.sin(), x.cos()], -1)
+        self.widths.append(both._data.shape[-1] if hasattr(both, "_data") else both.shape[-1])
+        return self.out(all_of_them)
+
+
+def test_units_beside_what_has_none():
+    model, x = Skips().double(), torch.randn(3, 4, 5, dtype=torch.float64)
+    plain = copy.deepcopy(model)
+    case = model, plain, l0.nn.gate_(model, x), (x,)
+    for pattern in unit_oracle.PATTERNS:
+        check(case, pattern, True)
+        check(case, pattern, False)
+    unit_oracle.set_gates(case[2], model, "one unit open")
+    model.widths.clear()
+    model(x)
+    assert model.widths == [5 + 1]

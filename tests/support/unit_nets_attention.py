@@ -404,3 +404,57 @@ class Patches(nn.Module):
 @net
 def patches() -> Example:
     return Patches(), (image(),)
+
+
+class RotatedPairs(nn.Module):
+    """Pairs of features are turned by parts of buffers; keys and values of before come from a cache."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.qkv, self.o = nn.Linear(3, 8), nn.Linear(8, 24, bias=False), nn.Linear(8, 2)
+        angles = torch.outer(torch.arange(9.0), 0.5 ** torch.arange(2.0))
+        self.register_buffer("cos", angles.cos())
+        self.register_buffer("sin", angles.sin())
+
+    def forward(self, x: Tensor) -> Tensor:
+        cache, start, outs = [], 0, []
+        for part in self.embed(x).split(3, 1):
+            n, length, _ = part.shape
+            q, k, v = self.qkv(part).view(n, length, 3, 2, 4).permute(2, 0, 3, 1, 4)
+            cos, sin = (t[start : start + length] for t in (self.cos, self.sin))
+            q, k = (self.turn(t, cos, sin) for t in (q, k))
+            if cache:
+                k, v = (torch.cat(pair, 2) for pair in zip(cache, (k, v), strict=True))
+            cache, start = [k, v], start + length
+            y = (q @ k.transpose(-2, -1) / 2).softmax(-1) @ v
+            outs.append(self.o(y.transpose(1, 2).flatten(2)))
+        return torch.cat(outs, 1)
+
+    def turn(self, t: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        a, b = t[..., ::2], t[..., 1::2]
+        return torch.stack((a * cos - b * sin, a * sin + b * cos), -1).flatten(-2)
+
+
+@net
+def rotated_pairs() -> Example:
+    return RotatedPairs(), (rows(2, 6, 3),)
+
+
+class Distances(nn.Module):
+    """As LeViT: a table of biases by head and distance."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.qkv, self.o = nn.Linear(3, 8), nn.Linear(8, 24), nn.Linear(8, 2)
+        self.table = nn.Parameter(torch.randn(2, 5))
+        self.register_buffer("index", (torch.arange(5)[:, None] - torch.arange(5)).abs(), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(self.embed(x)).unflatten(-1, (3, -1, 4)).permute(2, 0, 3, 1, 4)
+        weights = (q @ k.transpose(-2, -1) / 2 + self.table[:, self.index]).softmax(-1)
+        return self.o((weights @ v).transpose(1, 2).flatten(2))
+
+
+@net
+def distances() -> Example:
+    return Distances(), (rows(2, 5, 3),)

@@ -396,3 +396,23 @@ def norms() -> Example:
     body += [nn.PReLU(), nn.Conv2d(6, 4, 3), nn.InstanceNorm2d(4), nn.Conv2d(4, 4, 1), nn.GroupNorm(4, 4)]
     body += [nn.InstanceNorm2d(4, affine=True), nn.Conv2d(4, 2, 1)]
     return nn.Sequential(*body), (image(),)
+
+
+class Generator(nn.Module):
+    """Features that are seen as images: of a decoder, a GAN."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = nn.Sequential(nn.Linear(3, 6 * 4), nn.BatchNorm1d(6 * 4), nn.ReLU())
+        self.norm, self.up = nn.BatchNorm2d(6), nn.ConvTranspose2d(6, 4, 4, 2, 1)
+        self.again, self.mix = nn.Linear(3, 5 * 4), nn.Conv2d(5, 4, 1)
+
+    def forward(self, z: Tensor) -> Tensor:
+        x = self.norm(self.features(z).view(len(z), -1, 2, 2))
+        y = F.interpolate(torch.relu(self.again(z)).unflatten(1, (5, 2, 2)), scale_factor=2)
+        return self.up(x) + self.mix(y)
+
+
+@net
+def generator() -> Example:
+    return Generator(), (torch.randn(3, 3, dtype=torch.float64),)

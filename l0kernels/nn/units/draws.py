@@ -68,6 +68,7 @@ class Spaces:
 
     def __init__(self) -> None:
         self._known: dict[bytes, Space] = {}
+        self._ungated: dict[int, Space] = {}
 
     def of(self, labels: Tensor) -> Space:
         """The space of these labels."""
@@ -75,6 +76,13 @@ class Spaces:
         found = self._known.get(key)
         if found is None:
             found = self._known[key] = Space(labels)
+        return found
+
+    def ungated(self, size: int, none: int) -> Space:
+        """Entries of no gate, which is the number `none`."""
+        found = self._ungated.get(size)
+        if found is None:
+            found = self._ungated[size] = self.of(torch.full((size,), none, device="cpu"))
         return found
 
     def repeated(self, space: Space, times: int) -> Space:

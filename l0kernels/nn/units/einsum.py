@@ -1,4 +1,4 @@
-"""torch.einsum and baddbmm as what the rules of trace.py and narrow.py know: products of matrices."""
+"""torch.einsum, baddbmm and glu as what the rules of trace.py and narrow.py know."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 
 class Orders(NamedTuple):
@@ -19,8 +20,10 @@ class Orders(NamedTuple):
 
 
 def as_product(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[], Tensor] | None:
-    """What computes an einsum by torch.matmul, a baddbmm by torch.bmm; None where these, or another function,
-    cannot be computed so."""
+    """What computes an einsum by torch.matmul, a baddbmm by torch.bmm, a glu by its halves; None where these,
+    or another function, cannot be computed so."""
+    if func is F.glu:
+        return _gated_half(*args, **kwargs)
     if func in (torch.baddbmm, Tensor.baddbmm):
         return _sum_and_product(args, kwargs)
     if func is not torch.einsum or kwargs or not isinstance(args[0], str):
@@ -44,6 +47,27 @@ def _sum_and_product(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[
     def product() -> Tensor:
         y = torch.bmm(given["batch1"], given["batch2"]) * given.get("alpha", 1)
         return given["input"] * beta + y if beta else y  # 0 of what may not be finite
+
+    return product
+
+
+def spelled(args: Sequence[Any]) -> tuple[list[str], list[Tensor]]:
+    """The terms of an einsum, that of its result last, and its operands: none where it is not written out."""
+    if not isinstance(args[0], str) or "..." in args[0] or "->" not in args[0]:
+        return [], []
+    operands = args[1] if len(args) == 2 and isinstance(args[1], Sequence) else args[1:]
+    terms = args[0].replace(" ", "").replace("->", ",").split(",")
+    is_known = len(terms) == len(operands) + 1 and all(len({*term}) == len(term) for term in terms)
+    return (terms, [*operands]) if is_known else ([], [])
+
+
+def _gated_half(input: Tensor, dim: int = -1) -> Callable[[], Tensor] | None:
+    if not -input.ndim <= dim < input.ndim or input.shape[dim] % 2:  # which torch says
+        return None
+
+    def product() -> Tensor:
+        a, b = input.chunk(2, dim)
+        return a * b.sigmoid()
 
     return product
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
+import torch
 from torch import Tensor
 
 from .draws import Draw, Space, Spaces
-from .einsum import as_product
+from .einsum import as_product, spelled
 from .narrow import Narrow, Rule, is_narrow, lie_alike, open_alike, plain
 
 
@@ -50,21 +51,66 @@ def _heads_of(x: Tensor, space: Space, draw: Draw, spaces: Spaces, shares: bool)
 
 def _multiplied(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Products of matrices, one for each head that exists."""
-    if len(args) != 2 or kwargs or not all(is_narrow(x) for x in args):
+    if len(args) != 2 or kwargs:
         return None
+    if not all(is_narrow(x) for x in args):
+        return _multiplied_by(func, *args)
     (a, b), (space, dim, draw, spaces) = args, args[0]._at
     if not lie_alike(a, b) or dim >= a._held.ndim - 2:
         return None
     return Narrow.of(func(a._data, b._data), space, dim, draw, spaces)
 
 
+def _multiplied_by(func: Any, a: Any, b: Any) -> Any:
+    """Of matrices of which one alone has units, which it does not sum over."""
+    x, other = (a, b) if is_narrow(a) else (b, a)
+    if not is_narrow(x) or min(a.ndim, b.ndim) < 2:
+        return None
+    (space, dim, draw, spaces), other = x._at, plain(other)
+    end = dim - x._held.ndim  # counted from the end
+    if end == (-1 if x is a else -2):
+        return None
+    if end < -2 and other.ndim >= -end and other.shape[end] != 1:  # each has its own
+        index = draw.present(space).index
+        if other.shape[end] != space.size:
+            return None
+        other = other if index is None else other.index_select(end, index)
+    out = func(x._data, other) if x is a else func(other, x._data)
+    return Narrow.of(out, space, out.ndim + end, draw, spaces)
+
+
 def _product(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     product = as_product(func, args, kwargs)
-    return None if product is None else product()
+    if product is None:
+        return None if kwargs else _plain_einsum(func, args)
+    return product()
+
+
+def _plain_einsum(func: Any, args: tuple[Any, ...]) -> Any:
+    """Of operands of which one alone has units, which it does not sum over."""
+    terms, operands = spelled(args) if func is torch.einsum else ([], [])
+    with_units = [at for at, x in enumerate(operands) if is_narrow(x)]
+    if len(with_units) != 1:
+        return None
+    x = cast(Narrow, operands[with_units[0]])
+    assert x._at is not None
+    space, dim, draw, spaces = x._at
+    unit, made = terms[with_units[0]][dim], terms[-1]
+    if unit not in made:
+        return None
+    index, values = draw.present(space).index, []
+    for of, other in zip(terms, operands, strict=False):
+        value = plain(other) if x is not other else x._data
+        if other is not x and unit in of and index is not None:  # each has its own
+            if other.shape[of.index(unit)] != space.size:
+                return None
+            value = value.index_select(of.index(unit), index)
+        values.append(value)
+    return Narrow.of(func(args[0], *values), space, made.index(unit), draw, spaces)
 
 
 RULES: list[tuple[str, Rule]] = [
-    ("einsum baddbmm", _product),
+    ("einsum baddbmm glu", _product),
     ("scaled_dot_product_attention", _attended),
-    ("matmul bmm __matmul__", _multiplied),
+    ("matmul bmm __matmul__ mm spmm", _multiplied),
 ]

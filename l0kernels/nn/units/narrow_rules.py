@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from . import narrow_attention, narrow_elementwise, narrow_recurrent, narrow_shapes, table
+from . import narrow_attention, narrow_elementwise, narrow_index, narrow_recurrent, narrow_shapes, table
 from .narrow import RULES, Lent, Narrow, Rule, at_place, like, plain
 
 _REQUIRES_GRAD: Any = Tensor.requires_grad
@@ -49,13 +50,21 @@ def _length(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return args[0].shape[0]
 
 
-def _linear(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """A product with a weight that a gated layer lends."""
+def _layer(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A product with a weight that a gated layer lends, or with one that the example of gate_ did not show:
+    of an auxiliary head that runs in train() alone, say. That one reads z, too."""
     given = dict(zip(("input", "weight", "bias"), args, strict=False)) | kwargs
-    weight = given["weight"]
-    if not isinstance(weight, Lent):
+    x, weight = given["input"], given["weight"]
+    if isinstance(weight, Lent):
+        return weight.product(x, weight._held, plain(given.get("bias")))
+    if not isinstance(x, Narrow) or x._at is None:
         return None
-    return weight.product(given["input"], weight._held, plain(given.get("bias")))
+    space, dim, draw, _ = x._at
+    if dim != x._held.ndim - 1 - next((int(n) for n in "123" if f"{n}d" in func.__name__), 0):
+        return None
+    z = draw.scales(space, x.dtype).to(x.dtype)
+    x = x.dense() * z.view(-1, *[1] * (x._held.ndim - 1 - dim))
+    return func(x, *plain(args[1:]), **plain(kwargs)) if args else func(**plain({**kwargs, "input": x}))
 
 
 _LOOKS: list[tuple[str, Rule]] = [
@@ -65,9 +74,21 @@ _LOOKS: list[tuple[str, Rule]] = [
     ("retain_grad", _set),
     ("new_zeros new_ones new_empty new_full", _made_new),
 ]
-_IN_PLACE = (*narrow_elementwise.RULES, *narrow_shapes.RULES, *narrow_attention.RULES, *_LOOKS)
+_LAYERS = "linear conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d"
+_IN_PLACE = (
+    *narrow_elementwise.RULES,
+    *narrow_shapes.RULES,
+    *narrow_attention.RULES,
+    *narrow_index.RULES,
+    *_LOOKS,
+)
 """Of these the variants in place, too."""
-_NOT_IN_PLACE = (*narrow_shapes.OF_ANOTHER_SHAPE, *narrow_recurrent.RULES, ("linear", _linear))
+_NOT_IN_PLACE = (
+    *narrow_shapes.OF_ANOTHER_SHAPE,
+    *narrow_recurrent.RULES,
+    *narrow_index.NOT_IN_PLACE,
+    (_LAYERS, _layer),
+)
 
 
 def _rules() -> dict[Any, Rule]:
@@ -75,6 +96,7 @@ def _rules() -> dict[Any, Rule]:
     for kinds, in_place in ((_IN_PLACE, True), (_NOT_IN_PLACE, False)):
         for names, rule in kinds:
             found.update(dict.fromkeys(table.functions(names, in_place), rule))
+    found[torch.sparse.mm] = found[torch.mm]
     found[_REQUIRES_GRAD.__set__], found[_GRAD.__get__] = _set, _gradient
     names = "device dtype requires_grad ndim is_cuda layout is_cpu is_meta is_leaf grad_fn is_sparse"
     found.update({getattr(Tensor, name).__get__: _looked_at for name in names.split()})

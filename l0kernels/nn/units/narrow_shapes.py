@@ -248,7 +248,10 @@ def _concatenated(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
             spaces.append(other[0])
             parts.append(t._data)
         elif not _is_nothing(t):
-            return None
+            if t.ndim != last._held.ndim:
+                return None
+            spaces.append(known.ungated(t.shape[dim], len(draw.z) - 1))
+            parts.append(plain(t))
     found = at_place(torch.cat(parts, at), (known.joined(spaces), dim, draw, known))
     return _joined_order(found, tensors)
 

@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..._compat import pytree
-from . import table, trace_attention, trace_recurrent
+from . import table, trace_attention, trace_index, trace_recurrent
 from .einsum import as_product
 from .kinds import is_pointwise, kind_of
 from .labels import UnionFind, across, along, shortened, spread, varying
@@ -83,6 +83,7 @@ class Trace(TorchFunctionMode):
         self._lenders: dict[int, tuple[str, nn.Module]] = {}
         self._labels: dict[int, Tensor] = {}
         self._alive: list[Tensor] = []  # an address is not given away again
+        self._empty: set[int] = set()  # addresses of what has no element that would tell its units
         self._constants: dict[int, int] = {}  # by address, the version that was made
         self._busy = False
         self._leaf: nn.Module | None = None  # that runs, and computes what its kind says
@@ -107,6 +108,11 @@ class Trace(TorchFunctionMode):
             labels = self._labels[id(x)] = spread(self.sets.named(labels))
         return labels
 
+    def units(self, x: Any) -> Tensor | None:
+        """The labels of x, None where it is a parameter, or no tensor, or nothing in it is of a unit."""
+        labels = self.labels(x) if isinstance(x, Tensor) and not self.is_owned(x) else None
+        return labels if labels is not None and bool(shortened([labels])[0].any()) else None
+
     def set(self, x: Tensor, labels: Tensor | None) -> None:
         """x has these labels."""
         self._alive.append(x)
@@ -119,10 +125,11 @@ class Trace(TorchFunctionMode):
             labels = spread(self.sets.named(labels))
         self._labels[id(x)] = labels
 
-    def is_constant(self, x: Tensor) -> bool:
-        """Whether x was made of one number, and nobody has written into it or a view of it since."""
+    def is_constant(self, x: Tensor, changed: bool = False) -> bool:
+        """Whether x was made of one number, and nobody has written into it or a view of it since, but for the
+        call that is seen, where that has `changed` it."""
         made = self._constants.get(id(x))
-        return made is not None and made == x._version
+        return made is not None and made == x._version - changed
 
     def is_owned(self, x: Any) -> bool:
         """Whether x is a parameter or buffer of the model."""
@@ -227,14 +234,34 @@ class Trace(TorchFunctionMode):
             self._constants[id(call.out)] = call.out._version
         if call.func in trace_attention.PRODUCTS:
             self.attentions.append((self.stack[-1][0] if self.stack else "", None))
-        if not any(self.is_owned(t) or id(t) in self._labels for t in call.tensors()):
+        used = [t for t in call.tensors() if id(t) in self._labels or id(t) in self._empty]
+        if not used and not any(self.is_owned(t) for t in call.tensors()):
             self._none(call)
             return
         rule = RULES.get(call.func)
-        if rule is None:
-            self.unknown(call)
+        hidden = any(id(t) in self._empty for t in used) or any(
+            not out.numel() and not self._lacks_units(out, used) for out in call.results()
+        )
+        if rule is not None and (rule is _fresh or not hidden):
+            rule(self, call)
             return
-        rule(self, call)
+        self.unknown(call)
+        for out in call.results():
+            if not out.numel():
+                self._empty.add(id(out))
+                self._alive.append(out)
+
+    def _lacks_units(self, out: Tensor, used: Sequence[Tensor]) -> bool:
+        """Whether an empty result has none of the units, as of features behind those that are rotated. Else
+        it has no row, as of an expert without a token, and does not show which units it would meet."""
+        gone = {dim for dim, size in enumerate(out.shape) if not size}
+        for x in used:
+            labels = self.labels(x)
+            if labels is None:
+                continue
+            if not x.numel() or (x.ndim == out.ndim and gone <= {*varying(labels)}):
+                return True
+        return False
 
     def _none(self, call: Call) -> None:
         for out in call.results():  # an address may have been another tensor's
@@ -444,19 +471,19 @@ def _elementwise(trace: Trace, call: Call) -> None:
     if not labelled:
         trace._none(call)
         return
-    _, most = max(labelled, key=lambda pair: len(varying(pair[1])))
+    _, most = max(labelled, key=lambda pair: (len(varying(pair[1])), pair[0].numel()))
     dims, are_two = varying(most), False
+    pinned = set()
     for x, labels in labelled:
-        if varying(labels) != dims:  # they meet along different dimensions
+        if varying(labels) != dims:  # as what has no units: a rotation, of a buffer, to each head
             trace.pin(x, trace.where(call))
-            if varying(labels):
-                trace.sets.pin(shortened([most])[0], trace.where(call))
+            pinned.add(id(x))
         elif labels is not most:
             first, second = shortened([most, labels])
             are_two = are_two or not trace.sets.are_one(first.flatten(), second.flatten())
             trace.sets.join(first.flatten(), second.flatten(), trace.where(call))
     for x in tensors:
-        if trace.labels(x) is not None:
+        if trace.labels(x) is not None and id(x) not in pinned:
             continue
         wide = [dim for dim in dims if _size_at(x, dim, len(shape)) > 1]
         if not wide:
@@ -518,8 +545,9 @@ def _move(trace: Trace, call: Call) -> None:
             return x  # an index is one of itself
         labels = trace.labels(x)
         if labels is None and trace.is_owned(x) and x.is_floating_point() and 0 < x.ndim < 4:
-            labels = across(trace.dim(x, x.ndim - 1, "along"), -1, x.shape)
-            trace.pin_dims(x, range(x.ndim - 1), trace.where(call))
+            own = _kept_dim(call, x)
+            labels = across(trace.dim(x, own, "along"), own, x.shape)
+            trace.pin_dims(x, [dim for dim in range(x.ndim) if dim != own], trace.where(call))
         if labels is None:
             return torch.zeros((), dtype=torch.int64, device="cpu").expand(x.shape)
         return labels
@@ -538,6 +566,15 @@ def _move(trace: Trace, call: Call) -> None:
             trace.unknown(call)
             return
         trace.set(out, labels)
+
+
+def _kept_dim(call: Call, x: Tensor) -> int:
+    """The dimension of a parameter that may have units where it is moved: the last, or the first of a table
+    whose others an index looks up, as of biases by head and distance."""
+    index = call.args[1] if call.name == "__getitem__" and len(call.args) > 1 else None
+    if not isinstance(index, tuple) or not isinstance(index[0], slice) or index[0] != slice(None):
+        return x.ndim - 1
+    return 0 if any(isinstance(part, Tensor) for part in index[1:]) else x.ndim - 1
 
 
 def _met(trace: Trace, call: Call, args: Any, kwargs: Any, out: Tensor) -> Tensor:
@@ -580,10 +617,14 @@ def _set_item(trace: Trace, call: Call) -> None:
 
 
 def _channels(trace: Trace, call: Call, x: Tensor, dim: int) -> Tensor | None:
-    """The labels along a dimension, None if there are none or, pinned, if they vary along others."""
+    """The labels along a dimension, None if there are none or, pinned, if they vary along others: along those
+    behind, as of features that are seen as images, a channel is one unit."""
     labels = trace.labels(x)
     if labels is None:
         return None
+    within = [other for other in varying(labels) if other != dim]
+    if within and dim in varying(labels) and min(within) > dim:
+        labels = spread(trace_attention.merged(trace, labels, within, call))
     found = along(labels, dim)
     if found is None:
         trace.pin(x, trace.where(call))
@@ -854,6 +895,11 @@ def _rules() -> dict[Any, Rule]:
         (table.SEQUENCES, trace_recurrent.sequences),
         (trace_attention.ATTENTION, trace_attention.attention),
         (trace_attention.BATCHED, trace_attention.batched_product),
+        (trace_attention.PLAIN, trace_attention.plain_product),
+        ("einsum", trace_attention.plain_einsum),
+        (trace_index.SCATTERS, trace_index.scattered),
+        (trace_index.GATHERS, trace_index.gathered),
+        (trace_index.SORTS, trace_index.sorted_rows),
         ("pad", _pad),
         ("pixel_shuffle", _pixel_shuffle),
         ("__setitem__", _set_item),
@@ -863,6 +909,7 @@ def _rules() -> dict[Any, Rule]:
     for names, rule in kinds:
         for function in table.functions(names):
             rules[function] = rule
+    rules[torch.sparse.mm] = trace_attention.plain_product
     for name in ("T", "mT", "data"):
         rules[getattr(Tensor, name).__get__] = _move
     return rules

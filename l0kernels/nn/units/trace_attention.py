@@ -14,12 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from . import table
+from .einsum import spelled
 from .labels import across, along, shortened, spread, varying
 
 if TYPE_CHECKING:
     from .trace import Call, Trace
 
 ATTENTION, BATCHED = "scaled_dot_product_attention", "matmul bmm __matmul__"
+PLAIN = "mm spmm"
 PRODUCTS = {*table.functions(f"{ATTENTION} {BATCHED}")}
 """Functions that multiply activations with each other."""
 
@@ -101,7 +103,10 @@ def batched_product(trace: Trace, call: Call) -> None:
     """torch.matmul and torch.bmm of activations, where what they sum over lies within a unit: a head."""
     a, b = call.get(0, "input"), call.get(1, "other", call.kwargs.get("mat2"))
     out = call.results()[0]
-    labels = [trace.labels(x) if isinstance(x, Tensor) and not trace.is_owned(x) else None for x in (a, b)]
+    labels = [trace.units(x) for x in (a, b)]
+    if any(of is None or not varying(of) for of in labels):
+        plain_product(trace, call)
+        return
     if any(of is None for of in labels) or a.ndim != b.ndim or a.ndim < 3 or a.shape[:-2] != b.shape[:-2]:
         trace.unknown(call)
         return
@@ -127,6 +132,54 @@ def batched_product(trace: Trace, call: Call) -> None:
         heads = rows.select(-1, 0).select(-1, 0)
         _of_heads(trace, _of_one_example(trace, heads) if out.ndim == 3 else heads)
     trace.set(out, rows if len(varying(rows)) >= len(varying(cols)) else cols)
+
+
+def plain_product(trace: Trace, call: Call) -> None:
+    """A product of matrices of which one alone has units, which it does not sum over: each unit by itself. An
+    adjacency and what nodes have, weights and what they weigh."""
+    a, b = call.get(0, "input"), call.get(1, "other", call.kwargs.get("mat2"))
+    out, pair = call.results()[0], (a, b)
+    labels = [trace.units(x) for x in pair]
+    with_units = [at for at, of in enumerate(labels) if of is not None and varying(of)]
+    if len(with_units) != 1 or any(not isinstance(x, Tensor) or x.ndim < 2 for x in pair):
+        trace.unknown(call)
+        return
+    at = with_units[0]
+    found, summed = labels[at], pair[at].ndim - 1 - at
+    assert found is not None
+    if summed in varying(found) and len(varying(found)) > 1:
+        found = spread(merged(trace, found, [summed], call))
+    if summed in varying(found) or not varying(found):
+        trace.unknown(call)
+        return
+    trace.pin(pair[1 - at], trace.where(call))
+    trace.set(out, found.narrow(summed, 0, 1).expand(out.shape))
+
+
+def plain_einsum(trace: Trace, call: Call) -> None:
+    """An einsum of which one operand alone has units, which are not what it sums over."""
+    terms, operands = spelled(call.args)
+    found = [trace.units(x) for x in operands]
+    with_units = [at for at, of in enumerate(found) if of is not None and varying(of)]
+    if len(with_units) != 1:
+        trace.unknown(call)
+        return
+    at, out = with_units[0], call.results()[0]
+    labels, term, made = found[at], terms[at], terms[-1]
+    assert labels is not None
+    if not {term[dim] for dim in varying(labels)} <= {*made}:
+        trace.unknown(call)
+        return
+    for i, x in enumerate(operands):
+        if i != at:
+            trace.pin(x, trace.where(call))
+    for dim in reversed(range(labels.ndim)):
+        labels = labels if term[dim] in made else labels.select(dim, 0)
+    kept = [index for index in term if index in made]
+    labels = labels.permute([kept.index(index) for index in made if index in kept])
+    for dim, index in enumerate(made):
+        labels = labels if index in kept else labels.unsqueeze(dim)
+    trace.set(out, spread(labels.expand(out.shape)))
 
 
 def module(trace: Trace, layer: nn.MultiheadAttention, call: Call) -> None:
