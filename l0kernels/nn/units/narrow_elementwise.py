@@ -136,13 +136,14 @@ def _reduced(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     x = args[0]
     if not isinstance(x, Narrow) or x._at is None:
         return None
-    for a in args[1:]:
+    others = args[1:]
+    for a in others:
         if isinstance(a, Tensor):
             return None
-    dim = told(_reduced_to, func, x._held.ndim, x._at[1], args[1:], kwargs)
+    dim = told(_reduced_to, func, x._held.ndim, x._at[1], others, kwargs)
     if dim is None:
         return None
-    out = func(x._data, *args[1:], **kwargs)
+    out = func(x._data, *others, **kwargs)
     if isinstance(out, Tensor):
         return like(x, out, dim)
     return type(out)([like(x, part, dim) for part in out]) if isinstance(out, tuple) else None

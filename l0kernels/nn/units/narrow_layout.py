@@ -201,13 +201,13 @@ def spread(draw: Draw, written: Tensor, by: Twin | None = None) -> None:
 
 
 def told(
-    where: Callable[..., Any], func: Any, ndim: int, dim: int | Order, args: Any, kwargs: dict[str, Any]
+    where: Callable[..., Any], func: Any, ndim: int, lies: Any, args: Any, kwargs: dict[str, Any]
 ) -> Any:
     """`where`, which is cached, of a function and its arguments behind the first."""
     try:
-        return where(func, ndim, dim, args, *kwargs.items())
+        return where(func, ndim, lies, args, *kwargs.items())
     except TypeError:  # a list
-        return where(func, ndim, dim, frozen(args), *frozen(kwargs.items()))
+        return where(func, ndim, lies, frozen(args), *frozen(kwargs.items()))
 
 
 def frozen(values: Any) -> Any:

@@ -31,25 +31,22 @@ def _permuted(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     x = args[0]
     if not isinstance(x, Narrow) or x._at is None:
         return moved(x, func, args[1:], kwargs)
-    data = func(x._data, *args[1:], **kwargs)
-    dim = told(_moved_to, func, data.ndim, x._at[1], args[1:], kwargs)
+    data, at, order = func(x._data, *args[1:], **kwargs), x._at[1], x._order
+    dim, lies = told(_moved, func, data.ndim, (at, order or IN_ORDER), args[1:], kwargs)
     found = like(x, data, dim)
-    if x._order is not None or data.shape[dim] == 1:
-        found._order = told(_ordered, func, data.ndim, x._order or IN_ORDER, args[1:], kwargs)
+    if order is not None or data.size(dim) == 1:
+        found._order = lies
     return found
 
 
 @lru_cache(1024)
-def _moved_to(func: Any, ndim: int, dim: int, args: tuple[Any, ...], *kwargs: tuple[str, Any]) -> int:
-    """Where dimension `dim` is behind the function."""
-    return order_of(func, ndim, args, *kwargs).index(dim)
-
-
-@lru_cache(1024)
-def _ordered(func: Any, ndim: int, order: Order, args: tuple[Any, ...], *kwargs: tuple[str, Any]) -> Order:
-    """How what lies in `order` does behind the function."""
+def _moved(
+    func: Any, ndim: int, lies: tuple[int, Order], args: tuple[Any, ...], *kwargs: tuple[str, Any]
+) -> tuple[int, Order]:
+    """Where a dimension is behind the function, and how what lies in an order does."""
     dims = order_of(func, ndim, args, *kwargs)
-    return in_order([dims.index(dim) for dim in order or range(ndim)])
+    dim, order = lies
+    return dims.index(dim), in_order([dims.index(d) for d in order or range(ndim)])
 
 
 def _squeezed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -230,7 +227,7 @@ def _concatenated(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
     tensors = args[0]
     at = args[1] if len(args) > 1 else kwargs.get("dim", kwargs.get("axis", 0))
     last = tensors[-1]
-    if not is_narrow(last):
+    if type(last) is not Narrow or last._at is None:
         last = next((t for t in reversed(tensors) if is_narrow(t)), None)
         if last is None:
             return None
@@ -241,19 +238,26 @@ def _concatenated(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
     if at != dim:
         return _behind_each_other([t for t in tensors if not _is_nothing(t)], at, place)
     spaces, parts = [], []
+    order, alike = last._order, True
     for t in tensors:
         if type(t) is Narrow and (other := t._at) is not None:
             if other[1] != dim or not (other[2] is draw or open_alike(other[2], draw)):
                 return None
             spaces.append(other[0])
             parts.append(t._data)
+            alike = alike and t._order is order
         elif not _is_nothing(t):
             if t.ndim != last._held.ndim:
                 return None
             spaces.append(known.ungated(t.shape[dim], len(draw.z) - 1))
             parts.append(plain(t))
+            alike = False
     found = at_place(torch.cat(parts, at), (known.joined(spaces), dim, draw, known))
-    return _joined_order(found, tensors)
+    if not alike:
+        return _joined_order(found, tensors)
+    if order is not None:
+        found._order = LAST if order == LAST else IN_ORDER
+    return found
 
 
 def _behind_each_other(tensors: Sequence[Tensor], at: int, place: tuple[Space, int, Draw, Spaces]) -> Any:
