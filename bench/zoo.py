@@ -84,8 +84,8 @@ def row(name: str) -> tuple[str, ...]:
 def steps(name: str) -> list[Row]:
     """Times of whole steps with Adam, those of the dense net and of the gated one by turns.
 
-    One unit of each group is always open. A draw that closes a layer whole leaves the norms behind it constants:
-    each multiplies the gradient by 1 / sqrt(eps), and after some of them it overflows, as the dense net's would.
+    One unit of each group is always open. A draw that closes a layer whole leaves constants to the batch norms
+    behind it: each multiplies the gradient by 1 / sqrt(eps), until it overflows, in the masked net, too.
     """
     net, size = build(name)
     batch = 8 if size < 200 else 4
@@ -110,7 +110,8 @@ def steps(name: str) -> list[Row]:
         generator = torch.Generator().manual_seed(1)
         with torch.no_grad():
             for gate in gates:
-                gate.copy_(trained_log_alpha(gate.numel(), keep, generator))[0] = ALL_OPEN
+                gate.copy_(trained_log_alpha(gate.numel(), keep, generator))
+                gate[0] = ALL_OPEN
         for one in both:  # a net's first steps are longer
             step(*one), step(*one)
         times: tuple[list[float], ...] = [], []
