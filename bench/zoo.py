@@ -84,8 +84,8 @@ def row(name: str) -> tuple[str, ...]:
 def steps(name: str) -> list[Row]:
     """Times of whole steps with Adam, those of the dense net and of the gated one by turns.
 
-    One unit of each group is always open. A draw that closes a layer whole leaves constants to the batch norms
-    behind it: each multiplies the gradient by 1 / sqrt(eps), until it overflows, in the masked net, too.
+    One unit of each group is always open. A draw that closes a layer whole leaves constants to the batch
+    norms behind it: each multiplies the gradient by 1 / sqrt(eps), until it overflows, whatever computes it.
     """
     net, size = build(name)
     batch = 8 if size < 200 else 4
